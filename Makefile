@@ -1,0 +1,37 @@
+# `make demo` and `make test` need a Python >= 3.12 and a package index; everything else they install.
+PYTHON ?= $(shell command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
+ARGS ?=
+
+.PHONY: demo test lint lock clean
+
+demo: $(VENV)/.ready
+	$(RUN)/trimtab demo $(ARGS)
+
+test: $(VENV)/.ready
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+# The locked versions, then this project on top of them.
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+		{ echo "trimtab needs Python 3.12 or newer; found $$($(PYTHON) --version). Name one: make PYTHON=/path/to/python3.12"; exit 2; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install --quiet uv
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --require-hashes -r requirements.lock
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps -e .
+	touch $@
+
+# Versions and hashes only: no index address belongs in the repository.
+lock:
+	$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.12 --generate-hashes \
+		--no-emit-index-url --no-annotate --no-header --extra dev pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) build *.egg-info

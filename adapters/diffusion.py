@@ -1,0 +1,74 @@
+"""Adapter of LeRobot's ``diffusion`` policy (a conditional U-Net denoised by DDIM).
+
+Noise: (horizon, action_dim), standard normal, in the normalised action space. All rows influence the
+executed slice ``[n_obs_steps - 1 : n_obs_steps - 1 + n_action_steps]`` through the U-Net.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lerobot.utils.constants import OBS_IMAGES
+from torch import Tensor
+
+from trimtab.adapters.base import Conditioning, NoiseSpec, PolicyAdapter
+
+DEFAULT_DDIM_STEPS = 10  # what a checkpoint saved with DDPM is sampled with, unless told otherwise
+
+
+class DiffusionAdapter(PolicyAdapter):
+    """``encode`` is the observation encoder, ``denoise`` the whole DDIM loop."""
+
+    policy_type: ClassVar[str] = "diffusion"
+
+    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
+        super().__init__(policy, preprocessor, postprocessor)
+        config = policy.config
+        parameter = next(policy.parameters())
+        action_dim = config.action_feature.shape[0]
+        self.noise_spec = NoiseSpec((config.horizon, action_dim), dtype=parameter.dtype)
+        self.chunk_shape = (config.n_action_steps, action_dim)
+        self.n_obs_steps = config.n_obs_steps
+
+    @classmethod
+    def prepare_config(cls, config: Any, num_inference_steps: int | None) -> list[str]:
+        """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not. Same weights, same betas."""
+        notes = []
+        if config.noise_scheduler_type != "DDIM":
+            config.noise_scheduler_type = "DDIM"
+            config.num_inference_steps = num_inference_steps or DEFAULT_DDIM_STEPS
+            notes.append(
+                f"the checkpoint samples with DDPM, which is random given the noise: switched to DDIM with "
+                f"{config.num_inference_steps} steps (change with --policy.num_inference_steps)"
+            )
+        elif num_inference_steps:
+            config.num_inference_steps = num_inference_steps
+        return notes
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        batch = dict(batch)
+        if self.policy.config.image_features:
+            batch[OBS_IMAGES] = torch.stack([batch[key] for key in self.policy.config.image_features], dim=-4)
+        return Conditioning({"global": self.policy.diffusion._prepare_global_conditioning(batch)})
+
+    @torch.no_grad()
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        actions = self.policy.diffusion.conditional_sample(
+            conditioning.batch_size, global_cond=conditioning.tensors["global"], noise=noise
+        )
+        start = self.n_obs_steps - 1
+        return actions[:, start : start + self.chunk_shape[0]]
+
+    def features(self, conditioning: Conditioning) -> Tensor:
+        """The U-Net's global conditioning: normalised states and, with cameras, the encoder's keypoints."""
+        return conditioning.tensors["global"]
+
+    def example_conditioning(self, batch_size: int, generator: torch.Generator) -> Conditioning:
+        batch = {}
+        for key, feature in self.policy.config.input_features.items():
+            shape = (batch_size, self.n_obs_steps, *feature.shape)
+            batch[key] = torch.rand(shape, generator=generator).to(self.device, self.noise_spec.dtype)
+        return self.encode(batch)

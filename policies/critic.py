@@ -1,0 +1,35 @@
+"""Critic ensembles over (observation features, noise)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer
+
+
+@dataclass
+class CriticConfig:
+    """Size of the critic ensemble."""
+
+    members: int = 2
+    hidden: int = 128
+    layers: int = 3
+    layer_norm: bool = True
+
+
+class CriticEnsemble(nn.Module):
+    """``Q_e(features, u)`` for every member ``e`` at once."""
+
+    def __init__(self, feature_dim: int, action_dim: int, config: CriticConfig) -> None:
+        super().__init__()
+        self.normalizer = FeatureNormalizer(feature_dim)
+        self.net = EnsembleMLP(
+            config.members, feature_dim + action_dim, 1, config.hidden, config.layers, config.layer_norm
+        )
+
+    def forward(self, features: Tensor, u: Tensor) -> Tensor:
+        """(B, feature_dim), (B, action_dim) -> (E, B)."""
+        return self.net(torch.cat([self.normalizer(features), u], dim=-1)).squeeze(-1)

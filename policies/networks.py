@@ -1,0 +1,82 @@
+"""Multilayer perceptrons, singly and as ensembles evaluated by one batched matmul per layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class EnsembleMLP(nn.Module):
+    """``members`` independent ReLU networks with LayerNorm, as one batched matmul per layer.
+
+    Args:
+        members: ensemble size E.
+        in_dim, out_dim: sizes per member.
+        hidden: width of the hidden layers.
+        layers: number of hidden layers.
+        layer_norm: normalise before each ReLU (no learnt affine part).
+    """
+
+    def __init__(
+        self, members: int, in_dim: int, out_dim: int, hidden: int, layers: int, layer_norm: bool = True
+    ) -> None:
+        super().__init__()
+        self.layer_norm = layer_norm
+        sizes = [in_dim] + [hidden] * layers + [out_dim]
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+            scale = 1.0 / math.sqrt(fan_in)  # the default of nn.Linear
+            self.weights.append(nn.Parameter(torch.empty(members, fan_in, fan_out).uniform_(-scale, scale)))
+            self.biases.append(nn.Parameter(torch.empty(members, 1, fan_out).uniform_(-scale, scale)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_dim) or (E, B, in_dim) -> (E, B, out_dim)."""
+        members = self.weights[0].shape[0]
+        if x.dim() == 2:
+            x = x.unsqueeze(0).expand(members, -1, -1)
+        last = len(self.weights) - 1
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if index < last:
+                if self.layer_norm:
+                    x = nn.functional.layer_norm(x, x.shape[-1:])
+                x = nn.functional.relu(x)
+        return x
+
+
+def mlp(in_dim: int, out_dim: int, hidden: int, layers: int) -> nn.Sequential:
+    """A plain ReLU network with ``layers`` hidden layers."""
+    modules: list[nn.Module] = []
+    for index in range(layers):
+        modules.append(nn.Linear(in_dim if index == 0 else hidden, hidden))
+        modules.append(nn.ReLU())
+    modules.append(nn.Linear(hidden, out_dim))
+    return nn.Sequential(*modules)
+
+
+class FeatureNormalizer(nn.Module):
+    """Standardises observation features with fixed statistics; the identity until they are set.
+
+    Entries that did not vary are centred but not scaled up, and everything is clipped to +-10, so that a
+    coordinate that stood still while the statistics were taken cannot dominate later.
+    """
+
+    clip = 10.0
+    min_std = 1e-2
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    @torch.no_grad()
+    def fit(self, features: Tensor) -> None:
+        """Take mean and deviation from ``features`` (N, dim)."""
+        self.mean.copy_(features.mean(0))
+        self.std.copy_(features.std(0).clamp_min(self.min_std))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return ((features - self.mean) / self.std).clamp(-self.clip, self.clip)

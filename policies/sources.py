@@ -1,0 +1,61 @@
+"""Noise sources: who chooses the noise that a policy is fed. Each is a policy to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab.policies.actor import NoiseActor
+from trimtab.policies.noise_space import NoiseSpace
+
+
+class NoiseSource(Protocol):
+    """Chooses noise for a batch of observations."""
+
+    def __call__(self, features: Tensor | None, prior: Tensor) -> Tensor:
+        """Noise like ``prior`` (B, *spec.shape), which is a fresh draw from the policy's distribution."""
+        ...
+
+
+def base_noise(features: Tensor | None, prior: Tensor) -> Tensor:
+    """The policy's own noise: the base policy as it is."""
+    return prior
+
+
+def zero_noise(features: Tensor | None, prior: Tensor) -> Tensor:
+    """No noise at all."""
+    return torch.zeros_like(prior)
+
+
+def constant_noise(noise: Tensor) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """The same ``noise`` (*spec.shape) for every observation."""
+
+    def source(features: Tensor | None, prior: Tensor) -> Tensor:
+        return noise.to(prior).expand_as(prior)
+
+    return source
+
+
+def steered_noise(
+    actor: NoiseActor, deterministic: bool = False
+) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """What the noise actor chooses; ``deterministic`` takes its mean."""
+
+    def source(features: Tensor | None, prior: Tensor) -> Tensor:
+        device = actor.normalizer.mean.device
+        return actor.act(features.to(device), prior.to(device), deterministic).to(prior)
+
+    return source
+
+
+def prior_noise(space: NoiseSpace) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """The policy's own noise, kept within the noise space's bound: what an untrained actor draws."""
+
+    def source(features: Tensor | None, prior: Tensor) -> Tensor:
+        u = space.squash(prior.flatten(1)[:, : space.dim])
+        return space.expand(u, prior)
+
+    return source

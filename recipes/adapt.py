@@ -1,0 +1,172 @@
+"""`trimtab adapt`: steer a LeRobot policy in an environment by noise-space RL."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import draccus
+from lerobot.envs.configs import EnvConfig
+
+import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
+from trimtab.adapters import PolicyConfig, UserError
+from trimtab.adapters.loading import file_hash, weights_hash
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
+from trimtab.policies.sources import base_noise, steered_noise
+from trimtab.recipes.console import new_output_dir, parse
+from trimtab.recipes.reporting import MetricsWriter, plot_curve, table, write_json
+from trimtab.recipes.session import (
+    EvalConfig,
+    MachineConfig,
+    Session,
+    describe,
+    open_session,
+    summaries,
+)
+from trimtab.rl.algorithms import AlgorithmConfig, DSRLSACConfig
+from trimtab.rl.artefact import is_artefact, save_artefact
+from trimtab.rl.evaluation import Evaluation, evaluate
+from trimtab.rl.train import TrainConfig, Trainer
+
+
+@dataclass
+class AdaptConfig:
+    """``trimtab adapt``."""
+
+    env: EnvConfig
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rl: AlgorithmConfig = field(default_factory=DSRLSACConfig)
+    noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    # Environments that collect experience at the same time.
+    num_envs: int = 8
+    seed: int = 0
+    # Default: outputs/adapt/<date>/<time>.
+    output_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_envs < 1:
+            raise UserError("--num_envs", f"must be at least 1, got {self.num_envs}")
+        if self.seed < 0:
+            raise UserError("--seed", f"cannot be negative, got {self.seed}")
+
+
+@dataclass
+class Outcome:
+    """What a steering run found."""
+
+    evaluations: dict[str, Evaluation]
+    details: dict[str, Any]
+    artefact: Path
+    lines: list[dict[str, Any]]
+    parameters: int
+    seconds: dict[str, float]
+
+
+def main(args: list[str]) -> None:
+    config = parse(AdaptConfig, "adapt", args)
+    if is_artefact(config.policy.path):
+        raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
+    output = new_output_dir(config.output_dir, "adapt")
+    session, folder = open_session(config.policy, config.env, config.eval, config.machine)
+    print(describe(session, folder))
+    outcome = steer(session, folder, config, output)
+    print(f"\n{table(summaries(outcome.evaluations))}\n")
+    print(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
+
+
+def steer(session: Session, folder: Path, config: AdaptConfig, output: Path) -> Outcome:
+    """Evaluate the baselines, train the noise actor, evaluate it, and write everything under ``output``.
+
+    Raises:
+        UserError: from the policy or the environment; nothing is written before training starts.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=session.adapter.device.type == "cpu")
+    if accelerator.num_processes > 1:
+        raise UserError(
+            "accelerate", "steering runs in one process for now; launch it with --num_processes=1"
+        )
+    base_file, base_memory = file_hash(folder), weights_hash(session.adapter.policy)
+    clock = time.perf_counter
+    seconds: dict[str, float] = {}
+    started = clock()
+    with session.evaluation_environments() as vec:
+        evaluations, details = session.baselines(vec, config.seed)
+    seconds["baselines"] = clock() - started
+    started = clock()
+    metrics: MetricsWriter | None = None
+    with session.environments(config.num_envs) as vec:
+        trainer = Trainer(
+            session.runner, vec, accelerator, config.train, config.rl, config.noise, config.seed
+        )
+        metrics = trainer.on_metrics = MetricsWriter(output / "metrics.jsonl")
+        try:
+            actor = trainer.run().actor.eval()
+        finally:
+            metrics.close()
+    seconds["steering"] = clock() - started
+    started = clock()
+    steered = steered_noise(actor, config.eval.deterministic)
+    with session.evaluation_environments() as vec:
+        evaluations["steered"] = evaluate(session.runner, vec, steered, config.eval.seeds, "steered")
+    seconds["steered_evaluation"] = clock() - started
+    if file_hash(folder) != base_file or weights_hash(session.adapter.policy) != base_memory:
+        raise RuntimeError("the base policy changed while it was steered; this is a bug of trimtab")
+    artefact = save_artefact(
+        output / "artefact",
+        actor,
+        config.noise,
+        session.adapter,
+        config.policy,
+        folder,
+        {
+            "env": draccus.encode(config.env, EnvConfig),
+            "seed": config.seed,
+            "env_steps": trainer.collector.env_steps,
+            "episodes": trainer.episodes,
+            "deterministic": config.eval.deterministic,
+            "success": {name: entry for name, entry in summaries(evaluations).items()},
+        },
+    )
+    started = clock()
+    results = summaries(evaluations)
+    title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
+    plot_curve(output / "curve.png", metrics.lines, results, title)
+    session.record(base_noise, output / "before.mp4", "video: base policy")
+    session.record(steered, output / "after.mp4", "video: steered")
+    seconds["pictures"] = clock() - started
+    parameters = sum(parameter.numel() for parameter in actor.parameters())
+    outcome = Outcome(evaluations, details, artefact, metrics.lines, parameters, seconds)
+    write_results(output, outcome, config, trainer, base_file)
+    return outcome
+
+
+def write_results(
+    output: Path, outcome: Outcome, config: AdaptConfig, trainer: Trainer, base_sha256: str
+) -> None:
+    """Write results.json (the table and how it came about) and config.yaml (to run it again)."""
+    write_json(
+        output / "results.json",
+        {
+            "policies": summaries(outcome.evaluations),
+            "constant_noise_search": outcome.details,
+            "env": {"type": config.env.type, "task": config.env.task},
+            "seed": config.seed,
+            "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],
+            "env_steps": trainer.collector.env_steps,
+            "training_episodes": trainer.episodes,
+            "updates": trainer.updates,
+            "actor_parameters": outcome.parameters,
+            "base_sha256": base_sha256,
+            "seconds": {name: round(value, 2) for name, value in outcome.seconds.items()},
+            "train": asdict(config.train),
+        },
+    )
+    with open(output / "config.yaml", "w", encoding="utf-8") as file:
+        draccus.dump(config, file)

@@ -1,0 +1,70 @@
+"""The `trimtab` command. Heavy imports wait until a command runs, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("trimtab.recipes.demo", "make a base policy, steer it, and compare: the whole story in minutes"),
+    "adapt": ("trimtab.recipes.adapt", "steer a LeRobot policy in an environment by noise-space RL"),
+    "eval": (
+        "trimtab.recipes.evaluate",
+        "compare base, zero noise, constant noise and steered on paired seeds",
+    ),
+    "base": ("trimtab.recipes.make_base", "make an embedded base policy for any of Meta-World's 50 tasks"),
+}
+
+USAGE = """usage: trimtab COMMAND [--option=value ...]
+
+Steer a frozen LeRobot policy by learning which noise to feed it.
+
+commands:
+{commands}
+
+Options are LeRobot's: --policy.path=, --env.type=, --env.task=, --config_path=; any field can be set.
+`trimtab COMMAND --help` lists the options of a command.
+"""
+
+
+def usage() -> str:
+    """The text of `trimtab --help`."""
+    return USAGE.format(commands="\n".join(f"  {name:<6} {text}" for name, (_, text) in COMMANDS.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code: 0, or 2 where the user can mend what went wrong."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if args[0] not in COMMANDS:
+        print(f"trimtab: error: no command '{args[0]}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return _run(COMMANDS[args[0]][0], args[0], args[1:])
+
+
+def _run(module: str, command: str, args: list[str]) -> int:
+    import importlib
+
+    from trimtab.recipes.console import quiet, start_worker_server
+
+    quiet()
+    if not {"-h", "--help"} & set(args):
+        start_worker_server()
+    from trimtab.adapters.errors import UserError
+
+    try:
+        run: Callable[[list[str]], None] = importlib.import_module(module).main
+        run(args)
+    except UserError as error:
+        print(f"\ntrimtab {command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ntrimtab {command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

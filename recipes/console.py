@@ -1,0 +1,155 @@
+"""Parsing of options and quiet libraries: what all commands share at the console."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TypeVar
+
+# What every simulator worker needs; LeRobot's part of it takes seconds to import.
+WORKER_MODULES = ["trimtab.rl.envs.vector", "trimtab.rl.envs.metaworld"]
+
+Config = TypeVar("Config")
+
+
+def quiet() -> None:
+    """Keep other libraries' notices off the console; errors still show."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    for name in ("lerobot", "accelerate", "datasets", "torch", "root"):
+        logging.getLogger(None if name == "root" else name).setLevel(logging.ERROR)
+
+
+def start_worker_server() -> None:
+    """Start the process that simulator workers are forked from, to import while this one imports."""
+    import multiprocessing
+    import multiprocessing.forkserver
+
+    if sys.platform == "win32":
+        return
+    multiprocessing.set_forkserver_preload(WORKER_MODULES)
+    multiprocessing.forkserver.ensure_running()
+
+
+def parse(config_class: type[Config], command: str, args: list[str]) -> Config:
+    """Parse ``--option=value`` arguments, and a YAML or JSON file given as ``--config_path``.
+
+    Raises:
+        UserError: an unknown option or a value that does not fit, named.
+        SystemExit: after printing help.
+    """
+    import draccus
+    from draccus.utils import DecodingError, ParsingError
+    from lerobot.configs.parser import print_scoped_help
+
+    from trimtab.adapters.errors import UserError
+
+    if "-h" in args or "--help" in args:
+        print(f"usage: trimtab {command} [--option=value ...]")
+        print_scoped_help(config_class, args)
+        raise SystemExit(0)
+    config_path = _config_path(args)
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return draccus.parse(config_class, args=args)
+    except UserError:
+        raise
+    except SystemExit:
+        raise UserError(*_argparse_error(errors.getvalue(), command)) from None
+    except DecodingError as error:
+        missing = _missing_field(str(error))
+        if missing:
+            raise UserError(*missing) from None
+        key = ".".join(str(part) for part in getattr(error, "key_path", ()))
+        option = f"--{key}" if key else (f"--config_path={config_path}" if config_path else "options")
+        raise UserError(option, str(getattr(error, "message", error))) from None
+    except (ParsingError, ValueError, TypeError, KeyError, OSError) as error:
+        where = f"--config_path={config_path}" if config_path else "options"
+        raise UserError(where, str(error).strip() or type(error).__name__) from None
+    except Exception as error:  # YAML scanner errors come in many classes
+        where = f"--config_path={config_path}" if config_path else "options"
+        raise UserError(where, f"cannot be read ({error})") from None
+
+
+def _config_path(args: list[str]) -> str | None:
+    from trimtab.adapters.errors import UserError
+
+    for index, arg in enumerate(args):
+        if arg.startswith("--config_path="):
+            path = arg.split("=", 1)[1]
+        elif arg == "--config_path" and index + 1 < len(args):
+            path = args[index + 1]
+        else:
+            continue
+        if not Path(path).is_file():
+            raise UserError("--config_path", f"there is no file {path}")
+        return path
+    return None
+
+
+def _argparse_error(text: str, command: str) -> tuple[str, str]:
+    line = next((part for part in reversed(text.strip().splitlines()) if "error:" in part), text.strip())
+    message = line.split("error:", 1)[-1].strip()
+    unknown = "unrecognized arguments:"
+    if message.startswith(unknown):
+        option = message.removeprefix(unknown).split()[0].split("=")[0]
+        return option, f"no such option; `trimtab {command} --help` lists them"
+    if message.startswith("argument "):
+        option, _, rest = message.removeprefix("argument ").partition(":")
+        return option.strip(), rest.strip()
+    return "options", message or "cannot be parsed"
+
+
+def _missing_field(message: str) -> tuple[str, str] | None:
+    """draccus's message about a required field, as the option to give."""
+    if "Missing required field" not in message:
+        return None
+    name = message.split("`")[1] if "`" in message else "env"
+    if name == "env":
+        return (
+            "--env.type",
+            "name the environment, for instance --env.type=metaworld_state or --env.type=pusht",
+        )
+    return f"--{name}", "this option is required"
+
+
+def new_output_dir(path: Path | None, default: str) -> Path:
+    """The folder for a run's output: ``path``, or ``outputs/...`` with date and time, as in LeRobot.
+
+    Raises:
+        UserError: it exists and is not empty, or cannot be made.
+    """
+    import datetime as dt
+
+    from trimtab.adapters.errors import UserError
+
+    if path is None:
+        path = Path("outputs") / default / f"{dt.datetime.now():%Y-%m-%d/%H-%M-%S}"
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError("--output_dir", f"{path} exists and is not empty; name another")
+    probe = path
+    while not probe.exists():
+        probe = probe.parent
+    if not os.access(probe, os.W_OK):
+        raise UserError("--output_dir", f"cannot write to {probe}")
+    return path
+
+
+def default_threads(workers: int) -> int:
+    """Threads for torch beside ``workers`` simulator processes: the rest of the cores, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, cores - workers)
+
+
+def is_terminal() -> bool:
+    """Whether a person is looking."""
+    return sys.stderr.isatty()

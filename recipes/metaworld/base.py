@@ -1,0 +1,168 @@
+"""Make the embedded generalist: demonstrate, record, clone. Once; then it is found in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab.adapters import UserError
+from trimtab.recipes.metaworld.cloning import CloningConfig
+from trimtab.recipes.metaworld.demonstrators import Operator
+from trimtab.rl.envs.metaworld import resolve_task, split_tasks
+
+RECORD = "base.json"
+DEMONSTRATIONS = "demonstrations"
+
+# How the mixture was chosen: recipes/metaworld/README.md.
+DEFAULT_TASKS = "button-press-topdown-v3,hammer-v3,drawer-open-v3,door-open-v3,window-close-v3"
+
+
+def default_demonstrators() -> dict[str, Operator]:
+    """The mixture of the embedded generalist."""
+    return {
+        "button-press-topdown-v3": Operator("blind_spot", p_bad=0.5, offset=0.14),
+        "hammer-v3": Operator("shift", p_bad=0.7, offset=0.05),
+    }
+
+
+@dataclass
+class BaseConfig:
+    """``trimtab base``: which generalist to make."""
+
+    # Meta-World tasks, separated by commas; `--list_tasks=true` prints all 50.
+    tasks: str = DEFAULT_TASKS
+    # Who demonstrates which task, as YAML: '{hammer-v3: {kind: shift, p_bad: 0.7, offset: 0.05}}'.
+    # A task that is not named is demonstrated with care.
+    demonstrators: dict[str, Operator] = field(default_factory=default_demonstrators)
+    # Demonstrations per task.
+    episodes: int = 40
+    # Time limit of a demonstration, in environment steps.
+    episode_length: int = 160
+    cloning: CloningConfig = field(default_factory=CloningConfig)
+    seed: int = 0
+
+    def resolved(self) -> BaseConfig:
+        """The same with full task names, checked.
+
+        Raises:
+            UserError: an unknown task, a demonstrator for a task that is not made, a number out of range.
+        """
+        tasks = split_tasks(self.tasks, "--tasks")
+        if len(set(tasks)) != len(tasks):
+            raise UserError("--tasks", "a task is named twice")
+        operators = {resolve_task(name, "--demonstrators"): op for name, op in self.demonstrators.items()}
+        default = self.demonstrators == default_demonstrators()
+        stray = [name for name in operators if name not in tasks]
+        if stray and not default:
+            raise UserError("--demonstrators", f"{', '.join(stray)} is not among --tasks")
+        for name in ("episodes", "episode_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}", f"must be at least 1, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "num_inference_steps", "n_action_steps"):
+            if getattr(self.cloning, name) < 1:
+                raise UserError(f"--cloning.{name}", f"must be at least 1, got {getattr(self.cloning, name)}")
+        if self.cloning.n_action_steps > self.cloning.horizon:
+            raise UserError(
+                "--cloning.n_action_steps", f"cannot exceed --cloning.horizon={self.cloning.horizon}"
+            )
+        operators = {name: op for name, op in operators.items() if name in tasks}
+        return BaseConfig(
+            ",".join(tasks), operators, self.episodes, self.episode_length, self.cloning, self.seed
+        )
+
+    def key(self) -> str:
+        """A short hash of everything that decides what the base is."""
+        import lerobot
+        import metaworld  # noqa: F401 - its version decides the demonstrations
+        from importlib.metadata import version
+
+        parts = {
+            **asdict(self),
+            "lerobot": lerobot.__version__,
+            "metaworld": version("metaworld"),
+            "recipe": 1,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:12]
+
+
+def cached_base(config: BaseConfig, cache: Path) -> Path:
+    """The folder of the base that ``config`` describes, made now if the cache lacks it."""
+    config = config.resolved()
+    folder = cache / f"metaworld-{config.key()}"
+    if (folder / RECORD).is_file():
+        print(f"base policy: {folder} (cached)")
+        return folder
+    make_base(config, folder)
+    return folder
+
+
+def make_base(config: BaseConfig, folder: Path) -> dict[str, Any]:
+    """Demonstrate, record and clone into ``folder``, which appears only when all of it is there.
+
+    Returns:
+        What ``base.json`` holds: tasks, operators, the demonstrators' success and the loss curve.
+    """
+    import datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from trimtab.recipes.metaworld.cloning import clone, save
+    from trimtab.recipes.metaworld.dataset import REPO_ID, record
+
+    datasets.disable_progress_bars()
+    tasks = config.tasks.split(",")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError("--output_dir", f"cannot write to {folder.parent} ({error.strerror})") from None
+    try:
+        data = work / DEMONSTRATIONS
+        rates = record(data, tasks, config.demonstrators, config.episodes, config.episode_length, config.seed)
+        dataset = LeRobotDataset(REPO_ID, root=data)
+        policy, pre, post, losses = clone(dataset, config.cloning, config.seed)
+        save(work, policy, pre, post)
+        made = {
+            "tasks": tasks,
+            "demonstrators": {task: asdict(config.demonstrators.get(task, Operator())) for task in tasks},
+            "demonstration_success": rates,
+            "episodes_per_task": config.episodes,
+            "episode_length": config.episode_length,
+            "frames": dataset.num_frames,
+            "cloning": asdict(config.cloning),
+            "seed": config.seed,
+            "parameters": sum(p.numel() for p in policy.parameters()),
+            "loss": losses,
+        }
+        (work / RECORD).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        work.chmod(0o755)
+        if folder.exists():
+            raise UserError("--output_dir", f"{folder} appeared while the base was being made; name another")
+        work.rename(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return made
+
+
+def check_task(folder: Path, task: str | None) -> None:
+    """Refuse a task that the embedded generalist in ``folder`` was not trained on.
+
+    Raises:
+        UserError: ``folder`` has a base.json that lists other tasks.
+    """
+    record = folder / RECORD
+    if not record.is_file():
+        return
+    known = json.loads(record.read_text(encoding="utf-8"))["tasks"]
+    for name in split_tasks(task):
+        if name not in known:
+            raise UserError(
+                "--env.task",
+                f"this base was not trained on {name}; it knows {', '.join(known)}. "
+                f"Make one that does: trimtab base --tasks={','.join([*known, name])}",
+            )

@@ -1,0 +1,168 @@
+"""What a run leaves behind: metrics.jsonl, tables, curves and videos."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.rl.evaluation import Evaluation
+from trimtab.rl.statistics import wilson_interval
+
+logger = logging.getLogger(__name__)
+
+NAMES = {
+    "base": "base policy",
+    "zero_noise": "zero noise",
+    "constant_noise": "best constant noise",
+    "steered": "steered",
+}
+
+
+class MetricsWriter:
+    """Appends one JSON object per line; each line reaches the file whole."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        self.lines: list[dict[str, Any]] = []
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """A table of evaluation summaries with counts and 95 % Wilson intervals."""
+    rows = [("policy", "success", "95 % interval", "episodes", "mean steps")]
+    for name, entry in results.items():
+        low, high = entry["ci95"]
+        rows.append(
+            (
+                NAMES.get(name, name),
+                f"{100 * entry['success_rate']:.1f} %",
+                f"{100 * low:.1f} - {100 * high:.1f} %",
+                f"{entry['successes']}/{entry['episodes']}",
+                f"{entry['mean_steps']:.0f}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def plot_curve(
+    path: Path, lines: Sequence[dict[str, Any]], results: dict[str, dict[str, Any]], title: str
+) -> None:
+    """Draw success while learning, with the evaluated policies as levels, and the critic's calibration."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7.2, 6.0), sharex=True, height_ratios=(3, 1.2), layout="constrained"
+    )
+    steps = np.array([line["env_steps"] for line in lines])
+    rate = np.array([line["success_rate"] for line in lines])
+    count = np.array([line["success_window"] for line in lines])
+    band = np.array(
+        [wilson_interval(round(r * n), n) if n else (0.0, 1.0) for r, n in zip(rate, count, strict=True)]
+    )
+    top.fill_between(steps, band[:, 0], band[:, 1], color="tab:blue", alpha=0.15, linewidth=0)
+    top.plot(steps, rate, color="tab:blue", linewidth=2, label="while learning (last 50 episodes)")
+    colours = {
+        "base": "tab:gray",
+        "zero_noise": "tab:olive",
+        "constant_noise": "tab:brown",
+        "steered": "tab:green",
+    }
+    for name, entry in results.items():
+        top.axhline(
+            entry["success_rate"],
+            color=colours.get(name, "black"),
+            linestyle="--",
+            linewidth=1.4,
+            label=f"{NAMES.get(name, name)}: {100 * entry['success_rate']:.1f} % of {entry['episodes']}",
+        )
+    warm = [line["env_steps"] for line in lines if line["acting"] == "base"]
+    if warm:
+        for axis in (top, bottom):
+            axis.axvspan(0, warm[-1], color="black", alpha=0.05, linewidth=0)
+        top.text(warm[-1] / 2, 1.01, "base acts", ha="center", va="bottom", fontsize=8)
+    top.set(ylim=(0, 1.08), ylabel="success rate", title=title)
+    top.legend(loc="center right", fontsize=8)
+    learnt = [line for line in lines if "q_mean" in line]
+    bottom.plot(
+        [line["env_steps"] for line in learnt],
+        [line["q_mean"] for line in learnt],
+        label="mean Q",
+        color="C1",
+    )
+    calibrated = [line for line in lines if "calibration_bias" in line]
+    bottom.plot(
+        [line["env_steps"] for line in calibrated],
+        [line["calibration_bias"] for line in calibrated],
+        label="Q minus return",
+        color="C3",
+    )
+    bottom.axhline(0, color="black", linewidth=0.6)
+    bottom.set(xlabel="environment steps", ylabel="critic")
+    bottom.legend(loc="lower right", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_grid_video(path: Path, evaluation: Evaluation, seeds: Sequence[int], fps: int) -> bool:
+    """Write the recorded episodes of ``seeds`` side by side; a green border marks success.
+
+    Returns:
+        Whether there was anything to write.
+    """
+    from lerobot.utils.io_utils import write_video
+
+    recorded = [(seed, evaluation.frames.get(seed, [])) for seed in seeds]
+    recorded = [(seed, frames) for seed, frames in recorded if frames]
+    if not recorded:
+        return False
+    success = dict(zip(evaluation.seeds, evaluation.successes, strict=True))
+    length = max(len(frames) for _, frames in recorded)
+    columns = min(4, len(recorded))
+    rows = -(-len(recorded) // columns)
+    height, width = recorded[0][1][0].shape[:2]
+    video = []
+    for t in range(length + fps // 2):
+        canvas = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
+        for index, (seed, frames) in enumerate(recorded):
+            tile = frames[min(t, len(frames) - 1)].copy()
+            if t >= len(frames) - 1:
+                colour = (40, 180, 60) if success[seed] else (200, 50, 40)
+                tile[:6], tile[-6:], tile[:, :6], tile[:, -6:] = colour, colour, colour, colour
+            y, x = divmod(index, columns)
+            canvas[y * height : (y + 1) * height, x * width : (x + 1) * width] = tile
+        video.append(canvas)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, video, fps)
+    return True

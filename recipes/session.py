@@ -1,0 +1,191 @@
+"""What `adapt`, `eval` and `demo` share: the configs of a session and its loaded parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.envs.configs import EnvConfig
+
+from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
+from trimtab.adapters.loading import resolve_folder
+from trimtab.policies.sources import NoiseSource, base_noise, constant_noise, zero_noise
+from trimtab.recipes.console import default_threads
+from trimtab.recipes.metaworld.base import check_task
+from trimtab.recipes.reporting import write_grid_video
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
+from trimtab.rl.runner import PolicyRunner
+
+EVALUATION_SEED = 1_000_000  # first episode seed of an evaluation
+SELECTION_SEED = 2_000_000  # first episode seed on which constant noises compete
+
+
+@dataclass
+class EvalConfig:
+    """How policies are evaluated."""
+
+    # Episodes per policy; all policies get the same ones.
+    n_episodes: int = 200
+    # Environments that run at the same time.
+    batch_size: int = 40
+    # First episode seed.
+    seed: int = EVALUATION_SEED
+    # Random constant noises among which the best is sought (0 leaves this baseline out) ...
+    constant_candidates: int = 16
+    # ... and the episodes that each gets for it, on seeds of their own.
+    constant_episodes: int = 20
+    # Take the mean of the actor instead of a sample.
+    deterministic: bool = True
+    # Episodes to render to a video (0: none).
+    videos: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("n_episodes", "batch_size", "constant_episodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--eval.{name}", f"must be at least 1, got {getattr(self, name)}")
+        for name in ("constant_candidates", "videos", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--eval.{name}", f"cannot be negative, got {getattr(self, name)}")
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.seed, self.seed + self.n_episodes))
+
+
+@dataclass
+class MachineConfig:
+    """What of the machine a run may use."""
+
+    # Simulator processes (0 steps the environments in the main process).
+    workers: int = 1
+    # Threads of torch; default: the cores that the workers leave.
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 0 or (self.threads is not None and self.threads < 1):
+            raise UserError("--machine.threads", "must be at least 1, and --machine.workers at least 0")
+
+    def apply(self) -> None:
+        torch.set_num_threads(self.threads or default_threads(self.workers))
+
+
+@dataclass
+class Session:
+    """A frozen policy in an environment, ready to evaluate or steer."""
+
+    adapter: PolicyAdapter
+    env: EnvConfig
+    eval: EvalConfig
+    machine: MachineConfig
+    runner: PolicyRunner = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.runner = PolicyRunner(self.adapter, self.env)
+
+    @contextmanager
+    def environments(self, count: int, workers: int | None = None) -> Iterator[ChunkVectorEnv]:
+        """Environments of this session, closed at the end.
+
+        Raises:
+            UserError: the environment cannot be built.
+        """
+        try:
+            vec = ChunkVectorEnv(
+                self.env,
+                count,
+                self.machine.workers if workers is None else workers,
+                self.adapter.n_obs_steps,
+            )
+        except (UserError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            lines = str(error).strip().splitlines()
+            raise UserError("--env.type", f"'{self.env.type}' cannot be built: {lines[-1]}") from None
+        try:
+            yield vec
+        finally:
+            vec.close()
+
+    def evaluation_environments(self) -> Any:
+        """As many environments as an evaluation uses, on all cores."""
+        count = min(self.eval.batch_size, self.eval.n_episodes)
+        return self.environments(count, max(self.machine.workers, 2) if self.machine.workers else 0)
+
+    def baselines(self, vec: ChunkVectorEnv, seed: int) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+        """Evaluate the base under its own noise, zero noise and the best constant noise.
+
+        Returns:
+            (evaluations by name, details of the search for a constant)
+        """
+        found = {
+            "base": evaluate(self.runner, vec, base_noise, self.eval.seeds, "base policy"),
+            "zero_noise": evaluate(self.runner, vec, zero_noise, self.eval.seeds, "zero noise"),
+        }
+        details: dict[str, Any] = {}
+        if self.eval.constant_candidates:
+            selection = range(SELECTION_SEED, SELECTION_SEED + self.eval.constant_episodes)
+            noise, rates = best_constant(
+                self.runner, vec, constant_noise, self.eval.constant_candidates, selection, seed
+            )
+            found["constant_noise"] = evaluate(
+                self.runner, vec, constant_noise(noise), self.eval.seeds, "best constant noise"
+            )
+            details = {"selection_success": rates, "selection_episodes": self.eval.constant_episodes}
+        return found, details
+
+    def record(self, source: NoiseSource, path: Path, label: str) -> bool:
+        """Render the first evaluation episodes under ``source`` to an MP4. A machine that cannot render
+        gets a line saying so, and no video.
+        """
+        seeds = self.eval.seeds[: self.eval.videos]
+        if not seeds:
+            return False
+        try:
+            with self.environments(len(seeds), 1) as vec:
+                outcome = evaluate(self.runner, vec, source, seeds, label, record=seeds)
+            return write_grid_video(path, outcome, seeds, fps=20)
+        except (RuntimeError, UserError, OSError, ImportError) as error:
+            print(f"no video {path.name}: this machine cannot render ({str(error).strip().splitlines()[-1]})")
+            return False
+
+
+def open_session(
+    policy: PolicyConfig, env: EnvConfig, eval_config: EvalConfig, machine: MachineConfig
+) -> tuple[Session, Path]:
+    """Load the base policy for an environment; returns the session and the base's folder."""
+    machine.apply()
+    if not policy.path:
+        raise UserError("--policy.path", "name the folder or Hub repository of the base policy")
+    folder = resolve_folder(policy.path, policy.revision)
+    if env.type == "metaworld_state":
+        check_task(folder, env.task)
+    adapter = load_adapter(policy)
+    for note in adapter.notes:
+        print(f"note: {note}")
+    return Session(adapter, env, eval_config, machine), folder
+
+
+def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:
+    """The JSON form of evaluations."""
+    return {name: evaluation.summary() for name, evaluation in evaluations.items()}
+
+
+def describe(session: Session, folder: Path) -> str:
+    """Two lines about what is going to be steered."""
+    spec, parameters = session.adapter.noise_spec, session.adapter.policy.parameters()
+    size = sum(parameter.numel() for parameter in parameters)
+    return (
+        f"base policy: {folder} ({session.adapter.policy_type}, {size / 1e6:.2f} M parameters, frozen)\n"
+        f"environment: {session.env.type}, {session.env.task}; noise {tuple(spec.shape)}, "
+        f"{session.adapter.chunk_shape[0]} actions per chunk"
+    )
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,68 @@
+"""What every noise-space algorithm offers to the training loop."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+import draccus
+import torch
+from torch import Tensor, nn
+
+from trimtab.policies.actor import NoiseActor
+from trimtab.policies.noise_space import NoiseSpace
+from trimtab.rl.replay import Batch
+
+
+@dataclass
+class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
+    """``--rl.type=...``: the algorithm and its settings."""
+
+    # Discount per environment step.
+    gamma: float = 0.99
+    # Chunks in an n-step return.
+    n_step: int = 3
+    batch_size: int = 256
+
+    @property
+    def type(self) -> str:
+        return self.get_choice_name(self.__class__)
+
+    @abc.abstractmethod
+    def build(
+        self,
+        feature_dim: int,
+        space: NoiseSpace,
+        accelerator: Any,
+        bounds: tuple[float, float] | None,
+    ) -> Algorithm:
+        """Build the algorithm for a policy's features and noise space."""
+
+
+class Algorithm(nn.Module, abc.ABC):
+    """Trains a noise actor from replayed transitions.
+
+    Attributes:
+        actor: what acts and what is deployed.
+    """
+
+    actor: NoiseActor
+
+    @abc.abstractmethod
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step. Metrics come back as detached scalars, not yet synchronised."""
+
+    @abc.abstractmethod
+    def value(self, features: Tensor, u: Tensor) -> Tensor:
+        """The critic's estimate (B,) of the return of feeding ``u``, for diagnostics."""
+
+    @abc.abstractmethod
+    def fit_normalizer(self, features: Tensor) -> None:
+        """Take the statistics that standardise the observation features."""
+
+
+@torch.no_grad()
+def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """Move ``target`` a fraction ``tau`` towards ``source``."""
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)

@@ -1,0 +1,179 @@
+"""One environment stepped a whole action chunk at a time."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from trimtab.adapters.errors import UserError
+
+# One environment's raw observation: arrays by key; cameras may sit one level deeper (`pixels`).
+RawObservation = dict[str, Any]
+
+
+@dataclass
+class ChunkResult:
+    """What came of one action chunk.
+
+    Attributes:
+        observation: the observation history to act on next, each entry (n_obs_steps, ...). After an
+            episode's end it belongs to the next episode, or is ``None`` when there is none.
+        final_observation: the history at the true last step of an episode that ended, else ``None``.
+        rewards: (k,) the environment's own reward of each step really executed, ``1 <= k <= chunk``.
+        successes: (k,) whether the environment reported success at each of these steps.
+        terminated: the episode ended in a terminal state (the bootstrap is cut).
+        truncated: the episode was cut off (time limit); the bootstrap is kept.
+        seed: the seed that the running episode was reset with.
+        frames: rendered frames of this chunk, where asked for.
+    """
+
+    observation: RawObservation | None
+    final_observation: RawObservation | None
+    rewards: np.ndarray
+    successes: np.ndarray
+    terminated: bool
+    truncated: bool
+    seed: int
+    frames: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def ended(self) -> bool:
+        return self.terminated or self.truncated
+
+    @property
+    def steps(self) -> int:
+        return len(self.rewards)
+
+
+class ChunkEnv:
+    """Steps a Gymnasium environment through action chunks and keeps its observation history.
+
+    The history is what LeRobot's ``select_action`` would have queued: the last ``n_obs_steps``
+    observations, the first one repeated after a reset.
+
+    Args:
+        env: the environment; success is read from ``info["is_success"]`` as in LeRobot.
+        n_obs_steps: length of the observation history.
+        frame_every: where rendering is asked for, keep a frame every so many steps.
+    """
+
+    def __init__(self, env: gym.Env, n_obs_steps: int = 1, frame_every: int = 2) -> None:
+        self.env = env
+        self.frame_every = frame_every
+        self.render = False
+        self._history: deque[RawObservation] = deque(maxlen=n_obs_steps)
+        self._seed = -1
+        self._step = 0
+        self._running = False
+        self._frames: list[np.ndarray] = []
+
+    @property
+    def task_description(self) -> str:
+        """The language instruction, as ``lerobot-eval`` finds it; empty where there is none."""
+        unwrapped = self.env.unwrapped
+        for name in ("task_description", "task"):
+            value = getattr(unwrapped, name, None)
+            if isinstance(value, str) and value:
+                return value
+        return ""
+
+    def reset(self, seed: int) -> RawObservation:
+        """Start the episode of ``seed`` and return its observation history."""
+        observation, _ = self.env.reset(seed=int(seed))
+        check_finite(observation)
+        self._history.extend([observation] * self._history.maxlen)
+        self._seed, self._step, self._running = int(seed), 0, True
+        self._frames = [self.env.render()] if self.render else []
+        return self._stacked()
+
+    def step_chunk(self, actions: np.ndarray, next_seed: int | None) -> ChunkResult:
+        """Execute ``actions`` (T, action_dim) until the chunk or the episode ends.
+
+        Args:
+            actions: un-normalised actions.
+            next_seed: seed of the episode to start should this one end; ``None`` leaves it ended.
+
+        Raises:
+            UserError: NaN or Inf in an action, observation or reward.
+        """
+        if not self._running:
+            raise RuntimeError("step_chunk called on an episode that has ended: reset it first")
+        if not np.isfinite(actions).all():
+            raise UserError(
+                "--policy.path",
+                "the policy produced a NaN or Inf action; its weights or statistics are broken",
+            )
+        rewards: list[float] = []
+        successes: list[bool] = []
+        terminated = truncated = False
+        for action in actions:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            check_finite(observation)
+            if not np.isfinite(reward):
+                raise UserError("--env.type", f"the environment returned the reward {reward}")
+            self._history.append(observation)
+            self._step += 1
+            rewards.append(float(reward))
+            successes.append(_is_success(info))
+            ended = terminated or truncated
+            if self.render and (ended or self._step % self.frame_every == 0):
+                self._frames.append(self.env.render())
+            if ended:
+                break
+        frames, self._frames = self._frames, []
+        result = ChunkResult(
+            observation=None,
+            final_observation=None,
+            rewards=np.asarray(rewards),
+            successes=np.asarray(successes),
+            terminated=bool(terminated),
+            # An episode that succeeds in its very last step has terminated, not run out of time.
+            truncated=bool(truncated) and not terminated,
+            seed=self._seed,
+            frames=frames,
+        )
+        if result.ended:
+            self._running = False
+            result.final_observation = self._stacked()
+            if next_seed is not None:
+                result.observation = self.reset(next_seed)
+        else:
+            result.observation = self._stacked()
+        return result
+
+    def close(self) -> None:
+        self.env.close()
+
+    def _stacked(self) -> RawObservation:
+        return _stack(list(self._history))
+
+
+def _is_success(info: dict[str, Any]) -> bool:
+    if "is_success" in info:
+        return bool(info["is_success"])
+    return bool(info.get("final_info", {}).get("is_success", False))
+
+
+def _stack(items: list[Any]) -> Any:
+    """Stack a list of (nested) dicts of arrays along a new first axis."""
+    if isinstance(items[0], dict):
+        return {key: _stack([item[key] for item in items]) for key in items[0]}
+    return np.stack(items)
+
+
+def stack_observations(observations: list[RawObservation]) -> RawObservation:
+    """Batch observation histories: entries (n_obs_steps, ...) become (B, n_obs_steps, ...)."""
+    return _stack(observations)
+
+
+def check_finite(observation: RawObservation) -> None:
+    """Raise a UserError where a floating-point entry of the observation is NaN or Inf."""
+    for key, value in observation.items():
+        if isinstance(value, dict):
+            check_finite(value)
+        elif np.issubdtype(np.asarray(value).dtype, np.floating) and not np.isfinite(value).all():
+            raise UserError("--env.type", f"the environment returned NaN or Inf in its observation '{key}'")

@@ -1,0 +1,283 @@
+"""Meta-World with its 39-number state as the observation, registered as a LeRobot environment.
+
+LeRobot's own ``metaworld`` environment renders a 480x480 image at every step and hides the state.
+This one returns the state, renders on request only, and resets from a cached post-reset state.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs.configs import EnvConfig
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
+
+from trimtab.adapters.errors import UserError
+
+STATE_DIM = 39
+AGENT_DIM = 4
+ACTION_DIM = 4
+NUM_TASKS = 50
+RENDER_SIZE = 256
+
+
+def task_names() -> list[str]:
+    """The 50 tasks of MT50 in Meta-World's order; a task's place is its one-hot index."""
+    choose_gl_backend()
+    from metaworld import ALL_V3_ENVIRONMENTS
+
+    return list(ALL_V3_ENVIRONMENTS)
+
+
+def resolve_task(name: str, option: str = "--env.task") -> str:
+    """Return Meta-World's name for ``name``; the ``-v3`` may be left out.
+
+    Raises:
+        UserError: no such task; the message names the closest ones.
+    """
+    import difflib
+
+    names = task_names()
+    full = name if name.endswith("-v3") else f"{name}-v3"
+    if full in names:
+        return full
+    close = difflib.get_close_matches(full, names, n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(close)}?" if close else "`trimtab base --list_tasks=true` lists all 50"
+    raise UserError(option, f"Meta-World has no task '{name}'; {hint}")
+
+
+def split_tasks(tasks: str | None, option: str = "--env.task") -> list[str]:
+    """Split a comma-separated list of task names and resolve each."""
+    found = [resolve_task(part.strip(), option) for part in (tasks or "").split(",") if part.strip()]
+    if not found:
+        raise UserError(option, "name at least one Meta-World task, for instance hammer-v3")
+    return found
+
+
+def choose_gl_backend() -> None:
+    """Let MuJoCo render without a display. Works only before ``mujoco`` is first imported."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")
+
+
+def make_simulator(task: str) -> Any:
+    """Build Meta-World's own environment for ``task``, seeded resets, goal visible, cached hand reset."""
+    choose_gl_backend()
+    from metaworld import ALL_V3_ENVIRONMENTS
+
+    cls = type(f"Cached{task}", (ALL_V3_ENVIRONMENTS[task], _cached_reset_class()), {})
+    sim = cls(render_mode="rgb_array", camera_name="corner2", width=RENDER_SIZE, height=RENDER_SIZE)
+    sim._partially_observable = False
+    sim.__dict__.pop("sawyer_observation_space", None)  # cached while the goal was hidden
+    sim._set_task_called = True
+    sim._freeze_rand_vec = False
+    sim.seeded_rand_vec = True
+    sim.model.cam_pos[2] = [0.75, 0.075, 0.7]  # where LeRobot's wrapper puts `corner2`
+    return sim
+
+
+_CACHED_RESET: type | None = None
+
+
+def _cached_reset_class() -> type:
+    """A class between a task and ``SawyerXYZEnv`` whose resets are fast and free of history.
+
+    Meta-World's reset simulates 50 steps of hand motion, twice, and starts from whatever the last
+    episode left in the model (a button's box, a goal site). Here the model is put back first, so the
+    hand motion is always the same and its result can be copied instead of simulated. Meta-World's
+    draws are untouched: a seed gives the start that it gives in LeRobot's wrapper.
+    """
+    global _CACHED_RESET
+    if _CACHED_RESET is not None:
+        return _CACHED_RESET
+
+    import copy
+
+    import mujoco
+    from metaworld.sawyer_xyz_env import SawyerXYZEnv
+
+    # Every field of the model that one of the 50 tasks writes at reset.
+    model_fields = ("body_pos", "body_quat", "site_pos", "site_quat", "geom_pos", "geom_quat")
+
+    class CachedReset(SawyerXYZEnv):
+        def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+            if "_pristine" not in self.__dict__:
+                self._pristine = {name: getattr(self.model, name).copy() for name in model_fields}
+                self._pristine_prev_obs = self._prev_obs.copy()
+            self._restore_model()
+            self._prev_obs = self._pristine_prev_obs.copy()
+            if seed is not None:
+                self.seed(seed)
+            mujoco.mj_resetData(self.model, self.data)
+            _, info = super().reset()
+            # 12 of the tasks move a body and then observe without recomputing positions, so that
+            # Meta-World's first observation shows the object where it was before. Ours shows it where it is.
+            mujoco.mj_forward(self.model, self.data)
+            self._prev_obs = self._get_curr_obs_combined_no_goal()
+            return self._get_obs().astype(np.float64), info
+
+        def _restore_model(self) -> None:
+            for name, value in self._pristine.items():
+                getattr(self.model, name)[:] = value
+
+        def _reset_hand(self, steps: int = 50) -> None:
+            self._restore_model()
+            cache = self.__dict__.setdefault("_hand_cache", {})
+            if steps not in cache:
+                mujoco.mj_resetData(self.model, self.data)
+                super()._reset_hand(steps)
+                cache[steps] = (copy.copy(self.data), self.init_tcp.copy())
+            data, init_tcp = cache[steps]
+            mujoco.mj_copyData(self.data, self.model, data)
+            self.init_tcp = init_tcp.copy()
+
+    _CACHED_RESET = CachedReset
+    return CachedReset
+
+
+class MetaworldStateEnv(gym.Env):
+    """One Meta-World task: state observation, sparse success, time limit as truncation.
+
+    Observation (a dict, LeRobot's keys):
+        ``agent_pos``: (4,) hand position in metres and gripper opening in [0, 1];
+        ``environment_state``: (85,) the other 35 numbers of Meta-World's state (objects, the previous
+        frame, the goal) and the task's one-hot over MT50.
+    Action: (4,) in [-1, 1]: hand displacement (1 = 1 cm) and gripper effort.
+    Reward: 1.0 at the step that succeeds, else 0.0. Success terminates; ``episode_length`` truncates.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 - Gymnasium's own form
+
+    def __init__(self, task: str, episode_length: int = 160, render_mode: str | None = "rgb_array") -> None:
+        super().__init__()
+        choose_gl_backend()
+        from lerobot.envs.metaworld import TASK_DESCRIPTIONS
+
+        self.task = resolve_task(task)
+        self.task_description = TASK_DESCRIPTIONS[self.task]
+        self.render_mode = render_mode
+        self._max_episode_steps = episode_length
+        self._one_hot = np.eye(NUM_TASKS)[task_names().index(self.task)]
+        self._sim: Any = None  # built at the first reset, inside the worker process
+        self._renderer: Any = None
+        self._steps = 0
+        self.state = np.zeros(STATE_DIM)
+        self.observation_space = gym.spaces.Dict(
+            {
+                "agent_pos": gym.spaces.Box(-np.inf, np.inf, (AGENT_DIM,), np.float64),
+                "environment_state": gym.spaces.Box(
+                    -np.inf, np.inf, (STATE_DIM - AGENT_DIM + NUM_TASKS,), np.float64
+                ),
+            }
+        )
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        super().reset(seed=seed)
+        if self._sim is None:
+            self._sim = make_simulator(self.task)
+        if seed is None and self._steps == 0 and self._sim.current_seed is None:
+            seed = int(self.np_random.integers(2**31))  # Meta-World has no generator before its first seed
+        state, _ = self._sim.reset(seed=seed)
+        self._sim.current_seed = seed if seed is not None else self._sim.current_seed
+        self._steps = 0
+        self.state = state
+        return self._observation(), {"is_success": False}
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        action = np.asarray(action, dtype=np.float32)
+        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+            raise ValueError(f"expected {ACTION_DIM} finite numbers as action, got {action}")
+        self.state, _, _, _, info = self._sim.step(np.clip(action, -1.0, 1.0))
+        self._steps += 1
+        success = bool(info["success"])
+        truncated = not success and self._steps >= self._max_episode_steps
+        return self._observation(), float(success), success, truncated, {"is_success": success}
+
+    def render(self) -> np.ndarray:
+        """An RGB frame (256, 256, 3) of camera ``corner2``, upright."""
+        import mujoco
+
+        if self._renderer is None:
+            # Shadows and multisampling cost ten times the rest on a CPU; a video does without them.
+            self._sim.model.vis.quality.offsamples = 0
+            self._renderer = mujoco.Renderer(self._sim.model, RENDER_SIZE, RENDER_SIZE)
+        self._renderer.update_scene(self._sim.data, camera="corner2")
+        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        return np.ascontiguousarray(self._renderer.render()[::-1, ::-1])  # `corner2` hangs upside down
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        if self._sim is not None:
+            self._sim.close()
+            self._sim = None
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        return {
+            "agent_pos": self.state[:AGENT_DIM].copy(),
+            "environment_state": np.concatenate([self.state[AGENT_DIM:], self._one_hot]),
+        }
+
+
+@EnvConfig.register_subclass("metaworld_state")
+@dataclass
+class MetaworldStateConfig(EnvConfig):
+    """``--env.type=metaworld_state``: one Meta-World task, or several separated by commas."""
+
+    task: str | None = "hammer-v3"
+    fps: int = 80
+    # Time limit in environment steps (1/80 s each).
+    episode_length: int = 160
+    render_mode: str = "rgb_array"
+    features: dict[str, PolicyFeature] = field(
+        default_factory=lambda: {
+            ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(ACTION_DIM,)),
+            "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(AGENT_DIM,)),
+            "environment_state": PolicyFeature(
+                type=FeatureType.ENV, shape=(STATE_DIM - AGENT_DIM + NUM_TASKS,)
+            ),
+        }
+    )
+    features_map: dict[str, str] = field(
+        default_factory=lambda: {
+            ACTION: ACTION,
+            "agent_pos": OBS_STATE,
+            "environment_state": OBS_ENV_STATE,
+        }
+    )
+
+    @property
+    def gym_kwargs(self) -> dict:
+        return {"episode_length": self.episode_length, "render_mode": self.render_mode}
+
+    def create_envs(
+        self, n_envs: int, use_async_envs: bool = False
+    ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
+        """LeRobot's form: ``{"metaworld_state": {task_id: vector environment}}``, one entry per task."""
+        asynchronous = use_async_envs and n_envs > 1
+        cls = gym.vector.AsyncVectorEnv if asynchronous else gym.vector.SyncVectorEnv
+        extra = {"context": "forkserver"} if asynchronous else {}
+        out: dict[int, gym.vector.VectorEnv] = {}
+        for index, task in enumerate(split_tasks(self.task)):
+            factories = [_EnvFactory(task, self.gym_kwargs) for _ in range(n_envs)]
+            out[index] = cls(factories, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, **extra)
+        return {self.type: out}
+
+
+@dataclass
+class _EnvFactory:
+    """A picklable ``() -> environment`` for vector environments in other processes."""
+
+    task: str
+    kwargs: dict
+
+    def __call__(self) -> MetaworldStateEnv:
+        return MetaworldStateEnv(self.task, **self.kwargs)

@@ -1,0 +1,215 @@
+"""Many chunk environments in worker processes: one message per worker and chunk."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import sys
+import traceback
+from typing import Any
+
+import numpy as np
+from lerobot.envs.configs import EnvConfig
+
+from trimtab.adapters.errors import UserError
+from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, RawObservation
+
+
+def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
+    """Build one bare environment of a LeRobot ``EnvConfig``.
+
+    LeRobot's vector environments reset or freeze a sub-environment on their own, which would lose
+    the last observation; the environment inside them does not.
+
+    Args:
+        config: any LeRobot environment config, ours included.
+        task_index: which of the config's tasks, where it has several.
+    """
+    tasks = [vec for by_task in config.create_envs(1, False).values() for vec in by_task.values()]
+    for index, vec in enumerate(tasks):
+        if index != task_index % len(tasks):
+            vec.close()
+    return tasks[task_index % len(tasks)].envs[0]
+
+
+class _Group:
+    """The environments of one worker (or of this process)."""
+
+    def __init__(self, config: EnvConfig, indices: list[int], n_obs_steps: int, frame_every: int) -> None:
+        self.envs = {i: ChunkEnv(make_single_env(config, i), n_obs_steps, frame_every) for i in indices}
+
+    def describe(self) -> dict[int, tuple[str, str]]:
+        return {
+            i: (env.task_description, str(getattr(env.env.unwrapped, "task", "") or ""))
+            for i, env in self.envs.items()
+        }
+
+    def reset(self, seeds: dict[int, int], render: dict[int, bool]) -> dict[int, RawObservation]:
+        for i in seeds:
+            self.envs[i].render = render.get(i, False)
+        return {i: self.envs[i].reset(seed) for i, seed in seeds.items()}
+
+    def step(
+        self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]
+    ) -> dict[int, ChunkResult]:
+        return {i: self.envs[i].step_chunk(chunk, next_seeds[i]) for i, chunk in chunks.items()}
+
+    def close(self) -> None:
+        for env in self.envs.values():
+            with contextlib.suppress(Exception):
+                env.close()
+
+
+def _worker(connection: Any, config: EnvConfig, indices: list[int], n_obs_steps: int, every: int) -> None:
+    """Serve one group of environments over a pipe until told to stop."""
+    import torch
+
+    torch.set_num_threads(1)  # the cores belong to the learner
+    group: _Group | None = None
+    try:
+        group = _Group(config, indices, n_obs_steps, every)
+        connection.send(("ok", group.describe()))
+        while True:
+            command, args = connection.recv()
+            if command == "close":
+                break
+            connection.send(("ok", getattr(group, command)(*args)))
+    except UserError as error:
+        connection.send(("user_error", (error.option, error.message)))
+    except (EOFError, KeyboardInterrupt, BrokenPipeError):
+        pass
+    except BaseException:
+        with contextlib.suppress(OSError):
+            connection.send(("error", traceback.format_exc()))
+    finally:
+        if group is not None:
+            group.close()
+
+
+class ChunkVectorEnv:
+    """``num_envs`` chunk environments, spread over ``num_workers`` processes.
+
+    Environment ``i`` runs task ``i % number_of_tasks`` of the config. ``send`` and ``receive`` are
+    apart so that the caller can do other work while the simulators step.
+
+    Args:
+        config: a LeRobot environment config.
+        num_envs: number of environments.
+        num_workers: processes; 0 steps them in this process.
+        n_obs_steps: observation history that the policy looks at.
+        frame_every: keep a rendered frame every so many steps, where rendering is on.
+    """
+
+    def __init__(
+        self,
+        config: EnvConfig,
+        num_envs: int,
+        num_workers: int = 1,
+        n_obs_steps: int = 1,
+        frame_every: int = 2,
+    ) -> None:
+        self.num_envs = num_envs
+        self._local: _Group | None = None
+        self._workers: list[tuple[Any, Any, list[int]]] = []
+        self._pending: dict[int, Any] = {}
+        indices = list(range(num_envs))
+        if num_workers <= 0:
+            self._local = _Group(config, indices, n_obs_steps, frame_every)
+            described = self._local.describe()
+        else:
+            described = self._start(config, indices, num_workers, n_obs_steps, frame_every)
+        self.task_descriptions = [described[i][0] for i in indices]
+        self.task_names = [described[i][1] for i in indices]
+
+    def _start(
+        self, config: EnvConfig, indices: list[int], num_workers: int, n_obs_steps: int, every: int
+    ) -> dict[int, tuple[str, str]]:
+        # A forked copy of a process that runs torch threads can deadlock: fork from a clean server.
+        context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+        if sys.platform != "win32":
+            context.set_forkserver_preload(["trimtab.rl.envs.vector", type(config).__module__])
+        described: dict[int, tuple[str, str]] = {}
+        for part in np.array_split(indices, min(num_workers, len(indices))):
+            ours, theirs = context.Pipe()
+            members = [int(i) for i in part]
+            process = context.Process(
+                target=_worker, args=(theirs, config, members, n_obs_steps, every), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours, members))
+        for worker in self._workers:
+            described.update(self._receive_from(worker))
+        return described
+
+    def reset(
+        self, seeds: dict[int, int], render: dict[int, bool] | None = None
+    ) -> dict[int, RawObservation]:
+        """Reset the environments named in ``seeds`` and return their observation histories."""
+        self._dispatch("reset", seeds, render or {})
+        return self.receive()
+
+    def send(self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]) -> None:
+        """Start stepping ``chunks`` (each (T, action_dim)); ``next_seeds`` as in ``ChunkEnv.step_chunk``."""
+        self._dispatch("step", chunks, next_seeds)
+
+    def receive(self) -> dict[int, Any]:
+        """Wait for what ``send`` started: a ``ChunkResult`` for each environment."""
+        if self._local is not None:
+            results, self._pending = self._pending, {}
+            return results
+        merged: dict[int, Any] = {}
+        for number in list(self._pending):
+            merged.update(self._receive_from(self._workers[number]))
+            del self._pending[number]
+        return dict(sorted(merged.items()))
+
+    def _dispatch(self, command: str, per_env: dict[int, Any], extra: dict[int, Any]) -> None:
+        if self._pending:
+            raise RuntimeError("the environments are still stepping: call receive() first")
+        if self._local is not None:
+            self._pending = getattr(self._local, command)(per_env, extra)
+            return
+        for number, worker in enumerate(self._workers):
+            mine = {i: per_env[i] for i in worker[2] if i in per_env}
+            if mine:
+                try:
+                    worker[1].send((command, (mine, {i: extra[i] for i in mine if i in extra})))
+                except (BrokenPipeError, ConnectionResetError):
+                    self._receive_from(worker)  # raises with what the worker said last
+                self._pending[number] = True
+
+    def _receive_from(self, worker: tuple[Any, Any, list[int]]) -> dict[int, Any]:
+        process, connection, members = worker
+        try:
+            status, payload = connection.recv()
+        except (EOFError, ConnectionResetError):
+            process.join(1)
+            raise RuntimeError(
+                f"the worker of environments {members[0]}-{members[-1]} died with exit code {process.exitcode}"
+            ) from None
+        if status == "ok":
+            return payload
+        if status == "user_error":
+            raise UserError(*payload)
+        raise RuntimeError(f"an environment worker failed:\n{payload}")
+
+    def close(self) -> None:
+        """Stop the workers. Safe to call twice."""
+        if self._local is not None:
+            self._local.close()
+        for process, connection, _ in self._workers:
+            with contextlib.suppress(OSError):
+                connection.send(("close", ()))
+            process.join(5)
+            if process.is_alive():
+                process.terminate()
+            connection.close()
+        self._workers, self._pending = [], {}
+
+    def __enter__(self) -> ChunkVectorEnv:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

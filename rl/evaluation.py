@@ -1,0 +1,161 @@
+"""Paired, vectorised evaluation of noise sources on the same frozen policy and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trimtab.adapters import Conditioning
+from trimtab.policies.sources import NoiseSource
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.statistics import wilson_interval
+
+
+@dataclass
+class Evaluation:
+    """The outcome of each evaluated episode.
+
+    Attributes:
+        seeds: episode seeds, in the order asked for.
+        successes: (N,) bool, in the same order.
+        steps: (N,) environment steps of each episode.
+        frames: rendered frames by seed, for the seeds that were recorded.
+    """
+
+    seeds: list[int]
+    successes: np.ndarray
+    steps: np.ndarray
+    frames: dict[int, list[np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def success_rate(self) -> float:
+        return float(self.successes.mean())
+
+    def summary(self) -> dict[str, Any]:
+        """``{"successes", "episodes", "success_rate", "ci95": [low, high], "mean_steps"}``."""
+        count, total = int(self.successes.sum()), len(self.successes)
+        return {
+            "successes": count,
+            "episodes": total,
+            "success_rate": count / total,
+            "ci95": list(wilson_interval(count, total)),
+            "mean_steps": float(self.steps.mean()),
+        }
+
+
+def evaluate(
+    runner: PolicyRunner,
+    vec: ChunkVectorEnv,
+    source: NoiseSource | Sequence[NoiseSource],
+    seeds: Sequence[int],
+    label: str = "evaluation",
+    record: Sequence[int] = (),
+    progress: bool = True,
+) -> Evaluation:
+    """Run one episode for each seed.
+
+    The prior noise of an episode comes from its own generator, seeded by the episode's seed: what
+    happens in it depends neither on the number of environments nor on their order, and two sources meet
+    the same start and the same draws.
+
+    Args:
+        runner: the frozen policy.
+        vec: environments; each takes the next seed as it finishes.
+        source: who chooses the noise; or one source per seed, to compare many in one sweep.
+        seeds: episode seeds.
+        label: shown on the progress bar with the running success rate.
+        record: seeds whose episodes are rendered (each must run first in its environment).
+        progress: show the bar.
+    """
+    sources: list[NoiseSource] = [source] * len(seeds) if callable(source) else list(source)
+    total = len(seeds)
+    successes, steps = np.zeros(total, dtype=bool), np.zeros(total, dtype=np.int64)
+    frames: dict[int, list[np.ndarray]] = {}
+    queue = iter(range(total))
+    episode = {i: k for i, k in zip(range(vec.num_envs), queue, strict=False)}  # environment -> episode
+    reserved = {i: next(queue, None) for i in episode}  # the episode that each would start next
+    generators = {k: torch.Generator().manual_seed(int(seeds[k])) for k in range(total)}
+    render = {i: seeds[k] in record for i, k in episode.items()}
+    observations = vec.reset({i: int(seeds[k]) for i, k in episode.items()}, render)
+    bar = tqdm(total=total, desc=label, unit="ep", dynamic_ncols=True, disable=not progress, leave=False)
+    while episode:
+        active = sorted(episode)
+        conditioning = runner.encode(
+            [observations[i] for i in active], [vec.task_descriptions[i] for i in active]
+        )
+        prior = torch.cat([runner.prior(1, generators[episode[i]]) for i in active])
+        noise = _choose(runner, conditioning, prior, [sources[episode[i]] for i in active])
+        actions = runner.decode(conditioning, noise)
+        following = {i: int(seeds[k]) if (k := reserved[i]) is not None else None for i in active}
+        vec.send({i: actions[row] for row, i in enumerate(active)}, following)
+        for i, result in vec.receive().items():
+            k = episode[i]
+            successes[k] |= bool(result.successes.any())
+            steps[k] += result.steps
+            if seeds[k] in record:
+                frames.setdefault(int(seeds[k]), []).extend(result.frames)
+            observations[i] = result.observation
+            if result.ended:
+                bar.update()
+                bar.set_postfix_str(f"success {successes[:total].sum() / bar.n:.2f}" if bar.n else "")
+                if reserved[i] is None:
+                    del episode[i]
+                else:
+                    episode[i], reserved[i] = reserved[i], next(queue, None)
+    bar.close()
+    return Evaluation([int(s) for s in seeds], successes, steps, frames)
+
+
+def _choose(
+    runner: PolicyRunner, conditioning: Conditioning, prior: Tensor, sources: list[NoiseSource]
+) -> Tensor:
+    """Ask each row's source for its noise, one call per distinct source."""
+    features = runner.features(conditioning)
+    noise = torch.empty_like(prior)
+    for source in {id(s): s for s in sources}.values():
+        rows = [row for row, other in enumerate(sources) if other is source]
+        noise[rows] = source(features[rows], prior[rows])
+    return noise
+
+
+def best_constant(
+    runner: PolicyRunner,
+    vec: ChunkVectorEnv,
+    make_source: Callable[[Tensor], NoiseSource],
+    candidates: int,
+    seeds: Sequence[int],
+    seed: int,
+    progress: bool = True,
+) -> tuple[Tensor, list[float]]:
+    """The best of ``candidates`` random constant noises on ``seeds``.
+
+    Args:
+        runner: the frozen policy.
+        vec: environments.
+        make_source: noise (*spec.shape) -> source.
+        candidates: how many to draw from the prior.
+        seeds: selection episodes of each candidate; evaluate the winner on others.
+        seed: seeds the draw.
+
+    Returns:
+        (the winning noise, success rate of every candidate on ``seeds``)
+    """
+    noises = runner.prior(candidates, torch.Generator().manual_seed(seed))
+    sources = [make_source(noise) for noise in noises]
+    outcome = evaluate(
+        runner,
+        vec,
+        [source for source in sources for _ in seeds],
+        list(seeds) * candidates,
+        f"searching {candidates} constant noises",
+        progress=progress,
+    )
+    rates = outcome.successes.reshape(candidates, len(seeds)).mean(1)
+    return noises[int(rates.argmax())], [float(rate) for rate in rates]

@@ -1,0 +1,106 @@
+"""Chunk rewards, discounts and n-step returns over chunks.
+
+A chunk that executed k steps has the reward ``sum_i gamma^i r_i`` and hands on ``gamma^k`` of what
+follows; 0 of it after a terminal state, ``gamma^k`` after a time limit. Over n chunks these compose:
+``R = R_0 + D_0 R_1 + D_0 D_1 R_2 + ...`` and ``D = D_0 D_1 ... D_{n-1}``.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimtab.rl.envs.chunk import ChunkResult
+
+REWARDS = ("sparse", "env")
+
+
+def step_rewards(result: ChunkResult, kind: str) -> np.ndarray:
+    """The learner's reward (k,) of each executed step.
+
+    Args:
+        result: an executed chunk.
+        kind: ``sparse`` (-1 at each step, 0 at a step that succeeds) or ``env`` (the environment's own).
+    """
+    if kind == "sparse":
+        return result.successes.astype(np.float64) - 1.0
+    return result.rewards.astype(np.float64)
+
+
+def chunk_return(rewards: np.ndarray, gamma: float, terminated: bool) -> tuple[float, float]:
+    """Discounted reward of one chunk and the weight of what follows it.
+
+    Args:
+        rewards: (k,) of the steps really executed.
+        gamma: discount per environment step.
+        terminated: the chunk ended in a terminal state (a time limit is none).
+
+    Returns:
+        (sum of gamma^i r_i, gamma^k or 0)
+    """
+    steps = len(rewards)
+    total = float(np.dot(gamma ** np.arange(steps), rewards))
+    return total, 0.0 if terminated else float(gamma**steps)
+
+
+def value_bounds(kind: str, gamma: float) -> tuple[float, float] | None:
+    """Smallest and largest possible return, or ``None`` where it is not known."""
+    return (-1.0 / (1.0 - gamma), 0.0) if kind == "sparse" else None
+
+
+@dataclass
+class Transition:
+    """n chunks as one step of learning.
+
+    Attributes:
+        features: (d,) at the start.
+        u: (dim,) the first chunk's noise, in the noise space.
+        reward: discounted reward over the n chunks.
+        discount: weight of the value at ``next_features``.
+        next_features: (d,) after the n chunks, or at the episode's true last observation.
+    """
+
+    features: np.ndarray
+    u: np.ndarray
+    reward: float
+    discount: float
+    next_features: np.ndarray
+
+
+class NStepAccumulator:
+    """Composes one environment's consecutive chunks into n-step transitions.
+
+    At an episode's end the pending ones are completed with as many chunks as they have, so that no
+    transition crosses it.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._pending: deque[tuple[np.ndarray, np.ndarray, float, float]] = deque()
+
+    def add(
+        self,
+        features: np.ndarray,
+        u: np.ndarray,
+        reward: float,
+        discount: float,
+        next_features: np.ndarray,
+        ended: bool,
+    ) -> list[Transition]:
+        """Add an executed chunk and return the transitions that it completes, oldest first."""
+        self._pending.append((features, u, reward, discount))
+        done: list[Transition] = []
+        while self._pending and (ended or len(self._pending) == self.n):
+            total, weight = 0.0, 1.0
+            for _, _, chunk_reward, chunk_discount in self._pending:
+                total += weight * chunk_reward
+                weight *= chunk_discount
+            first_features, first_u, _, _ = self._pending.popleft()
+            done.append(Transition(first_features, first_u, total, weight, next_features))
+        return done
+
+    def clear(self) -> None:
+        """Forget the running episode."""
+        self._pending.clear()

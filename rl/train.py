@@ -1,0 +1,189 @@
+"""The training loop: collect chunks with the noise actor, learn while the simulators step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trimtab.adapters import UserError
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
+from trimtab.policies.sources import prior_noise, steered_noise
+from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig
+from trimtab.rl.collector import Collector, Episode, SuccessWindow
+from trimtab.rl.diagnostics import calibration
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.replay import ReplayBuffer
+from trimtab.rl.returns import REWARDS, value_bounds
+from trimtab.rl.runner import PolicyRunner
+
+WINDOW = 50  # episodes in the running success rate
+
+
+@dataclass
+class TrainConfig:
+    """Budget and pace of a steering run."""
+
+    # Environment steps to collect.
+    env_steps: int = 20_000
+    # Transitions that the policy's own noise collects before the actor takes over.
+    warmup_transitions: int = 800
+    # Transitions in the replay before the first update.
+    first_update: int = 256
+    # Gradient steps per collected transition (one transition per executed chunk).
+    updates_per_transition: float = 1.0
+    replay_capacity: int = 100_000
+    # sparse: -1 for each step until success; env: the environment's own reward.
+    reward: str = "sparse"
+    # Environment steps between two lines of metrics.jsonl.
+    log_every: int = 500
+
+    def __post_init__(self) -> None:
+        if self.reward not in REWARDS:
+            raise UserError("--train.reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
+        for name in ("env_steps", "first_update", "replay_capacity", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--train.{name}", f"must be at least 1, got {getattr(self, name)}")
+        if self.updates_per_transition < 0 or self.warmup_transitions < 0:
+            raise UserError("--train.updates_per_transition", "and warmup_transitions cannot be negative")
+
+
+@dataclass
+class Trainer:
+    """One steering run.
+
+    Attributes:
+        runner: the frozen policy with the environment's processors.
+        vec: training environments.
+        accelerator: an ``accelerate.Accelerator``.
+        train, rl, noise: configs.
+        seed: seeds the networks, the replay, the noise and the episodes.
+        on_metrics: called with each line of metrics.
+    """
+
+    runner: PolicyRunner
+    vec: ChunkVectorEnv
+    accelerator: Any
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rl: AlgorithmConfig = field(default_factory=DSRLSACConfig)
+    noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
+    seed: int = 0
+    on_metrics: Callable[[dict[str, Any]], None] = lambda line: None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        self.space = self.noise.build(self.runner.adapter.noise_spec)
+        self.collector = Collector(
+            self.runner,
+            self.vec,
+            self.space,
+            self.rl.gamma,
+            self.rl.n_step,
+            self.train.reward,
+            seed=training_seed(self.seed),
+        )
+        feature_dim = self.collector.feature_dim
+        self.algorithm: Algorithm = self.rl.build(
+            feature_dim, self.space, self.accelerator, value_bounds(self.train.reward, self.rl.gamma)
+        )
+        self.replay = ReplayBuffer(
+            self.train.replay_capacity, feature_dim, self.space.dim, self.seed, self.accelerator.device
+        )
+        self.transitions = self.episodes = self.updates = 0
+        self._owed = 0.0
+        self._window = SuccessWindow(WINDOW)
+        self._recent: deque[Episode] = deque(maxlen=20)
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._update_seconds = 0.0
+
+    def run(self) -> Algorithm:
+        """Collect ``env_steps`` environment steps, learning meanwhile; return the trained algorithm."""
+        warmup, actor = prior_noise(self.space), steered_noise(self.algorithm.actor)
+        bar = tqdm(
+            total=self.train.env_steps,
+            desc="steering",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.progress,
+        )
+        started, logged = time.perf_counter(), 0
+        while self.collector.env_steps < self.train.env_steps:
+            warming = self.transitions < self.train.warmup_transitions
+            self.collector.begin(warmup if warming else actor)
+            self._learn()
+            transitions, episodes = self.collector.finish()
+            self._store(transitions, episodes)
+            bar.update(min(self.collector.env_steps, self.train.env_steps) - bar.n)
+            if episodes:
+                phase = "base noise" if warming else "steered"
+                bar.set_postfix_str(f"success {self._window.rate:.2f} (last {len(self._window)}), {phase}")
+            if self.collector.env_steps - logged >= self.train.log_every:
+                logged = self.collector.env_steps
+                self.on_metrics(self._metrics(time.perf_counter() - started, warming))
+        self.on_metrics(self._metrics(time.perf_counter() - started, False))
+        bar.close()
+        return self.algorithm
+
+    def _learn(self) -> None:
+        """Pay the gradient steps owed for the transitions collected so far."""
+        if len(self.replay) < self.train.first_update:
+            return
+        if self.updates == 0:
+            self.algorithm.fit_normalizer(self.replay.all_features())
+        started = time.perf_counter()
+        while self._owed >= 1.0:
+            metrics = self.algorithm.update(self.replay.sample(self.rl.batch_size))
+            for name, value in metrics.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
+            self.updates += 1
+            self._owed -= 1.0
+        self._update_seconds += time.perf_counter() - started
+
+    def _store(self, transitions: list, episodes: list[Episode]) -> None:
+        for transition in transitions:
+            self.replay.add(transition)
+        self.transitions += len(transitions)
+        self._owed += len(transitions) * self.train.updates_per_transition
+        for episode in episodes:
+            self._window.add(episode.success)
+            self._recent.append(episode)
+            self.episodes += 1
+
+    def _metrics(self, elapsed: float, warming: bool) -> dict[str, Any]:
+        line: dict[str, Any] = {
+            "env_steps": self.collector.env_steps,
+            "episodes": self.episodes,
+            "transitions": self.transitions,
+            "updates": self.updates,
+            "success_rate": self._window.rate,
+            "success_window": len(self._window),
+            "acting": "base" if warming else "actor",
+        }
+        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        for name, value in means.items():
+            if value != value or value in (float("inf"), float("-inf")):
+                raise UserError(
+                    "--rl.learning_rate",
+                    f"{name} became {value} after {self.updates} updates and no artefact was written; lower it",
+                )
+        line |= means
+        self._sums, self._counts = {}, {}
+        line |= calibration(self.algorithm, list(self._recent)) if self.updates else {}
+        seconds = {**self.collector.seconds, "update": self._update_seconds}
+        line |= {f"seconds_{name}": round(value, 3) for name, value in seconds.items()}
+        line["seconds_total"] = round(elapsed, 3)
+        return line
+
+
+def training_seed(seed: int) -> int:
+    """First environment seed of a run: far from those of evaluation and of other runs."""
+    return 10_000_000 + seed * 100_000

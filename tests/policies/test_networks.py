@@ -1,0 +1,50 @@
+"""Ensembles by batched matmul equal their members one by one."""
+
+import torch
+from torch import nn
+
+from trimtab.policies.critic import CriticConfig, CriticEnsemble
+from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer
+
+
+def member(net, index):
+    """Member ``index`` of an ensemble, rebuilt from torch's own layers."""
+    modules = []
+    for layer, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
+        linear = nn.Linear(weight.shape[1], weight.shape[2])
+        linear.weight.data, linear.bias.data = weight[index].T.clone(), bias[index, 0].clone()
+        modules.append(linear)
+        if layer < len(net.weights) - 1:
+            modules += [nn.LayerNorm(weight.shape[2], elementwise_affine=False), nn.ReLU()]
+    return nn.Sequential(*modules)
+
+
+def test_ensemble_equals_separate_networks():
+    torch.manual_seed(0)
+    net, x = EnsembleMLP(3, 5, 2, 16, 2), torch.randn(7, 5)
+    out = net(x)
+    assert out.shape == (3, 7, 2)
+    for index in range(3):
+        assert torch.allclose(out[index], member(net, index)(x), atol=1e-5)
+    apart = torch.randn(3, 7, 5)
+    assert torch.allclose(net(apart)[1], member(net, 1)(apart[1]), atol=1e-5)
+
+
+def test_members_start_different():
+    critic = CriticEnsemble(4, 3, CriticConfig(members=4, hidden=8, layers=1))
+    values = critic(torch.randn(5, 4), torch.randn(5, 3))
+    assert values.shape == (4, 5)
+    assert values.std(0).min() > 0
+
+
+def test_normalizer_standardises_and_does_not_blow_up_constants():
+    features = torch.randn(500, 3) * torch.tensor([5.0, 0.1, 0.0]) + torch.tensor([1.0, 2.0, 3.0])
+    normalizer = FeatureNormalizer(3)
+    assert torch.equal(normalizer(features), features.clamp(-10, 10))
+    normalizer.fit(features)
+    out = normalizer(features)
+    assert torch.allclose(out.mean(0), torch.zeros(3), atol=1e-4)
+    assert torch.allclose(out.std(0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-2)
+    surprise = normalizer(torch.tensor([[1.0, 2.0, 3.001]]))
+    assert surprise[0, 2].abs() < 0.2
+    assert normalizer(torch.full((1, 3), 1e9)).max() == 10

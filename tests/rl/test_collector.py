@@ -1,0 +1,128 @@
+"""The collector: true last observations, no transition across episodes, exact book-keeping."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.rl.point import PointAdapter, PointConfig
+from trimtab.adapters import PolicyConfig, load_adapter
+from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.policies.sources import base_noise
+from trimtab.rl.collector import Collector, SuccessWindow
+from trimtab.rl.diagnostics import calibration, returns_to_go
+from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.runner import PolicyRunner
+
+
+def collect(adapter, config, steps, n_step=1, envs=3, gamma=0.9, workers=0):
+    runner = PolicyRunner(adapter, config)
+    with ChunkVectorEnv(config, envs, workers, adapter.n_obs_steps) as vec:
+        space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)
+        collector = Collector(runner, vec, space, gamma, n_step, "sparse", seed=5)
+        transitions, episodes = [], []
+        for _ in range(steps):
+            collector.begin(base_noise)
+            more, ended = collector.finish()
+            transitions += more
+            episodes += ended
+    return transitions, episodes, collector
+
+
+def test_every_transition_replays_in_the_simulator(tiny_base):
+    """Re-run each episode alone from its seed and stored noise; compare what was recorded."""
+    adapter = load_adapter(PolicyConfig(path=str(tiny_base), device="cpu"))
+    config = MetaworldStateConfig(task="button-press-topdown-v3", episode_length=10)
+    transitions, episodes, collector = collect(adapter, config, 9, envs=2)
+    assert len(episodes) == 6 and all(not episode.terminated for episode in episodes)
+    assert collector.env_steps == 60
+    assert [episode.seed for episode in episodes] == [5, 6, 7, 8, 9, 10]
+    runner = PolicyRunner(adapter, config)
+    by_start = {t.features.tobytes(): t for t in transitions}
+    for episode in episodes:
+        env = MetaworldStateEnv(config.task, episode_length=10)
+        observation, _ = env.reset(seed=episode.seed)
+        for chunk, length in enumerate((4, 4, 2)):
+            history = {key: value[None] for key, value in observation.items()}
+            conditioning = runner.encode([history], [env.task_description])
+            features = runner.features(conditioning)[0].numpy()
+            assert np.allclose(features, episode.features[chunk], atol=1e-6)
+            actions = runner.decode(conditioning, torch.as_tensor(episode.u[chunk]).reshape(1, 8, 4))[0]
+            for action in actions[:length]:
+                observation, _, _, truncated, _ = env.step(action)
+            transition = by_start[episode.features[chunk].tobytes()]
+            history = {key: value[None] for key, value in observation.items()}
+            after = runner.features(runner.encode([history], [env.task_description]))[0].numpy()
+            assert np.allclose(transition.next_features, after, atol=1e-5)
+            assert transition.reward == pytest.approx(-sum(0.9**i for i in range(length)))
+            assert transition.discount == pytest.approx(0.9**length)
+        assert truncated
+
+
+def test_no_transition_crosses_an_episode_and_terminal_ones_hand_nothing_on():
+    transitions, episodes, _ = collect(PointAdapter(), PointConfig(), 80, n_step=3, envs=4)
+    assert any(episode.terminated for episode in episodes) and any(not e.terminated for e in episodes)
+    goals = {round(float(episode.features[0, 1]), 6) for episode in episodes}
+    assert len(goals) == len(episodes)
+    for transition in transitions:  # an episode has one goal, and it is part of the features
+        assert transition.features[1] == transition.next_features[1]
+    arrived = [t for t in transitions if abs(t.next_features[0] - t.next_features[1]) < 0.1]
+    assert arrived and all(t.discount == 0.0 for t in arrived)
+    rest = [t for t in transitions if abs(t.next_features[0] - t.next_features[1]) >= 0.1]
+    assert rest and all(t.discount > 0.0 for t in rest)
+
+
+def test_transitions_do_not_depend_on_workers(tiny_base):
+    adapter = load_adapter(PolicyConfig(path=str(tiny_base), device="cpu"))
+    config = MetaworldStateConfig(task="button-press-topdown-v3", episode_length=10)
+    here, _, _ = collect(adapter, config, 4, n_step=2, envs=3, workers=0)
+    there, _, _ = collect(adapter, config, 4, n_step=2, envs=3, workers=2)
+    assert len(here) == len(there) > 0
+    for first, second in zip(here, there, strict=True):
+        for name in ("features", "u", "reward", "discount", "next_features"):
+            assert np.array_equal(getattr(first, name), getattr(second, name))
+
+
+def test_history_of_two_observations_reaches_the_policy(pusht_policy):
+    from lerobot.envs.configs import PushtEnv
+
+    adapter = load_adapter(PolicyConfig(path=str(pusht_policy), device="cpu"))
+    config = PushtEnv(obs_type="environment_state_agent_pos", episode_length=8)
+    transitions, episodes, _ = collect(adapter, config, 6, envs=2)
+    assert transitions[0].features.shape == (2 * (2 + 16),)
+    first = episodes[0].features[0]
+    assert np.array_equal(first[:18], first[18:])  # the first observation is repeated
+    later = episodes[0].features[1]
+    assert not np.array_equal(later[:18], later[18:])
+
+
+def test_returns_to_go_and_calibration():
+    _, episodes, _ = collect(PointAdapter(), PointConfig(), 80, envs=4)
+    won = next(episode for episode in episodes if episode.terminated)
+    by_hand, steps = [], won.steps
+    for chunk in range(len(won.rewards)):
+        left = steps - 2 * chunk  # two steps per chunk; the last one succeeds and costs nothing
+        by_hand.append(-sum(0.9**i for i in range(left - 1)))
+    assert np.allclose(returns_to_go(won, tail=-123.0), by_hand)
+
+    class Oracle(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parameter = torch.nn.Parameter(torch.zeros(1))
+
+        def value(self, features, u):
+            return torch.as_tensor(by_hand) + 2.0
+
+    found = calibration(Oracle(), [won])
+    assert found["calibration_bias"] == pytest.approx(2.0)
+    assert found["calibration_rmse"] == pytest.approx(2.0)
+    assert found["calibration_correlation"] == pytest.approx(1.0)
+    assert calibration(Oracle(), []) == {}
+
+
+def test_success_window():
+    window = SuccessWindow(3)
+    assert window.rate == 0.0
+    for success in (True, False, False, False):
+        window.add(success)
+    assert (window.rate, len(window)) == (0.0, 3)

@@ -1,0 +1,79 @@
+"""Chunk rewards, discounts and n-step returns against sums written out by hand."""
+
+import numpy as np
+import pytest
+
+from trimtab.rl.envs.chunk import ChunkResult
+from trimtab.rl.returns import NStepAccumulator, chunk_return, step_rewards, value_bounds
+
+G = 0.9
+
+
+def result(rewards, successes, terminated=False, truncated=False):
+    return ChunkResult(None, None, np.array(rewards), np.array(successes), terminated, truncated, 0)
+
+
+def test_step_rewards():
+    chunk = result([0.2, 0.7, 1.0], [False, False, True], terminated=True)
+    assert step_rewards(chunk, "sparse").tolist() == [-1.0, -1.0, 0.0]
+    assert step_rewards(chunk, "env").tolist() == [0.2, 0.7, 1.0]
+
+
+def test_whole_chunk():
+    total, weight = chunk_return(np.array([-1.0, -1.0, -1.0, -1.0]), G, terminated=False)
+    assert total == pytest.approx(-1 - 0.9 - 0.81 - 0.729)
+    assert weight == pytest.approx(0.9**4)
+
+
+def test_short_last_chunk_weighs_gamma_to_the_steps_it_executed():
+    total, weight = chunk_return(np.array([-1.0, -1.0]), G, terminated=False)  # cut by the time limit
+    assert (total, weight) == (pytest.approx(-1.9), pytest.approx(0.81))
+
+
+def test_terminal_chunk_hands_nothing_on():
+    total, weight = chunk_return(np.array([-1.0, 0.0]), G, terminated=True)
+    assert (total, weight) == (-1.0, 0.0)
+
+
+def run_episode(n, chunks, truncated):
+    """Feed an episode of (reward, discount) chunks whose features are their index."""
+    accumulator, out = NStepAccumulator(n), []
+    for t, (reward, discount) in enumerate(chunks):
+        ended = t == len(chunks) - 1
+        if ended and not truncated:
+            discount = 0.0
+        out += accumulator.add(np.array([t]), np.array([10 + t]), reward, discount, np.array([t + 1]), ended)
+    return out
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("truncated", [True, False])
+def test_n_step_against_explicit_sums(n, truncated):
+    chunks = [(-1.0, 0.5), (-2.0, 0.6), (-4.0, 0.7), (-8.0, 0.8)]
+    out = run_episode(n, chunks, truncated)
+    assert [int(item.features[0]) for item in out] == [0, 1, 2, 3]
+    assert [int(item.u[0]) for item in out] == [10, 11, 12, 13]
+    discounts = [d for _, d in chunks[:-1]] + [0.8 if truncated else 0.0]
+    for start, item in enumerate(out):
+        stop = min(start + n, 4)
+        total, weight = 0.0, 1.0
+        for t in range(start, stop):
+            total += weight * chunks[t][0]
+            weight *= discounts[t]
+        assert item.reward == pytest.approx(total)
+        assert item.discount == pytest.approx(weight)
+        assert int(item.next_features[0]) == stop
+
+
+def test_no_transition_crosses_an_episode():
+    accumulator = NStepAccumulator(3)
+    accumulator.add(np.array([0]), np.array([0]), -1.0, 0.5, np.array([1]), False)
+    ended = accumulator.add(np.array([1]), np.array([0]), -1.0, 0.0, np.array([2]), True)
+    assert len(ended) == 2
+    assert accumulator.add(np.array([100]), np.array([0]), -5.0, 0.5, np.array([101]), False) == []
+    assert all(item.next_features[0] <= 2 for item in ended)
+
+
+def test_value_bounds():
+    assert value_bounds("sparse", 0.99) == (pytest.approx(-100.0), 0.0)
+    assert value_bounds("env", 0.99) is None

@@ -1,0 +1,32 @@
+"""Wilson intervals against published values."""
+
+import pytest
+
+from trimtab.rl.statistics import format_rate, wilson_interval
+
+
+@pytest.mark.parametrize(
+    "successes, episodes, low, high",
+    [
+        (0, 10, 0.0, 0.2775),  # Newcombe 1998, table I, method 3, and R's prop.test(correct=FALSE)
+        (10, 10, 0.7225, 1.0),
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson(successes, episodes, low, high):
+    assert wilson_interval(successes, episodes) == (
+        pytest.approx(low, abs=1e-4),
+        pytest.approx(high, abs=1e-4),
+    )
+
+
+def test_impossible_counts():
+    for counts in ((0, 0), (5, 4), (-1, 4)):
+        with pytest.raises(ValueError):
+            wilson_interval(*counts)
+
+
+def test_format():
+    assert format_rate(187, 200) == "0.935 [0.892, 0.962] (187/200)"

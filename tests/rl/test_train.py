@@ -1,0 +1,151 @@
+"""The whole loop: a small problem that SAC must solve, exact repetition, a base that stays frozen."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.rl.point import PointAdapter, PointConfig
+from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.adapters.loading import file_hash, weights_hash
+from trimtab.policies.actor import ActorConfig
+from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.policies.sources import base_noise, constant_noise, steered_noise, zero_noise
+from trimtab.rl.algorithms import DSRLSACConfig
+from trimtab.rl.envs.metaworld import MetaworldStateConfig
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.evaluation import best_constant, evaluate
+from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.train import TrainConfig, Trainer
+
+SMALL = DSRLSACConfig(
+    batch_size=64,
+    gamma=0.95,
+    actor=ActorConfig(hidden=64, layers=2),
+    critic=CriticConfig(hidden=64, layers=2),
+)
+
+
+def train(runner, vec, seed=0, **settings):
+    lines = []
+    trainer = Trainer(
+        runner,
+        vec,
+        Accelerator(cpu=True),
+        TrainConfig(**settings),
+        SMALL,
+        FullNoiseConfig(),
+        seed,
+        lines.append,
+        progress=False,
+    )
+    return trainer.run(), lines, trainer
+
+
+def test_sac_solves_a_noise_space_problem():
+    adapter, config = PointAdapter(), PointConfig()
+    adapter.verify()
+    runner, seeds = PolicyRunner(adapter, config), range(1000, 1100)
+    with ChunkVectorEnv(config, 8, 0) as vec:
+        base = evaluate(runner, vec, base_noise, seeds, progress=False)
+        zero = evaluate(runner, vec, zero_noise, seeds, progress=False)
+        ticket, _ = best_constant(runner, vec, constant_noise, 16, range(2000, 2010), 0, progress=False)
+        constant = evaluate(runner, vec, constant_noise(ticket), seeds, progress=False)
+        algorithm, lines, _ = train(runner, vec, env_steps=6000, warmup_transitions=300, first_update=100)
+        steered = evaluate(runner, vec, steered_noise(algorithm.actor, True), seeds, progress=False)
+    assert base.success_rate < 0.5
+    assert zero.success_rate == 0.0
+    assert constant.success_rate < 0.75
+    assert steered.success_rate > 0.95
+    assert lines[-1]["success_rate"] > 0.8
+    assert lines[-1]["calibration_correlation"] > 0.5
+
+
+def test_metrics_hold_what_a_user_needs_to_trust_a_run():
+    config = PointConfig()
+    with ChunkVectorEnv(config, 4, 0) as vec:
+        _, lines, trainer = train(
+            PolicyRunner(PointAdapter(), config),
+            vec,
+            env_steps=800,
+            first_update=64,
+            warmup_transitions=100,
+            log_every=100,
+        )
+    last = json.loads(json.dumps(lines[-1]))
+    for name in (
+        "env_steps", "episodes", "transitions", "updates", "success_rate", "acting", "critic_loss", "q_mean",
+        "q_min", "q_max", "entropy", "alpha", "noise_kl_to_prior", "noise_rms", "calibration_bias",
+        "calibration_rmse", "seconds_denoise", "seconds_env_wait", "seconds_update", "seconds_total",
+    ):  # fmt: skip
+        assert name in last, name
+    assert lines[0]["acting"] == "base" and last["acting"] == "actor"
+    assert last["updates"] <= last["transitions"]
+    assert last["env_steps"] == trainer.collector.env_steps >= 800
+
+
+def test_the_same_seed_repeats_exactly_and_another_does_not():
+    def run(seed):
+        config = PointConfig()
+        with ChunkVectorEnv(config, 3, 0) as vec:
+            _, lines, _ = train(
+                PolicyRunner(PointAdapter(), config), vec, seed, env_steps=700, first_update=50, log_every=200
+            )
+        return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+    first = run(0)
+    assert first == run(0)
+    assert first != run(1)
+
+
+def test_base_stays_frozen_while_steered(tiny_base):
+    adapter = load_adapter(PolicyConfig(path=str(tiny_base), device="cpu"))
+    config = MetaworldStateConfig(task="button-press-topdown-v3", episode_length=30)
+    before = file_hash(tiny_base), weights_hash(adapter.policy)
+    with ChunkVectorEnv(config, 2, 0) as vec:
+        algorithm, _, _ = train(
+            PolicyRunner(adapter, config), vec, env_steps=300, first_update=16, warmup_transitions=20
+        )
+    assert (file_hash(tiny_base), weights_hash(adapter.policy)) == before
+    assert all(parameter.grad is None for parameter in adapter.policy.parameters())
+    assert algorithm.updates > 10
+
+
+def test_nan_observation_stops_in_one_line():
+    config = PointConfig(poison_at=5)
+    with (
+        ChunkVectorEnv(config, 2, 0) as vec,
+        pytest.raises(UserError, match=r"--env.type: the environment returned NaN or Inf in its observation"),
+    ):
+        train(PolicyRunner(PointAdapter(), config), vec, env_steps=500)
+
+
+def test_nan_action_stops_in_one_line():
+    adapter, config = PointAdapter(), PointConfig()
+    adapter.policy.gain.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"--policy.path: .*NaN or Inf actions"):
+        adapter.verify()
+    with (
+        ChunkVectorEnv(config, 2, 0) as vec,
+        pytest.raises(UserError, match=r"--policy.path: the policy produced a NaN or Inf action"),
+    ):
+        train(PolicyRunner(adapter, config), vec, env_steps=500)
+
+
+def test_diverged_losses_stop_the_run():
+    config = PointConfig()
+    with ChunkVectorEnv(config, 2, 0) as vec:
+        trainer = Trainer(PolicyRunner(PointAdapter(), config), vec, Accelerator(cpu=True), progress=False)
+        trainer._sums, trainer._counts = {"critic_loss": torch.tensor(float("nan"))}, {"critic_loss": 1}
+        with pytest.raises(UserError, match="critic_loss became nan"):
+            trainer._metrics(1.0, False)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("reward", "none"), ("env_steps", 0), ("updates_per_transition", -1)]
+)
+def test_bad_settings(name, value):
+    with pytest.raises(UserError, match=f"--train.{name}"):
+        TrainConfig(**{name: value})
