@@ -113,9 +113,16 @@ class PolicyAdapter(abc.ABC):
             given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"
             raise UserError(
                 "--env.type",
-                f"the policy needs {', '.join(missing)}, the environment gives {given}; choose the environment "
-                "(or its --env.obs_type) that the policy was trained on",
+                f"the policy needs {', '.join(missing)}, the environment gives {given}; choose the "
+                "environment (or its --env.obs_type) that the policy was trained on",
             )
+        for key, feature in self.policy.config.input_features.items():
+            if tuple(observation[key].shape[2:]) != tuple(feature.shape):
+                raise UserError(
+                    "--env.type",
+                    f"the policy needs {key} of shape {tuple(feature.shape)}, the environment gives "
+                    f"{tuple(observation[key].shape[2:])}; choose the environment that it was trained on",
+                )
         flat, lead = {}, None
         for key, value in observation.items():
             if isinstance(value, Tensor):

@@ -33,7 +33,7 @@ class DiffusionAdapter(PolicyAdapter):
 
     @classmethod
     def prepare_config(cls, config: Any, num_inference_steps: int | None) -> list[str]:
-        """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not. Same weights, same betas."""
+        """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not: same weights and betas."""
         notes = []
         if config.noise_scheduler_type != "DDIM":
             config.noise_scheduler_type = "DDIM"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -27,7 +28,7 @@ class EnsembleMLP(nn.Module):
         sizes = [in_dim] + [hidden] * layers + [out_dim]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(sizes):
             scale = 1.0 / math.sqrt(fan_in)  # the default of nn.Linear
             self.weights.append(nn.Parameter(torch.empty(members, fan_in, fan_out).uniform_(-scale, scale)))
             self.biases.append(nn.Parameter(torch.empty(members, 1, fan_out).uniform_(-scale, scale)))

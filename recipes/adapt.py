@@ -150,7 +150,7 @@ def steer(session: Session, folder: Path, config: AdaptConfig, output: Path) -> 
 def write_results(
     output: Path, outcome: Outcome, config: AdaptConfig, trainer: Trainer, base_sha256: str
 ) -> None:
-    """Write results.json (the table and how it came about) and config.yaml (to run it again)."""
+    """Write results.json (the table and how it came about) and config.json (to run it again)."""
     write_json(
         output / "results.json",
         {
@@ -168,5 +168,6 @@ def write_results(
             "train": asdict(config.train),
         },
     )
-    with open(output / "config.yaml", "w", encoding="utf-8") as file:
-        draccus.dump(config, file)
+    again = draccus.encode(config)
+    again.pop("output_dir", None)
+    write_json(output / "config.json", again)

@@ -9,12 +9,9 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TypeVar
 
 # What every simulator worker needs; LeRobot's part of it takes seconds to import.
 WORKER_MODULES = ["trimtab.rl.envs.vector", "trimtab.rl.envs.metaworld"]
-
-Config = TypeVar("Config")
 
 
 def quiet() -> None:
@@ -39,7 +36,7 @@ def start_worker_server() -> None:
     multiprocessing.forkserver.ensure_running()
 
 
-def parse(config_class: type[Config], command: str, args: list[str]) -> Config:
+def parse[Config](config_class: type[Config], command: str, args: list[str]) -> Config:
     """Parse ``--option=value`` arguments, and a YAML or JSON file given as ``--config_path``.
 
     Raises:

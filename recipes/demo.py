@@ -46,7 +46,7 @@ class DemoConfig:
     rl: AlgorithmConfig = field(default_factory=DSRLSACConfig)
     # The base works as well under repeated noise, which has 4 dimensions instead of 32.
     noise: NoiseSpaceConfig = field(default_factory=RepeatNoiseConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=14_000))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=16_000))
     eval: EvalConfig = field(default_factory=EvalConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Episodes of each of the base's other tasks, before and after.
@@ -127,7 +127,8 @@ def report(config: DemoConfig, results: dict[str, Any], parameters: int, output:
     others = results["other_tasks"]
     lines = ["", table(results["policies"]), ""]
     lines.append(
-        f"{config.task}: {results['env_steps']:,} environment steps ({results['training_episodes']} episodes), "
+        f"{config.task}: {results['env_steps']:,} environment steps "
+        f"({results['training_episodes']} episodes), "
         f"{parameters:,} weights trained ({parameters * 4 / 1e3:.0f} kB), base file unchanged"
     )
     for task, entry in others["after"].items():

@@ -24,6 +24,9 @@ NAMES = {
 }
 
 
+MIN_WINDOW = 15  # episodes behind a point of the success curve
+
+
 class MetricsWriter:
     """Appends one JSON object per line; each line reaches the file whole."""
 
@@ -84,9 +87,11 @@ def plot_curve(
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(7.2, 6.0), sharex=True, height_ratios=(3, 1.2), layout="constrained"
     )
-    steps = np.array([line["env_steps"] for line in lines])
-    rate = np.array([line["success_rate"] for line in lines])
-    count = np.array([line["success_window"] for line in lines])
+    # The first episodes to end are the short ones, which are the successes: leave those lines out.
+    whole = [line for line in lines if line["success_window"] >= MIN_WINDOW] or list(lines)
+    steps = np.array([line["env_steps"] for line in whole])
+    rate = np.array([line["success_rate"] for line in whole])
+    count = np.array([line["success_window"] for line in whole])
     band = np.array(
         [wilson_interval(round(r * n), n) if n else (0.0, 1.0) for r, n in zip(rate, count, strict=True)]
     )

@@ -84,6 +84,7 @@ class Session:
     eval: EvalConfig
     machine: MachineConfig
     runner: PolicyRunner = field(init=False)
+    _checked: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.runner = PolicyRunner(self.adapter, self.env)
@@ -108,9 +109,22 @@ class Session:
             lines = str(error).strip().splitlines()
             raise UserError("--env.type", f"'{self.env.type}' cannot be built: {lines[-1]}") from None
         try:
+            self._preflight(vec)
             yield vec
         finally:
             vec.close()
+
+    def _preflight(self, vec: ChunkVectorEnv) -> None:
+        """One observation and one chunk before any long work, so that what does not fit shows at once."""
+        if self._checked:
+            return
+        observation = vec.reset({0: self.eval.seed})[0]
+        conditioning = self.runner.encode([observation], vec.task_descriptions[:1])
+        self.runner.features(conditioning)
+        prior = self.runner.prior(1, torch.Generator().manual_seed(0))
+        vec.send({0: self.runner.decode(conditioning, prior)[0]}, {0: None})
+        vec.receive()
+        self._checked = True
 
     def evaluation_environments(self) -> Any:
         """As many environments as an evaluation uses, on all cores."""

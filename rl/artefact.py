@@ -85,6 +85,7 @@ def save_artefact(
     try:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in actor.state_dict().items()}
         save_file(state, str(work / WEIGHTS))
+        (work / WEIGHTS).chmod(0o644)
         (work / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         work.chmod(0o755)
         if folder.exists():

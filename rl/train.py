@@ -37,7 +37,7 @@ class TrainConfig:
     # Transitions in the replay before the first update.
     first_update: int = 256
     # Gradient steps per collected transition (one transition per executed chunk).
-    updates_per_transition: float = 1.0
+    updates_per_transition: float = 2.0
     replay_capacity: int = 100_000
     # sparse: -1 for each step until success; env: the environment's own reward.
     reward: str = "sparse"
@@ -173,7 +173,7 @@ class Trainer:
             if value != value or value in (float("inf"), float("-inf")):
                 raise UserError(
                     "--rl.learning_rate",
-                    f"{name} became {value} after {self.updates} updates and no artefact was written; lower it",
+                    f"{name} became {value} after {self.updates} updates; no artefact was written; lower it",
                 )
         line |= means
         self._sums, self._counts = {}, {}

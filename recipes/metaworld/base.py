@@ -77,9 +77,10 @@ class BaseConfig:
 
     def key(self) -> str:
         """A short hash of everything that decides what the base is."""
+        from importlib.metadata import version
+
         import lerobot
         import metaworld  # noqa: F401 - its version decides the demonstrations
-        from importlib.metadata import version
 
         parts = {
             **asdict(self),

@@ -3,4 +3,4 @@
 from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig
 from trimtab.rl.algorithms.dsrl_sac import DSRLSAC, DSRLSACConfig
 
-__all__ = ["DSRLSAC", "DSRLSACConfig", "Algorithm", "AlgorithmConfig"]
+__all__ = ["DSRLSAC", "Algorithm", "AlgorithmConfig", "DSRLSACConfig"]

@@ -102,6 +102,13 @@ class ChunkEnv:
         """
         if not self._running:
             raise RuntimeError("step_chunk called on an episode that has ended: reset it first")
+        expected = self.env.action_space.shape
+        if actions.shape[1:] != expected:
+            raise UserError(
+                "--env.type",
+                f"the policy makes actions of shape {actions.shape[1:]}, the environment takes {expected}; "
+                "choose the environment that the policy was trained on",
+            )
         if not np.isfinite(actions).all():
             raise UserError(
                 "--policy.path",

@@ -187,7 +187,8 @@ class ChunkVectorEnv:
         except (EOFError, ConnectionResetError):
             process.join(1)
             raise RuntimeError(
-                f"the worker of environments {members[0]}-{members[-1]} died with exit code {process.exitcode}"
+                f"the worker of environments {members[0]}-{members[-1]} died "
+                f"with exit code {process.exitcode}"
             ) from None
         if status == "ok":
             return payload

@@ -136,5 +136,5 @@ def test_missing_folder_and_repository(tmp_path):
 
 
 def test_unusable_device(folder):
-    with pytest.raises(UserError, match="--policy.device: 'warp' is not usable"):
+    with pytest.raises(UserError, match=r"--policy.device: 'warp' is not usable"):
         load_adapter(PolicyConfig(path=str(folder), device="warp"))

@@ -41,7 +41,7 @@ def test_log_slope_is_the_derivative_of_squash():
 
 
 def test_bad_settings():
-    with pytest.raises(UserError, match="--noise.bound: the bound must be positive"):
+    with pytest.raises(UserError, match=r"--noise.bound: the bound must be positive"):
         FullNoiseConfig(bound=0.0)
-    with pytest.raises(UserError, match="--noise.type: repeat needs noise of shape"):
+    with pytest.raises(UserError, match=r"--noise.type: repeat needs noise of shape"):
         RepeatNoiseConfig().build(NoiseSpec((12,)))

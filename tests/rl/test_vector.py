@@ -63,7 +63,7 @@ def test_history_is_lerobots_queue():
 def test_broken_actions_and_observations(bad):
     env = ChunkEnv(PointEnv())
     env.reset(0)
-    with pytest.raises(UserError, match="--policy.path: the policy produced a NaN or Inf action"):
+    with pytest.raises(UserError, match=r"--policy.path: the policy produced a NaN or Inf action"):
         env.step_chunk(np.full((2, 1), bad), None)
     poisoned = ChunkEnv(PointEnv(poison_at=2))
     poisoned.reset(0)

@@ -1,0 +1,116 @@
+"""The command line as a user meets it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trimtab.recipes.cli import main
+
+TRIMTAB = str(Path(sys.executable).with_name("trimtab"))
+POINT = "--env.type=metaworld_state"
+
+
+def test_help_is_instant_and_imports_nothing_heavy():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([TRIMTAB, "--help"], capture_output=True, text=True, timeout=60)
+        times.append(time.perf_counter() - started)
+    assert done.returncode == 0 and "adapt" in done.stdout and done.stderr == ""
+    assert min(times) < 1.0
+    code = "import sys; from trimtab.recipes.cli import main; main(['--help']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip().endswith("False")
+
+
+def test_command_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["adapt", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--policy.path", "--env.type", "--train.env_steps", "--noise.type", "--output_dir"):
+        assert option in text
+
+
+ERRORS = {
+    "no such command": (["frobnicate"], "no command 'frobnicate'"),
+    "no environment": (["adapt"], "--env.type: name the environment"),
+    "unknown environment": (["eval", "--env.type=moon"], "--env.type: invalid choice: 'moon'"),
+    "unknown option": (["adapt", POINT, "--polcy.path=x"], "--polcy.path: no such option"),
+    "unknown algorithm": (["adapt", POINT, "--rl.type=magic"], "--rl.type: invalid choice: 'magic'"),
+    "unknown noise space": (["adapt", POINT, "--noise.type=pink"], "--noise.type: invalid choice: 'pink'"),
+    "not a number": (["adapt", POINT, "--seed=abc"], "--seed: "),
+    "negative seed": (["adapt", POINT, "--seed=-1"], "--seed: cannot be negative"),
+    "no steps": (["adapt", POINT, "--train.env_steps=0"], "--train.env_steps: must be at least 1"),
+    "no environments": (["adapt", POINT, "--num_envs=0"], "--num_envs: must be at least 1"),
+    "unknown reward": (["adapt", POINT, "--train.reward=gold"], "--train.reward: 'gold' is none of"),
+    "bound of zero": (["adapt", POINT, "--noise.bound=0", "--noise.type=full"], "--noise.bound: the bound"),
+    "no threads": (["eval", POINT, "--machine.threads=0"], "--machine.threads: must be at least 1"),
+    "no episodes": (["eval", POINT, "--eval.n_episodes=0"], "--eval.n_episodes: must be at least 1"),
+    "no policy": (["adapt", POINT], "--policy.path: name the folder"),
+    "missing policy": (["adapt", POINT, "--policy.path=./nowhere"], "--policy.path: there is no folder"),
+    "missing config file": (["adapt", "--config_path=no.yaml"], "--config_path: there is no file no.yaml"),
+    "unknown task of the demo": (["demo", "--task=hamer"], "--task: Meta-World has no task 'hamer'"),
+    "task outside the base": (["demo", "--task=push"], "--task: push-v3 is not among --base.tasks"),
+    "unknown task of a base": (["base", "--tasks=a,b"], "--tasks: Meta-World has no task 'a'"),
+}
+
+
+def check_error(argv, message, capsys, tmp_path):
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("trimtab") and "error: " in lines[0]
+    assert message in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_is_one_line_and_exit_code_2(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, message = ERRORS[name]
+    check_error(argv, message, capsys, tmp_path)
+
+
+def test_errors_about_a_real_policy(tiny_base, pusht_policy, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = f"--policy.path={tiny_base}"
+    task = "--env.task=drawer-close-v3"
+    cases = [
+        (["adapt", POINT, base, "--env.task=hamer"], "--env.task: Meta-World has no task 'hamer'"),
+        (["eval", POINT, base, "--env.task=hammer-v3"], "this base was not trained on hammer-v3"),
+        (["adapt", POINT, f"--policy.path={pusht_policy}", task, "--machine.workers=0"], "observation.state"),
+        (["adapt", POINT, base, task, "--policy.device=warp"], "--policy.device: 'warp' is not usable"),
+        (["eval", "--env.type=pusht", base, "--machine.workers=0"], "--env.type: the policy needs"),
+    ]
+    for argv, message in cases:
+        check_error(argv, message, capsys, tmp_path)
+
+
+def test_output_folder_in_use(capsys, tmp_path):
+    (tmp_path / "keep.txt").write_text("mine")
+    assert main(["eval", POINT, "--policy.path=x/y", f"--output_dir={tmp_path}"]) == 2
+    assert "--output_dir: " in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["keep.txt"]
+
+
+def test_broken_config_file(capsys, tmp_path):
+    for name, text in (
+        ("broken.yaml", "env: [\n"),
+        ("unknown.yaml", "env: {type: metaworld_state}\nsped: 3\n"),
+        ("typed.yaml", "env: {type: metaworld_state}\nseed: many\n"),
+    ):
+        path = tmp_path / name
+        path.write_text(text)
+        assert main(["adapt", f"--config_path={path}"]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+
+
+def test_list_tasks(capsys):
+    assert main(["base", "--list_tasks=true"]) == 0
+    assert len(capsys.readouterr().out.split()) == 50

@@ -1,0 +1,314 @@
+"""Whole runs, as a user would start them: real LeRobot, real simulators, small budgets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from trimtab.adapters import PolicyConfig, UserError
+from trimtab.adapters.loading import file_hash
+from trimtab.recipes.cli import main
+from trimtab.rl.artefact import is_artefact, load_artefact
+
+SMALL = [
+    "--train.env_steps=240",
+    "--train.warmup_transitions=20",
+    "--train.first_update=16",
+    "--train.log_every=60",
+    "--rl.type=dsrl_sac",
+    "--rl.batch_size=16",
+    "--num_envs=2",
+    "--eval.n_episodes=6",
+    "--eval.batch_size=3",
+    "--eval.constant_candidates=2",
+    "--eval.constant_episodes=2",
+    "--eval.videos=1",
+    "--policy.device=cpu",
+]
+ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3", "--env.episode_length=20"]
+POLICIES = ["base", "zero_noise", "constant_noise", "steered"]
+
+
+def check_results(folder, names, episodes):
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["policies"]) == names
+    for entry in results["policies"].values():
+        assert entry["episodes"] == episodes
+        assert entry["success_rate"] == entry["successes"] / episodes
+        low, high = entry["ci95"]
+        assert 0 <= low <= entry["success_rate"] <= high <= 1
+    return results
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base, tmp_path_factory):
+    """A steering run on the embedded base, started as a command of its own."""
+    output = tmp_path_factory.mktemp("run") / "out"
+    before = file_hash(tiny_base)
+    trimtab = str(Path(sys.executable).with_name("trimtab"))
+    command = [trimtab, "adapt", f"--policy.path={tiny_base}", *ENV, *SMALL, f"--output_dir={output}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert file_hash(tiny_base) == before
+    return output, done
+
+
+def test_adapt_leaves_everything_behind(run):
+    output, done = run
+    assert "steered" in done.stdout and "95 % interval" in done.stdout
+    assert "success" in done.stderr, "the progress bar shows the running success rate"
+    names = {path.name for path in output.iterdir()}
+    assert {"artefact", "metrics.jsonl", "results.json", "config.json", "curve.png"} <= names
+    results = check_results(output, POLICIES, 6)
+    assert results["env_steps"] >= 240 and results["base_sha256"]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) >= 3 and lines[-1]["updates"] > 0
+    assert (output / "curve.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    if "no video" not in done.stdout:
+        assert {"before.mp4", "after.mp4"} <= names
+
+
+def test_artefact_is_small_whole_and_without_pickle(run):
+    artefact = run[0] / "artefact"
+    assert sorted(path.name for path in artefact.iterdir()) == ["config.json", "model.safetensors"]
+    assert sum(path.stat().st_size for path in artefact.iterdir()) < 5e6
+    assert is_artefact(str(artefact)) and not is_artefact(str(run[0]))
+
+
+def test_eval_of_the_artefact_repeats_the_runs_own_numbers(run, tmp_path, capsys):
+    artefact = run[0] / "artefact"
+    code = main(
+        ["eval", f"--policy.path={artefact}", *ENV, "--eval.n_episodes=6", "--eval.batch_size=2",
+         "--eval.constant_candidates=2", "--eval.constant_episodes=2", "--eval.videos=0",
+         "--policy.device=cpu", f"--output_dir={tmp_path / 'out'}"]
+    )  # fmt: skip
+    assert code == 0 and "best constant noise" in capsys.readouterr().out
+    first = json.loads((run[0] / "results.json").read_text())["policies"]
+    second = check_results(tmp_path / "out", POLICIES, 6)["policies"]
+    for name in POLICIES:
+        assert first[name]["successes"] == second[name]["successes"], name
+
+
+def test_config_yaml_runs_again(run, tmp_path, capsys):
+    argv = ["adapt", f"--config_path={run[0] / 'config.json'}", f"--output_dir={tmp_path / 'again'}"]
+    assert main([*argv, "--eval.videos=0"]) == 0
+    capsys.readouterr()
+
+    def losses(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+    assert losses(tmp_path / "again") == losses(run[0])
+
+
+def test_artefact_and_base_move_together(run, tiny_base, tmp_path):
+    import shutil
+
+    shutil.copytree(run[0] / "artefact", tmp_path / "moved" / "runs" / "artefact")
+    config = json.loads((run[0] / "artefact" / "config.json").read_text())
+    path = Path(config["base"]["path"])
+    assert not path.is_absolute()
+    target = (tmp_path / "moved" / "runs" / "artefact" / path).resolve()
+    if target.exists():
+        pytest.skip("the relative path leads back to the original here")
+    with pytest.raises(UserError, match=r"the base policy of .* is not where it was"):
+        load_artefact(PolicyConfig(path=str(tmp_path / "moved" / "runs" / "artefact"), device="cpu"))
+    shutil.copytree(tiny_base, target)
+    moved = load_artefact(PolicyConfig(path=str(tmp_path / "moved" / "runs" / "artefact"), device="cpu"))
+    original = load_artefact(PolicyConfig(path=str(run[0] / "artefact"), device="cpu"))
+    features, prior = torch.randn(4, 89), torch.randn(4, 8, 4)
+    assert torch.equal(moved.actor.act(features, prior), original.actor.act(features, prior))
+
+
+def test_a_base_that_changed_is_caught(run, tiny_base, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    artefact = shutil.copytree(run[0] / "artefact", tmp_path / "artefact")
+    config = json.loads((artefact / "config.json").read_text())
+    config["base"]["path"] = "../base"
+    (artefact / "config.json").write_text(json.dumps(config))
+    load_artefact(PolicyConfig(path=str(artefact), device="cpu"))
+    tensors = load_file(str(base / "model.safetensors"))
+    tensors[next(iter(tensors))].view(-1)[0] += 1e-3
+    save_file(tensors, str(base / "model.safetensors"))
+    with pytest.raises(UserError, match="its weights have another hash"):
+        load_artefact(PolicyConfig(path=str(artefact), device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "not a whole artefact"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), "truncated or no safetensors"),
+        (lambda f: (f / "config.json").write_text('{"type": "trimtab"}'), "is not an artefact's config"),
+    ],
+)
+def test_damaged_artefact(run, tiny_base, tmp_path, damage, message):
+    import shutil
+
+    artefact = shutil.copytree(run[0] / "artefact", tmp_path / "artefact")
+    config = json.loads((artefact / "config.json").read_text())
+    config["base"]["path"] = str(tiny_base)
+    (artefact / "config.json").write_text(json.dumps(config))
+    damage(artefact)
+    with pytest.raises(UserError, match=message):
+        load_artefact(PolicyConfig(path=str(artefact), device="cpu"))
+
+
+def test_steering_a_steered_policy_is_refused(run, capsys, tmp_path):
+    argv = ["adapt", f"--policy.path={run[0] / 'artefact'}", *ENV, f"--output_dir={tmp_path / 'out'}"]
+    assert main(argv) == 2
+    assert "is already steered" in capsys.readouterr().err
+
+
+def test_lerobot_eval_runs_the_base_as_it_is(tiny_base, tmp_path):
+    """`lerobot-eval` finds our environment through the plugin, with no flag of ours."""
+    command = [
+        str(Path(sys.executable).with_name("lerobot-eval")), f"--policy.path={tiny_base}",
+        "--policy.device=cpu", "--env.type=metaworld_state", "--env.task=drawer-close-v3",
+        "--env.episode_length=12", "--eval.n_episodes=2", "--eval.batch_size=2",
+        "--eval.use_async_envs=false", f"--output_dir={tmp_path / 'eval'}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "MUJOCO_GL": "egl"}
+    )
+    if done.returncode and "gladLoadGL" in done.stderr:
+        pytest.skip("lerobot-eval renders, and this machine cannot")
+    assert done.returncode == 0, done.stderr[-2000:]
+    info = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
+    assert info["overall"]["n_episodes"] == 2
+
+
+def record_pusht(root, episodes=2, steps=30):
+    """Random pushes, recorded as a user would record a robot."""
+    import gym_pusht  # noqa: F401 - registers the environment
+    import gymnasium
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    features = {
+        "observation.state": {"dtype": "float32", "shape": (2,), "names": None},
+        "observation.environment_state": {"dtype": "float32", "shape": (16,), "names": None},
+        "action": {"dtype": "float32", "shape": (2,), "names": None},
+    }
+    dataset = LeRobotDataset.create("local/pusht", fps=10, features=features, root=root, use_videos=False)
+    env = gymnasium.make("gym_pusht/PushT-v0", obs_type="environment_state_agent_pos")
+    rng = np.random.default_rng(0)
+    for episode in range(episodes):
+        observation, _ = env.reset(seed=episode)
+        for _ in range(steps):
+            action = np.clip(observation["agent_pos"] + rng.normal(0, 40, 2), 0, 512).astype(np.float32)
+            dataset.add_frame(
+                {
+                    "observation.state": observation["agent_pos"].astype(np.float32),
+                    "observation.environment_state": observation["environment_state"].astype(np.float32),
+                    "action": action,
+                    "task": "push the T",
+                }
+            )
+            observation, *_ = env.step(action)
+        dataset.save_episode()
+    dataset.finalize()
+
+
+def test_policy_of_lerobot_train_is_steered_on_pusht(tmp_path, capsys):
+    """Record, `lerobot-train` a diffusion policy with LeRobot's defaults (DDPM, two observations), adapt."""
+    record_pusht(tmp_path / "data")
+    command = [
+        str(Path(sys.executable).with_name("lerobot-train")), "--dataset.repo_id=local/pusht",
+        f"--dataset.root={tmp_path / 'data'}", "--policy.type=diffusion", "--policy.device=cpu",
+        "--policy.push_to_hub=false", "--policy.horizon=16", "--policy.n_action_steps=8",
+        "--policy.down_dims=[16,32]", "--steps=3", "--batch_size=4", "--num_workers=0", "--save_freq=3",
+        "--env_eval_freq=0", "--wandb.enable=false", f"--output_dir={tmp_path / 'train'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    policy = tmp_path / "train" / "checkpoints" / "000003" / "pretrained_model"
+    code = main(
+        ["adapt", f"--policy.path={policy}", "--env.type=pusht", "--env.episode_length=24",
+         "--env.obs_type=environment_state_agent_pos", *SMALL, "--noise.type=repeat",
+         f"--output_dir={tmp_path / 'out'}"]
+    )  # fmt: skip
+    text = capsys.readouterr().out
+    assert code == 0
+    assert "switched to DDIM with 10 steps" in text
+    check_results(tmp_path / "out", POLICIES, 6)
+    if "no video" not in text:
+        assert (tmp_path / "out" / "after.mp4").stat().st_size > 1000
+    code = main(
+        ["eval", f"--policy.path={tmp_path / 'out' / 'artefact'}", "--env.type=pusht",
+         "--env.obs_type=environment_state_agent_pos", "--env.episode_length=24", "--eval.n_episodes=3",
+         "--eval.constant_candidates=0", "--eval.videos=0", "--policy.device=cpu",
+         f"--output_dir={tmp_path / 'eval'}"]
+    )  # fmt: skip
+    assert code == 0
+    check_results(tmp_path / "eval", ["base", "zero_noise", "steered"], 3)
+
+
+def test_nan_in_the_middle_of_a_run_leaves_no_artefact(tiny_base, tmp_path, capsys, monkeypatch):
+    from trimtab.rl.envs.metaworld import MetaworldStateEnv
+
+    original = MetaworldStateEnv.step
+
+    def poisoned(self, action):
+        observation, *rest = original(self, action)
+        seed = self._sim.current_seed
+        if 10_000_000 <= seed < 50_000_000 and self._steps == 7:  # training seeds only
+            observation["agent_pos"][0] = np.nan
+        return observation, *rest
+
+    monkeypatch.setattr(MetaworldStateEnv, "step", poisoned)
+    argv = ["adapt", f"--policy.path={tiny_base}", *ENV, *SMALL, "--machine.workers=0"]
+    assert main([*argv, f"--output_dir={tmp_path / 'out'}"]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(error) == 1 and "NaN or Inf in its observation 'agent_pos'" in error[0]
+    assert not (tmp_path / "out" / "artefact").exists()
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+def test_demo_end_to_end(tmp_path, capsys):
+    """The demo's own path with a base of two tasks cloned for a moment."""
+    argv = ["demo", "--task=drawer-close", "--base.tasks=drawer-close,reach", "--base.demonstrators={}"]
+    argv += ["--base.episodes=2", "--base.episode_length=20", "--base.cloning.steps=10"]
+    argv += [option for option in SMALL if not option.startswith("--policy")]
+    argv += [
+        "--other_task_episodes=2",
+        f"--cache_dir={tmp_path / 'cache'}",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    assert "base file unchanged" in text and "reach-v3" in text
+    results = check_results(tmp_path / "out", POLICIES, 6)
+    assert results["other_tasks"]["unchanged"] is True
+    assert results["other_tasks"]["before"] == results["other_tasks"]["after"]
+    assert list(results["other_tasks"]["after"]) == ["reach-v3"]
+
+
+def test_base_command(tmp_path, capsys):
+    output = tmp_path / "base"
+    argv = [
+        "base",
+        "--tasks=reach-v3,window-open",
+        "--episodes=2",
+        "--episode_length=15",
+        "--cloning.steps=5",
+    ]
+    argv += ["--demonstrators={window-open: {kind: shift, p_bad: 0.5, offset: 0.05}}"]
+    assert main([*argv, f"--output_dir={output}"]) == 0
+    assert "Try it" in capsys.readouterr().out
+    made = json.loads((output / "base.json").read_text())
+    assert made["tasks"] == ["reach-v3", "window-open-v3"]
+    assert made["demonstrators"]["window-open-v3"]["offset"] == 0.05
+    assert main([*argv, f"--output_dir={output}"]) == 2
+    assert "exists; name another" in capsys.readouterr().err
