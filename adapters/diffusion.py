@@ -13,6 +13,7 @@ from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor
 
 from trimtab.adapters.base import Conditioning, NoiseSpec, PolicyAdapter
+from trimtab.adapters.errors import UserError
 
 DEFAULT_DDIM_STEPS = 10  # what a checkpoint saved with DDPM is sampled with, unless told otherwise
 
@@ -35,15 +36,22 @@ class DiffusionAdapter(PolicyAdapter):
     def prepare_config(cls, config: Any, num_inference_steps: int | None) -> list[str]:
         """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not: same weights and betas."""
         notes = []
+        # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
+        config.pretrained_backbone_weights = None
         if config.noise_scheduler_type != "DDIM":
             config.noise_scheduler_type = "DDIM"
-            config.num_inference_steps = num_inference_steps or DEFAULT_DDIM_STEPS
+            config.num_inference_steps = num_inference_steps or min(
+                DEFAULT_DDIM_STEPS, config.num_train_timesteps
+            )
             notes.append(
                 f"the checkpoint samples with DDPM, which is random given the noise: switched to DDIM with "
                 f"{config.num_inference_steps} steps (change with --policy.num_inference_steps)"
             )
         elif num_inference_steps:
             config.num_inference_steps = num_inference_steps
+        steps, most = config.num_inference_steps, config.num_train_timesteps
+        if steps is not None and not 1 <= steps <= most:
+            raise UserError("--policy.num_inference_steps", f"must be between 1 and {most}, got {steps}")
         return notes
 
     @torch.no_grad()

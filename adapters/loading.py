@@ -53,6 +53,10 @@ def load_adapter(config: PolicyConfig) -> PolicyAdapter:
     """
     if not config.path:
         raise UserError(OPTION, "name the folder or Hub repository of the base policy")
+    if config.num_inference_steps is not None and config.num_inference_steps < 1:
+        raise UserError(
+            "--policy.num_inference_steps", f"must be at least 1, got {config.num_inference_steps}"
+        )
     folder = resolve_folder(config.path, config.revision)
     policy_type = read_policy_type(folder)
     cls = adapter_class(policy_type)
@@ -247,7 +251,7 @@ def weights_hash(policy: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(policy.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapters import UserError
 from trimtab.policies.networks import FeatureNormalizer, mlp
 from trimtab.policies.noise_space import NoiseSpace
 
@@ -22,6 +23,15 @@ class ActorConfig:
     # Range of the log standard deviation before squashing.
     log_std_min: float = -5.0
     log_std_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.hidden < 1 or self.layers < 1:
+            raise UserError("--rl.actor.layers", "and hidden must be at least 1")
+        if not self.log_std_min < 0.0 < self.log_std_max:
+            raise UserError(
+                "--rl.actor.log_std_min",
+                f"must lie below 0 and log_std_max above, got {self.log_std_min} and {self.log_std_max}",
+            )
 
 
 @dataclass
@@ -43,8 +53,9 @@ class ActorOutput:
 class NoiseActor(nn.Module):
     """Observation features -> distribution over ``u``.
 
-    The head starts at mean 0 and standard deviation 1, which through ``NoiseSpace.squash`` is nearly the
-    policy's own noise: before training, the steered policy samples like the base.
+    The head starts at mean 0 and standard deviation 1, which through ``NoiseSpace.squash`` is the policy's
+    own noise with its tails pressed in: before training, the steered policy samples much like the base
+    does in this noise space.
 
     Args:
         feature_dim: length of the observation features.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapters import UserError
 from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer
 
 
@@ -18,6 +19,10 @@ class CriticConfig:
     hidden: int = 128
     layers: int = 3
     layer_norm: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.members, self.hidden, self.layers) < 1:
+            raise UserError("--rl.critic.members", "hidden and layers must be at least 1")
 
 
 class CriticEnsemble(nn.Module):

@@ -52,7 +52,7 @@ def steered_noise(
 
 
 def prior_noise(space: NoiseSpace) -> Callable[[Tensor | None, Tensor], Tensor]:
-    """The policy's own noise, kept within the noise space's bound: what an untrained actor draws."""
+    """What an untrained actor draws: the policy's own noise, squashed into the noise space."""
 
     def source(features: Tensor | None, prior: Tensor) -> Tensor:
         u = space.squash(prior.flatten(1)[:, : space.dim])

@@ -14,7 +14,7 @@ import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.loading import file_hash, weights_hash
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
-from trimtab.policies.sources import base_noise, steered_noise
+from trimtab.policies.sources import base_noise, prior_noise, steered_noise
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.reporting import MetricsWriter, plot_curve, table, write_json
 from trimtab.recipes.session import (
@@ -28,7 +28,7 @@ from trimtab.recipes.session import (
 from trimtab.rl.algorithms import AlgorithmConfig, DSRLSACConfig
 from trimtab.rl.artefact import is_artefact, save_artefact
 from trimtab.rl.evaluation import Evaluation, evaluate
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import MAX_SEED, TrainConfig, Trainer
 
 
 @dataclass
@@ -49,10 +49,15 @@ class AdaptConfig:
     output_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.num_envs < 1:
-            raise UserError("--num_envs", f"must be at least 1, got {self.num_envs}")
-        if self.seed < 0:
-            raise UserError("--seed", f"cannot be negative, got {self.seed}")
+        check_run(self.seed, self.num_envs)
+
+
+def check_run(seed: int, num_envs: int) -> None:
+    """Refuse a number of environments or a seed that a run cannot have."""
+    if num_envs < 1:
+        raise UserError("--num_envs", f"must be at least 1, got {num_envs}")
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError("--seed", f"must be between 0 and {MAX_SEED}, got {seed}")
 
 
 @dataclass
@@ -60,6 +65,7 @@ class Outcome:
     """What a steering run found."""
 
     evaluations: dict[str, Evaluation]
+    untrained: Evaluation
     details: dict[str, Any]
     artefact: Path
     lines: list[dict[str, Any]]
@@ -76,7 +82,17 @@ def main(args: list[str]) -> None:
     print(describe(session, folder))
     outcome = steer(session, folder, config, output)
     print(f"\n{table(summaries(outcome.evaluations))}\n")
+    print(untrained_line(outcome.untrained.summary(), config.noise.type))
     print(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
+
+
+def untrained_line(summary: dict[str, Any], noise: str) -> str:
+    """One line about what the noise space alone does."""
+    low, high = summary["ci95"]
+    return (
+        f"untrained actor ({noise} noise): {100 * summary['success_rate']:.1f} % "
+        f"[{100 * low:.1f}, {100 * high:.1f}] ({summary['successes']}/{summary['episodes']})"
+    )
 
 
 def steer(session: Session, folder: Path, config: AdaptConfig, output: Path) -> Outcome:
@@ -98,6 +114,14 @@ def steer(session: Session, folder: Path, config: AdaptConfig, output: Path) -> 
     started = clock()
     with session.evaluation_environments() as vec:
         evaluations, details = session.baselines(vec, config.seed)
+        # What the noise space itself does to the policy, before any learning.
+        untrained = evaluate(
+            session.runner,
+            vec,
+            prior_noise(config.noise.build(session.adapter.noise_spec)),
+            config.eval.seeds,
+            "untrained actor",
+        )
     seconds["baselines"] = clock() - started
     started = clock()
     metrics: MetricsWriter | None = None
@@ -134,16 +158,16 @@ def steer(session: Session, folder: Path, config: AdaptConfig, output: Path) -> 
             "success": {name: entry for name, entry in summaries(evaluations).items()},
         },
     )
+    parameters = sum(parameter.numel() for parameter in actor.parameters())
+    outcome = Outcome(evaluations, untrained, details, artefact, metrics.lines, parameters, seconds)
+    write_results(output, outcome, config, trainer, base_file)
     started = clock()
-    results = summaries(evaluations)
     title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
-    plot_curve(output / "curve.png", metrics.lines, results, title)
+    plot_curve(output / "curve.png", metrics.lines, summaries(evaluations), title)
     session.record(base_noise, output / "before.mp4", "video: base policy")
     session.record(steered, output / "after.mp4", "video: steered")
     seconds["pictures"] = clock() - started
-    parameters = sum(parameter.numel() for parameter in actor.parameters())
-    outcome = Outcome(evaluations, details, artefact, metrics.lines, parameters, seconds)
-    write_results(output, outcome, config, trainer, base_file)
+    write_results(output, outcome, config, trainer, base_file)  # once more, with the last time in it
     return outcome
 
 
@@ -155,6 +179,7 @@ def write_results(
         output / "results.json",
         {
             "policies": summaries(outcome.evaluations),
+            "untrained_actor": outcome.untrained.summary(),
             "constant_noise_search": outcome.details,
             "env": {"type": config.env.type, "task": config.env.task},
             "seed": config.seed,

@@ -49,6 +49,7 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
 
     from trimtab.adapters.errors import UserError
 
+    args = _load_plugins(args)
     if "-h" in args or "--help" in args:
         print(f"usage: trimtab {command} [--option=value ...]")
         print_scoped_help(config_class, args)
@@ -75,6 +76,27 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
     except Exception as error:  # YAML scanner errors come in many classes
         where = f"--config_path={config_path}" if config_path else "options"
         raise UserError(where, f"cannot be read ({error})") from None
+
+
+def _load_plugins(args: list[str]) -> list[str]:
+    """Register other people's environments and policies as LeRobot's commands do.
+
+    Returns:
+        ``args`` without the ``--...discover_packages_path`` options.
+    """
+    from lerobot.configs import parser
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    from trimtab.adapters.errors import UserError
+
+    register_third_party_plugins()
+    for option, package in parser.parse_plugin_args(parser.PLUGIN_DISCOVERY_SUFFIX, args).items():
+        try:
+            parser.load_plugin(package)
+        except Exception as error:  # a plugin is somebody else's code
+            raise UserError(f"--{option}", str(error)) from None
+        args = parser.filter_arg(option, args)
+    return args
 
 
 def _config_path(args: list[str]) -> str | None:
@@ -136,6 +158,8 @@ def new_output_dir(path: Path | None, default: str) -> Path:
     probe = path
     while not probe.exists():
         probe = probe.parent
+    if not probe.is_dir():
+        raise UserError("--output_dir", f"{probe} is a file, not a folder")
     if not os.access(probe, os.W_OK):
         raise UserError("--output_dir", f"cannot write to {probe}")
     return path
@@ -145,8 +169,3 @@ def default_threads(workers: int) -> int:
     """Threads for torch beside ``workers`` simulator processes: the rest of the cores, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(1, cores - workers)
-
-
-def is_terminal() -> bool:
-    """Whether a person is looking."""
-    return sys.stderr.isatty()

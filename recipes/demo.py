@@ -12,7 +12,7 @@ from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.loading import file_hash
 from trimtab.policies.noise_space import NoiseSpaceConfig, RepeatNoiseConfig
 from trimtab.policies.sources import base_noise
-from trimtab.recipes.adapt import AdaptConfig, steer
+from trimtab.recipes.adapt import AdaptConfig, check_run, steer, untrained_line
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.metaworld.base import RECORD, BaseConfig, cached_base, check_task
 from trimtab.recipes.reporting import table, write_json
@@ -58,6 +58,9 @@ class DemoConfig:
     cache_dir: Path | None = None
     # Default: outputs/demo/<date>/<time>.
     output_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_run(self.seed, self.num_envs)
 
 
 def main(args: list[str]) -> None:
@@ -117,7 +120,7 @@ def other_tasks(session: Session, folder: Path, config: DemoConfig, when: str) -
         env = MetaworldStateConfig(task=task, episode_length=config.base.episode_length)
         other = Session(session.adapter, env, session.eval, session.machine)
         seeds = session.eval.seeds[: config.other_task_episodes]
-        with other.environments(len(seeds), max(2, config.machine.workers)) as vec:
+        with other.environments(len(seeds), other.evaluation_workers) as vec:
             found[task] = evaluate(other.runner, vec, base_noise, seeds, f"{task}, {when}")
     return found
 
@@ -126,6 +129,7 @@ def report(config: DemoConfig, results: dict[str, Any], parameters: int, output:
     """What the demo prints at the end."""
     others = results["other_tasks"]
     lines = ["", table(results["policies"]), ""]
+    lines.append(untrained_line(results["untrained_actor"], config.noise.type))
     lines.append(
         f"{config.task}: {results['env_steps']:,} environment steps "
         f"({results['training_episodes']} episodes), "

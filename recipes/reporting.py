@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ import numpy as np
 
 from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.statistics import wilson_interval
-
-logger = logging.getLogger(__name__)
 
 NAMES = {
     "base": "base policy",
@@ -111,11 +108,11 @@ def plot_curve(
             linewidth=1.4,
             label=f"{NAMES.get(name, name)}: {100 * entry['success_rate']:.1f} % of {entry['episodes']}",
         )
-    warm = [line["env_steps"] for line in lines if line["acting"] == "base"]
+    warm = [line["env_steps"] for line in lines if line["acting"] == "untrained"]
     if warm:
         for axis in (top, bottom):
             axis.axvspan(0, warm[-1], color="black", alpha=0.05, linewidth=0)
-        top.text(warm[-1] / 2, 1.01, "base acts", ha="center", va="bottom", fontsize=8)
+        top.text(warm[-1] / 2, 1.01, "untrained", ha="center", va="bottom", fontsize=8)
     top.set(ylim=(0, 1.08), ylabel="success rate", title=title)
     top.legend(loc="center right", fontsize=8)
     learnt = [line for line in lines if "q_mean" in line]

@@ -18,11 +18,14 @@ from trimtab.policies.sources import NoiseSource, base_noise, constant_noise, ze
 from trimtab.recipes.console import default_threads
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_grid_video
+from trimtab.rl.envs.metaworld import split_tasks
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
 from trimtab.rl.runner import PolicyRunner
 
+SEED_LIMIT = 50_000_000  # from here on seeds belong to demonstrations and training
 EVALUATION_SEED = 1_000_000  # first episode seed of an evaluation
+ONE_TASK = "adapt and eval take one task at a time; name one, and run them once for each"
 SELECTION_SEED = 2_000_000  # first episode seed on which constant noises compete
 
 
@@ -52,6 +55,13 @@ class EvalConfig:
         for name in ("constant_candidates", "videos", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--eval.{name}", f"cannot be negative, got {getattr(self, name)}")
+        last, selection = self.seed + self.n_episodes, SELECTION_SEED + self.constant_episodes
+        if self.constant_candidates and self.seed < selection and last > SELECTION_SEED:
+            raise UserError(
+                "--eval.seed", f"{SELECTION_SEED} to {selection} are the seeds on which constants are chosen"
+            )
+        if last > SEED_LIMIT:
+            raise UserError("--eval.seed", f"stay below {SEED_LIMIT}, where demonstrations start")
 
     @property
     def seeds(self) -> list[int]:
@@ -68,8 +78,10 @@ class MachineConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.workers < 0 or (self.threads is not None and self.threads < 1):
-            raise UserError("--machine.threads", "must be at least 1, and --machine.workers at least 0")
+        if self.workers < 0:
+            raise UserError("--machine.workers", f"cannot be negative, got {self.workers}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError("--machine.threads", f"must be at least 1, got {self.threads}")
 
     def apply(self) -> None:
         torch.set_num_threads(self.threads or default_threads(self.workers))
@@ -87,6 +99,8 @@ class Session:
     _checked: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
+        if self.env.type == "metaworld_state" and len(split_tasks(self.env.task)) > 1:
+            raise UserError("--env.task", ONE_TASK)
         self.runner = PolicyRunner(self.adapter, self.env)
 
     @contextmanager
@@ -96,6 +110,7 @@ class Session:
         Raises:
             UserError: the environment cannot be built.
         """
+        vec = None
         try:
             vec = ChunkVectorEnv(
                 self.env,
@@ -103,19 +118,23 @@ class Session:
                 self.machine.workers if workers is None else workers,
                 self.adapter.n_obs_steps,
             )
-        except (UserError, RuntimeError) as error:
+            self._preflight(vec)
+        except Exception as error:  # whatever a simulator raises when it cannot be built or stepped
+            if vec is not None:
+                vec.close()
             if isinstance(error, UserError):
                 raise
-            lines = str(error).strip().splitlines()
-            raise UserError("--env.type", f"'{self.env.type}' cannot be built: {lines[-1]}") from None
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise UserError("--env.type", f"'{self.env.type}' does not run here: {reason}") from error
         try:
-            self._preflight(vec)
             yield vec
         finally:
             vec.close()
 
     def _preflight(self, vec: ChunkVectorEnv) -> None:
         """One observation and one chunk before any long work, so that what does not fit shows at once."""
+        if len(set(vec.task_names)) > 1:
+            raise UserError("--env.task", ONE_TASK)
         if self._checked:
             return
         observation = vec.reset({0: self.eval.seed})[0]
@@ -127,9 +146,14 @@ class Session:
         self._checked = True
 
     def evaluation_environments(self) -> Any:
-        """As many environments as an evaluation uses, on all cores."""
+        """As many environments as an evaluation uses, in two worker processes or more."""
         count = min(self.eval.batch_size, self.eval.n_episodes)
-        return self.environments(count, max(self.machine.workers, 2) if self.machine.workers else 0)
+        return self.environments(count, self.evaluation_workers)
+
+    @property
+    def evaluation_workers(self) -> int:
+        """No learner runs beside an evaluation, so that a second core is free for simulators."""
+        return max(self.machine.workers, 2) if self.machine.workers else 0
 
     def baselines(self, vec: ChunkVectorEnv, seed: int) -> tuple[dict[str, Evaluation], dict[str, Any]]:
         """Evaluate the base under its own noise, zero noise and the best constant noise.
@@ -161,11 +185,12 @@ class Session:
         if not seeds:
             return False
         try:
-            with self.environments(len(seeds), 1) as vec:
+            with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
                 outcome = evaluate(self.runner, vec, source, seeds, label, record=seeds)
             return write_grid_video(path, outcome, seeds, fps=20)
-        except (RuntimeError, UserError, OSError, ImportError) as error:
-            print(f"no video {path.name}: this machine cannot render ({str(error).strip().splitlines()[-1]})")
+        except Exception as error:  # a picture is never worth a run
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            print(f"no video {path.name}: cannot render here ({reason})")
             return False
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import draccus
 import torch
+from draccus.utils import DraccusException
 from safetensors.torch import save_file
 
 from trimtab.adapters import NoiseSpec, PolicyAdapter, PolicyConfig, UserError, load_adapter
@@ -99,7 +100,7 @@ def save_artefact(
 
 def is_artefact(path: str | None) -> bool:
     """Whether ``path`` is a folder with the config of an artefact."""
-    config = Path(path or "") / CONFIG
+    config = Path(path or "").expanduser() / CONFIG
     if not path or not config.is_file():
         return False
     try:
@@ -117,18 +118,22 @@ def load_artefact(config: PolicyConfig) -> Steered:
     folder = Path(config.path).expanduser().resolve()
     saved = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     try:
-        base, shape = saved["base"], tuple(saved["noise_shape"])
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
+        base, shape = saved["base"], tuple(int(length) for length in saved["noise_shape"])
+        sha256, revision, steps = base["sha256"], base["revision"], base["num_inference_steps"]
         noise = draccus.decode(NoiseSpaceConfig, saved["noise"])
         actor_config, feature_dim = ActorConfig(**saved["actor"]), int(saved["feature_dim"])
-        sha256 = base["sha256"]
-    except (KeyError, TypeError, ValueError) as error:
+        candidate = folder / base["path"]
+    except (KeyError, TypeError, ValueError, DraccusException, UserError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            "--policy.path", f"{folder / CONFIG} is not an artefact's config ({error!r})"
+            "--policy.path",
+            f"{folder / CONFIG} is not an artefact's config ({type(error).__name__}: {reason})",
         ) from None
-    candidate = folder / base["path"]
     path = str(candidate.resolve()) if candidate.exists() else base["path"]
     try:
-        base_folder = resolve_folder(path, base["revision"])
+        base_folder = resolve_folder(path, revision)
     except UserError as error:
         raise UserError(
             "--policy.path", f"the base policy of {folder} is not where it was: {error.message}"
@@ -142,7 +147,7 @@ def load_artefact(config: PolicyConfig) -> Steered:
         PolicyConfig(
             path=str(base_folder),
             device=config.device,
-            num_inference_steps=config.num_inference_steps or base["num_inference_steps"],
+            num_inference_steps=config.num_inference_steps or steps,
         )
     )
     if adapter.noise_spec.shape != shape:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from trimtab.adapters import UserError
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.sources import NoiseSource
 from trimtab.rl.envs.chunk import ChunkResult
@@ -108,10 +109,14 @@ class Collector:
         started = time.perf_counter()
         prior = torch.cat([self.runner.prior(1, generator) for generator in self._generators])
         noise = source(self._features, prior)
+        if not torch.isfinite(noise).all():
+            raise UserError("--rl.learning_rate", "the noise actor has diverged to NaN or Inf; lower it")
         actions = self.runner.decode(self._conditioning, noise)
         self._u = self.space.project(noise).float().cpu().numpy()
-        self.vec.send({i: actions[i] for i in self._envs}, dict(self._next_seed))
         self.seconds["denoise"] += time.perf_counter() - started
+        started = time.perf_counter()  # without workers, sending is stepping
+        self.vec.send({i: actions[i] for i in self._envs}, dict(self._next_seed))
+        self.seconds["env_wait"] += time.perf_counter() - started
 
     def finish(self) -> tuple[list[Transition], list[Episode]]:
         """Wait for the simulators and return the transitions and episodes that are now complete."""

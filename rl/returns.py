@@ -100,7 +100,3 @@ class NStepAccumulator:
             first_features, first_u, _, _ = self._pending.popleft()
             done.append(Transition(first_features, first_u, total, weight, next_features))
         return done
-
-    def clear(self) -> None:
-        """Forget the running episode."""
-        self._pending.clear()

@@ -1,4 +1,4 @@
-"""Intervals and paired tests for success rates."""
+"""Intervals of success rates."""
 
 from __future__ import annotations
 
@@ -21,9 +21,3 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959963984540054)
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == episodes else centre + half
     return low, high
-
-
-def format_rate(successes: int, episodes: int) -> str:
-    """``0.935 [0.892, 0.962] (187/200)``."""
-    low, high = wilson_interval(successes, episodes)
-    return f"{successes / episodes:.3f} [{low:.3f}, {high:.3f}] ({successes}/{episodes})"

@@ -23,6 +23,7 @@ from trimtab.rl.replay import ReplayBuffer
 from trimtab.rl.returns import REWARDS, value_bounds
 from trimtab.rl.runner import PolicyRunner
 
+MAX_SEED = 20_000  # keeps environment seeds below 2^31
 WINDOW = 50  # episodes in the running success rate
 
 
@@ -32,7 +33,7 @@ class TrainConfig:
 
     # Environment steps to collect.
     env_steps: int = 20_000
-    # Transitions that the policy's own noise collects before the actor takes over.
+    # Transitions collected with what an untrained actor draws, before the actor takes over.
     warmup_transitions: int = 800
     # Transitions in the replay before the first update.
     first_update: int = 256
@@ -50,8 +51,16 @@ class TrainConfig:
         for name in ("env_steps", "first_update", "replay_capacity", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"--train.{name}", f"must be at least 1, got {getattr(self, name)}")
-        if self.updates_per_transition < 0 or self.warmup_transitions < 0:
-            raise UserError("--train.updates_per_transition", "and warmup_transitions cannot be negative")
+        if not self.updates_per_transition > 0:
+            raise UserError(
+                "--train.updates_per_transition", f"must be positive, got {self.updates_per_transition}"
+            )
+        if self.warmup_transitions < 0:
+            raise UserError(
+                "--train.warmup_transitions", f"cannot be negative, got {self.warmup_transitions}"
+            )
+        if self.replay_capacity < self.first_update:
+            raise UserError("--train.replay_capacity", f"cannot be below first_update={self.first_update}")
 
 
 @dataclass
@@ -114,7 +123,7 @@ class Trainer:
             dynamic_ncols=True,
             disable=not self.progress,
         )
-        started, logged = time.perf_counter(), 0
+        started, logged, warming = time.perf_counter(), 0, True
         while self.collector.env_steps < self.train.env_steps:
             warming = self.transitions < self.train.warmup_transitions
             self.collector.begin(warmup if warming else actor)
@@ -123,13 +132,19 @@ class Trainer:
             self._store(transitions, episodes)
             bar.update(min(self.collector.env_steps, self.train.env_steps) - bar.n)
             if episodes:
-                phase = "base noise" if warming else "steered"
+                phase = "untrained actor" if warming else "steered"
                 bar.set_postfix_str(f"success {self._window.rate:.2f} (last {len(self._window)}), {phase}")
             if self.collector.env_steps - logged >= self.train.log_every:
                 logged = self.collector.env_steps
                 self.on_metrics(self._metrics(time.perf_counter() - started, warming))
-        self.on_metrics(self._metrics(time.perf_counter() - started, False))
+        self.on_metrics(self._metrics(time.perf_counter() - started, warming))
         bar.close()
+        if not self.updates:
+            raise UserError(
+                "--train.env_steps",
+                f"{self.train.env_steps} steps gave {len(self.replay)} transitions, learning starts at "
+                f"{self.train.first_update}; raise it, or lower --train.first_update",
+            )
         return self.algorithm
 
     def _learn(self) -> None:
@@ -166,7 +181,7 @@ class Trainer:
             "updates": self.updates,
             "success_rate": self._window.rate,
             "success_window": len(self._window),
-            "acting": "base" if warming else "actor",
+            "acting": "untrained" if warming else "actor",
         }
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         for name, value in means.items():
@@ -185,5 +200,5 @@ class Trainer:
 
 
 def training_seed(seed: int) -> int:
-    """First environment seed of a run: far from those of evaluation and of other runs."""
-    return 10_000_000 + seed * 100_000
+    """First environment seed of a run: far from those of evaluation, demonstration and other runs."""
+    return 100_000_000 + seed * 100_000

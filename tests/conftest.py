@@ -47,6 +47,7 @@ def make_diffusion(
     action_dim=2,
     horizon=8,
     n_action_steps=3,
+    group_norm=True,
 ):
     """Save a random LeRobot DiffusionPolicy with its processors, as `lerobot-train` would."""
     from lerobot.configs import FeatureType, PolicyFeature
@@ -56,7 +57,7 @@ def make_diffusion(
 
     features = {"observation.state": PolicyFeature(FeatureType.STATE, (state_dim,))}
     if images:
-        features["observation.image"] = PolicyFeature(FeatureType.VISUAL, (3, 32, 32))
+        features["observation.image"] = PolicyFeature(FeatureType.VISUAL, (3, 64, 64))
     else:
         features["observation.environment_state"] = PolicyFeature(FeatureType.ENV, (env_dim,))
     config = DiffusionConfig(
@@ -73,7 +74,7 @@ def make_diffusion(
         num_train_timesteps=20,
         num_inference_steps=None if scheduler == "DDPM" else 4,
         pretrained_backbone_weights=None,
-        use_group_norm=True,
+        use_group_norm=group_norm,
     )
     torch.manual_seed(0)
     policy = DiffusionPolicy(config)

@@ -13,10 +13,11 @@ from typing import Any
 from trimtab.adapters import UserError
 from trimtab.recipes.metaworld.cloning import CloningConfig
 from trimtab.recipes.metaworld.demonstrators import Operator
-from trimtab.rl.envs.metaworld import resolve_task, split_tasks
+from trimtab.rl.envs.metaworld import check_episode_length, resolve_task, split_tasks
 
 RECORD = "base.json"
 DEMONSTRATIONS = "demonstrations"
+MAX_SEED = 400  # keeps the demonstrations' seeds below those of training
 
 # How the mixture was chosen: recipes/metaworld/README.md.
 DEFAULT_TASKS = "button-press-topdown-v3,hammer-v3,drawer-open-v3,door-open-v3,window-close-v3"
@@ -60,15 +61,24 @@ class BaseConfig:
         stray = [name for name in operators if name not in tasks]
         if stray and not default:
             raise UserError("--demonstrators", f"{', '.join(stray)} is not among --tasks")
-        for name in ("episodes", "episode_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}", f"must be at least 1, got {getattr(self, name)}")
+        if self.episodes < 1:
+            raise UserError("--episodes", f"must be at least 1, got {self.episodes}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError("--seed", f"must be between 0 and {MAX_SEED}, got {self.seed}")
+        check_episode_length(self.episode_length, "--episode_length")
         for name in ("steps", "batch_size", "num_inference_steps", "n_action_steps"):
             if getattr(self.cloning, name) < 1:
                 raise UserError(f"--cloning.{name}", f"must be at least 1, got {getattr(self.cloning, name)}")
         if self.cloning.n_action_steps > self.cloning.horizon:
             raise UserError(
                 "--cloning.n_action_steps", f"cannot exceed --cloning.horizon={self.cloning.horizon}"
+            )
+        dims = self.cloning.down_dims
+        if not dims or any(dim < 8 or dim % 8 for dim in dims):
+            raise UserError("--cloning.down_dims", f"needs positive multiples of 8, got {list(dims)}")
+        if self.cloning.horizon % 2 ** len(dims):
+            raise UserError(
+                "--cloning.horizon", f"must be a multiple of {2 ** len(dims)} (2 per down_dims entry)"
             )
         operators = {name: op for name, op in operators.items() if name in tasks}
         return BaseConfig(
@@ -98,12 +108,19 @@ def cached_base(config: BaseConfig, cache: Path) -> Path:
     if (folder / RECORD).is_file():
         print(f"base policy: {folder} (cached)")
         return folder
-    make_base(config, folder)
+    try:
+        make_base(config, folder, "--cache_dir")
+    except FileExistsError:
+        print(f"base policy: {folder} (another process made it meanwhile)")
     return folder
 
 
-def make_base(config: BaseConfig, folder: Path) -> dict[str, Any]:
+def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") -> dict[str, Any]:
     """Demonstrate, record and clone into ``folder``, which appears only when all of it is there.
+
+    Raises:
+        UserError: ``option`` names a folder that cannot be written.
+        FileExistsError: another process made ``folder`` meanwhile.
 
     Returns:
         What ``base.json`` holds: tasks, operators, the demonstrators' success and the loss curve.
@@ -112,7 +129,7 @@ def make_base(config: BaseConfig, folder: Path) -> dict[str, Any]:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     from trimtab.recipes.metaworld.cloning import clone, save
-    from trimtab.recipes.metaworld.dataset import REPO_ID, record
+    from trimtab.recipes.metaworld.dataset import REPO_ID, record, with_centers
 
     datasets.disable_progress_bars()
     tasks = config.tasks.split(",")
@@ -120,16 +137,17 @@ def make_base(config: BaseConfig, folder: Path) -> dict[str, Any]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise UserError("--output_dir", f"cannot write to {folder.parent} ({error.strerror})") from None
+        raise UserError(option, f"cannot write to {folder.parent} ({error.strerror})") from None
     try:
         data = work / DEMONSTRATIONS
-        rates = record(data, tasks, config.demonstrators, config.episodes, config.episode_length, config.seed)
+        operators = with_centers(config.demonstrators)
+        rates = record(data, tasks, operators, config.episodes, config.episode_length, config.seed)
         dataset = LeRobotDataset(REPO_ID, root=data)
         policy, pre, post, losses = clone(dataset, config.cloning, config.seed)
         save(work, policy, pre, post)
         made = {
             "tasks": tasks,
-            "demonstrators": {task: asdict(config.demonstrators.get(task, Operator())) for task in tasks},
+            "demonstrators": {task: asdict(operators.get(task, Operator())) for task in tasks},
             "demonstration_success": rates,
             "episodes_per_task": config.episodes,
             "episode_length": config.episode_length,
@@ -142,7 +160,7 @@ def make_base(config: BaseConfig, folder: Path) -> dict[str, Any]:
         (work / RECORD).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
         work.chmod(0o755)
         if folder.exists():
-            raise UserError("--output_dir", f"{folder} appeared while the base was being made; name another")
+            raise FileExistsError(f"{folder} appeared while the base was being made")
         work.rename(folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
@@ -159,7 +177,10 @@ def check_task(folder: Path, task: str | None) -> None:
     record = folder / RECORD
     if not record.is_file():
         return
-    known = json.loads(record.read_text(encoding="utf-8"))["tasks"]
+    try:
+        known = json.loads(record.read_text(encoding="utf-8"))["tasks"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("--policy.path", f"{record} is damaged ({error})") from None
     for name in split_tasks(task):
         if name not in known:
             raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 from tqdm import trange
-
-logger = logging.getLogger(__name__)
 
 NARROW = 1e-3  # a coordinate that moved less than this in all demonstrations counts as constant
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -67,6 +68,18 @@ def demonstrate(env: MetaworldStateEnv, operator: Operator, seed: int) -> Iterat
         observation = following
 
 
+def with_centers(operators: dict[str, Operator]) -> dict[str, Operator]:
+    """The same operators, with a ``center`` measured for each blind spot that leaves it open."""
+    found = {}
+    for task, operator in operators.items():
+        if operator.kind == "blind_spot" and operator.center is None:
+            env = MetaworldStateEnv(task)
+            operator = replace(operator, center=start_center(env))
+            env.close()
+        found[task] = operator
+    return found
+
+
 @contextmanager
 def _no_image_embedding() -> Iterator[None]:
     """LeRobot maps `embed_images` over every frame, images or not: three quarters of the recording time."""
@@ -107,8 +120,6 @@ def record(
     for task in tasks:
         env = MetaworldStateEnv(task, episode_length=episode_length)
         operator = operators.get(task, Operator())
-        if operator.kind == "blind_spot" and operator.center is None:
-            operator.center = start_center(env)
         successes = 0
         for episode in range(episodes):
             frames = list(demonstrate(env, operator, SEED_OFFSET + seed * 100_000 + episode))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import draccus
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapters import UserError
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.replay import Batch
@@ -25,6 +27,11 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     n_step: int = 3
     batch_size: int = 256
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.gamma < 1.0:
+            raise UserError("--rl.gamma", f"must be at least 0 and below 1, got {self.gamma}")
+        require_positive(self, "n_step", "batch_size")
+
     @property
     def type(self) -> str:
         return self.get_choice_name(self.__class__)
@@ -38,6 +45,14 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         bounds: tuple[float, float] | None,
     ) -> Algorithm:
         """Build the algorithm for a policy's features and noise space."""
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raise a UserError for the first of ``names`` that is not a positive, finite number."""
+    for name in names:
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--rl.{name}", f"must be positive, got {value}")
 
 
 class Algorithm(nn.Module, abc.ABC):

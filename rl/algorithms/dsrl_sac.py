@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, ActorOutput, NoiseActor, kl_to_prior
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, polyak
+from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, polyak, require_positive
 from trimtab.rl.replay import Batch
 
 
@@ -47,6 +48,12 @@ class DSRLSACConfig(AlgorithmConfig):
     backup_entropy: bool = False
     # Clip TD targets to the returns that the reward allows.
     clip_targets: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "learning_rate", "tau", "actor_every", "initial_temperature")
+        if self.tau > 1.0:
+            raise UserError("--rl.tau", f"is a share, at most 1, got {self.tau}")
 
     def build(
         self,
@@ -79,7 +86,8 @@ class DSRLSAC(Algorithm):
     ) -> None:
         super().__init__()
         self.config = config
-        self.bounds = bounds if config.clip_targets else None
+        # A soft value is no return: with the entropy in it there is nothing to clip to.
+        self.bounds = bounds if config.clip_targets and not config.backup_entropy else None
         self.target_entropy = -space.dim / 4 if config.target_entropy is None else config.target_entropy
         self.actor = NoiseActor(feature_dim, space, config.actor)
         self.critic = CriticEnsemble(feature_dim, space.dim, config.critic)

@@ -68,6 +68,7 @@ class ChunkEnv:
         self._history: deque[RawObservation] = deque(maxlen=n_obs_steps)
         self._seed = -1
         self._step = 0
+        self._limit = _time_limit(env)
         self._running = False
         self._frames: list[np.ndarray] = []
 
@@ -124,6 +125,9 @@ class ChunkEnv:
                 raise UserError("--env.type", f"the environment returned the reward {reward}")
             self._history.append(observation)
             self._step += 1
+            if self._limit is not None and self._step >= self._limit and not _is_success(info):
+                # As in lerobot-eval: some of LeRobot's environments leave their time limit to the caller.
+                terminated, truncated = False, True
             rewards.append(float(reward))
             successes.append(_is_success(info))
             ended = terminated or truncated
@@ -157,6 +161,15 @@ class ChunkEnv:
 
     def _stacked(self) -> RawObservation:
         return _stack(list(self._history))
+
+
+def _time_limit(env: gym.Env) -> int | None:
+    """The environment's ``_max_episode_steps``, where it has one."""
+    try:
+        limit = env.get_wrapper_attr("_max_episode_steps")
+    except AttributeError:
+        return None
+    return int(limit) if limit else None
 
 
 def _is_success(info: dict[str, Any]) -> bool:

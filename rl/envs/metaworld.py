@@ -23,6 +23,7 @@ STATE_DIM = 39
 AGENT_DIM = 4
 ACTION_DIM = 4
 NUM_TASKS = 50
+MAX_EPISODE_LENGTH = 500  # Meta-World raises at step 501
 RENDER_SIZE = 256
 
 
@@ -57,6 +58,16 @@ def split_tasks(tasks: str | None, option: str = "--env.task") -> list[str]:
     if not found:
         raise UserError(option, "name at least one Meta-World task, for instance hammer-v3")
     return found
+
+
+def check_episode_length(steps: int, option: str = "--env.episode_length") -> None:
+    """Refuse a time limit that Meta-World's own limit of 500 steps would cut short.
+
+    Raises:
+        UserError: outside 1 to 500.
+    """
+    if not 1 <= steps <= MAX_EPISODE_LENGTH:
+        raise UserError(option, f"must be between 1 and {MAX_EPISODE_LENGTH} steps, got {steps}")
 
 
 def choose_gl_backend() -> None:
@@ -155,6 +166,7 @@ class MetaworldStateEnv(gym.Env):
 
     def __init__(self, task: str, episode_length: int = 160, render_mode: str | None = "rgb_array") -> None:
         super().__init__()
+        check_episode_length(episode_length)
         choose_gl_backend()
         from lerobot.envs.metaworld import TASK_DESCRIPTIONS
 
@@ -253,6 +265,9 @@ class MetaworldStateConfig(EnvConfig):
             "environment_state": OBS_ENV_STATE,
         }
     )
+
+    def __post_init__(self) -> None:
+        check_episode_length(self.episode_length)
 
     @property
     def gym_kwargs(self) -> dict:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import sys
 import traceback
 from typing import Any
@@ -139,8 +138,12 @@ class ChunkVectorEnv:
             process.start()
             theirs.close()
             self._workers.append((process, ours, members))
-        for worker in self._workers:
-            described.update(self._receive_from(worker))
+        try:
+            for worker in self._workers:
+                described.update(self._receive_from(worker))
+        except BaseException:
+            self.close()
+            raise
         return described
 
     def reset(
@@ -200,13 +203,15 @@ class ChunkVectorEnv:
         """Stop the workers. Safe to call twice."""
         if self._local is not None:
             self._local.close()
-        for process, connection, _ in self._workers:
+        for _, connection, _ in self._workers:
             with contextlib.suppress(OSError):
                 connection.send(("close", ()))
+        for _, connection, _ in self._workers:
+            connection.close()  # frees a worker that is still writing an answer
+        for process, _, _ in self._workers:
             process.join(5)
             if process.is_alive():
                 process.terminate()
-            connection.close()
         self._workers, self._pending = [], {}
 
     def __enter__(self) -> ChunkVectorEnv:

@@ -1,11 +1,14 @@
 """The diffusion adapter against LeRobot's own public path."""
 
+import json
+
 import pytest
 import torch
 
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.diffusion import DiffusionAdapter
+from trimtab.adapters.loading import weights_hash
 
 
 @pytest.fixture(params=["state", "images"])
@@ -121,3 +124,21 @@ def test_verify_refuses_a_policy_blind_to_its_noise(tmp_path):
     torch.nn.init.zeros_(policy.diffusion.unet.final_conv[-1].bias)
     with pytest.raises(UserError, match="two different noises gave the same chunk"):
         DiffusionAdapter(policy, None, None).verify()
+
+
+def test_number_of_steps_is_checked(tmp_path):
+    folder = str(make_diffusion(tmp_path / "policy"))
+    for steps in (0, -1, 21):
+        with pytest.raises(UserError, match=r"--policy.num_inference_steps"):
+            load_adapter(PolicyConfig(path=folder, device="cpu", num_inference_steps=steps))
+
+
+def test_lerobots_default_camera_policy_loads_offline(tmp_path):
+    """Its backbone has BatchNorm counters, and its config names ImageNet weights that need no download."""
+    folder = make_diffusion(tmp_path / "policy", images=True, group_norm=False)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_backbone_weights"] = "ResNet18_Weights.IMAGENET1K_V1"
+    (folder / "config.json").write_text(json.dumps(config))
+    adapter = load_adapter(PolicyConfig(path=str(folder), device="cpu"))
+    assert any(value.ndim == 0 for value in adapter.policy.state_dict().values())
+    assert len(weights_hash(adapter.policy)) == 64

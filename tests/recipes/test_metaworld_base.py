@@ -161,6 +161,12 @@ def test_task_that_the_base_does_not_know(tiny_base):
         check_task(tiny_base, "drawr-close")
 
 
+def test_damaged_record(tmp_path):
+    (tmp_path / "base.json").write_text("{")
+    with pytest.raises(UserError, match=r"--policy.path: .*base.json is damaged"):
+        check_task(tmp_path, "reach-v3")
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -168,6 +174,10 @@ def test_task_that_the_base_does_not_know(tiny_base):
         ({"tasks": ""}, "--tasks: name at least one"),
         ({"tasks": "hamer"}, "--tasks: Meta-World has no task 'hamer'"),
         ({"tasks": "reach", "demonstrators": {"push": Operator()}}, "--demonstrators: push-v3 is not among"),
+        ({"episode_length": 501}, "--episode_length: must be between 1 and 500"),
+        ({"seed": 401}, "--seed: must be between 0 and 400"),
+        ({"cloning": CloningConfig(horizon=7)}, "--cloning.horizon: must be a multiple of 2"),
+        ({"cloning": CloningConfig(down_dims=(30,))}, "--cloning.down_dims: needs positive multiples of 8"),
         ({"episodes": 0}, "--episodes: must be at least 1"),
         ({"cloning": CloningConfig(steps=0)}, "--cloning.steps: must be at least 1"),
         ({"cloning": CloningConfig(n_action_steps=9)}, "cannot exceed --cloning.horizon"),

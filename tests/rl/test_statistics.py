@@ -2,7 +2,7 @@
 
 import pytest
 
-from trimtab.rl.statistics import format_rate, wilson_interval
+from trimtab.rl.statistics import wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,3 @@ def test_impossible_counts():
     for counts in ((0, 0), (5, 4), (-1, 4)):
         with pytest.raises(ValueError):
             wilson_interval(*counts)
-
-
-def test_format():
-    assert format_rate(187, 200) == "0.935 [0.892, 0.962] (187/200)"

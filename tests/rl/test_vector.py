@@ -47,6 +47,17 @@ def test_success_in_the_very_last_step_terminates():
     assert (result.steps, result.terminated, result.truncated) == (3, True, False)
 
 
+def test_a_time_limit_that_the_environment_leaves_to_its_caller():
+    """lerobot-eval stops at `_max_episode_steps`; some of LeRobot's environments never truncate."""
+    endless = PointEnv(limit=10**6)
+    endless._max_episode_steps = 6
+    env = ChunkEnv(endless)
+    env.reset(0)
+    env.step_chunk(STILL, None)
+    last = env.step_chunk(STILL, None)
+    assert (last.steps, last.terminated, last.truncated) == (2, False, True)
+
+
 def test_history_is_lerobots_queue():
     point = PointEnv(limit=50)
     env = ChunkEnv(point, n_obs_steps=3)
@@ -95,6 +106,13 @@ def test_workers_give_what_one_process_gives():
             assert np.array_equal(a.observation["environment_state"], b.observation["environment_state"])
     assert sum(result.truncated for step in second[1:] for result in step.values()) == 6
     assert [first[k][0].steps for k in (1, 2, 3)] == [4, 4, 2]
+
+
+def test_action_of_another_shape():
+    env = ChunkEnv(PointEnv())
+    env.reset(0)
+    with pytest.raises(UserError, match=r"makes actions of shape \(2,\), the environment takes \(1,\)"):
+        env.step_chunk(np.zeros((4, 2)), None)
 
 
 def test_errors_reach_the_parent():
