@@ -46,7 +46,7 @@ class DemoConfig:
     rl: AlgorithmConfig = field(default_factory=DSRLSACConfig)
     # The base works as well under repeated noise, which has 4 dimensions instead of 32.
     noise: NoiseSpaceConfig = field(default_factory=RepeatNoiseConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=16_000))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=20_000))
     eval: EvalConfig = field(default_factory=EvalConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Episodes of each of the base's other tasks, before and after.

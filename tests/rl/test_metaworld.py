@@ -67,6 +67,33 @@ def test_equals_metaworld_bit_for_bit(task):
         assert r1 == r2 and i1["success"] == i2["success"]
 
 
+# Meta-World observes these before it recomputes positions and so shows the object of the draw before.
+STALE = {
+    "box-close-v3", "dial-turn-v3", "disassemble-v3", "door-lock-v3", "door-unlock-v3", "drawer-open-v3",
+    "faucet-open-v3", "handle-press-v3", "handle-pull-v3", "lever-pull-v3", "window-open-v3",
+    "window-close-v3",
+}  # fmt: skip
+# The start agrees to the last bits, and contacts amplify the difference.
+CHAOTIC = {"peg-unplug-side-v3"}
+
+
+def test_all_50_start_as_in_metaworld():
+    different = set()
+    for task in task_names():
+        sim = make_simulator(task)
+        sim.reset(seed=1)
+        first, _ = sim.reset(seed=5)
+        ours = [sim.step(a)[0] for a in actions(5)]
+        sim.reset(seed=2)
+        again, _ = sim.reset(seed=5)
+        assert np.array_equal(first, again), task
+        assert np.array_equal(ours, [sim.step(a)[0] for a in actions(5)]), task
+        env, theirs = vanilla(task, 5)
+        if not np.array_equal([first, *ours], [theirs, *(env.step(a)[0] for a in actions(5))]):
+            different.add(task)
+    assert different <= STALE | CHAOTIC
+
+
 def test_first_observation_shows_the_object_where_it_is():
     """Meta-World's own first observation of window-close shows the window of the draw before."""
     sim = make_simulator("window-close-v3")
