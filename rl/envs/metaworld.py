@@ -101,7 +101,7 @@ def _cached_reset_class() -> type:
     Meta-World's reset simulates 50 steps of hand motion, twice, and starts from whatever the last
     episode left in the model (a button's box, a goal site). Here the model is put back first, so the
     hand motion is always the same and its result can be copied instead of simulated. Meta-World's
-    draws are untouched: a seed gives the start that it gives in LeRobot's wrapper.
+    draws are untouched: a seed places the objects as it does in LeRobot's wrapper.
     """
     global _CACHED_RESET
     if _CACHED_RESET is not None:
@@ -126,8 +126,8 @@ def _cached_reset_class() -> type:
                 self.seed(seed)
             mujoco.mj_resetData(self.model, self.data)
             _, info = super().reset()
-            # 12 of the tasks move a body and then observe without recomputing positions, so that
-            # Meta-World's first observation shows the object where it was before. Ours shows it where it is.
+            # Some tasks move a body and then observe without recomputing positions, so that Meta-World's
+            # first observation shows the object where it was before. Ours shows it where it is.
             mujoco.mj_forward(self.model, self.data)
             self._prev_obs = self._get_curr_obs_combined_no_goal()
             return self._get_obs().astype(np.float64), info

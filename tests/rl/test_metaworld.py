@@ -67,11 +67,12 @@ def test_equals_metaworld_bit_for_bit(task):
         assert r1 == r2 and i1["success"] == i2["success"]
 
 
-# Meta-World observes these before it recomputes positions and so shows the object of the draw before.
-STALE = {
+# Meta-World resets twice, and the start of these depends on the model that the first draw left: the hand
+# or a lid touches what stands there, or the observation is taken before positions are recomputed.
+HISTORY = {
     "box-close-v3", "dial-turn-v3", "disassemble-v3", "door-lock-v3", "door-unlock-v3", "drawer-open-v3",
-    "faucet-open-v3", "handle-press-v3", "handle-pull-v3", "lever-pull-v3", "window-open-v3",
-    "window-close-v3",
+    "faucet-open-v3", "handle-press-v3", "handle-press-side-v3", "handle-pull-v3", "handle-pull-side-v3",
+    "lever-pull-v3", "window-open-v3", "window-close-v3",
 }  # fmt: skip
 # The start agrees to the last bits, and contacts amplify the difference.
 CHAOTIC = {"peg-unplug-side-v3"}
@@ -91,7 +92,7 @@ def test_all_50_start_as_in_metaworld():
         env, theirs = vanilla(task, 5)
         if not np.array_equal([first, *ours], [theirs, *(env.step(a)[0] for a in actions(5))]):
             different.add(task)
-    assert different <= STALE | CHAOTIC
+    assert different <= HISTORY | CHAOTIC
 
 
 def test_first_observation_shows_the_object_where_it_is():
