@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
 
 
 @dataclass(frozen=True)
 class NoiseSpec:
-    """What the policy draws before it denoises.
+    """The noise that an adapter takes: standard normal in every entry, whatever the policy itself draws.
+
+    A policy that draws something else (evo1: uniform) gets it from a standard normal by a fixed map
+    (``PolicyAdapter.native_noise``), so that one prior serves every noise space and algorithm.
 
     Attributes:
         shape: shape of one sample, without the batch dimension.
-        distribution: ``normal`` (standard normal).
+        distribution: what the policy itself draws: ``normal`` or ``uniform``.
         dtype: dtype that ``denoise`` takes.
         live: boolean mask of ``shape``: entries that can change the executed actions; ``None`` = all.
     """
@@ -32,39 +38,17 @@ class NoiseSpec:
     @property
     def size(self) -> int:
         """Number of entries of one sample."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """All that depends on the observation alone: tensors with a common batch dimension.
-
-    Attributes:
-        tensors: by name, each (B, ...).
-    """
-
-    tensors: dict[str, Tensor]
-
-    @property
-    def batch_size(self) -> int:
-        return next(iter(self.tensors.values())).shape[0]
-
-    def __getitem__(self, index: Any) -> Conditioning:
-        """Select rows; an integer keeps the batch dimension."""
-        if isinstance(index, int):
-            index = slice(index, index + 1 if index != -1 else None)
-        return replace(self, tensors={key: value[index] for key, value in self.tensors.items()})
-
-    def repeat_interleave(self, k: int) -> Conditioning:
-        """Repeat each row ``k`` times in place, for ``k`` noises per observation."""
-        return replace(self, tensors={key: v.repeat_interleave(k, 0) for key, v in self.tensors.items()})
+RELATIVE_STATE = "relative_state"  # raw state of each observation, for policies with relative actions
 
 
 class PolicyAdapter(abc.ABC):
     """Wraps one frozen LeRobot policy and exposes its sampling noise as an input.
+
+    A subclass sets ``noise_spec`` and ``chunk_shape`` and writes ``encode`` and ``denoise``; the rest has
+    defaults that suit a policy which looks at one observation and takes its batch as (B, ...).
 
     Args:
         policy: a loaded LeRobot policy in eval mode, without gradients.
@@ -73,6 +57,8 @@ class PolicyAdapter(abc.ABC):
 
     Attributes:
         policy_type: LeRobot's name of the policy type that the class adapts.
+        history: whether the policy takes a time axis, (B, n_obs_steps, ...).
+        max_batch: most noises that the policy denoises in one batch; ``None`` = any number.
         noise_spec: the noise that ``denoise`` takes.
         chunk_shape: (steps executed per chunk, action dimension after un-padding).
         n_obs_steps: length of the observation history that ``preprocess`` expects.
@@ -80,9 +66,11 @@ class PolicyAdapter(abc.ABC):
     """
 
     policy_type: ClassVar[str] = ""
+    history: ClassVar[bool] = False
+    max_batch: ClassVar[int | None] = None
     noise_spec: NoiseSpec
     chunk_shape: tuple[int, int]
-    n_obs_steps: int
+    n_obs_steps: int = 1
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         self.policy = policy
@@ -91,10 +79,41 @@ class PolicyAdapter(abc.ABC):
         self.device = next(policy.parameters()).device
         self.notes: list[str] = []
 
+    # Loading: what differs between policies. LeRobot's own `from_pretrained` is not used, for some of
+    # them return random weights where a file is missing.
+
     @classmethod
-    def prepare_config(cls, config: Any, num_inference_steps: int | None) -> list[str]:
+    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
         """Change the policy's config before it is built; return a line for each change."""
         return []
+
+    @classmethod
+    def build(cls, config: Any) -> Any:
+        """The policy that ``config`` describes, with any weights."""
+        from lerobot.policies.factory import get_policy_class
+
+        return get_policy_class(config.type)(config)
+
+    @classmethod
+    def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
+        """Rename tensors of older files as LeRobot's own loader does."""
+        return saved
+
+    @classmethod
+    def processor_overrides(
+        cls, config: Any, options: PolicyConfig
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+        """Overrides for the saved (preprocessor, postprocessor), by step name, beside the device's."""
+        if options.tokenizer:
+            return {"tokenizer_processor": {"tokenizer_name": options.tokenizer}}, {}
+        return {}, {}
+
+    @property
+    def config(self) -> Any:
+        """The policy's LeRobot config."""
+        return self.policy.config
+
+    # Observations.
 
     def preprocess(self, observation: dict[str, Any]) -> dict[str, Any]:
         """Run the policy's saved preprocessor.
@@ -103,68 +122,150 @@ class PolicyAdapter(abc.ABC):
             observation: LeRobot keys; tensors are (B, n_obs_steps, ...), ``task`` is a list of B strings.
 
         Returns:
-            The policy's batch, tensors (B, n_obs_steps, ...) on the policy's device.
+            The policy's batch on its device; with ``history``, tensors (B, n_obs_steps, ...).
 
         Raises:
             UserError: the policy needs an input that the environment does not give.
         """
-        missing = [key for key in self.policy.config.input_features if key not in observation]
-        if missing:
-            given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"
-            raise UserError(
-                "--env.type",
-                f"the policy needs {', '.join(missing)}, the environment gives {given}; choose the "
-                "environment (or its --env.obs_type) that the policy was trained on",
-            )
-        for key, feature in self.policy.config.input_features.items():
-            if tuple(observation[key].shape[2:]) != tuple(feature.shape):
-                raise UserError(
-                    "--env.type",
-                    f"the policy needs {key} of shape {tuple(feature.shape)}, the environment gives "
-                    f"{tuple(observation[key].shape[2:])}; choose the environment that it was trained on",
-                )
-        flat, lead = {}, None
+        self._check_observation(observation)
+        flat, lead = {}, (0, 1)
         for key, value in observation.items():
             if isinstance(value, Tensor):
-                lead = value.shape[:2]
+                lead = tuple(value.shape[:2])
                 flat[key] = value.flatten(0, 1)
         for key, value in observation.items():
             if not isinstance(value, Tensor):  # one string per environment: repeat over the history
                 flat[key] = [item for item in value for _ in range(lead[1])]
         batch = self.preprocessor(flat)
+        if not self.history:
+            return batch
         return {
-            key: value.unflatten(0, tuple(lead))
+            key: value.unflatten(0, lead)
             for key, value in batch.items()
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == lead[0] * lead[1]
         }
 
+    def _check_observation(self, observation: dict[str, Any]) -> None:
+        names = {self._renames().get(key, key): key for key in observation}
+        required = {
+            key: feature
+            for key, feature in self.config.input_features.items()
+            if "empty_camera" not in key  # LeRobot fills these itself
+        }
+        missing = [key for key in required if key not in names]
+        if missing:
+            given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"
+            raise UserError(
+                "--env.type",
+                f"the policy needs {', '.join(missing)}, the environment gives {given}; choose the "
+                "environment (or its --env.obs_type) that the policy was trained on, or rename with "
+                "--policy.rename_map",
+            )
+        for key, feature in required.items():
+            shape = tuple(observation[names[key]].shape[2:])
+            image = len(feature.shape) == 3  # policies resize their images
+            if shape != tuple(feature.shape) and not (image and len(shape) == 3 and self.resizes_images):
+                raise UserError(
+                    "--env.type",
+                    f"the policy needs {key} of shape {tuple(feature.shape)}, the environment gives "
+                    f"{shape}; choose the environment that it was trained on",
+                )
+
+    @property
+    def resizes_images(self) -> bool:
+        """Whether the policy takes images of any size."""
+        return False
+
+    def _renames(self) -> dict[str, str]:
+        for step in getattr(self.preprocessor, "steps", ()):
+            if hasattr(step, "rename_map"):
+                return step.rename_map
+        return {}
+
+    def observe(self, observation: dict[str, Any]) -> Conditioning:
+        """``encode(preprocess(observation))``, and what ``postprocess`` needs of the observation.
+
+        A policy with relative actions adds them to the state it saw; LeRobot remembers the state of the
+        last observation only, so it is kept with each conditioning.
+        """
+        conditioning = self.encode(self.preprocess(observation))
+        step = self._relative_step()
+        if step is not None:
+            state = step.get_cached_state().unflatten(0, (conditioning.observations, -1))[:, -1]
+            conditioning.tensors[RELATIVE_STATE] = state
+        return conditioning
+
+    def _relative_step(self) -> Any:
+        for step in getattr(self.postprocessor, "steps", ()):
+            if getattr(step, "relative_step", None) is not None and step.enabled:
+                return step.relative_step
+        return None
+
+    # The function (observation, noise) -> chunk.
+
     @abc.abstractmethod
     def encode(self, batch: dict[str, Any]) -> Conditioning:
-        """Run what depends on the observation alone. No gradient."""
+        """Run what depends on the observation alone. No gradient. ``batch`` is not changed."""
 
     @abc.abstractmethod
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
         """Turn noise into an action chunk, deterministically. No gradient.
 
         Args:
-            conditioning: from ``encode``, B rows.
+            conditioning: from ``encode``, for B noises. It is not changed.
             noise: (B, *noise_spec.shape) of ``noise_spec.dtype``.
 
         Returns:
             (B, steps, action_dim) in the policy's normalised space.
         """
 
-    def postprocess(self, chunk: Tensor) -> Tensor:
-        """Un-normalise a chunk (B, steps, action_dim) to what the environment takes, on the CPU."""
+    def native_noise(self, noise: Tensor) -> Tensor:
+        """What the policy itself would have drawn, for standard normal ``noise`` (B, *noise_spec.shape)."""
+        return noise
+
+    def executed(self, chunk: Tensor) -> Tensor:
+        """The part of the policy's chunk (B, T, D) that is executed: (B, *chunk_shape)."""
+        return chunk[:, : self.chunk_shape[0], : self.chunk_shape[1]]
+
+    def postprocess(self, chunk: Tensor, conditioning: Conditioning | None = None) -> Tensor:
+        """Un-normalise a chunk (B, steps, action_dim) to what the environment takes, on the CPU.
+
+        Args:
+            chunk: from ``denoise``.
+            conditioning: what it was denoised with. A policy with relative actions needs it (from
+                ``observe``), unless the chunk belongs to the last observation that was preprocessed.
+        """
+        step = self._relative_step()
+        if step is not None and conditioning is not None and RELATIVE_STATE in conditioning.tensors:
+            step._last_state = conditioning.rows(RELATIVE_STATE)
         return self.postprocessor(chunk)
 
     def features(self, conditioning: Conditioning) -> Tensor | None:
         """A backbone representation (B, d) that the noise actor may look at, or ``None``."""
         return None
 
-    @abc.abstractmethod
+    # Verification.
+
+    def example_observation(self, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
+        """A random observation within the policy's own statistics, with a task."""
+        stats = {}
+        for step in getattr(self.preprocessor, "steps", ()):
+            stats = getattr(step, "_tensor_stats", None) or stats
+        originals = {new: old for old, new in self._renames().items()}
+        observation: dict[str, Any] = {}
+        for key, feature in self.config.input_features.items():
+            value = torch.rand((batch_size, self.n_obs_steps, *feature.shape), generator=generator)
+            known = stats.get(key, {})
+            if len(feature.shape) < 3 and "min" in known and "max" in known:
+                low, high = known["min"].cpu().float(), known["max"].cpu().float()
+                value = low + (high - low) * value
+            observation[originals.get(key, key)] = value
+        observation["task"] = ["pick up the red cube"] * batch_size
+        return observation
+
     def example_conditioning(self, batch_size: int, generator: torch.Generator) -> Conditioning:
-        """A conditioning from random inputs in the policy's normalised space, for ``verify``."""
+        """A conditioning from random inputs, for ``verify``."""
+        return self.observe(self.example_observation(batch_size, generator))
 
     def check_noise(self, conditioning: Conditioning, noise: Tensor) -> None:
         """Refuse noise of the wrong shape or dtype in one clear line.
@@ -185,8 +286,9 @@ class PolicyAdapter(abc.ABC):
             UserError: not finite, not deterministic given the noise, or blind to the noise.
         """
         generator = torch.Generator().manual_seed(0)
-        conditioning = self.example_conditioning(2, generator)
-        shape = (2, *self.noise_spec.shape)
+        count = min(2, self.max_batch or 2)
+        conditioning = self.example_conditioning(count, generator)
+        shape = (count, *self.noise_spec.shape)
         first = torch.randn(shape, generator=generator).to(self.device, self.noise_spec.dtype)
         second = torch.randn(shape, generator=generator).to(self.device, self.noise_spec.dtype)
         once = self.denoise(conditioning, first)

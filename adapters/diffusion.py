@@ -12,7 +12,9 @@ import torch
 from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor
 
-from trimtab.adapters.base import Conditioning, NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
 
 DEFAULT_DDIM_STEPS = 10  # what a checkpoint saved with DDPM is sampled with, unless told otherwise
@@ -22,6 +24,7 @@ class DiffusionAdapter(PolicyAdapter):
     """``encode`` is the observation encoder, ``denoise`` the whole DDIM loop."""
 
     policy_type: ClassVar[str] = "diffusion"
+    history: ClassVar[bool] = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
@@ -33,9 +36,9 @@ class DiffusionAdapter(PolicyAdapter):
         self.n_obs_steps = config.n_obs_steps
 
     @classmethod
-    def prepare_config(cls, config: Any, num_inference_steps: int | None) -> list[str]:
+    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
         """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not: same weights and betas."""
-        notes = []
+        notes, num_inference_steps = [], options.num_inference_steps
         # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
         config.pretrained_backbone_weights = None
         if config.noise_scheduler_type != "DDIM":
@@ -65,18 +68,11 @@ class DiffusionAdapter(PolicyAdapter):
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
         self.check_noise(conditioning, noise)
         actions = self.policy.diffusion.conditional_sample(
-            conditioning.batch_size, global_cond=conditioning.tensors["global"], noise=noise
+            conditioning.batch_size, global_cond=conditioning.rows("global"), noise=noise
         )
         start = self.n_obs_steps - 1
         return actions[:, start : start + self.chunk_shape[0]]
 
     def features(self, conditioning: Conditioning) -> Tensor:
         """The U-Net's global conditioning: normalised states and, with cameras, the encoder's keypoints."""
-        return conditioning.tensors["global"]
-
-    def example_conditioning(self, batch_size: int, generator: torch.Generator) -> Conditioning:
-        batch = {}
-        for key, feature in self.policy.config.input_features.items():
-            shape = (batch_size, self.n_obs_steps, *feature.shape)
-            batch[key] = torch.rand(shape, generator=generator).to(self.device, self.noise_spec.dtype)
-        return self.encode(batch)
+        return conditioning.rows("global")

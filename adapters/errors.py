@@ -1,5 +1,7 @@
 """The one exception that means: the user can mend this."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """Bad input. The command line prints it as one line and exits with code 2.
@@ -16,3 +18,9 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.option}: {self.message}"
+
+
+def reason(error: BaseException, last: bool = False) -> str:
+    """The first (or last) line of an exception's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[-1 if last else 0].strip() if lines else type(error).__name__

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +9,21 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters.base import PolicyAdapter, adapter_class, adapter_types
-from trimtab.adapters.errors import UserError
-
-OPTION = "--policy.path"
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
-PREPROCESSOR = "policy_preprocessor.json"
-POSTPROCESSOR = "policy_postprocessor.json"
+from trimtab.adapters.config import DTYPES, PolicyConfig
+from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.files import (
+    OPTION,
+    PEFT_WEIGHTS,
+    WEIGHTS,
+    is_peft,
+    peft_base,
+    read_policy_type,
+    read_weights,
+    resolve_folder,
+)
 
 # Policies whose sampling has no continuous noise to steer.
 NO_NOISE = {
-    "act": "it decodes one chunk from the observation and draws no noise",
     "pi0_fast": "it writes action tokens one after another and draws no noise",
     "vqbet": "it draws categorical codes, not continuous noise",
     "tdmpc": "it plans with a learnt model instead of denoising",
@@ -30,26 +31,27 @@ NO_NOISE = {
 }
 
 
-@dataclass
-class PolicyConfig:
-    """The base policy: ``--policy.path`` and how to load it."""
-
-    # Folder that `lerobot-train` or `trimtab base` wrote, or a Hub repository.
-    path: str | None = None
-    # Revision on the Hub: branch, tag or commit.
-    revision: str | None = None
-    # Device of the base policy (cpu, cuda, mps); default: the best there is.
-    device: str | None = None
-    # Denoising steps; default: as saved (10 where a DDPM checkpoint is switched to DDIM).
-    num_inference_steps: int | None = None
-
-
-def load_adapter(config: PolicyConfig) -> PolicyAdapter:
+def load_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapter:
     """Load, check, freeze and wrap the policy that ``config`` names.
+
+    Args:
+        config: the policy and how to load it.
+        token: Hub token for private repositories; default: the Hub's own (``HF_TOKEN``).
 
     Raises:
         UserError: the folder is missing, half-written or broken; the type cannot be steered; the policy
             samples at random or ignores its noise.
+    """
+    adapter = open_adapter(config, token)
+    adapter.verify()
+    return adapter
+
+
+def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapter:
+    """``load_adapter`` without the final ``verify``, for whoever reports what it would find.
+
+    Raises:
+        UserError: as ``load_adapter``, less what ``verify`` raises.
     """
     if not config.path:
         raise UserError(OPTION, "name the folder or Hub repository of the base policy")
@@ -57,15 +59,14 @@ def load_adapter(config: PolicyConfig) -> PolicyAdapter:
         raise UserError(
             "--policy.num_inference_steps", f"must be at least 1, got {config.num_inference_steps}"
         )
-    folder = resolve_folder(config.path, config.revision)
+    if config.dtype is not None and config.dtype not in DTYPES:
+        raise UserError("--policy.dtype", f"must be one of {', '.join(DTYPES)}, got {config.dtype}")
+    folder = resolve_folder(config.path, config.revision, token)
     policy_type = read_policy_type(folder)
     cls = adapter_class(policy_type)
     if cls is None:
         raise UserError(OPTION, _no_adapter(policy_type))
-    device = config.device or best_device()
-    adapter = _build(cls, folder, device, config.num_inference_steps)
-    adapter.verify()
-    return adapter
+    return _build(cls, folder, config, token)
 
 
 def best_device() -> str:
@@ -73,63 +74,6 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def resolve_folder(path: str, revision: str | None = None) -> Path:
-    """Return the local folder of a policy, fetching it from the Hub where ``path`` is a repository.
-
-    Raises:
-        UserError: nothing there, or the folder lacks a file that a saved policy has.
-    """
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        looks_like_repo = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-        if not looks_like_repo:
-            raise UserError(OPTION, f"there is no folder {path}")
-        folder = _download(path, revision)
-    if not folder.is_dir():
-        raise UserError(OPTION, f"{path} is a file; name the folder that holds {CONFIG}")
-    nested = folder / "pretrained_model"
-    if not (folder / CONFIG).exists() and (nested / CONFIG).exists():
-        folder = nested  # a checkpoint folder of lerobot-train
-    missing = [n for n in (CONFIG, WEIGHTS, PREPROCESSOR, POSTPROCESSOR) if not (folder / n).is_file()]
-    if missing:
-        raise UserError(
-            OPTION,
-            f"{path} is not a whole policy folder, it lacks {', '.join(missing)}; "
-            "`lerobot-train` writes one under checkpoints/<step>/pretrained_model",
-        )
-    return folder
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as error:  # the Hub client has a dozen exceptions for "not available"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            OPTION, f"neither a folder nor a reachable Hub repository: {repo} ({reason})"
-        ) from None
-
-
-def read_policy_type(folder: Path) -> str:
-    """The ``type`` in a policy folder's config.json.
-
-    Raises:
-        UserError: not JSON, or no type.
-    """
-    try:
-        raw = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(
-            OPTION, f"{folder / CONFIG} is not JSON ({error}); the folder is half-written"
-        ) from None
-    policy_type = raw.get("type") if isinstance(raw, dict) else None
-    if not isinstance(policy_type, str):
-        raise UserError(OPTION, f"{folder / CONFIG} has no 'type'; it is not the config of a LeRobot policy")
-    return policy_type
 
 
 def _no_adapter(policy_type: str) -> str:
@@ -141,64 +85,55 @@ def _no_adapter(policy_type: str) -> str:
     )
 
 
-def _build(
-    cls: type[PolicyAdapter], folder: Path, device: str, num_inference_steps: int | None
-) -> PolicyAdapter:
+def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, token: str | None) -> PolicyAdapter:
     from lerobot.configs import PreTrainedConfig
-    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+    from lerobot.policies.factory import make_pre_post_processors
 
+    device = options.device or best_device()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError("--policy.device", f"'{device}' is not usable here ({error})") from None
+    weights_folder = peft_base(folder, options.base_path, token) if is_peft(folder) else folder
     try:
-        policy_config = PreTrainedConfig.from_pretrained(str(folder))
+        policy_config = PreTrainedConfig.from_pretrained(str(weights_folder))
         policy_config.device = device
-        policy_config.pretrained_path = folder
-        notes = cls.prepare_config(policy_config, num_inference_steps)
-        saved = read_weights(folder / WEIGHTS)
-        policy = get_policy_class(policy_config.type)(policy_config)
+        policy_config.pretrained_path = weights_folder
+        if options.dtype and hasattr(policy_config, "dtype"):
+            policy_config.dtype = options.dtype
+        notes = cls.prepare_config(policy_config, options)
+        saved = read_weights(weights_folder / WEIGHTS)
+        policy = cls.build(policy_config)
+        saved = cls.prepare_weights(saved, policy)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(OPTION, f"{folder} cannot be loaded: {_first_line(error)}") from None
-    load_weights(policy, saved, folder / WEIGHTS)
+        raise UserError(OPTION, f"{weights_folder} cannot be loaded: {reason(error)}") from error
+    load_weights(policy, saved, weights_folder / WEIGHTS)
+    if is_peft(folder):
+        load_peft(policy, folder)
     policy.to(device)
+    if options.dtype and not hasattr(policy_config, "dtype"):
+        policy.to(getattr(torch, options.dtype))
     freeze(policy)
+    before, after = cls.processor_overrides(policy_config, options)
+    if options.rename_map:
+        before = {**before, "rename_observations_processor": {"rename_map": options.rename_map}}
     try:
         pre, post = make_pre_post_processors(
             policy_config,
             pretrained_path=str(folder),
-            preprocessor_overrides={"device_processor": {"device": device}},
+            preprocessor_overrides={"device_processor": {"device": device}, **before},
+            postprocessor_overrides=after,
         )
     except Exception as error:
+        hint = "" if options.tokenizer else "; a tokenizer that cannot be fetched: --policy.tokenizer=FOLDER"
         raise UserError(
-            OPTION, f"the processors in {folder} cannot be loaded: {_first_line(error)}"
-        ) from None
+            OPTION, f"the processors in {folder} cannot be loaded: {reason(error)}{hint}"
+        ) from error
     adapter = cls(policy, pre, post)
     adapter.notes = notes
     return adapter
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        UserError: truncated, corrupt, or holding NaN or Inf.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(str(path))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            OPTION, f"{path} is truncated or no safetensors file ({_first_line(error)})"
-        ) from None
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(OPTION, f"{path} holds NaN or Inf in '{name}'")
-    return tensors
 
 
 def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) -> None:
@@ -237,24 +172,25 @@ def freeze(policy: torch.nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def file_hash(folder: Path) -> str:
-    """SHA-256 of a policy folder's weights file, as hex."""
-    digest = hashlib.sha256()
-    with open(folder / WEIGHTS, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def load_peft(policy: torch.nn.Module, folder: Path) -> None:
+    """Put a PEFT (LoRA) adapter into ``policy``, in place, and check it against its file.
 
+    The layers stay unmerged, as LeRobot runs them.
 
-def weights_hash(policy: torch.nn.Module) -> str:
-    """SHA-256 over the names and bytes of a model's tensors in memory, as hex."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(policy.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    Raises:
+        UserError: the adapter does not fit the policy.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
 
-
-def _first_line(error: Any) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    saved = read_weights(folder / PEFT_WEIGHTS)
+    try:
+        loaded = PeftModel.from_pretrained(policy, str(folder), is_trainable=False)
+    except Exception as error:
+        raise UserError(OPTION, f"{folder} does not fit its base policy: {reason(error)}") from error
+    state: dict[str, Any] = get_peft_model_state_dict(loaded)
+    if set(state) != set(saved):
+        odd = sorted(set(state) ^ set(saved))
+        raise UserError(OPTION, f"{folder / PEFT_WEIGHTS} lacks or adds {len(odd)} tensors (first: {odd[0]})")
+    for name, tensor in state.items():
+        if not torch.equal(tensor, saved[name].to(tensor)):
+            raise UserError(OPTION, f"'{name}' differs from {folder / PEFT_WEIGHTS} after loading")

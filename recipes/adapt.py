@@ -12,7 +12,7 @@ from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.loading import file_hash, weights_hash
+from trimtab.adapters.files import file_hash, weights_hash
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.sources import base_noise, prior_noise, steered_noise
 from trimtab.recipes.console import new_output_dir, parse

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.loading import file_hash
+from trimtab.adapters.files import file_hash
 from trimtab.policies.noise_space import NoiseSpaceConfig, RepeatNoiseConfig
 from trimtab.policies.sources import base_noise
 from trimtab.recipes.adapt import AdaptConfig, check_run, steer, untrained_line

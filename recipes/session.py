@@ -13,7 +13,8 @@ import torch
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.loading import resolve_folder
+from trimtab.adapters.errors import reason
+from trimtab.adapters.files import resolve_folder
 from trimtab.policies.sources import NoiseSource, base_noise, constant_noise, zero_noise
 from trimtab.recipes.console import default_threads
 from trimtab.recipes.metaworld.base import check_task
@@ -124,8 +125,9 @@ class Session:
                 vec.close()
             if isinstance(error, UserError):
                 raise
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise UserError("--env.type", f"'{self.env.type}' does not run here: {reason}") from error
+            raise UserError(
+                "--env.type", f"'{self.env.type}' does not run here: {reason(error, last=True)}"
+            ) from error
         try:
             yield vec
         finally:
@@ -189,8 +191,7 @@ class Session:
                 outcome = evaluate(self.runner, vec, source, seeds, label, record=seeds)
             return write_grid_video(path, outcome, seeds, fps=20)
         except Exception as error:  # a picture is never worth a run
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            print(f"no video {path.name}: cannot render here ({reason})")
+            print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")
             return False
 
 

@@ -16,7 +16,9 @@ from draccus.utils import DraccusException
 from safetensors.torch import save_file
 
 from trimtab.adapters import NoiseSpec, PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.loading import CONFIG, WEIGHTS, file_hash, load_weights, read_weights, resolve_folder
+from trimtab.adapters.errors import reason
+from trimtab.adapters.files import CONFIG, WEIGHTS, file_hash, read_weights, resolve_folder
+from trimtab.adapters.loading import load_weights
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.noise_space import NoiseSpaceConfig
 
@@ -126,10 +128,9 @@ def load_artefact(config: PolicyConfig) -> Steered:
         actor_config, feature_dim = ActorConfig(**saved["actor"]), int(saved["feature_dim"])
         candidate = folder / base["path"]
     except (KeyError, TypeError, ValueError, DraccusException, UserError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             "--policy.path",
-            f"{folder / CONFIG} is not an artefact's config ({type(error).__name__}: {reason})",
+            f"{folder / CONFIG} is not an artefact's config ({type(error).__name__}: {reason(error)})",
         ) from None
     path = str(candidate.resolve()) if candidate.exists() else base["path"]
     try:

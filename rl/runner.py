@@ -30,7 +30,7 @@ class PolicyRunner:
 
         self.adapter = adapter
         self.env_preprocessor, self.env_postprocessor = make_env_pre_post_processors(
-            env_config, adapter.policy.config
+            env_config, adapter.config
         )
 
     def encode(self, observations: list[RawObservation], tasks: list[str]) -> Conditioning:
@@ -54,7 +54,7 @@ class PolicyRunner:
                 history[key] = value.unflatten(0, (batch, steps))
             elif isinstance(value, list) and len(value) == batch * steps:
                 history[key] = value[::steps]
-        return self.adapter.encode(self.adapter.preprocess(history))
+        return self.adapter.observe(history)
 
     def features(self, conditioning: Conditioning) -> Tensor:
         """What the noise actor looks at, (B, d) float32 on the CPU.
@@ -73,7 +73,7 @@ class PolicyRunner:
         """Executable actions (B, steps, action_dim) for ``noise`` (B, *noise_spec.shape)."""
         spec = self.adapter.noise_spec
         chunk = self.adapter.denoise(conditioning, noise.to(self.adapter.device, spec.dtype))
-        actions = self.adapter.postprocess(chunk)
+        actions = self.adapter.postprocess(chunk, conditioning)
         actions = self.env_postprocessor({ACTION: actions})[ACTION]
         return actions.float().cpu().numpy()
 

@@ -37,57 +37,19 @@ def tiny_base(tmp_path_factory):
     return folder
 
 
-def make_diffusion(
-    folder,
-    n_obs_steps=2,
-    images=False,
-    scheduler="DDIM",
-    state_dim=2,
-    env_dim=16,
-    action_dim=2,
-    horizon=8,
-    n_action_steps=3,
-    group_norm=True,
-):
-    """Save a random LeRobot DiffusionPolicy with its processors, as `lerobot-train` would."""
+def make_diffusion(folder, images=False, scheduler="DDIM", state_dim=2, env_dim=16, action_dim=2, **fields):
+    """Save a random LeRobot DiffusionPolicy; the dimensions can be those of a real environment."""
     from lerobot.configs import FeatureType, PolicyFeature
-    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
-    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
-    from lerobot.policies.factory import make_pre_post_processors
 
-    features = {"observation.state": PolicyFeature(FeatureType.STATE, (state_dim,))}
-    if images:
-        features["observation.image"] = PolicyFeature(FeatureType.VISUAL, (3, 64, 64))
-    else:
-        features["observation.environment_state"] = PolicyFeature(FeatureType.ENV, (env_dim,))
-    config = DiffusionConfig(
-        input_features=features,
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (action_dim,))},
-        device="cpu",
-        push_to_hub=False,
-        n_obs_steps=n_obs_steps,
-        horizon=horizon,
-        n_action_steps=n_action_steps,
-        down_dims=(16, 32),
-        diffusion_step_embed_dim=16,
-        noise_scheduler_type=scheduler,
-        num_train_timesteps=20,
-        num_inference_steps=None if scheduler == "DDPM" else 4,
-        pretrained_backbone_weights=None,
-        use_group_norm=group_norm,
-    )
-    torch.manual_seed(0)
-    policy = DiffusionPolicy(config)
-    generator = torch.Generator().manual_seed(1)
-    stats = {}
-    for key, feature in {**config.input_features, **config.output_features}.items():
-        shape = (3, 1, 1) if feature.type is FeatureType.VISUAL else feature.shape
-        low = -torch.rand(shape, generator=generator) - 0.5
-        stats[key] = {"min": low, "max": -low + 0.3, "mean": low * 0, "std": torch.ones(shape)}
-    pre, post = make_pre_post_processors(config, dataset_stats=stats)
-    policy.save_pretrained(folder)
-    pre.save_pretrained(folder)
-    post.save_pretrained(folder)
+    from trimtab.recipes.tiny import make_tiny
+
+    if (state_dim, env_dim, action_dim) != (2, 16, 2):
+        fields["input_features"] = {
+            "observation.state": PolicyFeature(FeatureType.STATE, (state_dim,)),
+            "observation.environment_state": PolicyFeature(FeatureType.ENV, (env_dim,)),
+        }
+        fields["output_features"] = {"action": PolicyFeature(FeatureType.ACTION, (action_dim,))}
+    make_tiny("diffusion", folder, images=images, scheduler=scheduler, **fields)
     return folder
 
 

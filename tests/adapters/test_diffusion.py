@@ -8,7 +8,7 @@ import torch
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.diffusion import DiffusionAdapter
-from trimtab.adapters.loading import weights_hash
+from trimtab.adapters.files import weights_hash
 
 
 @pytest.fixture(params=["state", "images"])
@@ -108,7 +108,7 @@ def test_verify_refuses_a_stochastic_sampler(tmp_path):
 
     policy = DiffusionPolicy.from_pretrained(make_diffusion(tmp_path / "ddpm", scheduler="DDPM"))
     with pytest.raises(UserError, match="the same noise gave two different chunks"):
-        DiffusionAdapter(policy, None, None).verify()
+        DiffusionAdapter(policy, dict, dict).verify()
 
 
 def test_verify_refuses_a_policy_blind_to_its_noise(tmp_path):
@@ -123,7 +123,7 @@ def test_verify_refuses_a_policy_blind_to_its_noise(tmp_path):
     torch.nn.init.zeros_(policy.diffusion.unet.final_conv[-1].weight)
     torch.nn.init.zeros_(policy.diffusion.unet.final_conv[-1].bias)
     with pytest.raises(UserError, match="two different noises gave the same chunk"):
-        DiffusionAdapter(policy, None, None).verify()
+        DiffusionAdapter(policy, dict, dict).verify()
 
 
 def test_number_of_steps_is_checked(tmp_path):
@@ -135,7 +135,7 @@ def test_number_of_steps_is_checked(tmp_path):
 
 def test_lerobots_default_camera_policy_loads_offline(tmp_path):
     """Its backbone has BatchNorm counters, and its config names ImageNet weights that need no download."""
-    folder = make_diffusion(tmp_path / "policy", images=True, group_norm=False)
+    folder = make_diffusion(tmp_path / "policy", images=True, use_group_norm=False)
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_backbone_weights"] = "ResNet18_Weights.IMAGENET1K_V1"
     (folder / "config.json").write_text(json.dumps(config))

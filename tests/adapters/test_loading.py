@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.loading import file_hash, weights_hash
+from trimtab.adapters.files import file_hash, weights_hash
 
 
 @pytest.fixture
@@ -106,10 +106,10 @@ DAMAGES = {
     "a tensor of another shape": (edit_weights(grow_first), "1 tensors of another shape"),
     "NaN in the weights": (edit_weights(poison), "holds NaN or Inf"),
     "processor cut short": (truncate("policy_preprocessor.json", 0.5), "processors in"),
-    "act": (edit_config(type="act"), "type 'act' cannot be steered"),
-    "vqbet": (edit_config(type="vqbet"), "categorical codes"),
+    "vqbet": (edit_config(type="vqbet"), "type 'vqbet' cannot be steered: it draws categorical codes"),
+    "tdmpc": (edit_config(type="tdmpc"), "type 'tdmpc' cannot be steered: it plans"),
     "pi0_fast": (edit_config(type="pi0_fast"), "action tokens"),
-    "no adapter": (edit_config(type="smolvla"), "no adapter for policies of type 'smolvla'"),
+    "no adapter": (edit_config(type="unheard_of"), "no adapter for policies of type 'unheard_of'"),
 }
 
 

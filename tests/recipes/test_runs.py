@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.loading import file_hash
+from trimtab.adapters.files import file_hash
 from trimtab.recipes.cli import main
 from trimtab.rl.artefact import is_artefact, load_artefact
 

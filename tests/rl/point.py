@@ -82,6 +82,7 @@ class PointPolicy(torch.nn.Module):
 
 class PointAdapter(PolicyAdapter):
     policy_type = "test_point"
+    history = True
 
     def __init__(self):
         super().__init__(PointPolicy(), dict, lambda chunk: chunk)
@@ -97,11 +98,11 @@ class PointAdapter(PolicyAdapter):
 
     def denoise(self, conditioning, noise):
         self.check_noise(conditioning, noise)
-        twist = 1.0 + 0.3 * torch.sin(3.0 * conditioning.tensors["state"][:, :1, None])
+        twist = 1.0 + 0.3 * torch.sin(3.0 * conditioning.rows("state")[:, :1, None])
         return torch.tanh(self.policy.gain * noise * twist)
 
     def features(self, conditioning):
-        return conditioning.tensors["state"]
+        return conditioning.rows("state")
 
     def example_conditioning(self, batch_size, generator):
         return Conditioning({"state": torch.randn(batch_size, 2, generator=generator)})

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from tests.rl.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.loading import file_hash, weights_hash
+from trimtab.adapters.files import file_hash, weights_hash
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig

@@ -1,0 +1,65 @@
+"""What an encoded observation is: tensors with a common batch dimension, and how often each row is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """All that depends on the observation alone.
+
+    ``repeat_interleave`` copies nothing: it counts. K noises for one observation so share one prefix; an
+    adapter asks for ``rows`` of what is small and reads ``tensors`` and ``repeats`` of what is large.
+
+    Attributes:
+        tensors: by name, each (N, ...) for N observations.
+        lists: by name, each N Python values (strings, for most).
+        repeats: noises per observation; row ``i`` of the batch belongs to observation ``i // repeats``.
+    """
+
+    tensors: dict[str, Tensor]
+    lists: dict[str, list[Any]] = field(default_factory=dict)
+    repeats: int = 1
+
+    @property
+    def observations(self) -> int:
+        """Number N of observations."""
+        return len(next(iter(self.tensors.values())))
+
+    @property
+    def batch_size(self) -> int:
+        """Number of noises that ``denoise`` takes: observations times repeats."""
+        return self.observations * self.repeats
+
+    def rows(self, name: str) -> Tensor | list[Any]:
+        """The entry ``name`` with one row per noise; a view where there is a single observation."""
+        if name in self.lists:
+            return [value for value in self.lists[name] for _ in range(self.repeats)]
+        return repeat_rows(self.tensors[name], self.repeats)
+
+    def __getitem__(self, index: Any) -> Conditioning:
+        """Select rows of the batch; an integer keeps the batch dimension."""
+        if isinstance(index, int):
+            index = slice(index, index + 1 if index != -1 else None)
+        chosen = torch.arange(self.batch_size)[index] // self.repeats
+        tensors = {key: value[chosen.to(value.device)] for key, value in self.tensors.items()}
+        lists = {key: [value[i] for i in chosen.tolist()] for key, value in self.lists.items()}
+        return Conditioning(tensors, lists)
+
+    def repeat_interleave(self, k: int) -> Conditioning:
+        """Use each row for ``k`` noises, one after another."""
+        return replace(self, repeats=self.repeats * k)
+
+
+def repeat_rows(tensor: Tensor, k: int) -> Tensor:
+    """``tensor.repeat_interleave(k, 0)``, as a view where there is one row."""
+    if k == 1:
+        return tensor
+    if len(tensor) == 1:
+        return tensor.expand(k, *tensor.shape[1:])
+    return tensor.repeat_interleave(k, 0)

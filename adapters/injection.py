@@ -1,0 +1,85 @@
+"""Feed chosen noise to a policy that takes none: replace the one draw it makes, and prove that it did.
+
+A ``TorchFunctionMode`` sees every factory call (``torch.randn`` and the like) of the thread while it is
+active, so nothing is patched and nothing stays behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from trimtab.adapters.base import PolicyAdapter
+from trimtab.adapters.conditioning import Conditioning
+
+NORMAL_DRAWS = (torch.randn, torch.normal)
+
+
+class NoiseInjector(TorchFunctionMode):
+    """Returns ``noise`` from the first draws of its shape, in order.
+
+    Args:
+        noise: what the policy shall draw; one tensor per draw it makes.
+        functions: the factories to watch.
+
+    Attributes:
+        hits: draws replaced so far.
+    """
+
+    def __init__(
+        self, noise: Tensor | Sequence[Tensor], functions: Sequence[Callable] = NORMAL_DRAWS
+    ) -> None:
+        super().__init__()
+        self.noise = [noise] if isinstance(noise, Tensor) else list(noise)
+        self.functions = set(functions)
+        self.hits = 0
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in self.functions and self.hits < len(self.noise):
+            noise = self.noise[self.hits]
+            if out.shape == noise.shape:
+                self.hits += 1
+                return noise.to(out)
+        return out
+
+    def check(self, policy_type: str) -> None:
+        """Raise where the policy drew less often than there was noise for.
+
+        Raises:
+            RuntimeError: a draw was not met; the policy's sampler is not the one that the adapter knows.
+        """
+        if self.hits != len(self.noise):
+            raise RuntimeError(
+                f"{policy_type} drew its noise {self.hits} times where {len(self.noise)} were expected: "
+                "this version of LeRobot samples differently from the one the adapter was written for"
+            )
+
+
+class InjectedAdapter(PolicyAdapter):
+    """Runs the policy's own public path with the noise injected, for policies whose prefix cannot be kept.
+
+    ``encode`` only keeps the preprocessed batch. A subclass sets ``noise_spec`` and ``chunk_shape``.
+    """
+
+    draws: Sequence[Callable] = NORMAL_DRAWS
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        lists = {key: value for key, value in batch.items() if isinstance(value, list)}
+        return Conditioning(tensors, lists)
+
+    @torch.no_grad()
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        batch = {key: conditioning.rows(key) for key in (*conditioning.tensors, *conditioning.lists)}
+        self.policy.reset()
+        with NoiseInjector(self.native_noise(noise), self.draws) as injector:
+            chunk = self.policy.predict_action_chunk(batch)
+        injector.check(self.policy_type)
+        return self.executed(chunk)

@@ -1,0 +1,76 @@
+"""A key-value cache of an observation's prefix that any number of noises read and none changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from trimtab.adapters.conditioning import Conditioning, repeat_rows
+
+
+class PrefixLayer(DynamicLayer):
+    """One layer's prefix, (N, heads, length, dim); each row serves ``repeats`` noises.
+
+    ``update`` returns prefix and new entries together and stores nothing: no step has to copy or crop the
+    cache, and of the rows for K noises only one layer's exist at a time.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, repeats: int) -> None:
+        self._keys, self._values, self.repeats = keys, values, repeats
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    @property
+    def keys(self) -> Tensor:
+        """(N * repeats, heads, length, dim)"""
+        return repeat_rows(self._keys, self.repeats)
+
+    @keys.setter
+    def keys(self, value: Any) -> None:  # the base class sets it to None
+        pass
+
+    @property
+    def values(self) -> Tensor:
+        """(N * repeats, heads, length, dim)"""
+        return repeat_rows(self._values, self.repeats)
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        pass
+
+    def get_seq_length(self) -> int:
+        return self._keys.shape[-2]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+    def crop(self, max_length: int) -> None:
+        """Nothing was added, so nothing is to be removed."""
+
+
+def store_prefix(cache: Cache) -> dict[str, Tensor]:
+    """A filled cache as named tensors of a ``Conditioning``."""
+    tensors = {}
+    for index, layer in enumerate(cache.layers):
+        tensors[f"keys.{index}"], tensors[f"values.{index}"] = layer.keys, layer.values
+    return tensors
+
+
+def restore_prefix(conditioning: Conditioning) -> Cache:
+    """The cache that ``store_prefix`` wrote, for ``conditioning.batch_size`` noises."""
+    layers = []
+    while f"keys.{len(layers)}" in conditioning.tensors:
+        index = len(layers)
+        keys, values = conditioning.tensors[f"keys.{index}"], conditioning.tensors[f"values.{index}"]
+        layers.append(PrefixLayer(keys, values, conditioning.repeats))
+    return Cache(layers=layers)
+
+
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, length, dim) over the entries where ``mask`` (B, length) is true, as float32."""
+    weight = mask.to(torch.float32).unsqueeze(-1)
+    return (hidden.float() * weight).sum(1) / weight.sum(1).clamp_min(1.0)

@@ -1,0 +1,86 @@
+"""What tiny instances share: features, statistics, a tokenizer, saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from torch import Tensor
+
+STATE_DIM, ACTION_DIM = 5, 3
+WORDS = ("pick", "up", "the", "red", "cube", "press", "button", "close", "drawer", "push", "to", "goal")
+
+
+def camera_features(
+    cameras: int = 1, size: int = 64, state_dim: int = STATE_DIM, action_dim: int = ACTION_DIM
+) -> dict[str, dict[str, PolicyFeature]]:
+    """``input_features`` (state and cameras) and ``output_features`` of a policy config."""
+    inputs = {"observation.state": PolicyFeature(FeatureType.STATE, (state_dim,))}
+    for index in range(cameras):
+        name = "observation.image" if cameras == 1 else f"observation.images.camera{index + 1}"
+        inputs[name] = PolicyFeature(FeatureType.VISUAL, (3, size, size))
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, (action_dim,))}
+    return {"input_features": inputs, "output_features": outputs}
+
+
+def statistics(config: Any) -> dict[str, dict[str, Tensor]]:
+    """Dataset statistics for a config's features, none of them trivial."""
+    generator = torch.Generator().manual_seed(1)
+    stats = {}
+    for key, feature in {**config.input_features, **config.output_features}.items():
+        shape = (3, 1, 1) if feature.type is FeatureType.VISUAL else feature.shape
+        low = -torch.rand(shape, generator=generator) - 0.5
+        stats[key] = {
+            "min": low,
+            "max": 0.3 - low,
+            "mean": torch.full(shape, 0.15),
+            "std": 0.5 + torch.rand(shape, generator=generator),
+            "q01": low,
+            "q99": 0.3 - low,
+        }
+    return stats
+
+
+def save(folder: Path, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
+    """Write the folder that `lerobot-train` would."""
+    policy.save_pretrained(folder)
+    preprocessor.save_pretrained(folder)
+    postprocessor.save_pretrained(folder)
+
+
+def randomise(policy: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
+    """Give every weight that was initialised to zero (gates, output layers) a random value.
+
+    Otherwise a random network of such a type ignores its observation or its noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.ndim > 1 and not parameter.any():
+                values = torch.randn(parameter.shape, generator=generator) * scale
+                parameter.copy_(values / parameter.shape[-1] ** 0.5)
+
+
+def word_tokenizer(folder: Path, special: dict[str, str] | None = None, **fields: Any) -> Any:
+    """Save a word-level tokenizer in ``folder`` and return it.
+
+    Args:
+        folder: where.
+        special: extra special tokens by attribute name.
+        fields: further arguments of ``PreTrainedTokenizerFast``.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<unk>", "<bos>", "<eos>", *(special or {}).values()]
+    vocabulary = {word: index for index, word in enumerate([*names, *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    base = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, extra_special_tokens=special or {}, **{**base, **fields}
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
