@@ -18,13 +18,13 @@ lint: $(VENV)/.ready
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
-# The locked versions, then this project on top of them.
+# The locked versions (all of them: the lock is complete), then this project on top of them.
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
 		{ echo "trimtab needs Python 3.12 or newer; found $$($(PYTHON) --version). Name one: make PYTHON=/path/to/python3.12"; exit 2; }
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install --quiet uv
-	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --require-hashes -r requirements.lock
+	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps --require-hashes -r requirements.lock
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps -e .
 	touch $@
 

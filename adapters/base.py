@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
+from trimtab.adapters.files import file_hash, weights_hash
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class NoiseSpec:
 
     Attributes:
         shape: shape of one sample, without the batch dimension.
-        distribution: what the policy itself draws: ``normal`` or ``uniform``.
+        distribution: what the policy itself feeds in: ``normal``, ``uniform``, or ``zero`` (act).
         dtype: dtype that ``denoise`` takes.
         live: boolean mask of ``shape``: entries that can change the executed actions; ``None`` = all.
     """
@@ -58,16 +60,21 @@ class PolicyAdapter(abc.ABC):
     Attributes:
         policy_type: LeRobot's name of the policy type that the class adapts.
         history: whether the policy takes a time axis, (B, n_obs_steps, ...).
+        remembers: whether a chunk depends on the episode before it, through ``follow``.
+        rounding: share of the noise's own effect by which chunks of the same noise may differ.
         max_batch: most noises that the policy denoises in one batch; ``None`` = any number.
         noise_spec: the noise that ``denoise`` takes.
-        chunk_shape: (steps executed per chunk, action dimension after un-padding).
+        chunk_shape: (steps executed per chunk, action dimension after un-padding); with ``remembers`` of
+            an episode's first chunk, for later ones may have other steps.
         n_obs_steps: length of the observation history that ``preprocess`` expects.
         notes: lines to show the user about what was changed at load.
     """
 
     policy_type: ClassVar[str] = ""
     history: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
     max_batch: ClassVar[int | None] = None
+    rounding: ClassVar[float] = 0.0
     noise_spec: NoiseSpec
     chunk_shape: tuple[int, int]
     n_obs_steps: int = 1
@@ -113,6 +120,31 @@ class PolicyAdapter(abc.ABC):
         """The policy's LeRobot config."""
         return self.policy.config
 
+    @property
+    def parameter_count(self) -> int | None:
+        """Number of the policy's parameters; ``None`` where they are out of sight."""
+        return sum(parameter.numel() for parameter in self.policy.parameters())
+
+    def identity(self, base: Path | str) -> dict[str, Any]:
+        """What tells this base from any other, as JSON values.
+
+        Args:
+            base: folder of the base, or address of its server.
+        """
+        return {"sha256": file_hash(Path(base)), "weights_sha256": weights_hash(self.policy)}
+
+    def check_identity(self, identity: dict[str, Any], base: Path | str) -> None:
+        """Raise where the base is no longer the one that ``identity`` described.
+
+        Raises:
+            RuntimeError: the file or the weights in memory have changed.
+        """
+        if self.identity(base) != identity:
+            raise RuntimeError("the base policy changed while it was steered; this is a bug of trimtab")
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Let go of what the adapter holds outside this process."""
+
     # Observations.
 
     def preprocess(self, observation: dict[str, Any]) -> dict[str, Any]:
@@ -145,13 +177,14 @@ class PolicyAdapter(abc.ABC):
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == lead[0] * lead[1]
         }
 
+    def _required_inputs(self, given: Collection[str]) -> dict[str, Any]:
+        """The policy's input features that an observation with the keys ``given`` must hold."""
+        features = self.config.input_features
+        return {key: features[key] for key in features if "empty_camera" not in key}  # LeRobot fills these
+
     def _check_observation(self, observation: dict[str, Any]) -> None:
         names = {self._renames().get(key, key): key for key in observation}
-        required = {
-            key: feature
-            for key, feature in self.config.input_features.items()
-            if "empty_camera" not in key  # LeRobot fills these itself
-        }
+        required = self._required_inputs(names)
         missing = [key for key in required if key not in names]
         if missing:
             given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"
@@ -182,13 +215,18 @@ class PolicyAdapter(abc.ABC):
                 return step.rename_map
         return {}
 
-    def observe(self, observation: dict[str, Any]) -> Conditioning:
+    def observe(
+        self, observation: dict[str, Any], before: tuple[Conditioning, Tensor] | None = None
+    ) -> Conditioning:
         """``encode(preprocess(observation))``, and what ``postprocess`` needs of the observation.
+
+        With ``before``, the (conditioning, chunk) that led here, ``follow`` takes the place of ``encode``.
 
         A policy with relative actions adds them to the state it saw; LeRobot remembers the state of the
         last observation only, so it is kept with each conditioning.
         """
-        conditioning = self.encode(self.preprocess(observation))
+        batch = self.preprocess(observation)
+        conditioning = self.encode(batch) if before is None else self.follow(*before, batch)
         step = self._relative_step()
         if step is not None:
             state = step.get_cached_state().unflatten(0, (conditioning.observations, -1))[:, -1]
@@ -206,6 +244,19 @@ class PolicyAdapter(abc.ABC):
     @abc.abstractmethod
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         """Run what depends on the observation alone. No gradient. ``batch`` is not changed."""
+
+    def follow(self, conditioning: Conditioning, chunk: Tensor, batch: dict[str, Any]) -> Conditioning:
+        """The conditioning of the next chunk of the same episodes. No argument is changed.
+
+        A policy that remembers its episode (``remembers``) keeps all its memory in the conditioning and
+        overrides this; for any other policy it is ``encode(batch)``.
+
+        Args:
+            conditioning: what ``chunk`` was denoised with, at the same chunk of all its episodes.
+            chunk: (B, steps, action_dim) from ``denoise``, executed to its end.
+            batch: as for ``encode``, after the chunk's last action.
+        """
+        return self.encode(batch)
 
     @abc.abstractmethod
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
@@ -254,10 +305,13 @@ class PolicyAdapter(abc.ABC):
         originals = {new: old for old, new in self._renames().items()}
         observation: dict[str, Any] = {}
         for key, feature in self.config.input_features.items():
+            if "empty_camera" in key:
+                continue  # LeRobot fills these itself
             value = torch.rand((batch_size, self.n_obs_steps, *feature.shape), generator=generator)
             known = stats.get(key, {})
             if len(feature.shape) < 3 and "min" in known and "max" in known:
-                low, high = known["min"].cpu().float(), known["max"].cpu().float()
+                width = feature.shape[-1]  # evo1 pads its statistics
+                low, high = (known[name].cpu().float()[..., :width] for name in ("min", "max"))
                 value = low + (high - low) * value
             observation[originals.get(key, key)] = value
         observation["task"] = ["pick up the red cube"] * batch_size

@@ -20,6 +20,37 @@ from trimtab.adapters.errors import UserError
 DEFAULT_DDIM_STEPS = 10  # what a checkpoint saved with DDPM is sampled with, unless told otherwise
 
 
+def use_ddim(config: Any, num_inference_steps: int | None) -> list[str]:
+    """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not: same weights and betas.
+
+    Args:
+        config: of a policy with LeRobot's fields of a diffusers scheduler; changed in place.
+        num_inference_steps: what the user asked for; default: as saved, or few where DDPM was saved.
+
+    Returns:
+        A line for the user where something was switched.
+
+    Raises:
+        UserError: more steps than the policy was trained with.
+    """
+    notes = []
+    if config.noise_scheduler_type != "DDIM":
+        config.noise_scheduler_type = "DDIM"
+        config.num_inference_steps = num_inference_steps or min(
+            DEFAULT_DDIM_STEPS, config.num_train_timesteps
+        )
+        notes.append(
+            f"the checkpoint samples with DDPM, which is random given the noise: switched to DDIM with "
+            f"{config.num_inference_steps} steps (change with --policy.num_inference_steps)"
+        )
+    elif num_inference_steps:
+        config.num_inference_steps = num_inference_steps
+    steps, most = config.num_inference_steps, config.num_train_timesteps
+    if steps is not None and not 1 <= steps <= most:
+        raise UserError("--policy.num_inference_steps", f"must be between 1 and {most}, got {steps}")
+    return notes
+
+
 class DiffusionAdapter(PolicyAdapter):
     """``encode`` is the observation encoder, ``denoise`` the whole DDIM loop."""
 
@@ -37,25 +68,9 @@ class DiffusionAdapter(PolicyAdapter):
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not: same weights and betas."""
-        notes, num_inference_steps = [], options.num_inference_steps
         # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
         config.pretrained_backbone_weights = None
-        if config.noise_scheduler_type != "DDIM":
-            config.noise_scheduler_type = "DDIM"
-            config.num_inference_steps = num_inference_steps or min(
-                DEFAULT_DDIM_STEPS, config.num_train_timesteps
-            )
-            notes.append(
-                f"the checkpoint samples with DDPM, which is random given the noise: switched to DDIM with "
-                f"{config.num_inference_steps} steps (change with --policy.num_inference_steps)"
-            )
-        elif num_inference_steps:
-            config.num_inference_steps = num_inference_steps
-        steps, most = config.num_inference_steps, config.num_train_timesteps
-        if steps is not None and not 1 <= steps <= most:
-            raise UserError("--policy.num_inference_steps", f"must be between 1 and {most}, got {steps}")
-        return notes
+        return use_ddim(config, options.num_inference_steps)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:

@@ -21,6 +21,11 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 
 
+def is_server(path: str | Path | None) -> bool:
+    """Whether a policy's path is the address of a policy server."""
+    return isinstance(path, str) and path.startswith(("ws://", "wss://"))
+
+
 def resolve_folder(path: str, revision: str | None = None, token: str | None = None) -> Path:
     """Return the local folder of a policy, fetching it from the Hub where ``path`` is a repository.
 

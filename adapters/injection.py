@@ -44,7 +44,7 @@ class NoiseInjector(TorchFunctionMode):
             noise = self.noise[self.hits]
             if out.shape == noise.shape:
                 self.hits += 1
-                return noise.to(out)
+                return noise.to(out, copy=True)  # some policies write into what they drew
         return out
 
     def check(self, policy_type: str) -> None:

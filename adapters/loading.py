@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from trimtab.adapters.files import (
     PEFT_WEIGHTS,
     WEIGHTS,
     is_peft,
+    is_server,
     peft_base,
     read_policy_type,
     read_weights,
@@ -40,10 +44,17 @@ def load_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
 
     Raises:
         UserError: the folder is missing, half-written or broken; the type cannot be steered; the policy
-            samples at random or ignores its noise.
+            samples at random or ignores its noise; no policy server answers.
     """
     adapter = open_adapter(config, token)
-    adapter.verify()
+    try:
+        adapter.verify()
+    except BaseException as error:
+        adapter.close()
+        if not isinstance(error, (RuntimeError, ValueError, TypeError)):
+            raise
+        hint = f"; try another --policy.dtype than {config.dtype}" if config.dtype else ""
+        raise UserError(OPTION, f"{config.path} loads but does not run: {reason(error)}{hint}") from error
     return adapter
 
 
@@ -61,6 +72,10 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
         )
     if config.dtype is not None and config.dtype not in DTYPES:
         raise UserError("--policy.dtype", f"must be one of {', '.join(DTYPES)}, got {config.dtype}")
+    if is_server(config.path):
+        from trimtab.adapters.remote import RemoteAdapter
+
+        return RemoteAdapter(config, usable_device(config.device))
     folder = resolve_folder(config.path, config.revision, token)
     policy_type = read_policy_type(folder)
     cls = adapter_class(policy_type)
@@ -76,6 +91,20 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def usable_device(name: str | None) -> str:
+    """The device ``name``, or the best there is.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    device = name or best_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError("--policy.device", f"'{device}' is not usable here ({error})") from None
+    return device
+
+
 def _no_adapter(policy_type: str) -> str:
     if policy_type in NO_NOISE:
         return f"a policy of type '{policy_type}' cannot be steered: {NO_NOISE[policy_type]}"
@@ -89,21 +118,18 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, token:
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import make_pre_post_processors
 
-    device = options.device or best_device()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError("--policy.device", f"'{device}' is not usable here ({error})") from None
+    device = usable_device(options.device)
     weights_folder = peft_base(folder, options.base_path, token) if is_peft(folder) else folder
     try:
-        policy_config = PreTrainedConfig.from_pretrained(str(weights_folder))
+        policy_config = PreTrainedConfig.from_pretrained(str(folder))
         policy_config.device = device
         policy_config.pretrained_path = weights_folder
         if options.dtype and hasattr(policy_config, "dtype"):
             policy_config.dtype = options.dtype
         notes = cls.prepare_config(policy_config, options)
         saved = read_weights(weights_folder / WEIGHTS)
-        policy = cls.build(policy_config)
+        with quietly():
+            policy = cls.build(policy_config)
         saved = cls.prepare_weights(saved, policy)
     except UserError:
         raise
@@ -114,7 +140,7 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, token:
         load_peft(policy, folder)
     policy.to(device)
     if options.dtype and not hasattr(policy_config, "dtype"):
-        policy.to(getattr(torch, options.dtype))
+        cast(policy, getattr(torch, options.dtype))
     freeze(policy)
     before, after = cls.processor_overrides(policy_config, options)
     if options.rename_map:
@@ -170,6 +196,33 @@ def freeze(policy: torch.nn.Module) -> None:
     policy.eval()
     for parameter in policy.parameters():
         parameter.requires_grad_(False)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep back what libraries print while they build a model whose weights are about to be replaced."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stdout(StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def cast(policy: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Change the precision of everything that the weights file holds.
+
+    Other buffers (rotary frequencies, position tables) keep theirs, for they are computed, not learnt.
+    """
+    for tensor in policy.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def load_peft(policy: torch.nn.Module, folder: Path) -> None:

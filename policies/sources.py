@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import NoiseSpace
 
@@ -28,6 +29,16 @@ def base_noise(features: Tensor | None, prior: Tensor) -> Tensor:
 def zero_noise(features: Tensor | None, prior: Tensor) -> Tensor:
     """No noise at all."""
     return torch.zeros_like(prior)
+
+
+def repeated_noise(features: Tensor | None, prior: Tensor) -> Tensor:
+    """The policy's own noise of one step, repeated over the chunk."""
+    return prior[:, :1].expand_as(prior)
+
+
+def own_noise(spec: NoiseSpec) -> NoiseSource:
+    """What the policy feeds itself: a draw from its prior, or zero where that is how it decodes (act)."""
+    return zero_noise if spec.distribution == "zero" else base_noise
 
 
 def constant_noise(noise: Tensor) -> Callable[[Tensor | None, Tensor], Tensor]:

@@ -12,9 +12,8 @@ from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.files import file_hash, weights_hash
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
-from trimtab.policies.sources import base_noise, prior_noise, steered_noise
+from trimtab.policies.sources import prior_noise, steered_noise
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.reporting import MetricsWriter, plot_curve, table, write_json
 from trimtab.recipes.session import (
@@ -95,7 +94,7 @@ def untrained_line(summary: dict[str, Any], noise: str) -> str:
     )
 
 
-def steer(session: Session, folder: Path, config: AdaptConfig, output: Path) -> Outcome:
+def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Path) -> Outcome:
     """Evaluate the baselines, train the noise actor, evaluate it, and write everything under ``output``.
 
     Raises:
@@ -108,7 +107,7 @@ def steer(session: Session, folder: Path, config: AdaptConfig, output: Path) -> 
         raise UserError(
             "accelerate", "steering runs in one process for now; launch it with --num_processes=1"
         )
-    base_file, base_memory = file_hash(folder), weights_hash(session.adapter.policy)
+    identity = session.adapter.identity(folder)
     clock = time.perf_counter
     seconds: dict[str, float] = {}
     started = clock()
@@ -140,8 +139,7 @@ def steer(session: Session, folder: Path, config: AdaptConfig, output: Path) -> 
     with session.evaluation_environments() as vec:
         evaluations["steered"] = evaluate(session.runner, vec, steered, config.eval.seeds, "steered")
     seconds["steered_evaluation"] = clock() - started
-    if file_hash(folder) != base_file or weights_hash(session.adapter.policy) != base_memory:
-        raise RuntimeError("the base policy changed while it was steered; this is a bug of trimtab")
+    session.adapter.check_identity(identity, folder)
     artefact = save_artefact(
         output / "artefact",
         actor,
@@ -160,19 +158,19 @@ def steer(session: Session, folder: Path, config: AdaptConfig, output: Path) -> 
     )
     parameters = sum(parameter.numel() for parameter in actor.parameters())
     outcome = Outcome(evaluations, untrained, details, artefact, metrics.lines, parameters, seconds)
-    write_results(output, outcome, config, trainer, base_file)
+    write_results(output, outcome, config, trainer, identity)
     started = clock()
     title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
     plot_curve(output / "curve.png", metrics.lines, summaries(evaluations), title)
-    session.record(base_noise, output / "before.mp4", "video: base policy")
+    session.record(session.own_noise, output / "before.mp4", "video: base policy")
     session.record(steered, output / "after.mp4", "video: steered")
     seconds["pictures"] = clock() - started
-    write_results(output, outcome, config, trainer, base_file)  # once more, with the last time in it
+    write_results(output, outcome, config, trainer, identity)  # once more, with the last time in it
     return outcome
 
 
 def write_results(
-    output: Path, outcome: Outcome, config: AdaptConfig, trainer: Trainer, base_sha256: str
+    output: Path, outcome: Outcome, config: AdaptConfig, trainer: Trainer, identity: dict[str, Any]
 ) -> None:
     """Write results.json (the table and how it came about) and config.json (to run it again)."""
     write_json(
@@ -188,7 +186,7 @@ def write_results(
             "training_episodes": trainer.episodes,
             "updates": trainer.updates,
             "actor_parameters": outcome.parameters,
-            "base_sha256": base_sha256,
+            "base_sha256": identity.get("sha256"),  # a policy server shows no weights
             "seconds": {name: round(value, 2) for name, value in outcome.seconds.items()},
             "train": asdict(config.train),
         },

@@ -12,6 +12,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "trimtab.recipes.evaluate",
         "compare base, zero noise, constant noise and steered on paired seeds",
     ),
+    "probe": ("trimtab.recipes.probe", "can this policy be steered, and in which noise space?"),
+    "policies": ("trimtab.recipes.policies", "table of the policy types: their noise, and what it costs"),
     "base": ("trimtab.recipes.make_base", "make an embedded base policy for any of Meta-World's 50 tasks"),
 }
 
@@ -29,7 +31,7 @@ Options are LeRobot's: --policy.path=, --env.type=, --env.task=, --config_path=;
 
 def usage() -> str:
     """The text of `trimtab --help`."""
-    return USAGE.format(commands="\n".join(f"  {name:<6} {text}" for name, (_, text) in COMMANDS.items()))
+    return USAGE.format(commands="\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig
-from trimtab.policies.sources import base_noise, steered_noise
+from trimtab.policies.sources import steered_noise
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import table, write_json
@@ -59,7 +59,7 @@ def main(args: list[str]) -> None:
         evaluations, details = session.baselines(vec, config.seed)
         if source is not None:
             evaluations["steered"] = evaluate(session.runner, vec, source, config.eval.seeds, "steered")
-    session.record(source or base_noise, output / "rollouts.mp4", "video")
+    session.record(source or session.own_noise, output / "rollouts.mp4", "video")
     write_json(
         output / "results.json",
         {

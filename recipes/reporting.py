@@ -16,6 +16,8 @@ from trimtab.rl.statistics import wilson_interval
 NAMES = {
     "base": "base policy",
     "zero_noise": "zero noise",
+    "repeated_noise": "repeated noise",
+    "prior_noise": "draws from the prior",
     "constant_noise": "best constant noise",
     "steered": "steered",
 }

@@ -14,8 +14,8 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.errors import reason
-from trimtab.adapters.files import resolve_folder
-from trimtab.policies.sources import NoiseSource, base_noise, constant_noise, zero_noise
+from trimtab.adapters.files import is_server, resolve_folder
+from trimtab.policies.sources import NoiseSource, constant_noise, own_noise, zero_noise
 from trimtab.recipes.console import default_threads
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_grid_video
@@ -157,16 +157,20 @@ class Session:
         """No learner runs beside an evaluation, so that a second core is free for simulators."""
         return max(self.machine.workers, 2) if self.machine.workers else 0
 
+    @property
+    def own_noise(self) -> NoiseSource:
+        """What the base feeds itself."""
+        return own_noise(self.adapter.noise_spec)
+
     def baselines(self, vec: ChunkVectorEnv, seed: int) -> tuple[dict[str, Evaluation], dict[str, Any]]:
         """Evaluate the base under its own noise, zero noise and the best constant noise.
 
         Returns:
             (evaluations by name, details of the search for a constant)
         """
-        found = {
-            "base": evaluate(self.runner, vec, base_noise, self.eval.seeds, "base policy"),
-            "zero_noise": evaluate(self.runner, vec, zero_noise, self.eval.seeds, "zero noise"),
-        }
+        found = {"base": evaluate(self.runner, vec, self.own_noise, self.eval.seeds, "base policy")}
+        if self.own_noise is not zero_noise:
+            found["zero_noise"] = evaluate(self.runner, vec, zero_noise, self.eval.seeds, "zero noise")
         details: dict[str, Any] = {}
         if self.eval.constant_candidates:
             selection = range(SELECTION_SEED, SELECTION_SEED + self.eval.constant_episodes)
@@ -197,12 +201,12 @@ class Session:
 
 def open_session(
     policy: PolicyConfig, env: EnvConfig, eval_config: EvalConfig, machine: MachineConfig
-) -> tuple[Session, Path]:
-    """Load the base policy for an environment; returns the session and the base's folder."""
+) -> tuple[Session, Path | str]:
+    """Load the base policy for an environment; returns the session and the base's folder or server."""
     machine.apply()
     if not policy.path:
         raise UserError("--policy.path", "name the folder or Hub repository of the base policy")
-    folder = resolve_folder(policy.path, policy.revision)
+    folder = policy.path if is_server(policy.path) else resolve_folder(policy.path, policy.revision)
     if env.type == "metaworld_state":
         check_task(folder, env.task)
     adapter = load_adapter(policy)
@@ -216,12 +220,12 @@ def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:
     return {name: evaluation.summary() for name, evaluation in evaluations.items()}
 
 
-def describe(session: Session, folder: Path) -> str:
+def describe(session: Session, base: Path | str) -> str:
     """Two lines about what is going to be steered."""
-    spec, parameters = session.adapter.noise_spec, session.adapter.policy.parameters()
-    size = sum(parameter.numel() for parameter in parameters)
+    spec, size = session.adapter.noise_spec, session.adapter.parameter_count
+    parameters = "parameters out of sight" if size is None else f"{size / 1e6:.2f} M parameters, frozen"
     return (
-        f"base policy: {folder} ({session.adapter.policy_type}, {size / 1e6:.2f} M parameters, frozen)\n"
+        f"base policy: {base} ({session.adapter.policy_type}, {parameters})\n"
         f"environment: {session.env.type}, {session.env.task}; noise {tuple(spec.shape)}, "
         f"{session.adapter.chunk_shape[0]} actions per chunk"
     )

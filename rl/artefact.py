@@ -16,8 +16,9 @@ from draccus.utils import DraccusException
 from safetensors.torch import save_file
 
 from trimtab.adapters import NoiseSpec, PolicyAdapter, PolicyConfig, UserError, load_adapter
+from trimtab.adapters.config import RemoteConfig
 from trimtab.adapters.errors import reason
-from trimtab.adapters.files import CONFIG, WEIGHTS, file_hash, read_weights, resolve_folder
+from trimtab.adapters.files import CONFIG, WEIGHTS, file_hash, is_server, read_weights, resolve_folder
 from trimtab.adapters.loading import load_weights
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.noise_space import NoiseSpaceConfig
@@ -33,13 +34,13 @@ class Steered:
     Attributes:
         adapter: the frozen base it refers to.
         actor: the trained noise actor, in eval mode.
-        base_folder: where the base was found.
+        base_folder: where the base was found: its folder, or the address of its server.
         config: the artefact's config.json.
     """
 
     adapter: PolicyAdapter
     actor: NoiseActor
-    base_folder: Path
+    base_folder: Path | str
     config: dict[str, Any]
 
 
@@ -49,7 +50,7 @@ def save_artefact(
     noise: NoiseSpaceConfig,
     adapter: PolicyAdapter,
     base: PolicyConfig,
-    base_folder: Path,
+    base_folder: Path | str,
     training: dict[str, Any],
 ) -> Path:
     """Write the artefact so that ``folder`` appears whole or not at all.
@@ -62,7 +63,7 @@ def save_artefact(
         noise: config of its noise space.
         adapter: the base it was trained on.
         base: how the base was named.
-        base_folder: where the base lies.
+        base_folder: where the base lies, or the address of its server.
         training: facts about the run for whoever reads the file.
     """
     folder = folder.resolve()
@@ -72,11 +73,11 @@ def save_artefact(
         "type": TYPE,
         "format": FORMAT,
         "base": {
-            "path": os.path.relpath(base_folder.resolve(), folder) if local else base.path,
+            "path": os.path.relpath(Path(base_folder).resolve(), folder) if local else base.path,
             "revision": base.revision,
             "num_inference_steps": base.num_inference_steps,
             "policy_type": adapter.policy_type,
-            "sha256": file_hash(base_folder),
+            **adapter.identity(base_folder),
         },
         "noise": draccus.encode(noise, NoiseSpaceConfig),
         "noise_shape": list(adapter.noise_spec.shape),
@@ -123,7 +124,8 @@ def load_artefact(config: PolicyConfig) -> Steered:
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
         base, shape = saved["base"], tuple(int(length) for length in saved["noise_shape"])
-        sha256, revision, steps = base["sha256"], base["revision"], base["num_inference_steps"]
+        revision, steps = base["revision"], base["num_inference_steps"]
+        sha256 = None if is_server(base["path"]) else base["sha256"]
         noise = draccus.decode(NoiseSpaceConfig, saved["noise"])
         actor_config, feature_dim = ActorConfig(**saved["actor"]), int(saved["feature_dim"])
         candidate = folder / base["path"]
@@ -133,24 +135,28 @@ def load_artefact(config: PolicyConfig) -> Steered:
             f"{folder / CONFIG} is not an artefact's config ({type(error).__name__}: {reason(error)})",
         ) from None
     path = str(candidate.resolve()) if candidate.exists() else base["path"]
-    try:
-        base_folder = resolve_folder(path, revision)
-    except UserError as error:
-        raise UserError(
-            "--policy.path", f"the base policy of {folder} is not where it was: {error.message}"
-        ) from None
-    if file_hash(base_folder) != sha256:
-        raise UserError(
-            "--policy.path",
-            f"{base_folder} is not the base that {folder} steers: its weights have another hash",
+    if sha256 is None:
+        base_folder: Path | str = config.base_path or path
+        adapter = _served_base(base_folder, base, config)
+    else:
+        try:
+            base_folder = resolve_folder(path, revision)
+        except UserError as error:
+            raise UserError(
+                "--policy.path", f"the base policy of {folder} is not where it was: {error.message}"
+            ) from None
+        if file_hash(base_folder) != sha256:
+            raise UserError(
+                "--policy.path",
+                f"{base_folder} is not the base that {folder} steers: its weights have another hash",
+            )
+        adapter = load_adapter(
+            PolicyConfig(
+                path=str(base_folder),
+                device=config.device,
+                num_inference_steps=config.num_inference_steps or steps,
+            )
         )
-    adapter = load_adapter(
-        PolicyConfig(
-            path=str(base_folder),
-            device=config.device,
-            num_inference_steps=config.num_inference_steps or steps,
-        )
-    )
     if adapter.noise_spec.shape != shape:
         raise UserError(
             "--policy.path",
@@ -161,3 +167,19 @@ def load_artefact(config: PolicyConfig) -> Steered:
     actor = NoiseActor(feature_dim, noise.build(NoiseSpec(shape, dtype=torch.float32)), actor_config)
     load_weights(actor, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     return Steered(adapter, actor.eval(), base_folder, saved)
+
+
+def _served_base(address: str, saved: dict[str, Any], config: PolicyConfig) -> PolicyAdapter:
+    """The base on a policy server, asked as it was when it was steered, if it still answers likewise."""
+    try:
+        remote = RemoteConfig(**saved["remote"])
+        identity = {name: saved[name] for name in ("answer", "tolerance")}
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            "--policy.path", f"the artefact does not say how {address} answers ({error})"
+        ) from None
+    if config.remote != RemoteConfig():  # the user says anew how to ask
+        remote = config.remote
+    adapter = load_adapter(PolicyConfig(path=address, device=config.device, remote=remote))
+    adapter.check_identity(identity, address)
+    return adapter

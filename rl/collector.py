@@ -89,6 +89,8 @@ class Collector:
         self._generators = [torch.Generator().manual_seed(seed + i) for i in self._envs]
         self._accumulators = [NStepAccumulator(n_step) for _ in self._envs]
         self._running = [_Running() for _ in self._envs]
+        for i in self._envs:
+            runner.forget(i)
         observations = vec.reset(self._take_seeds(self._envs))
         self._observe([observations[i] for i in self._envs])
         self.feature_dim = self._features.shape[1]
@@ -101,7 +103,7 @@ class Collector:
         return taken
 
     def _observe(self, observations: list) -> None:
-        self._conditioning = self.runner.encode(observations, self.vec.task_descriptions)
+        self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
         self._features = self.runner.features(self._conditioning)
 
     def begin(self, source: NoiseSource) -> None:
@@ -111,7 +113,8 @@ class Collector:
         noise = source(self._features, prior)
         if not torch.isfinite(noise).all():
             raise UserError("--rl.learning_rate", "the noise actor has diverged to NaN or Inf; lower it")
-        actions = self.runner.decode(self._conditioning, noise)
+        actions = self.runner.decode(self._conditioning, noise, self._envs)
+        self._lengths = [len(actions[i]) for i in self._envs]
         self._u = self.space.project(noise).float().cpu().numpy()
         self.seconds["denoise"] += time.perf_counter() - started
         started = time.perf_counter()  # without workers, sending is stepping
@@ -128,11 +131,21 @@ class Collector:
         ended = [i for i in self._envs if results[i].ended]
         self._take_seeds(ended)
         finals: dict[int, np.ndarray] = {}
+        for i in ended:
+            # A policy that remembers follows on from whole chunks only. Where the time limit cut the last one
+            # short, the critic sees the final observation as an episode's first: the nearest state that the
+            # policy can be in. (After a terminal state the value of what follows has no weight.)
+            if results[i].steps < self._lengths[i]:
+                self.runner.forget(i)
         if ended:
             conditioning = self.runner.encode(
-                [results[i].final_observation for i in ended], [self.vec.task_descriptions[i] for i in ended]
+                [results[i].final_observation for i in ended],
+                [self.vec.task_descriptions[i] for i in ended],
+                ended,
             )
             finals = dict(zip(ended, self.runner.features(conditioning).numpy(), strict=True))
+        for i in ended:
+            self.runner.forget(i)
         self._observe([results[i].observation for i in self._envs])
         after = self._features.numpy()
         transitions: list[Transition] = []

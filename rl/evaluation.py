@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trimtab.adapters import Conditioning
 from trimtab.policies.sources import NoiseSource
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.runner import Encoded, PolicyRunner
 from trimtab.rl.statistics import wilson_interval
 
 
@@ -83,16 +82,18 @@ def evaluate(
     reserved = {i: next(queue, None) for i in episode}  # the episode that each would start next
     generators = {k: torch.Generator().manual_seed(int(seeds[k])) for k in range(total)}
     render = {i: seeds[k] in record for i, k in episode.items()}
+    for i in episode:
+        runner.forget(i)
     observations = vec.reset({i: int(seeds[k]) for i, k in episode.items()}, render)
     bar = tqdm(total=total, desc=label, unit="ep", dynamic_ncols=True, disable=not progress, leave=False)
     while episode:
         active = sorted(episode)
         conditioning = runner.encode(
-            [observations[i] for i in active], [vec.task_descriptions[i] for i in active]
+            [observations[i] for i in active], [vec.task_descriptions[i] for i in active], active
         )
         prior = torch.cat([runner.prior(1, generators[episode[i]]) for i in active])
         noise = _choose(runner, conditioning, prior, [sources[episode[i]] for i in active])
-        actions = runner.decode(conditioning, noise)
+        actions = runner.decode(conditioning, noise, active)
         following = {i: int(seeds[k]) if (k := reserved[i]) is not None else None for i in active}
         vec.send({i: actions[row] for row, i in enumerate(active)}, following)
         for i, result in vec.receive().items():
@@ -103,6 +104,7 @@ def evaluate(
                 frames.setdefault(int(seeds[k]), []).extend(result.frames)
             observations[i] = result.observation
             if result.ended:
+                runner.forget(i)
                 bar.update()
                 bar.set_postfix_str(f"success {successes[:total].sum() / bar.n:.2f}" if bar.n else "")
                 if reserved[i] is None:
@@ -113,9 +115,7 @@ def evaluate(
     return Evaluation([int(s) for s in seeds], successes, steps, frames)
 
 
-def _choose(
-    runner: PolicyRunner, conditioning: Conditioning, prior: Tensor, sources: list[NoiseSource]
-) -> Tensor:
+def _choose(runner: PolicyRunner, conditioning: Encoded, prior: Tensor, sources: list[NoiseSource]) -> Tensor:
     """Ask each row's source for its noise, one call per distinct source."""
     features = runner.features(conditioning)
     noise = torch.empty_like(prior)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,21 @@ from torch import Tensor
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
 from trimtab.rl.envs.chunk import RawObservation, stack_observations
 
+# One conditioning for all environments; of a policy that remembers, one for each: their episodes stand at
+# different chunks, whose conditionings cannot be joined.
+Encoded = Conditioning | list[Conditioning]
+
 
 class PolicyRunner:
     """The frozen policy with an environment's processors around it, in ``lerobot-eval``'s order.
 
     Observation: LeRobot's conversion, task strings, environment preprocessor, policy preprocessor, encode.
     Action: denoise, policy postprocessor, environment postprocessor.
+
+    A policy that remembers its episode (``adapter.remembers``) does so where ``slots`` name the
+    environments: ``decode`` keeps each one's conditioning and chunk, and the next ``encode`` follows on from
+    them, until ``forget``. Only ``decode`` and ``forget`` change what is kept, so ``encode`` may look at any
+    observation. A runner remembers one set of environments at a time. Other policies ignore ``slots``.
 
     Args:
         adapter: the frozen policy.
@@ -32,14 +42,36 @@ class PolicyRunner:
         self.env_preprocessor, self.env_postprocessor = make_env_pre_post_processors(
             env_config, adapter.config
         )
+        self._memory: dict[int, tuple[Conditioning, Tensor]] = {}
 
-    def encode(self, observations: list[RawObservation], tasks: list[str]) -> Conditioning:
+    def forget(self, slot: int) -> None:
+        """Call before an episode starts in the environment ``slot``."""
+        self._memory.pop(slot, None)
+
+    def encode(
+        self, observations: list[RawObservation], tasks: list[str], slots: Sequence[int] | None = None
+    ) -> Encoded:
         """Encode observation histories.
 
         Args:
             observations: B raw histories, entries (n_obs_steps, ...).
             tasks: B language instructions.
+            slots: B environment indices, each with its last chunk executed to the end; without them a
+                policy that remembers sees each observation as an episode's first.
+
+        Returns:
+            one conditioning of B rows; with ``slots`` and a policy that remembers, B of one row each.
         """
+        if slots is None or not self.adapter.remembers:
+            return self.adapter.observe(self._history(observations, tasks))
+        encoded = []
+        for observation, task, slot in zip(observations, tasks, slots, strict=True):
+            history = self._history([observation], [task])
+            encoded.append(self.adapter.observe(history, self._memory.get(slot)))
+        return encoded
+
+    def _history(self, observations: list[RawObservation], tasks: list[str]) -> dict[str, Any]:
+        """What ``adapter.observe`` takes."""
         from lerobot.envs.utils import preprocess_observation
 
         batch = len(observations)
@@ -54,14 +86,16 @@ class PolicyRunner:
                 history[key] = value.unflatten(0, (batch, steps))
             elif isinstance(value, list) and len(value) == batch * steps:
                 history[key] = value[::steps]
-        return self.adapter.observe(history)
+        return history
 
-    def features(self, conditioning: Conditioning) -> Tensor:
+    def features(self, conditioning: Encoded) -> Tensor:
         """What the noise actor looks at, (B, d) float32 on the CPU.
 
         Raises:
             UserError: the adapter offers no features.
         """
+        if isinstance(conditioning, list):
+            return torch.cat([self.features(row) for row in conditioning])
         features = self.adapter.features(conditioning)
         if features is None:
             raise UserError(
@@ -69,10 +103,32 @@ class PolicyRunner:
             )
         return features.float().cpu()
 
-    def decode(self, conditioning: Conditioning, noise: Tensor) -> np.ndarray:
-        """Executable actions (B, steps, action_dim) for ``noise`` (B, *noise_spec.shape)."""
-        spec = self.adapter.noise_spec
-        chunk = self.adapter.denoise(conditioning, noise.to(self.adapter.device, spec.dtype))
+    def decode(
+        self, conditioning: Encoded, noise: Tensor, slots: Sequence[int] | None = None
+    ) -> np.ndarray | list[np.ndarray]:
+        """Executable actions for ``noise`` (B, *noise_spec.shape).
+
+        Args:
+            conditioning: from ``encode``.
+            noise: one for each row.
+            slots: as for ``encode``; a policy that remembers keeps the chunks as theirs.
+
+        Returns:
+            (B, steps, action_dim); for a list of conditionings, a list of B arrays (steps, action_dim),
+            whose steps may differ.
+        """
+        noise = noise.to(self.adapter.device, self.adapter.noise_spec.dtype)
+        if not isinstance(conditioning, list):
+            return self._executable(self.adapter.denoise(conditioning, noise), conditioning)
+        actions = []
+        for row, (one, drawn) in enumerate(zip(conditioning, noise.split(1), strict=True)):
+            chunk = self.adapter.denoise(one, drawn)
+            if slots is not None:
+                self._memory[slots[row]] = (one, chunk)
+            actions.append(self._executable(chunk, one)[0])
+        return actions
+
+    def _executable(self, chunk: Tensor, conditioning: Conditioning) -> np.ndarray:
         actions = self.adapter.postprocess(chunk, conditioning)
         actions = self.env_postprocessor({ACTION: actions})[ACTION]
         return actions.float().cpu().numpy()

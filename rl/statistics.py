@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -21,3 +22,27 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959963984540054)
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == episodes else centre + half
     return low, high
+
+
+def paired_difference(
+    first: Sequence[bool], second: Sequence[bool], z: float = 1.959963984540054
+) -> tuple[float, float, float]:
+    """Difference of two success rates on the same episodes, second minus first, with its interval.
+
+    The adjusted Wald interval for paired proportions of Bonett and Price (2012), 95 % at the default ``z``.
+
+    Returns:
+        (difference, low, high)
+
+    Raises:
+        ValueError: no episodes, or not the same number.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"{len(first)} and {len(second)} episodes cannot be paired")
+    n = len(first)
+    gained = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
+    lost = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
+    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    half = z * math.sqrt(max(up + down - (up - down) ** 2, 0.0) / (n + 2))
+    centre = up - down
+    return (gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 import pytest
@@ -51,6 +55,26 @@ def make_diffusion(folder, images=False, scheduler="DDIM", state_dim=2, env_dim=
         fields["output_features"] = {"action": PolicyFeature(FeatureType.ACTION, (action_dim,))}
     make_tiny("diffusion", folder, images=images, scheduler=scheduler, **fields)
     return folder
+
+
+@pytest.fixture(scope="session")
+def served_policy(tmp_path_factory):
+    """A random state-based policy for LeRobot's pusht that looks at one observation, as openpi's do."""
+    return make_diffusion(tmp_path_factory.mktemp("served"), n_obs_steps=1, n_action_steps=8)
+
+
+@pytest.fixture(scope="session")
+def policy_server(served_policy):
+    """Address of a process that serves ``served_policy`` with openpi's protocol."""
+    script = Path(__file__).parent / "adapters" / "openpi_server.py"
+    server = subprocess.Popen(
+        [sys.executable, str(script), str(served_policy)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    port = next((line for line in server.stdout if line.strip().isdigit()), b"")
+    assert port, "the server did not start"
+    yield f"ws://127.0.0.1:{int(port)}"
+    server.kill()
+    server.wait()
 
 
 @pytest.fixture(scope="session")

@@ -168,13 +168,13 @@ def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") ->
     return made
 
 
-def check_task(folder: Path, task: str | None) -> None:
+def check_task(folder: Path | str, task: str | None) -> None:
     """Refuse a task that the embedded generalist in ``folder`` was not trained on.
 
     Raises:
         UserError: ``folder`` has a base.json that lists other tasks.
     """
-    record = folder / RECORD
+    record = Path(folder) / RECORD
     if not record.is_file():
         return
     try:

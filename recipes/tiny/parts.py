@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ WORDS = ("pick", "up", "the", "red", "cube", "press", "button", "close", "drawer
 
 
 def camera_features(
-    cameras: int = 1, size: int = 64, state_dim: int = STATE_DIM, action_dim: int = ACTION_DIM
+    cameras: int = 1,
+    size: int | tuple[int, int] = 64,
+    state_dim: int = STATE_DIM,
+    action_dim: int = ACTION_DIM,
 ) -> dict[str, dict[str, PolicyFeature]]:
     """``input_features`` (state and cameras) and ``output_features`` of a policy config."""
     inputs = {"observation.state": PolicyFeature(FeatureType.STATE, (state_dim,))}
+    height, width = (size, size) if isinstance(size, int) else size
     for index in range(cameras):
         name = "observation.image" if cameras == 1 else f"observation.images.camera{index + 1}"
-        inputs[name] = PolicyFeature(FeatureType.VISUAL, (3, size, size))
+        inputs[name] = PolicyFeature(FeatureType.VISUAL, (3, height, width))
     outputs = {"action": PolicyFeature(FeatureType.ACTION, (action_dim,))}
     return {"input_features": inputs, "output_features": outputs}
 
@@ -82,5 +87,23 @@ def word_tokenizer(folder: Path, special: dict[str, str] | None = None, **fields
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, extra_special_tokens=special or {}, **{**base, **fields}
     )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def byte_tokenizer(folder: Path, tokens: Sequence[str], **fields: Any) -> Any:
+    """Save a Qwen2 tokenizer that knows single bytes and ``tokens`` only, and return it.
+
+    Args:
+        folder: where.
+        tokens: special tokens; the first ids after the bytes and ``<|endoftext|>``.
+        fields: further arguments of ``Qwen2Tokenizer``.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=list(tokens), **fields)
     tokenizer.save_pretrained(folder)
     return tokenizer

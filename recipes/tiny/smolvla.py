@@ -39,8 +39,34 @@ def build(folder: Path, **fields: Any) -> dict[str, Any]:
     return {"backbone": str(vlm)}
 
 
-def make_vlm(folder: Path) -> Path:
-    """Config and processor of a narrow SmolVLM, without weights."""
+NARROW: dict[str, dict[str, Any]] = {
+    "text": {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    },
+    "vision": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+    },
+    "model": {"scale_factor": 2},
+}
+
+
+def make_vlm(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW) -> Path:
+    """Config and processor of a SmolVLM, without weights.
+
+    Args:
+        folder: where.
+        sizes: fields of the text, vision and whole config.
+    """
     from transformers import (
         SmolVLMConfig,
         SmolVLMImageProcessor,
@@ -57,24 +83,13 @@ def make_vlm(folder: Path) -> Path:
     tokenizer = word_tokenizer(folder, special)
     text = {
         "model_type": "llama",
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
         "vocab_size": len(tokenizer),
         "pad_token_id": 0,
+        **sizes["text"],
     }
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 64,
-        "patch_size": 16,
-    }
-    config = SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=2, image_token_id=5)
+    config = SmolVLMConfig(
+        text_config=text, vision_config=sizes["vision"], image_token_id=5, **sizes["model"]
+    )
     config.save_pretrained(folder)
     SmolVLMProcessor(
         image_processor=SmolVLMImageProcessor(),

@@ -1,0 +1,107 @@
+"""Adapter of LeRobot's ``act`` policy (a conditional VAE whose decoder is a transformer).
+
+ACT draws no noise when it acts: LeRobot feeds the decoder the mean of the VAE's prior, a latent of zeros.
+The adapter steers that latent: noise of shape (latent_dim,), standard normal, for that is the prior which
+training pulled the latent towards. So *noise zero is the base policy*, to the bit, and a standard normal draw
+is the VAE's generative model, which nobody has run; ``noise_spec.distribution`` is ``zero`` to say so. A
+policy whose KL term collapsed ignores its latent: measure before steering.
+
+``encode`` runs the image backbone and keeps its tokens; the latent is one more token of the transformer,
+which so runs whole for every noise.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
+from torch import Tensor
+
+from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters.errors import UserError
+
+
+class ACTAdapter(PolicyAdapter):
+    """``encode`` is what enters the transformer, ``denoise`` the transformer with the latent as a token."""
+
+    policy_type: ClassVar[str] = "act"
+
+    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
+        super().__init__(policy, preprocessor, postprocessor)
+        config = policy.config
+        self.noise_spec = NoiseSpec((config.latent_dim,), distribution="zero")
+        self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
+
+    @classmethod
+    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
+        """Refuse what has no latent, or no chunk that one latent decides.
+
+        Raises:
+            UserError: trained without its VAE; temporal ensembling; options that ACT does not have.
+        """
+        if not config.use_vae:
+            raise UserError(
+                "--policy.path",
+                "this act policy was trained without its VAE (use_vae=false): it has no latent to steer",
+            )
+        if config.temporal_ensemble_coeff is not None:
+            raise UserError(
+                "--policy.path",
+                "this act policy executes averages over all chunks so far (temporal_ensemble_coeff="
+                f"{config.temporal_ensemble_coeff}), so no one noise decides what is executed; in its "
+                "config.json, set temporal_ensemble_coeff to null and n_action_steps to the steps to execute "
+                f"of each chunk (at most {config.chunk_size})",
+            )
+        if options.num_inference_steps is not None:
+            raise UserError(
+                "--policy.num_inference_steps", "an act policy decodes in one step; drop the option"
+            )
+        if options.dtype not in (None, "float32"):  # LeRobot makes its latent in float32
+            raise UserError("--policy.dtype", f"an act policy runs in float32, not {options.dtype}")
+        # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
+        config.pretrained_backbone_weights = None
+        return []
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        """Run LeRobot's own forward pass, latent zero, and keep what enters its transformer encoder."""
+        kept: dict[str, Tensor] = {}
+
+        def keep(module: Any, args: tuple, kwargs: dict, out: Tensor) -> None:
+            count = args[0].shape[1]
+            kept["tokens"] = args[0].transpose(0, 1)
+            kept["positions"] = kwargs["pos_embed"].expand(-1, count, -1).transpose(0, 1)
+            kept["features"] = out.mean(0)
+
+        handle = self.policy.model.encoder.register_forward_hook(keep, with_kwargs=True)
+        try:
+            self.policy.predict_action_chunk(batch)
+        finally:
+            handle.remove()
+        states = [batch[key] for key in (OBS_STATE, OBS_ENV_STATE) if key in batch]
+        kept["features"] = torch.cat([kept["features"], *states], -1)
+        return Conditioning(kept)
+
+    @torch.no_grad()
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        model = self.policy.model
+        tokens = conditioning.rows("tokens").transpose(0, 1)
+        positions = conditioning.rows("positions").transpose(0, 1)
+        latent = model.encoder_latent_input_proj(noise)
+        memory = model.encoder(torch.cat([latent.unsqueeze(0), tokens[1:]]), pos_embed=positions)
+        queries = model.decoder_pos_embed.weight.unsqueeze(1)
+        hidden = model.decoder(
+            torch.zeros_like(queries).expand(-1, len(noise), -1),
+            memory,
+            encoder_pos_embed=positions,
+            decoder_pos_embed=queries,
+        )
+        return self.executed(model.action_head(hidden.transpose(0, 1)))
+
+    def features(self, conditioning: Conditioning) -> Tensor:
+        """Mean of the encoder's output at latent zero, and the normalised states."""
+        return conditioning.rows("features")

@@ -1,0 +1,193 @@
+"""What noise does to a policy's chunks: measured on its function alone, without an environment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from trimtab.adapters.base import PolicyAdapter
+from trimtab.adapters.conditioning import Conditioning
+
+BLOCKS = 16  # noise rows are resampled in at most so many blocks
+MANY = 16  # noises in the batch whose cost is compared with the cost of one
+
+
+@dataclass
+class Steerability:
+    """How a policy's executed chunk depends on its noise, in the policy's normalised action units.
+
+    Attributes:
+        finite: every chunk was finite.
+        repeat_difference: largest difference between two chunks from the same noise.
+        noise_difference: largest difference between chunks from different noises.
+        spread: (steps, action_dim) standard deviation over noises, root mean square over observations.
+        authority: standard deviation due to the noise over the total one (over observations and noises).
+        column_effect: (dim,) root mean square change of the chunk where one noise dimension is drawn anew.
+        row_effect: (blocks, steps) the same for blocks of noise rows, by step of the chunk; empty where
+            the noise has no rows.
+        row_blocks: first noise row of each block, and the end of the last.
+        declared_inert: entries that the adapter says are inert; these were drawn anew together ...
+        inert_difference: ... with this largest change of a chunk.
+        seconds: medians for ``encode`` of one observation, ``denoise`` of 1 noise and of 16.
+        observations, noises: how many of each were used.
+        rounding: share of the noise's effect that the same noise's chunks may differ by.
+    """
+
+    finite: bool
+    repeat_difference: float
+    noise_difference: float
+    spread: Tensor
+    authority: float
+    column_effect: Tensor
+    row_effect: Tensor
+    row_blocks: list[int]
+    declared_inert: int
+    inert_difference: float
+    observations: int
+    noises: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    rounding: float = 0.0
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the same noise gives the same chunk: to the bit, or to ``rounding``."""
+        return self.repeat_difference <= self.rounding * self.noise_difference
+
+    @property
+    def blind(self) -> bool:
+        """Whether no noise changes the chunk."""
+        return self.noise_difference == 0.0
+
+    @property
+    def inert_columns(self) -> list[int]:
+        """Noise dimensions that changed nothing when drawn anew."""
+        return torch.nonzero(self.column_effect == 0).flatten().tolist()
+
+
+def denoise_all(adapter: PolicyAdapter, conditioning: Conditioning, noises: Tensor) -> Tensor:
+    """Chunks (K, steps, action_dim) for K noises of one observation, in batches that the policy takes."""
+    size = min(adapter.max_batch or MANY, MANY)
+    parts = []
+    for start in range(0, len(noises), size):
+        part = noises[start : start + size]
+        parts.append(adapter.denoise(conditioning.repeat_interleave(len(part)), part).float().cpu())
+    return torch.cat(parts)
+
+
+def measure(
+    adapter: PolicyAdapter,
+    observations: list[Conditioning],
+    noises: int = 16,
+    seed: int = 0,
+    repeats: int = 5,
+    again: Callable[[], Conditioning] | None = None,
+) -> Steerability:
+    """Measure what noise does to the executed chunks.
+
+    Args:
+        adapter: the frozen policy.
+        observations: encoded observations, one row each.
+        noises: how many for each observation; all observations meet the same ones.
+        seed: of the noises.
+        repeats: of each timing; 0 times nothing.
+        again: encodes one observation, to be timed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spec = adapter.noise_spec
+
+    def draw(count: int) -> Tensor:
+        return torch.randn((count, *spec.shape), generator=generator).to(adapter.device, spec.dtype)
+
+    noise = draw(noises)
+    chunks = torch.stack([denoise_all(adapter, c, noise) for c in observations])  # (O, K, T, A)
+    repeat = torch.stack([denoise_all(adapter, c, noise) for c in observations])
+    finite = bool(torch.isfinite(chunks).all())
+    within = chunks.var(1, unbiased=False).mean(0)
+    total = chunks.flatten(0, 1).var(0, unbiased=False)
+    fresh, first, base = draw(1), noise[:1], chunks[:, :1]
+    columns = _resampled(first, fresh, list(range(spec.shape[-1])), -1)
+    blocks: list[int] = []
+    row_effect = torch.zeros(0, chunks.shape[2])
+    if len(spec.shape) == 2:
+        rows = spec.shape[0]
+        blocks = sorted({round(i * rows / min(BLOCKS, rows)) for i in range(min(BLOCKS, rows) + 1)})
+        changed = _resampled(first, fresh, blocks, 0)
+        row_effect = _effects(adapter, observations, changed, base).square().mean(-1).sqrt()
+    column_effect = _effects(adapter, observations, columns, base).square().mean((-1, -2)).sqrt()
+    inert, inert_difference = 0, 0.0
+    if spec.live is not None and not spec.live.all():
+        inert = int((~spec.live).sum())
+        mixed = torch.where(spec.live.to(first.device), first, fresh)
+        inert_difference = float(_effects(adapter, observations, mixed, base).max())
+    return Steerability(
+        finite=finite,
+        repeat_difference=float((chunks - repeat).abs().max()),
+        noise_difference=float((chunks - base).abs().max()),
+        spread=within.sqrt(),
+        authority=float((within.mean() / total.mean().clamp_min(1e-30)).sqrt()) if total.any() else 0.0,
+        column_effect=column_effect,
+        row_effect=row_effect,
+        row_blocks=blocks,
+        declared_inert=inert,
+        inert_difference=inert_difference,
+        observations=len(observations),
+        noises=noises,
+        seconds=_times(adapter, observations[0], draw(MANY), repeats, again) if repeats else {},
+        rounding=adapter.rounding,
+    )
+
+
+def _resampled(noise: Tensor, fresh: Tensor, starts: list[int], axis: int) -> Tensor:
+    """Copies of ``noise`` (1, ...), each with one part drawn anew: a column, or a block of rows."""
+    copies = []
+    ends = [start + 1 for start in starts] if axis == -1 else starts[1:]
+    for start, end in zip(starts, ends, strict=False):
+        copy = noise.clone()
+        if axis == -1:
+            copy[..., start:end] = fresh[..., start:end]
+        else:
+            copy[:, start:end] = fresh[:, start:end]
+        copies.append(copy)
+    return torch.cat(copies)
+
+
+def _effects(
+    adapter: PolicyAdapter, observations: list[Conditioning], noises: Tensor, base: Tensor
+) -> Tensor:
+    """Change (K, steps, action_dim) against ``base`` (O, 1, T, A), root mean square over observations."""
+    chunks = torch.stack([denoise_all(adapter, c, noises) for c in observations])
+    return (chunks - base).square().mean(0).sqrt()
+
+
+def _times(
+    adapter: PolicyAdapter,
+    conditioning: Conditioning,
+    noises: Tensor,
+    repeats: int,
+    again: Callable[[], Conditioning] | None,
+) -> dict[str, float]:
+    def seconds(call: Callable[[], object]) -> float:
+        found = []
+        for _ in range(repeats + 1):  # the first run warms up
+            _wait(adapter.device)
+            start = time.perf_counter()
+            call()
+            _wait(adapter.device)
+            found.append(time.perf_counter() - start)
+        return median(found[1:])
+
+    times = {
+        "denoise_1": seconds(lambda: adapter.denoise(conditioning, noises[:1])),
+        f"denoise_{MANY}": seconds(lambda: denoise_all(adapter, conditioning, noises)),
+    }
+    return {"encode": seconds(again), **times} if again else times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,199 @@
+"""`trimtab probe`: can this policy be steered, and in which noise space?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.envs.configs import EnvConfig
+
+import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
+from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserError
+from trimtab.adapters.loading import open_adapter
+from trimtab.adapters.steerability import MANY, Steerability, measure
+from trimtab.policies.sources import base_noise, constant_noise, own_noise, repeated_noise, zero_noise
+from trimtab.recipes.console import new_output_dir, parse
+from trimtab.recipes.probe_picture import plot_probe
+from trimtab.recipes.reporting import table, write_json
+from trimtab.recipes.session import SELECTION_SEED, EvalConfig, MachineConfig, Session, describe, summaries
+from trimtab.recipes.verdict import as_json, judge
+from trimtab.rl.artefact import is_artefact
+from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
+from trimtab.rl.statistics import wilson_interval
+
+
+@dataclass
+class ProbeEvalConfig(EvalConfig):
+    """How policies are evaluated; fewer episodes than for a result, for a probe asks for less."""
+
+    n_episodes: int = 50
+    constant_candidates: int = 8
+    constant_episodes: int = 20
+    videos: int = 0
+
+
+@dataclass
+class ProbeConfig:
+    """``trimtab probe``."""
+
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    # Without an environment the policy is asked on random inputs within its own statistics.
+    env: EnvConfig | None = None
+    eval: ProbeEvalConfig = field(default_factory=ProbeEvalConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    # Observations and noises per observation on which the chunks are compared.
+    observations: int = 4
+    noises: int = 16
+    # Repeats of each timing.
+    repeats: int = 5
+    seed: int = 0
+    # Default: outputs/probe/<date>/<time>.
+    output_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("observations", 1), ("noises", 2), ("repeats", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name}", f"must be at least {least}, got {getattr(self, name)}")
+
+
+def main(args: list[str]) -> None:
+    config = parse(ProbeConfig, "probe", args)
+    if is_artefact(config.policy.path):
+        raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
+    output = new_output_dir(config.output_dir, "probe")
+    config.machine.apply()
+    adapter = open_adapter(config.policy)
+    for note in adapter.notes:
+        print(f"note: {note}")
+    session = Session(adapter, config.env, config.eval, config.machine) if config.env else None
+    print(describe(session, config.policy.path) if session else describe_policy(adapter, config.policy.path))
+    observations, again = _observations(adapter, session, config)
+    measured = measure(adapter, observations, config.noises, config.seed, config.repeats, again)
+    print(f"\n{describe_measured(measured, adapter)}")
+    verdict = judge(measured, adapter.policy_type)
+    evaluations: dict[str, Evaluation] = {}
+    constants: list[dict[str, Any]] = []
+    if session is not None and verdict.steerable:
+        evaluations, constants = _success(session, config)
+        verdict = judge(measured, adapter.policy_type, evaluations)
+        print(f"\n{table(summaries(evaluations))}")
+        print(describe_constants(constants))
+    name = Path(config.policy.path).name
+    plot_probe(
+        output / "probe.png", measured, summaries(evaluations), constants, f"{name}: {verdict.headline}"
+    )
+    write_json(
+        output / "probe.json",
+        {
+            "policy": config.policy.path,
+            "policy_type": adapter.policy_type,
+            "noise_shape": list(adapter.noise_spec.shape),
+            "chunk_shape": list(adapter.chunk_shape),
+            "notes": adapter.notes,
+            **as_json(measured, verdict),
+            "success": summaries(evaluations),
+            "constants": constants,
+        },
+    )
+    print(f"\nverdict: {verdict.headline}")
+    for line in verdict.lines:
+        print(f"  - {line}")
+    print(f"\nall in {output}")
+
+
+def _observations(
+    adapter: PolicyAdapter, session: Session | None, config: ProbeConfig
+) -> tuple[list[Conditioning], Any]:
+    """Encoded observations, and a function that encodes one of them again."""
+    if session is None:
+        generator = torch.Generator().manual_seed(config.seed)
+        raw = [adapter.example_observation(1, generator) for _ in range(config.observations)]
+        return [adapter.observe(observation) for observation in raw], lambda: adapter.observe(raw[0])
+    with session.environments(1) as vec:
+        starts = [vec.reset({0: seed})[0] for seed in config.eval.seeds[: config.observations]]
+        tasks = vec.task_descriptions[:1]
+    encoded = [session.runner.encode([start], tasks) for start in starts]
+    return encoded, lambda: session.runner.encode(starts[:1], tasks)
+
+
+def _success(session: Session, config: ProbeConfig) -> tuple[dict[str, Evaluation], list[dict[str, Any]]]:
+    """Success under the policy's own, repeated, zero and constant noise, and of each constant tried."""
+    runner, seeds, spec = session.runner, config.eval.seeds, session.adapter.noise_spec
+    found: dict[str, Evaluation] = {}
+    constants: list[dict[str, Any]] = []
+    with session.evaluation_environments() as vec:
+        found["base"] = evaluate(runner, vec, own_noise(spec), seeds, "base policy")
+        if len(spec.shape) == 2:
+            found["repeated_noise"] = evaluate(runner, vec, repeated_noise, seeds, "repeated noise")
+        if spec.distribution == "zero":  # the base is zero noise already
+            found["prior_noise"] = evaluate(runner, vec, base_noise, seeds, "prior draws")
+        else:
+            found["zero_noise"] = evaluate(runner, vec, zero_noise, seeds, "zero noise")
+        if config.eval.constant_candidates:
+            episodes = config.eval.constant_episodes
+            noise, rates = best_constant(
+                runner,
+                vec,
+                constant_noise,
+                config.eval.constant_candidates,
+                range(SELECTION_SEED, SELECTION_SEED + episodes),
+                config.seed,
+            )
+            for rate in rates:
+                count = round(rate * episodes)
+                constants.append(
+                    {"successes": count, "episodes": episodes, "ci95": list(wilson_interval(count, episodes))}
+                )
+            found["constant_noise"] = evaluate(runner, vec, constant_noise(noise), seeds, "best constant")
+    return found, constants
+
+
+def describe_policy(adapter: PolicyAdapter, path: str) -> str:
+    """One line about a policy without an environment."""
+    return (
+        f"policy: {path} ({adapter.policy_type}), noise {tuple(adapter.noise_spec.shape)}, "
+        f"{adapter.chunk_shape[0]} actions of {adapter.chunk_shape[1]} per chunk; "
+        "random inputs (no --env.type)"
+    )
+
+
+def describe_measured(measured: Steerability, adapter: PolicyAdapter) -> str:
+    """The measurements as a few aligned lines."""
+    by_step = measured.spread.square().mean(-1).sqrt()
+    live = adapter.noise_spec.size - measured.declared_inert
+    lines = [
+        ("same noise twice", f"chunks differ by {measured.repeat_difference:.3g}"),
+        ("different noises", f"chunks differ by up to {measured.noise_difference:.3g}"),
+        (
+            "spread over noises",
+            f"{by_step[0]:.3g} at the chunk's first step, {by_step[-1]:.3g} at its last (normalised actions)",
+        ),
+        ("noise entries", f"{live} live, {measured.declared_inert} declared inert"),
+    ]
+    if measured.declared_inert:
+        lines.append(("inert entries anew", f"chunks differ by {measured.inert_difference:.3g}"))
+    if measured.seconds:
+        times = measured.seconds
+        lines.append(
+            (
+                "time",
+                f"encode {1e3 * times['encode']:.3g} ms, denoise {1e3 * times['denoise_1']:.3g} ms; "
+                f"{MANY} noises {1e3 * times[f'denoise_{MANY}']:.3g} ms",
+            )
+        )
+    return "\n".join(f"{name:<20} {value}" for name, value in lines)
+
+
+def describe_constants(constants: list[dict[str, Any]]) -> str:
+    """The success of each constant noise that was tried."""
+    if not constants:
+        return ""
+    tried = ", ".join(f"{c['successes']}/{c['episodes']}" for c in constants)
+    low = min(constants, key=lambda c: c["successes"])["ci95"]
+    high = max(constants, key=lambda c: c["successes"])["ci95"]
+    return (
+        f"constants tried: {tried}; 95 % interval of the worst {100 * low[0]:.0f} - {100 * low[1]:.0f} %, "
+        f"of the best {100 * high[0]:.0f} - {100 * high[1]:.0f} %"
+    )

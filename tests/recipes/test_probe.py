@@ -1,0 +1,90 @@
+"""`trimtab probe` on the embedded generalist, a DDPM checkpoint, an ACT checkpoint and a blind policy."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import make_diffusion
+from trimtab.recipes.cli import main
+from trimtab.recipes.tiny import make_tiny
+
+PUSHT = ["--env.type=pusht", "--env.obs_type=environment_state_agent_pos"]
+
+
+def probe(folder, output, *options):
+    args = ["probe", f"--policy.path={folder}", "--policy.device=cpu", f"--output_dir={output}"]
+    code = main([*args, "--repeats=1", "--machine.threads=1", *options])
+    assert code == 0
+    assert (output / "probe.png").stat().st_size > 10_000
+    return json.loads((output / "probe.json").read_text())
+
+
+def test_embedded_generalist(tiny_base, tmp_path, capsys):
+    task = ["--env.type=metaworld_state", "--env.task=button-press-topdown-v3"]
+    small = [
+        "--eval.n_episodes=4",
+        "--eval.batch_size=4",
+        "--eval.constant_episodes=2",
+        "--machine.workers=0",
+    ]
+    report = probe(tiny_base, tmp_path / "out", *task, *small, "--eval.constant_candidates=3")
+    assert set(report["success"]) == {"base", "repeated_noise", "zero_noise", "constant_noise"}
+    assert len(report["constants"]) == 3 and all(c["episodes"] == 2 for c in report["constants"])
+    # Cloned for thirty steps, it never succeeds: right is to say that there is nothing to learn from.
+    assert report["success"]["base"]["successes"] == 0
+    assert not report["steerable"] and "nothing to learn from" in report["verdict"]
+    assert "verdict: nothing to learn from" in capsys.readouterr().out
+
+
+def test_embedded_generalist_without_an_environment(tiny_base, tmp_path):
+    report = probe(tiny_base, tmp_path / "out")
+    assert report["steerable"] and report["deterministic"] and report["success"] == {}
+    assert len(report["row_effect"]) == len(report["row_blocks"]) - 1
+    assert set(report["seconds"]) == {"encode", "denoise_1", "denoise_16"}
+
+
+def test_ddpm_checkpoint_is_steered_through_ddim(tmp_path):
+    folder = make_diffusion(tmp_path / "ddpm", scheduler="DDPM")
+    report = probe(folder, tmp_path / "out")
+    assert report["steerable"] and "DDPM" in report["notes"][0] and "DDIM" in report["notes"][0]
+
+
+def test_act_is_steered_through_its_latent(tmp_path, capsys):
+    options = make_tiny("act", tmp_path / "act")
+    report = probe(options.path, tmp_path / "out")
+    assert report["steerable"] and report["row_effect"] == []
+    assert "the noise has no rows" not in capsys.readouterr().out
+
+
+def test_collapsed_act_latent(tmp_path):
+    options = make_tiny("act", tmp_path / "act")
+    weights = tmp_path / "act" / "model.safetensors"
+    state = load_file(weights)
+    state["model.encoder_latent_input_proj.weight"] = torch.zeros_like(
+        state["model.encoder_latent_input_proj.weight"]
+    )
+    save_file(state, weights)
+    report = probe(options.path, tmp_path / "out")
+    assert not report["steerable"] and "ignores its noise" in report["verdict"]
+    assert "kl_weight" in report["lines"][0]
+
+
+def test_noise_blind_policy(tmp_path):
+    """A network that predicts a clean action of zero whatever it is given ends at zero."""
+    folder = make_diffusion(tmp_path / "blind", prediction_type="sample")
+    state = load_file(folder / "model.safetensors")
+    for name in ("weight", "bias"):
+        key = f"diffusion.unet.final_conv.1.{name}"
+        state[key] = torch.zeros_like(state[key])
+    save_file(state, folder / "model.safetensors")
+    report = probe(folder, tmp_path / "out", *PUSHT)
+    assert not report["steerable"] and "ignores its noise" in report["verdict"]
+    assert report["success"] == {}  # no episode is spent on a policy that cannot be steered
+
+
+@pytest.mark.parametrize("option", ["--noises=1", "--observations=0", "--repeats=-1"])
+def test_bad_options(option, tmp_path, capsys):
+    assert main(["probe", "--policy.path=x", f"--output_dir={tmp_path / 'o'}", option]) == 2
+    assert option.split("=")[0] in capsys.readouterr().err
