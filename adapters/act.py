@@ -75,10 +75,13 @@ class ACTAdapter(PolicyAdapter):
             kept["tokens"] = args[0].transpose(0, 1)
             kept["positions"] = kwargs["pos_embed"].expand(-1, count, -1).transpose(0, 1)
             kept["features"] = out.mean(0)
+            raise _Enough  # the decoder's turn comes with the noise
 
         handle = self.policy.model.encoder.register_forward_hook(keep, with_kwargs=True)
         try:
-            self.policy.predict_action_chunk(batch)
+            self.policy.predict_action_chunk(dict(batch))
+        except _Enough:
+            pass
         finally:
             handle.remove()
         states = [batch[key] for key in (OBS_STATE, OBS_ENV_STATE) if key in batch]
@@ -105,3 +108,7 @@ class ACTAdapter(PolicyAdapter):
     def features(self, conditioning: Conditioning) -> Tensor:
         """Mean of the encoder's output at latent zero, and the normalised states."""
         return conditioning.rows("features")
+
+
+class _Enough(Exception):
+    """Ends LeRobot's forward pass after its encoder."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
-from trimtab.adapters.files import file_hash, weights_hash
+from trimtab.adapters.files import hash_files, placement, settings_hashes, weights_files, weights_hash
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class NoiseSpec:
         return math.prod(self.shape)
 
 
+BLIND = 1e-6  # effect of the noise, relative to the chunk, that is no more than rounding
+MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ from the row alone
 RELATIVE_STATE = "relative_state"  # raw state of each observation, for policies with relative actions
 
 
@@ -62,17 +64,20 @@ class PolicyAdapter(abc.ABC):
         history: whether the policy takes a time axis, (B, n_obs_steps, ...).
         remembers: whether a chunk depends on the episode before it, through ``follow``.
         rounding: share of the noise's own effect by which chunks of the same noise may differ.
+        fills_missing_cameras: whether the policy does with fewer cameras than its config names.
         max_batch: most noises that the policy denoises in one batch; ``None`` = any number.
         noise_spec: the noise that ``denoise`` takes.
         chunk_shape: (steps executed per chunk, action dimension after un-padding); with ``remembers`` of
             an episode's first chunk, for later ones may have other steps.
         n_obs_steps: length of the observation history that ``preprocess`` expects.
         notes: lines to show the user about what was changed at load.
+        weights_files: the files that the weights were loaded from; empty where a loader did not say.
     """
 
     policy_type: ClassVar[str] = ""
     history: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
+    fills_missing_cameras: ClassVar[bool] = False
     max_batch: ClassVar[int | None] = None
     rounding: ClassVar[float] = 0.0
     noise_spec: NoiseSpec
@@ -85,6 +90,7 @@ class PolicyAdapter(abc.ABC):
         self.postprocessor = postprocessor
         self.device = next(policy.parameters()).device
         self.notes: list[str] = []
+        self.weights_files: list[Path] = []
 
     # Loading: what differs between policies. LeRobot's own `from_pretrained` is not used, for some of
     # them return random weights where a file is missing.
@@ -102,9 +108,28 @@ class PolicyAdapter(abc.ABC):
         return get_policy_class(config.type)(config)
 
     @classmethod
+    def frozen_parts(cls, policy: Any) -> dict[str, tuple[torch.nn.Module, Path]]:
+        """Models that the policy runs but its checkpoint does not hold, by name, with their folders.
+
+        Loading compares them with their files, and ``identity`` covers them. All have been built.
+        """
+        return {}
+
+    @classmethod
     def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
         """Rename tensors of older files as LeRobot's own loader does."""
         return saved
+
+    @classmethod
+    def cast(cls, policy: Any, dtype: torch.dtype) -> None:
+        """Change the precision of a loaded policy whose config has no ``dtype`` of its own.
+
+        Everything that the weights file holds changes. Other buffers (rotary frequencies, position tables)
+        keep theirs, for they are computed, not learnt.
+        """
+        for tensor in policy.state_dict(keep_vars=True).values():
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
 
     @classmethod
     def processor_overrides(
@@ -130,17 +155,32 @@ class PolicyAdapter(abc.ABC):
 
         Args:
             base: folder of the base, or address of its server.
+
+        Returns:
+            ``sha256`` of the weights' files; ``files``, the hashes of all else that makes the function
+            (``files.settings_hashes``); ``weights_sha256`` of the weights in memory, with their
+            ``weights_dtype`` and ``weights_device``.
         """
-        return {"sha256": file_hash(Path(base)), "weights_sha256": weights_hash(self.policy)}
+        base, parts = Path(base), self.frozen_parts(self.policy)
+        return {
+            "sha256": hash_files(self.weights_files or weights_files(base)),
+            "files": settings_hashes(base, {name: folder for name, (_, folder) in parts.items()}),
+            "weights_sha256": weights_hash(self.policy, *(module for module, _ in parts.values())),
+            **placement(self.policy),
+        }
 
     def check_identity(self, identity: dict[str, Any], base: Path | str) -> None:
         """Raise where the base is no longer the one that ``identity`` described.
 
         Raises:
-            RuntimeError: the file or the weights in memory have changed.
+            RuntimeError: a file or the weights in memory have changed.
         """
-        if self.identity(base) != identity:
-            raise RuntimeError("the base policy changed while it was steered; this is a bug of trimtab")
+        now = self.identity(base)
+        if now != identity:
+            odd = ", ".join(sorted(k for k in now.keys() | identity.keys() if now.get(k) != identity.get(k)))
+            raise RuntimeError(
+                f"the base policy changed while it was steered ({odd}); this is a bug of trimtab"
+            )
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Let go of what the adapter holds outside this process."""
@@ -162,6 +202,9 @@ class PolicyAdapter(abc.ABC):
         self._check_observation(observation)
         flat, lead = {}, (0, 1)
         for key, value in observation.items():
+            if isinstance(value, str):
+                raise ValueError(f"'{key}' is one string; give a list with one for each observation")
+        for key, value in observation.items():
             if isinstance(value, Tensor):
                 lead = tuple(value.shape[:2])
                 flat[key] = value.flatten(0, 1)
@@ -180,7 +223,14 @@ class PolicyAdapter(abc.ABC):
     def _required_inputs(self, given: Collection[str]) -> dict[str, Any]:
         """The policy's input features that an observation with the keys ``given`` must hold."""
         features = self.config.input_features
-        return {key: features[key] for key in features if "empty_camera" not in key}  # LeRobot fills these
+        # LeRobot fills the empty cameras, and of some policies those that are not there, as long as one is.
+        cameras = set(self.config.image_features) if self.fills_missing_cameras else set()
+        spare = cameras if not cameras.isdisjoint(given) else set()
+        return {
+            key: features[key]
+            for key in features
+            if "empty_camera" not in key and (key in given or key not in spare)
+        }
 
     def _check_observation(self, observation: dict[str, Any]) -> None:
         names = {self._renames().get(key, key): key for key in observation}
@@ -287,9 +337,14 @@ class PolicyAdapter(abc.ABC):
                 ``observe``), unless the chunk belongs to the last observation that was preprocessed.
         """
         step = self._relative_step()
-        if step is not None and conditioning is not None and RELATIVE_STATE in conditioning.tensors:
-            step._last_state = conditioning.rows(RELATIVE_STATE)
-        return self.postprocessor(chunk)
+        if step is None or conditioning is None or RELATIVE_STATE not in conditioning.tensors:
+            return self.postprocessor(chunk)
+        latest = step._last_state
+        step._last_state = conditioning.rows(RELATIVE_STATE)
+        try:
+            return self.postprocessor(chunk)
+        finally:
+            step._last_state = latest
 
     def features(self, conditioning: Conditioning) -> Tensor | None:
         """A backbone representation (B, d) that the noise actor may look at, or ``None``."""
@@ -325,23 +380,31 @@ class PolicyAdapter(abc.ABC):
         """Refuse noise of the wrong shape or dtype in one clear line.
 
         Raises:
-            ValueError: shape or dtype differ from ``noise_spec`` and the conditioning's batch size.
+            ValueError: shape, dtype or device differ from what ``noise_spec``, the conditioning's batch size
+                and the policy ask for.
         """
         expected = (conditioning.batch_size, *self.noise_spec.shape)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, {self.policy_type} takes {expected}")
         if noise.dtype != self.noise_spec.dtype:
             raise ValueError(f"noise is {noise.dtype}, {self.policy_type} takes {self.noise_spec.dtype}")
+        if noise.device.type != self.device.type:
+            raise ValueError(f"noise is on {noise.device}, {self.policy_type} on {self.device}")
 
     def verify(self) -> None:
         """Check on the real weights that noise steers this policy, and steers it alone.
 
+        On two observations: chunks and actions are finite; the same observation and noise give the same
+        chunk, encoded twice; another noise gives each row another chunk; a row does not depend on the
+        rows beside it.
+
         Raises:
-            UserError: not finite, not deterministic given the noise, or blind to the noise.
+            UserError: one of these does not hold, with what it means.
         """
         generator = torch.Generator().manual_seed(0)
         count = min(2, self.max_batch or 2)
-        conditioning = self.example_conditioning(count, generator)
+        observation = self.example_observation(count, generator)
+        conditioning = self.observe(observation)
         shape = (count, *self.noise_spec.shape)
         first = torch.randn(shape, generator=generator).to(self.device, self.noise_spec.dtype)
         second = torch.randn(shape, generator=generator).to(self.device, self.noise_spec.dtype)
@@ -349,7 +412,12 @@ class PolicyAdapter(abc.ABC):
         if not torch.isfinite(once).all():
             raise UserError(
                 "--policy.path",
-                "the policy turns ordinary noise into NaN or Inf actions; its weights are broken",
+                "the policy turns ordinary noise into NaN or Inf; its weights are broken",
+            )
+        if not torch.isfinite(torch.as_tensor(self.postprocess(once, conditioning))).all():
+            raise UserError(
+                "--policy.path",
+                "its postprocessor turns chunks into NaN or Inf; its statistics are broken",
             )
         if not torch.equal(once, self.denoise(conditioning, first)):
             raise UserError(
@@ -357,12 +425,26 @@ class PolicyAdapter(abc.ABC):
                 f"the same noise gave two different chunks: this {self.policy_type} policy draws randomness "
                 "while it samples and cannot be steered; save it with a deterministic sampler",
             )
-        if torch.equal(once, self.denoise(conditioning, second)):
+        if not torch.equal(once, self.denoise(self.observe(observation), first)):
+            raise UserError(
+                "--policy.path",
+                "the same observation, encoded twice, gave two different chunks: this "
+                f"{self.policy_type} policy draws randomness while it looks and cannot be steered",
+            )
+        effect = (once - self.denoise(conditioning, second)).abs().flatten(1).amax(1)
+        if effect.min() <= BLIND * once.abs().max():
             raise UserError(
                 "--policy.path",
                 f"two different noises gave the same chunk: this {self.policy_type} policy ignores its noise "
                 "and cannot be steered",
             )
+        for row in range(count if count > 1 else 0):
+            alone = self.denoise(conditioning[row], first[row : row + 1])[0]
+            if (alone - once[row]).abs().max() > MIXED * effect[row]:
+                raise RuntimeError(
+                    f"the {self.policy_type} adapter mixes the rows of a batch: a chunk depends on the noise "
+                    "or the observation beside it"
+                )
 
 
 _REGISTRY: dict[str, Callable[[], type[PolicyAdapter]]] = {}

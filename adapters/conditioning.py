@@ -29,7 +29,7 @@ class Conditioning:
     @property
     def observations(self) -> int:
         """Number N of observations."""
-        return len(next(iter(self.tensors.values())))
+        return len(next(iter((self.tensors or self.lists).values())))
 
     @property
     def batch_size(self) -> int:
@@ -43,12 +43,40 @@ class Conditioning:
         return repeat_rows(self.tensors[name], self.repeats)
 
     def __getitem__(self, index: Any) -> Conditioning:
-        """Select rows of the batch; an integer keeps the batch dimension."""
-        if isinstance(index, int):
-            index = slice(index, index + 1 if index != -1 else None)
-        chosen = torch.arange(self.batch_size)[index] // self.repeats
-        tensors = {key: value[chosen.to(value.device)] for key, value in self.tensors.items()}
-        lists = {key: [value[i] for i in chosen.tolist()] for key, value in self.lists.items()}
+        """Select rows of the batch; an integer keeps the batch dimension.
+
+        Consecutive rows of whole observations, or all of one observation, come as views.
+
+        Args:
+            index: integer, slice, list, or tensor or array of integers or of booleans.
+
+        Raises:
+            IndexError: out of range.
+        """
+        rows = torch.arange(self.batch_size)
+        if isinstance(index, Tensor):
+            index = index.cpu()
+        picked = torch.atleast_1d(rows[index]).flatten()
+        if not len(picked):
+            return self._take(slice(0, 0))
+        first, last = int(picked[0]) // self.repeats, int(picked[-1]) // self.repeats
+        consecutive = torch.equal(picked, rows[int(picked[0]) : int(picked[0]) + len(picked)])
+        if consecutive and first == last:
+            return replace(self._take(slice(first, first + 1)), repeats=len(picked))
+        if consecutive and len(picked) == (last - first + 1) * self.repeats:
+            return replace(self._take(slice(first, last + 1)), repeats=self.repeats)
+        return self._take(picked // self.repeats)
+
+    def _take(self, chosen: Tensor | slice) -> Conditioning:
+        """Observations, each used once."""
+        tensors = {
+            key: value[chosen if isinstance(chosen, slice) else chosen.to(value.device)]
+            for key, value in self.tensors.items()
+        }
+        lists = {
+            key: value[chosen] if isinstance(chosen, slice) else [value[i] for i in chosen.tolist()]
+            for key, value in self.lists.items()
+        }
         return Conditioning(tensors, lists)
 
     def repeat_interleave(self, k: int) -> Conditioning:

@@ -68,6 +68,8 @@ class DiffusionAdapter(PolicyAdapter):
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
+        if options.dtype not in (None, "float32"):  # LeRobot gives its encoder float32 states
+            raise UserError("--policy.dtype", f"a diffusion policy runs in float32, not {options.dtype}")
         # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
         config.pretrained_backbone_weights = None
         return use_ddim(config, options.num_inference_steps)

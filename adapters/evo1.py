@@ -9,7 +9,7 @@ tokens at every step. The chunk keeps the padded dimensions: the policy's own po
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
 from trimtab.adapters.injection import NoiseInjector
 from trimtab.adapters.prefix import pooled
-
-if TYPE_CHECKING:
-    pass
 
 
 class Evo1Adapter(PolicyAdapter):

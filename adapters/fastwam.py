@@ -14,7 +14,8 @@ name in its code; ``--policy.backbone`` names a folder with ``vae``, ``text_enco
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any, ClassVar
@@ -27,10 +28,10 @@ from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.files import CONFIG, part_weights
 
+BACKBONE = "--policy.backbone"
 OLD_BLOCK = re.compile(r"mixtures\.([^.]+)\.blocks\.(\d+)\.")
-
-
 WAN_HINT = (
     "The checkpoint holds neither Wan's VAE nor its text encoder: name a folder with 'vae', 'text_encoder' "
     "and 'tokenizer' (a copy of Wan-AI/Wan2.2-TI2V-5B-Diffusers)"
@@ -41,11 +42,40 @@ def check_wan_folder(folder: str) -> None:
     """Refuse a ``--policy.backbone`` that lacks one of Wan's frozen parts.
 
     Raises:
-        UserError: a part is missing.
+        UserError: a part is missing, or has no weights in safetensors files.
     """
     for part in ("vae", "text_encoder", "tokenizer"):
         if not (Path(folder) / part).is_dir():
-            raise UserError("--policy.backbone", f"{folder} has no folder '{part}'. {WAN_HINT}")
+            raise UserError(BACKBONE, f"{folder} has no folder '{part}'. {WAN_HINT}")
+        if part != "tokenizer":
+            part_weights(Path(folder) / part, BACKBONE)  # else the libraries would unpickle others
+
+
+@contextmanager
+def loading_wan(part: str, source: str) -> Iterator[None]:
+    """Say in one line which of Wan's frozen parts does not load, whatever the libraries raise.
+
+    Raises:
+        UserError: where anything was raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Tensors that diffusers does not find stay without values, which PyTorch refuses to move.
+        why = "tensors of the VAE are missing" if isinstance(error, NotImplementedError) else reason(error)
+        raise UserError(BACKBONE, f"{part} of {source} cannot be loaded: {why}. {WAN_HINT}") from error
+
+
+def wan_part_folder(source: str, part: str) -> Path:
+    """Where the files of one of Wan's frozen parts lie that has been loaded from a folder or the Hub."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(source) / part
+    if folder.is_dir():
+        return folder
+    return Path(hf_hub_download(source, f"{part}/{CONFIG}", local_files_only=True)).parent
 
 
 class FastWAMAdapter(PolicyAdapter):
@@ -93,29 +123,56 @@ class FastWAMAdapter(PolicyAdapter):
         """The policy; the VAE from the text encoder's folder if that is one, else from the Hub."""
         from lerobot.policies.fastwam import modeling_fastwam as lerobot
 
-        folder = Path(config.text_encoder_model_id)
-        if not (folder / "vae").is_dir():
-            try:
-                return lerobot.FastWAMPolicy(config)
-            except OSError as error:
-                raise UserError("--policy.backbone", f"{reason(error)} {WAN_HINT}") from error
+        source, vae_source = config.text_encoder_model_id, cls._vae_source(config)
 
         def load_vae(torch_dtype: torch.dtype, device: str) -> Any:
             from diffusers import AutoencoderKLWan
             from lerobot.policies.fastwam.wan.adapters import WanVideoVAE38
 
-            vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch_dtype)
+            vae = AutoencoderKLWan.from_pretrained(vae_source, subfolder="vae", torch_dtype=torch_dtype)
             return WanVideoVAE38(dtype=torch_dtype, device=device, pretrained=vae)
 
-        class LocalFastWAM(lerobot.FastWAMPolicy):
-            """LeRobot's own builder, which knows no path of the VAE, with that loader bound anew."""
+        def clear(part: str, place: str, load: Callable[..., Any]) -> Callable[..., Any]:
+            def loaded(*args: Any, **kwargs: Any) -> Any:
+                with loading_wan(part, place):
+                    return load(*args, **kwargs)
 
-            _build_core_model = FunctionType(
-                lerobot.FastWAMPolicy._build_core_model.__code__,
-                {**vars(lerobot), "load_pretrained_wan_vae": load_vae},
-            )
+            return loaded
+
+        names = vars(lerobot) | {
+            "load_pretrained_wan_vae": clear("the VAE", vae_source, load_vae),
+            "load_pretrained_wan_text_encoder": clear(
+                "the text encoder", source, lerobot.load_pretrained_wan_text_encoder
+            ),
+            "build_wan_tokenizer": clear(
+                "the tokenizer", config.tokenizer_model_id, lerobot.build_wan_tokenizer
+            ),
+        }
+
+        class LocalFastWAM(lerobot.FastWAMPolicy):
+            """LeRobot's own builder, which knows no path of the VAE, with these loaders bound anew."""
+
+            _build_core_model = FunctionType(lerobot.FastWAMPolicy._build_core_model.__code__, names)
 
         return LocalFastWAM(config)
+
+    @classmethod
+    def frozen_parts(cls, policy: Any) -> dict[str, tuple[torch.nn.Module, Path]]:
+        model, config = policy.model, policy.config
+        return {
+            "vae": (model.vae.vae, wan_part_folder(cls._vae_source(config), "vae")),
+            "text_encoder": (
+                model.text_encoder.model,
+                wan_part_folder(config.text_encoder_model_id, "text_encoder"),
+            ),
+        }
+
+    @staticmethod
+    def _vae_source(config: Any) -> str:
+        from lerobot.policies.fastwam.wan.components import WAN22_DIFFUSERS_MODEL_ID
+
+        source = config.text_encoder_model_id
+        return source if (Path(source) / "vae").is_dir() else WAN22_DIFFUSERS_MODEL_ID
 
     @classmethod
     def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:

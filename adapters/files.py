@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,25 @@ PREPROCESSOR = "policy_preprocessor.json"
 POSTPROCESSOR = "policy_postprocessor.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
+# Where transformers and diffusers look for the weights of a part, in their order.
+PART_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+# Entries of the JSON files that say where a policy lies, runs or comes from, not what it computes.
+ELSEWHERE = {
+    "base_model_name_or_path",
+    "_name_or_path",
+    "license",
+    "pretrained_path",
+    "private",
+    "push_to_hub",
+    "repo_id",
+    "revision",
+    "tags",
+}
 
 
 def is_server(path: str | Path | None) -> bool:
@@ -120,8 +140,24 @@ def read_policy_type(folder: Path) -> str:
     return policy_type
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read_processor_steps(path: Path) -> dict[str, dict[str, Any]]:
+    """The steps of a saved processor by the names that LeRobot's overrides go by, with their configs.
+
+    Raises:
+        UserError: not JSON.
+    """
+    steps = _read_json(path).get("steps") or []
+    named = {s.get("registry_name") or str(s.get("class", "")).rpartition(".")[2]: s for s in steps}
+    return {name: step.get("config") or {} for name, step in named.items()}
+
+
+def read_weights(path: Path, option: str = OPTION, unchecked: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Read a safetensors file.
+
+    Args:
+        path: the file.
+        option: what the user has to change where it is broken.
+        unchecked: prefixes of tensors that may hold NaN or Inf.
 
     Raises:
         UserError: truncated, corrupt, or holding NaN or Inf.
@@ -132,19 +168,46 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(str(path))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(OPTION, f"{path} is truncated or no safetensors file ({reason(error)})") from None
+        raise UserError(option, f"{path} is truncated or no safetensors file ({reason(error)})") from None
     for name, tensor in tensors.items():
+        if name.startswith(unchecked) and unchecked:
+            continue
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(OPTION, f"{path} holds NaN or Inf in '{name}'")
+            raise UserError(option, f"{path} holds NaN or Inf in '{name}'")
     return tensors
 
 
-def file_hash(folder: Path, base_path: str | None = None) -> str:
-    """SHA-256 of a policy folder's weights, as hex; of a PEFT checkpoint, the adapter's and its base's."""
-    digest = hashlib.sha256()
-    paths = [folder / WEIGHTS]
+def part_weights(folder: Path, option: str = OPTION) -> list[Path]:
+    """The safetensors files of a model that transformers or diffusers saved, whole or in shards.
+
+    Raises:
+        UserError: there are none.
+    """
+    name = next((name for name in PART_WEIGHTS if (folder / name).is_file()), None)
+    if name is None:
+        raise UserError(option, f"{folder} holds no weights in safetensors files")
+    if not name.endswith(".index.json"):
+        return [folder / name]
+    shards = _read_json(folder / name).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(option, f"{folder / name} names no shards")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+def weights_files(folder: Path, base_path: str | None = None) -> list[Path]:
+    """The files with a policy's weights: one, or of a PEFT checkpoint the adapter's and its base's.
+
+    Raises:
+        UserError: the base of a PEFT checkpoint is not there.
+    """
     if is_peft(folder):
-        paths = [folder / PEFT_WEIGHTS, peft_base(folder, base_path) / WEIGHTS]
+        return [folder / PEFT_WEIGHTS, peft_base(folder, base_path) / WEIGHTS]
+    return [folder / WEIGHTS]
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over the bytes of files, one after another, as hex."""
+    digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
@@ -152,10 +215,70 @@ def file_hash(folder: Path, base_path: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def weights_hash(policy: torch.nn.Module) -> str:
-    """SHA-256 over the names and bytes of a model's tensors in memory, as hex."""
+def file_hash(folder: Path, base_path: str | None = None) -> str:
+    """SHA-256 of a policy folder's weights, as hex; of a PEFT checkpoint, the adapter's and its base's."""
+    return hash_files(weights_files(folder, base_path))
+
+
+def settings_hashes(folder: Path, parts: Mapping[str, Path] | None = None) -> dict[str, str]:
+    """SHA-256 of every file beside the weights that decides what a policy computes, by name.
+
+    These are the policy's config, both processors and their statistics, a PEFT adapter's config, and the
+    config and weights of each frozen part outside the checkpoint. JSON files are hashed by their content
+    without what may differ on another machine: devices, entries about the Hub (``ELSEWHERE``), and every
+    string that is a path or the name of a Hub repository (it holds a slash and no space). Tokenizers are
+    not covered.
+
+    Args:
+        folder: the policy's.
+        parts: folders of the frozen parts, by name.
+    """
+    hashes = {}
+    names = [CONFIG, PREPROCESSOR, POSTPROCESSOR, *([PEFT_CONFIG] if is_peft(folder) else [])]
+    for name in names:
+        if not (folder / name).is_file():
+            continue
+        content = _read_json(folder / name)
+        hashes[name] = _json_hash(content)
+        for step in content.get("steps") or []:
+            if "state_file" in step and (folder / step["state_file"]).is_file():
+                hashes[step["state_file"]] = hash_files([folder / step["state_file"]])
+    for part, place in (parts or {}).items():
+        if (place / CONFIG).is_file():
+            hashes[f"{part}/{CONFIG}"] = _json_hash(_read_json(place / CONFIG))
+        for path in part_weights(place):
+            hashes[f"{part}/{path.name}"] = hash_files([path])
+    return hashes
+
+
+def _json_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(_portable(content), sort_keys=True).encode()).hexdigest()
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _portable(v) for k, v in value.items() if k not in ELSEWHERE and not k.endswith("device")}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    if isinstance(value, str) and ("/" in value or "\\" in value) and " " not in value:
+        return "a path"
+    return value
+
+
+def weights_hash(policy: torch.nn.Module, *parts: torch.nn.Module) -> str:
+    """SHA-256 over the names and bytes of a model's tensors in memory, and of further ones, as hex."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(policy.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for module in (policy, *parts):
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def placement(policy: torch.nn.Module) -> dict[str, str]:
+    """The precisions and the kind of device of a model's weights; ``weights_hash`` depends on the former."""
+    tensors = [tensor for tensor in policy.state_dict().values() if tensor.is_floating_point()]
+    return {
+        "weights_dtype": ",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+        "weights_device": ",".join(sorted({tensor.device.type for tensor in tensors})),
+    }

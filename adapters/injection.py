@@ -72,6 +72,12 @@ class InjectedAdapter(PolicyAdapter):
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         lists = {key: value for key, value in batch.items() if isinstance(value, list)}
+        lengths = {key: value.shape[0] if value.ndim else 0 for key, value in tensors.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                f"{self.policy_type}: the batch's tensors differ in their first dimension ({lengths}), so "
+                "they cannot be kept by observation; write an `encode` of the policy's own"
+            )
         return Conditioning(tensors, lists)
 
     @torch.no_grad()

@@ -8,15 +8,17 @@ imagined video depends on the observation alone: ``encode`` imagines it once for
 
 The policy has a memory: after a chunk it takes in what was seen and done meanwhile. ``encode`` starts an
 episode (LeRobot's state after ``reset()``); ``follow`` gives the conditioning of the next chunk. All memory
-lies in the conditioning, so every method is a pure function. Whoever calls ``encode`` for every chunk runs
-the policy without its memory. The first chunk of an episode has one frame's actions fewer than later ones,
-for its first frame is the observation itself; ``chunk_shape`` is that of the first.
+lies in the conditioning, so every method is a pure function. ``rl.runner`` follows within an episode;
+whoever calls ``encode`` for every chunk runs the policy without its memory. The first chunk of an episode
+has one frame's actions fewer than later ones, for its first frame is the observation itself; ``chunk_shape``
+is that of the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,8 +28,8 @@ from torch import Tensor
 from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, reason
-from trimtab.adapters.fastwam import WAN_HINT, check_wan_folder
+from trimtab.adapters.errors import UserError
+from trimtab.adapters.fastwam import check_wan_folder, loading_wan, wan_part_folder
 from trimtab.adapters.injection import NoiseInjector
 
 VIDEO_SEED = 0
@@ -76,11 +78,18 @@ class LingBotVAAdapter(PolicyAdapter):
     @classmethod
     def build(cls, config: Any) -> Any:
         policy = super().build(config)
-        try:
+        with loading_wan("the VAE, text encoder or tokenizer", config.wan_pretrained_path):
             policy._ensure_frozen_modules()  # now, for LeRobot would only miss them in the first episode
-        except OSError as error:
-            raise UserError("--policy.backbone", f"{reason(error)} {WAN_HINT}") from error
         return policy
+
+    @classmethod
+    def frozen_parts(cls, policy: Any) -> dict[str, tuple[torch.nn.Module, Path]]:
+        source, loaded = policy.config.wan_pretrained_path, policy._frozen
+        vae, text_encoder = wan_part_folder(source, "vae"), wan_part_folder(source, "text_encoder")
+        parts = {"vae": (loaded["vae"], vae), "text_encoder": (loaded["text_encoder"], text_encoder)}
+        if "streaming_vae_half" in loaded:  # a second copy, for the wrist cameras
+            parts["vae_half"] = (loaded["streaming_vae_half"].vae, vae)
+        return parts
 
     @classmethod
     def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:

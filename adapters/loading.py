@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
@@ -17,11 +18,15 @@ from trimtab.adapters.errors import UserError, reason
 from trimtab.adapters.files import (
     OPTION,
     PEFT_WEIGHTS,
+    POSTPROCESSOR,
+    PREPROCESSOR,
     WEIGHTS,
     is_peft,
     is_server,
+    part_weights,
     peft_base,
     read_policy_type,
+    read_processor_steps,
     read_weights,
     resolve_folder,
 )
@@ -33,6 +38,20 @@ NO_NOISE = {
     "tdmpc": "it plans with a learnt model instead of denoising",
     "gaussian_actor": "it is itself an RL actor",
 }
+# Statistics that LeRobot kept among the weights before it saved processors.
+OLD_STATISTICS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.", "unnormalize_targets.")
+# The statistics that LeRobot's normalisers compute with; without them they pass values through as they are.
+STATISTICS = {
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
+BACKBONE = "--policy.backbone"
+RENAME_STEP = "rename_observations_processor"
+# Entries of a processor step that name something to be fetched.
+FETCHED = {"tokenizer_name", "processor_name", "model_name", "checkpoint_path"}
+FAILED_STEP = re.compile(r"Failed to instantiate processor step '([^']+)'")
 
 
 def load_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapter:
@@ -114,37 +133,55 @@ def _no_adapter(policy_type: str) -> str:
     )
 
 
+class _Watched(PolicyConfig):
+    """The user's options, and which of them the adapter asked for."""
+
+    asked: set[str]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("tokenizer", "backbone"):
+            object.__getattribute__(self, "__dict__").setdefault("asked", set()).add(name)
+        return super().__getattribute__(name)
+
+
 def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, token: str | None) -> PolicyAdapter:
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import make_pre_post_processors
 
     device = usable_device(options.device)
     weights_folder = peft_base(folder, options.base_path, token) if is_peft(folder) else folder
+    weights = weights_folder / WEIGHTS
+    watched = _Watched(**vars(options))
+    watched.asked = set()
     try:
         policy_config = PreTrainedConfig.from_pretrained(str(folder))
         policy_config.device = device
         policy_config.pretrained_path = weights_folder
         if options.dtype and hasattr(policy_config, "dtype"):
             policy_config.dtype = options.dtype
-        notes = cls.prepare_config(policy_config, options)
-        saved = read_weights(weights_folder / WEIGHTS)
+        notes = list(cls.prepare_config(policy_config, watched))
+        before, after = cls.processor_overrides(policy_config, watched)
+        before |= _renaming(folder, options)
+        _check_options(cls, folder, options, watched.asked, before)
+        saved = read_weights(weights, unchecked=OLD_STATISTICS)
         with quietly():
             policy = cls.build(policy_config)
+        notes += drop_old_statistics(saved, policy)
         saved = cls.prepare_weights(saved, policy)
     except UserError:
         raise
     except Exception as error:
         raise UserError(OPTION, f"{weights_folder} cannot be loaded: {reason(error)}") from error
-    load_weights(policy, saved, weights_folder / WEIGHTS)
+    load_weights(policy, saved, weights)
     if is_peft(folder):
         load_peft(policy, folder)
     policy.to(device)
     if options.dtype and not hasattr(policy_config, "dtype"):
-        cast(policy, getattr(torch, options.dtype))
+        cls.cast(policy, getattr(torch, options.dtype))
     freeze(policy)
-    before, after = cls.processor_overrides(policy_config, options)
-    if options.rename_map:
-        before = {**before, "rename_observations_processor": {"rename_map": options.rename_map}}
+    for name, (part, place) in cls.frozen_parts(policy).items():
+        freeze(part)
+        check_part(part, place, name)
     try:
         pre, post = make_pre_post_processors(
             policy_config,
@@ -153,13 +190,119 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, token:
             postprocessor_overrides=after,
         )
     except Exception as error:
-        hint = "" if options.tokenizer else "; a tokenizer that cannot be fetched: --policy.tokenizer=FOLDER"
-        raise UserError(
-            OPTION, f"the processors in {folder} cannot be loaded: {reason(error)}{hint}"
-        ) from error
+        raise _processor_error(error, folder, options, watched.asked) from error
+    check_statistics(pre, policy_config.input_features, folder / PREPROCESSOR)
+    check_statistics(post, policy_config.output_features, folder / POSTPROCESSOR)
     adapter = cls(policy, pre, post)
     adapter.notes = notes
+    adapter.weights_files = [folder / PEFT_WEIGHTS, weights] if is_peft(folder) else [weights]
     return adapter
+
+
+def _renaming(folder: Path, options: PolicyConfig) -> dict[str, dict[str, Any]]:
+    if not options.rename_map:
+        return {}
+    if RENAME_STEP not in read_processor_steps(folder / PREPROCESSOR):
+        raise UserError(
+            "--policy.rename_map", f"{folder / PREPROCESSOR} has no step that renames observations"
+        )
+    return {RENAME_STEP: {"rename_map": options.rename_map}}
+
+
+def _check_options(
+    cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, asked: set[str], before: dict[str, Any]
+) -> None:
+    """Refuse a tokenizer or backbone for a policy that has none of its own to be named."""
+    taken = asked
+    if options.tokenizer and not before.keys() <= read_processor_steps(folder / PREPROCESSOR).keys():
+        taken = asked - {"tokenizer"}  # it was meant for a step that the saved preprocessor lacks
+    for name in ("tokenizer", "backbone"):
+        if getattr(options, name) and name not in taken:
+            raise UserError(
+                f"--policy.{name}",
+                f"a {cls.policy_type} policy has no {name} of its own to be named; drop the option",
+            )
+
+
+def _processor_error(error: Exception, folder: Path, options: PolicyConfig, asked: set[str]) -> UserError:
+    """What to tell the user where LeRobot cannot build the saved processors."""
+    message = f"the processors in {folder} cannot be loaded: {reason(error.__cause__ or error)}"
+    failed = FAILED_STEP.search(str(error))
+    if failed is None:
+        return UserError(OPTION, message)
+    steps: dict[str, Any] = {}
+    for file in (PREPROCESSOR, POSTPROCESSOR):
+        steps |= read_processor_steps(folder / file)
+    if FETCHED.isdisjoint(steps.get(failed[1], {})):
+        return UserError(OPTION, message)
+    for name in ("tokenizer", "backbone"):
+        if getattr(options, name):
+            return UserError(f"--policy.{name}", message)
+    hints = [f"--policy.{name}=FOLDER" for name in ("tokenizer", "backbone") if name in asked]
+    return UserError(
+        OPTION, f"{message}; name what cannot be fetched: {' or '.join(hints)}" if hints else message
+    )
+
+
+def check_statistics(pipeline: Any, features: dict[str, Any], path: Path) -> None:
+    """Refuse a (un)normaliser without the statistics that it needs.
+
+    LeRobot's passes on unchanged what it has no statistics of: raw normalised actions would be executed.
+
+    Args:
+        pipeline: a policy's pre- or postprocessor.
+        features: the policy's input or output features.
+        path: the processor's file, for the message.
+
+    Raises:
+        UserError: statistics are missing, or hold NaN or Inf.
+    """
+    for step in pipeline.steps:
+        stats = getattr(step, "_tensor_stats", None) or getattr(step, "stats", None) or {}
+        for key, feature in features.items():
+            mode = _normalisation(step, key, feature)
+            known = {name: torch.as_tensor(value) for name, value in stats.get(key, {}).items()}
+            bad = [
+                name
+                for name in STATISTICS.get(mode, ())
+                if name not in known or not known[name].numel() or not torch.isfinite(known[name]).all()
+            ]
+            if bad:
+                raise UserError(
+                    OPTION,
+                    f"{path} normalises '{key}' by {mode} but has no finite {' and '.join(bad)} of it; "
+                    "a base model gets its statistics when it is fine-tuned",
+                )
+
+
+def _normalisation(step: Any, key: str, feature: Any) -> str | None:
+    """How a processor's step is to (un)normalise a feature; ``None`` = not at all."""
+    kind = feature.type.value
+    if getattr(step, "normalize_min_max", False) and kind in ("STATE", "ACTION"):  # GR00T's own
+        return "MIN_MAX"
+    modes = getattr(step, "norm_map", None)
+    if not modes or "empty_camera" in key:
+        return None
+    chosen = step.normalize_observation_keys
+    if kind != "ACTION" and (key not in step.features or (chosen is not None and key not in chosen)):
+        return None  # left as it is, in training too
+    mode = modes.get(feature.type)
+    return mode.value if mode else None
+
+
+def drop_old_statistics(saved: dict[str, Tensor], policy: torch.nn.Module) -> list[str]:
+    """Take the statistics of older LeRobot versions out of ``saved``; return a note where there were any.
+
+    The processors, which every folder that loads has, took their place.
+    """
+    state = policy.state_dict()
+    old = [name for name in saved if name.startswith(OLD_STATISTICS) and name not in state]
+    for name in old:
+        del saved[name]
+    what = (
+        f"{len(old)} statistics of an older LeRobot lie among the weights: left out for the saved processors'"
+    )
+    return [what] if old else []
 
 
 def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) -> None:
@@ -191,6 +334,37 @@ def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) 
             raise UserError(OPTION, f"'{name}' differs from {path} after loading")
 
 
+def check_part(module: torch.nn.Module, folder: Path, name: str) -> None:
+    """Compare a frozen part outside the checkpoint with its files, bit for bit up to its precision.
+
+    Its library fills what a file lacks with random numbers. Shared tensors are found by their storage; what
+    the file holds beside (UMT5's decoder) is not looked at.
+
+    Args:
+        module: the part in memory.
+        folder: where transformers or diffusers saved it, whole or in shards.
+        name: of the part, for the message.
+
+    Raises:
+        UserError: a tensor is missing or differs; a file is broken.
+    """
+    state = module.state_dict()
+    covered: set[int] = set()
+    for path in part_weights(folder, BACKBONE):
+        for key, tensor in read_weights(path, BACKBONE).items():
+            if key not in state:
+                continue
+            held = state[key]
+            if held.shape != tensor.shape or not torch.equal(held, tensor.to(held)):
+                raise UserError(BACKBONE, f"'{key}' of the {name} differs from {path} after loading")
+            covered.add(held.data_ptr())
+    missing = sorted(key for key, tensor in state.items() if tensor.data_ptr() not in covered)
+    if missing:
+        raise UserError(
+            BACKBONE, f"the {name} in {folder} lacks {len(missing)} tensors (first: {missing[0]})"
+        )
+
+
 def freeze(policy: torch.nn.Module) -> None:
     """Eval mode, no gradients."""
     policy.eval()
@@ -213,16 +387,6 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
-
-
-def cast(policy: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Change the precision of everything that the weights file holds.
-
-    Other buffers (rotary frequencies, position tables) keep theirs, for they are computed, not learnt.
-    """
-    for tensor in policy.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
 
 
 def load_peft(policy: torch.nn.Module, folder: Path) -> None:

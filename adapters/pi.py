@@ -10,7 +10,6 @@ it, with a cache that stores nothing new.
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ class PiAdapter(PolicyAdapter):
     """
 
     resizes_images = True
+    fills_missing_cameras = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
@@ -63,13 +63,6 @@ class PiAdapter(PolicyAdapter):
         """LeRobot's key fixes for files of openpi and of older versions, and its prefix."""
         fixed = policy._fix_pytorch_state_dict_keys(saved, policy.config)
         return {key if key.startswith("model.") else f"model.{key}": value for key, value in fixed.items()}
-
-    def _required_inputs(self, given: Collection[str]) -> dict[str, Any]:
-        """LeRobot masks the cameras that are missing, as long as there is one."""
-        required, cameras = super()._required_inputs(given), set(self.config.image_features)
-        if cameras.isdisjoint(given):
-            return required
-        return {key: feature for key, feature in required.items() if key in given or key not in cameras}
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:

@@ -14,9 +14,11 @@ from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
+from trimtab.adapters.backbone import without_weights
 from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters.errors import UserError
 from trimtab.adapters.prefix import pooled, restore_prefix, store_prefix
 
 
@@ -25,6 +27,7 @@ class SmolVLAAdapter(PolicyAdapter):
 
     policy_type: ClassVar[str] = "smolvla"
     resizes_images = True
+    fills_missing_cameras = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
@@ -34,10 +37,33 @@ class SmolVLAAdapter(PolicyAdapter):
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        config.load_vlm_weights = False  # the checkpoint holds them; asking would download them
+        if options.dtype not in (None, "float32", "bfloat16"):
+            raise UserError("--policy.dtype", f"smolvla runs in float32 or bfloat16, not in {options.dtype}")
+        if options.dtype:
+            config.load_vlm_weights = options.dtype == "bfloat16"
         config.vlm_model_name = options.backbone or config.vlm_model_name
         config.num_steps = options.num_inference_steps or config.num_steps
         return []
+
+    @classmethod
+    def build(cls, config: Any) -> Any:
+        """The policy beside an empty file for the VLM's own weights, which the checkpoint replaces.
+
+        Where the config asks for those, LeRobot runs the VLM and most of the expert in bfloat16.
+        """
+        if not config.load_vlm_weights:
+            return super().build(config)
+        name = config.vlm_model_name
+        with without_weights(name) as folder:
+            config.vlm_model_name = folder
+            try:
+                return super().build(config)
+            finally:
+                config.vlm_model_name = name
+
+    @classmethod
+    def cast(cls, policy: Any, dtype: torch.dtype) -> None:
+        """Done in ``build``."""
 
     @classmethod
     def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:

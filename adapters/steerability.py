@@ -15,32 +15,38 @@ from trimtab.adapters.conditioning import Conditioning
 
 BLOCKS = 16  # noise rows are resampled in at most so many blocks
 MANY = 16  # noises in the batch whose cost is compared with the cost of one
+CLOSE = 4  # observations on which the effect of single rows and columns is measured
+SLACK = 4.0  # how far above the rounding seen a difference must lie to count
+TINY = 1e-7  # rounding of float32, relative to the chunk
 
 
 @dataclass
 class Steerability:
-    """How a policy's executed chunk depends on its noise, in the policy's normalised action units.
+    """How a policy's executed chunk depends on its noise, in the units of the policy's own chunks.
 
     Attributes:
         finite: every chunk was finite.
-        repeat_difference: largest difference between two chunks from the same noise.
-        noise_difference: largest difference between chunks from different noises.
+        repeat_difference: largest difference between two calls with the same noises.
+        noise_difference: largest difference between chunks of one observation from different noises.
+        floor: differences up to here are rounding: the same noise in other places of a batch, and alone.
         spread: (steps, action_dim) standard deviation over noises, root mean square over observations.
-        authority: standard deviation due to the noise over the total one (over observations and noises).
+        authority: standard deviation due to the noise over the total one (over observations and noises),
+            root mean square over the entries of the chunk.
         column_effect: (dim,) root mean square change of the chunk where one noise dimension is drawn anew.
         row_effect: (blocks, steps) the same for blocks of noise rows, by step of the chunk; empty where
             the noise has no rows.
         row_blocks: first noise row of each block, and the end of the last.
         declared_inert: entries that the adapter says are inert; these were drawn anew together ...
         inert_difference: ... with this largest change of a chunk.
-        seconds: medians for ``encode`` of one observation, ``denoise`` of 1 noise and of 16.
+        rounding: share of the noise's effect by which the adapter lets the same noise's chunks differ.
+        seconds: (median, least, most) for ``encode`` of one observation, ``denoise`` of 1 noise and of 16.
         observations, noises: how many of each were used.
-        rounding: share of the noise's effect that the same noise's chunks may differ by.
     """
 
     finite: bool
     repeat_difference: float
     noise_difference: float
+    floor: float
     spread: Tensor
     authority: float
     column_effect: Tensor
@@ -50,8 +56,8 @@ class Steerability:
     inert_difference: float
     observations: int
     noises: int
-    seconds: dict[str, float] = field(default_factory=dict)
     rounding: float = 0.0
+    seconds: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     @property
     def deterministic(self) -> bool:
@@ -60,13 +66,13 @@ class Steerability:
 
     @property
     def blind(self) -> bool:
-        """Whether no noise changes the chunk."""
-        return self.noise_difference == 0.0
+        """Whether no noise changes the chunk by more than rounding does."""
+        return self.noise_difference <= self.floor
 
     @property
     def inert_columns(self) -> list[int]:
         """Noise dimensions that changed nothing when drawn anew."""
-        return torch.nonzero(self.column_effect == 0).flatten().tolist()
+        return torch.nonzero(self.column_effect <= self.floor).flatten().tolist()
 
 
 def denoise_all(adapter: PolicyAdapter, conditioning: Conditioning, noises: Tensor) -> Tensor:
@@ -91,7 +97,8 @@ def measure(
 
     Args:
         adapter: the frozen policy.
-        observations: encoded observations, one row each.
+        observations: encoded observations, one row each; two or more, or the noise's share of the spread
+            means nothing.
         noises: how many for each observation; all observations meet the same ones.
         seed: of the noises.
         repeats: of each timing; 0 times nothing.
@@ -106,10 +113,14 @@ def measure(
     noise = draw(noises)
     chunks = torch.stack([denoise_all(adapter, c, noise) for c in observations])  # (O, K, T, A)
     repeat = torch.stack([denoise_all(adapter, c, noise) for c in observations])
-    finite = bool(torch.isfinite(chunks).all())
+    finite = bool(torch.isfinite(chunks).all() and torch.isfinite(repeat).all())
     within = chunks.var(1, unbiased=False).mean(0)
     total = chunks.flatten(0, 1).var(0, unbiased=False)
-    fresh, first, base = draw(1), noise[:1], chunks[:, :1]
+    share = torch.where(total > 0, within / total.clamp_min(1e-30), 0.0)
+    fresh, first, few = draw(1), noise[:1], observations[:CLOSE]
+    same = torch.stack([denoise_all(adapter, c, first.expand_as(noise)) for c in few])
+    base = torch.stack([denoise_all(adapter, c, first) for c in few])
+    floor = SLACK * float((same - base).abs().max()) + TINY * float(chunks.abs().max())
     columns = _resampled(first, fresh, list(range(spec.shape[-1])), -1)
     blocks: list[int] = []
     row_effect = torch.zeros(0, chunks.shape[2])
@@ -117,19 +128,20 @@ def measure(
         rows = spec.shape[0]
         blocks = sorted({round(i * rows / min(BLOCKS, rows)) for i in range(min(BLOCKS, rows) + 1)})
         changed = _resampled(first, fresh, blocks, 0)
-        row_effect = _effects(adapter, observations, changed, base).square().mean(-1).sqrt()
-    column_effect = _effects(adapter, observations, columns, base).square().mean((-1, -2)).sqrt()
+        row_effect = _effects(adapter, few, changed, base).square().mean(-1).sqrt()
+    column_effect = _effects(adapter, few, columns, base).square().mean((-1, -2)).sqrt()
     inert, inert_difference = 0, 0.0
     if spec.live is not None and not spec.live.all():
         inert = int((~spec.live).sum())
         mixed = torch.where(spec.live.to(first.device), first, fresh)
-        inert_difference = float(_effects(adapter, observations, mixed, base).max())
+        inert_difference = float(_effects(adapter, few, mixed, base).max())
     return Steerability(
         finite=finite,
         repeat_difference=float((chunks - repeat).abs().max()),
-        noise_difference=float((chunks - base).abs().max()),
+        noise_difference=float((chunks - chunks[:, :1]).abs().max()),
+        floor=floor,
         spread=within.sqrt(),
-        authority=float((within.mean() / total.mean().clamp_min(1e-30)).sqrt()) if total.any() else 0.0,
+        authority=float(share.mean().sqrt()),
         column_effect=column_effect,
         row_effect=row_effect,
         row_blocks=blocks,
@@ -137,8 +149,8 @@ def measure(
         inert_difference=inert_difference,
         observations=len(observations),
         noises=noises,
-        seconds=_times(adapter, observations[0], draw(MANY), repeats, again) if repeats else {},
         rounding=adapter.rounding,
+        seconds=_times(adapter, observations[0], draw(MANY), repeats, again) if repeats else {},
     )
 
 
@@ -170,8 +182,8 @@ def _times(
     noises: Tensor,
     repeats: int,
     again: Callable[[], Conditioning] | None,
-) -> dict[str, float]:
-    def seconds(call: Callable[[], object]) -> float:
+) -> dict[str, tuple[float, float, float]]:
+    def seconds(call: Callable[[], object]) -> tuple[float, float, float]:
         found = []
         for _ in range(repeats + 1):  # the first run warms up
             _wait(adapter.device)
@@ -179,7 +191,7 @@ def _times(
             call()
             _wait(adapter.device)
             found.append(time.perf_counter() - start)
-        return median(found[1:])
+        return median(found[1:]), min(found[1:]), max(found[1:])
 
     times = {
         "denoise_1": seconds(lambda: adapter.denoise(conditioning, noises[:1])),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
-from trimtab.policies.networks import FeatureNormalizer, mlp
+from trimtab.policies.networks import FeatureNormalizer, NoFeatures, Offset, mlp
 from trimtab.policies.noise_space import NoiseSpace
 
 
@@ -23,6 +24,8 @@ class ActorConfig:
     # Range of the log standard deviation before squashing.
     log_std_min: float = -5.0
     log_std_max: float = 1.0
+    # How far the squashed mean may go, as a share of the bound; 1 lets it run to where tanh is flat.
+    mean_limit: float = 0.98
 
     def __post_init__(self) -> None:
         if self.hidden < 1 or self.layers < 1:
@@ -32,6 +35,8 @@ class ActorConfig:
                 "--rl.actor.log_std_min",
                 f"must lie below 0 and log_std_max above, got {self.log_std_min} and {self.log_std_max}",
             )
+        if not 0.0 < self.mean_limit <= 1.0:
+            raise UserError("--rl.actor.mean_limit", f"is a share, above 0, got {self.mean_limit}")
 
 
 @dataclass
@@ -41,7 +46,7 @@ class ActorOutput:
     Attributes:
         u: (B, dim) in [-bound, bound].
         log_prob: (B,) log density of ``u``.
-        mean, log_std: (B, dim) of the Gaussian before squashing.
+        mean, log_std: (B, dim) of the Gaussian before squashing; the mean within its limit.
     """
 
     u: Tensor
@@ -50,12 +55,34 @@ class ActorOutput:
     log_std: Tensor
 
 
+class Limited(torch.autograd.Function):
+    """``clamp(x, -limit, limit)`` whose gradient leads back in; inside, the identity.
+
+    The gradient of a clamp is zero beyond its limit, that of a tanh nearly so: what got there stays. Here a
+    gradient passes whole where descending it does not lead farther out; where it does, it is turned round in
+    proportion to how far out ``x`` already is ("inverting gradients", Hausknecht and Stone, arXiv
+    1511.04143, beyond the limit only).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.limit = limit
+        return x.clamp(-limit, limit)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        turned = grad * (1.0 - x.abs() / ctx.limit).clamp(-1.0, 0.0)
+        return torch.where((x.abs() >= ctx.limit) & (grad * x < 0), turned, grad), None
+
+
 class NoiseActor(nn.Module):
     """Observation features -> distribution over ``u``.
 
-    The head starts at mean 0 and standard deviation 1, which through ``NoiseSpace.squash`` is the policy's
-    own noise with its tails pressed in: before training, the steered policy samples much like the base
-    does in this noise space.
+    The head starts at mean 0 and the noise space's own deviation, which through ``NoiseSpace.squash`` is
+    the policy's noise with its tails pressed in: before training, the steered policy samples much like the
+    base does in this noise space. In a space that does not use the features there is nothing but a head.
 
     Args:
         feature_dim: length of the observation features.
@@ -67,24 +94,44 @@ class NoiseActor(nn.Module):
         super().__init__()
         self.space = space
         self.config = config
-        self.normalizer = FeatureNormalizer(feature_dim)
-        self.net = mlp(feature_dim, 2 * space.dim, config.hidden, config.layers)
-        head = self.net[-1]
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+        # Of the mean before squashing: where |squash(mean)| = mean_limit * bound.
+        self.limit = space.bound * math.atanh(config.mean_limit) if config.mean_limit < 1.0 else None
+        if space.uses_features:
+            self.normalizer = FeatureNormalizer(feature_dim)
+            self.net = mlp(feature_dim, 2 * space.dim, config.hidden, config.layers)
+            nn.init.zeros_(self.net[-1].weight)
+        else:
+            self.normalizer = NoFeatures()
+            self.net = nn.Sequential(Offset(2 * space.dim))
+        nn.init.zeros_(self.net[-1].bias)
+        if space.initial_std != 1.0:
+            nn.init.constant_(self.net[-1].bias[space.dim :], self._raw_log_std(math.log(space.initial_std)))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, feature_dim) -> mean and log_std before squashing, each (B, dim)."""
         mean, raw = self.net(self.normalizer(features)).chunk(2, dim=-1)
+        if self.limit is not None:
+            mean = Limited.apply(mean, self.limit)
         return mean, self._bounded_log_std(raw)
 
-    def _bounded_log_std(self, raw: Tensor) -> Tensor:
-        """Smoothly into [log_std_min, log_std_max], with 0 at 0."""
+    def _log_std_curve(self) -> tuple[float, float, float, float]:
         low, high = self.config.log_std_min, self.config.log_std_max
         offset = math.atanh(-(high + low) / (high - low))  # raw = 0 -> log_std = 0
         # The factor makes the slope at 0 one, whatever the range.
         slope = 0.5 * (high - low) * (1.0 - math.tanh(offset) ** 2)
+        return low, high, offset, slope
+
+    def _bounded_log_std(self, raw: Tensor) -> Tensor:
+        """Smoothly into [log_std_min, log_std_max], with 0 at 0."""
+        low, high, offset, slope = self._log_std_curve()
         return low + 0.5 * (high - low) * (torch.tanh(raw / slope + offset) + 1.0)
+
+    def _raw_log_std(self, log_std: float) -> float:
+        """The inverse of ``_bounded_log_std``."""
+        low, high, offset, slope = self._log_std_curve()
+        if not low < log_std < high:
+            raise UserError("--rl.actor.log_std_min", f"{low} leaves no room for a start at {log_std:.2f}")
+        return slope * (math.atanh(2.0 * (log_std - low) / (high - low) - 1.0) - offset)
 
     def sample(self, features: Tensor, eps: Tensor | None = None) -> ActorOutput:
         """Draw ``u`` by reparametrisation.
@@ -107,16 +154,45 @@ class NoiseActor(nn.Module):
 
         Args:
             features: (B, feature_dim).
-            prior: (B, *spec.shape) fresh draw from the policy's noise distribution. Its first ``dim``
-                entries are the actor's randomness too: one stream of draws decides an episode.
+            prior: (B, *spec.shape) fresh draw from the policy's noise distribution. The actor's randomness
+                is made of it too (``NoiseSpace.draw``): one stream of draws decides an episode.
             deterministic: take the mean.
         """
         mean, log_std = self(features)
-        eps = prior.flatten(1)[:, : self.space.dim].to(mean)
-        z = mean if deterministic else mean + log_std.exp() * eps
+        z = mean if deterministic else mean + log_std.exp() * self.space.draw(prior).to(mean)
         return self.space.expand(self.space.squash(z), prior)
 
 
-def kl_to_prior(mean: Tensor, log_std: Tensor) -> Tensor:
-    """KL(N(mean, std) || N(0, I)) in nats, (B,): how far the noise has left what the base draws."""
-    return 0.5 * (mean.square() + (2.0 * log_std).exp() - 1.0 - 2.0 * log_std).sum(-1)
+def kl_to_prior(mean: Tensor, log_std: Tensor, prior_std: float = 1.0) -> Tensor:
+    """KL(N(mean, std) || N(0, prior_std)) in nats, (B,): how far the noise has left what the base draws.
+
+    With ``prior_std = space.initial_std`` it is 0 for an untrained actor in every noise space.
+    """
+    log_ratio = 2.0 * (log_std - math.log(prior_std))
+    return 0.5 * ((mean / prior_std).square() + log_ratio.exp() - 1.0 - log_ratio).sum(-1)
+
+
+def constant_actor(noise: Tensor, space: NoiseSpace, config: ActorConfig | None = None) -> NoiseActor:
+    """The actor that always takes ``noise``, for a ``constant`` space: exact where it acts by its mean.
+
+    Args:
+        noise: (*spec.shape).
+        space: built by ``ConstantNoiseConfig``.
+        config: its mean limit holds; its least deviation is what remains in draws.
+
+    Raises:
+        ValueError: a noise that the space cannot make, for example beyond its bound. A bound of 1.05 times
+            the largest entry leaves room.
+    """
+    if space.uses_features:
+        raise ValueError("an actor of one noise needs a noise space of the type 'constant'")
+    actor = NoiseActor(0, space, config or ActorConfig())
+    noise = noise.unsqueeze(0).float()
+    u = space.project(noise)
+    reach = actor.config.mean_limit * space.bound
+    if not torch.allclose(space.expand(u, noise).float(), noise) or u.abs().max() > reach:
+        raise ValueError(f"this noise space cannot make the noise; entries may reach {reach:.2f}")
+    head = actor.net[-1].bias.data
+    head[: space.dim] = space.unsquash(u[0])
+    head[space.dim :] = -1e3  # the least deviation
+    return actor

@@ -81,3 +81,27 @@ class FeatureNormalizer(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return ((features - self.mean) / self.std).clamp(-self.clip, self.clip)
+
+
+class NoFeatures(FeatureNormalizer):
+    """Hands nothing on: for a network that does not look at the observation."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+    def fit(self, features: Tensor) -> None:
+        """Nothing to take."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, :0]
+
+
+class Offset(nn.Module):
+    """One vector, whatever comes in: (B, n) -> (B, dim)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bias.expand(x.shape[0], -1)

@@ -66,7 +66,6 @@ def prior_noise(space: NoiseSpace) -> Callable[[Tensor | None, Tensor], Tensor]:
     """What an untrained actor draws: the policy's own noise, squashed into the noise space."""
 
     def source(features: Tensor | None, prior: Tensor) -> Tensor:
-        u = space.squash(prior.flatten(1)[:, : space.dim])
-        return space.expand(u, prior)
+        return space.expand(space.squash(space.initial_std * space.draw(prior)), prior)
 
     return source

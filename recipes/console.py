@@ -64,6 +64,8 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
     except SystemExit:
         raise UserError(*_argparse_error(errors.getvalue(), command)) from None
     except DecodingError as error:
+        if isinstance(error.__cause__, UserError):  # a config that checks its own fields
+            raise error.__cause__ from None
         missing = _missing_field(str(error))
         if missing:
             raise UserError(*missing) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,12 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError, load_adapter
 from trimtab.adapters.injection import NoiseInjector
+from trimtab.adapters.loading import quietly
 from trimtab.recipes.console import parse
-from trimtab.recipes.full_size import FULL_SIZE, full_size
+from trimtab.recipes.full_size import FULL_SIZE, RUNNABLE, full_size
+from trimtab.recipes.full_size.weightless import Counting
 from trimtab.recipes.reporting import write_json
 from trimtab.recipes.tiny import TYPES, make_tiny
 
@@ -105,7 +109,9 @@ def main(args: list[str]) -> None:
     rows: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         for name in config.names:
-            tiny = load_adapter(make_tiny(name, Path(folder) / name))
+            with quietly():
+                options = make_tiny(name, Path(folder) / name)
+            tiny = load_adapter(options)
             if config.time:
                 rows += timings(name, tiny, config)
             else:
@@ -144,18 +150,22 @@ def count(name: str, tiny: PolicyAdapter, config: PoliciesConfig) -> Row:
 
 def operations(adapter: PolicyAdapter, batch: dict[str, Any]) -> tuple[int, dict[int, int]]:
     """Floating-point operations of ``encode``, and of ``denoise`` for 1 noise and for 16."""
+    # PyTorch's counter knows attention as matrix products, but not as the CPU's one fused operation.
+    with sdpa_kernel(SDPBackend.MATH), Counting():
+        return _operations(adapter, batch)
+
+
+def _operations(adapter: PolicyAdapter, batch: dict[str, Any]) -> tuple[int, dict[int, int]]:
     with FlopCounterMode(display=False) as counter:
         conditioning = adapter.encode(batch)
     encode, found = counter.get_total_flops(), {}
     device = next(iter(conditioning.tensors.values())).device
-    size = adapter.max_batch or MANY
     for k in (1, MANY):
+        part = min(k, adapter.max_batch or k)
+        noise = torch.zeros((part, *adapter.noise_spec.shape), dtype=adapter.noise_spec.dtype, device=device)
         with FlopCounterMode(display=False) as counter:
-            for start in range(0, k, size):
-                part = min(size, k - start)
-                noise = torch.zeros((part, *adapter.noise_spec.shape), device=device)
-                adapter.denoise(conditioning.repeat_interleave(part), noise.to(adapter.noise_spec.dtype))
-        found[k] = counter.get_total_flops()
+            adapter.denoise(conditioning.repeat_interleave(part), noise)
+        found[k] = counter.get_total_flops() * math.ceil(k / part)  # batches of a kind: one is counted
     return encode, found
 
 
@@ -185,7 +195,7 @@ def timings(name: str, tiny: PolicyAdapter, config: PoliciesConfig) -> list[Timi
     """
     batch = tiny.preprocess(tiny.example_observation(1, torch.Generator().manual_seed(0)))
     found = [_timing(name, "tiny", tiny, batch, config.time)]
-    if config.full_size and name in FULL_SIZE and name not in ("pi0", "pi05"):
+    if config.full_size and name in RUNNABLE and name not in ("pi0", "pi05"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         adapter, batch = full_size(name, device, config.cameras)
         found.append(_timing(name, "published", adapter, batch, config.time))

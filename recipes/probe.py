@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from lerobot.envs.configs import EnvConfig
+from safetensors.torch import save_file
+from torch import Tensor
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserError
@@ -15,9 +18,18 @@ from trimtab.adapters.loading import open_adapter
 from trimtab.adapters.steerability import MANY, Steerability, measure
 from trimtab.policies.sources import base_noise, constant_noise, own_noise, repeated_noise, zero_noise
 from trimtab.recipes.console import new_output_dir, parse
+from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.probe_picture import plot_probe
 from trimtab.recipes.reporting import table, write_json
-from trimtab.recipes.session import SELECTION_SEED, EvalConfig, MachineConfig, Session, describe, summaries
+from trimtab.recipes.session import (
+    SELECTION_SEED,
+    EpisodesConfig,
+    MachineConfig,
+    Session,
+    base_of,
+    describe,
+    summaries,
+)
 from trimtab.recipes.verdict import as_json, judge
 from trimtab.rl.artefact import is_artefact
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
@@ -25,12 +37,16 @@ from trimtab.rl.statistics import wilson_interval
 
 
 @dataclass
-class ProbeEvalConfig(EvalConfig):
+class ProbeEvalConfig(EpisodesConfig):
     """How policies are evaluated; fewer episodes than for a result, for a probe asks for less."""
 
+    # Episodes under each kind of noise; all get the same ones.
     n_episodes: int = 50
+    # Random constant noises to try (0: none) ...
     constant_candidates: int = 8
+    # ... and the episodes that each gets, on seeds of their own.
     constant_episodes: int = 20
+    # Episodes of the base to render to a video (0: none).
     videos: int = 0
 
 
@@ -39,21 +55,24 @@ class ProbeConfig:
     """``trimtab probe``."""
 
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    # Without an environment the policy is asked on random inputs within its own statistics.
+    # Without an environment the policy is asked on random inputs within its own statistics, and eval.* and
+    # machine.workers have no effect.
     env: EnvConfig | None = None
     eval: ProbeEvalConfig = field(default_factory=ProbeEvalConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
-    # Observations and noises per observation on which the chunks are compared.
-    observations: int = 4
+    # Observations on which the chunks are compared; with an environment, from episodes of the base.
+    observations: int = 16
+    # Noises per observation.
     noises: int = 16
-    # Repeats of each timing.
+    # Repeats of each timing (0: no timing).
     repeats: int = 5
+    # Seeds the noises and the random inputs.
     seed: int = 0
     # Default: outputs/probe/<date>/<time>.
     output_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("observations", 1), ("noises", 2), ("repeats", 0)):
+        for name, least in (("observations", 2), ("noises", 2), ("repeats", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name}", f"must be at least {least}, got {getattr(self, name)}")
 
@@ -65,29 +84,43 @@ def main(args: list[str]) -> None:
     output = new_output_dir(config.output_dir, "probe")
     config.machine.apply()
     adapter = open_adapter(config.policy)
+    try:
+        _probe(adapter, config, output)
+    finally:
+        adapter.close()
+
+
+def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
     for note in adapter.notes:
         print(f"note: {note}")
-    session = Session(adapter, config.env, config.eval, config.machine) if config.env else None
-    print(describe(session, config.policy.path) if session else describe_policy(adapter, config.policy.path))
+    path, session = config.policy.path, None
+    if config.env is not None:
+        if config.env.type == "metaworld_state":
+            check_task(base_of(config.policy), config.env.task)
+        session = Session(adapter, config.env, config.eval, config.machine)
+    print(describe(session, path) if session else describe_policy(adapter, path))
     observations, again = _observations(adapter, session, config)
     measured = measure(adapter, observations, config.noises, config.seed, config.repeats, again)
     print(f"\n{describe_measured(measured, adapter)}")
-    verdict = judge(measured, adapter.policy_type)
     evaluations: dict[str, Evaluation] = {}
     constants: list[dict[str, Any]] = []
-    if session is not None and verdict.steerable:
-        evaluations, constants = _success(session, config)
-        verdict = judge(measured, adapter.policy_type, evaluations)
+    if session is not None and measured.finite and measured.deterministic and not measured.blind:
+        evaluations, constants, best = _success(session, config)
         print(f"\n{table(summaries(evaluations))}")
         print(describe_constants(constants))
-    name = Path(config.policy.path).name
+        if best is not None:
+            output.mkdir(parents=True, exist_ok=True)
+            save_file({"noise": best.contiguous()}, str(output / "best_constant.safetensors"))
+        session.record(session.own_noise, output / "base.mp4", "video: base policy")
+    verdict = judge(measured, adapter.policy_type, evaluations, constants)
+    name = Path(path).name
     plot_probe(
         output / "probe.png", measured, summaries(evaluations), constants, f"{name}: {verdict.headline}"
     )
     write_json(
         output / "probe.json",
         {
-            "policy": config.policy.path,
+            "policy": path,
             "policy_type": adapter.policy_type,
             "noise_shape": list(adapter.noise_spec.shape),
             "chunk_shape": list(adapter.chunk_shape),
@@ -111,18 +144,39 @@ def _observations(
         generator = torch.Generator().manual_seed(config.seed)
         raw = [adapter.example_observation(1, generator) for _ in range(config.observations)]
         return [adapter.observe(observation) for observation in raw], lambda: adapter.observe(raw[0])
+    seen: list[Any] = []
+    per_episode = -(-config.observations // 4)
+    source = session.own_noise
     with session.environments(1) as vec:
-        starts = [vec.reset({0: seed})[0] for seed in config.eval.seeds[: config.observations]]
         tasks = vec.task_descriptions[:1]
-    encoded = [session.runner.encode([start], tasks) for start in starts]
-    return encoded, lambda: session.runner.encode(starts[:1], tasks)
+        for seed in itertools.count(config.eval.seed):  # the base acts, so that later states are there too
+            session.runner.forget(0)
+            observation, generator = vec.reset({0: seed})[0], torch.Generator().manual_seed(seed)
+            for _ in range(per_episode):
+                seen.append(observation)
+                encoded = session.runner.encode([observation], tasks, [0])
+                features = session.runner.features(encoded)
+                noise = source(features, session.runner.prior(1, generator))
+                vec.send({0: session.runner.decode(encoded, noise, [0])[0]}, {0: None})
+                result = vec.receive()[0]
+                if result.ended:
+                    break
+                observation = result.observation
+            if len(seen) >= config.observations:
+                break
+        session.runner.forget(0)
+    encoded = [session.runner.encode([observation], tasks) for observation in seen[: config.observations]]
+    return encoded, lambda: session.runner.encode(seen[:1], tasks)
 
 
-def _success(session: Session, config: ProbeConfig) -> tuple[dict[str, Evaluation], list[dict[str, Any]]]:
-    """Success under the policy's own, repeated, zero and constant noise, and of each constant tried."""
+def _success(
+    session: Session, config: ProbeConfig
+) -> tuple[dict[str, Evaluation], list[dict[str, Any]], Tensor | None]:
+    """Success under own, repeated, zero and constant noise; of each constant tried; and the best of these."""
     runner, seeds, spec = session.runner, config.eval.seeds, session.adapter.noise_spec
     found: dict[str, Evaluation] = {}
     constants: list[dict[str, Any]] = []
+    noise: Tensor | None = None
     with session.evaluation_environments() as vec:
         found["base"] = evaluate(runner, vec, own_noise(spec), seeds, "base policy")
         if len(spec.shape) == 2:
@@ -147,7 +201,7 @@ def _success(session: Session, config: ProbeConfig) -> tuple[dict[str, Evaluatio
                     {"successes": count, "episodes": episodes, "ci95": list(wilson_interval(count, episodes))}
                 )
             found["constant_noise"] = evaluate(runner, vec, constant_noise(noise), seeds, "best constant")
-    return found, constants
+    return found, constants, noise
 
 
 def describe_policy(adapter: PolicyAdapter, path: str) -> str:
@@ -168,21 +222,20 @@ def describe_measured(measured: Steerability, adapter: PolicyAdapter) -> str:
         ("different noises", f"chunks differ by up to {measured.noise_difference:.3g}"),
         (
             "spread over noises",
-            f"{by_step[0]:.3g} at the chunk's first step, {by_step[-1]:.3g} at its last (normalised actions)",
+            f"{by_step[0]:.3g} at the chunk's first step, {by_step[-1]:.3g} at its last (the policy's units)",
         ),
         ("noise entries", f"{live} live, {measured.declared_inert} declared inert"),
     ]
     if measured.declared_inert:
         lines.append(("inert entries anew", f"chunks differ by {measured.inert_difference:.3g}"))
     if measured.seconds:
-        times = measured.seconds
-        lines.append(
-            (
-                "time",
-                f"encode {1e3 * times['encode']:.3g} ms, denoise {1e3 * times['denoise_1']:.3g} ms; "
-                f"{MANY} noises {1e3 * times[f'denoise_{MANY}']:.3g} ms",
-            )
-        )
+        for name, said in (
+            ("encode", "encode"),
+            ("denoise_1", "denoise one noise"),
+            (f"denoise_{MANY}", f"denoise {MANY}"),
+        ):
+            middle, least, most = (1e3 * seconds for seconds in measured.seconds[name])
+            lines.append((said, f"{middle:.3g} ms (median; {least:.3g} to {most:.3g})"))
     return "\n".join(f"{name:<20} {value}" for name, value in lines)
 
 

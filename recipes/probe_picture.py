@@ -45,9 +45,12 @@ def plot_probe(
         axis.text(0.5, 0.5, "the noise has no rows", ha="center", va="center")
         axis.set_axis_off()
     axis = axes[2]
-    effect = measured.column_effect
-    axis.bar(range(len(effect)), effect, color=["tab:red" if value == 0 else "tab:blue" for value in effect])
-    axis.set(xlabel="noise dimension", ylabel="change of the chunk", title="effect of each noise dimension")
+    effect, inert = measured.column_effect, set(measured.inert_columns)
+    colours = ["tab:red" if dim in inert else "tab:blue" for dim in range(len(effect))]
+    axis.bar(range(len(effect)), effect, color=colours)
+    axis.set(
+        xlabel="noise dimension (red: no effect)", ylabel="change of the chunk", title="noise dimensions"
+    )
     if success:
         _success(axes[3], success, constants)
     path.parent.mkdir(parents=True, exist_ok=True)

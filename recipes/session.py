@@ -31,8 +31,8 @@ SELECTION_SEED = 2_000_000  # first episode seed on which constant noises compet
 
 
 @dataclass
-class EvalConfig:
-    """How policies are evaluated."""
+class EpisodesConfig:
+    """Which episodes policies are evaluated on."""
 
     # Episodes per policy; all policies get the same ones.
     n_episodes: int = 200
@@ -44,8 +44,6 @@ class EvalConfig:
     constant_candidates: int = 16
     # ... and the episodes that each gets for it, on seeds of their own.
     constant_episodes: int = 20
-    # Take the mean of the actor instead of a sample.
-    deterministic: bool = True
     # Episodes to render to a video (0: none).
     videos: int = 4
 
@@ -67,6 +65,14 @@ class EvalConfig:
     @property
     def seeds(self) -> list[int]:
         return list(range(self.seed, self.seed + self.n_episodes))
+
+
+@dataclass
+class EvalConfig(EpisodesConfig):
+    """How policies are evaluated."""
+
+    # Take the mean of the actor instead of a sample.
+    deterministic: bool = True
 
 
 @dataclass
@@ -94,7 +100,7 @@ class Session:
 
     adapter: PolicyAdapter
     env: EnvConfig
-    eval: EvalConfig
+    eval: EpisodesConfig
     machine: MachineConfig
     runner: PolicyRunner = field(init=False)
     _checked: bool = field(init=False, default=False)
@@ -199,6 +205,11 @@ class Session:
             return False
 
 
+def base_of(policy: PolicyConfig) -> Path | str:
+    """The folder of a base policy, or the address of its server."""
+    return policy.path if is_server(policy.path) else resolve_folder(policy.path, policy.revision)
+
+
 def open_session(
     policy: PolicyConfig, env: EnvConfig, eval_config: EvalConfig, machine: MachineConfig
 ) -> tuple[Session, Path | str]:
@@ -206,7 +217,7 @@ def open_session(
     machine.apply()
     if not policy.path:
         raise UserError("--policy.path", "name the folder or Hub repository of the base policy")
-    folder = policy.path if is_server(policy.path) else resolve_folder(policy.path, policy.revision)
+    folder = base_of(policy)
     if env.type == "metaworld_state":
         check_task(folder, env.task)
     adapter = load_adapter(policy)

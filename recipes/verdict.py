@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +12,8 @@ from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.statistics import paired_difference, wilson_interval
 
 WEAK_AUTHORITY = 0.02  # below it, noise moves the actions too little to steer by
-SOLVED = 0.95  # a success rate that leaves nothing to learn
-WORSE = 0.15  # a loss of success that no noise space is worth
+SOLVED = 0.9  # a success rate whose lower limit is above this leaves little to learn
+FEW = 20  # episodes below which nothing is concluded from a difference
 
 
 @dataclass
@@ -23,8 +24,8 @@ class Verdict:
         steerable: whether to go on.
         headline: one sentence.
         lines: what else there is to say.
-        noise: the noise space to use (``--noise.type``), ``constant`` where no learning is needed, or
-            ``None``.
+        noise: the noise space to use (``--noise.type``); where no learning is needed the name of what does
+            without (``zero_noise``, ``constant_noise`` ...); or ``None``.
     """
 
     steerable: bool
@@ -34,7 +35,10 @@ class Verdict:
 
 
 def judge(
-    measured: Steerability, policy_type: str, evaluations: dict[str, Evaluation] | None = None
+    measured: Steerability,
+    policy_type: str,
+    evaluations: dict[str, Evaluation] | None = None,
+    constants: list[dict[str, Any]] | None = None,
 ) -> Verdict:
     """The verdict on a policy from what its noise does, and from how it succeeds if that is known.
 
@@ -43,6 +47,7 @@ def judge(
         policy_type: LeRobot's name.
         evaluations: ``base``, ``zero_noise``, ``constant_noise`` and, where the noise has rows,
             ``repeated_noise``, all on the same episodes.
+        constants: successes and episodes of each constant that was tried, on other episodes.
     """
     if not measured.finite:
         return Verdict(False, "cannot be steered: it turns ordinary noise into NaN or Inf actions")
@@ -59,17 +64,14 @@ def judge(
             "cannot be steered: every noise gives the same chunk, so the policy ignores its noise",
             _blind_hint(policy_type),
         )
-    if measured.authority < WEAK_AUTHORITY:
-        return Verdict(
-            False,
-            f"hardly worth steering: the noise makes up {100 * measured.authority:.2g} % of the spread of "
-            "its actions",
-            _blind_hint(policy_type),
-        )
-    lines = [
-        f"the noise makes up {100 * measured.authority:.0f} % of the spread of its actions (standard "
-        "deviation due to noise over that over noises and observations)"
-    ]
+    share = (
+        f"the noise makes up {100 * measured.authority:.2g} % of the spread of its actions (standard "
+        f"deviation due to noise over the total; {measured.observations} observations, "
+        f"{measured.noises} noises)"
+    )
+    if measured.authority < WEAK_AUTHORITY and not evaluations:
+        return Verdict(False, f"hardly worth steering: {share}", ["try it in its environment: --env.type="])
+    lines = [share]
     inert = measured.inert_columns
     if measured.declared_inert:
         lines.append(f"{measured.declared_inert} noise entries are inert (masked by the policy)")
@@ -77,7 +79,7 @@ def judge(
         lines.append(f"noise dimensions that change nothing: {', '.join(map(str, inert))}")
     if not evaluations:
         return Verdict(True, "can be steered: deterministic given its noise, and the noise matters", lines)
-    return _judge_success(evaluations, lines)
+    return _judge_success(evaluations, constants or [], lines)
 
 
 def _random_hint(policy_type: str) -> list[str]:
@@ -94,62 +96,96 @@ def _blind_hint(policy_type: str) -> list[str]:
     return ["check that these are the weights you trained, and that the sampler starts from its noise"]
 
 
-def _judge_success(evaluations: dict[str, Evaluation], lines: list[str]) -> Verdict:
-    base = evaluations["base"]
-    count, total = int(base.successes.sum()), len(base.successes)
+def rate(evaluation: Evaluation) -> str:
+    """A success rate with its 95 % interval."""
+    count, total = int(evaluation.successes.sum()), len(evaluation.successes)
     low, high = wilson_interval(count, total)
-    rate = f"{100 * base.success_rate:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-    if base.success_rate >= SOLVED:
-        headline = f"can be steered, but there is little to gain: the base succeeds in {rate}"
-        return Verdict(True, headline, lines)
-    noise = "full"
-    if "repeated_noise" in evaluations:
-        difference, worst, best = paired_difference(base.successes, evaluations["repeated_noise"].successes)
-        said = f"{100 * difference:+.0f} points [{100 * worst:+.0f}, {100 * best:+.0f}] against the base"
-        if best < 0 or difference < -WORSE:
-            lines.append(f"repeated noise costs success ({said}): steer the full noise")
-        else:
-            noise = "repeat"
-            lines.append(f"repeated noise keeps the base's success ({said}): steer one vector per chunk")
-    for name, said in (("zero_noise", "zero noise"), ("constant_noise", "one constant noise")):
-        if name not in evaluations:
-            continue
-        other = evaluations[name]
-        difference, worst, _ = paired_difference(base.successes, other.successes)
-        if other.success_rate >= SOLVED and worst > 0:
-            return Verdict(
-                True,
-                f"needs no learning: {said} alone succeeds in {100 * other.success_rate:.0f} %, "
-                f"the base in {rate}",
-                lines,
-                "constant",
-            )
-        if worst > 0:
-            lines.append(f"{said} gains {100 * difference:.0f} points by itself")
-    reachable = reached_by_any(evaluations)
-    lines.append(
-        f"{100 * reachable:.0f} % of the starts were solved by at least one of the noises tried; steering "
-        "has to learn which"
-    )
-    if reachable == 0:
+    return f"{100 * count / total:.0f} % [{100 * low:.0f}, {100 * high:.0f}] ({count}/{total})"
+
+
+def _judge_success(
+    evaluations: dict[str, Evaluation], constants: list[dict[str, Any]], lines: list[str]
+) -> Verdict:
+    base, others = evaluations["base"], {k: v for k, v in evaluations.items() if k != "base"}
+    total = len(base.successes)
+    tried = sum(len(e.successes) for e in evaluations.values()) + sum(c["episodes"] for c in constants)
+    won = sum(int(e.successes.sum()) for e in evaluations.values()) + sum(c["successes"] for c in constants)
+    if not won:
+        _, high = wilson_interval(0, tried)
         return Verdict(
             False,
-            f"nothing to learn from: no noise succeeded once in {total} episodes",
+            f"nothing seen to learn from: no success in {tried} episodes under any noise (95 %: at most "
+            f"{100 * high:.1g} %)",
             [*lines, "improve the base first (demonstrations), or reward progress instead of success"],
         )
-    headline = f"can be steered: the base succeeds in {rate}; use --noise.type={noise}"
-    return Verdict(True, headline, lines, noise)
+    for name, said in SOURCES.items():
+        if name in others and _lower(others[name]) >= SOLVED and _difference(base, others[name])[1] > 0:
+            return Verdict(
+                True,
+                f"needs no learning: {said} succeeds in {rate(others[name])}, the base in {rate(base)}",
+                lines,
+                name,
+            )
+    if _lower(base) >= SOLVED:
+        return Verdict(True, f"can be steered, with little to gain: the base succeeds in {rate(base)}", lines)
+    noise = "full"
+    if "repeated_noise" in others:
+        noise, line = _repeated(base, others["repeated_noise"])
+        lines.append(line)
+    for name in ("zero_noise", "constant_noise"):
+        if name in others and _difference(base, others[name])[1] > 0:
+            lines.append(f"{SOURCES[name]} gains by itself: {_said(base, others[name])}")
+    if "prior_noise" in others and _difference(base, others["prior_noise"])[2] < 0:
+        lines.append(
+            f"draws from its prior cost success ({_said(base, others['prior_noise'])}), and an untrained "
+            "actor starts there: keep --noise.bound small"
+        )
+    if total < FEW:
+        lines.append(f"{total} episodes tell little; raise --eval.n_episodes")
+    return Verdict(
+        True, f"can be steered: the base succeeds in {rate(base)}; use --noise.type={noise}", lines, noise
+    )
 
 
-def reached_by_any(evaluations: dict[str, Evaluation]) -> float:
-    """Share of the episode seeds that succeeded under at least one of the noise sources."""
-    solved = [evaluation.successes for evaluation in evaluations.values()]
-    return float(sum(any(row) for row in zip(*solved, strict=True)) / len(solved[0]))
+SOURCES = {
+    "zero_noise": "zero noise",
+    "constant_noise": "one constant noise",
+    "repeated_noise": "repeated noise",
+    "prior_noise": "a draw from the prior",
+}
+
+
+def _repeated(base: Evaluation, repeated: Evaluation) -> tuple[str, str]:
+    """The noise space to use, and why: one vector per chunk only where it keeps most of the success."""
+    _, worst, best = _difference(base, repeated)
+    margin = base.success_rate / 2
+    said = _said(base, repeated)
+    if best < 0:
+        return "full", f"repeated noise costs success: {said}"
+    if worst > -margin and len(base.successes) >= FEW:
+        return "repeat", f"repeated noise keeps at least half of the base's success: {said}; fewer dimensions"
+    return "full", (
+        f"whether repeated noise keeps the base's success is open: {said}; raise --eval.n_episodes to find "
+        "out, for it is learnt faster"
+    )
+
+
+def _difference(base: Evaluation, other: Evaluation) -> tuple[float, float, float]:
+    return paired_difference(base.successes, other.successes)
+
+
+def _said(base: Evaluation, other: Evaluation) -> str:
+    difference, worst, best = _difference(base, other)
+    return f"{100 * difference:+.0f} points [{100 * worst:+.0f}, {100 * best:+.0f}]"
+
+
+def _lower(evaluation: Evaluation) -> float:
+    return wilson_interval(int(evaluation.successes.sum()), len(evaluation.successes))[0]
 
 
 def as_json(measured: Steerability, verdict: Verdict) -> dict[str, Any]:
-    """Measurements and verdict as JSON values."""
-    return {
+    """Measurements and verdict as JSON values; NaN and Inf, which JSON has not, become null."""
+    values = {
         "steerable": verdict.steerable,
         "verdict": verdict.headline,
         "lines": verdict.lines,
@@ -157,6 +193,7 @@ def as_json(measured: Steerability, verdict: Verdict) -> dict[str, Any]:
         "deterministic": measured.deterministic,
         "repeat_difference": measured.repeat_difference,
         "noise_difference": measured.noise_difference,
+        "rounding_floor": measured.floor,
         "authority": measured.authority,
         "spread_by_step": measured.spread.square().mean(-1).sqrt().tolist(),
         "spread_by_action": measured.spread.square().mean(0).sqrt().tolist(),
@@ -168,5 +205,15 @@ def as_json(measured: Steerability, verdict: Verdict) -> dict[str, Any]:
         "row_effect": measured.row_effect.tolist(),
         "observations": measured.observations,
         "noises": measured.noises,
-        "seconds": measured.seconds,
+        "seconds": {
+            name: dict(zip(("median", "least", "most"), times, strict=True))
+            for name, times in measured.seconds.items()
+        },
     }
+    return {name: _finite(value) for name, value in values.items()}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,31 @@ import torch
 from draccus.utils import DraccusException
 from safetensors.torch import save_file
 
-from trimtab.adapters import NoiseSpec, PolicyAdapter, PolicyConfig, UserError, load_adapter
+from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.config import RemoteConfig
 from trimtab.adapters.errors import reason
-from trimtab.adapters.files import CONFIG, WEIGHTS, file_hash, is_server, read_weights, resolve_folder
+from trimtab.adapters.files import (
+    CONFIG,
+    WEIGHTS,
+    file_hash,
+    is_server,
+    placement,
+    read_weights,
+    resolve_folder,
+    settings_hashes,
+    weights_hash,
+)
 from trimtab.adapters.loading import load_weights
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.noise_space import NoiseSpaceConfig
 
 TYPE = "trimtab"
 FORMAT = 1
+# What artefacts from before these settings existed did, in settings.
+OLD_ACTOR = {"mean_limit": 1.0}
+# How the base was loaded; of these, what may lie in a folder.
+LOADED_WITH = ("dtype", "num_inference_steps", "rename_map", "tokenizer", "backbone", "base_path")
+PLACES = ("tokenizer", "backbone", "base_path")
 
 
 @dataclass
@@ -55,7 +70,8 @@ def save_artefact(
 ) -> Path:
     """Write the artefact so that ``folder`` appears whole or not at all.
 
-    A base that is a local folder is referred to relative to the artefact, so that both can move together.
+    A base that is a local folder is referred to relative to the artefact, so that both can move together;
+    so are the folders that it was loaded with (its tokenizer, its backbone, the base of a LoRA).
 
     Args:
         folder: where; an artefact of an earlier run there is replaced.
@@ -75,7 +91,7 @@ def save_artefact(
         "base": {
             "path": os.path.relpath(Path(base_folder).resolve(), folder) if local else base.path,
             "revision": base.revision,
-            "num_inference_steps": base.num_inference_steps,
+            **{n: _place(getattr(base, n), folder) for n in LOADED_WITH},
             "policy_type": adapter.policy_type,
             **adapter.identity(base_folder),
         },
@@ -101,6 +117,57 @@ def save_artefact(
     return folder
 
 
+def _place(value: Any, folder: Path) -> Any:
+    """``value``, or where it is a folder here, the way there from the artefact, which begins with a dot."""
+    if not isinstance(value, str) or not Path(value).expanduser().exists():
+        return value
+    way = os.path.relpath(Path(value).expanduser().resolve(), folder)
+    return way if way.startswith(".") else os.path.join(".", way)
+
+
+def _as_steered(config: PolicyConfig, saved: PolicyConfig, folder: Path) -> PolicyConfig:
+    """How the base was loaded when it was steered; what the user says anew comes first.
+
+    Raises:
+        UserError: a folder that it was loaded with is not where it was.
+    """
+    default = PolicyConfig()
+    for name in LOADED_WITH:
+        value = getattr(saved, name)
+        if getattr(config, name) != getattr(default, name):
+            setattr(saved, name, getattr(config, name))
+        elif name in PLACES and value and value.startswith("."):
+            if not (folder / value).exists():
+                raise UserError(
+                    f"--policy.{name}",
+                    f"the {name} that the base of {folder} was loaded with is not where it was "
+                    f"({(folder / value).resolve()}); name where it lies now",
+                )
+            setattr(saved, name, str((folder / value).resolve()))
+    return replace(saved, device=config.device)
+
+
+def _check_base(adapter: PolicyAdapter, base: dict[str, Any], base_folder: Path, folder: Path) -> None:
+    """Refuse a base that is another function than the one that was steered.
+
+    The hash of its weights' file has been compared; artefacts from before there were others hold no more.
+    """
+    parts = adapter.frozen_parts(adapter.policy)
+    odd: list[str] = []
+    if "files" in base:
+        known = base["files"]
+        now = settings_hashes(base_folder, {name: place for name, (_, place) in parts.items()})
+        odd = [name for name in sorted(known.keys() | now.keys()) if known.get(name) != now.get(name)]
+    same_place = placement(adapter.policy).items() <= base.items()  # else rounding may differ
+    if not odd and same_place:
+        in_memory = weights_hash(adapter.policy, *(part for part, _ in parts.values()))
+        odd = [] if in_memory == base["weights_sha256"] else ["the weights in memory"]
+    if odd:
+        raise UserError(
+            "--policy.path", f"{base_folder} is not the base that {folder} steers: {', '.join(odd)} changed"
+        )
+
+
 def is_artefact(path: str | None) -> bool:
     """Whether ``path`` is a folder with the config of an artefact."""
     config = Path(path or "").expanduser() / CONFIG
@@ -124,10 +191,11 @@ def load_artefact(config: PolicyConfig) -> Steered:
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
         base, shape = saved["base"], tuple(int(length) for length in saved["noise_shape"])
-        revision, steps = base["revision"], base["num_inference_steps"]
+        revision = base["revision"]
+        loaded_with = draccus.decode(PolicyConfig, {n: base[n] for n in LOADED_WITH if n in base})
         sha256 = None if is_server(base["path"]) else base["sha256"]
         noise = draccus.decode(NoiseSpaceConfig, saved["noise"])
-        actor_config, feature_dim = ActorConfig(**saved["actor"]), int(saved["feature_dim"])
+        actor_config, feature_dim = ActorConfig(**(OLD_ACTOR | saved["actor"])), int(saved["feature_dim"])
         candidate = folder / base["path"]
     except (KeyError, TypeError, ValueError, DraccusException, UserError) as error:
         raise UserError(
@@ -139,24 +207,20 @@ def load_artefact(config: PolicyConfig) -> Steered:
         base_folder: Path | str = config.base_path or path
         adapter = _served_base(base_folder, base, config)
     else:
+        options = _as_steered(config, loaded_with, folder)
         try:
             base_folder = resolve_folder(path, revision)
         except UserError as error:
             raise UserError(
                 "--policy.path", f"the base policy of {folder} is not where it was: {error.message}"
             ) from None
-        if file_hash(base_folder) != sha256:
+        if file_hash(base_folder, options.base_path) != sha256:
             raise UserError(
                 "--policy.path",
                 f"{base_folder} is not the base that {folder} steers: its weights have another hash",
             )
-        adapter = load_adapter(
-            PolicyConfig(
-                path=str(base_folder),
-                device=config.device,
-                num_inference_steps=config.num_inference_steps or steps,
-            )
-        )
+        adapter = load_adapter(replace(options, path=str(base_folder)))
+        _check_base(adapter, base, base_folder, folder)
     if adapter.noise_spec.shape != shape:
         raise UserError(
             "--policy.path",
@@ -164,7 +228,9 @@ def load_artefact(config: PolicyConfig) -> Steered:
         )
     if not (folder / WEIGHTS).is_file():
         raise UserError("--policy.path", f"{folder} is not a whole artefact, it lacks {WEIGHTS}")
-    actor = NoiseActor(feature_dim, noise.build(NoiseSpec(shape, dtype=torch.float32)), actor_config)
+    # The base's own spec: which entries are live decides what a masked actor steers.
+    space = noise.build(replace(adapter.noise_spec, dtype=torch.float32))
+    actor = NoiseActor(feature_dim, space, actor_config)
     load_weights(actor, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     return Steered(adapter, actor.eval(), base_folder, saved)
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trimtab.adapters import UserError
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.sources import NoiseSource
+from trimtab.policies.sources import NoiseSource, prior_noise
 from trimtab.rl.envs.chunk import ChunkResult
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.returns import NStepAccumulator, Transition, chunk_return, step_rewards
-from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.runner import Encoded, PolicyRunner
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Episode:
         terminated: ended in a terminal state, not at the time limit.
         features, u: what was seen and chosen at each chunk, (chunks, d) and (chunks, dim).
         rewards, discounts: of each chunk.
+        steered: whether the learner's policy acted in it, from start to end.
     """
 
     seed: int
@@ -40,6 +43,32 @@ class Episode:
     u: np.ndarray
     rewards: np.ndarray
     discounts: np.ndarray
+    steered: bool = True
+
+
+@dataclass
+class Candidates:
+    """Noises drawn for each of B observations, and what the policy makes of them.
+
+    Attributes:
+        u: (B, K, dim) in the noise space.
+        chunks: (B, K, steps, action_dim), normalised.
+    """
+
+    u: np.ndarray
+    chunks: Tensor
+
+    def row(self, i: int) -> dict[str, np.ndarray]:
+        """Those of observation ``i``, as the replay keeps them."""
+        return {"candidates": self.chunks[i].flatten(1).numpy(), "candidates_u": self.u[i]}
+
+
+class Acting(Protocol):
+    """Chooses among candidate chunks."""
+
+    def __call__(self, features: Tensor, chunks: Tensor) -> Tensor:
+        """(B, d), (B, K, steps * action_dim) -> (B,) index of the chunk to execute."""
+        ...
 
 
 @dataclass
@@ -50,6 +79,7 @@ class _Running:
     discounts: list[float] = field(default_factory=list)
     steps: int = 0
     success: bool = False
+    steered: bool = True
 
 
 class Collector:
@@ -67,6 +97,9 @@ class Collector:
         n_step: chunks per transition.
         reward: ``sparse`` or ``env`` (see ``returns.step_rewards``).
         seed: first of the training seeds; environment i takes seed + i, seed + i + num_envs, ...
+        candidates: noises that are decoded for every observation beside the one that acts; they share its
+            encoding. What they become is stored with the transitions: ``chunk``, ``candidates`` (K, A) and
+            ``candidates_u`` (K, dim), A = steps * action_dim.
     """
 
     def __init__(
@@ -78,7 +111,10 @@ class Collector:
         n_step: int,
         reward: str,
         seed: int,
+        candidates: int = 0,
     ) -> None:
+        self.candidates = candidates
+        self._draw_candidates = prior_noise(space)
         self.runner, self.vec, self.space = runner, vec, space
         self.gamma, self.reward = gamma, reward
         self.env_steps = 0
@@ -88,6 +124,8 @@ class Collector:
         self._next_seed = {i: next(self._seeds[i]) for i in self._envs}
         self._generators = [torch.Generator().manual_seed(seed + i) for i in self._envs]
         self._accumulators = [NStepAccumulator(n_step) for _ in self._envs]
+        # Asked when an episode starts: whether the learner's policy acts in it.
+        self.assign: Callable[[], bool] = lambda: True
         self._running = [_Running() for _ in self._envs]
         for i in self._envs:
             runner.forget(i)
@@ -95,6 +133,11 @@ class Collector:
         self._observe([observations[i] for i in self._envs])
         self.feature_dim = self._features.shape[1]
         self._u: np.ndarray | None = None
+
+    def unsteer(self) -> None:
+        """Leave the episodes that run now to the untrained actor."""
+        for running in self._running:
+            running.steered = False
 
     def _take_seeds(self, envs: list[int]) -> dict[int, int]:
         taken = {i: self._next_seed[i] for i in envs}
@@ -105,17 +148,64 @@ class Collector:
     def _observe(self, observations: list) -> None:
         self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
         self._features = self.runner.features(self._conditioning)
+        self._candidates = self._propose(self._conditioning, self._generators) if self.candidates else None
 
-    def begin(self, source: NoiseSource) -> None:
-        """Choose noise with ``source``, denoise, and start stepping the chunks."""
+    def _propose(self, conditioning: Encoded, generators: list[torch.Generator]) -> Candidates:
+        """Draw and decode candidates of each observation."""
+        prior = torch.stack([self.runner.prior(self.candidates, generator) for generator in generators])
+        noise = self._draw_candidates(None, prior.flatten(0, 1))
+        u = self.space.project(noise, prior.flatten(0, 1)).float().cpu().unflatten(0, prior.shape[:2])
+        chunks = self.runner.candidates(conditioning, noise.unflatten(0, prior.shape[:2]))
+        return Candidates(u.numpy(), chunks)
+
+    def begin(self, source: NoiseSource, untrained: NoiseSource | None = None) -> None:
+        """Choose noise with ``source``, denoise, and start stepping the chunks.
+
+        Args:
+            source: the learner's policy.
+            untrained: acts instead in the episodes that are not steered; default: ``source``.
+        """
         started = time.perf_counter()
         prior = torch.cat([self.runner.prior(1, generator) for generator in self._generators])
         noise = source(self._features, prior)
+        steered = torch.tensor([running.steered for running in self._running])
+        if untrained is not None and not steered.all():
+            noise[~steered] = untrained(self._features, prior)[~steered]
         if not torch.isfinite(noise).all():
             raise UserError("--rl.learning_rate", "the noise actor has diverged to NaN or Inf; lower it")
+        self._u = self.space.project(noise, prior).float().cpu().numpy()
+        if self.candidates:  # what is stored of the chunk is what the policy made, not what the robot gets
+            chunks = self.runner.candidates(self._conditioning, noise.unsqueeze(1))[:, 0]
+            self._start(chunks, started)
+            return
         actions = self.runner.decode(self._conditioning, noise, self._envs)
         self._lengths = [len(actions[i]) for i in self._envs]
-        self._u = self.space.project(noise).float().cpu().numpy()
+        self._send(actions, started)
+
+    def begin_among(self, choose: Acting | None) -> None:
+        """Execute one of the candidates of each observation, and start stepping the chunks.
+
+        Args:
+            choose: the learner's choice. In episodes that are not steered, and where it is ``None``, the
+                first candidate acts: a draw from the prior like any other.
+        """
+        started = time.perf_counter()
+        index = torch.zeros(len(self._envs), dtype=torch.long)
+        if choose is not None:
+            steered = torch.tensor([running.steered for running in self._running])
+            chosen = choose(self._features, self._candidates.chunks.flatten(2)).cpu()
+            index = torch.where(steered, chosen, index)
+        rows = torch.arange(len(self._envs))
+        self._u = self._candidates.u[rows, index]
+        self._start(self._candidates.chunks[rows, index], started)
+
+    def _start(self, chunks: Tensor, started: float) -> None:
+        self._chunks = chunks.flatten(1).numpy()
+        actions = self.runner.executable(chunks, self._conditioning)
+        self._lengths = [len(actions[i]) for i in self._envs]
+        self._send(actions, started)
+
+    def _send(self, actions: Any, started: float) -> None:
         self.seconds["denoise"] += time.perf_counter() - started
         started = time.perf_counter()  # without workers, sending is stepping
         self.vec.send({i: actions[i] for i in self._envs}, dict(self._next_seed))
@@ -127,10 +217,11 @@ class Collector:
         results: dict[int, ChunkResult] = self.vec.receive()
         self.seconds["env_wait"] += time.perf_counter() - started
         started = time.perf_counter()
-        before = self._features.numpy()
+        before, proposed_before = self._features.numpy(), self._candidates
         ended = [i for i in self._envs if results[i].ended]
         self._take_seeds(ended)
         finals: dict[int, np.ndarray] = {}
+        final_extra: dict[int, dict[str, np.ndarray]] = {}
         for i in ended:
             # A policy that remembers follows on from whole chunks only. Where the time limit cut the last one
             # short, the critic sees the final observation as an episode's first: the nearest state that the
@@ -144,6 +235,9 @@ class Collector:
                 ended,
             )
             finals = dict(zip(ended, self.runner.features(conditioning).numpy(), strict=True))
+            if self.candidates:
+                proposed = self._propose(conditioning, [self._generators[i] for i in ended])
+                final_extra = {i: proposed.row(row) for row, i in enumerate(ended)}
         for i in ended:
             self.runner.forget(i)
         self._observe([results[i].observation for i in self._envs])
@@ -154,8 +248,13 @@ class Collector:
             result = results[i]
             reward, discount = chunk_return(step_rewards(result, self.reward), self.gamma, result.terminated)
             following = finals[i] if result.ended else after[i]
+            kept: dict[str, np.ndarray] | None = None
+            next_kept: dict[str, np.ndarray] | None = None
+            if self.candidates:
+                kept = {"chunk": self._chunks[i], **proposed_before.row(i)}
+                next_kept = final_extra[i] if result.ended else self._candidates.row(i)
             transitions += self._accumulators[i].add(
-                before[i], self._u[i], reward, discount, following, result.ended
+                before[i], self._u[i], reward, discount, following, result.ended, kept, next_kept
             )
             self._note(i, before[i], reward, discount, result)
             if result.ended:
@@ -176,7 +275,7 @@ class Collector:
         running.success |= bool(result.successes.any())
 
     def _close_episode(self, i: int, result: ChunkResult) -> Episode:
-        running, self._running[i] = self._running[i], _Running()
+        running, self._running[i] = self._running[i], _Running(steered=self.assign())
         return Episode(
             seed=result.seed,
             success=running.success,
@@ -186,6 +285,7 @@ class Collector:
             u=np.stack(running.u),
             rewards=np.asarray(running.rewards),
             discounts=np.asarray(running.discounts),
+            steered=running.steered,
         )
 
 

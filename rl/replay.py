@@ -12,7 +12,7 @@ Batch = dict[str, Tensor]
 
 
 class ReplayBuffer:
-    """Holds the last ``capacity`` transitions as float32 tensors.
+    """Holds the last ``capacity`` transitions: float32, and what algorithms add as float16.
 
     Args:
         capacity: number of transitions.
@@ -20,10 +20,17 @@ class ReplayBuffer:
         action_dim: length of ``u``.
         seed: seeds the sampling.
         device: where batches go.
+        extra: shapes of what ``Transition.extra`` holds, by name; anything else in it is not kept.
     """
 
     def __init__(
-        self, capacity: int, feature_dim: int, action_dim: int, seed: int, device: str | torch.device = "cpu"
+        self,
+        capacity: int,
+        feature_dim: int,
+        action_dim: int,
+        seed: int,
+        device: str | torch.device = "cpu",
+        extra: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.capacity = capacity
         self.size = 0
@@ -37,6 +44,9 @@ class ReplayBuffer:
             "discount": torch.zeros(capacity),
             "next_features": torch.zeros(capacity, feature_dim),
         }
+        self._extra = list(extra or {})
+        for name, shape in (extra or {}).items():
+            self._data[name] = torch.zeros(capacity, *shape, dtype=torch.float16)
 
     def __len__(self) -> int:
         return self.size
@@ -47,10 +57,10 @@ class ReplayBuffer:
         Raises:
             ValueError: NaN or Inf anywhere in it.
         """
-        row = {
-            name: torch.as_tensor(np.asarray(getattr(transition, name), dtype=np.float32))
-            for name in self._data
-        }
+        row = {}
+        for name, stored in self._data.items():
+            value = transition.extra[name] if name in self._extra else getattr(transition, name)
+            row[name] = torch.as_tensor(np.asarray(value, dtype=np.float32)).to(stored.dtype)
         for name, value in row.items():
             if not torch.isfinite(value).all():
                 raise ValueError(f"a transition with NaN or Inf in '{name}' was kept out of the replay")
@@ -62,7 +72,7 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Batch:
         """Draw ``batch_size`` transitions uniformly, with replacement."""
         index = torch.randint(self.size, (batch_size,), generator=self._generator)
-        return {name: value[index].to(self._device) for name, value in self._data.items()}
+        return {name: value[index].to(self._device, torch.float32) for name, value in self._data.items()}
 
     def all_features(self) -> Tensor:
         """The stored features (size, d)."""

@@ -8,7 +8,7 @@ follows; 0 of it after a terminal state, ``gamma^k`` after a time limit. Over n 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -60,6 +60,7 @@ class Transition:
         reward: discounted reward over the n chunks.
         discount: weight of the value at ``next_features``.
         next_features: (d,) after the n chunks, or at the episode's true last observation.
+        extra: what an algorithm keeps beside that, by name; of the state after the n chunks ``next_...``.
     """
 
     features: np.ndarray
@@ -67,6 +68,7 @@ class Transition:
     reward: float
     discount: float
     next_features: np.ndarray
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class NStepAccumulator:
@@ -78,7 +80,7 @@ class NStepAccumulator:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self._pending: deque[tuple[np.ndarray, np.ndarray, float, float]] = deque()
+        self._pending: deque[tuple[np.ndarray, np.ndarray, float, float, dict]] = deque()
 
     def add(
         self,
@@ -88,15 +90,26 @@ class NStepAccumulator:
         discount: float,
         next_features: np.ndarray,
         ended: bool,
+        extra: dict[str, np.ndarray] | None = None,
+        next_extra: dict[str, np.ndarray] | None = None,
     ) -> list[Transition]:
-        """Add an executed chunk and return the transitions that it completes, oldest first."""
-        self._pending.append((features, u, reward, discount))
+        """Add an executed chunk and return the transitions that it completes, oldest first.
+
+        Args:
+            features, u, reward, discount: of the chunk.
+            next_features: after it.
+            ended: whether the episode ended with it.
+            extra: what to keep of the chunk and the state it was chosen in.
+            next_extra: what to keep of the state after it.
+        """
+        self._pending.append((features, u, reward, discount, extra or {}))
         done: list[Transition] = []
         while self._pending and (ended or len(self._pending) == self.n):
             total, weight = 0.0, 1.0
-            for _, _, chunk_reward, chunk_discount in self._pending:
+            for _, _, chunk_reward, chunk_discount, _ in self._pending:
                 total += weight * chunk_reward
                 weight *= chunk_discount
-            first_features, first_u, _, _ = self._pending.popleft()
-            done.append(Transition(first_features, first_u, total, weight, next_features))
+            first_features, first_u, _, _, kept = self._pending.popleft()
+            kept = kept | {f"next_{name}": value for name, value in (next_extra or {}).items()}
+            done.append(Transition(first_features, first_u, total, weight, next_features, kept))
         return done

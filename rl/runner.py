@@ -128,6 +128,28 @@ class PolicyRunner:
             actions.append(self._executable(chunk, one)[0])
         return actions
 
+    def candidates(self, conditioning: Encoded, noise: Tensor) -> Tensor:
+        """Chunks (B, K, steps, action_dim) for K noises per observation, normalised, float32 on the CPU.
+
+        Args:
+            conditioning: from ``encode``, of B observations; they are not encoded again.
+            noise: (B, K, *noise_spec.shape).
+
+        Raises:
+            UserError: the policy denoises one sample at a time from a memory of its own.
+        """
+        if isinstance(conditioning, list):
+            raise UserError(
+                "--rl.type", f"a {self.adapter.policy_type} policy offers no candidates; use dsrl_sac"
+            )
+        noise = noise.to(self.adapter.device, self.adapter.noise_spec.dtype)
+        chunks = self.adapter.denoise(conditioning.repeat_interleave(noise.shape[1]), noise.flatten(0, 1))
+        return chunks.float().cpu().unflatten(0, tuple(noise.shape[:2]))
+
+    def executable(self, chunk: Tensor, conditioning: Conditioning) -> np.ndarray:
+        """What the environment gets for normalised chunks (B, steps, action_dim)."""
+        return self._executable(chunk.to(self.adapter.device), conditioning)
+
     def _executable(self, chunk: Tensor, conditioning: Conditioning) -> np.ndarray:
         actions = self.adapter.postprocess(chunk, conditioning)
         actions = self.env_postprocessor({ACTION: actions})[ACTION]

@@ -19,6 +19,7 @@ from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
 from trimtab.rl.diagnostics import calibration
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.gate import Gate, GateConfig
 from trimtab.rl.replay import ReplayBuffer
 from trimtab.rl.returns import REWARDS, value_bounds
 from trimtab.rl.runner import PolicyRunner
@@ -42,6 +43,8 @@ class TrainConfig:
     replay_capacity: int = 100_000
     # sparse: -1 for each step until success; env: the environment's own reward.
     reward: str = "sparse"
+    # Lets the untrained actor act until the learner's policy is as good.
+    gate: GateConfig = field(default_factory=GateConfig)
     # Environment steps between two lines of metrics.jsonl.
     log_every: int = 500
 
@@ -97,13 +100,28 @@ class Trainer:
             self.rl.n_step,
             self.train.reward,
             seed=training_seed(self.seed),
+            candidates=self.rl.candidates,
         )
+        self.gate = Gate(self.train.gate, self.seed)
+        if self.train.gate.enabled:
+            self.collector.assign = lambda: self.updates > 0 and self.gate()
+            self.collector.unsteer()
         feature_dim = self.collector.feature_dim
+        steps, action_dim = self.runner.adapter.chunk_shape
         self.algorithm: Algorithm = self.rl.build(
-            feature_dim, self.space, self.accelerator, value_bounds(self.train.reward, self.rl.gamma)
+            feature_dim,
+            self.space,
+            self.accelerator,
+            value_bounds(self.train.reward, self.rl.gamma),
+            steps * action_dim,
         )
         self.replay = ReplayBuffer(
-            self.train.replay_capacity, feature_dim, self.space.dim, self.seed, self.accelerator.device
+            self.train.replay_capacity,
+            feature_dim,
+            self.space.dim,
+            self.seed,
+            self.accelerator.device,
+            replay_extra(self.rl.candidates, steps * action_dim, self.space.dim),
         )
         self.transitions = self.episodes = self.updates = 0
         self._owed = 0.0
@@ -125,8 +143,11 @@ class Trainer:
         )
         started, logged, warming = time.perf_counter(), 0, True
         while self.collector.env_steps < self.train.env_steps:
-            warming = self.transitions < self.train.warmup_transitions
-            self.collector.begin(warmup if warming else actor)
+            warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
+            if self.algorithm.selects:
+                self.collector.begin_among(None if warming or not self.updates else self.algorithm.select)
+            else:
+                self.collector.begin(warmup if warming else actor, warmup)
             self._learn()
             transitions, episodes = self.collector.finish()
             self._store(transitions, episodes)
@@ -171,6 +192,7 @@ class Trainer:
         for episode in episodes:
             self._window.add(episode.success)
             self._recent.append(episode)
+            self.gate.add(episode.steered, episode.success)
             self.episodes += 1
 
     def _metrics(self, elapsed: float, warming: bool) -> dict[str, Any]:
@@ -183,6 +205,8 @@ class Trainer:
             "success_window": len(self._window),
             "acting": "untrained" if warming else "actor",
         }
+        if self.train.gate.enabled:
+            line["gate_share"] = self.gate.share if self.updates else 0.0
         means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         for name, value in means.items():
             if value != value or value in (float("inf"), float("-inf")):
@@ -197,6 +221,18 @@ class Trainer:
         line |= {f"seconds_{name}": round(value, 3) for name, value in seconds.items()}
         line["seconds_total"] = round(elapsed, 3)
         return line
+
+
+def replay_extra(candidates: int, chunk_size: int, dim: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the replay keeps for algorithms that learn from candidates."""
+    if not candidates:
+        return {}
+    return {
+        "chunk": (chunk_size,),
+        "candidates": (candidates, chunk_size),
+        "candidates_u": (candidates, dim),
+        "next_candidates": (candidates, chunk_size),
+    }
 
 
 def training_seed(seed: int) -> int:

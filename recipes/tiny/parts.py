@@ -12,6 +12,32 @@ from torch import Tensor
 
 STATE_DIM, ACTION_DIM = 5, 3
 WORDS = ("pick", "up", "the", "red", "cube", "press", "button", "close", "drawer", "push", "to", "goal")
+# Of molmoact2's and wall_x's prompts: one token each, as for a real tokenizer.
+PROMPT_WORDS = (
+    "a",
+    "action",
+    "are",
+    "assistant",
+    "camera",
+    "complete",
+    "control",
+    "current",
+    "expected",
+    "helpful",
+    "in",
+    "is",
+    "mode",
+    "next",
+    "of",
+    "robot",
+    "setup",
+    "should",
+    "state",
+    "take",
+    "task",
+    "view",
+    "what",
+)
 
 
 def camera_features(
@@ -92,18 +118,24 @@ def word_tokenizer(folder: Path, special: dict[str, str] | None = None, **fields
 
 
 def byte_tokenizer(folder: Path, tokens: Sequence[str], **fields: Any) -> Any:
-    """Save a Qwen2 tokenizer that knows single bytes and ``tokens`` only, and return it.
+    """Save a Qwen2 tokenizer that knows single bytes, the words of prompts and ``tokens``, and return it.
 
     Args:
         folder: where.
-        tokens: special tokens; the first ids after the bytes and ``<|endoftext|>``.
+        tokens: special tokens; the last ids.
         fields: further arguments of ``Qwen2Tokenizer``.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
-    vocabulary = {name: index for index, name in enumerate(names)}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=list(tokens), **fields)
+    names, merges = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"], []
+    for word in sorted({*WORDS, *PROMPT_WORDS}):
+        word = f"Ġ{word}"  # with the space before it
+        for end in range(1, len(word)):
+            merges.append((word[:end], word[end]))
+            names.append(word[: end + 1])
+    vocabulary = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    merges = list(dict.fromkeys(merges))
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=list(tokens), **fields)
     tokenizer.save_pretrained(folder)
     return tokenizer

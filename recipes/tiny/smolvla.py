@@ -16,7 +16,7 @@ def build(folder: Path, **fields: Any) -> dict[str, Any]:
     from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
     from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 
-    vlm = make_vlm(folder / "vlm")
+    vlm = make_vlm(folder / "vlm", weights=fields.get("load_vlm_weights", False))
     values: dict[str, Any] = {
         **camera_features(),
         "device": "cpu",
@@ -60,15 +60,17 @@ NARROW: dict[str, dict[str, Any]] = {
 }
 
 
-def make_vlm(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW) -> Path:
-    """Config and processor of a SmolVLM, without weights.
+def make_vlm(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW, weights: bool = False) -> Path:
+    """Config and processor of a SmolVLM.
 
     Args:
         folder: where.
         sizes: fields of the text, vision and whole config.
+        weights: save random weights too, for LeRobot to load.
     """
     from transformers import (
         SmolVLMConfig,
+        SmolVLMForConditionalGeneration,
         SmolVLMImageProcessor,
         SmolVLMProcessor,
         SmolVLMVideoProcessor,
@@ -91,6 +93,9 @@ def make_vlm(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW) -> Path:
         text_config=text, vision_config=sizes["vision"], image_token_id=5, **sizes["model"]
     )
     config.save_pretrained(folder)
+    if weights:
+        torch.manual_seed(0)
+        SmolVLMForConditionalGeneration(config).save_pretrained(folder)
     SmolVLMProcessor(
         image_processor=SmolVLMImageProcessor(),
         tokenizer=tokenizer,

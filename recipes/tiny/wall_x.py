@@ -82,6 +82,7 @@ NARROW: dict[str, dict[str, Any]] = {
         "fullatt_block_indexes": [1],
         "initializer_range": 0.2,
     },
+    "model": {"tie_word_embeddings": False},
 }
 
 
@@ -99,7 +100,7 @@ def make_backbone(
         padding_side: where the tokenizer pads shorter texts.
         action_dim: width of an action, padding included.
         state_dim: width of a state, padding included.
-        sizes: fields of the text and vision configs.
+        sizes: fields of the text, vision and whole config.
     """
     from lerobot.policies.wall_x.qwen_model import Qwen2_5_VLConfig
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
@@ -125,7 +126,7 @@ def make_backbone(
         text_config=text,
         vision_config=vision,
         agent_pos_config={"arm": state_dim},
-        tie_word_embeddings=False,
+        **sizes["model"],
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
     ).save_pretrained(folder)
     Qwen2_5_VLProcessor(

@@ -1,6 +1,7 @@
 """Noise-space RL algorithms, one file each."""
 
 from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig
+from trimtab.rl.algorithms.best_of_n import BestOfN, BestOfNConfig
 from trimtab.rl.algorithms.dsrl_sac import DSRLSAC, DSRLSACConfig
 
-__all__ = ["DSRLSAC", "Algorithm", "AlgorithmConfig", "DSRLSACConfig"]
+__all__ = ["DSRLSAC", "Algorithm", "AlgorithmConfig", "BestOfN", "BestOfNConfig", "DSRLSACConfig"]

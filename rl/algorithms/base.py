@@ -33,6 +33,11 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         require_positive(self, "n_step", "batch_size")
 
     @property
+    def candidates(self) -> int:
+        """Noises per observation that the algorithm learns from, beside the one that acts."""
+        return 0
+
+    @property
     def type(self) -> str:
         return self.get_choice_name(self.__class__)
 
@@ -43,8 +48,17 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         space: NoiseSpace,
         accelerator: Any,
         bounds: tuple[float, float] | None,
+        chunk_size: int = 0,
     ) -> Algorithm:
-        """Build the algorithm for a policy's features and noise space."""
+        """Build the algorithm for a policy's features and noise space.
+
+        Args:
+            feature_dim: length of the observation features.
+            space: noise space.
+            accelerator: an ``accelerate.Accelerator``.
+            bounds: smallest and largest possible return, or ``None``.
+            chunk_size: numbers in a chunk, steps * action_dim.
+        """
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -59,10 +73,18 @@ class Algorithm(nn.Module, abc.ABC):
     """Trains a noise actor from replayed transitions.
 
     Attributes:
-        actor: what acts and what is deployed.
+        actor: what is deployed, and what acts while learning unless ``selects``.
+        candidates: noises per observation that the collector has to decode and keep.
+        selects: whether ``select`` acts while learning, choosing among the candidates.
     """
 
     actor: NoiseActor
+    candidates: int = 0
+    selects: bool = False
+
+    def select(self, features: Tensor, chunks: Tensor) -> Tensor:
+        """Which candidate acts: (B, d), (B, K, steps * action_dim) -> (B,)."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def update(self, batch: Batch) -> dict[str, Tensor]:

@@ -61,6 +61,7 @@ class DSRLSACConfig(AlgorithmConfig):
         space: NoiseSpace,
         accelerator: Any,
         bounds: tuple[float, float] | None,
+        chunk_size: int = 0,
     ) -> DSRLSAC:
         return DSRLSAC(self, feature_dim, space, accelerator, bounds)
 
@@ -158,7 +159,9 @@ class DSRLSAC(Algorithm):
                 "actor_loss": loss.detach(),
                 "entropy": -drawn.log_prob.detach().mean(),
                 "alpha": self.alpha.detach(),
-                "noise_kl_to_prior": kl_to_prior(drawn.mean.detach(), drawn.log_std.detach()).mean(),
+                "noise_kl_to_prior": kl_to_prior(
+                    drawn.mean.detach(), drawn.log_std.detach(), self.actor.space.initial_std
+                ).mean(),
                 "noise_rms": drawn.u.detach().square().mean().sqrt(),
             }
         polyak(self.target_critic, self.critic, self.config.tau)

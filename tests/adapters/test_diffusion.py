@@ -108,7 +108,7 @@ def test_verify_refuses_a_stochastic_sampler(tmp_path):
 
     policy = DiffusionPolicy.from_pretrained(make_diffusion(tmp_path / "ddpm", scheduler="DDPM"))
     with pytest.raises(UserError, match="the same noise gave two different chunks"):
-        DiffusionAdapter(policy, dict, dict).verify()
+        DiffusionAdapter(policy, dict, torch.clone).verify()
 
 
 def test_verify_refuses_a_policy_blind_to_its_noise(tmp_path):
@@ -123,7 +123,7 @@ def test_verify_refuses_a_policy_blind_to_its_noise(tmp_path):
     torch.nn.init.zeros_(policy.diffusion.unet.final_conv[-1].weight)
     torch.nn.init.zeros_(policy.diffusion.unet.final_conv[-1].bias)
     with pytest.raises(UserError, match="two different noises gave the same chunk"):
-        DiffusionAdapter(policy, dict, dict).verify()
+        DiffusionAdapter(policy, dict, torch.clone).verify()
 
 
 def test_number_of_steps_is_checked(tmp_path):

@@ -1,5 +1,8 @@
 """What every adapter must do, on a tiny random instance of the real LeRobot class."""
 
+from contextlib import nullcontext
+from copy import copy
+
 import pytest
 import torch
 
@@ -7,6 +10,8 @@ from tests.adapters.cases import all_cases, noise_like
 from trimtab.adapters import load_adapter
 from trimtab.adapters.files import weights_hash
 from trimtab.recipes.tiny import make_tiny
+
+BACKBONE_FIRST = ("fastwam", "molmoact2", "wall_x")
 
 
 @pytest.fixture(scope="module", params=all_cases(), ids=lambda case: case.id)
@@ -45,6 +50,37 @@ def test_equals_the_public_path(case, adapter, observation, conditioning, batch_
     assert chunk.shape == (batch_size, *adapter.chunk_shape)
     expected = case.public(adapter, adapter.preprocess(observation), adapter.native_noise(noise))
     assert (chunk - adapter.executed(expected)).abs().max() <= 1e-5
+
+
+def test_equals_a_policy_that_lerobot_loaded(case, adapter, options, observation, conditioning, batch_size):
+    """Not the adapter's own instance: weights, precision and settings must be those that LeRobot runs."""
+    if case.type in BACKBONE_FIRST:
+        pytest.skip("LeRobot loads the backbone's own weights first, which the tiny instance has none of")
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.factory import get_policy_class
+
+    config = PreTrainedConfig.from_pretrained(options.path)
+    config.device = "cpu"
+    for name in ("noise_scheduler_type", "num_inference_steps"):  # DDPM is switched on purpose
+        if adapter.notes and hasattr(config, name):
+            setattr(config, name, getattr(adapter.config, name))
+    scope = nullcontext()
+    if case.type in ("pi0", "pi05"):
+        from trimtab.recipes.tiny.pi0 import narrow
+
+        scope = narrow(config)
+    with scope:
+        theirs = get_policy_class(case.type).from_pretrained(options.path, config=config).eval()
+    ours = adapter.policy.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        if name in ours:
+            assert ours[name].dtype == tensor.dtype, name
+            assert torch.equal(ours[name], tensor), name
+    other = copy(adapter)
+    other.policy = theirs
+    noise = noise_like(adapter, batch_size)
+    expected = case.public(other, adapter.preprocess(observation), adapter.native_noise(noise))
+    assert (adapter.denoise(conditioning, noise) - adapter.executed(expected)).abs().max() <= 1e-5
 
 
 def test_same_noise_same_chunk_other_noise_other_chunk(adapter, conditioning, batch_size):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +27,6 @@ def adapter(options):
 
 def edited(options, folder, **fields):
     """A copy of the policy's folder with other config fields."""
-    from pathlib import Path
-
     folder.mkdir()
     for file in Path(options.path).iterdir():
         if file.is_file():
@@ -112,3 +112,71 @@ def test_missing_frozen_parts_name_the_option(options, tmp_path):
     hub = edited(options, tmp_path / "hub", text_encoder_model_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers")
     with pytest.raises(UserError, match=r"--policy.backbone: .* name a folder with 'vae'"):
         load_adapter(PolicyConfig(path=hub.path, device="cpu"))
+
+
+def spoilt(options, folder, part, change):
+    """The options with a copy of Wan's parts of which one has other weights."""
+    backbone = Path(shutil.copytree(options.backbone, folder))
+    file = next((backbone / part).glob("*.safetensors"))
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return PolicyConfig(**{**vars(options), "backbone": str(backbone)})
+
+
+def a_third(weights):
+    return {name: weights[name] for name in sorted(weights)[: len(weights) // 3]}
+
+
+def poisoned(weights):
+    return {name: value.clone().fill_(float("nan")) for name, value in weights.items()}
+
+
+@pytest.mark.parametrize("change", [a_third, poisoned])
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_broken_frozen_parts_are_refused(options, tmp_path, part, change):
+    with pytest.raises(UserError, match=r"^--policy.backbone: ") as caught:
+        load_adapter(spoilt(options, tmp_path / "wan", part, change))
+    text = str(caught.value)
+    assert "meta" not in text and "\n" not in text
+    assert ("NaN" in text) == (change is poisoned), text
+    assert ("missing" in text or "lacks" in text) == (change is a_third), text
+
+
+def test_other_frozen_parts_are_another_base(options, adapter, tmp_path):
+    identity = adapter.identity(options.path)
+    assert any(name.startswith("vae/") for name in identity["files"])
+    for part in ("vae", "text_encoder"):
+        other = load_adapter(
+            spoilt(options, tmp_path / part, part, lambda w: {k: v + 0.1 for k, v in w.items()})
+        ).identity(options.path)
+        odd = [name for name in identity["files"] if identity["files"][name] != other["files"][name]]
+        assert len(odd) == 1 and odd[0].startswith(part + "/")
+        assert identity["weights_sha256"] != other["weights_sha256"]
+
+
+def test_frozen_parts_in_shards(options, adapter, tmp_path):
+    from transformers import UMT5EncoderModel
+
+    backbone = Path(shutil.copytree(options.backbone, tmp_path / "wan"))
+    text_encoder = UMT5EncoderModel.from_pretrained(backbone / "text_encoder")
+    (backbone / "text_encoder" / "model.safetensors").unlink()
+    text_encoder.save_pretrained(backbone / "text_encoder", max_shard_size="5KB")
+    shards = sorted((backbone / "text_encoder").glob("*.safetensors"))
+    assert len(shards) > 1
+    sharded = PolicyConfig(**{**vars(options), "backbone": str(backbone)})
+    again = load_adapter(sharded)
+    assert again.identity(options.path)["weights_sha256"] == adapter.identity(options.path)["weights_sha256"]
+    weights = load_file(shards[-1])
+    weights.pop(sorted(weights)[0])
+    save_file(weights, shards[-1], metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"--policy.backbone: .*lacks 2 tensors"):  # one, of two names
+        load_adapter(sharded)
+    shards[-1].unlink()
+    with pytest.raises(UserError, match=r"--policy.backbone: "):
+        load_adapter(sharded)
+
+
+def test_frozen_parts_without_safetensors_are_refused(options, tmp_path):
+    backbone = Path(shutil.copytree(options.backbone, tmp_path / "wan"))
+    next((backbone / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"--policy.backbone: .*vae holds no weights in safetensors"):
+        load_adapter(PolicyConfig(**{**vars(options), "backbone": str(backbone)}))

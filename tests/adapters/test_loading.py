@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.files import file_hash, weights_hash
+from trimtab.adapters.files import file_hash, settings_hashes, weights_hash
+from trimtab.recipes.tiny import make_tiny
 
 
 @pytest.fixture
@@ -91,6 +92,36 @@ def poison(tensors):
     tensors[next(iter(tensors))].view(-1)[0] = float("nan")
 
 
+def edit_statistics(which, edit):
+    def damage(folder):
+        path = next(folder.glob(f"policy_{which}processor_*.safetensors"))
+        save_file(edit(load_file(str(path))), str(path))
+
+    return damage
+
+
+def forget(tensors):
+    return {}
+
+
+def blur(tensors):
+    return {name: torch.full_like(tensor, float("nan")) for name, tensor in tensors.items()}
+
+
+def forget_minimum(tensors):
+    return {name: tensor for name, tensor in tensors.items() if name != "action.min"}
+
+
+def drop_statistics_file(folder):
+    path = folder / "policy_postprocessor.json"
+    processor = json.loads(path.read_text())
+    del processor["steps"][0]["state_file"]
+    path.write_text(json.dumps(processor))
+
+
+NO_STATE = "preprocessor.json normalises 'observation.state' by MIN_MAX but has no finite min and max"
+NO_ACTION = "postprocessor.json normalises 'action' by MIN_MAX but has no finite min and max"
+
 DAMAGES = {
     "no config": (lambda f: (f / "config.json").unlink(), "lacks config.json"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
@@ -105,6 +136,12 @@ DAMAGES = {
     "a tensor too many": (edit_weights(add_one), "1 tensors unknown"),
     "a tensor of another shape": (edit_weights(grow_first), "1 tensors of another shape"),
     "NaN in the weights": (edit_weights(poison), "holds NaN or Inf"),
+    "no statistics of the inputs": (edit_statistics("pre", forget), NO_STATE),
+    "NaN in the statistics of the inputs": (edit_statistics("pre", blur), NO_STATE),
+    "no statistics of the actions": (edit_statistics("post", forget), NO_ACTION),
+    "NaN in the statistics of the actions": (edit_statistics("post", blur), NO_ACTION),
+    "one statistic missing": (edit_statistics("post", forget_minimum), "no finite min of it"),
+    "no file of statistics": (drop_statistics_file, NO_ACTION),
     "processor cut short": (truncate("policy_preprocessor.json", 0.5), "processors in"),
     "vqbet": (edit_config(type="vqbet"), "type 'vqbet' cannot be steered: it draws categorical codes"),
     "tdmpc": (edit_config(type="tdmpc"), "type 'tdmpc' cannot be steered: it plans"),
@@ -138,3 +175,75 @@ def test_missing_folder_and_repository(tmp_path):
 def test_unusable_device(folder):
     with pytest.raises(UserError, match=r"--policy.device: 'warp' is not usable"):
         load_adapter(PolicyConfig(path=str(folder), device="warp"))
+
+
+@pytest.mark.parametrize("policy_type, state", [("groot", "observation.state"), ("molmoact2", "action")])
+def test_statistics_of_processors_of_their_own_kind(policy_type, state, tmp_path):
+    options = make_tiny(policy_type, tmp_path / "policy")
+    edit_statistics("pre" if state.startswith("obs") else "post", forget)(tmp_path / "policy")
+    with pytest.raises(UserError, match=f"normalises '{state}' by"):
+        load_adapter(options)
+
+
+def test_statistics_of_older_versions_among_the_weights_are_left_out(folder):
+    expected = load(folder).policy.state_dict()
+
+    def add_old(tensors):
+        tensors["normalize_inputs.buffer_observation_state.min"] = torch.full((2,), float("inf"))
+        tensors["normalize_targets.buffer_action.max"] = torch.ones(2)
+        tensors["unnormalize_outputs.buffer_action.max"] = torch.ones(2)
+
+    edit_weights(add_old)(folder)
+    adapter = load(folder)
+    assert any("3 statistics of an older LeRobot" in note for note in adapter.notes)
+    assert all(torch.equal(value, expected[name]) for name, value in adapter.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "backbone"])
+@pytest.mark.parametrize("policy_type", ["act", "diffusion"])
+def test_an_option_for_what_the_policy_has_not(name, policy_type, tmp_path):
+    options = make_tiny(policy_type, tmp_path / "policy")
+    with pytest.raises(
+        UserError, match=f"^--policy.{name}: a.* {policy_type} policy has no {name} of its own"
+    ):
+        load_adapter(PolicyConfig(**{**vars(options), name: "/some/folder"}))
+
+
+def test_an_ignored_tokenizer_is_refused(tmp_path):
+    options = make_tiny("wall_x", tmp_path / "policy")
+    with pytest.raises(UserError, match=r"^--policy.tokenizer: a wall_x policy has no tokenizer of its own"):
+        load_adapter(PolicyConfig(**{**vars(options), "tokenizer": "/some/folder"}))
+
+
+def test_renaming_without_a_step_for_it(folder):
+    path = folder / "policy_preprocessor.json"
+    processor = json.loads(path.read_text())
+    del processor["steps"][0]
+    path.write_text(json.dumps(processor))
+    with pytest.raises(UserError, match=r"^--policy.rename_map: .* no step that renames observations"):
+        load_adapter(PolicyConfig(path=str(folder), device="cpu", rename_map={"a": "b"}))
+
+
+def test_the_tokenizer_is_named_where_it_is_the_tokenizer_alone(folder, tmp_path):
+    options = make_tiny("pi0", tmp_path / "pi0")
+    hint = "--policy.path: .*name what cannot be fetched: --policy.tokenizer=FOLDER$"
+    with pytest.raises(UserError, match=hint):
+        load_adapter(PolicyConfig(path=options.path, device="cpu"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"^--policy.tokenizer: "):
+        load_adapter(PolicyConfig(path=options.path, device="cpu", tokenizer=str(tmp_path / "empty")))
+    next((tmp_path / "pi0").glob("policy_preprocessor_*.safetensors")).unlink()
+    with pytest.raises(UserError, match="State file") as caught:
+        load_adapter(options)
+    assert "fetched" not in str(caught.value)
+
+
+def test_settings_are_hashed_without_where_they_lie(folder):
+    before = settings_hashes(folder)
+    assert {"config.json", "policy_preprocessor.json", "policy_postprocessor.json"} <= before.keys()
+    assert len(before) == 5  # and two files of statistics
+    edit_config(device="cuda", repo_id="a/b")(folder)
+    assert settings_hashes(folder) == before
+    edit_config(n_action_steps=2)(folder)
+    after = settings_hashes(folder)
+    assert [name for name in before if before[name] != after[name]] == ["config.json"]

@@ -82,6 +82,49 @@ def test_moved_base(folders, tmp_path):
     load_adapter(replace(moved, base_path=options.path))
 
 
+def test_identity_and_artefact_with_a_moved_base(folders, tmp_path):
+    from trimtab.policies.actor import ActorConfig, NoiseActor
+    from trimtab.policies.noise_space import RepeatNoiseConfig
+    from trimtab.rl.artefact import load_artefact, save_artefact
+
+    options, lora = folders
+    root = tmp_path / "before"
+    base = shutil.copytree(options.path, root / "base")
+    copy = shutil.copytree(lora, root / "lora")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    moved = PolicyConfig(path=str(copy), device="cpu", base_path=str(base))
+    adapter = load_adapter(moved)
+    identity = adapter.identity(copy)
+    assert identity == load_adapter(PolicyConfig(path=str(lora), device="cpu")).identity(lora)
+    adapter.check_identity(identity, copy)
+
+    noise = RepeatNoiseConfig()
+    width = adapter.features(adapter.example_conditioning(1, torch.Generator())).shape[-1]
+    actor = NoiseActor(width, noise.build(adapter.noise_spec), ActorConfig(hidden=8, layers=1))
+    save_artefact(root / "artefact", actor, noise, adapter, moved, copy, {})
+    there = tmp_path / "after"
+    shutil.move(root, there)
+    again = load_artefact(PolicyConfig(path=str(there / "artefact"), device="cpu")).adapter
+    assert again.weights_files[1] == there / "base" / "model.safetensors"
+    observation = adapter.example_observation(1, torch.Generator().manual_seed(3))
+    chunks = [a.denoise(a.observe(observation), noise_like(a, 1)) for a in (adapter, again)]
+    assert torch.equal(*chunks)
+
+    shutil.move(there / "base", tmp_path / "elsewhere")
+    artefact = PolicyConfig(path=str(there / "artefact"), device="cpu")
+    with pytest.raises(UserError, match=r"--policy.base_path: .* not where it was"):
+        load_artefact(artefact)
+    artefact = replace(artefact, base_path=str(tmp_path / "elsewhere"))
+    load_artefact(artefact)
+    state = load_file(tmp_path / "elsewhere" / "model.safetensors")
+    state[next(iter(state))].view(-1)[0] += 1
+    save_file(state, tmp_path / "elsewhere" / "model.safetensors")
+    with pytest.raises(UserError, match="its weights have another hash"):
+        load_artefact(artefact)
+
+
 def damage(change):
     def apply(lora):
         state = load_file(lora / "adapter_model.safetensors")

@@ -66,11 +66,12 @@ def test_inert_entries_are_found(adapter):
             self.noise_spec = NoiseSpec((STEPS, 3), live=live)
 
         def denoise(self, conditioning, noise):
-            return noise[..., :1] * 2.0
+            mixed = noise @ torch.tensor([[2.0], [0.0], [0.0]])
+            return mixed + 1e-9 * torch.arange(len(noise)).view(-1, 1, 1)  # rounding by place in the batch
 
     found = measure(Masked(), observations(adapter), repeats=0)
     assert found.inert_columns == [1, 2]  # column 1 is inert although nothing says so
-    assert found.declared_inert == STEPS and found.inert_difference == 0.0
+    assert found.declared_inert == STEPS and found.inert_difference <= found.floor
 
 
 def test_a_sampler_that_draws_and_one_that_ignores(adapter):
@@ -83,8 +84,9 @@ def test_a_sampler_that_draws_and_one_that_ignores(adapter):
             return super().denoise(conditioning, torch.zeros_like(noise))
 
     assert not measure(Draws(), observations(adapter), repeats=0).deterministic
-    blind = measure(Ignores(), observations(adapter), repeats=0)
-    assert blind.deterministic and blind.blind and blind.authority == 0.0
+    for count in (1, 3):
+        blind = measure(Ignores(), observations(adapter, count), repeats=0)
+        assert blind.deterministic and blind.blind
 
 
 def test_batches_respect_the_policy(adapter):

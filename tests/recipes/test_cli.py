@@ -48,6 +48,19 @@ ERRORS = {
     "no environments": (["adapt", POINT, "--num_envs=0"], "--num_envs: must be at least 1"),
     "unknown reward": (["adapt", POINT, "--train.reward=gold"], "--train.reward: 'gold' is none of"),
     "bound of zero": (["adapt", POINT, "--noise.bound=0", "--noise.type=full"], "--noise.bound: the bound"),
+    "no knots": (["adapt", POINT, "--noise.type=knots", "--noise.knots=0"], "error: --noise.knots: must be"),
+    "knots elsewhere": (
+        ["adapt", POINT, "--noise.type=full", "--noise.knots=4"],
+        "--noise: The fields `knots`",
+    ),
+    "base 60": (
+        ["adapt", POINT, "--noise.type=masked", "--noise.rows=1:8"],
+        "error: --noise.rows: '68' is no",
+    ),
+    "half a delta": (
+        ["adapt", POINT, "--noise.type=residual", "--noise.delta=x"],
+        "error: --noise.delta: 'x'",
+    ),
     "no threads": (["eval", POINT, "--machine.threads=0"], "--machine.threads: must be at least 1"),
     "no episodes": (["eval", POINT, "--eval.n_episodes=0"], "--eval.n_episodes: must be at least 1"),
     "no policy": (["adapt", POINT], "--policy.path: name the folder"),

@@ -34,8 +34,9 @@ def test_embedded_generalist(tiny_base, tmp_path, capsys):
     assert len(report["constants"]) == 3 and all(c["episodes"] == 2 for c in report["constants"])
     # Cloned for thirty steps, it never succeeds: right is to say that there is nothing to learn from.
     assert report["success"]["base"]["successes"] == 0
-    assert not report["steerable"] and "nothing to learn from" in report["verdict"]
-    assert "verdict: nothing to learn from" in capsys.readouterr().out
+    assert not report["steerable"] and "nothing seen to learn from" in report["verdict"]
+    assert "no success in 22 episodes" in report["verdict"]
+    assert "verdict: nothing seen" in capsys.readouterr().out
 
 
 def test_embedded_generalist_without_an_environment(tiny_base, tmp_path):
@@ -55,7 +56,9 @@ def test_act_is_steered_through_its_latent(tmp_path, capsys):
     options = make_tiny("act", tmp_path / "act")
     report = probe(options.path, tmp_path / "out")
     assert report["steerable"] and report["row_effect"] == []
-    assert "the noise has no rows" not in capsys.readouterr().out
+    assert len(report["noise_shape"]) == 1
+    assert len(report["column_effect"]) == report["noise_shape"][0]
+    assert "verdict: can be steered" in capsys.readouterr().out
 
 
 def test_collapsed_act_latent(tmp_path):
@@ -72,19 +75,26 @@ def test_collapsed_act_latent(tmp_path):
 
 
 def test_noise_blind_policy(tmp_path):
-    """A network that predicts a clean action of zero whatever it is given ends at zero."""
+    """A live network that does not look at its noise; rounding differs by place in the batch."""
     folder = make_diffusion(tmp_path / "blind", prediction_type="sample")
     state = load_file(folder / "model.safetensors")
-    for name in ("weight", "bias"):
-        key = f"diffusion.unet.final_conv.1.{name}"
+    for name in ("conv1.block.0.weight", "residual_conv.weight"):  # the U-Net's view of the noisy chunk
+        key = f"diffusion.unet.down_modules.0.0.{name}"
         state[key] = torch.zeros_like(state[key])
     save_file(state, folder / "model.safetensors")
     report = probe(folder, tmp_path / "out", *PUSHT)
     assert not report["steerable"] and "ignores its noise" in report["verdict"]
+    assert report["noise_difference"] <= report["rounding_floor"]
     assert report["success"] == {}  # no episode is spent on a policy that cannot be steered
 
 
-@pytest.mark.parametrize("option", ["--noises=1", "--observations=0", "--repeats=-1"])
+def test_the_base_policy_of_probe_must_know_the_task(tiny_base, tmp_path, capsys):
+    args = ["probe", f"--policy.path={tiny_base}", "--policy.device=cpu", f"--output_dir={tmp_path / 'o'}"]
+    assert main([*args, "--env.type=metaworld_state", "--env.task=hammer-v3"]) == 2
+    assert "--env.task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--noises=1", "--observations=1", "--repeats=-1", "--seed=-1"])
 def test_bad_options(option, tmp_path, capsys):
     assert main(["probe", "--policy.path=x", f"--output_dir={tmp_path / 'o'}", option]) == 2
     assert option.split("=")[0] in capsys.readouterr().err

@@ -125,7 +125,7 @@ def test_nan_observation_stops_in_one_line():
 def test_nan_action_stops_in_one_line():
     adapter, config = PointAdapter(), PointConfig()
     adapter.policy.gain.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"--policy.path: .*NaN or Inf actions"):
+    with pytest.raises(UserError, match=r"--policy.path: .*NaN or Inf"):
         adapter.verify()
     with (
         ChunkVectorEnv(config, 2, 0) as vec,

@@ -1,0 +1,32 @@
+"""Noise spaces: from the actor's bounded output ``u`` to the noise tensor that a policy takes.
+
+A new space is a config with ``build``, a ``NoiseSpace`` beside it, and a line here.
+"""
+
+from trimtab.policies.noise_space.base import NoiseSpace, NoiseSpaceConfig
+from trimtab.policies.noise_space.knots import KnotNoiseConfig, KnotNoiseSpace
+from trimtab.policies.noise_space.masked import MaskedNoiseConfig, MaskedNoiseSpace
+from trimtab.policies.noise_space.residual import ResidualNoiseConfig, ResidualNoiseSpace
+from trimtab.policies.noise_space.whole import (
+    ConstantNoiseConfig,
+    FullNoiseConfig,
+    FullNoiseSpace,
+    RepeatNoiseConfig,
+    RepeatNoiseSpace,
+)
+
+__all__ = [
+    "ConstantNoiseConfig",
+    "FullNoiseConfig",
+    "FullNoiseSpace",
+    "KnotNoiseConfig",
+    "KnotNoiseSpace",
+    "MaskedNoiseConfig",
+    "MaskedNoiseSpace",
+    "NoiseSpace",
+    "NoiseSpaceConfig",
+    "RepeatNoiseConfig",
+    "RepeatNoiseSpace",
+    "ResidualNoiseConfig",
+    "ResidualNoiseSpace",
+]

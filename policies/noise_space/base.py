@@ -1,0 +1,129 @@
+"""What every noise space offers to the actor, the replay and the algorithms."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+
+import draccus
+import torch
+from torch import Tensor
+
+from trimtab.adapters import NoiseSpec, UserError
+
+
+@dataclass
+class NoiseSpaceConfig(draccus.ChoiceRegistry, abc.ABC):
+    """``--noise.type=...``: which part of the noise the actor steers, and how far.
+
+    Attributes:
+        bound: largest absolute value of an entry of ``u``, in standard deviations of the prior. It holds
+            for the actor and for every other draw of ``u``.
+    """
+
+    bound: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (self.bound > 0 and math.isfinite(self.bound)):
+            raise UserError("--noise.bound", f"the bound must be positive and finite, got {self.bound}")
+
+    @property
+    def type(self) -> str:
+        return self.get_choice_name(self.__class__)
+
+    @abc.abstractmethod
+    def build(self, spec: NoiseSpec) -> NoiseSpace:
+        """The noise space of this config for a policy's noise.
+
+        Raises:
+            UserError: the policy's noise has no such space.
+        """
+
+
+class NoiseSpace(abc.ABC):
+    """Maps ``u`` (B, dim) with entries in [-bound, bound] to noise (B, *spec.shape).
+
+    Attributes:
+        spec: the policy's noise.
+        dim: length of ``u``.
+        bound: largest absolute value of an entry of ``u``.
+        initial_std: deviation of the actor's Gaussian before training (its mean is 0), such that the noise
+            then has the policy's own distribution, up to the squash.
+        uses_features: whether the actor looks at the observation.
+        complete: whether ``u`` alone tells the noise, so that a chunk can be laid to its account.
+    """
+
+    initial_std: float = 1.0
+    uses_features: bool = True
+    complete: bool = True
+
+    def __init__(self, spec: NoiseSpec, dim: int, bound: float) -> None:
+        self.spec = spec
+        self.dim = dim
+        self.bound = bound
+
+    @abc.abstractmethod
+    def expand(self, u: Tensor, prior: Tensor) -> Tensor:
+        """Full noise for ``u``; ``prior`` (B, *spec.shape) is a fresh draw for what is not steered."""
+
+    @abc.abstractmethod
+    def project(self, noise: Tensor, prior: Tensor | None = None) -> Tensor:
+        """The ``u`` (B, dim) that stands for ``noise`` in the replay, clipped to the bound.
+
+        Args:
+            noise: (B, *spec.shape); need not come from ``expand``.
+            prior: the draw that ``noise`` was made with; only ``residual`` needs it.
+        """
+
+    def draw(self, prior: Tensor) -> Tensor:
+        """The actor's randomness (B, dim), standard normal, made of ``prior``.
+
+        One stream of draws so decides an episode. Never a part of ``prior`` that ``expand`` adds to ``u``:
+        the critic would credit ``u`` with what the unseen prior did.
+        """
+        return prior.flatten(1)[:, : self.dim]
+
+    def squash(self, z: Tensor) -> Tensor:
+        """``bound * tanh(z / bound)``: the identity near 0, the bound far out.
+
+        An actor whose head starts at mean 0 and deviation 1 so draws the policy's own noise with its
+        tails pressed in: at bound 2 a draw of 2 becomes 1.52, the deviation 0.83 instead of 1.
+        """
+        return self.bound * torch.tanh(z / self.bound)
+
+    def unsquash(self, u: Tensor) -> Tensor:
+        """The inverse of ``squash``; infinite at the bound."""
+        return self.bound * torch.atanh(u / self.bound)
+
+    def log_slope(self, z: Tensor) -> Tensor:
+        """``log d squash / dz`` per entry: ``log(1 - tanh(z / bound)^2)``, without cancellation."""
+        x = z / self.bound
+        return 2.0 * (math.log(2.0) - x - torch.nn.functional.softplus(-2.0 * x))
+
+    def unsteered(self, prior: Tensor) -> Tensor:
+        """What the policy feeds itself where nothing is steered, in its dtype: ``prior``, or zero (act)."""
+        prior = prior.to(self.spec.dtype)
+        return torch.zeros_like(prior) if self.spec.distribution == "zero" else prior
+
+
+def rows_and_columns(spec: NoiseSpec, option: str, wish: str) -> tuple[int, int]:
+    """(steps, dim) of noise that has both.
+
+    Args:
+        spec: the policy's noise.
+        option: what to name in the error, and
+        wish: what the user asked for there.
+
+    Raises:
+        UserError: noise of any other shape.
+    """
+    if len(spec.shape) != 2:
+        raise UserError(option, f"{wish} needs noise of shape (steps, dim), this has {spec.shape}")
+    return spec.shape
+
+
+def full_or_repeat(option: str, value: str) -> None:
+    """Raise a UserError unless ``value`` is one of the two."""
+    if value not in ("full", "repeat"):
+        raise UserError(option, f"'{value}' is neither full nor repeat")

@@ -1,0 +1,269 @@
+"""Best-of-N: an action critic picks among candidate chunks of the frozen policy, and is distilled into noise.
+
+At every observation the collector decodes N noises, which share the observation's encoding, and keeps the
+(noise, chunk) pairs with the transition. The action critic learns by TD over the stored candidates, as in
+EMaQ (Ghasemipour et al., arXiv 2007.11091) and the best-of-N of Q-chunking (Li et al., arXiv 2507.07969),
+with proposals from the frozen policy. The base is never called by the learner.
+
+What is deployed is one noise per chunk: a noise critic is regressed onto the action critic on the stored
+pairs (the distillation of DSRL-NA, arXiv 2506.15799, equation 4), and the noise actor climbs it with a
+penalty on its distance from the prior. Both happen in the same update as the TD step.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.adapters import UserError
+from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
+from trimtab.policies.critic import CriticConfig, CriticEnsemble
+from trimtab.policies.noise_space import NoiseSpace
+from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, polyak, require_positive
+from trimtab.rl.replay import Batch
+
+TARGETS = ("max", "sarsa", "softmax")
+ACTING = ("argmax", "softmax", "thompson")
+
+
+@AlgorithmConfig.register_subclass("best_of_n")
+@dataclass
+class BestOfNConfig(AlgorithmConfig):
+    """Settings of best-of-N."""
+
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    # The action critic, and the noise critic that is distilled from it.
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    learning_rate: float = 1e-3
+    # Share of the online critic that its target takes over at each update.
+    tau: float = 0.005
+    # Candidates decoded for each observation, of which the acting policy takes one.
+    num_candidates: int = 16
+    # Stored candidates of the next state among which the TD target looks.
+    target_candidates: int = 8
+    # max: the best of them; sarsa: any one (the value of the base policy); softmax: weighted by value.
+    target: str = "max"
+    # argmax of the mean critic, softmax of it, or argmax of one member drawn for each observation.
+    acting: str = "argmax"
+    # Temperature of softmax targets and softmax acting, in units of return.
+    temperature: float = 0.3
+    # Stored pairs of each sampled state on which the noise critic is regressed.
+    distilled_pairs: int = 2
+    # Weight of KL(actor || prior) against the noise critic's value, in units of return per nat.
+    prior_weight: float = 0.3
+    # Critic updates per actor update.
+    actor_every: int = 2
+    # Clip TD targets to the returns that the reward allows.
+    clip_targets: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            self,
+            *("learning_rate", "tau", "num_candidates", "target_candidates", "temperature"),
+            *("distilled_pairs", "prior_weight", "actor_every"),
+        )
+        if self.target not in TARGETS:
+            raise UserError("--rl.target", f"'{self.target}' is none of {', '.join(TARGETS)}")
+        if self.acting not in ACTING:
+            raise UserError("--rl.acting", f"'{self.acting}' is none of {', '.join(ACTING)}")
+        for name in ("target_candidates", "distilled_pairs"):
+            if getattr(self, name) > self.num_candidates:
+                raise UserError(f"--rl.{name}", f"at most num_candidates={self.num_candidates}")
+
+    @property
+    def candidates(self) -> int:
+        return self.num_candidates
+
+    def build(
+        self,
+        feature_dim: int,
+        space: NoiseSpace,
+        accelerator: Any,
+        bounds: tuple[float, float] | None,
+        chunk_size: int = 0,
+    ) -> BestOfN:
+        return BestOfN(self, feature_dim, space, accelerator, bounds, chunk_size)
+
+
+class BestOfN(Algorithm):
+    """See the module's docstring.
+
+    Args:
+        config: settings.
+        feature_dim: length of the observation features.
+        space: noise space.
+        accelerator: an ``accelerate.Accelerator``.
+        bounds: smallest and largest possible return, or ``None``.
+        chunk_size: numbers in a chunk, steps * action_dim.
+    """
+
+    def __init__(
+        self,
+        config: BestOfNConfig,
+        feature_dim: int,
+        space: NoiseSpace,
+        accelerator: Any,
+        bounds: tuple[float, float] | None,
+        chunk_size: int,
+    ) -> None:
+        super().__init__()
+        if not space.complete:
+            raise UserError(
+                "--noise.type",
+                "best_of_n distils which noise made which chunk, which this space cannot express; use full, "
+                "repeat or knots, or dsrl_sac",
+            )
+        self.config = config
+        self.bounds = bounds if config.clip_targets else None
+        self.candidates, self.selects = config.num_candidates, True
+        self.actor = NoiseActor(feature_dim, space, config.actor)
+        self.critic = CriticEnsemble(feature_dim, chunk_size, config.critic)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic)
+        self.accelerator = accelerator
+        self.updates = 0
+        self.to(accelerator.device)
+
+        def adam(*networks: torch.nn.Module) -> Any:
+            parameters = [parameter for network in networks for parameter in network.parameters()]
+            optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
+            return accelerator.prepare_optimizer(optimizer)
+
+        self.critic_optimizer = adam(self.critic, self.noise_critic)
+        self.actor_optimizer = adam(self.actor)
+
+    @torch.no_grad()
+    def td_target(self, batch: Batch, index: Tensor) -> Tensor:
+        """``R + D * V(s')`` with ``V`` over stored candidates, (B,); clipped to the possible returns.
+
+        Args:
+            batch: with ``next_candidates`` (B, K, A).
+            index: (B, m) which of them to look at.
+        """
+        chunks = _pick(batch["next_candidates"], index)
+        values = self._over(self.target_critic, batch["next_features"], chunks).min(0).values  # (B, m)
+        if self.config.target == "max":
+            value = values.max(1).values
+        elif self.config.target == "sarsa":
+            value = values[:, 0]
+        else:
+            value = (torch.softmax(values / self.config.temperature, 1) * values).sum(1)
+        target = batch["reward"] + batch["discount"] * value
+        return target if self.bounds is None else target.clamp(*self.bounds)
+
+    def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared TD error, summed over the members, averaged over the batch; and the values (E, B)."""
+        values = self.critic(batch["features"], batch["chunk"])
+        return (values - target).square().mean(1).sum(), values
+
+    def distillation_loss(self, batch: Batch, index: Tensor) -> Tensor:
+        """``(Q^W_e(s, u_k) - mean Q^A(s, a_k))^2`` on stored pairs; its gradient reaches ``Q^W`` alone.
+
+        Args:
+            batch: with ``candidates`` (B, K, A) and ``candidates_u`` (B, K, dim).
+            index: (B, m) which pairs to use.
+        """
+        with torch.no_grad():
+            wanted = self._over(self.critic, batch["features"], _pick(batch["candidates"], index)).mean(0)
+        values = self._over(self.noise_critic, batch["features"], _pick(batch["candidates_u"], index))
+        return (values - wanted).square().mean((1, 2)).sum()
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """``E[weight * KL(pi || N(0, I)) - mean Q^W(s, u)]``; and the KL (B,) and ``u``.
+
+        The divergence is taken before squashing, where it has a closed form. It is strong where the mean
+        runs away, so that the bound is not where the actor ends.
+        """
+        drawn = self.actor.sample(batch["features"])
+        parameters = list(self.noise_critic.parameters())
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        value = self.noise_critic(batch["features"], drawn.u).mean(0)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        divergence = kl_to_prior(drawn.mean, drawn.log_std, self.actor.space.initial_std)
+        return (self.config.prior_weight * divergence - value).mean(), divergence, drawn.u
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        batch_size, device = len(batch["reward"]), batch["reward"].device
+        order = torch.rand(batch_size, self.config.num_candidates, device=device).argsort(1)
+        target = self.td_target(batch, order[:, : self.config.target_candidates])
+        loss, values = self.critic_loss(batch, target)
+        distillation = self.distillation_loss(batch, order[:, -self.config.distilled_pairs :])
+        self._step(self.critic_optimizer, loss + distillation)
+        metrics = {
+            "critic_loss": loss.detach(),
+            "distillation_loss": distillation.detach(),
+            "q_mean": values.detach().mean(),
+            "q_min": values.detach().min(),
+            "q_max": values.detach().max(),
+        }
+        if self.updates % self.config.actor_every == 0:
+            loss, divergence, u = self.actor_loss(batch)
+            self._step(self.actor_optimizer, loss)
+            metrics |= {
+                "actor_loss": loss.detach(),
+                "noise_kl_to_prior": divergence.detach().mean(),
+                "noise_rms": u.detach().square().mean().sqrt(),
+            }
+        if self.updates % 50 == 0:
+            metrics["rank_correlation"] = self.rank_correlation(batch)
+        polyak(self.target_critic, self.critic, self.config.tau)
+        self.updates += 1
+        return metrics
+
+    def _step(self, optimizer: Any, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        optimizer.step()
+
+    @staticmethod
+    def _over(critic: CriticEnsemble, features: Tensor, actions: Tensor) -> Tensor:
+        """Values (E, B, m) of ``actions`` (B, m, dim) at ``features`` (B, d)."""
+        count = actions.shape[1]
+        values = critic(features.repeat_interleave(count, 0), actions.flatten(0, 1))
+        return values.unflatten(1, (-1, count))
+
+    @torch.no_grad()
+    def select(self, features: Tensor, chunks: Tensor) -> Tensor:
+        """Which candidate acts: (B, d), (B, K, A) -> (B,)."""
+        device = self.actor.normalizer.mean.device
+        values = self._over(self.critic, features.to(device), chunks.to(device))
+        if self.config.acting == "thompson":
+            member = torch.randint(len(values), (values.shape[1],), device=device)
+            return values[member, torch.arange(values.shape[1], device=device)].argmax(1)
+        mean = values.mean(0)
+        if self.config.acting == "softmax":
+            return torch.multinomial(torch.softmax(mean / self.config.temperature, 1), 1).squeeze(1)
+        return mean.argmax(1)
+
+    @torch.no_grad()
+    def rank_correlation(self, batch: Batch) -> Tensor:
+        """Mean over states of Spearman's correlation of ``Q^W(s, u_k)`` and ``Q^A(s, a_k)`` over the pairs.
+
+        Within a state: over all states together the value of the state alone makes it look perfect.
+        """
+        noise = self._over(self.noise_critic, batch["features"], batch["candidates_u"]).mean(0)
+        action = self._over(self.critic, batch["features"], batch["candidates"]).mean(0)
+        first, second = (values.argsort(1).argsort(1).float() for values in (noise, action))
+        first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
+        return ((first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1)).clamp_min(1e-9)).mean()
+
+    @torch.no_grad()
+    def value(self, features: Tensor, u: Tensor) -> Tensor:
+        return self.noise_critic(features, u).mean(0)
+
+    def fit_normalizer(self, features: Tensor) -> None:
+        features = features.to(self.actor.normalizer.mean.device)
+        for network in (self.actor, self.critic, self.target_critic, self.noise_critic):
+            network.normalizer.fit(features)
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (B, m) of ``values`` (B, K, dim): (B, m, dim)."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

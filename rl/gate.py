@@ -1,0 +1,74 @@
+"""Who acts in the next training episode: the learner's policy, or the base until it has earned trust.
+
+A robot's owner does not accept that success falls while the learner finds its feet. The gate decides per
+episode: the learner acts in a share of the episodes equal to the probability, given the outcomes so far,
+that it succeeds at least as often as the base; never in less than ``least``, or nothing would be learnt
+about it. (Probability matching between two Beta posteriors; Thompson 1933.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimtab.adapters.errors import UserError
+
+DRAWS = 2000
+
+
+@dataclass
+class GateConfig:
+    """``--train.gate.*``: how the learner earns trust."""
+
+    # Whether the base acts until the learner's policy is as good; without it the learner acts at once.
+    enabled: bool = False
+    # Smallest share of episodes in which the learner acts.
+    least: float = 0.1
+    # Latest steered episodes that count: the learner changes, so old outcomes say little.
+    window: int = 20
+    # Failures that the learner is taken to have had before its first episode.
+    doubt: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.least <= 1.0:
+            raise UserError("--train.gate.least", f"is a share above 0 and at most 1, got {self.least}")
+        if self.window < 1:
+            raise UserError("--train.gate.window", f"must be at least 1, got {self.window}")
+        if self.doubt < 0:
+            raise UserError("--train.gate.doubt", f"cannot be negative, got {self.doubt}")
+
+
+class Gate:
+    """See the module's docstring.
+
+    Args:
+        config: settings.
+        seed: of its draws.
+    """
+
+    def __init__(self, config: GateConfig, seed: int) -> None:
+        self.config = config
+        self._rng = np.random.default_rng(seed)
+        self._base: list[bool] = []
+        self._steered: deque[bool] = deque(maxlen=config.window)
+
+    def add(self, steered: bool, success: bool) -> None:
+        """Note the outcome of a training episode."""
+        (self._steered if steered else self._base).append(success)
+
+    @property
+    def share(self) -> float:
+        """Share of the coming episodes in which the learner acts."""
+        if not self.config.enabled:
+            return 1.0
+        base = self._rng.beta(1 + sum(self._base), 1 + len(self._base) - sum(self._base), DRAWS)
+        won = sum(self._steered)
+        lost = len(self._steered) - won
+        steered = self._rng.beta(1 + won, 1 + lost + self.config.doubt, DRAWS)
+        return max(self.config.least, float((steered >= base).mean()))
+
+    def __call__(self) -> bool:
+        """Whether the learner acts in the next episode."""
+        return bool(self._rng.random() < self.share)

@@ -1,0 +1,115 @@
+"""Artefacts: every noise space comes back the same, old files act as they did, a constant is small."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import make_diffusion
+from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
+from trimtab.policies.noise_space import (
+    ConstantNoiseConfig,
+    FullNoiseConfig,
+    KnotNoiseConfig,
+    MaskedNoiseConfig,
+    RepeatNoiseConfig,
+    ResidualNoiseConfig,
+)
+from trimtab.rl import artefact
+from trimtab.rl.artefact import load_artefact, save_artefact
+
+FEATURES = 18
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = make_diffusion(tmp_path_factory.mktemp("base") / "diffusion")
+    return folder, load_adapter(PolicyConfig(path=str(folder), device="cpu"))
+
+
+def save(base, out, noise, actor):
+    folder, adapter = base
+    return save_artefact(out, actor, noise, adapter, PolicyConfig(path=str(folder)), folder, {})
+
+
+def load(path):
+    return load_artefact(PolicyConfig(path=str(path), device="cpu"))
+
+
+def trained(base, noise):
+    torch.manual_seed(0)
+    actor = NoiseActor(FEATURES, noise.build(base[1].noise_spec), ActorConfig(hidden=16, layers=2))
+    for parameter in actor.net[-1].parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return actor.eval()
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        FullNoiseConfig(),
+        RepeatNoiseConfig(),
+        KnotNoiseConfig(knots=3),
+        MaskedNoiseConfig(rows="0:4", columns="01:2"),
+        ResidualNoiseConfig(),
+        ConstantNoiseConfig(ticket="repeat"),
+    ],
+    ids=lambda noise: noise.type,
+)
+def test_every_noise_space_comes_back(base, tmp_path, noise):
+    actor = trained(base, noise)
+    loaded = load(save(base, tmp_path / "artefact", noise, actor))
+    features, prior = torch.randn(4, FEATURES), torch.randn(4, *base[1].noise_spec.shape)
+    for deterministic in (False, True):
+        noise = actor.act(features, prior, deterministic)
+        assert torch.equal(loaded.actor.act(features, prior, deterministic), noise)
+
+
+def test_live_entries_decide_what_a_masked_actor_steers(base, tmp_path, monkeypatch):
+    adapter = base[1]
+    live = torch.zeros(adapter.noise_spec.shape, dtype=torch.bool)
+    live[2:5] = True
+    masked = replace(adapter.noise_spec, live=live)
+    monkeypatch.setattr(adapter, "noise_spec", masked)
+    monkeypatch.setattr(artefact, "load_adapter", lambda config: adapter)
+    actor = trained(base, MaskedNoiseConfig())
+    loaded = load(save(base, tmp_path / "artefact", MaskedNoiseConfig(), actor))
+    assert torch.equal(loaded.actor.space.steered, live)
+    features, prior = torch.randn(4, FEATURES), torch.randn(4, *masked.shape)
+    assert torch.equal(loaded.actor.act(features, prior), actor.act(features, prior))
+
+
+def test_one_noise_is_a_small_artefact(base, tmp_path):
+    ticket = torch.randn(base[1].noise_spec.shape)
+    noise = ConstantNoiseConfig(bound=1.05 * float(ticket.abs().max()))
+    out = save(base, tmp_path / "ticket", noise, constant_actor(ticket, noise.build(base[1].noise_spec)))
+    assert sum(file.stat().st_size for file in out.iterdir()) < 5_000
+    prior = torch.randn(3, *ticket.shape)
+    made = load(out).actor.act(torch.randn(3, FEATURES), prior, deterministic=True)
+    assert torch.allclose(made, ticket.expand_as(made), atol=1e-5)
+
+
+def test_artefacts_from_before_the_mean_had_a_limit_act_as_they_did(base, tmp_path):
+    actor = trained(base, FullNoiseConfig())
+    out = save(base, tmp_path / "artefact", FullNoiseConfig(), actor)
+    tensors = load_file(str(out / "model.safetensors"))
+    tensors["net.4.bias"] += 30.0  # a mean far past the limit
+    save_file(tensors, str(out / "model.safetensors"))
+    features, prior = torch.randn(2, FEATURES), torch.randn(2, *base[1].noise_spec.shape)
+    assert load(out).actor.act(features, prior, True).max() == pytest.approx(1.96, abs=1e-4)
+    config = json.loads((out / "config.json").read_text())
+    assert config["format"] == 1 and config["actor"].pop("mean_limit") == 0.98
+    (out / "config.json").write_text(json.dumps(config))
+    assert load(out).actor.act(features, prior, True).max() == pytest.approx(2.0, abs=1e-4)
+
+
+def test_a_setting_of_a_later_version_is_refused(base, tmp_path):
+    out = save(base, tmp_path / "artefact", FullNoiseConfig(), trained(base, FullNoiseConfig()))
+    config = json.loads((out / "config.json").read_text())
+    config["actor"]["wings"] = 2
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is not an artefact's config .*wings"):
+        load(out)

@@ -1,0 +1,258 @@
+"""Best-of-N: each loss against a hand-written reference, and a small problem that it must solve."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from tests.rl.point import PointAdapter, PointConfig
+from trimtab.adapters import NoiseSpec, UserError
+from trimtab.policies.actor import ActorConfig
+from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_space import FullNoiseConfig, MaskedNoiseConfig, ResidualNoiseConfig
+from trimtab.policies.sources import base_noise, steered_noise
+from trimtab.rl.algorithms import BestOfNConfig
+from trimtab.rl.collector import Collector
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.evaluation import evaluate
+from trimtab.rl.gate import GateConfig
+from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.train import TrainConfig, Trainer
+
+B, K, A, D = 6, 5, 4, 3
+SMALL = {"actor": ActorConfig(hidden=32, layers=2), "critic": CriticConfig(hidden=32, layers=2, members=3)}
+
+
+def build(**settings):
+    torch.manual_seed(0)
+    config = BestOfNConfig(num_candidates=K, target_candidates=3, **SMALL, **settings)
+    space = FullNoiseConfig().build(NoiseSpec((2, 1)))
+    return config.build(D, space, Accelerator(cpu=True), (-20.0, 0.0), A)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "features": draw(B, D),
+        "u": draw(B, 2),
+        "reward": -draw(B).abs(),
+        "discount": torch.tensor([0.9, 0.0, 0.8, 0.9, 0.5, 0.7]),
+        "next_features": draw(B, D),
+        "chunk": draw(B, A),
+        "candidates": draw(B, K, A),
+        "candidates_u": draw(B, K, 2),
+        "next_candidates": draw(B, K, A),
+    }
+
+
+INDEX = torch.tensor([[0, 2, 4]] * B)
+
+
+@pytest.mark.parametrize("kind", ["max", "sarsa", "softmax"])
+def test_td_target(kind):
+    algorithm, data = build(target=kind), batch()
+    found = algorithm.td_target(data, INDEX)
+    for row in range(B):
+        values = []
+        for k in INDEX[row]:
+            chunk = data["next_candidates"][row, k][None]
+            values.append(algorithm.target_critic(data["next_features"][row][None], chunk).min().item())
+        if kind == "max":
+            value = max(values)
+        elif kind == "sarsa":
+            value = values[0]
+        else:
+            weights = np.exp(np.array(values) / 0.3)
+            value = float((weights / weights.sum() * values).sum())
+        expected = float(data["reward"][row]) + float(data["discount"][row]) * value
+        assert found[row].item() == pytest.approx(max(-20.0, min(0.0, expected)), abs=1e-5)
+
+
+def test_target_from_stored_candidates_equals_fresh_ones():
+    """The learner needs no call to the policy: the same candidates give the same target."""
+    algorithm, data = build(target="max"), batch()
+    fresh = {**data, "next_candidates": data["next_candidates"].clone()}
+    everything = torch.arange(K).expand(B, K)
+    assert torch.equal(algorithm.td_target(data, everything), algorithm.td_target(fresh, everything))
+    stored = {**data, "next_candidates": data["next_candidates"].half().float()}  # as the replay keeps them
+    difference = algorithm.td_target(data, everything) - algorithm.td_target(stored, everything)
+    assert difference.abs().max() < 2e-3
+
+
+def test_critic_loss():
+    algorithm, data = build(), batch()
+    target = torch.linspace(-3, 0, B)
+    loss, values = algorithm.critic_loss(data, target)
+    expected = 0.0
+    for member in range(3):
+        for row in range(B):
+            value = algorithm.critic(data["features"][row][None], data["chunk"][row][None])[member, 0]
+            expected += (value.item() - target[row].item()) ** 2 / B
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert values.shape == (3, B)
+
+
+def test_distillation_reaches_the_noise_critic_alone():
+    algorithm, data = build(), batch()
+    index = torch.tensor([[1, 3]] * B)
+    loss = algorithm.distillation_loss(data, index)
+    expected = 0.0
+    for row in range(B):
+        for k in (1, 3):
+            features = data["features"][row][None]
+            wanted = algorithm.critic(features, data["candidates"][row, k][None]).mean().item()
+            values = algorithm.noise_critic(features, data["candidates_u"][row, k][None])
+            expected += sum((value.item() - wanted) ** 2 for value in values[:, 0]) / (2 * B)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in algorithm.critic.parameters())
+    assert all(parameter.grad is not None for parameter in algorithm.noise_critic.parameters())
+
+
+def test_actor_loss():
+    algorithm, data = build(prior_weight=0.7), batch()
+    torch.nn.init.normal_(algorithm.actor.net[-1].weight)
+    torch.manual_seed(5)
+    loss, divergence, u = algorithm.actor_loss(data)
+    torch.manual_seed(5)
+    drawn = algorithm.actor.sample(data["features"])
+    normal = torch.distributions.Normal(drawn.mean, drawn.log_std.exp())
+    expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(-1)
+    assert torch.allclose(divergence, expected, atol=1e-5)
+    value = algorithm.noise_critic(data["features"], drawn.u).mean(0)
+    assert loss.item() == pytest.approx((0.7 * expected - value).mean().item(), rel=1e-5)
+    assert u.abs().max() <= 2.0
+    loss.backward()
+    assert all(parameter.grad is None for parameter in algorithm.noise_critic.parameters())
+    assert any(parameter.grad.abs().sum() > 0 for parameter in algorithm.actor.parameters())
+
+
+def test_selection():
+    data = batch()
+    algorithm = build(acting="argmax")
+    chosen = algorithm.select(data["features"], data["candidates"])
+    for row in range(B):
+        values = [
+            algorithm.critic(data["features"][row][None], data["candidates"][row, k][None]).mean().item()
+            for k in range(K)
+        ]
+        assert int(chosen[row]) == int(np.argmax(values))
+    for acting in ("softmax", "thompson"):
+        algorithm = build(acting=acting)
+        picks = torch.stack([algorithm.select(data["features"], data["candidates"]) for _ in range(50)])
+        assert picks.min() >= 0 and picks.max() < K and len(picks.unique()) > 1
+
+
+def test_rank_correlation_is_spearmans_within_states():
+    from scipy.stats import spearmanr
+
+    algorithm, data = build(), batch()
+    found = []
+    for row in range(B):
+        features = data["features"][row].expand(K, -1)
+        noise = algorithm.noise_critic(features, data["candidates_u"][row]).mean(0).detach()
+        action = algorithm.critic(features, data["candidates"][row]).mean(0).detach()
+        found.append(spearmanr(noise, action).statistic)
+    assert algorithm.rank_correlation(data).item() == pytest.approx(np.mean(found), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [
+        ({"target": "min"}, "--rl.target"),
+        ({"acting": "best"}, "--rl.acting"),
+        ({"target_candidates": 99}, "--rl.target_candidates"),
+        ({"prior_weight": 0.0}, "--rl.prior_weight"),
+    ],
+)
+def test_bad_settings(settings, option):
+    with pytest.raises(UserError, match=option):
+        BestOfNConfig(**settings)
+
+
+@pytest.mark.parametrize("space", [MaskedNoiseConfig(rows="0:1"), ResidualNoiseConfig()])
+def test_spaces_whose_u_does_not_tell_the_noise_are_refused(space):
+    built = space.build(NoiseSpec((2, 1)))
+    with pytest.raises(UserError, match=r"--noise\.type: best_of_n distils"):
+        BestOfNConfig().build(D, built, Accelerator(cpu=True), None, A)
+
+
+def test_collector_keeps_what_was_decoded():
+    """The stored chunk is what the policy makes of the stored noise, and the next state's are the next's."""
+    adapter, config = PointAdapter(), PointConfig()
+    space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)  # a bound so wide that nothing is clipped
+    with ChunkVectorEnv(config, 3, 0) as vec:
+        collector = Collector(PolicyRunner(adapter, config), vec, space, 0.95, 1, "sparse", 7, candidates=4)
+        rounds = []
+        for _ in range(6):
+            collector.begin_among(lambda features, chunks: torch.tensor([3, 1, 2]))
+            transitions, episodes = collector.finish()
+            rounds.append((transitions, {episode.seed for episode in episodes}))
+    for transitions, _ in rounds:
+        for transition, index in zip(transitions, (3, 1, 2), strict=True):
+            kept = transition.extra
+            assert np.array_equal(kept["chunk"], kept["candidates"][index])
+            assert np.array_equal(transition.u, kept["candidates_u"][index])
+            conditioning = adapter.example_conditioning(1, torch.Generator()).repeat_interleave(4)
+            conditioning.tensors["state"][:] = torch.as_tensor(transition.features)
+            noise = torch.as_tensor(kept["candidates_u"]).unflatten(1, adapter.noise_spec.shape)
+            made = adapter.denoise(conditioning, noise).flatten(1)
+            assert np.allclose(made, kept["candidates"], atol=1e-5)
+    (first, ended), (second, _) = rounds[0], rounds[1]
+    if not ended:
+        for before, after in zip(first, second, strict=True):
+            assert np.array_equal(before.extra["next_candidates"], after.extra["candidates"])
+
+
+def train(seed, gate, steps):
+    adapter, config, lines = PointAdapter(), PointConfig(limit=35), []
+    runner = PolicyRunner(adapter, config)
+    rl = BestOfNConfig(
+        batch_size=64,
+        gamma=0.95,
+        actor=ActorConfig(hidden=64, layers=2),
+        critic=CriticConfig(hidden=64, layers=2),
+    )
+    budget = TrainConfig(
+        env_steps=steps, warmup_transitions=300, first_update=100, gate=GateConfig(enabled=gate)
+    )
+    with ChunkVectorEnv(config, 8, 0) as vec:
+        trainer = Trainer(
+            runner, vec, Accelerator(cpu=True), budget, rl, FullNoiseConfig(), seed, lines.append, False
+        )
+        calls, denoise = [], adapter.denoise
+        adapter.denoise = lambda *arguments: (calls.append(trainer.updates), denoise(*arguments))[1]
+        update = trainer.algorithm.update
+
+        def counted(data):
+            before = len(calls)
+            metrics = update(data)
+            assert len(calls) == before  # the learner never calls the base
+            return metrics
+
+        trainer.algorithm.update = counted
+        algorithm = trainer.run()
+        adapter.denoise = denoise
+        seeds = range(1000, 1100)
+        base = evaluate(runner, vec, base_noise, seeds, progress=False)
+        steered = evaluate(runner, vec, steered_noise(algorithm.actor, True), seeds, progress=False)
+    return base, steered, lines, trainer
+
+
+def test_solves_a_noise_space_problem():
+    base, steered, lines, _ = train(seed=0, gate=False, steps=2500)
+    assert 0.2 < base.success_rate < 0.5
+    assert steered.success_rate > 0.95  # the distilled actor, one noise per chunk
+    assert lines[-1]["rank_correlation"] > 0.8
+
+
+def test_gate_lets_the_learner_in():
+    _, steered, lines, trainer = train(seed=1, gate=True, steps=2500)
+    assert steered.success_rate > 0.95
+    assert lines[0]["gate_share"] < 1.0 and lines[-1]["gate_share"] > 0.9
+    assert lines[-1]["success_rate"] > 0.9
+    assert trainer.gate._base and trainer.gate._steered
