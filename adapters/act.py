@@ -67,17 +67,17 @@ class ACTAdapter(PolicyAdapter):
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
-        """Run LeRobot's own forward pass, latent zero, and keep what enters its transformer encoder."""
+        """Run LeRobot's own forward pass, latent zero, and keep what is about to enter its transformer."""
         kept: dict[str, Tensor] = {}
 
-        def keep(module: Any, args: tuple, kwargs: dict, out: Tensor) -> None:
+        def keep(module: Any, args: tuple, kwargs: dict) -> None:
             count = args[0].shape[1]
             kept["tokens"] = args[0].transpose(0, 1)
             kept["positions"] = kwargs["pos_embed"].expand(-1, count, -1).transpose(0, 1)
-            kept["features"] = out.mean(0)
-            raise _Enough  # the decoder's turn comes with the noise
+            kept["features"] = args[0][1:].mean(0)  # without the latent's token
+            raise _Enough  # the transformer's turn comes with the noise
 
-        handle = self.policy.model.encoder.register_forward_hook(keep, with_kwargs=True)
+        handle = self.policy.model.encoder.register_forward_pre_hook(keep, with_kwargs=True)
         try:
             self.policy.predict_action_chunk(dict(batch))
         except _Enough:
@@ -106,9 +106,9 @@ class ACTAdapter(PolicyAdapter):
         return self.executed(model.action_head(hidden.transpose(0, 1)))
 
     def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of the encoder's output at latent zero, and the normalised states."""
+        """Mean of the tokens that enter the transformer (cameras and states), and the normalised states."""
         return conditioning.rows("features")
 
 
 class _Enough(Exception):
-    """Ends LeRobot's forward pass after its encoder."""
+    """Ends LeRobot's forward pass before its transformer."""

@@ -65,7 +65,7 @@ class PoliciesConfig:
 
     @property
     def names(self) -> list[str]:
-        return [name for name in self.types.split(",") if name] or list(TYPES)
+        return [name for name in map(str.strip, self.types.split(",")) if name] or list(TYPES)
 
 
 @dataclass
@@ -169,6 +169,9 @@ def _operations(adapter: PolicyAdapter, batch: dict[str, Any]) -> tuple[int, dic
     return encode, found
 
 
+# Policies that honour LeRobot's `noise` argument. The others' own path is timed under the injector, which
+# watches every call and so slows small policies down.
+TAKES_NOISE = ("diffusion", "smolvla", "pi0", "pi05")
 TIMING_COLUMNS = ("policy", "size", "own path", "adapter", "adapter / own", f"{MANY} noises / 1")
 
 
@@ -195,7 +198,7 @@ def timings(name: str, tiny: PolicyAdapter, config: PoliciesConfig) -> list[Timi
     """
     batch = tiny.preprocess(tiny.example_observation(1, torch.Generator().manual_seed(0)))
     found = [_timing(name, "tiny", tiny, batch, config.time)]
-    if config.full_size and name in RUNNABLE and name not in ("pi0", "pi05"):
+    if config.full_size and name in RUNNABLE and (torch.cuda.is_available() or not name.startswith("pi0")):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         adapter, batch = full_size(name, device, config.cameras)
         found.append(_timing(name, "published", adapter, batch, config.time))
@@ -209,6 +212,8 @@ def _timing(name: str, size: str, adapter: PolicyAdapter, batch: dict[str, Any],
 
     def own() -> Tensor:
         adapter.policy.reset()
+        if name in TAKES_NOISE:
+            return adapter.policy.predict_action_chunk(dict(batch), noise=adapter.native_noise(noise[:1]))
         with NoiseInjector(adapter.native_noise(noise[:1])):
             return adapter.policy.predict_action_chunk(dict(batch))
 
