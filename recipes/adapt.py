@@ -107,6 +107,8 @@ def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Pat
         raise UserError(
             "accelerate", "steering runs in one process for now; launch it with --num_processes=1"
         )
+    space = config.noise.build(session.adapter.noise_spec)
+    config.rl.check(space)
     identity = session.adapter.identity(folder)
     clock = time.perf_counter
     seconds: dict[str, float] = {}
@@ -117,7 +119,7 @@ def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Pat
         untrained = evaluate(
             session.runner,
             vec,
-            prior_noise(config.noise.build(session.adapter.noise_spec)),
+            prior_noise(space),
             config.eval.seeds,
             "untrained actor",
         )

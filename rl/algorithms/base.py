@@ -41,6 +41,9 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     def type(self) -> str:
         return self.get_choice_name(self.__class__)
 
+    def check(self, space: NoiseSpace) -> None:
+        """Raise a UserError where the algorithm cannot learn in ``space``; asked before any long work."""
+
     @abc.abstractmethod
     def build(
         self,

@@ -79,6 +79,14 @@ class BestOfNConfig(AlgorithmConfig):
     def candidates(self) -> int:
         return self.num_candidates
 
+    def check(self, space: NoiseSpace) -> None:
+        if not space.complete:
+            raise UserError(
+                "--noise.type",
+                "best_of_n distils which noise made which chunk, which this space cannot express; use full, "
+                "repeat or knots, or dsrl_sac",
+            )
+
     def build(
         self,
         feature_dim: int,
@@ -112,12 +120,7 @@ class BestOfN(Algorithm):
         chunk_size: int,
     ) -> None:
         super().__init__()
-        if not space.complete:
-            raise UserError(
-                "--noise.type",
-                "best_of_n distils which noise made which chunk, which this space cannot express; use full, "
-                "repeat or knots, or dsrl_sac",
-            )
+        config.check(space)
         self.config = config
         self.bounds = bounds if config.clip_targets else None
         self.candidates, self.selects = config.num_candidates, True

@@ -312,3 +312,59 @@ def test_base_command(tmp_path, capsys):
     assert made["demonstrators"]["window-open-v3"]["offset"] == 0.05
     assert main([*argv, f"--output_dir={output}"]) == 2
     assert "exists; name another" in capsys.readouterr().err
+
+
+def test_best_of_n_repeats_exactly_and_behind_the_gate(tiny_base, tmp_path):
+    def adapt(name):
+        output = tmp_path / name
+        options = ["--rl.type=best_of_n", "--rl.num_candidates=4", "--rl.target_candidates=2"]
+        small = [o for o in SMALL if not o.startswith(("--rl.type", "--eval.videos"))]
+        argv = ["adapt", f"--policy.path={tiny_base}", *ENV, *small, *options, "--eval.videos=0"]
+        assert main([*argv, "--train.gate.enabled=true", f"--output_dir={output}"]) == 0
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+    lines = adapt("first")
+    assert "rank_correlation" in lines[-1] and 0.0 <= lines[-1]["gate_share"] <= 1.0
+    assert is_artefact(str(tmp_path / "first" / "artefact"))
+    assert adapt("second") == lines
+
+
+def test_space_that_an_algorithm_cannot_learn_in_is_refused_at_once(tiny_base, tmp_path, capsys):
+    argv = ["adapt", f"--policy.path={tiny_base}", *ENV, "--rl.type=best_of_n", "--noise.type=residual"]
+    assert main([*argv, "--policy.device=cpu", f"--output_dir={tmp_path / 'out'}"]) == 2
+    output = capsys.readouterr()
+    assert "--noise.type: best_of_n distils" in output.err and "base policy:   0%" not in output.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_vision_language_policy_is_steered_from_pixels(tmp_path, capsys):
+    """A tiny SmolVLA on pusht's camera: probe, adapt, and eval of an artefact that knows its backbone."""
+    from trimtab.recipes.tiny import make_tiny
+    from trimtab.recipes.tiny.parts import camera_features
+
+    features = camera_features(1, 96, state_dim=2, action_dim=2)
+    options = make_tiny("smolvla", tmp_path / "policy", **features)
+    env = ["--env.type=pusht", "--env.obs_type=pixels_agent_pos", "--env.episode_length=24"]
+    episodes = ["--eval.n_episodes=2", "--eval.batch_size=2", "--eval.constant_candidates=0"]
+    machine = ["--policy.device=cpu", "--machine.workers=0", "--machine.threads=1"]
+    base = [
+        f"--policy.path={options.path}",
+        f"--policy.backbone={options.backbone}",
+        *env,
+        *episodes,
+        *machine,
+    ]
+    assert (
+        main(["probe", *base, "--observations=4", "--repeats=0", f"--output_dir={tmp_path / 'probe'}"]) == 0
+    )
+    report = json.loads((tmp_path / "probe" / "probe.json").read_text())
+    assert report["deterministic"] and report["success"]["base"]["episodes"] == 2
+    train = ["--train.env_steps=100", "--train.first_update=4", "--train.warmup_transitions=4"]
+    small = ["--num_envs=2", "--rl.batch_size=8", "--eval.videos=0", "--noise.type=repeat"]
+    output = tmp_path / "out"
+    assert main(["adapt", *base, *train, *small, "--rl.type=best_of_n", f"--output_dir={output}"]) == 0
+    again = [f"--policy.path={output / 'artefact'}", *env, *episodes, *machine, "--eval.videos=0"]
+    assert main(["eval", *again, f"--output_dir={tmp_path / 'eval'}"]) == 0
+    assert "steered" in capsys.readouterr().out
+    check_results(tmp_path / "eval", ["base", "zero_noise", "steered"], 2)
