@@ -27,6 +27,7 @@ from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, polyak, requi
 from trimtab.rl.replay import Batch
 
 TARGETS = ("max", "sarsa", "softmax")
+DISTILLATION = ("critic", "regression")
 ACTING = ("argmax", "softmax", "thompson")
 
 
@@ -53,6 +54,10 @@ class BestOfNConfig(AlgorithmConfig):
     temperature: float = 0.3
     # Stored pairs of each sampled state on which the noise critic is regressed.
     distilled_pairs: int = 2
+    # How the actor is distilled: climb the noise critic, or regress onto the noises of good candidates.
+    distillation: str = "critic"
+    # Temperature of the weights of that regression, in units of return.
+    regression_temperature: float = 0.3
     # Weight of KL(actor || prior) against the noise critic's value, in units of return per nat.
     prior_weight: float = 0.3
     # Critic updates per actor update.
@@ -65,10 +70,13 @@ class BestOfNConfig(AlgorithmConfig):
         require_positive(
             self,
             *("learning_rate", "tau", "num_candidates", "target_candidates", "temperature"),
-            *("distilled_pairs", "prior_weight", "actor_every"),
+            *("distilled_pairs", "prior_weight", "actor_every", "regression_temperature"),
         )
         if self.target not in TARGETS:
             raise UserError("--rl.target", f"'{self.target}' is none of {', '.join(TARGETS)}")
+        if self.distillation not in DISTILLATION:
+            known = ", ".join(DISTILLATION)
+            raise UserError("--rl.distillation", f"'{self.distillation}' is none of {known}")
         if self.acting not in ACTING:
             raise UserError("--rl.acting", f"'{self.acting}' is none of {', '.join(ACTING)}")
         for name in ("target_candidates", "distilled_pairs"):
@@ -192,6 +200,23 @@ class BestOfN(Algorithm):
         divergence = kl_to_prior(drawn.mean, drawn.log_std, self.actor.space.initial_std)
         return (self.config.prior_weight * divergence - value).mean(), divergence, drawn.u
 
+    def regression_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """``-E[sum_k w_k log N(z_k; pi(s))]``, ``w = softmax(mean Q^A(s, a_k) / temperature)``; KL and ``u``.
+
+        ``z`` is ``u`` before squashing. Advantage-weighted regression (Peng et al., arXiv 1910.00177) over
+        the stored pairs of a state: it needs no noise critic, and what does not matter stays at the prior.
+        """
+        with torch.no_grad():
+            values = self._over(self.critic, batch["features"], batch["candidates"]).mean(0)
+            weights = torch.softmax(values / self.config.regression_temperature, 1)
+            space = self.actor.space
+            z = space.unsquash(batch["candidates_u"].clamp(-0.999 * space.bound, 0.999 * space.bound))
+        mean, log_std = self.actor(batch["features"])
+        error = (z - mean.unsqueeze(1)) * (-log_std).exp().unsqueeze(1)
+        loss = (0.5 * error.square() + log_std.unsqueeze(1)).sum(-1)
+        divergence = kl_to_prior(mean, log_std, space.initial_std)
+        return (weights * loss).sum(1).mean(), divergence, space.squash(mean)
+
     def update(self, batch: Batch) -> dict[str, Tensor]:
         batch_size, device = len(batch["reward"]), batch["reward"].device
         order = torch.rand(batch_size, self.config.num_candidates, device=device).argsort(1)
@@ -207,7 +232,8 @@ class BestOfN(Algorithm):
             "q_max": values.detach().max(),
         }
         if self.updates % self.config.actor_every == 0:
-            loss, divergence, u = self.actor_loss(batch)
+            regress = self.config.distillation == "regression"
+            loss, divergence, u = (self.regression_loss if regress else self.actor_loss)(batch)
             self._step(self.actor_optimizer, loss)
             metrics |= {
                 "actor_loss": loss.detach(),

@@ -131,6 +131,30 @@ def test_actor_loss():
     assert any(parameter.grad.abs().sum() > 0 for parameter in algorithm.actor.parameters())
 
 
+def test_regression_loss():
+    algorithm, data = build(distillation="regression", regression_temperature=0.4), batch()
+    torch.nn.init.normal_(algorithm.actor.net[-1].weight)
+    loss, _, u = algorithm.regression_loss(data)
+    mean, log_std = algorithm.actor(data["features"])
+    normal, expected = torch.distributions.Normal(mean.detach(), log_std.exp().detach()), 0.0
+    for row in range(B):
+        values = torch.stack(
+            [
+                algorithm.critic(data["features"][row][None], data["candidates"][row, k][None]).mean()
+                for k in range(K)
+            ]
+        )
+        weights = torch.softmax(values.detach() / 0.4, 0)
+        for k in range(K):
+            z = 2.0 * torch.atanh((data["candidates_u"][row, k] / 2.0).clamp(-0.999, 0.999))
+            log_prob = torch.distributions.Normal(normal.loc[row], normal.scale[row]).log_prob(z).sum()
+            expected -= float(weights[k] * (log_prob + np.log(2 * np.pi))) / B  # two dimensions
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in algorithm.critic.parameters())
+    assert u.shape == (B, 2) and u.abs().max() <= 2.0
+
+
 def test_selection():
     data = batch()
     algorithm = build(acting="argmax")
@@ -167,6 +191,7 @@ def test_rank_correlation_is_spearmans_within_states():
         ({"acting": "best"}, "--rl.acting"),
         ({"target_candidates": 99}, "--rl.target_candidates"),
         ({"prior_weight": 0.0}, "--rl.prior_weight"),
+        ({"distillation": "none"}, "--rl.distillation"),
     ],
 )
 def test_bad_settings(settings, option):
