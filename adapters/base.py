@@ -72,6 +72,7 @@ class PolicyAdapter(abc.ABC):
         n_obs_steps: length of the observation history that ``preprocess`` expects.
         notes: lines to show the user about what was changed at load.
         weights_files: the files that the weights were loaded from; empty where a loader did not say.
+        trainable: names of the parameters that the policy's own class leaves open to training.
     """
 
     policy_type: ClassVar[str] = ""
@@ -91,6 +92,7 @@ class PolicyAdapter(abc.ABC):
         self.device = next(policy.parameters()).device
         self.notes: list[str] = []
         self.weights_files: list[Path] = []
+        self.trainable: set[str] = set()
 
     # Loading: what differs between policies. LeRobot's own `from_pretrained` is not used, for some of
     # them return random weights where a file is missing.
@@ -220,7 +222,7 @@ class PolicyAdapter(abc.ABC):
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == lead[0] * lead[1]
         }
 
-    def _required_inputs(self, given: Collection[str]) -> dict[str, Any]:
+    def required_inputs(self, given: Collection[str]) -> dict[str, Any]:
         """The policy's input features that an observation with the keys ``given`` must hold."""
         features = self.config.input_features
         # LeRobot fills the empty cameras, and of some policies those that are not there, as long as one is.
@@ -233,8 +235,8 @@ class PolicyAdapter(abc.ABC):
         }
 
     def _check_observation(self, observation: dict[str, Any]) -> None:
-        names = {self._renames().get(key, key): key for key in observation}
-        required = self._required_inputs(names)
+        names = {self.renames().get(key, key): key for key in observation}
+        required = self.required_inputs(names)
         missing = [key for key in required if key not in names]
         if missing:
             given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"
@@ -259,7 +261,7 @@ class PolicyAdapter(abc.ABC):
         """Whether the policy takes images of any size."""
         return False
 
-    def _renames(self) -> dict[str, str]:
+    def renames(self) -> dict[str, str]:
         for step in getattr(self.preprocessor, "steps", ()):
             if hasattr(step, "rename_map"):
                 return step.rename_map
@@ -357,7 +359,7 @@ class PolicyAdapter(abc.ABC):
         stats = {}
         for step in getattr(self.preprocessor, "steps", ()):
             stats = getattr(step, "_tensor_stats", None) or stats
-        originals = {new: old for old, new in self._renames().items()}
+        originals = {new: old for old, new in self.renames().items()}
         observation: dict[str, Any] = {}
         for key, feature in self.config.input_features.items():
             if "empty_camera" in key:

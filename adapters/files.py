@@ -238,17 +238,25 @@ def settings_hashes(folder: Path, parts: Mapping[str, Path] | None = None) -> di
     for name in names:
         if not (folder / name).is_file():
             continue
-        content = _read_json(folder / name)
-        hashes[name] = _json_hash(content)
-        for step in content.get("steps") or []:
-            if "state_file" in step and (folder / step["state_file"]).is_file():
-                hashes[step["state_file"]] = hash_files([folder / step["state_file"]])
+        hashes[name] = _json_hash(_read_json(folder / name))
+    for name in state_files(folder):
+        if (folder / name).is_file():
+            hashes[name] = hash_files([folder / name])
     for part, place in (parts or {}).items():
         if (place / CONFIG).is_file():
             hashes[f"{part}/{CONFIG}"] = _json_hash(_read_json(place / CONFIG))
         for path in part_weights(place):
             hashes[f"{part}/{path.name}"] = hash_files([path])
     return hashes
+
+
+def state_files(folder: Path) -> list[str]:
+    """Names of the files that the saved processors in ``folder`` keep their statistics in."""
+    steps = []
+    for name in (PREPROCESSOR, POSTPROCESSOR):
+        if (folder / name).is_file():
+            steps += _read_json(folder / name).get("steps") or []
+    return [step["state_file"] for step in steps if "state_file" in step]
 
 
 def _json_hash(content: Any) -> str:

@@ -178,6 +178,7 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, token:
     policy.to(device)
     if options.dtype and not hasattr(policy_config, "dtype"):
         cls.cast(policy, getattr(torch, options.dtype))
+    trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     freeze(policy)
     for name, (part, place) in cls.frozen_parts(policy).items():
         freeze(part)
@@ -195,6 +196,7 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, token:
     check_statistics(post, policy_config.output_features, folder / POSTPROCESSOR)
     adapter = cls(policy, pre, post)
     adapter.notes = notes
+    adapter.trainable = trainable
     adapter.weights_files = [folder / PEFT_WEIGHTS, weights] if is_peft(folder) else [weights]
     return adapter
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
-from trimtab.policies.networks import FeatureNormalizer, NoFeatures, Offset, mlp
+from trimtab.policies.networks import FeatureNormalizer, NoFeatures, Offset, mlp, require_activation
 from trimtab.policies.noise_space import NoiseSpace
 
 
@@ -21,6 +21,9 @@ class ActorConfig:
     # Width and number of the hidden layers.
     hidden: int = 128
     layers: int = 3
+    # relu or tanh, and whether each is preceded by a LayerNorm.
+    activation: str = "relu"
+    layer_norm: bool = False
     # Range of the log standard deviation before squashing.
     log_std_min: float = -5.0
     log_std_max: float = 1.0
@@ -30,6 +33,7 @@ class ActorConfig:
     def __post_init__(self) -> None:
         if self.hidden < 1 or self.layers < 1:
             raise UserError("--rl.actor.layers", "and hidden must be at least 1")
+        require_activation("--rl.actor.activation", self.activation)
         if not self.log_std_min < 0.0 < self.log_std_max:
             raise UserError(
                 "--rl.actor.log_std_min",
@@ -98,7 +102,14 @@ class NoiseActor(nn.Module):
         self.limit = space.bound * math.atanh(config.mean_limit) if config.mean_limit < 1.0 else None
         if space.uses_features:
             self.normalizer = FeatureNormalizer(feature_dim)
-            self.net = mlp(feature_dim, 2 * space.dim, config.hidden, config.layers)
+            self.net = mlp(
+                feature_dim,
+                2 * space.dim,
+                config.hidden,
+                config.layers,
+                config.activation,
+                config.layer_norm,
+            )
             nn.init.zeros_(self.net[-1].weight)
         else:
             self.normalizer = NoFeatures()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
-from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer
+from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer, require_activation
 
 
 @dataclass
@@ -19,8 +19,11 @@ class CriticConfig:
     hidden: int = 128
     layers: int = 3
     layer_norm: bool = True
+    # relu or tanh.
+    activation: str = "relu"
 
     def __post_init__(self) -> None:
+        require_activation("--rl.critic.activation", self.activation)
         if min(self.members, self.hidden, self.layers) < 1:
             raise UserError("--rl.critic.members", "hidden and layers must be at least 1")
 
@@ -32,7 +35,13 @@ class CriticEnsemble(nn.Module):
         super().__init__()
         self.normalizer = FeatureNormalizer(feature_dim)
         self.net = EnsembleMLP(
-            config.members, feature_dim + action_dim, 1, config.hidden, config.layers, config.layer_norm
+            config.members,
+            feature_dim + action_dim,
+            1,
+            config.hidden,
+            config.layers,
+            config.layer_norm,
+            config.activation,
         )
 
     def forward(self, features: Tensor, u: Tensor) -> Tensor:

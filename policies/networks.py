@@ -8,22 +8,41 @@ import math
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapters.errors import UserError
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+def require_activation(option: str, name: str) -> None:
+    """Raise a UserError unless ``name`` is a known activation."""
+    if name not in ACTIVATIONS:
+        raise UserError(option, f"'{name}' is none of {', '.join(ACTIVATIONS)}")
+
 
 class EnsembleMLP(nn.Module):
-    """``members`` independent ReLU networks with LayerNorm, as one batched matmul per layer.
+    """``members`` independent networks with LayerNorm, as one batched matmul per layer.
 
     Args:
         members: ensemble size E.
         in_dim, out_dim: sizes per member.
         hidden: width of the hidden layers.
         layers: number of hidden layers.
-        layer_norm: normalise before each ReLU (no learnt affine part).
+        layer_norm: normalise before each activation (no learnt affine part).
+        activation: ``relu`` or ``tanh``.
     """
 
     def __init__(
-        self, members: int, in_dim: int, out_dim: int, hidden: int, layers: int, layer_norm: bool = True
+        self,
+        members: int,
+        in_dim: int,
+        out_dim: int,
+        hidden: int,
+        layers: int,
+        layer_norm: bool = True,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]()
         self.layer_norm = layer_norm
         sizes = [in_dim] + [hidden] * layers + [out_dim]
         self.weights = nn.ParameterList()
@@ -44,16 +63,20 @@ class EnsembleMLP(nn.Module):
             if index < last:
                 if self.layer_norm:
                     x = nn.functional.layer_norm(x, x.shape[-1:])
-                x = nn.functional.relu(x)
+                x = self.activation(x)
         return x
 
 
-def mlp(in_dim: int, out_dim: int, hidden: int, layers: int) -> nn.Sequential:
-    """A plain ReLU network with ``layers`` hidden layers."""
+def mlp(
+    in_dim: int, out_dim: int, hidden: int, layers: int, activation: str = "relu", layer_norm: bool = False
+) -> nn.Sequential:
+    """A plain network with ``layers`` hidden layers; ``layer_norm`` as in ``EnsembleMLP``."""
     modules: list[nn.Module] = []
     for index in range(layers):
         modules.append(nn.Linear(in_dim if index == 0 else hidden, hidden))
-        modules.append(nn.ReLU())
+        if layer_norm:
+            modules.append(nn.LayerNorm(hidden, elementwise_affine=False))
+        modules.append(ACTIVATIONS[activation]())
     modules.append(nn.Linear(hidden, out_dim))
     return nn.Sequential(*modules)
 

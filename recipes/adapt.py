@@ -12,10 +12,13 @@ from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
+from trimtab.policies.actor import NoiseActor
+from trimtab.policies.artefact import is_artefact, save_artefact
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.sources import prior_noise, steered_noise
 from trimtab.recipes.console import new_output_dir, parse
-from trimtab.recipes.reporting import MetricsWriter, plot_curve, table, write_json
+from trimtab.recipes.presets import expand_preset, value_of
+from trimtab.recipes.reporting import MetricsWriter, plot_curve, rate_text, table, write_json
 from trimtab.recipes.session import (
     EvalConfig,
     MachineConfig,
@@ -25,9 +28,12 @@ from trimtab.recipes.session import (
     summaries,
 )
 from trimtab.rl.algorithms import AlgorithmConfig, DSRLSACConfig
-from trimtab.rl.artefact import is_artefact, save_artefact
+from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
+from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import Evaluation, evaluate
+from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.train import MAX_SEED, TrainConfig, Trainer
+from trimtab.rl.warm_start import begin_at, read_constant
 
 
 @dataclass
@@ -39,6 +45,7 @@ class AdaptConfig:
     rl: AlgorithmConfig = field(default_factory=DSRLSACConfig)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    demos: DemosConfig = field(default_factory=DemosConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Environments that collect experience at the same time.
@@ -73,7 +80,7 @@ class Outcome:
 
 
 def main(args: list[str]) -> None:
-    config = parse(AdaptConfig, "adapt", args)
+    config = parse(AdaptConfig, "adapt", with_default_noise(expand_preset(args)))
     if is_artefact(config.policy.path):
         raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
     output = new_output_dir(config.output_dir, "adapt")
@@ -85,13 +92,18 @@ def main(args: list[str]) -> None:
     print(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
 
 
+def with_default_noise(args: list[str]) -> list[str]:
+    """``args`` with the constant noise space that golden_ticket seeks in, unless they name one themselves."""
+    algorithm = value_of(args, "rl.type")
+    if algorithm != "golden_ticket" or value_of(args, "noise.type") is not None:
+        return args
+    print("golden_ticket seeks one noise for all observations: --noise.type=constant")
+    return ["--noise.type=constant", *args]
+
+
 def untrained_line(summary: dict[str, Any], noise: str) -> str:
     """One line about what the noise space alone does."""
-    low, high = summary["ci95"]
-    return (
-        f"untrained actor ({noise} noise): {100 * summary['success_rate']:.1f} % "
-        f"[{100 * low:.1f}, {100 * high:.1f}] ({summary['successes']}/{summary['episodes']})"
-    )
+    return f"untrained actor ({noise} noise): {rate_text(summary)}"
 
 
 def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Path) -> Outcome:
@@ -108,7 +120,7 @@ def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Pat
             "accelerate", "steering runs in one process for now; launch it with --num_processes=1"
         )
     space = config.noise.build(session.adapter.noise_spec)
-    config.rl.check(space)
+    check_inputs(session, config, space)
     identity = session.adapter.identity(folder)
     clock = time.perf_counter
     seconds: dict[str, float] = {}
@@ -125,16 +137,12 @@ def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Pat
         )
     seconds["baselines"] = clock() - started
     started = clock()
-    metrics: MetricsWriter | None = None
     with session.environments(config.num_envs) as vec:
-        trainer = Trainer(
-            session.runner, vec, accelerator, config.train, config.rl, config.noise, config.seed
-        )
-        metrics = trainer.on_metrics = MetricsWriter(output / "metrics.jsonl")
-        try:
-            actor = trainer.run().actor.eval()
-        finally:
-            metrics.close()
+        trainer = make_trainer(session, vec, accelerator, config)
+        with MetricsWriter(output / "metrics.jsonl") as metrics:
+            trainer.on_metrics = metrics
+            learnt = trainer.run()
+    actor = learnt.actor.eval()
     seconds["steering"] = clock() - started
     started = clock()
     steered = steered_noise(actor, config.eval.deterministic)
@@ -152,11 +160,14 @@ def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Pat
         {
             "env": draccus.encode(config.env, EnvConfig),
             "seed": config.seed,
-            "env_steps": trainer.collector.env_steps,
+            "env_steps": trainer.env_steps,
             "episodes": trainer.episodes,
             "deterministic": config.eval.deterministic,
             "success": {name: entry for name, entry in summaries(evaluations).items()},
+            "algorithm": config.rl.type,
         },
+        # What chose among candidates while learning can do so for the deployed policy.
+        (learnt.critic, config.rl.critic) if learnt.selects else None,
     )
     parameters = sum(parameter.numel() for parameter in actor.parameters())
     outcome = Outcome(evaluations, untrained, details, artefact, metrics.lines, parameters, seconds)
@@ -171,8 +182,48 @@ def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Pat
     return outcome
 
 
+def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
+    """Refuse what does not fit together before any long work.
+
+    Raises:
+        UserError: the algorithm cannot learn in this noise space or from demonstrations, or the dataset or
+            the warm start is not there or does not fit the policy.
+    """
+    config.rl.check(space)
+    config.demos.check(config.rl)
+    if config.demos.enabled:
+        read_demonstrations(config.demos, session.adapter, config.train.reward, config.env.task or "")
+    if config.train.warm_start:
+        if isinstance(config.rl, GoldenTicketConfig):
+            raise UserError("--train.warm_start", "golden_ticket draws all of its constants itself")
+        noise = read_constant(config.train.warm_start, session.adapter.noise_spec)
+        begin_at(NoiseActor(1, space, config.rl.actor), noise)
+
+
+def make_trainer(
+    session: Session, vec: ChunkVectorEnv, accelerator: Any, config: AdaptConfig
+) -> Trainer | TicketSearch:
+    """What runs ``config.rl``."""
+    if isinstance(config.rl, GoldenTicketConfig):
+        return TicketSearch(session.runner, vec, config.rl, config.noise, config.seed)
+    return Trainer(
+        session.runner,
+        vec,
+        accelerator,
+        config.train,
+        config.rl,
+        config.noise,
+        config.seed,
+        demos=config.demos,
+    )
+
+
 def write_results(
-    output: Path, outcome: Outcome, config: AdaptConfig, trainer: Trainer, identity: dict[str, Any]
+    output: Path,
+    outcome: Outcome,
+    config: AdaptConfig,
+    trainer: Trainer | TicketSearch,
+    identity: dict[str, Any],
 ) -> None:
     """Write results.json (the table and how it came about) and config.json (to run it again)."""
     write_json(
@@ -184,7 +235,7 @@ def write_results(
             "env": {"type": config.env.type, "task": config.env.task},
             "seed": config.seed,
             "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],
-            "env_steps": trainer.collector.env_steps,
+            "env_steps": trainer.env_steps,
             "training_episodes": trainer.episodes,
             "updates": trainer.updates,
             "actor_parameters": outcome.parameters,

@@ -12,8 +12,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "trimtab.recipes.evaluate",
         "compare base, zero noise, constant noise and steered on paired seeds",
     ),
+    "export": ("trimtab.recipes.export", "a steering run as a LeRobot policy, with a model card; to the Hub"),
+    "lora": (
+        "trimtab.recipes.lora",
+        "the rival: fine-tune by LoRA on a dataset, or on the policy's successes",
+    ),
     "probe": ("trimtab.recipes.probe", "can this policy be steered, and in which noise space?"),
     "policies": ("trimtab.recipes.policies", "table of the policy types: their noise, and what it costs"),
+    "bench": ("trimtab.recipes.bench.command", "sample efficiency and engine speed beside other methods"),
     "base": ("trimtab.recipes.make_base", "make an embedded base policy for any of Meta-World's 50 tasks"),
 }
 

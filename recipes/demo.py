@@ -12,7 +12,7 @@ from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.files import file_hash
 from trimtab.policies.noise_space import NoiseSpaceConfig, RepeatNoiseConfig
 from trimtab.policies.sources import base_noise
-from trimtab.recipes.adapt import AdaptConfig, check_run, steer, untrained_line
+from trimtab.recipes.adapt import AdaptConfig, check_run, steer, untrained_line, with_default_noise
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.metaworld.base import RECORD, BaseConfig, cached_base, check_task
 from trimtab.recipes.reporting import table, write_json
@@ -65,7 +65,7 @@ class DemoConfig:
 
 def main(args: list[str]) -> None:
     started = time.perf_counter()
-    config = parse(DemoConfig, "demo", args)
+    config = parse(DemoConfig, "demo", with_default_noise(args))
     config.task = resolve_task(config.task, "--task")
     base = config.base.resolved()
     if config.task not in base.tasks.split(","):

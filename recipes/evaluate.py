@@ -9,6 +9,7 @@ from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig
+from trimtab.policies.artefact import is_artefact, load_artefact
 from trimtab.policies.sources import steered_noise
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.metaworld.base import check_task
@@ -21,7 +22,6 @@ from trimtab.recipes.session import (
     open_session,
     summaries,
 )
-from trimtab.rl.artefact import is_artefact, load_artefact
 from trimtab.rl.evaluation import evaluate
 
 

@@ -16,6 +16,7 @@ import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserError
 from trimtab.adapters.loading import open_adapter
 from trimtab.adapters.steerability import MANY, Steerability, measure
+from trimtab.policies.artefact import is_artefact
 from trimtab.policies.sources import base_noise, constant_noise, own_noise, repeated_noise, zero_noise
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.metaworld.base import check_task
@@ -31,7 +32,6 @@ from trimtab.recipes.session import (
     summaries,
 )
 from trimtab.recipes.verdict import as_json, judge
-from trimtab.rl.artefact import is_artefact
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
 from trimtab.rl.statistics import wilson_interval
 

@@ -20,6 +20,7 @@ NAMES = {
     "prior_noise": "draws from the prior",
     "constant_noise": "best constant noise",
     "steered": "steered",
+    "fine_tuned": "fine-tuned",
 }
 
 
@@ -31,7 +32,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by `__exit__`
         self.lines: list[dict[str, Any]] = []
 
     def __call__(self, line: dict[str, Any]) -> None:
@@ -39,7 +40,10 @@ class MetricsWriter:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         self._file.close()
 
 
@@ -49,6 +53,15 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def rate_text(summary: dict[str, Any]) -> str:
+    """``49.0 % [42.2, 55.9] (98/200)``: a success rate with its 95 % interval and counts."""
+    low, high = summary["ci95"]
+    return (
+        f"{100 * summary['success_rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] "
+        f"({summary['successes']}/{summary['episodes']})"
+    )
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -95,7 +108,7 @@ def plot_curve(
         [wilson_interval(round(r * n), n) if n else (0.0, 1.0) for r, n in zip(rate, count, strict=True)]
     )
     top.fill_between(steps, band[:, 0], band[:, 1], color="tab:blue", alpha=0.15, linewidth=0)
-    top.plot(steps, rate, color="tab:blue", linewidth=2, label="while learning (last 50 episodes)")
+    top.plot(steps, rate, color="tab:blue", linewidth=2, label=f"while learning (last {max(count)} episodes)")
     colours = {
         "base": "tab:gray",
         "zero_noise": "tab:olive",

@@ -111,8 +111,10 @@ class Session:
         self.runner = PolicyRunner(self.adapter, self.env)
 
     @contextmanager
-    def environments(self, count: int, workers: int | None = None) -> Iterator[ChunkVectorEnv]:
-        """Environments of this session, closed at the end.
+    def environments(
+        self, count: int, workers: int | None = None, keep_seen: bool = False
+    ) -> Iterator[ChunkVectorEnv]:
+        """Environments of this session, closed at the end; ``keep_seen`` as in ``ChunkVectorEnv``.
 
         Raises:
             UserError: the environment cannot be built.
@@ -124,6 +126,7 @@ class Session:
                 count,
                 self.machine.workers if workers is None else workers,
                 self.adapter.n_obs_steps,
+                keep_seen=keep_seen,
             )
             self._preflight(vec)
         except Exception as error:  # whatever a simulator raises when it cannot be built or stepped

@@ -15,6 +15,7 @@ from torch import Tensor
 from trimtab.adapters import UserError
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.sources import NoiseSource, prior_noise
+from trimtab.rl.decoder import ConditioningSpec
 from trimtab.rl.envs.chunk import ChunkResult
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.returns import NStepAccumulator, Transition, chunk_return, step_rewards
@@ -100,6 +101,13 @@ class Collector:
         candidates: noises that are decoded for every observation beside the one that acts; they share its
             encoding. What they become is stored with the transitions: ``chunk``, ``candidates`` (K, A) and
             ``candidates_u`` (K, dim), A = steps * action_dim.
+        discount_per: ``step`` or ``chunk`` (see ``returns.chunk_return``).
+        bootstrap_at_time_limit: whether what follows a time limit has a value.
+        conditioning: store ``chunk`` and each observation's conditioning with the transitions (see
+            ``decoder.ConditioningSpec``).
+
+    Attributes:
+        spec: of the conditioning, where that is stored.
     """
 
     def __init__(
@@ -112,8 +120,12 @@ class Collector:
         reward: str,
         seed: int,
         candidates: int = 0,
+        discount_per: str = "step",
+        bootstrap_at_time_limit: bool = True,
+        conditioning: bool = False,
     ) -> None:
         self.candidates = candidates
+        self.discount_per, self.bootstrap_at_time_limit = discount_per, bootstrap_at_time_limit
         self._draw_candidates = prior_noise(space)
         self.runner, self.vec, self.space = runner, vec, space
         self.gamma, self.reward = gamma, reward
@@ -132,6 +144,7 @@ class Collector:
         observations = vec.reset(self._take_seeds(self._envs))
         self._observe([observations[i] for i in self._envs])
         self.feature_dim = self._features.shape[1]
+        self.spec = ConditioningSpec.of(runner.adapter, self._conditioning) if conditioning else None
         self._u: np.ndarray | None = None
 
     def unsteer(self) -> None:
@@ -174,7 +187,8 @@ class Collector:
         if not torch.isfinite(noise).all():
             raise UserError("--rl.learning_rate", "the noise actor has diverged to NaN or Inf; lower it")
         self._u = self.space.project(noise, prior).float().cpu().numpy()
-        if self.candidates:  # what is stored of the chunk is what the policy made, not what the robot gets
+        # What is stored of the chunk is what the policy made, not what the robot gets.
+        if self.candidates or self.spec:
             chunks = self.runner.candidates(self._conditioning, noise.unsqueeze(1))[:, 0]
             self._start(chunks, started)
             return
@@ -218,41 +232,45 @@ class Collector:
         self.seconds["env_wait"] += time.perf_counter() - started
         started = time.perf_counter()
         before, proposed_before = self._features.numpy(), self._candidates
+        conditioned_before = self._conditioning
         ended = [i for i in self._envs if results[i].ended]
         self._take_seeds(ended)
         finals: dict[int, np.ndarray] = {}
         final_extra: dict[int, dict[str, np.ndarray]] = {}
-        for i in ended:
-            # A policy that remembers follows on from whole chunks only. Where the time limit cut the last one
-            # short, the critic sees the final observation as an episode's first: the nearest state that the
-            # policy can be in. (After a terminal state the value of what follows has no weight.)
-            if results[i].steps < self._lengths[i]:
-                self.runner.forget(i)
         if ended:
-            conditioning = self.runner.encode(
-                [results[i].final_observation for i in ended],
-                [self.vec.task_descriptions[i] for i in ended],
-                ended,
+            conditioning = self.runner.encode_finals(
+                {i: results[i] for i in ended}, self._lengths, self.vec.task_descriptions
             )
             finals = dict(zip(ended, self.runner.features(conditioning).numpy(), strict=True))
             if self.candidates:
                 proposed = self._propose(conditioning, [self._generators[i] for i in ended])
                 final_extra = {i: proposed.row(row) for row, i in enumerate(ended)}
-        for i in ended:
-            self.runner.forget(i)
+            if self.spec:
+                for row, i in enumerate(ended):
+                    final_extra[i] = final_extra.get(i, {}) | self.spec.row(conditioning, row)
         self._observe([results[i].observation for i in self._envs])
         after = self._features.numpy()
         transitions: list[Transition] = []
         episodes: list[Episode] = []
         for i in self._envs:
             result = results[i]
-            reward, discount = chunk_return(step_rewards(result, self.reward), self.gamma, result.terminated)
+            final = result.terminated or (result.ended and not self.bootstrap_at_time_limit)
+            reward, discount = chunk_return(
+                step_rewards(result, self.reward), self.gamma, final, self.discount_per
+            )
             following = finals[i] if result.ended else after[i]
-            kept: dict[str, np.ndarray] | None = None
-            next_kept: dict[str, np.ndarray] | None = None
+            kept: dict[str, np.ndarray] = {}
+            next_kept: dict[str, np.ndarray] = {}
+            if self.candidates or self.spec:
+                kept["chunk"] = self._chunks[i]
             if self.candidates:
-                kept = {"chunk": self._chunks[i], **proposed_before.row(i)}
-                next_kept = final_extra[i] if result.ended else self._candidates.row(i)
+                kept |= proposed_before.row(i)
+                next_kept |= {} if result.ended else self._candidates.row(i)
+            if self.spec:
+                kept |= self.spec.row(conditioned_before, i)
+                next_kept |= {} if result.ended else self.spec.row(self._conditioning, i)
+            if result.ended:
+                next_kept |= final_extra.get(i, {})
             transitions += self._accumulators[i].add(
                 before[i], self._u[i], reward, discount, following, result.ended, kept, next_kept
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ class ReplayBuffer:
         seed: seeds the sampling.
         device: where batches go.
         extra: shapes of what ``Transition.extra`` holds, by name; anything else in it is not kept.
+        precise: names in ``extra`` that are kept as float32.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class ReplayBuffer:
         seed: int,
         device: str | torch.device = "cpu",
         extra: dict[str, tuple[int, ...]] | None = None,
+        precise: Container[str] = (),
     ) -> None:
         self.capacity = capacity
         self.size = 0
@@ -46,7 +50,8 @@ class ReplayBuffer:
         }
         self._extra = list(extra or {})
         for name, shape in (extra or {}).items():
-            self._data[name] = torch.zeros(capacity, *shape, dtype=torch.float16)
+            dtype = torch.float32 if name in precise else torch.float16
+            self._data[name] = torch.zeros(capacity, *shape, dtype=dtype)
 
     def __len__(self) -> int:
         return self.size

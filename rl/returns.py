@@ -1,7 +1,8 @@
 """Chunk rewards, discounts and n-step returns over chunks.
 
 A chunk that executed k steps has the reward ``sum_i gamma^i r_i`` and hands on ``gamma^k`` of what
-follows; 0 of it after a terminal state, ``gamma^k`` after a time limit. Over n chunks these compose:
+follows; 0 of it after a terminal state, ``gamma^k`` after a time limit. (With a discount per chunk: the sum
+of its rewards, and ``gamma``.) Over n chunks these compose:
 ``R = R_0 + D_0 R_1 + D_0 D_1 R_2 + ...`` and ``D = D_0 D_1 ... D_{n-1}``.
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 from trimtab.rl.envs.chunk import ChunkResult
 
 REWARDS = ("sparse", "env")
+DISCOUNT_PER = ("step", "chunk")
 
 
 def step_rewards(result: ChunkResult, kind: str) -> np.ndarray:
@@ -29,25 +31,40 @@ def step_rewards(result: ChunkResult, kind: str) -> np.ndarray:
     return result.rewards.astype(np.float64)
 
 
-def chunk_return(rewards: np.ndarray, gamma: float, terminated: bool) -> tuple[float, float]:
+def chunk_return(
+    rewards: np.ndarray, gamma: float, terminated: bool, per: str = "step"
+) -> tuple[float, float]:
     """Discounted reward of one chunk and the weight of what follows it.
 
     Args:
         rewards: (k,) of the steps really executed.
-        gamma: discount per environment step.
+        gamma: discount per environment step, or per chunk.
         terminated: the chunk ended in a terminal state (a time limit is none).
+        per: ``step``, or ``chunk`` for the convention of DSRL's code (arXiv 2506.15799): rewards within a
+            chunk are summed, and ``gamma`` holds once per chunk, however many steps were executed.
 
     Returns:
-        (sum of gamma^i r_i, gamma^k or 0)
+        (sum of gamma^i r_i, gamma^k or 0), with ``chunk`` (sum of r_i, gamma or 0)
     """
+    if per == "chunk":
+        return float(np.sum(rewards)), 0.0 if terminated else gamma
     steps = len(rewards)
     total = float(np.dot(gamma ** np.arange(steps), rewards))
     return total, 0.0 if terminated else float(gamma**steps)
 
 
-def value_bounds(kind: str, gamma: float) -> tuple[float, float] | None:
-    """Smallest and largest possible return, or ``None`` where it is not known."""
-    return (-1.0 / (1.0 - gamma), 0.0) if kind == "sparse" else None
+def value_bounds(
+    kind: str, gamma: float, per: str = "step", chunk_steps: int = 1
+) -> tuple[float, float] | None:
+    """Smallest and largest possible return, or ``None`` where it is not known.
+
+    Args:
+        kind: of reward.
+        gamma, per: as for ``chunk_return``.
+        chunk_steps: most steps in a chunk, which a discount per chunk leaves undiscounted.
+    """
+    each = chunk_steps if per == "chunk" else 1
+    return (-each / (1.0 - gamma), 0.0) if kind == "sparse" else None
 
 
 @dataclass

@@ -12,7 +12,7 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
-from trimtab.rl.envs.chunk import RawObservation, stack_observations
+from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
 
 # One conditioning for all environments; of a policy that remembers, one for each: their episodes stand at
 # different chunks, whose conditionings cannot be joined.
@@ -68,6 +68,28 @@ class PolicyRunner:
         for observation, task, slot in zip(observations, tasks, slots, strict=True):
             history = self._history([observation], [task])
             encoded.append(self.adapter.observe(history, self._memory.get(slot)))
+        return encoded
+
+    def encode_finals(
+        self, results: dict[int, ChunkResult], lengths: Sequence[int], tasks: Sequence[str]
+    ) -> Encoded:
+        """Encode the final observations of episodes that ended, and forget those episodes.
+
+        A policy that remembers follows on from whole chunks only. Where the time limit cut the last one
+        short, the critic sees the final observation as an episode's first: the nearest state that the policy
+        can be in. (After a terminal state the value of what follows has no weight.)
+
+        Args:
+            results: of the last chunks, by environment.
+            lengths, tasks: steps of each environment's whole chunk, and its instruction.
+        """
+        for i, result in results.items():
+            if result.steps < lengths[i]:
+                self.forget(i)
+        observations = [result.final_observation for result in results.values()]
+        encoded = self.encode(observations, [tasks[i] for i in results], list(results))
+        for i in results:
+            self.forget(i)
         return encoded
 
     def _history(self, observations: list[RawObservation], tasks: list[str]) -> dict[str, Any]:

@@ -46,3 +46,20 @@ def paired_difference(
     half = z * math.sqrt(max(up + down - (up - down) ** 2, 0.0) / (n + 2))
     centre = up - down
     return (gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def p_below(successes: int, episodes: int, base_successes: int, base_episodes: int) -> float:
+    """One-sided p-value of Fisher's exact test: at or under 0.05, the first rate lies below the second.
+
+    The probability of so few successes among the first ``episodes``, had all successes fallen at random on
+    all episodes.
+
+    Raises:
+        ValueError: no episodes, or more successes than episodes.
+    """
+    for won, of in ((successes, episodes), (base_successes, base_episodes)):
+        if of <= 0 or not 0 <= won <= of:
+            raise ValueError(f"{won} successes of {of} episodes")
+    won, lost = successes + base_successes, episodes + base_episodes - successes - base_successes
+    ways = sum(math.comb(won, k) * math.comb(lost, episodes - k) for k in range(successes + 1))
+    return ways / math.comb(won + lost, episodes)

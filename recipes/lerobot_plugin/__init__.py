@@ -1,7 +1,17 @@
 """Imported by LeRobot's commands because of this distribution's name; registers what they can use.
 
 After `pip install`, `lerobot-eval --policy.path=BASE --env.type=metaworld_state --env.task=hammer-v3`
-works without another flag.
+works without another flag, and so does the artefact of a steering run in the place of BASE.
 """
 
+import contextlib
+
+import trimtab.policies.steered.processor_trimtab
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers the environment type `metaworld_state`
+from trimtab.policies.steered.configuration_trimtab import TYPE
+
+with contextlib.suppress(ImportError):  # LeRobot's policy server is an extra; it serves what this list names
+    from lerobot.async_inference.constants import SUPPORTED_POLICIES
+
+    if TYPE not in SUPPORTED_POLICIES:
+        SUPPORTED_POLICIES.append(TYPE)

@@ -81,7 +81,7 @@ def with_centers(operators: dict[str, Operator]) -> dict[str, Operator]:
 
 
 @contextmanager
-def _no_image_embedding() -> Iterator[None]:
+def no_image_embedding() -> Iterator[None]:
     """LeRobot maps `embed_images` over every frame, images or not: three quarters of the recording time."""
     from lerobot.datasets import dataset_writer
 
@@ -125,7 +125,7 @@ def record(
             frames = list(demonstrate(env, operator, SEED_OFFSET + seed * 100_000 + episode))
             for frame in frames:
                 dataset.add_frame(frame)
-            with _no_image_embedding():
+            with no_image_embedding():
                 dataset.save_episode()
             successes += bool(frames[-1]["next.success"][0])
             progress.update()

@@ -2,6 +2,16 @@
 
 from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig
 from trimtab.rl.algorithms.best_of_n import BestOfN, BestOfNConfig
+from trimtab.rl.algorithms.dsrl_na import DSRLNA, DSRLNAConfig
 from trimtab.rl.algorithms.dsrl_sac import DSRLSAC, DSRLSACConfig
 
-__all__ = ["DSRLSAC", "Algorithm", "AlgorithmConfig", "BestOfN", "BestOfNConfig", "DSRLSACConfig"]
+__all__ = [
+    "DSRLNA",
+    "DSRLSAC",
+    "Algorithm",
+    "AlgorithmConfig",
+    "BestOfN",
+    "BestOfNConfig",
+    "DSRLNAConfig",
+    "DSRLSACConfig",
+]

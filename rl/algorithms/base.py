@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +17,19 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.replay import Batch
+from trimtab.rl.returns import DISCOUNT_PER
 
 
 @dataclass
 class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     """``--rl.type=...``: the algorithm and its settings."""
 
-    # Discount per environment step.
+    # Discount per environment step, or per chunk where discount_per says so.
     gamma: float = 0.99
+    # step: a chunk of k steps is discounted by gamma^k; chunk: by gamma, and its rewards are summed.
+    discount_per: str = "step"
+    # Whether what follows a time limit has a value, as what follows a terminal state has not.
+    bootstrap_at_time_limit: bool = True
     # Chunks in an n-step return.
     n_step: int = 3
     batch_size: int = 256
@@ -30,12 +37,20 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma < 1.0:
             raise UserError("--rl.gamma", f"must be at least 0 and below 1, got {self.gamma}")
+        if self.discount_per not in DISCOUNT_PER:
+            known = ", ".join(DISCOUNT_PER)
+            raise UserError("--rl.discount_per", f"'{self.discount_per}' is none of {known}")
         require_positive(self, "n_step", "batch_size")
 
     @property
     def candidates(self) -> int:
         """Noises per observation that the algorithm learns from, beside the one that acts."""
         return 0
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        """What the replay keeps for it, beside the transition: see ``train.replay_extra``."""
+        return ("chunk", "candidates", "candidates_u", "next_candidates") if self.candidates else ()
 
     @property
     def type(self) -> str:
@@ -79,11 +94,14 @@ class Algorithm(nn.Module, abc.ABC):
         actor: what is deployed, and what acts while learning unless ``selects``.
         candidates: noises per observation that the collector has to decode and keep.
         selects: whether ``select`` acts while learning, choosing among the candidates.
+        decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
     """
 
     actor: NoiseActor
+    accelerator: Any
     candidates: int = 0
     selects: bool = False
+    decode: Callable[..., Tensor] | None = None
 
     def select(self, features: Tensor, chunks: Tensor) -> Tensor:
         """Which candidate acts: (B, d), (B, K, steps * action_dim) -> (B,)."""
@@ -100,6 +118,34 @@ class Algorithm(nn.Module, abc.ABC):
     @abc.abstractmethod
     def fit_normalizer(self, features: Tensor) -> None:
         """Take the statistics that standardise the observation features."""
+
+    def _adam(self, learning_rate: float, *parts: nn.Module | nn.Parameter) -> Any:
+        """A fused Adam over the parameters of ``parts``, prepared by the accelerator."""
+        parameters = [
+            parameter
+            for part in parts
+            for parameter in (part.parameters() if isinstance(part, nn.Module) else (part,))
+        ]
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+        return self.accelerator.prepare_optimizer(optimizer)
+
+    def _step(self, optimizer: Any, loss: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        optimizer.step()
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within, no gradient reaches ``parameters``; it passes through what they compute."""
+    held = list(parameters)
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 @torch.no_grad()

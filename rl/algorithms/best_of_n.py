@@ -23,7 +23,8 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, polyak, require_positive
+from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, frozen, polyak, require_positive
+from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, over, pick, rank_correlation
 from trimtab.rl.replay import Batch
 
 TARGETS = ("max", "sarsa", "softmax")
@@ -88,12 +89,7 @@ class BestOfNConfig(AlgorithmConfig):
         return self.num_candidates
 
     def check(self, space: NoiseSpace) -> None:
-        if not space.complete:
-            raise UserError(
-                "--noise.type",
-                "best_of_n distils which noise made which chunk, which this space cannot express; use full, "
-                "repeat or knots, or dsrl_sac",
-            )
+        check_pairs(space, "best_of_n")
 
     def build(
         self,
@@ -139,14 +135,8 @@ class BestOfN(Algorithm):
         self.accelerator = accelerator
         self.updates = 0
         self.to(accelerator.device)
-
-        def adam(*networks: torch.nn.Module) -> Any:
-            parameters = [parameter for network in networks for parameter in network.parameters()]
-            optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, fused=True)
-            return accelerator.prepare_optimizer(optimizer)
-
-        self.critic_optimizer = adam(self.critic, self.noise_critic)
-        self.actor_optimizer = adam(self.actor)
+        self.critic_optimizer = self._adam(config.learning_rate, self.critic, self.noise_critic)
+        self.actor_optimizer = self._adam(config.learning_rate, self.actor)
 
     @torch.no_grad()
     def td_target(self, batch: Batch, index: Tensor) -> Tensor:
@@ -156,8 +146,8 @@ class BestOfN(Algorithm):
             batch: with ``next_candidates`` (B, K, A).
             index: (B, m) which of them to look at.
         """
-        chunks = _pick(batch["next_candidates"], index)
-        values = self._over(self.target_critic, batch["next_features"], chunks).min(0).values  # (B, m)
+        chunks = pick(batch["next_candidates"], index)
+        values = over(self.target_critic, batch["next_features"], chunks).min(0).values  # (B, m)
         if self.config.target == "max":
             value = values.max(1).values
         elif self.config.target == "sarsa":
@@ -180,9 +170,9 @@ class BestOfN(Algorithm):
             index: (B, m) which pairs to use.
         """
         with torch.no_grad():
-            wanted = self._over(self.critic, batch["features"], _pick(batch["candidates"], index)).mean(0)
-        values = self._over(self.noise_critic, batch["features"], _pick(batch["candidates_u"], index))
-        return (values - wanted).square().mean((1, 2)).sum()
+            wanted = over(self.critic, batch["features"], pick(batch["candidates"], index)).mean(0)
+        u = pick(batch["candidates_u"], index)
+        return distillation_loss(self.noise_critic, batch["features"], u, wanted)
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``E[weight * KL(pi || N(0, I)) - mean Q^W(s, u)]``; and the KL (B,) and ``u``.
@@ -191,12 +181,8 @@ class BestOfN(Algorithm):
         runs away, so that the bound is not where the actor ends.
         """
         drawn = self.actor.sample(batch["features"])
-        parameters = list(self.noise_critic.parameters())
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        value = self.noise_critic(batch["features"], drawn.u).mean(0)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        with frozen(self.noise_critic.parameters()):
+            value = self.noise_critic(batch["features"], drawn.u).mean(0)
         divergence = kl_to_prior(drawn.mean, drawn.log_std, self.actor.space.initial_std)
         return (self.config.prior_weight * divergence - value).mean(), divergence, drawn.u
 
@@ -207,7 +193,7 @@ class BestOfN(Algorithm):
         the stored pairs of a state: it needs no noise critic, and what does not matter stays at the prior.
         """
         with torch.no_grad():
-            values = self._over(self.critic, batch["features"], batch["candidates"]).mean(0)
+            values = over(self.critic, batch["features"], batch["candidates"]).mean(0)
             weights = torch.softmax(values / self.config.regression_temperature, 1)
             space = self.actor.space
             z = space.unsquash(batch["candidates_u"].clamp(-0.999 * space.bound, 0.999 * space.bound))
@@ -246,23 +232,11 @@ class BestOfN(Algorithm):
         self.updates += 1
         return metrics
 
-    def _step(self, optimizer: Any, loss: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
-        optimizer.step()
-
-    @staticmethod
-    def _over(critic: CriticEnsemble, features: Tensor, actions: Tensor) -> Tensor:
-        """Values (E, B, m) of ``actions`` (B, m, dim) at ``features`` (B, d)."""
-        count = actions.shape[1]
-        values = critic(features.repeat_interleave(count, 0), actions.flatten(0, 1))
-        return values.unflatten(1, (-1, count))
-
     @torch.no_grad()
     def select(self, features: Tensor, chunks: Tensor) -> Tensor:
         """Which candidate acts: (B, d), (B, K, A) -> (B,)."""
         device = self.actor.normalizer.mean.device
-        values = self._over(self.critic, features.to(device), chunks.to(device))
+        values = over(self.critic, features.to(device), chunks.to(device))
         if self.config.acting == "thompson":
             member = torch.randint(len(values), (values.shape[1],), device=device)
             return values[member, torch.arange(values.shape[1], device=device)].argmax(1)
@@ -271,17 +245,10 @@ class BestOfN(Algorithm):
             return torch.multinomial(torch.softmax(mean / self.config.temperature, 1), 1).squeeze(1)
         return mean.argmax(1)
 
-    @torch.no_grad()
     def rank_correlation(self, batch: Batch) -> Tensor:
-        """Mean over states of Spearman's correlation of ``Q^W(s, u_k)`` and ``Q^A(s, a_k)`` over the pairs.
-
-        Within a state: over all states together the value of the state alone makes it look perfect.
-        """
-        noise = self._over(self.noise_critic, batch["features"], batch["candidates_u"]).mean(0)
-        action = self._over(self.critic, batch["features"], batch["candidates"]).mean(0)
-        first, second = (values.argsort(1).argsort(1).float() for values in (noise, action))
-        first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
-        return ((first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1)).clamp_min(1e-9)).mean()
+        """Of the two critics over the stored pairs, see ``noise_critic.rank_correlation``."""
+        pairs = batch["candidates_u"], batch["candidates"]
+        return rank_correlation(self.noise_critic, self.critic, batch["features"], *pairs)
 
     @torch.no_grad()
     def value(self, features: Tensor, u: Tensor) -> Tensor:
@@ -291,8 +258,3 @@ class BestOfN(Algorithm):
         features = features.to(self.actor.normalizer.mean.device)
         for network in (self.actor, self.critic, self.target_critic, self.noise_critic):
             network.normalizer.fit(features)
-
-
-def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (B, m) of ``values`` (B, K, dim): (B, m, dim)."""
-    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))

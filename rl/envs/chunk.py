@@ -29,6 +29,7 @@ class ChunkResult:
         truncated: the episode was cut off (time limit); the bootstrap is kept.
         seed: the seed that the running episode was reset with.
         frames: rendered frames of this chunk, where asked for.
+        seen: (k) the raw observation before each of these steps, where asked for.
     """
 
     observation: RawObservation | None
@@ -39,6 +40,7 @@ class ChunkResult:
     truncated: bool
     seed: int
     frames: list[np.ndarray] = field(default_factory=list)
+    seen: list[RawObservation] = field(default_factory=list)
 
     @property
     def ended(self) -> bool:
@@ -59,11 +61,15 @@ class ChunkEnv:
         env: the environment; success is read from ``info["is_success"]`` as in LeRobot.
         n_obs_steps: length of the observation history.
         frame_every: where rendering is asked for, keep a frame every so many steps.
+        keep_seen: return every step's observation, to record what was done.
     """
 
-    def __init__(self, env: gym.Env, n_obs_steps: int = 1, frame_every: int = 2) -> None:
+    def __init__(
+        self, env: gym.Env, n_obs_steps: int = 1, frame_every: int = 2, keep_seen: bool = False
+    ) -> None:
         self.env = env
         self.frame_every = frame_every
+        self.keep_seen = keep_seen
         self.render = False
         self._history: deque[RawObservation] = deque(maxlen=n_obs_steps)
         self._seed = -1
@@ -117,8 +123,11 @@ class ChunkEnv:
             )
         rewards: list[float] = []
         successes: list[bool] = []
+        seen: list[RawObservation] = []
         terminated = truncated = False
         for action in actions:
+            if self.keep_seen:
+                seen.append(self._history[-1])
             observation, reward, terminated, truncated, info = self.env.step(action)
             check_finite(observation)
             if not np.isfinite(reward):
@@ -146,6 +155,7 @@ class ChunkEnv:
             truncated=bool(truncated) and not terminated,
             seed=self._seed,
             frames=frames,
+            seen=seen,
         )
         if result.ended:
             self._running = False

@@ -35,8 +35,8 @@ def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
 class _Group:
     """The environments of one worker (or of this process)."""
 
-    def __init__(self, config: EnvConfig, indices: list[int], n_obs_steps: int, frame_every: int) -> None:
-        self.envs = {i: ChunkEnv(make_single_env(config, i), n_obs_steps, frame_every) for i in indices}
+    def __init__(self, config: EnvConfig, indices: list[int], *options: Any) -> None:
+        self.envs = {i: ChunkEnv(make_single_env(config, i), *options) for i in indices}
 
     def describe(self) -> dict[int, tuple[str, str]]:
         return {
@@ -60,14 +60,14 @@ class _Group:
                 env.close()
 
 
-def _worker(connection: Any, config: EnvConfig, indices: list[int], n_obs_steps: int, every: int) -> None:
+def _worker(connection: Any, config: EnvConfig, indices: list[int], *options: Any) -> None:
     """Serve one group of environments over a pipe until told to stop."""
     import torch
 
     torch.set_num_threads(1)  # the cores belong to the learner
     group: _Group | None = None
     try:
-        group = _Group(config, indices, n_obs_steps, every)
+        group = _Group(config, indices, *options)
         connection.send(("ok", group.describe()))
         while True:
             command, args = connection.recv()
@@ -98,6 +98,7 @@ class ChunkVectorEnv:
         num_workers: processes; 0 steps them in this process.
         n_obs_steps: observation history that the policy looks at.
         frame_every: keep a rendered frame every so many steps, where rendering is on.
+        keep_seen: return every step's observation in ``ChunkResult.seen``.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class ChunkVectorEnv:
         num_workers: int = 1,
         n_obs_steps: int = 1,
         frame_every: int = 2,
+        keep_seen: bool = False,
     ) -> None:
         self.num_envs = num_envs
         self._local: _Group | None = None
@@ -114,15 +116,15 @@ class ChunkVectorEnv:
         self._pending: dict[int, Any] = {}
         indices = list(range(num_envs))
         if num_workers <= 0:
-            self._local = _Group(config, indices, n_obs_steps, frame_every)
+            self._local = _Group(config, indices, n_obs_steps, frame_every, keep_seen)
             described = self._local.describe()
         else:
-            described = self._start(config, indices, num_workers, n_obs_steps, frame_every)
+            described = self._start(config, indices, num_workers, n_obs_steps, frame_every, keep_seen)
         self.task_descriptions = [described[i][0] for i in indices]
         self.task_names = [described[i][1] for i in indices]
 
     def _start(
-        self, config: EnvConfig, indices: list[int], num_workers: int, n_obs_steps: int, every: int
+        self, config: EnvConfig, indices: list[int], num_workers: int, *options: Any
     ) -> dict[int, tuple[str, str]]:
         # A forked copy of a process that runs torch threads can deadlock: fork from a clean server.
         context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
@@ -132,9 +134,7 @@ class ChunkVectorEnv:
         for part in np.array_split(indices, min(num_workers, len(indices))):
             ours, theirs = context.Pipe()
             members = [int(i) for i in part]
-            process = context.Process(
-                target=_worker, args=(theirs, config, members, n_obs_steps, every), daemon=True
-            )
+            process = context.Process(target=_worker, args=(theirs, config, members, *options), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours, members))

@@ -84,8 +84,8 @@ def test_moved_base(folders, tmp_path):
 
 def test_identity_and_artefact_with_a_moved_base(folders, tmp_path):
     from trimtab.policies.actor import ActorConfig, NoiseActor
+    from trimtab.policies.artefact import load_artefact, save_artefact
     from trimtab.policies.noise_space import RepeatNoiseConfig
-    from trimtab.rl.artefact import load_artefact, save_artefact
 
     options, lora = folders
     root = tmp_path / "before"

@@ -1,10 +1,13 @@
 """Ensembles by batched matmul equal their members one by one."""
 
+import pytest
 import torch
 from torch import nn
 
+from trimtab.adapters import UserError
+from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
-from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer
+from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer, mlp
 
 
 def member(net, index):
@@ -48,3 +51,21 @@ def test_normalizer_standardises_and_does_not_blow_up_constants():
     surprise = normalizer(torch.tensor([[1.0, 2.0, 3.001]]))
     assert surprise[0, 2].abs() < 0.2
     assert normalizer(torch.full((1, 3), 1e9)).max() == 10
+
+
+def test_tanh_and_layer_norm():
+    torch.manual_seed(0)
+    x = torch.randn(7, 5)
+    net = EnsembleMLP(2, 5, 1, 8, 2, activation="tanh")
+    for index in range(2):
+        rebuilt = [nn.Tanh() if isinstance(layer, nn.ReLU) else layer for layer in member(net, index)]
+        assert torch.allclose(net(x)[index], nn.Sequential(*rebuilt)(x), atol=1e-6)
+    first, norm, activation, *_ = modules = list(mlp(5, 3, 8, 2, "tanh", layer_norm=True))
+    assert [type(m) for m in modules] == [nn.Linear, nn.LayerNorm, nn.Tanh] * 2 + [nn.Linear]
+    h = first(x)
+    scaled = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    assert torch.allclose(activation(norm(h)), torch.tanh(scaled), atol=1e-6)
+    assert [type(m) for m in mlp(5, 3, 8, 1)] == [nn.Linear, nn.ReLU, nn.Linear]
+    for config, option in ((ActorConfig, "--rl.actor.activation"), (CriticConfig, "--rl.critic.activation")):
+        with pytest.raises(UserError, match=option):
+            config(activation="gelu")

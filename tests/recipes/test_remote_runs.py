@@ -7,8 +7,8 @@ import pytest
 
 from tests.recipes.test_runs import POLICIES, SMALL, check_results
 from trimtab.adapters import PolicyConfig, UserError
+from trimtab.policies.artefact import load_artefact
 from trimtab.recipes.cli import main
-from trimtab.rl.artefact import load_artefact
 
 ENV = ["--env.type=pusht", "--env.obs_type=environment_state_agent_pos", "--env.episode_length=24"]
 REMOTE = [

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.files import file_hash
+from trimtab.adapters.files import POSTPROCESSOR, PREPROCESSOR, file_hash, state_files
+from trimtab.policies.artefact import is_artefact, load_artefact
 from trimtab.recipes.cli import main
-from trimtab.rl.artefact import is_artefact, load_artefact
 
 SMALL = [
     "--train.env_steps=240",
@@ -77,7 +77,9 @@ def test_adapt_leaves_everything_behind(run):
 
 def test_artefact_is_small_whole_and_without_pickle(run):
     artefact = run[0] / "artefact"
-    assert sorted(path.name for path in artefact.iterdir()) == ["config.json", "model.safetensors"]
+    expected = ["config.json", "model.safetensors", PREPROCESSOR, POSTPROCESSOR, *state_files(artefact)]
+    assert sorted(path.name for path in artefact.iterdir()) == sorted(expected)
+    assert {path.suffix for path in artefact.iterdir()} == {".json", ".safetensors"}
     assert sum(path.stat().st_size for path in artefact.iterdir()) < 5e6
     assert is_artefact(str(artefact)) and not is_artefact(str(run[0]))
 

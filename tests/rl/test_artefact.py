@@ -9,7 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.adapters.files import POSTPROCESSOR, PREPROCESSOR, state_files
+from trimtab.policies import artefact
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
+from trimtab.policies.artefact import load_artefact, save_artefact
 from trimtab.policies.noise_space import (
     ConstantNoiseConfig,
     FullNoiseConfig,
@@ -18,8 +21,6 @@ from trimtab.policies.noise_space import (
     RepeatNoiseConfig,
     ResidualNoiseConfig,
 )
-from trimtab.rl import artefact
-from trimtab.rl.artefact import load_artefact, save_artefact
 
 FEATURES = 18
 
@@ -86,7 +87,11 @@ def test_one_noise_is_a_small_artefact(base, tmp_path):
     ticket = torch.randn(base[1].noise_spec.shape)
     noise = ConstantNoiseConfig(bound=1.05 * float(ticket.abs().max()))
     out = save(base, tmp_path / "ticket", noise, constant_actor(ticket, noise.build(base[1].noise_spec)))
-    assert sum(file.stat().st_size for file in out.iterdir()) < 5_000
+    processors = {PREPROCESSOR, POSTPROCESSOR, *state_files(out)}
+    own = [file for file in out.iterdir() if file.name not in processors]
+    assert sorted(file.name for file in own) == ["config.json", "model.safetensors"]
+    assert sum(file.stat().st_size for file in own) < 5_000
+    assert sum(file.stat().st_size for file in out.iterdir()) < 12_000
     prior = torch.randn(3, *ticket.shape)
     made = load(out).actor.act(torch.randn(3, FEATURES), prior, deterministic=True)
     assert torch.allclose(made, ticket.expand_as(made), atol=1e-5)
@@ -101,7 +106,10 @@ def test_artefacts_from_before_the_mean_had_a_limit_act_as_they_did(base, tmp_pa
     features, prior = torch.randn(2, FEATURES), torch.randn(2, *base[1].noise_spec.shape)
     assert load(out).actor.act(features, prior, True).max() == pytest.approx(1.96, abs=1e-4)
     config = json.loads((out / "config.json").read_text())
-    assert config["format"] == 1 and config["actor"].pop("mean_limit") == 0.98
+    assert config["format"] == 2 and config["actor"].pop("mean_limit") == 0.98
+    config["format"] = 1
+    for name in ("n_obs_steps", "input_features", "output_features", "device", "critic", "n_action_steps"):
+        del config[name]
     (out / "config.json").write_text(json.dumps(config))
     assert load(out).actor.act(features, prior, True).max() == pytest.approx(2.0, abs=1e-4)
 

@@ -12,9 +12,9 @@ from tests.adapters.cases import noise_like
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.policies.actor import ActorConfig, NoiseActor
+from trimtab.policies.artefact import load_artefact, save_artefact
 from trimtab.policies.noise_space import RepeatNoiseConfig
 from trimtab.recipes.tiny import make_tiny
-from trimtab.rl.artefact import load_artefact, save_artefact
 
 RENAMES = {"observation.eef": "observation.state"}
 
@@ -77,7 +77,7 @@ def test_what_the_user_says_anew_comes_first(moved, tmp_path):
     again = load(artefact, dtype="float32", backbone=str(other), rename_map={"observation.pose": "a"})
     assert {p.dtype for p in again.policy.parameters() if p.is_floating_point()} == {torch.float32}
     assert again.config.vlm_model_name == str(other)
-    assert again._renames() == {"observation.pose": "a"}
+    assert again.renames() == {"observation.pose": "a"}
     assert not same_function(adapter, load(artefact, num_inference_steps=1))
 
 

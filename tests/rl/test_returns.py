@@ -77,3 +77,13 @@ def test_no_transition_crosses_an_episode():
 def test_value_bounds():
     assert value_bounds("sparse", 0.99) == (pytest.approx(-100.0), 0.0)
     assert value_bounds("env", 0.99) is None
+
+
+def test_discount_per_chunk_is_the_references_convention():
+    rewards = np.array([-1.0, -1.0, 0.0])
+    assert chunk_return(rewards, 0.9, terminated=False, per="chunk") == (-2.0, 0.9)
+    assert chunk_return(rewards[:1], 0.9, terminated=False, per="chunk") == (-1.0, 0.9)  # however short
+    assert chunk_return(rewards, 0.9, terminated=True, per="chunk") == (-2.0, 0.0)
+    # the worst possible: every chunk of 4 steps fails for ever
+    worst = sum(-4.0 * 0.9**i for i in range(2000))
+    assert value_bounds("sparse", 0.9, "chunk", 4) == (pytest.approx(worst), 0.0)

@@ -1,0 +1,335 @@
+"""The artefact of a run: the actor's weights and a reference to the base, never the base itself.
+
+One folder for all: `trimtab eval` reads it, and LeRobot's commands do, as a policy of type ``trimtab``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import draccus
+import torch
+from draccus.utils import DraccusException
+from lerobot.configs import PreTrainedConfig
+from safetensors.torch import save_file
+
+from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
+from trimtab.adapters.config import RemoteConfig
+from trimtab.adapters.errors import reason
+from trimtab.adapters.files import (
+    CONFIG,
+    WEIGHTS,
+    file_hash,
+    is_server,
+    placement,
+    read_weights,
+    resolve_folder,
+    settings_hashes,
+    weights_hash,
+)
+from trimtab.adapters.loading import load_weights
+from trimtab.policies.actor import NoiseActor
+from trimtab.policies.critic import CriticConfig, CriticEnsemble
+from trimtab.policies.noise_space import NoiseSpaceConfig
+from trimtab.policies.steered.configuration_trimtab import FORMAT, TYPE, BaseReference, TrimtabConfig
+from trimtab.policies.steered.processor_trimtab import write_processors
+
+CRITIC = "critic.safetensors"
+# What artefacts from before these settings existed did, in settings.
+OLD_ACTOR = {"mean_limit": 1.0}
+# How the base was loaded; of these, what may lie in a folder.
+LOADED_WITH = ("dtype", "num_inference_steps", "rename_map", "tokenizer", "backbone", "base_path")
+PLACES = ("tokenizer", "backbone", "base_path")
+
+
+@dataclass
+class Steered:
+    """A loaded artefact.
+
+    Attributes:
+        adapter: the frozen base it refers to.
+        actor: the trained noise actor, in eval mode.
+        base_folder: where the base was found: its folder, or the address of its server.
+        config: the artefact's config.json.
+        critic: of the base's chunks, where one is stored.
+        base: how the base was loaded, to load it so again.
+    """
+
+    adapter: PolicyAdapter
+    actor: NoiseActor
+    base_folder: Path | str
+    config: TrimtabConfig
+    critic: CriticEnsemble | None
+    base: PolicyConfig
+
+
+def save_artefact(
+    folder: Path,
+    actor: NoiseActor,
+    noise: NoiseSpaceConfig,
+    adapter: PolicyAdapter,
+    base: PolicyConfig,
+    base_folder: Path | str,
+    training: dict[str, Any],
+    critic: tuple[CriticEnsemble, CriticConfig] | None = None,
+    beside: dict[str, str] | None = None,
+) -> Path:
+    """Write the artefact so that ``folder`` appears whole or not at all.
+
+    A base that is a local folder is referred to relative to the artefact, so that both can move together;
+    so are the folders that it was loaded with (its tokenizer, its backbone, the base of a LoRA).
+
+    Args:
+        folder: where; an artefact of an earlier run there is replaced.
+        actor: the trained actor.
+        noise: config of its noise space.
+        adapter: the base it was trained on.
+        base: how the base was named.
+        base_folder: where the base lies, or the address of its server.
+        training: facts about the run for whoever reads the file; ``deterministic`` is how it is to act.
+        critic: of the base's chunks, for ``num_candidates``, and its config.
+        beside: texts to write beside, by file name (a model card).
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    local = Path(base.path or "").expanduser().exists()
+    reference = {
+        "path": os.path.relpath(Path(base_folder).resolve(), folder) if local else base.path,
+        "revision": base.revision,
+        **{name: _place(getattr(base, name), folder) for name in LOADED_WITH},
+        "policy_type": adapter.policy_type,
+        **adapter.identity(base_folder),
+    }
+    originals = {new: old for old, new in adapter.renames().items()}
+    config = TrimtabConfig(
+        n_obs_steps=adapter.n_obs_steps,
+        input_features={originals.get(k, k): v for k, v in adapter.config.input_features.items()},
+        output_features=dict(adapter.config.output_features),
+        device=adapter.device.type,
+        base=BaseReference(**reference),
+        noise=noise,
+        noise_shape=list(adapter.noise_spec.shape),
+        feature_dim=actor.normalizer.mean.numel(),
+        actor=actor.config,
+        critic=critic[1] if critic else None,
+        n_action_steps=adapter.chunk_shape[0],
+        deterministic=bool(training.get("deterministic", True)),
+        training=training,
+    )
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write_weights(actor, work / WEIGHTS)
+        if critic:
+            write_weights(critic[0], work / CRITIC)
+        write_config(config, work / CONFIG)
+        write_processors(work, adapter, base, base_folder)
+        for name, text in (beside or {}).items():
+            (work / name).write_text(text, encoding="utf-8")
+        work.chmod(0o755)
+        for file in work.iterdir():
+            file.chmod(0o644)
+        if folder.exists():
+            shutil.rmtree(folder)
+        work.rename(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return folder
+
+
+def write_weights(module: torch.nn.Module, path: Path) -> None:
+    """Save a network's tensors under its own names."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, path)
+
+
+def write_config(config: TrimtabConfig, path: Path) -> None:
+    """Save a config as LeRobot does, type first."""
+    path.write_text(json.dumps(draccus.encode(config, PreTrainedConfig), indent=2) + "\n", encoding="utf-8")
+
+
+def _place(value: Any, folder: Path) -> Any:
+    """``value``, or where it is a folder here, the way there from the artefact, which begins with a dot."""
+    if not isinstance(value, str) or not Path(value).expanduser().exists():
+        return value
+    way = os.path.relpath(Path(value).expanduser().resolve(), folder)
+    return way if way.startswith(".") else os.path.join(".", way)
+
+
+def _as_steered(config: PolicyConfig, saved: PolicyConfig, folder: Path) -> PolicyConfig:
+    """How the base was loaded when it was steered; what the user says anew comes first.
+
+    Raises:
+        UserError: a folder that it was loaded with is not where it was.
+    """
+    default = PolicyConfig()
+    for name in LOADED_WITH:
+        value = getattr(saved, name)
+        if getattr(config, name) != getattr(default, name):
+            setattr(saved, name, getattr(config, name))
+        elif name in PLACES and value and value.startswith("."):
+            if not (folder / value).exists():
+                raise UserError(
+                    f"--policy.{name}",
+                    f"the {name} that the base of {folder} was loaded with is not where it was "
+                    f"({(folder / value).resolve()}); name where it lies now",
+                )
+            setattr(saved, name, str((folder / value).resolve()))
+    return replace(saved, device=config.device)
+
+
+def _check_base(adapter: PolicyAdapter, base: BaseReference, base_folder: Path, folder: Path) -> None:
+    """Refuse a base that is another function than the one that was steered.
+
+    The hash of its weights' file has been compared; artefacts from before there were others hold no more.
+    """
+    parts = adapter.frozen_parts(adapter.policy)
+    odd: list[str] = []
+    if base.files is not None:
+        known = base.files
+        now = settings_hashes(base_folder, {name: place for name, (_, place) in parts.items()})
+        odd = [name for name in sorted(known.keys() | now.keys()) if known.get(name) != now.get(name)]
+    same_place = placement(adapter.policy).items() <= vars(base).items()  # else rounding may differ
+    if not odd and same_place:
+        in_memory = weights_hash(adapter.policy, *(part for part, _ in parts.values()))
+        odd = [] if in_memory == base.weights_sha256 else ["the weights in memory"]
+    if odd:
+        raise UserError(
+            "--policy.path", f"{base_folder} is not the base that {folder} steers: {', '.join(odd)} changed"
+        )
+
+
+def is_artefact(path: str | None) -> bool:
+    """Whether ``path`` is a folder with the config of an artefact."""
+    config = Path(path or "").expanduser() / CONFIG
+    if not path or not config.is_file():
+        return False
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("type") == TYPE
+    except (ValueError, AttributeError):
+        return False
+
+
+def read_config(folder: Path) -> TrimtabConfig:
+    """The config of an artefact, of this format or of an older one.
+
+    Raises:
+        UserError: the file is missing, or is not the config of an artefact.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError("--policy.path", f"{folder} is no artefact, it lacks {CONFIG}")
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved.pop("type") != TYPE:
+            raise ValueError(f"its type is not {TYPE}")
+        if saved["format"] not in (1, FORMAT):
+            raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
+        for name in ("path", "policy_type"):
+            if not isinstance(saved["base"][name], str):
+                raise ValueError(f"base.{name} is no text")
+        lacking = [name for name in ("noise", "noise_shape", "feature_dim") if name not in saved]
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        saved["actor"] = OLD_ACTOR | saved["actor"]
+        saved.setdefault("device", "cpu")
+        return draccus.decode(TrimtabConfig, saved)
+    except (KeyError, TypeError, ValueError, AttributeError, DraccusException, UserError) as error:
+        raise UserError(
+            "--policy.path", f"{path} is not an artefact's config ({type(error).__name__}: {reason(error)})"
+        ) from None
+
+
+def base_place(base: BaseReference, folder: Path) -> str:
+    """Where the base of the artefact in ``folder`` lies: a folder, a Hub repository or a server's address."""
+    if base.path is None:
+        raise UserError("--policy.base.path", f"the artefact {folder} names no base policy")
+    candidate = folder / Path(base.path).expanduser()
+    return str(candidate.resolve()) if not is_server(base.path) and candidate.exists() else base.path
+
+
+def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) -> Steered:
+    """Load an artefact and the base it refers to.
+
+    Args:
+        options: ``path`` is the artefact's folder; the rest says anew how to load its base.
+        config: in the place of the folder's config.json.
+
+    Raises:
+        UserError: a broken file, or a base that is missing or not the one that was steered.
+    """
+    folder = Path(options.path).expanduser().resolve()
+    saved = config or read_config(folder)
+    base, place = saved.base, base_place(saved.base, folder)
+    if is_server(base.path):
+        base_folder: Path | str = options.base_path or place
+        loading, adapter = _served_base(base_folder, base, options)
+    else:
+        loaded_with = PolicyConfig(**{name: getattr(base, name) for name in LOADED_WITH})
+        loading = _as_steered(options, loaded_with, folder)
+        try:
+            base_folder = resolve_folder(place, base.revision)
+        except UserError as error:
+            raise UserError(
+                "--policy.path", f"the base policy of {folder} is not where it was: {error.message}"
+            ) from None
+        if file_hash(base_folder, loading.base_path) != base.sha256:
+            raise UserError(
+                "--policy.path",
+                f"{base_folder} is not the base that {folder} steers: its weights have another hash",
+            )
+        adapter = load_adapter(replace(loading, path=str(base_folder)))
+        _check_base(adapter, base, base_folder, folder)
+        loading = replace(loading, path=place, revision=base.revision)
+    shape = tuple(saved.noise_shape)
+    if adapter.noise_spec.shape != shape:
+        raise UserError(
+            "--policy.path",
+            f"the base takes noise of shape {adapter.noise_spec.shape}, the actor makes {shape}",
+        )
+    if not (folder / WEIGHTS).is_file():
+        raise UserError("--policy.path", f"{folder} is not a whole artefact, it lacks {WEIGHTS}")
+    # The base's own spec: which entries are live decides what a masked actor steers.
+    space = saved.noise.build(replace(adapter.noise_spec, dtype=torch.float32))
+    # Whoever seeds torch and then loads meets the draws that follow on loading the base itself.
+    with torch.random.fork_rng(devices=[]):
+        actor = NoiseActor(saved.feature_dim, space, saved.actor)
+        critic = _critic(saved, adapter)
+    load_weights(actor, read_weights(folder / WEIGHTS), folder / WEIGHTS)
+    if critic is not None:
+        if not (folder / CRITIC).is_file():
+            raise UserError("--policy.path", f"{folder} is not a whole artefact, it lacks {CRITIC}")
+        load_weights(critic, read_weights(folder / CRITIC), folder / CRITIC)
+    return Steered(adapter, actor.eval(), base_folder, saved, critic, loading)
+
+
+def _critic(saved: TrimtabConfig, adapter: PolicyAdapter) -> CriticEnsemble | None:
+    if saved.critic is None:
+        return None
+    return CriticEnsemble(saved.feature_dim, math.prod(adapter.chunk_shape), saved.critic).eval()
+
+
+def _served_base(
+    address: str, saved: BaseReference, options: PolicyConfig
+) -> tuple[PolicyConfig, PolicyAdapter]:
+    """The base on a policy server, asked as it was when it was steered, if it still answers likewise."""
+    try:
+        if saved.remote is None or saved.answer is None or saved.tolerance is None:
+            raise TypeError("remote, answer or tolerance is missing")
+        remote = RemoteConfig(**saved.remote)
+    except TypeError as error:
+        raise UserError(
+            "--policy.path", f"the artefact does not say how {address} answers ({error})"
+        ) from None
+    if options.remote != RemoteConfig():  # the user says anew how to ask
+        remote = options.remote
+    loading = PolicyConfig(path=address, device=options.device, remote=remote)
+    adapter = load_adapter(loading)
+    adapter.check_identity({"answer": saved.answer, "tolerance": saved.tolerance}, address)
+    return loading, adapter

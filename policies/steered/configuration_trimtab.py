@@ -1,0 +1,116 @@
+"""Config of the LeRobot policy type ``trimtab``: what an artefact's config.json holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lerobot.configs import PreTrainedConfig
+
+from trimtab.adapters import UserError
+from trimtab.policies.actor import ActorConfig
+from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
+
+TYPE = "trimtab"
+FORMAT = 2  # 1: before LeRobot could load an artefact
+
+
+@dataclass
+class BaseReference:
+    """The base that an artefact steers: where it lies, how it was loaded, what tells it from any other.
+
+    A path of a local folder is relative to the artefact's folder, and begins with a dot.
+    """
+
+    # Folder, Hub repository, or address of a policy server.
+    path: str | None = None
+    revision: str | None = None
+    # How it was loaded; as in ``PolicyConfig``.
+    dtype: str | None = None
+    num_inference_steps: int | None = None
+    rename_map: dict[str, str] = field(default_factory=dict)
+    tokenizer: str | None = None
+    backbone: str | None = None
+    base_path: str | None = None
+    policy_type: str | None = None
+    # What ``PolicyAdapter.identity`` says of it. Of files:
+    sha256: str | None = None
+    files: dict[str, str] | None = None
+    weights_sha256: str | None = None
+    weights_dtype: str | None = None
+    weights_device: str | None = None
+    # Of a policy server: how it was asked, and what it answered.
+    remote: dict[str, Any] | None = None
+    answer: Any = None
+    tolerance: Any = None
+
+
+@PreTrainedConfig.register_subclass(TYPE)
+@dataclass
+class TrimtabConfig(PreTrainedConfig):
+    """A noise actor and a reference to the frozen base policy that it steers.
+
+    ``n_obs_steps``, ``input_features`` and ``output_features`` are the base's own.
+    """
+
+    format: int = FORMAT
+    # The base; a command line names another place by --policy.base.path=.
+    base: BaseReference = field(default_factory=BaseReference)
+    noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
+    # Shape of one noise of the base, and length of the features that the actor sees.
+    noise_shape: list[int] = field(default_factory=list)
+    feature_dim: int = 0
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    # The action critic of a best_of_n run, where one is stored (critic.safetensors).
+    critic: CriticConfig | None = None
+    # Actions of each chunk that are executed.
+    n_action_steps: int = 1
+    # Take the actor's mean instead of a sample.
+    deterministic: bool = True
+    # False: the plain base under its own noise.
+    use_actor: bool = True
+    # More than 1: decode the actor's noise and so many less one of the base's, take the best by the critic.
+    num_candidates: int = 1
+    # Run the actor through torch.compile (`lerobot-rollout --use_torch_compile` sets it).
+    compile_model: bool = False
+    # Facts about the training run, for whoever reads the file.
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_candidates < 1:
+            raise UserError("--policy.num_candidates", f"must be at least 1, got {self.num_candidates}")
+        if self.num_candidates > 1 and self.critic is None:
+            raise UserError(
+                "--policy.num_candidates",
+                "needs the critic of a best_of_n run, and this artefact holds none; leave it at 1",
+            )
+
+    @property
+    def chunk_size(self) -> int:
+        """Length of the chunks that ``predict_action_chunk`` returns."""
+        return self.n_action_steps
+
+    @property
+    def observation_delta_indices(self) -> None:
+        return None
+
+    @property
+    def action_delta_indices(self) -> None:
+        return None
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None
+
+    def get_optimizer_preset(self) -> Any:
+        raise UserError(
+            "--policy.type", f"a {TYPE} policy is not trained by lerobot-train; use trimtab adapt"
+        )
+
+    def get_scheduler_preset(self) -> None:
+        return None
+
+    def validate_features(self) -> None:
+        """The base's own, which it has validated."""

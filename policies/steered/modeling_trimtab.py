@@ -1,0 +1,308 @@
+"""LeRobot policy of type ``trimtab``: a noise actor that steers a frozen base, which it only refers to."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import OBS_STR
+from torch import Tensor
+
+from trimtab.adapters import Conditioning, PolicyConfig, UserError
+from trimtab.adapters.files import CONFIG, WEIGHTS, resolve_folder
+from trimtab.policies.artefact import (
+    CRITIC,
+    Steered,
+    is_artefact,
+    load_artefact,
+    read_config,
+    write_config,
+    write_weights,
+)
+from trimtab.policies.sources import own_noise, prior_noise
+from trimtab.policies.steered.configuration_trimtab import TYPE, TrimtabConfig
+from trimtab.policies.steered.processor_trimtab import check_processors, write_processors
+
+TASK = "task"
+# Policies whose `predict_action_chunk` takes noise beside the arguments of real-time chunking.
+REAL_TIME = ("pi0", "pi05", "smolvla")
+
+
+class TrimtabPolicy(PreTrainedPolicy):
+    """Steers its base as it was steered in training.
+
+    Batches are what the base's own processors make, actions are normalised as the base's are: LeRobot's
+    commands run the processors around the policy. The base is no part of ``state_dict`` or ``parameters``.
+
+    Args:
+        config: the artefact's, perhaps changed on a command line.
+        steered: the loaded parts; default: from ``config.pretrained_path``.
+
+    Raises:
+        UserError: there is no artefact, or what it says does not fit.
+    """
+
+    config_class = TrimtabConfig
+    name = TYPE
+
+    def __init__(
+        self, config: TrimtabConfig, *args: Any, steered: Steered | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(config)
+        if steered is None:
+            if config.pretrained_path is None:
+                raise UserError(
+                    "--policy.path", "a trimtab policy is made by `trimtab adapt`; name one that it made"
+                )
+            steered = _load(Path(config.pretrained_path), config)
+        _check_features(config, steered)
+        self.steered = steered
+        self.adapter = steered.adapter
+        self.actor = steered.actor.requires_grad_(False)
+        self._critic = (steered.critic,)  # in a tuple, so that it is no part of the state either
+        if config.compile_model:
+            self.actor.compile()
+        self.to(config.device)
+        self.reset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: TrimtabConfig | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        **kwargs: Any,
+    ) -> TrimtabPolicy:
+        """Load an artefact from a folder or the Hub, and the base that it refers to.
+
+        Raises:
+            UserError: one clear line on a file that is missing or broken, and on a base that is not where
+                it was or not what it was.
+        """
+        folder = resolve_folder(str(pretrained_name_or_path), revision, token)
+        if not is_artefact(str(folder)):
+            raise UserError("--policy.path", f"{folder} is not a policy of type {TYPE}")
+        config = config or read_config(folder)
+        return cls(config, steered=_load(folder, config)).eval()
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        write_config(self.config, save_directory / CONFIG)
+        write_weights(self.actor, save_directory / WEIGHTS)
+        if self._critic[0] is not None:
+            write_weights(self._critic[0], save_directory / CRITIC)
+        write_processors(save_directory, self.adapter, self.steered.base, self.steered.base_folder)
+
+    @property
+    def base(self) -> Any:
+        """The frozen LeRobot policy; ``None`` where it is on a server."""
+        return self.adapter.policy
+
+    def reset(self) -> None:
+        """Forget the episode. Call whenever the environments are reset."""
+        self._observations: deque[dict[str, Any]] = deque(maxlen=self.adapter.n_obs_steps)
+        self._actions: deque[Tensor] = deque()
+        self._before: tuple[Conditioning, Tensor] | None = None
+        if self.base is not None:
+            self.base.reset()
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The next action of each environment, (B, action_dim); a chunk is made where none is left.
+
+        Args:
+            batch: one observation of each environment. The history that the base looks at is kept here,
+                the first observation standing in for those before it.
+            noise: (B, *noise_shape) the draw that the actor starts from; default: fresh.
+            kwargs: for the plain base.
+        """
+        if self._plain:
+            return self.base.select_action(batch, **_given(noise), **kwargs)
+        observed = self._observed(batch)
+        while len(self._observations) < self.adapter.n_obs_steps - 1:
+            self._observations.append(observed)
+        self._observations.append(observed)
+        if not self._actions:
+            self._actions.extend(self._chunk(self._history(list(self._observations)), noise).unbind(1))
+        return self._actions.popleft()
+
+    @torch.no_grad()
+    def predict_action_chunk(
+        self, batch: dict[str, Any], noise: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The steered chunk (B, n_action_steps, action_dim) for an observation.
+
+        Args:
+            batch: as for ``select_action``; or with a time axis, (B, n_obs_steps, ...), where the base has
+                one. Without it the history is what ``select_action`` has seen, or this observation alone.
+            noise: as for ``select_action``.
+            kwargs: of real-time chunking. With them the base itself makes the chunk, whole
+                (B, chunk_size, action_dim), from the noise that the actor chose.
+        """
+        if self._plain:
+            return self.base.predict_action_chunk(batch, **_given(noise), **kwargs)
+        if any(value is not None for value in kwargs.values()) or self._real_time:
+            return self._real_time_chunk(batch, noise, kwargs)
+        if self._has_time(batch):
+            return self._chunk(batch, noise)
+        seen = list(self._observations) or [self._observed(batch)]
+        seen = [seen[0]] * (self.adapter.n_obs_steps - len(seen)) + seen
+        return self._chunk(self._history(seen), noise)
+
+    def supports_rtc(self) -> bool:
+        """Whether the base does real-time chunking and takes noise while it does."""
+        if self.base is None or not self.base.supports_rtc():
+            return False
+        return self._plain or self.adapter.policy_type in REAL_TIME
+
+    def init_rtc_processor(self) -> None:
+        """Hand ``config.rtc_config``, which LeRobot's engine sets, to the base."""
+        self.base.config.rtc_config = getattr(self.config, "rtc_config", None)
+        self.base.init_rtc_processor()
+
+    def get_optim_params(self) -> Any:
+        return self.config.get_optimizer_preset()
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict | None]:
+        return self.config.get_optimizer_preset()
+
+    # The steered path.
+
+    @property
+    def _plain(self) -> bool:
+        return not self.config.use_actor and self.base is not None
+
+    @property
+    def _real_time(self) -> bool:
+        rtc = getattr(self.config, "rtc_config", None)
+        return rtc is not None and rtc.enabled
+
+    def _observed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What is kept of one observation."""
+        if not self.adapter.history:
+            return batch
+        return {
+            key: value
+            for key, value in batch.items()
+            if key == TASK or (key.startswith(OBS_STR) and isinstance(value, Tensor) and value.ndim)
+        }
+
+    def _history(self, seen: list[dict[str, Any]]) -> dict[str, Any]:
+        """What the adapter encodes: with the time axis that the base has."""
+        if not self.adapter.history:
+            return seen[-1]
+        history = {key: torch.stack([one[key] for one in seen], 1) for key in seen[-1] if key != TASK}
+        return history | {TASK: seen[-1][TASK]} if TASK in seen[-1] else history
+
+    def _has_time(self, batch: dict[str, Any]) -> bool:
+        if not self.adapter.history:
+            return True
+        features = self.adapter.config.input_features
+        return any(k in batch and batch[k].ndim == len(f.shape) + 2 for k, f in features.items())
+
+    def _encode(self, batch: dict[str, Any]) -> Conditioning:
+        try:
+            if self.base is None:  # a server normalises; it takes raw observations with a time axis
+                raw = {k: v.unsqueeze(1) for k, v in batch.items() if k in self.config.input_features}
+                return self.adapter.observe(raw | ({TASK: list(batch[TASK])} if TASK in batch else {}))
+            if self._before is not None:
+                return self.adapter.follow(*self._before, batch)
+            return self.adapter.encode(batch)
+        except KeyError as error:
+            given = ", ".join(sorted(key for key in batch if key.startswith(OBS_STR))) or "none"
+            raise UserError(
+                "--env.type", f"the base policy needs {error.args[0]}, the observations are {given}"
+            ) from None
+
+    def _prior(self, count: int, noise: Tensor | None) -> Tensor:
+        device = self.actor.normalizer.mean.device
+        if noise is None:
+            return torch.randn(count, *self.config.noise_shape, device=device)
+        expected = (count, *self.config.noise_shape)
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, the policy takes {expected}")
+        return noise.to(device, torch.float32)
+
+    def _steer(self, conditioning: Conditioning, noise: Tensor | None) -> Tensor:
+        """The noise (B, *noise_shape) that the actor chooses, as the base takes it."""
+        features = self.adapter.features(conditioning).float()
+        prior = self._prior(len(features), noise)
+        if not self.config.use_actor:  # on a server, whose own draw is out of reach
+            chosen = own_noise(self.adapter.noise_spec)(features, prior)
+        else:
+            chosen = self.actor.act(features.to(prior), prior, self.config.deterministic)
+        return chosen.to(self.adapter.device, self.adapter.noise_spec.dtype)
+
+    def _chunk(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
+        conditioning = self._encode(batch)
+        chosen = self._steer(conditioning, noise)
+        if self.config.num_candidates > 1 and self.config.use_actor:
+            chunk = self._best(conditioning, chosen)
+        else:
+            chunk = self.adapter.denoise(conditioning, chosen)
+        if self.adapter.remembers:
+            self._before = (conditioning, chunk)
+        return self.adapter.postprocess(chunk, conditioning) if self.base is None else chunk
+
+    def _best(self, conditioning: Conditioning, chosen: Tensor) -> Tensor:
+        """Of the actor's chunk and ``num_candidates - 1`` of the base, the one of the best mean value."""
+        count, others = len(chosen), self.config.num_candidates - 1
+        drawn = self._prior(count * others, None)
+        drawn = prior_noise(self.actor.space)(None, drawn).unflatten(0, (count, others))
+        noises = torch.cat([chosen.unsqueeze(1), drawn.to(chosen)], 1)
+        chunks = self.adapter.denoise(conditioning.repeat_interleave(others + 1), noises.flatten(0, 1))
+        critic = self._critic[0]
+        device = critic.normalizer.mean.device
+        features = self.adapter.features(conditioning).float().to(device)
+        flat = chunks.float().flatten(1).to(device)
+        values = critic(features.repeat_interleave(others + 1, 0), flat).mean(0)
+        best = values.unflatten(0, (count, others + 1)).argmax(1).to(chunks.device)
+        rows = torch.arange(count, device=chunks.device)
+        return chunks.unflatten(0, (count, others + 1))[rows, best]
+
+    def _real_time_chunk(self, batch: dict[str, Any], noise: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        if not self.supports_rtc():
+            raise UserError(
+                "--inference.type",
+                f"a steered {self.adapter.policy_type} policy does no real-time chunking; use sync",
+            )
+        return self.base.predict_action_chunk(batch, noise=self._steer(self._encode(batch), noise), **kwargs)
+
+
+def _given(noise: Tensor | None) -> dict[str, Tensor]:
+    return {} if noise is None else {"noise": noise}
+
+
+def _load(folder: Path, config: TrimtabConfig) -> Steered:
+    check_processors(folder)
+    return load_artefact(PolicyConfig(path=str(folder), device=config.device), config)
+
+
+def _check_features(config: TrimtabConfig, steered: Steered) -> None:
+    """Refuse features other than the base's.
+
+    Raises:
+        UserError: an input or the action has another name or shape.
+    """
+    adapter = steered.adapter
+    originals = {new: old for old, new in adapter.renames().items()}
+    known = {originals.get(k, k): tuple(f.shape) for k, f in adapter.config.input_features.items()}
+    said = {k: tuple(f.shape) for k, f in (config.input_features or {}).items()}
+    if known != said:
+        odd = sorted(k for k in known.keys() | said.keys() if known.get(k) != said.get(k))
+        raise UserError(
+            "--policy.input_features",
+            f"the config says other inputs than its base takes: {', '.join(odd)}",
+        )
+    made = {k: tuple(f.shape) for k, f in adapter.config.output_features.items()}
+    asked = {k: tuple(f.shape) for k, f in (config.output_features or {}).items()}
+    if made != asked:
+        raise UserError(
+            "--env.type",
+            f"the base policy makes {made}, the environment takes {asked}; choose the environment that it "
+            "was trained on",
+        )

@@ -1,0 +1,243 @@
+"""The frozen policy and its environments as one stable-baselines3 environment, whose action is the noise.
+
+The only module that imports stable-baselines3, a development dependency: import it when it is needed. Of it
+nothing is saved or loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from trimtab.adapters import UserError
+from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.sources import NoiseSource
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.returns import chunk_return, step_rewards
+from trimtab.rl.runner import PolicyRunner
+
+try:
+    from stable_baselines3 import SAC
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
+    from stable_baselines3.common.vec_env import VecEnv
+except ImportError as error:
+    raise UserError(
+        "stable-baselines3", f"cannot be imported ({error}); `pip install 'stable-baselines3>=2.9'`"
+    ) from error
+
+
+@dataclass
+class SB3SACConfig:
+    """Settings of stable-baselines3's SAC; what is not here is its own default."""
+
+    hidden: int = 128
+    layers: int = 3
+    learning_rate: float = 1e-3
+    batch_size: int = 256
+    # Discount per environment step; that of a chunk is its power.
+    gamma: float = 0.99
+    tau: float = 0.005
+    # Transitions collected with what the base draws, before the actor acts and learning starts.
+    warmup_transitions: int = 800
+    # Gradient steps of critic and actor per transition.
+    updates_per_transition: float = 1.0
+    replay_capacity: int = 100_000
+    # At stable-baselines3's own start of 1 the entropy in the backup swamps a sparse reward.
+    initial_temperature: float = 0.01
+    # Aim of the entropy, per number that the actor chooses.
+    target_entropy_per_dim: float = -0.25
+    reward: str = "sparse"
+
+
+class PriorBox(spaces.Box):
+    """The box of ``u`` whose samples are what the base draws, squashed: stable-baselines3 acts on them before
+    learning starts (a plain box would be sampled uniformly).
+    """
+
+    def __init__(self, space: NoiseSpace) -> None:
+        super().__init__(-space.bound, space.bound, (space.dim,), np.float32)
+        self._noise_space = space
+
+    def sample(self, mask: None = None, probability: None = None) -> np.ndarray:
+        z = self.np_random.standard_normal(self.shape) * self._noise_space.initial_std
+        return self._noise_space.squash(torch.as_tensor(z, dtype=torch.float32)).numpy()
+
+
+class NoiseVecEnv(VecEnv):
+    """One step is one action chunk. Seeds, draws, rewards and ends are the collector's.
+
+    Action: ``u`` in [-bound, bound], which the noise space makes into noise. Observation: the adapter's
+    features. Reward: the discounted reward of the chunk. A time limit shows as ``TimeLimit.truncated``, the
+    true last observation as ``terminal_observation``.
+
+    Args:
+        runner: the frozen policy.
+        vec: environments.
+        space: noise space.
+        gamma: discount per environment step.
+        reward: ``sparse`` or ``env`` (see ``returns.step_rewards``).
+        seed: first of the training seeds; environment i takes seed + i, seed + i + num_envs, ...
+    """
+
+    def __init__(
+        self,
+        runner: PolicyRunner,
+        vec: ChunkVectorEnv,
+        space: NoiseSpace,
+        gamma: float,
+        reward: str,
+        seed: int,
+    ) -> None:
+        self.runner, self.vec, self.space, self.gamma, self.reward = runner, vec, space, gamma, reward
+        self.env_steps = 0
+        # Whether each episode succeeded that has ended since the list was last emptied.
+        self.ended: list[bool] = []
+        self._envs = list(range(vec.num_envs))
+        self._seed = {i: seed + i for i in self._envs}
+        self._generators = [torch.Generator().manual_seed(seed + i) for i in self._envs]
+        self._success = dict.fromkeys(self._envs, False)
+        self._unused: np.ndarray | None = None
+        self._unused = self.reset()
+        box = spaces.Box(-np.inf, np.inf, (self._unused.shape[1],), np.float32)
+        super().__init__(vec.num_envs, box, PriorBox(space))
+
+    def reset(self) -> np.ndarray:
+        """Start the next episode everywhere, unless none has moved since the last reset."""
+        if self._unused is not None:
+            return self._unused
+        for i in self._envs:
+            self.runner.forget(i)
+        observations = self.vec.reset(dict(self._seed))
+        for i in self._envs:
+            self._advance(i)
+        return self._observe([observations[i] for i in self._envs])
+
+    def _advance(self, i: int) -> None:
+        self._seed[i] += len(self._envs)
+        self._success[i] = False
+
+    def _observe(self, observations: list) -> np.ndarray:
+        self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
+        return self.runner.features(self._conditioning).numpy()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._unused = None
+        prior = torch.cat([self.runner.prior(1, generator) for generator in self._generators])
+        noise = self.space.expand(torch.as_tensor(actions, dtype=torch.float32), prior)
+        executable = self.runner.decode(self._conditioning, noise, self._envs)
+        self._lengths = [len(executable[i]) for i in self._envs]
+        self.vec.send({i: executable[i] for i in self._envs}, dict(self._seed))
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
+        results = self.vec.receive()
+        rewards = np.zeros(len(self._envs), dtype=np.float32)
+        dones = np.array([results[i].ended for i in self._envs])
+        infos: list[dict[str, Any]] = [{} for _ in self._envs]
+        for i in self._envs:
+            result = results[i]
+            rewards[i], _ = chunk_return(step_rewards(result, self.reward), self.gamma, result.terminated)
+            self.env_steps += result.steps
+            self._success[i] |= bool(result.successes.any())
+            infos[i]["TimeLimit.truncated"] = result.truncated
+        ended = [i for i in self._envs if dones[i]]
+        if ended:
+            conditioning = self.runner.encode_finals(
+                {i: results[i] for i in ended}, self._lengths, self.vec.task_descriptions
+            )
+            finals = self.runner.features(conditioning).numpy()
+            for row, i in enumerate(ended):
+                infos[i]["terminal_observation"] = finals[row]
+                self.ended.append(self._success[i])
+                self._advance(i)
+        return self._observe([results[i].observation for i in self._envs]), rewards, dones, infos
+
+    def close(self) -> None:
+        """The environments belong to the caller."""
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        if attr_name != "render_mode":
+            raise AttributeError(attr_name)
+        return [None] * len(self._envs)
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise AttributeError(attr_name)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
+    ) -> list[Any]:
+        raise AttributeError(method_name)
+
+    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
+        return [False] * len(self._envs)
+
+
+def make_sac(config: SB3SACConfig, env: VecEnv, chunk_steps: int, seed: int, **options: Any) -> SAC:
+    """stable-baselines3's SAC on a noise environment.
+
+    Args:
+        config: settings.
+        env: the environment.
+        chunk_steps: environment steps of a whole chunk. (A shorter last chunk is discounted like a whole one:
+            stable-baselines3 knows one discount.)
+        seed: of networks, replay and draws.
+        options: replace those given to ``SAC``.
+    """
+    dim = env.action_space.shape[0]
+    settings: dict[str, Any] = {
+        "learning_rate": config.learning_rate,
+        "buffer_size": config.replay_capacity,
+        "learning_starts": config.warmup_transitions,
+        "batch_size": config.batch_size,
+        "tau": config.tau,
+        "gamma": config.gamma**chunk_steps,
+        "train_freq": 1,
+        "gradient_steps": max(1, round(config.updates_per_transition * env.num_envs)),
+        "ent_coef": f"auto_{config.initial_temperature}",
+        "target_entropy": config.target_entropy_per_dim * dim,
+        "policy_kwargs": {"net_arch": [config.hidden] * config.layers},
+        "seed": seed,
+        "device": "cpu",
+    }
+    model = SAC("MlpPolicy", env, **(settings | options))
+    model.set_logger(Logger(folder=None, output_formats=[]))  # its default makes a folder
+    return model
+
+
+class _AfterStep(BaseCallback):
+    def __init__(self, env: NoiseVecEnv, env_steps: int, on_step: Callable[[int, list[bool]], None]) -> None:
+        super().__init__()
+        self._env, self._env_steps, self._tell = env, env_steps, on_step
+
+    def _on_step(self) -> bool:
+        ended, self._env.ended = self._env.ended, []
+        self._tell(self._env.env_steps, ended)
+        return self._env.env_steps < self._env_steps
+
+
+def learn(model: SAC, env: NoiseVecEnv, env_steps: int, on_step: Callable[[int, list[bool]], None]) -> None:
+    """Train until ``env_steps`` environment steps (not chunks) are collected.
+
+    Args:
+        model: from ``make_sac``.
+        env: its environment.
+        env_steps: budget.
+        on_step: called after each chunk with the steps so far and the outcomes of the episodes that ended.
+    """
+    model.learn(total_timesteps=env_steps, callback=_AfterStep(env, env_steps, on_step))
+
+
+def sb3_noise(model: SAC, space: NoiseSpace) -> NoiseSource:
+    """What the mean of stable-baselines3's actor chooses."""
+
+    def source(features: Tensor | None, prior: Tensor) -> Tensor:
+        u, _ = model.predict(features.numpy(), deterministic=True)
+        return space.expand(torch.as_tensor(u), prior).to(prior)
+
+    return source

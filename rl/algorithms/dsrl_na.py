@@ -1,0 +1,275 @@
+"""DSRL-NA: an action critic learns by TD, a noise critic is distilled from it, the noise actor climbs that.
+
+Source: Wagenmaker et al., arXiv 2506.15799, Algorithm 1 ("noise aliasing": many noises make the same chunk,
+and a critic of chunks shares what it learns among them). Two modes:
+
+``stored``, the default, never calls the frozen policy while learning. The collector decodes K noises per
+observation, which share its encoding, and keeps the (noise, chunk) pairs with the transition. Distillation
+takes its pairs from there. The TD target needs the value of what the actor would do at s', where nothing
+decodes the actor's noise: the target noise critic judges the noise itself (``bootstrap=noise_critic``), or
+one stored pair stands for it, drawn with weights ``w_k ~ pi(u_k | s') / p(u_k)`` (``importance``: sampling
+importance resampling, Rubin 1988; the pairs come from the prior p).
+
+``exact`` is the paper's: the actor's noise at s', and fresh noises to distil on, are decoded by the frozen
+policy, from conditioning that the replay keeps. It is for small policies, and the reference in tests.
+
+In both, distillation noise keeps to the bound of the noise space, as the actor does.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.adapters import UserError
+from trimtab.policies.actor import ActorOutput, kl_to_prior
+from trimtab.policies.critic import CriticEnsemble
+from trimtab.policies.noise_space import NoiseSpace
+from trimtab.rl.algorithms.base import AlgorithmConfig, polyak, require_positive
+from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, over, pick, rank_correlation
+from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
+from trimtab.rl.replay import Batch
+
+MODES = ("stored", "exact")
+BOOTSTRAPS = ("importance", "noise_critic")
+REGULARIZERS = ("prior", "entropy")
+RANKED = 8  # noises per state that are decoded to rank them, in exact mode, and
+RANKED_STATES = 32  # of how many states
+
+
+@AlgorithmConfig.register_subclass("dsrl_na")
+@dataclass
+class DSRLNAConfig(SoftConfig):
+    """Settings of DSRL-NA."""
+
+    # stored: learn from the pairs that the collector decoded; exact: ask the frozen policy while learning.
+    mode: str = "stored"
+    # stored: what values the actor's noise at the next state. noise_critic: the noise critic; importance:
+    # the action critic, on a stored candidate drawn by how much likelier the actor makes it than the prior.
+    bootstrap: str = "noise_critic"
+    # stored: candidates decoded for each observation.
+    num_candidates: int = 16
+    # Distillation steps per update (0.5: one every second), and the noises per state in each.
+    distillation_steps: float = 1.0
+    distilled_pairs: int = 2
+    # exact: MiB that the conditioning in the replay may take.
+    conditioning_limit: float = 4096.0
+    # What the actor pays for: prior, its divergence from what the base draws; entropy, as in SAC.
+    regularizer: str = "prior"
+    # In units of return per nat, and fixed: a temperature that falls lets the actor exploit the noise critic.
+    initial_temperature: float = 0.03
+    learn_temperature: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            self, "num_candidates", "distillation_steps", "distilled_pairs", "conditioning_limit"
+        )
+        choices = (("mode", MODES), ("bootstrap", BOOTSTRAPS), ("regularizer", REGULARIZERS))
+        for name, known in choices:
+            if getattr(self, name) not in known:
+                raise UserError(f"--rl.{name}", f"'{getattr(self, name)}' is none of {', '.join(known)}")
+        if self.regularizer == "prior" and (self.learn_temperature or self.backup_entropy):
+            raise UserError(
+                "--rl.regularizer",
+                "prior has a fixed weight and no entropy in the backup; learn_temperature and backup_entropy "
+                "go with entropy",
+            )
+        if self.mode == "stored" and self.distilled_pairs > self.num_candidates:
+            raise UserError("--rl.distilled_pairs", f"at most num_candidates={self.num_candidates}")
+
+    @property
+    def candidates(self) -> int:
+        return self.num_candidates if self.mode == "stored" else 0
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        if self.mode == "exact":
+            return "chunk", "conditioning"
+        following = ("next_candidates", "next_candidates_u") if self.bootstrap == "importance" else ()
+        return "chunk", "candidates", "candidates_u", *following
+
+    def check(self, space: NoiseSpace) -> None:
+        check_pairs(space, "dsrl_na")
+
+    def build(
+        self,
+        feature_dim: int,
+        space: NoiseSpace,
+        accelerator: Any,
+        bounds: tuple[float, float] | None,
+        chunk_size: int = 0,
+    ) -> DSRLNA:
+        return DSRLNA(self, feature_dim, space, accelerator, bounds, chunk_size)
+
+
+class DSRLNA(SoftActorCritic):
+    """See the module's docstring.
+
+    Args:
+        config: settings.
+        feature_dim: length of the observation features.
+        space: noise space.
+        accelerator: an ``accelerate.Accelerator``.
+        bounds: smallest and largest possible return, or ``None``.
+        chunk_size: numbers in a chunk, steps * action_dim.
+
+    Attributes:
+        base_calls: how often the learner asked the frozen policy, in batches; 0 in stored mode.
+    """
+
+    config: DSRLNAConfig
+
+    def __init__(
+        self,
+        config: DSRLNAConfig,
+        feature_dim: int,
+        space: NoiseSpace,
+        accelerator: Any,
+        bounds: tuple[float, float] | None,
+        chunk_size: int,
+    ) -> None:
+        super().__init__(config, feature_dim, space, accelerator, bounds, "chunk", chunk_size)
+        config.check(space)
+        self.candidates = config.candidates
+        self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic).to(accelerator.device)
+        self.noise_optimizer = self._adam(config.learning_rate, self.noise_critic)
+        self.by_noise_critic = config.mode == "stored" and config.bootstrap == "noise_critic"
+        if self.by_noise_critic:
+            self.target_noise_critic = copy.deepcopy(self.noise_critic).requires_grad_(False)
+        self.base_calls = 0
+
+    @property
+    def climbed(self) -> CriticEnsemble:
+        return self.noise_critic
+
+    def _decode(self, batch: Batch, u: Tensor, following: bool = False) -> Tensor:
+        if self.config.mode != "exact" or self.decode is None:
+            raise RuntimeError("only exact mode asks the frozen policy, and needs `decode`")
+        self.base_calls += 1
+        return self.decode(batch, u, following)
+
+    def log_ratio(self, features: Tensor, u: Tensor) -> Tensor:
+        """``log pi(u_k | s) - log p(u_k)``, (B, K).
+
+        ``p`` is what the candidates were drawn from, N(0, initial_std) squashed; the squash cancels.
+
+        Args:
+            features: (B, d).
+            u: (B, K, dim).
+        """
+        space, z = self.actor.space, self._before_squash(u)
+        mean, log_std = (value.unsqueeze(1) for value in self.actor(features))
+        exponent = (z / space.initial_std).square() - ((z - mean) * (-log_std).exp()).square()
+        return 0.5 * exponent.sum(-1) + (math.log(space.initial_std) - log_std).sum(-1)
+
+    def log_density(self, features: Tensor, u: Tensor) -> Tensor:
+        """``log pi(u | s)``, (B,), of ``u`` (B, dim)."""
+        space, z = self.actor.space, self._before_squash(u)
+        mean, log_std = self.actor(features)
+        gaussian = -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std
+        return (gaussian - 0.5 * math.log(2.0 * math.pi) - space.log_slope(z)).sum(-1)
+
+    def _before_squash(self, u: Tensor) -> Tensor:
+        """What became ``u``; noise at the bound counts as drawn just within."""
+        space = self.actor.space
+        return space.unsquash(u.clamp(-0.999 * space.bound, 0.999 * space.bound))
+
+    @torch.no_grad()
+    def td_target(self, batch: Batch) -> Tensor:
+        """``R + D * min_e Qbar^A_e(s', a')``, (B,); clipped to the possible returns.
+
+        ``a'`` is the chunk of ``u' ~ pi(s')`` (exact), or a stored candidate resampled in its place
+        (importance); with ``bootstrap=noise_critic`` the value is ``min_e Qbar^W_e(s', u')``.
+        """
+        features = batch["next_features"]
+        if self.config.mode == "stored" and not self.by_noise_critic:
+            ratio = self.log_ratio(features, batch["next_candidates_u"])
+            chosen = torch.multinomial(torch.softmax(ratio, 1), 1)
+            value = self.target_critic(features, pick(batch["next_candidates"], chosen)[:, 0])
+            log_prob = value.new_zeros(len(features))
+            if self.config.backup_entropy:
+                log_prob = self.log_density(features, pick(batch["next_candidates_u"], chosen)[:, 0])
+            return self._backup(batch, value.min(0).values, log_prob)
+        following = self.actor.sample(features)
+        if self.by_noise_critic:
+            value = self.target_noise_critic(features, following.u)
+        else:
+            chunk = self._decode(batch, following.u.unsqueeze(1), following=True)[:, 0]
+            value = self.target_critic(features, chunk)
+        return self._backup(batch, value.min(0).values, following.log_prob)
+
+    def pairs(self, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+        """``count`` noises of each state and their chunks, (B, count, dim) and (B, count, A).
+
+        Stored ones without replacement, or fresh draws of the noise space, decoded.
+        """
+        size, device = len(batch["reward"]), batch["reward"].device
+        if self.config.mode == "stored":
+            order = torch.rand(size, self.config.num_candidates, device=device).argsort(1)[:, :count]
+            return pick(batch["candidates_u"], order), pick(batch["candidates"], order)
+        space = self.actor.space
+        u = space.squash(space.initial_std * torch.randn(size, count, space.dim, device=device))
+        return u, self._decode(batch, u)
+
+    def distillation_loss(self, batch: Batch, u: Tensor, chunks: Tensor) -> Tensor:
+        """``(Q^W_e(s, u) - Q^A_e(s, a))^2``, member by member; its gradient reaches ``Q^W`` alone.
+
+        Args:
+            batch: its ``features`` (B, d).
+            u, chunks: from ``pairs``.
+        """
+        with torch.no_grad():
+            wanted = over(self.critic, batch["features"], chunks)
+        return distillation_loss(self.noise_critic, batch["features"], u, wanted)
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, ActorOutput]:
+        """``E[alpha * KL(pi || prior) - min_e Q^W_e(s, u)]``, or with entropy as in ``SoftActorCritic``.
+
+        Entropy alone pulls towards uniform noise within the bound, which is not what the base was trained
+        on, and the more so the more noise there is. The divergence is taken before squashing, in closed form.
+        """
+        loss, drawn = super().actor_loss(batch)
+        if self.config.regularizer == "prior":
+            divergence = kl_to_prior(drawn.mean, drawn.log_std, self.actor.space.initial_std)
+            loss = loss + (self.alpha.detach() * (divergence - drawn.log_prob)).mean()
+        return loss, drawn
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        calls = self.base_calls
+        metrics = self._update_critic(batch, self.td_target(batch))
+        rate = self.config.distillation_steps
+        for _ in range(math.floor((self.updates + 1) * rate) - math.floor(self.updates * rate)):
+            loss = self.distillation_loss(batch, *self.pairs(batch, self.config.distilled_pairs))
+            self._step(self.noise_optimizer, loss)
+            metrics["distillation_loss"] = loss.detach()
+        metrics |= self._update_actor(batch)
+        if self.updates % 50 == 0:
+            metrics |= self.diagnose(batch)
+        metrics["base_calls"] = torch.tensor(float(self.base_calls - calls))
+        polyak(self.target_critic, self.critic, self.config.tau)
+        if self.by_noise_critic:
+            polyak(self.target_noise_critic, self.noise_critic, self.config.tau)
+        self.updates += 1
+        return metrics
+
+    @torch.no_grad()
+    def diagnose(self, batch: Batch) -> dict[str, Tensor]:
+        """Rank correlation of the two critics; of importance weights, how many candidates they amount to."""
+        if self.config.mode == "exact":
+            batch = {name: value[:RANKED_STATES] for name, value in batch.items()}
+            u, chunks = self.pairs(batch, RANKED)
+        else:
+            u, chunks = batch["candidates_u"], batch["candidates"]
+        ranks = rank_correlation(self.noise_critic, self.critic, batch["features"], u, chunks)
+        metrics = {"rank_correlation": ranks}
+        if self.config.mode == "stored" and not self.by_noise_critic:
+            ratio = self.log_ratio(batch["next_features"], batch["next_candidates_u"])
+            weights = torch.softmax(ratio, 1)
+            metrics["effective_candidates"] = (1.0 / weights.square().sum(1)).mean()
+        return metrics

@@ -1,0 +1,68 @@
+"""The noise critic: what of DSRL-NA's distillation several algorithms share (arXiv 2506.15799, equation 4).
+
+An action critic ``Q^A(s, a)`` judges chunks; a noise critic ``Q^W(s, u)`` is regressed onto its values, on
+pairs of a noise and the chunk that the frozen policy makes of it; the noise actor climbs the noise critic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trimtab.adapters import UserError
+from trimtab.policies.critic import CriticEnsemble
+from trimtab.policies.noise_space import NoiseSpace
+
+
+def check_pairs(space: NoiseSpace, name: str) -> None:
+    """Raise a UserError where ``u`` does not tell the noise, so that a chunk is not its doing alone."""
+    if not space.complete:
+        raise UserError(
+            "--noise.type",
+            f"{name} distils which noise made which chunk, which this space cannot express; use full, "
+            "repeat or knots, or dsrl_sac",
+        )
+
+
+def over(critic: CriticEnsemble, features: Tensor, actions: Tensor) -> Tensor:
+    """Values (E, B, m) of ``actions`` (B, m, dim) at ``features`` (B, d)."""
+    count = actions.shape[1]
+    values = critic(features.repeat_interleave(count, 0), actions.flatten(0, 1))
+    return values.unflatten(1, (-1, count))
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (B, m) of ``values`` (B, K, dim): (B, m, dim)."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def distillation_loss(noise_critic: CriticEnsemble, features: Tensor, u: Tensor, wanted: Tensor) -> Tensor:
+    """``(Q^W_e(s, u_k) - wanted)^2``, summed over the members, averaged over states and pairs.
+
+    Args:
+        noise_critic: what learns.
+        features: (B, d).
+        u: (B, m, dim).
+        wanted: (B, m), or (E, B, m) with a value for each member; the action critic's, without gradient.
+    """
+    return (over(noise_critic, features, u) - wanted).square().mean((1, 2)).sum()
+
+
+@torch.no_grad()
+def rank_correlation(
+    noise_critic: CriticEnsemble, critic: CriticEnsemble, features: Tensor, u: Tensor, chunks: Tensor
+) -> Tensor:
+    """Mean over states of Spearman's correlation of ``Q^W(s, u_k)`` and ``Q^A(s, a_k)`` over the pairs.
+
+    Within a state: over all states together the value of the state alone makes it look perfect.
+
+    Args:
+        noise_critic, critic: ``Q^W`` and ``Q^A``; their members are averaged.
+        features: (B, d).
+        u, chunks: (B, K, dim) and (B, K, steps * action_dim), pair by pair.
+    """
+    noise = over(noise_critic, features, u).mean(0)
+    action = over(critic, features, chunks).mean(0)
+    first, second = (values.argsort(1).argsort(1).float() for values in (noise, action))
+    first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
+    return ((first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1)).clamp_min(1e-9)).mean()

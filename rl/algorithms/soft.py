@@ -1,0 +1,161 @@
+"""What DSRL-SAC and DSRL-NA share: soft actor-critic on the noise (Haarnoja et al., arXiv 1812.05905).
+
+The actor maximises ``value - alpha * log pi`` and the temperature ``alpha`` follows a target entropy. The
+two differ in what the critic that learns by TD sees (the noise, or the chunk), and so in the critic that the
+actor climbs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.adapters import UserError
+from trimtab.policies.actor import ActorConfig, ActorOutput, NoiseActor, kl_to_prior
+from trimtab.policies.critic import CriticConfig, CriticEnsemble
+from trimtab.policies.noise_space import NoiseSpace
+from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, frozen, require_positive
+from trimtab.rl.replay import Batch
+
+
+@dataclass
+class SoftConfig(AlgorithmConfig):
+    """Settings that DSRL-SAC and DSRL-NA share."""
+
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    learning_rate: float = 1e-3
+    # Share of the online critic that its target takes over at each update.
+    tau: float = 0.005
+    # Critic updates per actor and temperature update.
+    actor_every: int = 2
+    # Temperature at the start; fixed there with learn_temperature=false.
+    initial_temperature: float = 0.01
+    learn_temperature: bool = True
+    # Entropy that the temperature aims at, in nats; default: a quarter of the noise dimension, negative.
+    target_entropy: float | None = None
+    # Subtract alpha * log pi in the TD target (the "soft" backup).
+    backup_entropy: bool = False
+    # Clip TD targets to the returns that the reward allows.
+    clip_targets: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "learning_rate", "tau", "actor_every", "initial_temperature")
+        if self.tau > 1.0:
+            raise UserError("--rl.tau", f"is a share, at most 1, got {self.tau}")
+
+
+class SoftActorCritic(Algorithm):
+    """Actor, temperature and a TD critic with its target.
+
+    Args:
+        config: settings.
+        feature_dim: length of the observation features.
+        space: noise space.
+        accelerator: an ``accelerate.Accelerator``.
+        bounds: smallest and largest possible return, or ``None``.
+        acted: what of a transition the TD critic judges, and
+        action_dim: its length.
+    """
+
+    def __init__(
+        self,
+        config: SoftConfig,
+        feature_dim: int,
+        space: NoiseSpace,
+        accelerator: Any,
+        bounds: tuple[float, float] | None,
+        acted: str,
+        action_dim: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.acted = acted
+        # A soft value is no return: with the entropy in it there is nothing to clip to.
+        self.bounds = bounds if config.clip_targets and not config.backup_entropy else None
+        self.target_entropy = -space.dim / 4 if config.target_entropy is None else config.target_entropy
+        self.actor = NoiseActor(feature_dim, space, config.actor)
+        self.critic = CriticEnsemble(feature_dim, action_dim, config.critic)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = torch.nn.Parameter(torch.tensor(math.log(config.initial_temperature)))
+        self.to(accelerator.device)
+        self.accelerator = accelerator
+        self.updates = 0
+        self.critic_optimizer = self._adam(config.learning_rate, self.critic)
+        self.actor_optimizer = self._adam(config.learning_rate, self.actor)
+        self.alpha_optimizer = self._adam(config.learning_rate, self.log_alpha)
+
+    @property
+    def alpha(self) -> Tensor:
+        """The temperature."""
+        return self.log_alpha.exp()
+
+    @property
+    def climbed(self) -> CriticEnsemble:
+        """The critic of (features, u) that the actor climbs."""
+        return self.critic
+
+    def _backup(self, batch: Batch, value: Tensor, log_prob: Tensor) -> Tensor:
+        """``R + D * value``, with the entropy's share where it belongs there, clipped; all (B,)."""
+        if self.config.backup_entropy:
+            value = value - self.alpha * log_prob
+        target = batch["reward"] + batch["discount"] * value
+        return target if self.bounds is None else target.clamp(*self.bounds)
+
+    def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared TD error, summed over the members, averaged over the batch; and the values (E, B)."""
+        values = self.critic(batch["features"], batch[self.acted])
+        return (values - target).square().mean(1).sum(), values
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, ActorOutput]:
+        """``E[alpha * log pi(u | s) - min_e Q_e(s, u)]``; its gradient reaches the actor alone."""
+        drawn = self.actor.sample(batch["features"])
+        with frozen(self.climbed.parameters()):
+            value = self.climbed(batch["features"], drawn.u).min(0).values
+        return (self.alpha.detach() * drawn.log_prob - value).mean(), drawn
+
+    def temperature_loss(self, log_prob: Tensor) -> Tensor:
+        """``-alpha * E[log pi + target entropy]``: raises alpha where the entropy is below its target."""
+        return -(self.alpha * (log_prob.detach() + self.target_entropy).mean())
+
+    def _update_critic(self, batch: Batch, target: Tensor) -> dict[str, Tensor]:
+        loss, values = self.critic_loss(batch, target)
+        self._step(self.critic_optimizer, loss)
+        return {
+            "critic_loss": loss.detach(),
+            "q_mean": values.detach().mean(),
+            "q_min": values.detach().min(),
+            "q_max": values.detach().max(),
+        }
+
+    def _update_actor(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of actor and temperature, where it is their turn."""
+        if self.updates % self.config.actor_every:
+            return {}
+        loss, drawn = self.actor_loss(batch)
+        self._step(self.actor_optimizer, loss)
+        if self.config.learn_temperature:
+            self._step(self.alpha_optimizer, self.temperature_loss(drawn.log_prob))
+        mean, log_std = drawn.mean.detach(), drawn.log_std.detach()
+        return {
+            "actor_loss": loss.detach(),
+            "entropy": -drawn.log_prob.detach().mean(),
+            "alpha": self.alpha.detach(),
+            "noise_kl_to_prior": kl_to_prior(mean, log_std, self.actor.space.initial_std).mean(),
+            "noise_rms": drawn.u.detach().square().mean().sqrt(),
+        }
+
+    @torch.no_grad()
+    def value(self, features: Tensor, u: Tensor) -> Tensor:
+        return self.climbed(features, u).min(0).values
+
+    def fit_normalizer(self, features: Tensor) -> None:
+        features = features.to(self.log_alpha.device)
+        for network in self.children():
+            network.normalizer.fit(features)

@@ -1,0 +1,293 @@
+"""What demonstrations are made of: a LeRobotDataset's frames, cut into episodes and executed chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.adapters import PolicyAdapter, UserError
+from trimtab.adapters.errors import reason
+from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.envs.chunk import ChunkResult
+
+OPTION = "--demos.repo_id"
+SCHEDULES = ("constant", "linear")
+SUCCESS = ("auto", "column", "reward", "end")
+
+
+@dataclass
+class DemosConfig:
+    """``--demos.*``: a LeRobotDataset that joins the replay."""
+
+    # Its name on the Hub, or any name where root is given. Without both there are no demonstrations.
+    repo_id: str | None = None
+    # Its folder on this machine.
+    root: str | None = None
+    revision: str | None = None
+    # Indices of the episodes to take; default: those of the environment's task, if any has its name.
+    episodes: list[int] | None = None
+    # Share of each batch that is drawn from the demonstrations.
+    share: float = 0.5
+    # constant, or linear: the share falls to 0 over the run.
+    schedule: str = "constant"
+    # Which step succeeds: column (next.success), reward (next.reward reaches reward_threshold), end (the last
+    # of every episode), or auto: column where there is one, else end.
+    success: str = "auto"
+    reward_threshold: float = 1.0
+    # States that the policy looks at together.
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise UserError("--demos.share", f"is a share above 0 and at most 1, got {self.share}")
+        if self.batch_size < 1:
+            raise UserError("--demos.batch_size", f"must be at least 1, got {self.batch_size}")
+        for name, known in (("schedule", SCHEDULES), ("success", SUCCESS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"--demos.{name}", f"'{getattr(self, name)}' is none of {', '.join(known)}")
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.repo_id or self.root)
+
+    def check(self, rl: AlgorithmConfig) -> None:
+        """Raise a UserError where the algorithm cannot learn from demonstrations."""
+        if self.enabled and "chunk" not in rl.replayed:
+            raise UserError(
+                OPTION,
+                f"{rl.type} cannot learn from demonstrations, which do not tell the noise that was fed; use "
+                "best_of_n or dsrl_na",
+            )
+
+
+@dataclass
+class Episode:
+    """One demonstration.
+
+    A success ends it, as it ends an episode of a run. Where none comes, what follows the last action is not
+    recorded: the last frame then is the final observation, at a time limit, and its action is left out.
+
+    Attributes:
+        first: row of its first frame.
+        rewards, successes: of each step that counts, (T,).
+        succeeded: whether the last of these steps succeeds.
+        frames: rows that belong to it.
+    """
+
+    first: int
+    rewards: np.ndarray
+    successes: np.ndarray
+    succeeded: bool
+    frames: int
+
+    @staticmethod
+    def of(first: int, rewards: np.ndarray, successes: np.ndarray) -> Episode:
+        """Cut the recorded steps to those that count."""
+        succeeded, frames = bool(successes.any()), len(successes)
+        length = int(successes.argmax()) + 1 if succeeded else frames - 1
+        return Episode(first, rewards[:length], successes[:length], succeeded, frames)
+
+    def starts(self, steps: int) -> range:
+        """Rows at which chunks of ``steps`` actions start."""
+        return range(self.first, self.first + len(self.rewards), steps)
+
+    @property
+    def final(self) -> int:
+        """Row of the final observation; of a success, the nearest one: the value there has no weight."""
+        return self.first + min(len(self.rewards), self.frames - 1)
+
+    def states(self, steps: int) -> list[int]:
+        """Rows that the policy has to look at: the chunks' starts and the final observation."""
+        starts = list(self.starts(steps))
+        return starts if not starts or starts[-1] == self.final else [*starts, self.final]
+
+    def chunks(self, steps: int) -> Iterator[tuple[int, ChunkResult, int]]:
+        """(row, what came of the chunk, row of what follows) of each executed chunk."""
+        starts = list(self.starts(steps))
+        for row, following in zip(starts, [*starts[1:], self.final], strict=True):
+            part = slice(row - self.first, row - self.first + steps)
+            ended = row == starts[-1]
+            yield (
+                row,
+                ChunkResult(
+                    observation=None,
+                    final_observation=None,
+                    rewards=self.rewards[part],
+                    successes=self.successes[part],
+                    terminated=ended and self.succeeded,
+                    truncated=ended and not self.succeeded,
+                    seed=-1,
+                ),
+                following,
+            )
+
+
+@dataclass
+class DemonstrationData:
+    """A LeRobotDataset, ready to be looked at.
+
+    Attributes:
+        dataset: LeRobot's.
+        episodes: those that take part.
+        keys: observations that the policy takes.
+        n_obs_steps: length of its observation history.
+        notes: lines to show the user.
+    """
+
+    dataset: Any
+    episodes: list[Episode]
+    keys: list[str]
+    n_obs_steps: int
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        actions = _column(self.dataset, "action").astype(np.float32)
+        self._actions = actions.reshape(len(actions), -1)  # LeRobot stores vectors of length 1 as numbers
+        self._first = np.zeros(len(self._actions), dtype=np.int64)  # of each row, of its episode,
+        self._last = np.zeros(len(self._actions), dtype=np.int64)  # the first row and the last step's
+        for episode in self.episodes:
+            rows = slice(episode.first, episode.first + episode.frames)
+            self._first[rows] = episode.first
+            self._last[rows] = episode.first + max(len(episode.rewards) - 1, 0)
+
+    def actions(self, row: int, steps: int) -> np.ndarray:
+        """(steps, action_dim) executed from ``row``, as recorded; past the episode's end the last repeats."""
+        return self._actions[np.minimum(np.arange(row, row + steps), self._last[row])]
+
+    def history(self, rows: list[int]) -> dict[str, Any]:
+        """What ``adapter.observe`` takes, for the frames ``rows`` and those before: (B, n_obs_steps, ...).
+
+        Before an episode's first frame that one repeats, as it does when a run starts.
+        """
+        wanted = [[max(row - back, self._first[row]) for back in self._backwards] for row in rows]
+        frames = {int(row): self.dataset[int(row)] for row in {row for some in wanted for row in some}}
+        batch: dict[str, Any] = {
+            key: torch.stack([self._stacked([frames[int(row)] for row in some], key) for some in wanted])
+            for key in self.keys
+        }
+        batch["task"] = [frames[row]["task"] for row in rows]
+        return batch
+
+    def _stacked(self, frames: list[dict[str, Any]], key: str) -> Tensor:
+        values = torch.stack([frame[key] for frame in frames])
+        return values.unsqueeze(1) if values.ndim == 1 else values
+
+    @property
+    def _backwards(self) -> range:
+        return range(self.n_obs_steps - 1, -1, -1)
+
+
+def open_dataset(config: DemosConfig) -> Any:
+    """The LeRobotDataset that a ``DemosConfig`` names.
+
+    Raises:
+        UserError: it is not there, is broken, or has no such episodes.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    option = "--demos.root" if config.root else OPTION
+    if config.root and not Path(config.root).expanduser().is_dir():
+        raise UserError(option, f"there is no folder {config.root}")
+    root = Path(config.root).expanduser() if config.root else None
+    name = config.repo_id or f"local/{root.resolve().name}"
+    try:
+        dataset = LeRobotDataset(name, root=root, revision=config.revision)
+        total = dataset.meta.total_episodes
+        wrong = [index for index in config.episodes or () if not 0 <= index < total]
+        if not wrong and config.episodes is not None:
+            dataset = LeRobotDataset(
+                name, root=root, revision=config.revision, episodes=sorted(set(config.episodes))
+            )
+    except Exception as error:  # LeRobot, datasets and the Hub have their own for each way to fail
+        raise UserError(
+            option, f"cannot read {config.root or name} as a LeRobotDataset: {reason(error)}"
+        ) from error
+    if wrong:
+        raise UserError("--demos.episodes", f"the dataset has episodes 0 to {total - 1}, got {wrong[0]}")
+    return dataset
+
+
+def read_demonstrations(
+    config: DemosConfig, adapter: PolicyAdapter, reward: str, task: str
+) -> DemonstrationData:
+    """Open the dataset of a ``DemosConfig``, check that it fits the policy, and cut it into episodes.
+
+    Args:
+        config: the demonstrations' config.
+        adapter: the policy; its saved preprocessor is what the observations will go through.
+        reward: ``env`` needs the column ``next.reward``.
+        task: the environment's instruction; unless episodes are named, only those of this task take part,
+            where there are any.
+
+    Raises:
+        UserError: the dataset does not fit.
+    """
+    dataset = open_dataset(config)
+    features, notes = dataset.features, []
+    names = {adapter.renames().get(key, key): key for key in features if key.startswith("observation")}
+    required = adapter.required_inputs(names)
+    missing = [key for key in required if key not in names]
+    if missing or "action" not in features:
+        raise UserError(
+            OPTION,
+            f"the policy needs {', '.join(missing or ['action'])}, the dataset has {', '.join(features)}",
+        )
+    width = features["action"]["shape"][-1]
+    if width != adapter.chunk_shape[1]:
+        raise UserError(OPTION, f"its actions have {width} numbers, the policy's {adapter.chunk_shape[1]}")
+    if reward == "env" and "next.reward" not in features:
+        raise UserError("--train.reward", "env needs the column next.reward, which the dataset lacks")
+    successes, how = _successes(dataset, config)
+    notes += [how] if how else []
+    index = _column(dataset, "episode_index").reshape(-1)
+    rewards = (
+        _column(dataset, "next.reward").reshape(-1).astype(np.float64)
+        if reward == "env"
+        else np.zeros(len(index))
+    )
+    firsts = np.flatnonzero(np.diff(index, prepend=index[:1] - 1))
+    spans = list(zip(firsts, [*firsts[1:], len(index)], strict=True))
+    if config.episodes is None:
+        tasks = [str(name) for name in dataset.meta.tasks.index]
+        ours = _column(dataset, "task_index").reshape(-1)[firsts]
+        same = [span for span, number in zip(spans, ours, strict=True) if tasks[int(number)] == task]
+        if same and len(same) < len(spans):
+            notes.append(f"demonstrations: {len(same)} of {len(spans)} episodes are of the task '{task}'")
+        elif not same:
+            notes.append(f"demonstrations: no episode is of the task '{task}'; all {len(spans)} take part")
+        spans = same or spans
+    episodes = [Episode.of(int(a), rewards[a:b], successes[a:b]) for a, b in spans]
+    episodes = [episode for episode in episodes if len(episode.rewards)]
+    if not episodes:
+        raise UserError(OPTION, "no episode of the dataset has a step to learn from")
+    return DemonstrationData(dataset, episodes, [names[key] for key in required], adapter.n_obs_steps, notes)
+
+
+def _successes(dataset: Any, config: DemosConfig) -> tuple[np.ndarray, str]:
+    """(N,) whether each recorded step succeeds, and a line for the user where that is a guess."""
+    kind, note = config.success, ""
+    if kind == "auto":
+        kind = "column" if "next.success" in dataset.features else "end"
+        if kind == "end":
+            note = (
+                "demonstrations: the dataset has no next.success, so every episode's end counts as success "
+                "(--demos.success)"
+            )
+    column = {"column": "next.success", "reward": "next.reward"}.get(kind)
+    if column and column not in dataset.features:
+        raise UserError("--demos.success", f"the dataset has no column {column}")
+    if column:
+        values = _column(dataset, column).reshape(-1)
+        return (values > 0 if kind == "column" else values >= config.reward_threshold), note
+    index = _column(dataset, "episode_index").reshape(-1)
+    return np.diff(index, append=index[-1:] + 1) != 0, note
+
+
+def _column(dataset: Any, name: str) -> np.ndarray:
+    return np.asarray(dataset.hf_dataset.with_format("numpy")[name][:])

@@ -1,0 +1,87 @@
+"""``--train.warm_start``: a noise actor that begins at a known constant noise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trimtab.adapters import NoiseSpec, UserError
+from trimtab.adapters.files import WEIGHTS, read_weights
+from trimtab.adapters.loading import load_weights
+from trimtab.policies.actor import NoiseActor
+from trimtab.policies.artefact import is_artefact, read_config
+
+OPTION = "--train.warm_start"
+
+
+def read_constant(path: str, spec: NoiseSpec) -> Tensor:
+    """A constant noise (*spec.shape), float32.
+
+    Args:
+        path: the artefact of a run in a ``constant`` noise space, such as ``golden_ticket``'s, or the
+            ``best_constant.safetensors`` of ``trimtab probe``.
+        spec: the noise of the policy to be steered.
+
+    Raises:
+        UserError: neither of the two, or of another policy's shape.
+    """
+    place = Path(path).expanduser()
+    if is_artefact(path):
+        noise = _of_artefact(place, spec)
+    elif place.is_file():
+        held = read_weights(place, OPTION)
+        if "noise" not in held:
+            raise UserError(OPTION, f"{place} holds no 'noise'; give best_constant.safetensors of a probe")
+        noise = held["noise"].float()
+    else:
+        raise UserError(OPTION, f"{place} is neither an artefact's folder nor a safetensors file")
+    _check_shape(place, tuple(noise.shape), spec)
+    return noise
+
+
+def _of_artefact(folder: Path, spec: NoiseSpec) -> Tensor:
+    saved = read_config(folder)
+    _check_shape(folder, tuple(saved.noise_shape), spec)
+    space = saved.noise.build(replace(spec, dtype=torch.float32))
+    if space.uses_features:
+        raise UserError(OPTION, f"{folder} chooses its noise by the observation; name one of constant noise")
+    actor = NoiseActor(saved.feature_dim, space, saved.actor)
+    load_weights(actor, read_weights(folder / WEIGHTS, OPTION), folder / WEIGHTS)
+    prior = torch.zeros(1, *spec.shape)
+    return actor.eval().act(prior.flatten(1), prior, deterministic=True)[0]
+
+
+def _check_shape(place: Path, shape: tuple[int, ...], spec: NoiseSpec) -> None:
+    if shape != tuple(spec.shape):
+        raise UserError(
+            OPTION, f"{place} holds noise of shape {shape}, this policy takes {tuple(spec.shape)}"
+        )
+
+
+@torch.no_grad()
+def begin_at(actor: NoiseActor, noise: Tensor) -> None:
+    """Make ``noise`` (*spec.shape) the mean of an untrained actor, whatever it sees; its deviation stays.
+
+    Raises:
+        UserError: the actor's noise space cannot express it.
+    """
+    space, wanted = actor.space, noise.unsqueeze(0).float()
+    if not space.complete:
+        raise UserError(
+            "--noise.type", "this noise space draws a part of the noise afresh; use full for a warm start"
+        )
+    reach = space.bound * (actor.config.mean_limit if actor.config.mean_limit < 1.0 else 0.999)
+    u = space.project(wanted).clamp(-reach, reach)
+    if not torch.allclose(space.expand(u, wanted).float(), wanted, atol=1e-5):
+        largest = float(wanted.abs().max())
+        if largest > reach:
+            raise UserError(
+                "--noise.bound",
+                f"the warm start reaches {largest:.2f}, an actor here {reach:.2f}; raise the bound to "
+                f"{1.05 * largest:.2f}",
+            )
+        raise UserError("--noise.type", "this noise space cannot make the noise of the warm start; use full")
+    actor.net[-1].bias[: space.dim] = space.unsquash(u[0]).to(actor.net[-1].bias)

@@ -1,0 +1,469 @@
+"""The artefact as a LeRobot policy: steers as in training, is the plain base on request, refuses rubbish."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
+from safetensors.torch import load_file, save_file
+
+import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
+from tests.adapters.test_peft import folders  # noqa: F401 - a tiny SmolVLA and a LoRA of it
+from tests.conftest import make_diffusion
+from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
+from trimtab.policies.artefact import load_artefact, save_artefact
+from trimtab.policies.critic import CriticConfig, CriticEnsemble
+from trimtab.policies.noise_space import ConstantNoiseConfig, FullNoiseConfig, MaskedNoiseConfig
+from trimtab.recipes.tiny import make_tiny
+
+STEERED = get_policy_class("trimtab")
+
+
+def features_of(adapter):
+    return adapter.features(adapter.example_conditioning(1, torch.Generator().manual_seed(0))).shape[-1]
+
+
+def trained(adapter, noise):
+    torch.manual_seed(0)
+    actor = NoiseActor(
+        features_of(adapter), noise.build(adapter.noise_spec), ActorConfig(hidden=16, layers=2)
+    )
+    for parameter in actor.net[-1].parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return actor.eval()
+
+
+def artefact_of(options, out, noise=None, **more):
+    adapter, noise = load_adapter(options), noise or FullNoiseConfig()
+    actor = trained(adapter, noise)
+    save_artefact(out, actor, noise, adapter, options, Path(options.path), {}, **more)
+    return adapter, actor
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A diffusion base with a history of two observations, and an artefact beside it."""
+    root = tmp_path_factory.mktemp("steered")
+    options = PolicyConfig(path=str(make_diffusion(root / "base")), device="cpu")
+    adapter, actor = artefact_of(options, root / "artefact")
+    return root / "artefact", root / "base", adapter, actor
+
+
+def load(folder, *changes):
+    """As LeRobot's commands do, with changes from a command line."""
+    config = PreTrainedConfig.from_pretrained(folder, cli_overrides=list(changes))
+    return STEERED.from_pretrained(folder, config=config)
+
+
+def processors(folder, config=None):
+    overrides = {
+        "device_processor": {"device": "cpu"},
+        "rename_observations_processor": {"rename_map": {}},
+    }
+    config = config or PreTrainedConfig.from_pretrained(folder)
+    return make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
+
+
+def observations(adapter, steps, count=3):
+    """Raw observations of ``count`` environments, one after another, as LeRobot's commands make them."""
+    generator = torch.Generator().manual_seed(3)
+    made = [adapter.example_observation(count, generator) for _ in range(steps)]
+    return [{k: v[:, -1] if torch.is_tensor(v) else v for k, v in one.items()} for one in made]
+
+
+def test_acts_as_in_training_chunk_for_chunk(pair):
+    """Three chunks in three environments, against the path of the collector and of `trimtab eval`."""
+    folder, _, adapter, actor = pair
+    steps = adapter.chunk_shape[0]
+    policy, (before, after) = load(folder), processors(folder)
+    policy.reset()
+    raw = observations(adapter, 3 * steps)
+    actions = torch.stack([after(policy.select_action(before(dict(one)))) for one in raw], 1)
+    for chunk in range(3):
+        now = chunk * steps
+        history = [raw[max(now - 1, 0)], raw[now]]
+        observation = {
+            k: torch.stack([one[k] for one in history], 1) if torch.is_tensor(v) else v
+            for k, v in raw[0].items()
+        }
+        conditioning = adapter.observe(observation)
+        prior = torch.randn(3, *adapter.noise_spec.shape)
+        noise = actor.act(adapter.features(conditioning), prior, deterministic=True)
+        expected = adapter.postprocess(adapter.denoise(conditioning, noise), conditioning)
+        assert (actions[:, now : now + steps] - expected).abs().max() <= 1e-6
+    assert (actions[:, :steps] - actions[:, steps : 2 * steps]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("policy_type", ["act", "smolvla", "pi0", "multi_task_dit"])
+def test_other_policies_act_as_in_training_and_as_their_base(policy_type, tmp_path):
+    options = make_tiny(policy_type, tmp_path / "base")
+    adapter, actor = artefact_of(options, tmp_path / "artefact")
+    policy, (before, after) = load(tmp_path / "artefact"), processors(tmp_path / "artefact")
+    raw = observations(adapter, 1, count=2)[0]
+    observation = {
+        k: v.unsqueeze(1).repeat_interleave(adapter.n_obs_steps, 1) if torch.is_tensor(v) else v
+        for k, v in raw.items()
+    }
+    conditioning = adapter.observe(observation)
+    noise = actor.act(adapter.features(conditioning).float(), torch.zeros(2, *adapter.noise_spec.shape), True)
+    expected = adapter.postprocess(adapter.denoise(conditioning, noise), conditioning)
+    chunk = after(policy.predict_action_chunk(before(dict(raw))))
+    assert (chunk - expected).abs().max() <= 1e-6
+    policy.reset()
+    assert (after(policy.select_action(before(dict(raw)))) - expected[:, 0]).abs().max() <= 1e-6
+
+    policy.config.use_actor = False
+    policy.reset()
+    actions = []
+    for one in (policy, adapter.policy):
+        one.reset()
+        torch.manual_seed(4)
+        actions.append(one.select_action(before(dict(raw))))
+    assert torch.equal(*actions)
+
+
+def test_without_the_actor_it_is_lerobots_own_base(pair):
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+    folder, base_folder, adapter, _ = pair
+    plain, base = load(folder, "--use_actor=false"), DiffusionPolicy.from_pretrained(base_folder)
+    steered = load(folder)
+    (before, after), theirs = processors(folder), processors(base_folder)
+    runs = []
+    for policy, (pre, post) in ((plain, (before, after)), (base, theirs), (steered, (before, after))):
+        policy.reset()
+        torch.manual_seed(7)
+        runs.append(
+            torch.stack([post(policy.select_action(pre(dict(one)))) for one in observations(adapter, 20)])
+        )
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.allclose(runs[0], runs[2], atol=1e-3)
+
+
+def test_loading_draws_what_loading_the_base_draws(pair):
+    """So that a seeded `lerobot-eval` of the plain base and of the artefact without its actor agree."""
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+    folder, base_folder, _, _ = pair
+    draws = []
+    for build in (lambda: load(folder), lambda: DiffusionPolicy.from_pretrained(base_folder)):
+        torch.manual_seed(0)
+        build()
+        draws.append(torch.randn(3))
+    assert torch.equal(*draws)
+
+
+def test_a_chunk_is_what_select_action_would_run(pair):
+    folder, _, adapter, _ = pair
+    policy, (before, _) = load(folder), processors(folder)
+    batch = before(observations(adapter, 1)[0])
+    policy.reset()
+    chunk = policy.predict_action_chunk(dict(batch))
+    assert chunk.shape == (3, *adapter.chunk_shape)
+    actions = [policy.select_action(dict(batch)) for _ in range(len(chunk[0]))]
+    assert torch.equal(torch.stack(actions, 1), chunk)
+    timed = {k: torch.stack([v, v], 1) if k.startswith("observation") else v for k, v in batch.items()}
+    policy.reset()
+    assert torch.equal(policy.predict_action_chunk(timed), chunk)
+
+
+def test_stochastic_actor_draws_from_torchs_generator(pair):
+    folder, _, adapter, actor = pair
+    policy, (before, _) = load(folder, "--deterministic=false"), processors(folder)
+    batch = before(observations(adapter, 1)[0])
+    chunks = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        policy.reset()
+        chunks.append(policy.predict_action_chunk(dict(batch)))
+    assert torch.equal(chunks[0], chunks[1]) and not torch.equal(chunks[0], chunks[2])
+    prior = torch.randn(3, *adapter.noise_spec.shape)
+    policy.reset()
+    batch = {k: torch.stack([v, v], 1) for k, v in batch.items() if k.startswith("observation")}
+    conditioning = adapter.encode(batch)
+    expected = adapter.denoise(conditioning, actor.act(adapter.features(conditioning), prior))
+    assert torch.equal(policy.predict_action_chunk(batch, noise=prior), expected)
+    with pytest.raises(ValueError, match="the policy takes"):
+        policy.predict_action_chunk(batch, noise=prior[:, :1])
+
+
+def test_real_time_chunking_is_the_bases_own(tmp_path):
+    """The base's chunk, with LeRobot's arguments, from the noise that the actor chose."""
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+    from lerobot.rollout.inference.rtc import supports_rtc_inference
+
+    options = make_tiny("smolvla", tmp_path / "base")
+    adapter, actor = artefact_of(options, tmp_path / "artefact")
+    policy, (before, _) = load(tmp_path / "artefact"), processors(tmp_path / "artefact")
+    assert supports_rtc_inference(policy)
+    policy.config.rtc_config = RTCConfig(enabled=True, execution_horizon=4)
+    policy.init_rtc_processor()
+    batch = before(observations(adapter, 1, count=1)[0])
+    first = policy.predict_action_chunk(dict(batch), inference_delay=0, prev_chunk_left_over=None)
+    assert first.shape[1] == adapter.config.chunk_size
+    left = first[0, 2:]
+    second = policy.predict_action_chunk(dict(batch), inference_delay=1, prev_chunk_left_over=left)
+    assert not torch.allclose(first, second, atol=1e-4)
+    conditioning = adapter.encode(batch)
+    noise = actor.act(adapter.features(conditioning).float(), torch.zeros(1, *adapter.noise_spec.shape), True)
+    base = policy.base
+    expected = base.predict_action_chunk(
+        dict(batch), noise=noise, inference_delay=1, prev_chunk_left_over=left
+    )
+    assert torch.allclose(second, expected, atol=1e-6)
+
+
+def test_real_time_chunking_needs_a_base_that_does_it(pair):
+    folder, _, adapter, _ = pair
+    policy = load(folder)
+    assert not policy.supports_rtc()
+    with pytest.raises(UserError, match="does no real-time chunking"):
+        policy.predict_action_chunk(processors(folder)[0](observations(adapter, 1)[0]), inference_delay=1)
+
+
+def test_holds_the_actor_alone(pair, tmp_path):
+    folder, _, _, actor = pair
+    policy = load(folder)
+    assert {name.split(".")[0] for name in policy.state_dict()} == {"actor"}
+    assert not any(parameter.requires_grad for parameter in policy.parameters())
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 5e6
+    for file in folder.iterdir():
+        assert file.suffix in (".json", ".safetensors")
+    policy.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in actor.state_dict().items())
+
+
+def test_loads_without_our_commands(pair):
+    """What LeRobot needs of us, and no more: none of the simulators' or learners' modules of recipes."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from lerobot.utils.import_utils import register_third_party_plugins as r; r();"
+        "from lerobot.policies.factory import get_policy_class as g;"
+        f"g('trimtab').from_pretrained({str(pair[0])!r});"
+        "assert not [m for m in sys.modules if m.startswith('trimtab.recipes')]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
+def test_make_policy_and_mismatched_environment(pair):
+    from lerobot.envs.configs import PushtEnv
+
+    import trimtab.rl.envs.metaworld as metaworld
+
+    folder, _, _, _ = pair
+    config = PreTrainedConfig.from_pretrained(folder)
+    config.pretrained_path = folder
+    env = PushtEnv(obs_type="environment_state_agent_pos")
+    assert isinstance(make_policy(config, env_cfg=env), STEERED)
+    other = metaworld.MetaworldStateConfig(task="drawer-close-v3")
+    with pytest.raises(UserError, match=r"--env.type: the base policy makes .* the environment takes"):
+        make_policy(config, env_cfg=other)
+    with pytest.raises(UserError, match="is made by `trimtab adapt`"):
+        STEERED(PreTrainedConfig.from_pretrained(folder))
+
+
+def test_compiled_actor_acts_alike(pair, monkeypatch):
+    folder, _, adapter, _ = pair
+    compiled = torch.nn.Module.compile
+    calls = []
+
+    def eager(self, *args, **kwargs):  # no C++ compiler is asked for
+        calls.append(self)
+        return compiled(self, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
+    batch = processors(folder)[0](observations(adapter, 1)[0])
+    chunks = []
+    for change in ("--compile_model=false", "--compile_model=true"):
+        chunks.append(load(folder, change).predict_action_chunk(dict(batch)))
+    assert len(calls) == 1 and torch.allclose(*chunks, atol=1e-5)
+
+
+def test_golden_ticket(pair, tmp_path):
+    _, base, adapter, _ = pair
+    ticket = torch.randn(adapter.noise_spec.shape, generator=torch.Generator().manual_seed(1))
+    noise = ConstantNoiseConfig(bound=1.05 * float(ticket.abs().max()))
+    actor = constant_actor(ticket, noise.build(adapter.noise_spec))
+    options = PolicyConfig(path=str(base), device="cpu")
+    out = save_artefact(tmp_path / "ticket", actor, noise, adapter, options, base, {})
+    batch = processors(out)[0](observations(adapter, 1)[0])
+    timed = {k: torch.stack([v, v], 1) for k, v in batch.items() if k.startswith("observation")}
+    expected = adapter.denoise(adapter.encode(timed), ticket.expand(3, -1, -1).contiguous())
+    assert torch.allclose(load(out).predict_action_chunk(batch), expected, atol=1e-5)
+
+
+def test_lora_base(folders, tmp_path):  # noqa: F811
+    """A LoRA checkpoint is steered with its layers, and its base is looked up where it was."""
+    plain, lora = folders
+    adapter, actor = artefact_of(PolicyConfig(path=str(lora), device="cpu"), tmp_path / "artefact")
+    policy = load(tmp_path / "artefact")
+    batch = processors(tmp_path / "artefact")[0](observations(adapter, 1, count=1)[0])
+    chunk = policy.predict_action_chunk(dict(batch))
+    chunks = []
+    for one in (adapter, load_adapter(plain)):
+        conditioning = one.encode(batch)
+        noise = actor.act(one.features(conditioning).float(), torch.zeros(1, *one.noise_spec.shape), True)
+        chunks.append(one.denoise(conditioning, noise))
+    assert (chunk - chunks[0]).abs().max() <= 1e-6
+    assert (chunk - chunks[1]).abs().max() > 1e-3
+
+
+def test_renamed_observations_need_no_flag(tmp_path):
+    options = PolicyConfig(
+        path=str(make_diffusion(tmp_path / "base")),
+        device="cpu",
+        rename_map={"observation.eef": "observation.state"},
+    )
+    adapter, actor = artefact_of(options, tmp_path / "artefact")
+    policy, (before, _) = load(tmp_path / "artefact"), processors(tmp_path / "artefact")
+    raw = observations(adapter, 1)[0]
+    assert "observation.eef" in raw and "observation.eef" in policy.config.input_features
+    batch = before(raw)
+    timed = {k: torch.stack([v, v], 1) for k, v in batch.items() if k.startswith("observation")}
+    conditioning = adapter.encode(timed)
+    noise = actor.act(adapter.features(conditioning), torch.zeros(3, *adapter.noise_spec.shape), True)
+    assert torch.equal(policy.predict_action_chunk(batch), adapter.denoise(conditioning, noise))
+
+
+def test_best_of_candidates_is_the_critics_choice(pair, tmp_path):
+    _, base, adapter, _ = pair
+    torch.manual_seed(5)
+    size = CriticConfig(members=2, hidden=16, layers=2)
+    critic = CriticEnsemble(
+        features_of(adapter), adapter.chunk_shape[0] * adapter.chunk_shape[1], size
+    ).eval()
+    options = PolicyConfig(path=str(base), device="cpu")
+    _, actor = artefact_of(options, tmp_path / "artefact", critic=(critic, size))
+    policy = load(tmp_path / "artefact", "--num_candidates=5")
+    batch = processors(tmp_path / "artefact")[0](observations(adapter, 1)[0])
+    torch.manual_seed(6)
+    chunk = policy.predict_action_chunk(dict(batch))
+
+    timed = {k: torch.stack([v, v], 1) for k, v in batch.items() if k.startswith("observation")}
+    conditioning = adapter.encode(timed)
+    features, space = adapter.features(conditioning), actor.space
+    torch.manual_seed(6)
+    own = actor.act(features, torch.randn(3, *adapter.noise_spec.shape), True)
+    drawn = torch.randn(12, *adapter.noise_spec.shape)
+    best = []
+    for row in range(3):
+        noises = [
+            own[row],
+            *(space.expand(space.squash(space.draw(d[None])), d[None])[0] for d in drawn[4 * row :][:4]),
+        ]
+        chunks = [adapter.denoise(conditioning[row], noise[None])[0] for noise in noises]
+        values = [
+            float(critic.requires_grad_(False)(features[row][None], c.flatten()[None]).mean()) for c in chunks
+        ]
+        best.append(max(range(5), key=values.__getitem__))
+        assert torch.allclose(chunk[row], chunks[best[-1]], atol=1e-5)
+    assert any(best), "another candidate than the actor's won somewhere"
+    with pytest.raises(Exception, match="needs the critic of a best_of_n run"):
+        load(pair[0], "--num_candidates=5")
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def change_config(**changes):
+    def damage(folder, base):
+        config = json.loads((folder / "config.json").read_text())
+        for key, value in changes.items():
+            config[key] = {**config[key], **value} if isinstance(value, dict) else value
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def change_base(folder, base):
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: value + 0.5 for name, value in tensors.items()}, base / "model.safetensors")
+
+
+def change_inputs(folder, base):
+    config = json.loads((folder / "config.json").read_text())
+    config["input_features"]["observation.state"]["shape"] = [9]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+BAD = {
+    "truncated": (lambda f, b: truncate(f / "model.safetensors"), "truncated or no safetensors file"),
+    "no weights": (lambda f, b: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
+    "no processor": (
+        lambda f, b: (f / "policy_preprocessor.json").unlink(),
+        "lacks policy_preprocessor.json",
+    ),
+    "wrong type": (lambda f, b: shutil.copy(b / "config.json", f), "is not a policy of type trimtab"),
+    "later format": (change_config(format=9), "format 9, this version reads"),
+    "no number": (change_config(feature_dim="many"), "is not an artefact's config"),
+    "unknown setting": (change_config(actor={"wings": 2}), "wings"),
+    "missing base": (lambda f, b: shutil.rmtree(b), "is not where it was"),
+    "changed base": (change_base, "its weights have another hash"),
+    "noise shape": (
+        change_config(noise_shape=[3, 2]),
+        r"the base takes noise of shape \(.*\), the actor makes",
+    ),
+    "feature length": (change_config(feature_dim=5), "does not fit the policy that its config describes"),
+    "inputs": (change_inputs, r"the config says other inputs than its base takes: observation.state"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(pair, tmp_path, case):
+    damage, message = BAD[case]
+    folder = shutil.copytree(pair[0], tmp_path / "all" / "artefact")
+    base = shutil.copytree(pair[1], tmp_path / "all" / "base")
+    damage(folder, base)
+    with pytest.raises(UserError, match=message) as caught:
+        STEERED.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_artefact_and_base_move_together_or_are_named(pair, tmp_path):
+    folder = shutil.copytree(pair[0], tmp_path / "all" / "artefact")
+    base = shutil.copytree(pair[1], tmp_path / "all" / "base")
+    assert Path(load(folder).steered.base_folder) == base
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is not where it was"):
+        load(folder)
+    assert load(folder, f"--base.path={tmp_path / 'elsewhere'}").steered.base_folder == tmp_path / "elsewhere"
+
+
+def test_folders_of_the_first_format(pair, tmp_path):
+    """`trimtab eval` reads them; LeRobot's commands are told how to write them anew."""
+    folder = shutil.copytree(pair[0], tmp_path / "all" / "artefact")
+    shutil.copytree(pair[1], tmp_path / "all" / "base")
+    config = json.loads((folder / "config.json").read_text())
+    kept = ("type", "base", "noise", "noise_shape", "feature_dim", "actor", "training")
+    config = {name: config[name] for name in kept} | {"format": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in folder.glob("policy_*"):
+        file.unlink()
+    loaded = load_artefact(PolicyConfig(path=str(folder), device="cpu"))
+    features, prior = (
+        torch.randn(2, pair[3].normalizer.mean.numel()),
+        torch.zeros(2, *pair[2].noise_spec.shape),
+    )
+    assert torch.equal(loaded.actor.act(features, prior, True), pair[3].act(features, prior, True))
+    with pytest.raises(UserError, match=r"lacks policy_preprocessor\.json"):
+        STEERED.from_pretrained(folder)
+
+
+def test_masked_noise_draws_the_rest_fresh(pair, tmp_path):
+    _, base, adapter, _ = pair
+    options = PolicyConfig(path=str(base), device="cpu")
+    artefact_of(options, tmp_path / "artefact", MaskedNoiseConfig(rows="0:4"))
+    policy = load(tmp_path / "artefact")
+    batch = processors(tmp_path / "artefact")[0](observations(adapter, 1)[0])
+    torch.manual_seed(0)
+    chunks = [policy.predict_action_chunk(dict(batch)) for _ in range(2)]
+    assert not torch.equal(*chunks), "what the actor leaves alone is the base's own draw"
