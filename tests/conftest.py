@@ -41,6 +41,24 @@ def tiny_base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def drawer_base(tmp_path_factory):
+    """A base that closes the drawer at times."""
+    from trimtab.recipes.metaworld.base import BaseConfig, make_base
+    from trimtab.recipes.metaworld.cloning import CloningConfig
+
+    config = BaseConfig(
+        tasks="drawer-close-v3",
+        demonstrators={},
+        episodes=3,
+        episode_length=100,
+        cloning=CloningConfig(steps=300, batch_size=32),
+    ).resolved()
+    folder = tmp_path_factory.mktemp("bases") / "drawer"
+    make_base(config, folder)
+    return folder
+
+
 def make_diffusion(folder, images=False, scheduler="DDIM", state_dim=2, env_dim=16, action_dim=2, **fields):
     """Save a random LeRobot DiffusionPolicy; the dimensions can be those of a real environment."""
     from lerobot.configs import FeatureType, PolicyFeature

@@ -165,7 +165,7 @@ def samples(
     text = ""
     for seed in seeds:
         for task in tasks:
-            with Task(config, adapter, task) as one:
+            with Task(config, adapter, folder, task) as one:
                 where = output / "runs" / task
                 mine = shared | {"task": task, "first_seed": EVALUATION_SEED}
                 if task not in bases:
@@ -186,8 +186,8 @@ def samples(
 class Task:
     """The setup of one task, whose evaluation environments start when a run first needs them."""
 
-    def __init__(self, config: BenchConfig, adapter: PolicyAdapter, task: str) -> None:
-        self.config, self.adapter, self.env = config, adapter, _env(config, task)
+    def __init__(self, config: BenchConfig, adapter: PolicyAdapter, folder: Path, task: str) -> None:
+        self.config, self.adapter, self.folder, self.env = config, adapter, folder, _env(config, task)
         self._setup: Setup | None = None
 
     def __enter__(self) -> Task:
@@ -216,6 +216,7 @@ class Task:
             final = EVALUATION_SEED + config.n_episodes
             self._setup = Setup(
                 adapter=self.adapter,
+                folder=self.folder,
                 env=self.env,
                 vec=vec,
                 env_steps=config.env_steps,

@@ -6,15 +6,22 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import draccus
 import torch
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter
+from trimtab.policies.actor import ActorConfig
+from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig, RepeatNoiseConfig
 from trimtab.policies.sources import NoiseSource, base_noise, steered_noise
-from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLSACConfig
+from trimtab.recipes.bench.filtered_bc import FilteredBC
+from trimtab.recipes.lora_training import TuningConfig
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.gate import GateConfig
@@ -25,14 +32,21 @@ from trimtab.rl.train import TrainConfig, Trainer, training_seed
 
 @dataclass(frozen=True)
 class Method:
-    """Settings of ``trimtab adapt``; without ``rl``, stable-baselines3's SAC (``wrapper.py``)."""
+    """Settings of ``trimtab adapt``; without ``rl``, of ``trimtab lora --from_rollouts`` (``tuning``), or
+    else stable-baselines3's SAC (``wrapper.py``).
+    """
 
     rl: AlgorithmConfig | None
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    tuning: TuningConfig | None = None
+    # Training environments, where the method's source says how many.
+    num_envs: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """All of it, for JSON."""
+        if self.tuning is not None:
+            return {"engine": "filtered behaviour cloning", "tuning": draccus.encode(self.tuning)}
         noise = {"type": self.noise.type, **asdict(self.noise)}
         if self.rl is None:
             from trimtab.recipes.bench.wrapper import SB3SACConfig
@@ -41,7 +55,8 @@ class Method:
         rl, train = {"type": self.rl.type, **asdict(self.rl)}, asdict(self.train)
         for name in ("env_steps", "log_every"):  # the bench's own
             train.pop(name)
-        return {"engine": "trimtab", "rl": rl, "noise": noise, "train": train}
+        settings = {"engine": "trimtab", "rl": rl, "noise": noise, "train": train}
+        return settings if self.num_envs is None else settings | {"num_envs": self.num_envs}
 
 
 def _early(**fields: Any) -> TrainConfig:
@@ -50,14 +65,45 @@ def _early(**fields: Any) -> TrainConfig:
     return TrainConfig(**(defaults | fields))
 
 
+def _paper(algorithm: str, **train: Any) -> Method:
+    """``--rl.preset=paper``."""
+    settings = PAPER[algorithm]
+    rl = draccus.decode(AlgorithmConfig, {"type": algorithm, **settings["rl"]})
+    noise = draccus.decode(NoiseSpaceConfig, settings["noise"])
+    train = TrainConfig(**(settings["train"] | train))
+    return Method(rl, noise, train, num_envs=settings["num_envs"])
+
+
+def _as_sb3() -> Method:
+    """Our DSRL-SAC with all settings of ``SB3SACConfig``, to be compared with ``sb3_sac``."""
+    network = {"hidden": 128, "layers": 3}
+    rl = DSRLSACConfig(
+        n_step=1,
+        actor=ActorConfig(**network, log_std_min=-20.0, log_std_max=2.0, mean_limit=1.0),
+        critic=CriticConfig(**network, layer_norm=False),
+        actor_every=1,
+        initial_temperature=0.01,
+        backup_entropy=True,
+        clip_targets=False,
+    )
+    return Method(rl, train=TrainConfig(first_update=800, catch_up=False, updates_per_transition=1.0))
+
+
 METHODS: dict[str, Method] = {
     "best_of_n": Method(BestOfNConfig(), train=_early()),
     "best_of_n_regression": Method(BestOfNConfig(distillation="regression"), train=_early()),
     "best_of_n_repeat": Method(BestOfNConfig(), RepeatNoiseConfig(), _early()),
     "best_of_n_gate": Method(BestOfNConfig(), train=_early(gate=GateConfig(enabled=True))),
-    "dsrl_sac": Method(DSRLSACConfig(), RepeatNoiseConfig()),  # as `trimtab demo`
+    "dsrl_sac": Method(DSRLSACConfig(), RepeatNoiseConfig()),
     "dsrl_sac_full": Method(DSRLSACConfig()),
+    "dsrl_sac_paper": _paper("dsrl_sac"),
+    # The same without its 24,000 environment steps of warm-up, to show that they are not what decides.
+    "dsrl_sac_paper_short": _paper("dsrl_sac", warmup_transitions=800, first_update=800),
+    "dsrl_sac_as_sb3": _as_sb3(),
+    "dsrl_na": Method(DSRLNAConfig(), RepeatNoiseConfig(), _early()),
+    "dsrl_na_exact": Method(DSRLNAConfig(mode="exact"), RepeatNoiseConfig(), _early()),
     "sb3_sac": Method(None),
+    "filtered_bc": Method(None, tuning=TuningConfig(method="full", learning_rate=5e-4)),
 }
 
 
@@ -67,6 +113,7 @@ class Setup:
 
     Attributes:
         adapter: the frozen policy.
+        folder: where it was loaded from.
         env: the task.
         vec: evaluation environments; training has its own.
         env_steps: training steps of a run.
@@ -77,6 +124,7 @@ class Setup:
     """
 
     adapter: PolicyAdapter
+    folder: Path
     env: EnvConfig
     vec: ChunkVectorEnv
     env_steps: int
@@ -86,8 +134,10 @@ class Setup:
     num_envs: int = 8
     workers: int = 1
 
-    def training_environments(self) -> ChunkVectorEnv:
-        return ChunkVectorEnv(self.env, self.num_envs, self.workers, self.adapter.n_obs_steps)
+    def training_environments(self, count: int | None = None, keep_seen: bool = False) -> ChunkVectorEnv:
+        """``count`` environments (default: ``num_envs``); ``keep_seen`` as in ``ChunkVectorEnv``."""
+        history = self.adapter.n_obs_steps
+        return ChunkVectorEnv(self.env, count or self.num_envs, self.workers, history, keep_seen=keep_seen)
 
     def measure(self, runner: PolicyRunner, source: NoiseSource, seeds: list[int], label: str) -> dict:
         """Evaluate; whatever draws it makes, training goes on with its own."""
@@ -153,7 +203,9 @@ def run_method(method: Method, setup: Setup, seed: int, label: str) -> dict[str,
     """
     started = time.perf_counter()
     cpu = time.process_time()
-    train = _run_sb3 if method.rl is None else _run_trainer
+    train = _run_trainer
+    if method.rl is None:
+        train = _run_sb3 if method.tuning is None else _run_filtered_bc
     recorder, found = train(method, setup, seed, label)
     training = time.perf_counter() - started - recorder.seconds
     if setup.final_seeds:
@@ -171,7 +223,7 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> tuple[R
 
     adapter, lines = setup.adapter, []
     runner = PolicyRunner(adapter, setup.env)
-    with setup.training_environments() as vec:
+    with setup.training_environments(method.num_envs) as vec:
         trainer = Trainer(
             PolicyRunner(adapter, setup.env),
             vec,
@@ -210,3 +262,12 @@ def _run_sb3(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recor
         recorder = Recorder(setup, label, lambda: policies)
         learn(model, env, setup.env_steps, lambda step, ended: recorder(step, [(won, True) for won in ended]))
     return recorder, {"updates": model._n_updates}
+
+
+def _run_filtered_bc(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recorder, dict[str, Any]]:
+    with setup.training_environments(keep_seen=True) as vec:
+        learner = FilteredBC(setup.folder, setup.env, vec, method.tuning, training_seed(seed), seed)
+        policies: Policies = {"actor": (PolicyRunner(learner.adapter, setup.env), base_noise)}
+        recorder = Recorder(setup, label, lambda: policies)
+        learner.learn(setup.env_steps, setup.grid, recorder)
+    return recorder, learner.result()

@@ -4,21 +4,25 @@ import json
 import math
 from fractions import Fraction
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tests.rl.point import PointAdapter, PointConfig
-from trimtab.adapters import UserError
+from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.adapters.files import file_hash
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.sources import prior_noise
 from trimtab.recipes.bench.command import BenchConfig, once
 from trimtab.recipes.bench.methods import METHODS, Method, Setup, run_method
 from trimtab.recipes.bench.report import dip, sustained
 from trimtab.recipes.cli import main
+from trimtab.recipes.lora_training import TuningConfig
 from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.collector import Collector
+from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.statistics import p_below
@@ -154,7 +158,7 @@ def point_run(grid):
     )
     config, adapter = PointConfig(), PointAdapter()
     with ChunkVectorEnv(config, 3, 0) as vec:
-        setup = Setup(adapter, config, vec, 300, grid, [1, 2, 3, 4], [5, 6], num_envs=3, workers=0)
+        setup = Setup(adapter, Path(), config, vec, 300, grid, [1, 2, 3, 4], [5, 6], num_envs=3, workers=0)
         return run_method(method, setup, 0, "point")
 
 
@@ -201,6 +205,51 @@ def test_samples_through_both_engines_and_again(tiny_base, tmp_path, capsys):
     assert "other settings" in capsys.readouterr().out
     changed = {path.name for path in folder.iterdir() if path.stat().st_mtime_ns != written[path.name]}
     assert changed == {"sb3_sac-seed0.json"}
+
+
+def test_filtered_behaviour_cloning_trains_a_copy_of_the_base(drawer_base):
+    env = MetaworldStateConfig(task="drawer-close-v3", episode_length=100)
+    adapter = load_adapter(PolicyConfig(path=str(drawer_base), device="cpu"))
+    before = {name: value.clone() for name, value in adapter.policy.state_dict().items()}
+    hashed = file_hash(drawer_base)
+    method = Method(None, tuning=TuningConfig(method="full", steps=20, learning_rate=5e-4, batch_size=16))
+    with ChunkVectorEnv(env, 3, 0) as vec:
+        setup = Setup(adapter, drawer_base, env, vec, 1600, 800, [1, 2, 3], [5, 6], num_envs=4, workers=0)
+        run = run_method(method, setup, 0, "rival")
+    assert [point["env_steps"] for point in run["points"]] == [800, 1600]  # to the step
+    assert {key for key in run["points"][0] if isinstance(run["points"][0][key], dict)} == {"actor"}
+    assert run["points"][0]["actor"]["episodes"] == 3 and run["final"]["actor"]["episodes"] == 2
+    rounds = {step for step, won, _ in run["episodes"] if won}  # fine-tuned after each with a success
+    assert rounds and run["updates"] == 20 * len(rounds)
+    assert run["trained_parameters"] == sum(p.numel() for p in adapter.policy.parameters())
+    assert all(torch.equal(before[name], value) for name, value in adapter.policy.state_dict().items())
+    assert file_hash(drawer_base) == hashed
+
+
+def test_methods_are_what_their_names_say():
+    """The paper's settings, and those that make our SAC the rival's."""
+    from trimtab.recipes.bench.wrapper import SB3SACConfig
+    from trimtab.rl.algorithms.presets import PAPER
+
+    paper, short = METHODS["dsrl_sac_paper"], METHODS["dsrl_sac_paper_short"]
+    for name, value in PAPER["dsrl_sac"]["rl"].items():
+        have = getattr(paper.rl, name)
+        if isinstance(value, dict):
+            assert all(getattr(have, key) == entry for key, entry in value.items())
+        else:
+            assert have == value
+    assert paper.num_envs == 4 and paper.noise.bound == 1.5 and paper.train.warmup_transitions == 6004
+    assert paper.rl == short.rl and short.train.warmup_transitions == short.train.first_update == 800
+    ours, theirs = METHODS["dsrl_sac_as_sb3"], SB3SACConfig()
+    for name in ("learning_rate", "batch_size", "gamma", "tau", "initial_temperature"):
+        assert getattr(ours.rl, name) == getattr(theirs, name)
+    assert ours.rl.actor.hidden == ours.rl.critic.hidden == theirs.hidden
+    assert ours.rl.actor.layers == ours.rl.critic.layers == theirs.layers and ours.rl.actor_every == 1
+    assert ours.rl.n_step == 1 and ours.rl.backup_entropy and not ours.rl.critic.layer_norm
+    assert ours.rl.target_entropy is None and theirs.target_entropy_per_dim == -0.25  # our default too
+    for name in ("warmup_transitions", "updates_per_transition", "replay_capacity"):
+        assert getattr(ours.train, name) == getattr(theirs, name)
+    assert len({json.dumps(method.settings(), sort_keys=True) for method in METHODS.values()}) == len(METHODS)
 
 
 def test_once_runs_what_is_missing_or_of_other_settings(tmp_path, capsys):

@@ -32,21 +32,8 @@ WIDTH = {"observation.state": 4, "observation.environment_state": 85}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A base that closes the drawer at times."""
-    from trimtab.recipes.metaworld.base import BaseConfig, make_base
-    from trimtab.recipes.metaworld.cloning import CloningConfig
-
-    config = BaseConfig(
-        tasks="drawer-close-v3",
-        demonstrators={},
-        episodes=3,
-        episode_length=100,
-        cloning=CloningConfig(steps=300, batch_size=32),
-    ).resolved()
-    folder = tmp_path_factory.mktemp("bases") / "drawer"
-    make_base(config, folder)
-    return folder
+def base(drawer_base):
+    return drawer_base
 
 
 def contents(folder):
