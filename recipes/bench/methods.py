@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from lerobot.envs.configs import EnvConfig
+from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig, RepeatNoiseConfig
-from trimtab.policies.sources import NoiseSource, base_noise, steered_noise
+from trimtab.policies.sources import NoiseSource, base_noise, candidate_noise, steered_noise
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLSACConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
@@ -186,8 +187,12 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> tuple[R
         algorithm = trainer.algorithm
         policies: Policies = {"actor": (runner, steered_noise(algorithm.actor, deterministic=True))}
         if algorithm.selects:
-            best = SelectingRunner(adapter, setup.env, trainer.space, algorithm.select, algorithm.candidates)
-            policies["acting"] = (best, base_noise)
+
+            def select(features: Tensor, chunks: Tensor) -> Tensor:
+                return algorithm.select(features, chunks.flatten(2))
+
+            best = SelectingRunner(adapter, setup.env, select, algorithm.candidates)
+            policies["acting"] = (best, candidate_noise(trainer.space))
         recorder = Recorder(setup, label, lambda: policies)
         trainer.on_step = lambda ended: recorder(
             trainer.env_steps, [(episode.success, episode.steered) for episode in ended]

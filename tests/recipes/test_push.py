@@ -65,7 +65,9 @@ def test_there_and_back(hub, pushed, tmp_path, capsys, pusht_policy):
         ("f" * 40, r"the base policy of .* is not where it was: .*me/base at revision f+ \(RevisionNotFound"),
         ("main", "is not the base that .* steers: its weights have another hash"),
     ):
-        changed = PreTrainedConfig.from_pretrained("me/steered", cli_overrides=[f"--base.revision={revision}"])
+        changed = PreTrainedConfig.from_pretrained(
+            "me/steered", cli_overrides=[f"--base.revision={revision}"]
+        )
         with pytest.raises(UserError, match=message) as caught:
             get_policy_class("trimtab").from_pretrained("me/steered", config=changed)
         assert "\n" not in str(caught.value)

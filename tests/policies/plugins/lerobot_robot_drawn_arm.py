@@ -1,4 +1,4 @@
-"""A robot without hardware, in LeRobot's plugin convention: joints that follow, and cameras that draw them."""
+"""A robot without hardware, in LeRobot's plugin convention: joints that follow, cameras that draw."""
 
 from dataclasses import dataclass
 from typing import ClassVar
