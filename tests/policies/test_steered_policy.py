@@ -302,11 +302,9 @@ def test_make_policy_and_mismatched_environment(pair):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_actor_acts_alike(pair, monkeypatch, backend):
-    """With the default backend too, where there is a C++ compiler."""
-    if backend == "inductor" and not (
-        os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    ):
-        pytest.skip("torch.compile's default backend needs a C++ compiler")
+    """With the default backend too, on request: its C++ compiler works for half a minute."""
+    if backend == "inductor" and not os.environ.get("TRIMTAB_INDUCTOR"):
+        pytest.skip("needs a C++ compiler and 40 s of it; set TRIMTAB_INDUCTOR=1 to run it")
     folder, _, adapter, _ = pair
     compiled = torch.nn.Module.compile
     calls = []
