@@ -113,7 +113,13 @@ def test_result_is_steered_and_deployed_like_any_base(rollouts_run, tmp_path):
         pytest.skip("fine-tuned in full it is a policy like any other")
     argv = ["adapt", f"--policy.path={output / 'policy'}", *ENV[:2], "--env.episode_length=20", *MACHINE]
     argv += ["--train.env_steps=80", "--train.warmup_transitions=4", "--train.first_update=4", "--num_envs=2"]
-    argv += ["--rl.batch_size=4", "--eval.n_episodes=2", "--eval.batch_size=2", "--eval.videos=0"]
+    argv += [
+        "--rl.type=dsrl_sac",
+        "--rl.batch_size=4",
+        "--eval.n_episodes=2",
+        "--eval.batch_size=2",
+        "--eval.videos=0",
+    ]
     assert main([*argv, "--eval.constant_candidates=0", f"--output_dir={tmp_path / 'run'}"]) == 0
     out = tmp_path / "exported"
     assert main(["export", f"--run={tmp_path / 'run'}", f"--output_dir={out}", "--policy.device=cpu"]) == 0
