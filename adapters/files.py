@@ -86,9 +86,18 @@ def _download(repo: str, revision: str | None, token: str | None) -> Path:
         patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # tokenizers may lie beside
         return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns))
     except Exception as error:  # the Hub client has a dozen exceptions for "not available"
+        wanted = f"{repo} at revision {revision}" if revision else repo
         raise UserError(
-            OPTION, f"neither a folder nor a reachable Hub repository: {repo} ({reason(error)})"
+            OPTION,
+            f"neither a folder nor a reachable Hub repository: {wanted} "
+            f"({type(error).__name__}: {reason(error)})",
         ) from None
+
+
+def commit_of(folder: Path | str) -> str | None:
+    """The commit whose files a folder in the Hub's cache holds; ``None`` of any other folder."""
+    known = isinstance(folder, Path) and folder.parent.name == "snapshots"
+    return folder.name if known else None
 
 
 def is_peft(folder: Path) -> bool:

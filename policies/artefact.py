@@ -26,6 +26,7 @@ from trimtab.adapters.errors import reason
 from trimtab.adapters.files import (
     CONFIG,
     WEIGHTS,
+    commit_of,
     file_hash,
     is_server,
     placement,
@@ -102,7 +103,8 @@ def save_artefact(
     local = Path(base.path or "").expanduser().exists()
     reference = {
         "path": os.path.relpath(Path(base_folder).resolve(), folder) if local else base.path,
-        "revision": base.revision,
+        # Of a Hub repository the commit, so that what happens to it later does not matter.
+        "revision": base.revision if local else commit_of(base_folder) or base.revision,
         **{name: _place(getattr(base, name), folder) for name in LOADED_WITH},
         "policy_type": adapter.policy_type,
         **adapter.identity(base_folder),

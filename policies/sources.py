@@ -62,6 +62,26 @@ def steered_noise(
     return source
 
 
+def candidate_noise(
+    space: NoiseSpace, actor: NoiseActor | None = None, deterministic: bool = False
+) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """K noises for each observation, to choose among: what an untrained actor draws, the first of them the
+    actor's own choice where there is one.
+
+    Its source takes and returns (B, K, *spec.shape), one fresh draw for each candidate.
+    """
+    drawn = prior_noise(space)
+
+    def source(features: Tensor | None, prior: Tensor) -> Tensor:
+        noise = drawn(None, prior.flatten(0, 1)).unflatten(0, tuple(prior.shape[:2]))
+        if actor is None:
+            return noise
+        own = steered_noise(actor, deterministic)(features, prior[:, 0])
+        return torch.cat([own.unsqueeze(1), noise[:, 1:]], 1)
+
+    return source
+
+
 def prior_noise(space: NoiseSpace) -> Callable[[Tensor | None, Tensor], Tensor]:
     """What an untrained actor draws: the policy's own noise, squashed into the noise space."""
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
-from trimtab.adapters import PolicyConfig
-from trimtab.policies.artefact import is_artefact, load_artefact
-from trimtab.policies.sources import steered_noise
+from trimtab.adapters import PolicyConfig, UserError
+from trimtab.policies.artefact import Steered, is_artefact, load_artefact
+from trimtab.policies.critic import best_candidate
+from trimtab.policies.sources import NoiseSource, candidate_noise, steered_noise
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import table, write_json
 from trimtab.recipes.session import (
-    EvalConfig,
+    EpisodesConfig,
     MachineConfig,
     Session,
     describe,
@@ -23,6 +25,40 @@ from trimtab.recipes.session import (
     summaries,
 )
 from trimtab.rl.evaluation import evaluate
+from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.selection import SelectingRunner
+
+
+@dataclass
+class SteeredEvalConfig(EpisodesConfig):
+    """How policies are evaluated; what is not said of a steered one is as its artefact says."""
+
+    # Take the mean of the actor instead of a sample.
+    deterministic: bool | None = None
+    # More than 1: decode the actor's noise and so many less one of the base's, run the best by the critic.
+    num_candidates: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_candidates is not None and self.num_candidates < 1:
+            raise UserError("--eval.num_candidates", f"must be at least 1, got {self.num_candidates}")
+
+    def complete(self, steered: Steered | None) -> None:
+        """Fill in what was not said.
+
+        Raises:
+            UserError: there is nothing to choose among candidates by.
+        """
+        config = steered.config if steered else None
+        if self.deterministic is None:
+            self.deterministic = config.deterministic if config else True
+        if self.num_candidates is None:
+            self.num_candidates = config.num_candidates if config else 1
+        if self.num_candidates > 1 and (steered is None or steered.critic is None):
+            raise UserError(
+                "--eval.num_candidates",
+                "needs the artefact of a best_of_n run, which holds the critic that chooses; leave it at 1",
+            )
 
 
 @dataclass
@@ -32,7 +68,7 @@ class EvaluateConfig:
     env: EnvConfig
     # A base policy, or the artefact of a steering run.
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: SteeredEvalConfig = field(default_factory=SteeredEvalConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Seeds the draw of constant noises.
     seed: int = 0
@@ -43,7 +79,7 @@ class EvaluateConfig:
 def main(args: list[str]) -> None:
     config = parse(EvaluateConfig, "eval", args)
     output = new_output_dir(config.output_dir, "eval")
-    source = None
+    steered = None
     if is_artefact(config.policy.path):
         config.machine.apply()
         steered = load_artefact(config.policy)
@@ -51,15 +87,16 @@ def main(args: list[str]) -> None:
             check_task(steered.base_folder, config.env.task)
         session = Session(steered.adapter, config.env, config.eval, config.machine)
         folder = steered.base_folder
-        source = steered_noise(steered.actor, config.eval.deterministic)
     else:
         session, folder = open_session(config.policy, config.env, config.eval, config.machine)
+    config.eval.complete(steered)
+    runner, source = acting(session, steered)
     print(describe(session, folder))
     with session.evaluation_environments() as vec:
         evaluations, details = session.baselines(vec, config.seed)
-        if source is not None:
-            evaluations["steered"] = evaluate(session.runner, vec, source, config.eval.seeds, "steered")
-    session.record(source or session.own_noise, output / "rollouts.mp4", "video")
+        if steered is not None:
+            evaluations["steered"] = evaluate(runner, vec, source, config.eval.seeds, "steered")
+    session.record(source, output / "rollouts.mp4", "video", runner)
     write_json(
         output / "results.json",
         {
@@ -67,6 +104,26 @@ def main(args: list[str]) -> None:
             "constant_noise_search": details,
             "env": {"type": config.env.type, "task": config.env.task},
             "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],
+            "steered_by": steered
+            and {name: getattr(config.eval, name) for name in ("deterministic", "num_candidates")},
         },
     )
     print(f"\n{table(summaries(evaluations))}\n\nall in {output}")
+
+
+def acting(session: Session, steered: Steered | None) -> tuple[PolicyRunner, NoiseSource]:
+    """What acts, as `lerobot-eval` of the same policy lets it act; the base where nothing steers it.
+
+    Args:
+        session: its ``eval`` is a complete ``SteeredEvalConfig``.
+        steered: the artefact.
+    """
+    config = session.eval
+    if steered is None:
+        return session.runner, session.own_noise
+    if config.num_candidates == 1:
+        return session.runner, steered_noise(steered.actor, config.deterministic)
+    runner = SelectingRunner(
+        session.adapter, session.env, partial(best_candidate, steered.critic), config.num_candidates
+    )
+    return runner, candidate_noise(steered.actor.space, steered.actor, config.deterministic)

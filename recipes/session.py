@@ -192,16 +192,16 @@ class Session:
             details = {"selection_success": rates, "selection_episodes": self.eval.constant_episodes}
         return found, details
 
-    def record(self, source: NoiseSource, path: Path, label: str) -> bool:
+    def record(self, source: NoiseSource, path: Path, label: str, runner: PolicyRunner | None = None) -> bool:
         """Render the first evaluation episodes under ``source`` to an MP4. A machine that cannot render
-        gets a line saying so, and no video.
+        gets a line saying so, and no video. ``runner`` acts in the place of this session's.
         """
         seeds = self.eval.seeds[: self.eval.videos]
         if not seeds:
             return False
         try:
             with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
-                outcome = evaluate(self.runner, vec, source, seeds, label, record=seeds)
+                outcome = evaluate(runner or self.runner, vec, source, seeds, label, record=seeds)
             return write_grid_video(path, outcome, seeds, fps=20)
         except Exception as error:  # a picture is never worth a run
             print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")
@@ -214,7 +214,7 @@ def base_of(policy: PolicyConfig) -> Path | str:
 
 
 def open_session(
-    policy: PolicyConfig, env: EnvConfig, eval_config: EvalConfig, machine: MachineConfig
+    policy: PolicyConfig, env: EnvConfig, eval_config: EpisodesConfig, machine: MachineConfig
 ) -> tuple[Session, Path | str]:
     """Load the base policy for an environment; returns the session and the base's folder or server."""
     machine.apply()

@@ -10,22 +10,19 @@ from lerobot.envs.configs import EnvConfig
 from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter
-from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.sources import prior_noise
 from trimtab.rl.runner import Encoded, PolicyRunner
 
 
 class SelectingRunner(PolicyRunner):
-    """A runner whose noise is N draws per observation, of which ``select`` takes one.
+    """A runner whose noise is N candidates per observation, of which ``select`` takes one.
 
-    Give it to ``evaluate`` with ``base_noise`` as the source: an episode's N draws then come from its own
-    generator, as one draw does otherwise. Candidates are drawn as the collector draws them.
+    Give it to ``evaluate`` with ``candidate_noise`` as the source: an episode's N draws then come from its
+    own generator, as one draw does otherwise.
 
     Args:
         adapter: the frozen policy.
         env_config: the environment's LeRobot config.
-        space: the noise space in which candidates are drawn.
-        select: (B, d), (B, N, steps * action_dim) -> (B,), for instance ``BestOfN.select``.
+        select: (B, d), (B, N, steps, action_dim) -> (B,).
         count: N.
     """
 
@@ -33,13 +30,11 @@ class SelectingRunner(PolicyRunner):
         self,
         adapter: PolicyAdapter,
         env_config: EnvConfig,
-        space: NoiseSpace,
         select: Callable[[Tensor, Tensor], Tensor],
         count: int,
     ) -> None:
         super().__init__(adapter, env_config)
         self.select, self.count = select, count
-        self._draw = prior_noise(space)
 
     def prior(self, batch: int, generator: torch.Generator) -> Tensor:
         """N fresh draws for each of ``batch`` observations, (batch, N, *noise_spec.shape)."""
@@ -53,13 +48,12 @@ class SelectingRunner(PolicyRunner):
 
         Args:
             conditioning: from ``encode``.
-            noise: (B, N, *noise_spec.shape) from ``prior``.
+            noise: (B, N, *noise_spec.shape), the candidates.
             slots: as for ``PolicyRunner.decode``.
 
         Raises:
             UserError: the policy denoises one sample at a time from a memory of its own.
         """
-        candidates = self._draw(None, noise.flatten(0, 1)).unflatten(0, tuple(noise.shape[:2]))
-        chunks = self.candidates(conditioning, candidates)
-        index = self.select(self.features(conditioning), chunks.flatten(2)).cpu()
+        chunks = self.candidates(conditioning, noise)
+        index = self.select(self.features(conditioning), chunks).cpu()
         return self.executable(chunks[torch.arange(len(chunks)), index], conditioning)

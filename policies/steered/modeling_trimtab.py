@@ -22,6 +22,7 @@ from trimtab.policies.artefact import (
     write_config,
     write_weights,
 )
+from trimtab.policies.critic import best_candidate
 from trimtab.policies.sources import own_noise, prior_noise
 from trimtab.policies.steered.configuration_trimtab import TYPE, TrimtabConfig
 from trimtab.policies.steered.processor_trimtab import check_processors, write_processors
@@ -255,14 +256,9 @@ class TrimtabPolicy(PreTrainedPolicy):
         drawn = prior_noise(self.actor.space)(None, drawn).unflatten(0, (count, others))
         noises = torch.cat([chosen.unsqueeze(1), drawn.to(chosen)], 1)
         chunks = self.adapter.denoise(conditioning.repeat_interleave(others + 1), noises.flatten(0, 1))
-        critic = self._critic[0]
-        device = critic.normalizer.mean.device
-        features = self.adapter.features(conditioning).float().to(device)
-        flat = chunks.float().flatten(1).to(device)
-        values = critic(features.repeat_interleave(others + 1, 0), flat).mean(0)
-        best = values.unflatten(0, (count, others + 1)).argmax(1).to(chunks.device)
-        rows = torch.arange(count, device=chunks.device)
-        return chunks.unflatten(0, (count, others + 1))[rows, best]
+        chunks = chunks.unflatten(0, (count, others + 1))
+        best = best_candidate(self._critic[0], self.adapter.features(conditioning), chunks)
+        return chunks[torch.arange(count, device=chunks.device), best]
 
     def _real_time_chunk(self, batch: dict[str, Any], noise: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         if not self.supports_rtc():

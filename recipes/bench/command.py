@@ -17,7 +17,8 @@ from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapte
 from trimtab.adapters.files import file_hash, resolve_folder
 from trimtab.recipes.bench.engine import run_engine
 from trimtab.recipes.bench.methods import METHODS, Setup, run_base, run_method
-from trimtab.recipes.bench.report import engine_table, write_samples
+from trimtab.recipes.bench.overhead import run_overhead
+from trimtab.recipes.bench.report import engine_table, overhead_table, write_samples
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_json
@@ -33,7 +34,8 @@ RECORD = "bench.json"
 class BenchConfig:
     """``trimtab bench``."""
 
-    # samples: success against environment steps; engine: updates per second.
+    # samples: success against environment steps; engine: updates per second; overhead: time per chunk of a
+    # steered policy over its base's.
     what: str = "samples"
     # Folder of a base policy that `trimtab base` or `trimtab demo` made.
     base: str = ""
@@ -63,12 +65,17 @@ class BenchConfig:
     repetitions: int = 7
     updates: int = 100
     transitions: int = 2_000
+    # Overhead: folder of the artefact that `trimtab adapt` wrote, and chunks of each policy.
+    artefact: Path | None = None
+    chunks: int = 300
     # An earlier one's finished runs are kept. Default: outputs/bench/<date>/<time>.
     output_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.what not in ("samples", "engine"):
-            raise UserError("--what", f"'{self.what}' is neither samples nor engine")
+        if self.what not in ("samples", "engine", "overhead"):
+            raise UserError("--what", f"'{self.what}' is none of samples, engine, overhead")
+        if self.chunks < 2:
+            raise UserError("--chunks", f"must be at least 2, got {self.chunks}")
         for name in (
             *("env_steps", "grid", "n_episodes", "base_episodes", "batch_size", "num_envs"),
             *("repetitions", "updates", "transitions"),
@@ -107,6 +114,9 @@ def _numbers(text: str, option: str, low: int, high: int) -> list[int]:
 
 def main(args: list[str]) -> None:
     config = parse(BenchConfig, "bench", args)
+    if config.what == "overhead":
+        overhead(config)
+        return
     if not config.base:
         raise UserError("--base", "name the folder of a base policy; `trimtab base` makes one")
     torch.set_num_threads(1)
@@ -151,6 +161,17 @@ def engine(config: BenchConfig, adapter: PolicyAdapter, task: str, output: Path)
     text = engine_table(found)
     (output / "engine.md").write_text(text + "\n", encoding="utf-8")
     print(f"{text}\n\nall in {output}")
+
+
+def overhead(config: BenchConfig) -> None:
+    """Measure what steering costs at inference; write overhead.json."""
+    if config.artefact is None:
+        raise UserError("--artefact", "name the artefact that `trimtab adapt` wrote")
+    torch.set_num_threads(1)
+    found = run_overhead(config.artefact.expanduser(), config.chunks)
+    output = _output(config.output_dir)
+    write_json(output / "overhead.json", found)
+    print(f"{overhead_table(found)}\n\nall in {output}")
 
 
 def samples(

@@ -12,12 +12,13 @@ from typing import Any
 import draccus
 import torch
 from lerobot.envs.configs import EnvConfig
+from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig, RepeatNoiseConfig
-from trimtab.policies.sources import NoiseSource, base_noise, steered_noise
+from trimtab.policies.sources import NoiseSource, base_noise, candidate_noise, steered_noise
 from trimtab.recipes.bench.filtered_bc import FilteredBC
 from trimtab.recipes.lora_training import TuningConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
@@ -238,8 +239,12 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> tuple[R
         algorithm = trainer.algorithm
         policies: Policies = {"actor": (runner, steered_noise(algorithm.actor, deterministic=True))}
         if algorithm.selects:
-            best = SelectingRunner(adapter, setup.env, trainer.space, algorithm.select, algorithm.candidates)
-            policies["acting"] = (best, base_noise)
+
+            def select(features: Tensor, chunks: Tensor) -> Tensor:
+                return algorithm.select(features, chunks.flatten(2))
+
+            best = SelectingRunner(adapter, setup.env, select, algorithm.candidates)
+            policies["acting"] = (best, candidate_noise(trainer.space))
         recorder = Recorder(setup, label, lambda: policies)
         trainer.on_step = lambda ended: recorder(
             trainer.env_steps, [(episode.success, episode.steered) for episode in ended]

@@ -154,6 +154,21 @@ def engine_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def overhead_table(found: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| per chunk | base | steered | steered / base | of neighbours: median (quartiles) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in (("with processors", found), ("policy alone", found["policy_alone"])):
+        low, high = row["quartiles"]
+        lines.append(
+            f"| {name} | {row['base_ms']:.2f} ms | {row['steered_ms']:.2f} ms | {row['ratio']:.3f} | "
+            f"{row['paired_ratio']:.3f} ({low:.3f} to {high:.3f}) |"
+        )
+    return "\n".join(lines)
+
+
 def plot(path: Path, runs: Sequence[dict[str, Any]], bases: dict[str, dict[str, Any]]) -> None:
     """Success against environment steps: a panel per task, a thin line per seed, a thick one of medians."""
     import matplotlib

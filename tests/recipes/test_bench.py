@@ -13,10 +13,13 @@ import torch
 from tests.rl.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.files import file_hash
+from trimtab.policies.actor import ActorConfig, NoiseActor
+from trimtab.policies.artefact import save_artefact
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.sources import prior_noise
 from trimtab.recipes.bench.command import BenchConfig, once
 from trimtab.recipes.bench.methods import METHODS, Method, Setup, run_method
+from trimtab.recipes.bench.overhead import compare
 from trimtab.recipes.bench.report import dip, sustained
 from trimtab.recipes.cli import main
 from trimtab.recipes.lora_training import TuningConfig
@@ -296,6 +299,33 @@ def points(*rates):
     ]
 
 
+def test_overhead_of_a_steered_policy(tiny_base, tmp_path, capsys):
+    adapter, noise = load_adapter(PolicyConfig(path=str(tiny_base), device="cpu")), FullNoiseConfig()
+    width = adapter.features(adapter.example_conditioning(1, torch.Generator())).shape[-1]
+    actor = NoiseActor(width, noise.build(adapter.noise_spec), ActorConfig(hidden=8, layers=1))
+    artefact = tmp_path / "artefact"
+    save_artefact(artefact, actor, noise, adapter, PolicyConfig(path=str(tiny_base)), tiny_base, {})
+    argv = ["bench", "--what=overhead", f"--artefact={artefact}", "--chunks=4"]
+    assert main([*argv, f"--output_dir={tmp_path / 'out'}"]) == 0
+    found = json.loads((tmp_path / "out" / "overhead.json").read_text())
+    assert found["setting"]["actions_per_chunk"] == adapter.chunk_shape[0]
+    for row in (found, found["policy_alone"]):
+        assert row["ratio"] == pytest.approx(row["steered_ms"] / row["base_ms"], abs=2e-2)
+        assert 0.2 < row["paired_ratio"] < 5.0
+    assert found["policy_alone"]["base_ms"] < found["base_ms"]
+    assert "| with processors |" in capsys.readouterr().out
+    assert main(["bench", "--what=overhead", f"--artefact={tiny_base}"]) == 2
+    assert "--artefact: " in capsys.readouterr().err
+    assert main(["bench", "--what=overhead"]) == 2
+
+
+def test_overhead_compares_medians_and_neighbours():
+    """By hand: medians 2 and 3; ratios 1, 1.5, 2, 0.5, 3."""
+    row = compare({"base": [1.0, 2.0, 3.0, 2.0, 1.0], "steered": [1.0, 3.0, 6.0, 1.0, 3.0]})
+    assert (row["base_ms"], row["steered_ms"], row["ratio"]) == (2000.0, 3000.0, 1.5)
+    assert row["paired_ratio"] == 1.5 and row["quartiles"] == [1.0, 2.0]
+
+
 def test_sustained():
     assert sustained(points(0.5, 0.95, 0.8, 0.9, 0.97), "actor") == 8000
     assert sustained(points(0.9, 0.9), "actor") == 2000
@@ -368,6 +398,7 @@ def test_dip_against_every_window_by_hand():
         ("grid", 30_000),
         ("env_steps", 0),
         ("final_episodes", -1),
+        ("chunks", 1),
         ("episode_length", 501),
     ],
 )

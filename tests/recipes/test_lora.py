@@ -89,6 +89,40 @@ def test_rollouts_run_leaves_everything_behind(rollouts_run, base):
     assert trained == whole if method == "full" else 0 < trained < whole
 
 
+def test_result_is_steered_and_deployed_like_any_base(rollouts_run, tmp_path):
+    """`trimtab adapt` on the LoRA checkpoint, `trimtab export`, and LeRobot's loading: its layers count."""
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+    import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
+
+    method, output = rollouts_run
+    if method != "lora":
+        pytest.skip("fine-tuned in full it is a policy like any other")
+    argv = ["adapt", f"--policy.path={output / 'policy'}", *ENV[:2], "--env.episode_length=20", *MACHINE]
+    argv += ["--train.env_steps=80", "--train.warmup_transitions=4", "--train.first_update=4", "--num_envs=2"]
+    argv += [
+        "--rl.type=dsrl_sac",
+        "--rl.batch_size=4",
+        "--eval.n_episodes=2",
+        "--eval.batch_size=2",
+        "--eval.videos=0",
+    ]
+    assert main([*argv, "--eval.constant_candidates=0", f"--output_dir={tmp_path / 'run'}"]) == 0
+    out = tmp_path / "exported"
+    assert main(["export", f"--run={tmp_path / 'run'}", f"--output_dir={out}", "--policy.device=cpu"]) == 0
+    assert sum(file.stat().st_size for file in out.iterdir()) < 5e6
+    policy = get_policy_class("trimtab").from_pretrained(out)
+    before, _ = make_pre_post_processors(policy.config, pretrained_path=str(out))
+    adapter = load_adapter(options(output / "policy"))
+    raw = adapter.example_observation(2, torch.Generator().manual_seed(0))
+    batch = before({k: v[:, -1] if torch.is_tensor(v) else v for k, v in raw.items()})
+    timed = {k: v.unsqueeze(1) for k, v in batch.items() if k.startswith("observation")}
+    conditioning = adapter.encode(timed)
+    prior = torch.zeros(2, *adapter.noise_spec.shape)
+    noise = policy.actor.act(adapter.features(conditioning), prior, True)
+    assert (policy.predict_action_chunk(batch) - adapter.denoise(conditioning, noise)).abs().max() <= 1e-6
+
+
 def test_result_is_a_base_policy_and_eval_repeats_its_numbers(rollouts_run, tmp_path, base):
     method, output = rollouts_run
     folder = output / "policy"
