@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.conditioning import Conditioning, repeat_rows
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
 from trimtab.adapters.files import hash_files, placement, settings_hashes, weights_files, weights_hash
@@ -48,6 +48,9 @@ MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ 
 RELATIVE_STATE = "relative_state"  # raw state of each observation, for policies with relative actions
 
 
+Observing = Callable[[Conditioning, dict[str, Any], Sequence[str] | None], Tensor]
+
+
 class PolicyAdapter(abc.ABC):
     """Wraps one frozen LeRobot policy and exposes its sampling noise as an input.
 
@@ -73,6 +76,8 @@ class PolicyAdapter(abc.ABC):
         notes: lines to show the user about what was changed at load.
         weights_files: the files that the weights were loaded from; empty where a loader did not say.
         trainable: names of the parameters that the policy's own class leaves open to training.
+        observer: (conditioning, batch, tasks) -> (B, d), what a noise actor is to see in the place of
+            ``features``; ``None`` = the features.
     """
 
     policy_type: ClassVar[str] = ""
@@ -93,6 +98,7 @@ class PolicyAdapter(abc.ABC):
         self.notes: list[str] = []
         self.weights_files: list[Path] = []
         self.trainable: set[str] = set()
+        self.observer: Observing | None = None
 
     # Loading: what differs between policies. LeRobot's own `from_pretrained` is not used, for some of
     # them return random weights where a file is missing.
@@ -283,7 +289,21 @@ class PolicyAdapter(abc.ABC):
         if step is not None:
             state = step.get_cached_state().unflatten(0, (conditioning.observations, -1))[:, -1]
             conditioning.tensors[RELATIVE_STATE] = state
-        return conditioning
+        return self.watch(conditioning, batch, observation.get("task"))
+
+    def watch(
+        self, conditioning: Conditioning, batch: dict[str, Any], tasks: Sequence[str] | None
+    ) -> Conditioning:
+        """The conditioning with what ``observer`` makes of the observation, where there is one."""
+        if self.observer is None:
+            return conditioning
+        return replace(conditioning, observed=self.observer(conditioning, batch, tasks))
+
+    def seen(self, conditioning: Conditioning) -> Tensor | None:
+        """What the noise actor looks at, (B, d): the observer's, or the features, or ``None``."""
+        if conditioning.observed is not None:
+            return repeat_rows(conditioning.observed, conditioning.repeats)
+        return self.features(conditioning)
 
     def _relative_step(self) -> Any:
         for step in getattr(self.postprocessor, "steps", ()):

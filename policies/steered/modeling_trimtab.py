@@ -209,9 +209,9 @@ class TrimtabPolicy(PreTrainedPolicy):
             if self.base is None:  # a server normalises; it takes raw observations with a time axis
                 raw = {k: v.unsqueeze(1) for k, v in batch.items() if k in self.config.input_features}
                 return self.adapter.observe(raw | ({TASK: list(batch[TASK])} if TASK in batch else {}))
-            if self._before is not None:
-                return self.adapter.follow(*self._before, batch)
-            return self.adapter.encode(batch)
+            before = self._before
+            encoded = self.adapter.encode(batch) if before is None else self.adapter.follow(*before, batch)
+            return self.adapter.watch(encoded, batch, batch.get(TASK))
         except KeyError as error:
             given = ", ".join(sorted(key for key in batch if key.startswith(OBS_STR))) or "none"
             raise UserError(
@@ -227,14 +227,20 @@ class TrimtabPolicy(PreTrainedPolicy):
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the policy takes {expected}")
         return noise.to(device, torch.float32)
 
+    def _seen(self, conditioning: Conditioning) -> Tensor:
+        """What the actor looks at; nothing, where it takes one noise for all."""
+        if not self.actor.space.uses_features:
+            return torch.zeros(conditioning.batch_size, 0)
+        return self.adapter.seen(conditioning).float()
+
     def _steer(self, conditioning: Conditioning, noise: Tensor | None) -> Tensor:
         """The noise (B, *noise_shape) that the actor chooses, as the base takes it."""
-        features = self.adapter.features(conditioning).float()
-        prior = self._prior(len(features), noise)
+        prior = self._prior(conditioning.batch_size, noise)
+        features = self._seen(conditioning).to(prior)
         if not self.config.use_actor:  # on a server, whose own draw is out of reach
             chosen = own_noise(self.adapter.noise_spec)(features, prior)
         else:
-            chosen = self.actor.act(features.to(prior), prior, self.config.deterministic)
+            chosen = self.actor.act(features, prior, self.config.deterministic)
         return chosen.to(self.adapter.device, self.adapter.noise_spec.dtype)
 
     def _chunk(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
@@ -257,7 +263,7 @@ class TrimtabPolicy(PreTrainedPolicy):
         chunks = self.adapter.denoise(conditioning.repeat_interleave(others + 1), noises.flatten(0, 1))
         critic = self._critic[0]
         device = critic.normalizer.mean.device
-        features = self.adapter.features(conditioning).float().to(device)
+        features = self.actor.encoder(self._seen(conditioning).to(device))
         flat = chunks.float().flatten(1).to(device)
         values = critic(features.repeat_interleave(others + 1, 0), flat).mean(0)
         best = values.unflatten(0, (count, others + 1)).argmax(1).to(chunks.device)
