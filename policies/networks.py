@@ -103,6 +103,8 @@ class FeatureNormalizer(nn.Module):
         What follows them (an encoder's output, which learns) stays as it is.
         """
         count = features.shape[1]
+        if count == 0:
+            return
         self.mean[:count] = features.mean(0)
         self.std[:count] = features.std(0).clamp_min(self.min_std)
 
