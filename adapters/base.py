@@ -89,6 +89,7 @@ class PolicyAdapter(abc.ABC):
     noise_spec: NoiseSpec
     chunk_shape: tuple[int, int]
     n_obs_steps: int = 1
+    observer: Observing | None = None
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         self.policy = policy
@@ -98,7 +99,6 @@ class PolicyAdapter(abc.ABC):
         self.notes: list[str] = []
         self.weights_files: list[Path] = []
         self.trainable: set[str] = set()
-        self.observer: Observing | None = None
 
     # Loading: what differs between policies. LeRobot's own `from_pretrained` is not used, for some of
     # them return random weights where a file is missing.
