@@ -395,8 +395,12 @@ class PolicyAdapter(abc.ABC):
         return observation
 
     def example_conditioning(self, batch_size: int, generator: torch.Generator) -> Conditioning:
-        """A conditioning from random inputs, for ``verify``."""
-        return self.observe(self.example_observation(batch_size, generator))
+        """A conditioning from random inputs, for ``verify``; the observer does not see them."""
+        observer, self.observer = self.observer, None  # it may know other tasks than the example's
+        try:
+            return self.observe(self.example_observation(batch_size, generator))
+        finally:
+            self.observer = observer
 
     def check_noise(self, conditioning: Conditioning, noise: Tensor) -> None:
         """Refuse noise of the wrong shape or dtype in one clear line.

@@ -251,6 +251,8 @@ def test_libero_by_default(policy_server):
     for index, key in enumerate(list(observation)[:2]):
         pixels = packed[:, 8:].unflatten(1, (2, -1))[:, index]
         assert abs(pixels.mean() / 255 - observation[key].mean()) < 0.01
+    adapter.observer = build_observer(ObserveConfig(inputs=["task"]), adapter, ["open the drawer"])
+    adapter.check_identity(adapter.identity(policy_server), policy_server)  # asked with another task
     adapter.features = lambda conditioning: None  # as where no state is sent
     assert ObserveConfig().resolved(adapter, []).inputs == ["state", "images"]
     adapter.close()
