@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.conditioning import Conditioning, repeat_rows
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
 from trimtab.adapters.files import hash_files, placement, settings_hashes, weights_files, weights_hash
@@ -48,6 +48,9 @@ MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ 
 RELATIVE_STATE = "relative_state"  # raw state of each observation, for policies with relative actions
 
 
+Observing = Callable[[Conditioning, dict[str, Any], Sequence[str] | None], Tensor]
+
+
 class PolicyAdapter(abc.ABC):
     """Wraps one frozen LeRobot policy and exposes its sampling noise as an input.
 
@@ -73,6 +76,8 @@ class PolicyAdapter(abc.ABC):
         notes: lines to show the user about what was changed at load.
         weights_files: the files that the weights were loaded from; empty where a loader did not say.
         trainable: names of the parameters that the policy's own class leaves open to training.
+        observer: (conditioning, batch, tasks) -> (B, d), what a noise actor is to see in the place of
+            ``features``; ``None`` = the features.
     """
 
     policy_type: ClassVar[str] = ""
@@ -84,6 +89,7 @@ class PolicyAdapter(abc.ABC):
     noise_spec: NoiseSpec
     chunk_shape: tuple[int, int]
     n_obs_steps: int = 1
+    observer: Observing | None = None
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         self.policy = policy
@@ -283,7 +289,21 @@ class PolicyAdapter(abc.ABC):
         if step is not None:
             state = step.get_cached_state().unflatten(0, (conditioning.observations, -1))[:, -1]
             conditioning.tensors[RELATIVE_STATE] = state
-        return conditioning
+        return self.watch(conditioning, batch, observation.get("task"))
+
+    def watch(
+        self, conditioning: Conditioning, batch: dict[str, Any], tasks: Sequence[str] | None
+    ) -> Conditioning:
+        """The conditioning with what ``observer`` makes of the observation, where there is one."""
+        if self.observer is None:
+            return conditioning
+        return replace(conditioning, observed=self.observer(conditioning, batch, tasks))
+
+    def seen(self, conditioning: Conditioning) -> Tensor | None:
+        """What the noise actor looks at, (B, d): the observer's, or the features, or ``None``."""
+        if conditioning.observed is not None:
+            return repeat_rows(conditioning.observed, conditioning.repeats)
+        return self.features(conditioning)
 
     def _relative_step(self) -> Any:
         for step in getattr(self.postprocessor, "steps", ()):
@@ -375,8 +395,12 @@ class PolicyAdapter(abc.ABC):
         return observation
 
     def example_conditioning(self, batch_size: int, generator: torch.Generator) -> Conditioning:
-        """A conditioning from random inputs, for ``verify``."""
-        return self.observe(self.example_observation(batch_size, generator))
+        """A conditioning from random inputs, for ``verify``; the observer does not see them."""
+        observer, self.observer = self.observer, None  # it may know other tasks than the example's
+        try:
+            return self.observe(self.example_observation(batch_size, generator))
+        finally:
+            self.observer = observer
 
     def check_noise(self, conditioning: Conditioning, noise: Tensor) -> None:
         """Refuse noise of the wrong shape or dtype in one clear line.

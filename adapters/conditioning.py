@@ -20,11 +20,13 @@ class Conditioning:
         tensors: by name, each (N, ...) for N observations.
         lists: by name, each N Python values (strings, for most).
         repeats: noises per observation; row ``i`` of the batch belongs to observation ``i // repeats``.
+        observed: (N, d) what a noise actor is to see of each, where ``PolicyAdapter.observer`` says so.
     """
 
     tensors: dict[str, Tensor]
     lists: dict[str, list[Any]] = field(default_factory=dict)
     repeats: int = 1
+    observed: Tensor | None = None
 
     @property
     def observations(self) -> int:
@@ -77,7 +79,10 @@ class Conditioning:
             key: value[chosen] if isinstance(chosen, slice) else [value[i] for i in chosen.tolist()]
             for key, value in self.lists.items()
         }
-        return Conditioning(tensors, lists)
+        observed = self.observed
+        if observed is not None:
+            observed = observed[chosen if isinstance(chosen, slice) else chosen.to(observed.device)]
+        return Conditioning(tensors, lists, observed=observed)
 
     def repeat_interleave(self, k: int) -> Conditioning:
         """Use each row for ``k`` noises, one after another."""

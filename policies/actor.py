@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
+from trimtab.policies.encoders import ObservationEncoder
 from trimtab.policies.networks import FeatureNormalizer, NoFeatures, Offset, mlp, require_activation
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.observe import ObserveConfig
 
 
 @dataclass
@@ -93,14 +95,30 @@ class NoiseActor(nn.Module):
     the policy's noise with its tails pressed in: before training, the steered policy samples much like the
     base does in this noise space. In a space that does not use the features there is nothing but a head.
 
+    ``act`` takes observations as they come; ``forward`` and ``sample`` take what ``encoder`` makes of them,
+    which is the same thing where there are no images.
+
     Args:
-        feature_dim: length of the observation features.
+        feature_dim: length of the observation features, without the pixels.
         space: the noise space.
         config: network size.
+        observe: a resolved config, where images are looked at; they follow the features in a packed
+            observation.
+
+    Attributes:
+        encoder: of observations. The critics share it and train it; the actor's own loss does not.
     """
 
-    def __init__(self, feature_dim: int, space: NoiseSpace, config: ActorConfig) -> None:
+    def __init__(
+        self,
+        feature_dim: int,
+        space: NoiseSpace,
+        config: ActorConfig,
+        observe: ObserveConfig | None = None,
+    ) -> None:
         super().__init__()
+        self.encoder = ObservationEncoder(feature_dim, observe)
+        feature_dim = self.encoder.dim
         self.space = space
         self.config = config
         # Of the mean before squashing: where |squash(mean)| = mean_limit * bound.
@@ -175,15 +193,16 @@ class NoiseActor(nn.Module):
         """Noise (B, *spec.shape) for the policy.
 
         Args:
-            features: (B, feature_dim).
+            features: (B, feature_dim), packed observations where images are looked at.
             prior: (B, *spec.shape) fresh draw from the policy's noise distribution. The actor's randomness
                 is made of it too (``NoiseSpace.draw``): one stream of draws decides an episode.
             deterministic: take the mean.
         """
+        seen = self.encoder(features) if self.space.uses_features else features
         if deterministic and self._compiled_call_impl is None:  # a small base's chunk takes few milliseconds
-            z = self._head(features)[0]
+            z = self._head(seen)[0]
         else:
-            mean, log_std = self(features)
+            mean, log_std = self(seen)
             z = mean if deterministic else mean + log_std.exp() * self.space.draw(prior).to(mean)
         return self.space.expand(self.space.squash(z), prior)
 

@@ -39,6 +39,7 @@ from trimtab.adapters.loading import load_weights
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpaceConfig
+from trimtab.policies.observe import Observer
 from trimtab.policies.steered.configuration_trimtab import FORMAT, TYPE, BaseReference, TrimtabConfig
 from trimtab.policies.steered.processor_trimtab import write_processors
 
@@ -110,6 +111,7 @@ def save_artefact(
         **adapter.identity(base_folder),
     }
     originals = {new: old for old, new in adapter.renames().items()}
+    looks = adapter.observer is not None and (actor.space.uses_features or actor.encoder.image_shape)
     config = TrimtabConfig(
         n_obs_steps=adapter.n_obs_steps,
         input_features={originals.get(k, k): v for k, v in adapter.config.input_features.items()},
@@ -118,7 +120,8 @@ def save_artefact(
         base=BaseReference(**reference),
         noise=noise,
         noise_shape=list(adapter.noise_spec.shape),
-        feature_dim=actor.normalizer.mean.numel(),
+        feature_dim=actor.encoder.vector_dim,
+        observe=adapter.observer.config if looks else None,
         actor=actor.config,
         critic=critic[1] if critic else None,
         n_action_steps=adapter.chunk_shape[0],
@@ -301,20 +304,21 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
     space = saved.noise.build(replace(adapter.noise_spec, dtype=torch.float32))
     # Whoever seeds torch and then loads meets the draws that follow on loading the base itself.
     with torch.random.fork_rng(devices=[]):
-        actor = NoiseActor(saved.feature_dim, space, saved.actor)
-        critic = _critic(saved, adapter)
+        actor = NoiseActor(saved.feature_dim, space, saved.actor, saved.observe)
+        critic = _critic(saved, adapter, actor.encoder.dim)
     load_weights(actor, read_weights(folder / WEIGHTS), folder / WEIGHTS)
     if critic is not None:
         if not (folder / CRITIC).is_file():
             raise UserError("--policy.path", f"{folder} is not a whole artefact, it lacks {CRITIC}")
         load_weights(critic, read_weights(folder / CRITIC), folder / CRITIC)
+    adapter.observer = Observer(saved.observe, adapter) if saved.observe else None
     return Steered(adapter, actor.eval(), base_folder, saved, critic, loading)
 
 
-def _critic(saved: TrimtabConfig, adapter: PolicyAdapter) -> CriticEnsemble | None:
+def _critic(saved: TrimtabConfig, adapter: PolicyAdapter, seen: int) -> CriticEnsemble | None:
     if saved.critic is None:
         return None
-    return CriticEnsemble(saved.feature_dim, math.prod(adapter.chunk_shape), saved.critic).eval()
+    return CriticEnsemble(seen, math.prod(adapter.chunk_shape), saved.critic).eval()
 
 
 def _served_base(

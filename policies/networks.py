@@ -98,9 +98,15 @@ class FeatureNormalizer(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
-        """Take mean and deviation from ``features`` (N, dim)."""
-        self.mean.copy_(features.mean(0))
-        self.std.copy_(features.std(0).clamp_min(self.min_std))
+        """Take mean and deviation of the first entries from ``features`` (N, up to dim).
+
+        What follows them (an encoder's output, which learns) stays as it is.
+        """
+        count = features.shape[1]
+        if count == 0:
+            return
+        self.mean[:count] = features.mean(0)
+        self.std[:count] = features.std(0).clamp_min(self.min_std)
 
     def forward(self, features: Tensor) -> Tensor:
         return ((features - self.mean) / self.std).clamp(-self.clip, self.clip)

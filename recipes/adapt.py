@@ -15,6 +15,7 @@ from trimtab.adapters import PolicyConfig, UserError
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.artefact import is_artefact, save_artefact
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
+from trimtab.policies.observe import ObserveConfig
 from trimtab.policies.sources import prior_noise, steered_noise
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.presets import expand_preset, value_of
@@ -44,6 +45,7 @@ class AdaptConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     rl: AlgorithmConfig = field(default_factory=DSRLSACConfig)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     demos: DemosConfig = field(default_factory=DemosConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -84,7 +86,7 @@ def main(args: list[str]) -> None:
     if is_artefact(config.policy.path):
         raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
     output = new_output_dir(config.output_dir, "adapt")
-    session, folder = open_session(config.policy, config.env, config.eval, config.machine)
+    session, folder = open_session(config.policy, config.env, config.eval, config.machine, config.observe)
     print(describe(session, folder))
     outcome = steer(session, folder, config, output)
     print(f"\n{table(summaries(outcome.evaluations))}\n")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from lerobot.envs.configs import EnvConfig
+from torch import Tensor
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError
@@ -123,7 +123,10 @@ def acting(session: Session, steered: Steered | None) -> tuple[PolicyRunner, Noi
         return session.runner, session.own_noise
     if config.num_candidates == 1:
         return session.runner, steered_noise(steered.actor, config.deterministic)
-    runner = SelectingRunner(
-        session.adapter, session.env, partial(best_candidate, steered.critic), config.num_candidates
-    )
+
+    def select(features: Tensor, chunks: Tensor) -> Tensor:
+        seen = steered.actor.encoder(features.to(steered.critic.normalizer.mean.device))
+        return best_candidate(steered.critic, seen, chunks)
+
+    runner = SelectingRunner(session.adapter, session.env, select, config.num_candidates)
     return runner, candidate_noise(steered.actor.space, steered.actor, config.deterministic)

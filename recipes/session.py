@@ -15,6 +15,7 @@ from lerobot.envs.configs import EnvConfig
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.errors import reason
 from trimtab.adapters.files import is_server, resolve_folder
+from trimtab.policies.observe import ObserveConfig, build_observer
 from trimtab.policies.sources import NoiseSource, constant_noise, own_noise, zero_noise
 from trimtab.recipes.console import default_threads
 from trimtab.recipes.metaworld.base import check_task
@@ -102,6 +103,8 @@ class Session:
     env: EnvConfig
     eval: EpisodesConfig
     machine: MachineConfig
+    # What an actor is to look at; that of an artefact, once loaded, comes first.
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     runner: PolicyRunner = field(init=False)
     _checked: bool = field(init=False, default=False)
 
@@ -148,6 +151,8 @@ class Session:
             raise UserError("--env.task", ONE_TASK)
         if self._checked:
             return
+        if self.adapter.observer is None:
+            self.adapter.observer = build_observer(self.observe, self.adapter, vec.task_descriptions)
         observation = vec.reset({0: self.eval.seed})[0]
         conditioning = self.runner.encode([observation], vec.task_descriptions[:1])
         self.runner.features(conditioning)
@@ -214,7 +219,11 @@ def base_of(policy: PolicyConfig) -> Path | str:
 
 
 def open_session(
-    policy: PolicyConfig, env: EnvConfig, eval_config: EpisodesConfig, machine: MachineConfig
+    policy: PolicyConfig,
+    env: EnvConfig,
+    eval_config: EpisodesConfig,
+    machine: MachineConfig,
+    observe: ObserveConfig | None = None,
 ) -> tuple[Session, Path | str]:
     """Load the base policy for an environment; returns the session and the base's folder or server."""
     machine.apply()
@@ -226,7 +235,7 @@ def open_session(
     adapter = load_adapter(policy)
     for note in adapter.notes:
         print(f"note: {note}")
-    return Session(adapter, env, eval_config, machine), folder
+    return Session(adapter, env, eval_config, machine, observe or ObserveConfig()), folder
 
 
 def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:

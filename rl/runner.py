@@ -111,14 +111,14 @@ class PolicyRunner:
         return history
 
     def features(self, conditioning: Encoded) -> Tensor:
-        """What the noise actor looks at, (B, d) float32 on the CPU.
+        """What the noise actor looks at, (B, d) float32 on the CPU: features, or packed observations.
 
         Raises:
             UserError: the adapter offers no features.
         """
         if isinstance(conditioning, list):
             return torch.cat([self.features(row) for row in conditioning])
-        features = self.adapter.features(conditioning)
+        features = self.adapter.seen(conditioning)
         if features is None:
             raise UserError(
                 "--policy.path", f"the {self.adapter.policy_type} adapter offers no features to steer by"

@@ -123,14 +123,17 @@ class Trainer:
         if self.train.gate.enabled:
             self.collector.assign = lambda: self.updates > 0 and self.gate()
             self.collector.unsteer()
-        feature_dim = self.collector.feature_dim
+        feature_dim, observer = self.collector.feature_dim, self.runner.adapter.observer
+        observe = observer.config if observer else None
+        pixels = observe.pixels if observe else 0
         steps, action_dim = self.runner.adapter.chunk_shape
         self.algorithm: Algorithm = self.rl.build(
-            feature_dim,
+            feature_dim - pixels,
             self.space,
             self.accelerator,
             value_bounds(self.train.reward, self.rl.gamma, self.rl.discount_per, steps),
             steps * action_dim,
+            observe,
         )
         spec = self.collector.spec
         if spec:
@@ -143,6 +146,7 @@ class Trainer:
             "device": self.accelerator.device,
             "extra": replay_extra(self.rl, steps * action_dim, self.space.dim, spec),
             "precise": spec.replayed if spec else (),
+            "pixels": pixels,
         }
         self.replay = ReplayBuffer(self.train.replay_capacity, **stored)
         self.demonstrations = self._demonstrate(stored) if self.demos.enabled else None

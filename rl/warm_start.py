@@ -48,7 +48,7 @@ def _of_artefact(folder: Path, spec: NoiseSpec) -> Tensor:
     space = saved.noise.build(replace(spec, dtype=torch.float32))
     if space.uses_features:
         raise UserError(OPTION, f"{folder} chooses its noise by the observation; name one of constant noise")
-    actor = NoiseActor(saved.feature_dim, space, saved.actor)
+    actor = NoiseActor(saved.feature_dim, space, saved.actor, saved.observe)
     load_weights(actor, read_weights(folder / WEIGHTS, OPTION), folder / WEIGHTS)
     prior = torch.zeros(1, *spec.shape)
     return actor.eval().act(prior.flatten(1), prior, deterministic=True)[0]

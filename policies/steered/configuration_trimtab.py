@@ -11,6 +11,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
+from trimtab.policies.observe import ObserveConfig
 
 TYPE = "trimtab"
 FORMAT = 2  # 1: before LeRobot could load an artefact
@@ -58,9 +59,11 @@ class TrimtabConfig(PreTrainedConfig):
     # The base; a command line names another place by --policy.base.path=.
     base: BaseReference = field(default_factory=BaseReference)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
-    # Shape of one noise of the base, and length of the features that the actor sees.
+    # Shape of one noise of the base, and length of the features that the actor sees, pixels apart.
     noise_shape: list[int] = field(default_factory=list)
     feature_dim: int = 0
+    # What else than the base's own features the actor looks at, if anything.
+    observe: ObserveConfig | None = None
     actor: ActorConfig = field(default_factory=ActorConfig)
     # The action critic of a best_of_n run, where one is stored (critic.safetensors).
     critic: CriticConfig | None = None

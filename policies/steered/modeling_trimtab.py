@@ -210,9 +210,9 @@ class TrimtabPolicy(PreTrainedPolicy):
             if self.base is None:  # a server normalises; it takes raw observations with a time axis
                 raw = {k: v.unsqueeze(1) for k, v in batch.items() if k in self.config.input_features}
                 return self.adapter.observe(raw | ({TASK: list(batch[TASK])} if TASK in batch else {}))
-            if self._before is not None:
-                return self.adapter.follow(*self._before, batch)
-            return self.adapter.encode(batch)
+            before = self._before
+            encoded = self.adapter.encode(batch) if before is None else self.adapter.follow(*before, batch)
+            return self.adapter.watch(encoded, batch, batch.get(TASK))
         except KeyError as error:
             given = ", ".join(sorted(key for key in batch if key.startswith(OBS_STR))) or "none"
             raise UserError(
@@ -228,14 +228,20 @@ class TrimtabPolicy(PreTrainedPolicy):
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the policy takes {expected}")
         return noise.to(device, torch.float32)
 
+    def _seen(self, conditioning: Conditioning) -> Tensor:
+        """What the actor looks at; nothing, where it takes one noise for all."""
+        if not self.actor.space.uses_features:
+            return torch.zeros(conditioning.batch_size, 0)
+        return self.adapter.seen(conditioning).float()
+
     def _steer(self, conditioning: Conditioning, noise: Tensor | None) -> Tensor:
         """The noise (B, *noise_shape) that the actor chooses, as the base takes it."""
-        features = self.adapter.features(conditioning).float()
-        prior = self._prior(len(features), noise)
+        prior = self._prior(conditioning.batch_size, noise)
+        features = self._seen(conditioning).to(prior)
         if not self.config.use_actor:  # on a server, whose own draw is out of reach
             chosen = own_noise(self.adapter.noise_spec)(features, prior)
         else:
-            chosen = self.actor.act(features.to(prior), prior, self.config.deterministic)
+            chosen = self.actor.act(features, prior, self.config.deterministic)
         return chosen.to(self.adapter.device, self.adapter.noise_spec.dtype)
 
     def _chunk(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
@@ -257,7 +263,9 @@ class TrimtabPolicy(PreTrainedPolicy):
         noises = torch.cat([chosen.unsqueeze(1), drawn.to(chosen)], 1)
         chunks = self.adapter.denoise(conditioning.repeat_interleave(others + 1), noises.flatten(0, 1))
         chunks = chunks.unflatten(0, (count, others + 1))
-        best = best_candidate(self._critic[0], self.adapter.features(conditioning), chunks)
+        critic = self._critic[0]
+        features = self.actor.encoder(self._seen(conditioning).to(critic.normalizer.mean.device))
+        best = best_candidate(critic, features, chunks)
         return chunks[torch.arange(count, device=chunks.device), best]
 
     def _real_time_chunk(self, batch: dict[str, Any], noise: Tensor | None, kwargs: dict[str, Any]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trimtab.adapters import UserError
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.replay import Batch
 from trimtab.rl.returns import DISCOUNT_PER
 
@@ -67,15 +68,17 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         accelerator: Any,
         bounds: tuple[float, float] | None,
         chunk_size: int = 0,
+        observe: ObserveConfig | None = None,
     ) -> Algorithm:
         """Build the algorithm for a policy's features and noise space.
 
         Args:
-            feature_dim: length of the observation features.
+            feature_dim: length of the observation features, without pixels.
             space: noise space.
             accelerator: an ``accelerate.Accelerator``.
             bounds: smallest and largest possible return, or ``None``.
             chunk_size: numbers in a chunk, steps * action_dim.
+            observe: a resolved config, where there are images to look at.
         """
 
 
@@ -89,6 +92,9 @@ def require_positive(config: Any, *names: str) -> None:
 
 class Algorithm(nn.Module, abc.ABC):
     """Trains a noise actor from replayed transitions.
+
+    What comes from outside (``select``, ``update``, ``value``) holds observations as they are replayed,
+    images packed; the losses take a batch after ``look``.
 
     Attributes:
         actor: what is deployed, and what acts while learning unless ``selects``.
@@ -106,6 +112,19 @@ class Algorithm(nn.Module, abc.ABC):
     def select(self, features: Tensor, chunks: Tensor) -> Tensor:
         """Which candidate acts: (B, d), (B, K, steps * action_dim) -> (B,)."""
         raise NotImplementedError
+
+    def look(self, batch: Batch) -> Batch:
+        """The batch with its observations encoded, images shifted at random; as it is without images.
+
+        As in DrQ-v2 (arXiv 2107.09645) both states are seen by the encoder as it is now, and only that of
+        the TD loss' own state carries a gradient. Whatever else is learnt from it takes it detached.
+        """
+        encoder = self.actor.encoder
+        if encoder.image_shape is None:
+            return batch
+        with torch.no_grad():
+            following = encoder(batch["next_features"], augment=True)
+        return batch | {"features": encoder(batch["features"], augment=True), "next_features": following}
 
     @abc.abstractmethod
     def update(self, batch: Batch) -> dict[str, Tensor]:

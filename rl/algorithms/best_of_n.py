@@ -23,6 +23,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, frozen, polyak, require_positive
 from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, over, pick, rank_correlation
 from trimtab.rl.replay import Batch
@@ -98,8 +99,9 @@ class BestOfNConfig(AlgorithmConfig):
         accelerator: Any,
         bounds: tuple[float, float] | None,
         chunk_size: int = 0,
+        observe: ObserveConfig | None = None,
     ) -> BestOfN:
-        return BestOfN(self, feature_dim, space, accelerator, bounds, chunk_size)
+        return BestOfN(self, feature_dim, space, accelerator, bounds, chunk_size, observe)
 
 
 class BestOfN(Algorithm):
@@ -112,6 +114,7 @@ class BestOfN(Algorithm):
         accelerator: an ``accelerate.Accelerator``.
         bounds: smallest and largest possible return, or ``None``.
         chunk_size: numbers in a chunk, steps * action_dim.
+        observe: a resolved config, where there are images to look at.
     """
 
     def __init__(
@@ -122,21 +125,24 @@ class BestOfN(Algorithm):
         accelerator: Any,
         bounds: tuple[float, float] | None,
         chunk_size: int,
+        observe: ObserveConfig | None = None,
     ) -> None:
         super().__init__()
         config.check(space)
         self.config = config
         self.bounds = bounds if config.clip_targets else None
         self.candidates, self.selects = config.num_candidates, True
-        self.actor = NoiseActor(feature_dim, space, config.actor)
+        self.actor = NoiseActor(feature_dim, space, config.actor, observe)
+        feature_dim = self.actor.encoder.dim
         self.critic = CriticEnsemble(feature_dim, chunk_size, config.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic)
         self.accelerator = accelerator
         self.updates = 0
         self.to(accelerator.device)
-        self.critic_optimizer = self._adam(config.learning_rate, self.critic, self.noise_critic)
-        self.actor_optimizer = self._adam(config.learning_rate, self.actor)
+        critics = self.critic, self.noise_critic, self.actor.encoder
+        self.critic_optimizer = self._adam(config.learning_rate, *critics)
+        self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
 
     @torch.no_grad()
     def td_target(self, batch: Batch, index: Tensor) -> Tensor:
@@ -169,10 +175,11 @@ class BestOfN(Algorithm):
             batch: with ``candidates`` (B, K, A) and ``candidates_u`` (B, K, dim).
             index: (B, m) which pairs to use.
         """
+        features = batch["features"].detach()
         with torch.no_grad():
-            wanted = over(self.critic, batch["features"], pick(batch["candidates"], index)).mean(0)
+            wanted = over(self.critic, features, pick(batch["candidates"], index)).mean(0)
         u = pick(batch["candidates_u"], index)
-        return distillation_loss(self.noise_critic, batch["features"], u, wanted)
+        return distillation_loss(self.noise_critic, features, u, wanted)
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``E[weight * KL(pi || N(0, I)) - mean Q^W(s, u)]``; and the KL (B,) and ``u``.
@@ -180,9 +187,10 @@ class BestOfN(Algorithm):
         The divergence is taken before squashing, where it has a closed form. It is strong where the mean
         runs away, so that the bound is not where the actor ends.
         """
-        drawn = self.actor.sample(batch["features"])
+        features = batch["features"].detach()
+        drawn = self.actor.sample(features)
         with frozen(self.noise_critic.parameters()):
-            value = self.noise_critic(batch["features"], drawn.u).mean(0)
+            value = self.noise_critic(features, drawn.u).mean(0)
         divergence = kl_to_prior(drawn.mean, drawn.log_std, self.actor.space.initial_std)
         return (self.config.prior_weight * divergence - value).mean(), divergence, drawn.u
 
@@ -197,7 +205,7 @@ class BestOfN(Algorithm):
             weights = torch.softmax(values / self.config.regression_temperature, 1)
             space = self.actor.space
             z = space.unsquash(batch["candidates_u"].clamp(-0.999 * space.bound, 0.999 * space.bound))
-        mean, log_std = self.actor(batch["features"])
+        mean, log_std = self.actor(batch["features"].detach())
         error = (z - mean.unsqueeze(1)) * (-log_std).exp().unsqueeze(1)
         loss = (0.5 * error.square() + log_std.unsqueeze(1)).sum(-1)
         divergence = kl_to_prior(mean, log_std, space.initial_std)
@@ -205,6 +213,7 @@ class BestOfN(Algorithm):
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         batch_size, device = len(batch["reward"]), batch["reward"].device
+        batch = self.look(batch)
         order = torch.rand(batch_size, self.config.num_candidates, device=device).argsort(1)
         target = self.td_target(batch, order[:, : self.config.target_candidates])
         loss, values = self.critic_loss(batch, target)
@@ -236,7 +245,7 @@ class BestOfN(Algorithm):
     def select(self, features: Tensor, chunks: Tensor) -> Tensor:
         """Which candidate acts: (B, d), (B, K, A) -> (B,)."""
         device = self.actor.normalizer.mean.device
-        values = over(self.critic, features.to(device), chunks.to(device))
+        values = over(self.critic, self.actor.encoder(features.to(device)), chunks.to(device))
         if self.config.acting == "thompson":
             member = torch.randint(len(values), (values.shape[1],), device=device)
             return values[member, torch.arange(values.shape[1], device=device)].argmax(1)
@@ -252,7 +261,7 @@ class BestOfN(Algorithm):
 
     @torch.no_grad()
     def value(self, features: Tensor, u: Tensor) -> Tensor:
-        return self.noise_critic(features, u).mean(0)
+        return self.noise_critic(self.actor.encoder(features), u).mean(0)
 
     def fit_normalizer(self, features: Tensor) -> None:
         features = features.to(self.actor.normalizer.mean.device)

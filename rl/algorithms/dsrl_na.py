@@ -30,6 +30,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorOutput, kl_to_prior
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import AlgorithmConfig, polyak, require_positive
 from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, over, pick, rank_correlation
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
@@ -104,8 +105,9 @@ class DSRLNAConfig(SoftConfig):
         accelerator: Any,
         bounds: tuple[float, float] | None,
         chunk_size: int = 0,
+        observe: ObserveConfig | None = None,
     ) -> DSRLNA:
-        return DSRLNA(self, feature_dim, space, accelerator, bounds, chunk_size)
+        return DSRLNA(self, feature_dim, space, accelerator, bounds, chunk_size, observe)
 
 
 class DSRLNA(SoftActorCritic):
@@ -118,6 +120,7 @@ class DSRLNA(SoftActorCritic):
         accelerator: an ``accelerate.Accelerator``.
         bounds: smallest and largest possible return, or ``None``.
         chunk_size: numbers in a chunk, steps * action_dim.
+        observe: a resolved config, where there are images to look at.
 
     Attributes:
         base_calls: how often the learner asked the frozen policy, in batches; 0 in stored mode.
@@ -133,11 +136,13 @@ class DSRLNA(SoftActorCritic):
         accelerator: Any,
         bounds: tuple[float, float] | None,
         chunk_size: int,
+        observe: ObserveConfig | None = None,
     ) -> None:
-        super().__init__(config, feature_dim, space, accelerator, bounds, "chunk", chunk_size)
+        super().__init__(config, feature_dim, space, accelerator, bounds, "chunk", chunk_size, observe)
         config.check(space)
         self.candidates = config.candidates
-        self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic).to(accelerator.device)
+        self.noise_critic = CriticEnsemble(self.actor.encoder.dim, space.dim, config.critic)
+        self.noise_critic.to(accelerator.device)
         self.noise_optimizer = self._adam(config.learning_rate, self.noise_critic)
         self.by_noise_critic = config.mode == "stored" and config.bootstrap == "noise_critic"
         if self.by_noise_critic:
@@ -224,9 +229,10 @@ class DSRLNA(SoftActorCritic):
             batch: its ``features`` (B, d).
             u, chunks: from ``pairs``.
         """
+        features = batch["features"].detach()
         with torch.no_grad():
-            wanted = over(self.critic, batch["features"], chunks)
-        return distillation_loss(self.noise_critic, batch["features"], u, wanted)
+            wanted = over(self.critic, features, chunks)
+        return distillation_loss(self.noise_critic, features, u, wanted)
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, ActorOutput]:
         """``E[alpha * KL(pi || prior) - min_e Q^W_e(s, u)]``, or with entropy as in ``SoftActorCritic``.
@@ -241,7 +247,7 @@ class DSRLNA(SoftActorCritic):
         return loss, drawn
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        calls = self.base_calls
+        calls, batch = self.base_calls, self.look(batch)
         metrics = self._update_critic(batch, self.td_target(batch))
         rate = self.config.distillation_steps
         for _ in range(math.floor((self.updates + 1) * rate) - math.floor(self.updates * rate)):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import AlgorithmConfig, polyak
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.replay import Batch
@@ -35,8 +36,9 @@ class DSRLSACConfig(SoftConfig):
         accelerator: Any,
         bounds: tuple[float, float] | None,
         chunk_size: int = 0,
+        observe: ObserveConfig | None = None,
     ) -> DSRLSAC:
-        return DSRLSAC(self, feature_dim, space, accelerator, bounds)
+        return DSRLSAC(self, feature_dim, space, accelerator, bounds, observe)
 
 
 class DSRLSAC(SoftActorCritic):
@@ -48,6 +50,7 @@ class DSRLSAC(SoftActorCritic):
         space: noise space.
         accelerator: an ``accelerate.Accelerator``.
         bounds: smallest and largest possible return, or ``None``.
+        observe: a resolved config, where there are images to look at.
     """
 
     def __init__(
@@ -57,8 +60,9 @@ class DSRLSAC(SoftActorCritic):
         space: NoiseSpace,
         accelerator: Any,
         bounds: tuple[float, float] | None,
+        observe: ObserveConfig | None = None,
     ) -> None:
-        super().__init__(config, feature_dim, space, accelerator, bounds, "u", space.dim)
+        super().__init__(config, feature_dim, space, accelerator, bounds, "u", space.dim, observe)
 
     @torch.no_grad()
     def td_target(self, batch: Batch) -> Tensor:
@@ -68,6 +72,7 @@ class DSRLSAC(SoftActorCritic):
         return self._backup(batch, value, following.log_prob)
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
+        batch = self.look(batch)
         metrics = self._update_critic(batch, self.td_target(batch))
         metrics |= self._update_actor(batch)
         polyak(self.target_critic, self.critic, self.config.tau)

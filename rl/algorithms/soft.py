@@ -19,6 +19,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, ActorOutput, NoiseActor, kl_to_prior
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, frozen, require_positive
 from trimtab.rl.replay import Batch
 
@@ -62,6 +63,7 @@ class SoftActorCritic(Algorithm):
         bounds: smallest and largest possible return, or ``None``.
         acted: what of a transition the TD critic judges, and
         action_dim: its length.
+        observe: a resolved config, where there are images to look at.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class SoftActorCritic(Algorithm):
         bounds: tuple[float, float] | None,
         acted: str,
         action_dim: int,
+        observe: ObserveConfig | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -80,15 +83,15 @@ class SoftActorCritic(Algorithm):
         # A soft value is no return: with the entropy in it there is nothing to clip to.
         self.bounds = bounds if config.clip_targets and not config.backup_entropy else None
         self.target_entropy = -space.dim / 4 if config.target_entropy is None else config.target_entropy
-        self.actor = NoiseActor(feature_dim, space, config.actor)
-        self.critic = CriticEnsemble(feature_dim, action_dim, config.critic)
+        self.actor = NoiseActor(feature_dim, space, config.actor, observe)
+        self.critic = CriticEnsemble(self.actor.encoder.dim, action_dim, config.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.nn.Parameter(torch.tensor(math.log(config.initial_temperature)))
         self.to(accelerator.device)
         self.accelerator = accelerator
         self.updates = 0
-        self.critic_optimizer = self._adam(config.learning_rate, self.critic)
-        self.actor_optimizer = self._adam(config.learning_rate, self.actor)
+        self.critic_optimizer = self._adam(config.learning_rate, self.critic, self.actor.encoder)
+        self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
         self.alpha_optimizer = self._adam(config.learning_rate, self.log_alpha)
 
     @property
@@ -115,9 +118,10 @@ class SoftActorCritic(Algorithm):
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, ActorOutput]:
         """``E[alpha * log pi(u | s) - min_e Q_e(s, u)]``; its gradient reaches the actor alone."""
-        drawn = self.actor.sample(batch["features"])
+        features = batch["features"].detach()
+        drawn = self.actor.sample(features)
         with frozen(self.climbed.parameters()):
-            value = self.climbed(batch["features"], drawn.u).min(0).values
+            value = self.climbed(features, drawn.u).min(0).values
         return (self.alpha.detach() * drawn.log_prob - value).mean(), drawn
 
     def temperature_loss(self, log_prob: Tensor) -> Tensor:
@@ -153,7 +157,7 @@ class SoftActorCritic(Algorithm):
 
     @torch.no_grad()
     def value(self, features: Tensor, u: Tensor) -> Tensor:
-        return self.climbed(features, u).min(0).values
+        return self.climbed(self.actor.encoder(features), u).min(0).values
 
     def fit_normalizer(self, features: Tensor) -> None:
         features = features.to(self.log_alpha.device)

@@ -16,6 +16,7 @@ from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.config import RemoteConfig
 from trimtab.adapters.policy_server import pack, unpack
 from trimtab.adapters.remote import resize_with_pad
+from trimtab.policies.observe import ObserveConfig, build_observer
 
 KEYS = {
     "observation.state": "observation/state",
@@ -240,6 +241,20 @@ def test_libero_by_default(policy_server):
     means = [conditioning.tensors[key].float().mean() / 255 for key in list(observation)[:2]]
     seen = sum(means) + observation["observation.state"].mean() + len("open the drawer")
     assert (adapter.denoise(conditioning, noise) - noise[:, :, :7] - seen).abs().max() < 1e-3
+    # An actor sees the state, unless it is told to look at the cameras that are sent, too.
+    assert ObserveConfig().resolved(adapter, []).inputs == ["features"]
+    adapter.observer = build_observer(ObserveConfig(inputs=["features", "images"]), adapter, [])
+    packed = adapter.seen(adapter.observe(observation))
+    assert packed.shape == (1, 8 + 2 * 3 * 64 * 64) and torch.equal(
+        packed[:, :8], adapter.features(conditioning)
+    )
+    for index, key in enumerate(list(observation)[:2]):
+        pixels = packed[:, 8:].unflatten(1, (2, -1))[:, index]
+        assert abs(pixels.mean() / 255 - observation[key].mean()) < 0.01
+    adapter.observer = build_observer(ObserveConfig(inputs=["task"]), adapter, ["open the drawer"])
+    adapter.check_identity(adapter.identity(policy_server), policy_server)  # asked with another task
+    adapter.features = lambda conditioning: None  # as where no state is sent
+    assert ObserveConfig().resolved(adapter, []).inputs == ["state", "images"]
     adapter.close()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.files import POSTPROCESSOR, PREPROCESSOR, file_hash, state_files
@@ -370,3 +371,51 @@ def test_vision_language_policy_is_steered_from_pixels(tmp_path, capsys):
     assert main(["eval", *again, f"--output_dir={tmp_path / 'eval'}"]) == 0
     assert "steered" in capsys.readouterr().out
     check_results(tmp_path / "eval", ["base", "zero_noise", "steered"], 2)
+
+
+def test_images_and_state_steer_a_policy_from_pixels(tmp_path, capsys):
+    """A tiny DiffusionPolicy on pusht's camera, whose actor and critic see the camera themselves: adapt,
+    eval of the artefact, export. (LeRobot's path to the same actions: `tests/policies/test_observe.py`.)
+    """
+    from trimtab.recipes.tiny import make_tiny
+    from trimtab.recipes.tiny.parts import camera_features
+
+    key = "observation.image"
+    features = camera_features(1, 96, state_dim=2, action_dim=2)
+    options = make_tiny("diffusion", tmp_path / "policy", n_obs_steps=2, n_action_steps=6, **features)
+    env = ["--env.type=pusht", "--env.obs_type=pixels_agent_pos", "--env.episode_length=12"]
+    episodes = [
+        "--eval.n_episodes=1",
+        "--eval.batch_size=1",
+        "--eval.constant_candidates=0",
+        "--eval.videos=0",
+    ]
+    machine = ["--policy.device=cpu", "--machine.workers=0", "--machine.threads=1"]
+    train = ["--train.env_steps=48", "--train.first_update=4", "--train.warmup_transitions=4"]
+    observe = ["--observe.inputs=[state, images, task]", "--observe.image_size=32"]
+    small = ["--num_envs=2", "--rl.batch_size=8", "--noise.type=repeat", "--rl.type=best_of_n"]
+    small += ["--rl.num_candidates=2", "--rl.target_candidates=2"]
+    output = tmp_path / "out"
+    base = [f"--policy.path={options.path}", *env, *episodes, *machine]
+    assert main(["adapt", *base, *train, *small, *observe, f"--output_dir={output}"]) == 0
+    config = json.loads((output / "artefact" / "config.json").read_text())
+    assert config["observe"]["inputs"] == ["state", "images", "task"]
+    assert config["observe"]["cameras"] == [key] and config["observe"]["tasks"] == [""]
+    assert config["feature_dim"] == 2 * 2 + 1
+    again = [f"--policy.path={output / 'artefact'}", *env, *episodes, *machine]
+    assert main(["eval", *again, f"--output_dir={tmp_path / 'eval'}"]) == 0
+    check_results(tmp_path / "eval", ["base", "zero_noise", "steered"], 1)
+    assert main(["export", f"--run={output}", f"--output_dir={tmp_path / 'export'}"]) == 0
+    steered = load_artefact(PolicyConfig(path=str(tmp_path / "export"), device="cpu"))
+    assert steered.config.observe == steered.adapter.observer.config
+    assert steered.actor.encoder.image_shape == (3, 32, 32) and steered.critic is not None
+    saved = load_file(output / "artefact" / "model.safetensors")
+    actor = steered.actor.state_dict()
+    assert saved.keys() == actor.keys() and all(torch.equal(saved[name], actor[name]) for name in saved)
+    seen = torch.zeros(2, 5 + 3 * 32 * 32)
+    seen[1, 5:] = torch.randint(0, 256, (3 * 32 * 32,), generator=torch.Generator().manual_seed(0))
+    noise = steered.actor.act(seen, torch.zeros(2, *steered.adapter.noise_spec.shape), deterministic=True)
+    assert not torch.equal(noise[0], noise[1])  # an actor that has not learnt is blind to them
+    capsys.readouterr()
+    assert main(["adapt", *base, "--observe.inputs=[smell]"]) == 2
+    assert "--observe.inputs: takes some of features" in capsys.readouterr().err
