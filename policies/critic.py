@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
@@ -45,5 +44,6 @@ class CriticEnsemble(nn.Module):
         )
 
     def forward(self, features: Tensor, u: Tensor) -> Tensor:
-        """(B, feature_dim), (B, action_dim) -> (E, B)."""
-        return self.net(torch.cat([self.normalizer(features), u], dim=-1)).squeeze(-1)
+        """(B, feature_dim), (B, action_dim) -> (E, B); with m actions to a state, (B, m, action_dim) -> (E, B, m)."""
+        values = self.net(self.normalizer(features), u)
+        return values.view(-1, *u.shape[:-1])

@@ -11,6 +11,7 @@ from typing import Any
 
 import draccus
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
@@ -18,6 +19,8 @@ from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.replay import Batch
 from trimtab.rl.returns import DISCOUNT_PER
+
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass
@@ -130,8 +133,16 @@ class Algorithm(nn.Module, abc.ABC):
         return self.accelerator.prepare_optimizer(optimizer)
 
     def _step(self, optimizer: Any, loss: Tensor) -> None:
+        """One step down ``loss``.
+
+        Accelerate's wrappers of backward and step do nothing else where no gradient is scaled and no engine of
+        its own takes over, but look for a package on the disk each time: there they are left out.
+        """
+        accelerator = self.accelerator
+        plain = accelerator.scaler is None and accelerator.distributed_type in PLAIN
+        optimizer = optimizer.optimizer if plain else optimizer
         optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
+        loss.backward() if plain else accelerator.backward(loss)
         optimizer.step()
 
 
