@@ -77,7 +77,8 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Batch:
         """Draw ``batch_size`` transitions uniformly, with replacement."""
         index = torch.randint(self.size, (batch_size,), generator=self._generator)
-        return {name: value[index].to(self._device, torch.float32) for name, value in self._data.items()}
+        rows = {name: value.index_select(0, index) for name, value in self._data.items()}
+        return {name: value.to(self._device, torch.float32) for name, value in rows.items()}
 
     def all_features(self) -> Tensor:
         """The stored features (size, d)."""

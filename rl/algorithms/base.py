@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trimtab.adapters import UserError
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.rl.algorithms.optimizer import FusedAdam
 from trimtab.rl.replay import Batch
 from trimtab.rl.returns import DISCOUNT_PER
 
@@ -129,8 +130,7 @@ class Algorithm(nn.Module, abc.ABC):
             for part in parts
             for parameter in (part.parameters() if isinstance(part, nn.Module) else (part,))
         ]
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
-        return self.accelerator.prepare_optimizer(optimizer)
+        return self.accelerator.prepare_optimizer(FusedAdam(parameters, learning_rate))
 
     def _step(self, optimizer: Any, loss: Tensor) -> None:
         """One step down ``loss``.
@@ -140,6 +140,7 @@ class Algorithm(nn.Module, abc.ABC):
         """
         accelerator = self.accelerator
         plain = accelerator.scaler is None and accelerator.distributed_type in PLAIN
+        plain = plain and accelerator.gradient_accumulation_steps == 1
         optimizer = optimizer.optimizer if plain else optimizer
         optimizer.zero_grad(set_to_none=True)
         loss.backward() if plain else accelerator.backward(loss)
