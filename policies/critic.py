@@ -44,6 +44,9 @@ class CriticEnsemble(nn.Module):
         )
 
     def forward(self, features: Tensor, u: Tensor) -> Tensor:
-        """(B, feature_dim), (B, action_dim) -> (E, B); with m actions to a state, (B, m, action_dim) -> (E, B, m)."""
+        """(B, feature_dim), (B, action_dim) -> (E, B).
+
+        With m actions to a state, (B, m, action_dim) -> (E, B, m).
+        """
         values = self.net(self.normalizer(features), u)
         return values.view(-1, *u.shape[:-1])

@@ -5,8 +5,9 @@ their gradients are taken in place, the gradient of the input is only made where
 features that many actions share are multiplied once per state. The results are those of the plain layers.
 
 Within ``matmuls_in(torch.bfloat16)`` the hidden layers are multiplied in bfloat16 (sums in float32), with
-copies of the weights that are made once after each change of them. The last layer stays in float32, since a value of
--90 would be rounded to a multiple of 0.5; so do the weights that the optimiser changes, and all losses.
+copies of the weights that are made once after each change of them. The last layer stays in float32, since a
+value of -90 would be rounded to a multiple of 0.5; so do the weights that the optimiser changes, and all
+losses.
 """
 
 from __future__ import annotations

@@ -55,8 +55,11 @@ METHODS: dict[str, Method] = {
     "best_of_n_regression": Method(BestOfNConfig(distillation="regression"), train=_early()),
     "best_of_n_repeat": Method(BestOfNConfig(), RepeatNoiseConfig(), _early()),
     "best_of_n_gate": Method(BestOfNConfig(), train=_early(gate=GateConfig(enabled=True))),
+    "best_of_n_bf16": Method(BestOfNConfig(precision="bfloat16"), train=_early()),
     "dsrl_sac": Method(DSRLSACConfig(), RepeatNoiseConfig()),  # as `trimtab demo`
+    "dsrl_sac_bf16": Method(DSRLSACConfig(precision="bfloat16"), RepeatNoiseConfig()),
     "dsrl_sac_full": Method(DSRLSACConfig()),
+    "dsrl_sac_full_bf16": Method(DSRLSACConfig(precision="bfloat16")),
     "sb3_sac": Method(None),
 }
 

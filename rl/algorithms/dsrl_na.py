@@ -30,7 +30,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorOutput, kl_to_prior
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.rl.algorithms.base import AlgorithmConfig, polyak, require_positive
+from trimtab.rl.algorithms.base import AlgorithmConfig, in_precision, polyak, require_positive
 from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, over, pick, rank_correlation
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.replay import Batch
@@ -240,6 +240,7 @@ class DSRLNA(SoftActorCritic):
             loss = loss + (self.alpha.detach() * (divergence - drawn.log_prob)).mean()
         return loss, drawn
 
+    @in_precision
     def update(self, batch: Batch) -> dict[str, Tensor]:
         calls = self.base_calls
         metrics = self._update_critic(batch, self.td_target(batch))

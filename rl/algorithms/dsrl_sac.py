@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.rl.algorithms.base import AlgorithmConfig, polyak
+from trimtab.rl.algorithms.base import AlgorithmConfig, in_precision, polyak
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.replay import Batch
 
@@ -67,6 +67,7 @@ class DSRLSAC(SoftActorCritic):
         value = self.target_critic(batch["next_features"], following.u).min(0).values
         return self._backup(batch, value, following.log_prob)
 
+    @in_precision
     def update(self, batch: Batch) -> dict[str, Tensor]:
         metrics = self._update_critic(batch, self.td_target(batch))
         metrics |= self._update_actor(batch)

@@ -19,7 +19,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, ActorOutput, NoiseActor, kl_to_prior
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, frozen, require_positive
+from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, frozen, require_positive, spread
 from trimtab.rl.replay import Batch
 
 
@@ -84,9 +84,8 @@ class SoftActorCritic(Algorithm):
         self.critic = CriticEnsemble(feature_dim, action_dim, config.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.nn.Parameter(torch.tensor(math.log(config.initial_temperature)))
-        self.to(accelerator.device)
-        self.accelerator = accelerator
         self.updates = 0
+        self._set_up(config, accelerator)
         self.critic_optimizer = self._adam(config.learning_rate, self.critic)
         self.actor_optimizer = self._adam(config.learning_rate, self.actor)
         self.alpha_optimizer = self._adam(config.learning_rate, self.log_alpha)
@@ -129,9 +128,7 @@ class SoftActorCritic(Algorithm):
         self._step(self.critic_optimizer, loss)
         return {
             "critic_loss": loss.detach(),
-            "q_mean": values.detach().mean(),
-            "q_min": values.detach().min(),
-            "q_max": values.detach().max(),
+            **spread(values.detach()),
         }
 
     def _update_actor(self, batch: Batch) -> dict[str, Tensor]:
