@@ -58,11 +58,9 @@ class EnsembleMLP(nn.Module):
         With ``own`` the input is ``x`` (B, d) beside ``own`` (B, in_dim - d); or beside each of ``own``
         (B, m, in_dim - d), and the output (E, B * m, out_dim).
         """
-        return passes.run(self.passed, x, own, self._parameters_in_order)
-
-    @property
-    def _parameters_in_order(self) -> list[Tensor]:
-        return [p for pair in zip(self.weights, self.biases, strict=True) for p in pair]
+        # Straight from the dictionaries: what ParameterList does around them takes as long as a small matmul.
+        pairs = zip(self.weights._parameters.values(), self.biases._parameters.values(), strict=True)
+        return passes.run(self.passed, x, own, [p for pair in pairs for p in pair])
 
 
 class MLP(nn.Sequential):
@@ -79,7 +77,8 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim) -> (B, out_dim)."""
-        return passes.run(self.passed, x, None, list(self.parameters())).squeeze(0)
+        linear = (module for module in self if isinstance(module, nn.Linear))
+        return passes.run(self.passed, x, None, [p for m in linear for p in (m.weight, m.bias)]).squeeze(0)
 
 
 def mlp(

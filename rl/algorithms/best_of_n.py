@@ -221,7 +221,7 @@ class BestOfN(Algorithm):
         metrics = {
             "critic_loss": loss.detach(),
             "distillation_loss": distillation.detach(),
-            **spread(values.detach()),
+            **spread(values.detach(), self.updates),
         }
         if self.updates % self.config.actor_every == 0:
             regress = self.config.distillation == "regression"

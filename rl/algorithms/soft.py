@@ -19,7 +19,14 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, ActorOutput, NoiseActor, kl_to_prior
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, frozen, require_positive, spread
+from trimtab.rl.algorithms.base import (
+    MEASURED_EVERY,
+    Algorithm,
+    AlgorithmConfig,
+    frozen,
+    require_positive,
+    spread,
+)
 from trimtab.rl.replay import Batch
 
 
@@ -128,7 +135,7 @@ class SoftActorCritic(Algorithm):
         self._step(self.critic_optimizer, loss)
         return {
             "critic_loss": loss.detach(),
-            **spread(values.detach()),
+            **spread(values.detach(), self.updates),
         }
 
     def _update_actor(self, batch: Batch) -> dict[str, Tensor]:
@@ -139,14 +146,16 @@ class SoftActorCritic(Algorithm):
         self._step(self.actor_optimizer, loss)
         if self.config.learn_temperature:
             self._step(self.alpha_optimizer, self.temperature_loss(drawn.log_prob))
-        mean, log_std = drawn.mean.detach(), drawn.log_std.detach()
-        return {
+        metrics = {
             "actor_loss": loss.detach(),
             "entropy": -drawn.log_prob.detach().mean(),
             "alpha": self.alpha.detach(),
-            "noise_kl_to_prior": kl_to_prior(mean, log_std, self.actor.space.initial_std).mean(),
-            "noise_rms": drawn.u.detach().square().mean().sqrt(),
         }
+        if self.updates % MEASURED_EVERY == 0:
+            mean, log_std = drawn.mean.detach(), drawn.log_std.detach()
+            metrics["noise_kl_to_prior"] = kl_to_prior(mean, log_std, self.actor.space.initial_std).mean()
+            metrics["noise_rms"] = drawn.u.detach().square().mean().sqrt()
+        return metrics
 
     @torch.no_grad()
     def value(self, features: Tensor, u: Tensor) -> Tensor:
