@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
 from trimtab.policies.encoders import ObservationEncoder
+from trimtab.policies.gaussian import Limited, Squashed
 from trimtab.policies.networks import FeatureNormalizer, NoFeatures, Offset, mlp, require_activation
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
@@ -59,28 +59,6 @@ class ActorOutput:
     log_prob: Tensor
     mean: Tensor
     log_std: Tensor
-
-
-class Limited(torch.autograd.Function):
-    """``clamp(x, -limit, limit)`` whose gradient leads back in; inside, the identity.
-
-    The gradient of a clamp is zero beyond its limit, that of a tanh nearly so: what got there stays. Here a
-    gradient passes whole where descending it does not lead farther out; where it does, it is turned round in
-    proportion to how far out ``x`` already is ("inverting gradients", Hausknecht and Stone, arXiv
-    1511.04143, beyond the limit only).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.limit = limit
-        return x.clamp(-limit, limit)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (x,) = ctx.saved_tensors
-        turned = grad * (1.0 - x.abs() / ctx.limit).clamp(-1.0, 0.0)
-        return torch.where((x.abs() >= ctx.limit) & (grad * x < 0), turned, grad), None
 
 
 def _clamp(x: Tensor, limit: float) -> Tensor:
@@ -180,13 +158,11 @@ class NoiseActor(nn.Module):
             features: (B, feature_dim).
             eps: (B, dim) standard normal draw; made here where ``None``.
         """
-        mean, log_std = self(features)
-        eps = torch.randn_like(mean) if eps is None else eps
-        z = mean + log_std.exp() * eps
-        log_prob = (
-            -0.5 * eps.square() - log_std - 0.5 * math.log(2.0 * math.pi) - self.space.log_slope(z)
-        ).sum(-1)
-        return ActorOutput(self.space.squash(z), log_prob, mean, log_std)
+        raw = self.net(self.normalizer(features))
+        if eps is None:
+            eps = torch.randn(len(raw), self.space.dim, dtype=raw.dtype, device=raw.device)
+        squashed = Squashed(self.space.bound, self.limit, *self._log_std_curve())
+        return ActorOutput(*squashed.draw(raw, eps))
 
     @torch.no_grad()
     def act(self, features: Tensor, prior: Tensor, deterministic: bool = False) -> Tensor:

@@ -45,14 +45,17 @@ class CriticEnsemble(nn.Module):
         )
 
     def forward(self, features: Tensor, u: Tensor) -> Tensor:
-        """(B, feature_dim), (B, action_dim) -> (E, B)."""
-        return self.net(torch.cat([self.normalizer(features), u], dim=-1)).squeeze(-1)
+        """(B, feature_dim), (B, action_dim) -> (E, B).
+
+        With m actions to a state, (B, m, action_dim) -> (E, B, m).
+        """
+        values = self.net(self.normalizer(features), u)
+        return values.view(-1, *u.shape[:-1])
 
 
 @torch.no_grad()
 def best_candidate(critic: CriticEnsemble, features: Tensor, chunks: Tensor) -> Tensor:
     """Which chunk has the best mean value: (B, d), (B, K, steps, action_dim) -> (B,)."""
-    device, (batch, count) = critic.normalizer.mean.device, chunks.shape[:2]
-    seen = features.float().to(device).repeat_interleave(count, 0)
-    values = critic(seen, chunks.float().to(device).reshape(batch * count, -1)).mean(0)
-    return values.unflatten(0, (batch, count)).argmax(1).to(chunks.device)
+    device = critic.normalizer.mean.device
+    values = critic(features.float().to(device), chunks.flatten(2).float().to(device))
+    return values.mean(0).argmax(1).to(chunks.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapters.errors import UserError
+from trimtab.policies import passes
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -42,8 +43,7 @@ class EnsembleMLP(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[activation]()
-        self.layer_norm = layer_norm
+        self.passed = passes.Layers(False, layer_norm, activation)
         sizes = [in_dim] + [hidden] * layers + [out_dim]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
@@ -52,24 +52,38 @@ class EnsembleMLP(nn.Module):
             self.weights.append(nn.Parameter(torch.empty(members, fan_in, fan_out).uniform_(-scale, scale)))
             self.biases.append(nn.Parameter(torch.empty(members, 1, fan_out).uniform_(-scale, scale)))
 
+    def forward(self, x: Tensor, own: Tensor | None = None) -> Tensor:
+        """(B, in_dim) or (E, B, in_dim) -> (E, B, out_dim).
+
+        With ``own`` the input is ``x`` (B, d) beside ``own`` (B, in_dim - d); or beside each of ``own``
+        (B, m, in_dim - d), and the output (E, B * m, out_dim).
+        """
+        # Straight from the dictionaries: what ParameterList does around them takes as long as a small matmul.
+        pairs = zip(self.weights._parameters.values(), self.biases._parameters.values(), strict=True)
+        return passes.run(self.passed, x, own, [p for pair in pairs for p in pair])
+
+
+class MLP(nn.Sequential):
+    """A plain network: ``nn.Linear`` layers, ``LayerNorm`` without an affine part, activations.
+
+    Args:
+        passed: says which, for the pass that is made by hand (``passes.py``).
+        modules: the layers.
+    """
+
+    def __init__(self, passed: passes.Layers, *modules: nn.Module) -> None:
+        super().__init__(*modules)
+        self.passed = passed
+
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_dim) or (E, B, in_dim) -> (E, B, out_dim)."""
-        members = self.weights[0].shape[0]
-        if x.dim() == 2:
-            x = x.unsqueeze(0).expand(members, -1, -1)
-        last = len(self.weights) - 1
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
-            if index < last:
-                if self.layer_norm:
-                    x = nn.functional.layer_norm(x, x.shape[-1:])
-                x = self.activation(x)
-        return x
+        """(B, in_dim) -> (B, out_dim)."""
+        linear = (module for module in self if isinstance(module, nn.Linear))
+        return passes.run(self.passed, x, None, [p for m in linear for p in (m.weight, m.bias)]).squeeze(0)
 
 
 def mlp(
     in_dim: int, out_dim: int, hidden: int, layers: int, activation: str = "relu", layer_norm: bool = False
-) -> nn.Sequential:
+) -> MLP:
     """A plain network with ``layers`` hidden layers; ``layer_norm`` as in ``EnsembleMLP``."""
     modules: list[nn.Module] = []
     for index in range(layers):
@@ -78,7 +92,7 @@ def mlp(
             modules.append(nn.LayerNorm(hidden, elementwise_affine=False))
         modules.append(ACTIVATIONS[activation]())
     modules.append(nn.Linear(hidden, out_dim))
-    return nn.Sequential(*modules)
+    return MLP(passes.Layers(True, layer_norm, activation), *modules)
 
 
 class FeatureNormalizer(nn.Module):
@@ -109,7 +123,7 @@ class FeatureNormalizer(nn.Module):
         self.std[:count] = features.std(0).clamp_min(self.min_std)
 
     def forward(self, features: Tensor) -> Tensor:
-        return ((features - self.mean) / self.std).clamp(-self.clip, self.clip)
+        return (features - self.mean).div_(self.std).clamp_(-self.clip, self.clip)
 
 
 class NoFeatures(FeatureNormalizer):

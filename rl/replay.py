@@ -95,7 +95,8 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Batch:
         """Draw ``batch_size`` transitions uniformly, with replacement."""
         index = torch.randint(self.size, (batch_size,), generator=self._generator)
-        batch = {name: value[index].to(self._device, torch.float32) for name, value in self._data.items()}
+        rows = {name: value.index_select(0, index) for name, value in self._data.items()}
+        batch = {name: value.to(self._device, torch.float32) for name, value in rows.items()}
         if self._frames is not None:
             for name, slots in zip(OBSERVED, self._slots[index].T, strict=True):
                 pixels = self._frames[slots].to(self._device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from trimtab.rl.runner import PolicyRunner
 
 GAMMA, BATCH, LAYERS, RATE = 0.99, 256, 3, 1e-3
 SB3 = "sb3"
-# What is measured beside stable-baselines3: (actor updates every, LayerNorm, bfloat16 autocast).
+# What is measured beside stable-baselines3: (actor updates every, LayerNorm, bfloat16).
 OURS: dict[str, tuple[int, bool, bool]] = {
     "like_for_like": (1, False, False),
     "like_for_like_bf16": (1, False, True),
@@ -66,6 +65,7 @@ def our_learner(
         learning_rate=RATE,
         actor_every=every,
         backup_entropy=True,
+        precision="bfloat16" if half else "float32",
     )
     torch.manual_seed(0)
     bounds = value_bounds("sparse", GAMMA)
@@ -76,10 +76,8 @@ def our_learner(
     algorithm.fit_normalizer(replay.all_features())
 
     def update(count: int) -> None:
-        cast = torch.autocast("cpu", torch.bfloat16) if half else contextlib.nullcontext()
-        with cast:
-            for _ in range(count):
-                algorithm.update(replay.sample(BATCH))
+        for _ in range(count):
+            algorithm.update(replay.sample(BATCH))
 
     return update
 

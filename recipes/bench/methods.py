@@ -96,6 +96,9 @@ METHODS: dict[str, Method] = {
     "best_of_n_repeat": Method(BestOfNConfig(), RepeatNoiseConfig(), _early()),
     "best_of_n_gate": Method(BestOfNConfig(), train=_early(gate=GateConfig(enabled=True))),
     "dsrl_sac": Method(DSRLSACConfig(), RepeatNoiseConfig()),
+    "dsrl_sac_bf16": Method(DSRLSACConfig(precision="bfloat16"), RepeatNoiseConfig()),
+    "dsrl_sac_full_bf16": Method(DSRLSACConfig(precision="bfloat16")),
+    "best_of_n_bf16": Method(BestOfNConfig(precision="bfloat16"), train=_early()),
     "dsrl_sac_full": Method(DSRLSACConfig()),
     "dsrl_sac_paper": _paper("dsrl_sac"),
     # The same without its 24,000 environment steps of warm-up, to show that they are not what decides.

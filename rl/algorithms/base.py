@@ -7,18 +7,26 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import draccus
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
+from trimtab.policies.passes import matmuls_in
+from trimtab.policies.precision import matmul_dtype, require_precision
+from trimtab.rl.algorithms.optimizer import FusedAdam
 from trimtab.rl.replay import Batch
 from trimtab.rl.returns import DISCOUNT_PER
+
+MEASURED_EVERY = 10  # updates; what metrics take part in no loss
+PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass
@@ -34,6 +42,8 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     # Chunks in an n-step return.
     n_step: int = 3
     batch_size: int = 256
+    # In what the networks' hidden layers are multiplied while learning: float32 or bfloat16.
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma < 1.0:
@@ -42,6 +52,7 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
             known = ", ".join(DISCOUNT_PER)
             raise UserError("--rl.discount_per", f"'{self.discount_per}' is none of {known}")
         require_positive(self, "n_step", "batch_size")
+        require_precision("--rl.precision", self.precision)
 
     @property
     def candidates(self) -> int:
@@ -101,6 +112,7 @@ class Algorithm(nn.Module, abc.ABC):
         candidates: noises per observation that the collector has to decode and keep.
         selects: whether ``select`` acts while learning, choosing among the candidates.
         decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
+        matmul_dtype: of hidden layers within ``update``, see ``passes.matmuls_in``.
     """
 
     actor: NoiseActor
@@ -108,6 +120,13 @@ class Algorithm(nn.Module, abc.ABC):
     candidates: int = 0
     selects: bool = False
     decode: Callable[..., Tensor] | None = None
+    matmul_dtype: torch.dtype | None = None
+
+    def _set_up(self, config: AlgorithmConfig, accelerator: Any) -> None:
+        """Move what has been built to the device, and settle in what it multiplies."""
+        self.accelerator = accelerator
+        self.to(accelerator.device)
+        self.matmul_dtype = matmul_dtype("--rl.precision", config.precision, accelerator.device)
 
     def select(self, features: Tensor, chunks: Tensor) -> Tensor:
         """Which candidate acts: (B, d), (B, K, steps * action_dim) -> (B,)."""
@@ -145,13 +164,34 @@ class Algorithm(nn.Module, abc.ABC):
             for part in parts
             for parameter in (part.parameters() if isinstance(part, nn.Module) else (part,))
         ]
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
-        return self.accelerator.prepare_optimizer(optimizer)
+        return self.accelerator.prepare_optimizer(FusedAdam(parameters, learning_rate))
 
     def _step(self, optimizer: Any, loss: Tensor) -> None:
+        """One step down ``loss``.
+
+        Where no gradient is scaled and no other engine takes over, Accelerate's wrappers of backward and step
+        add nothing but a look for a package on the disk each time: there they are left out.
+        """
+        accelerator = self.accelerator
+        plain = accelerator.scaler is None and accelerator.distributed_type in PLAIN
+        plain = plain and accelerator.gradient_accumulation_steps == 1
+        optimizer = optimizer.optimizer if plain else optimizer
         optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
+        loss.backward() if plain else accelerator.backward(loss)
         optimizer.step()
+
+
+def in_precision(
+    update: Callable[[Any, Batch], dict[str, Tensor]],
+) -> Callable[[Any, Batch], dict[str, Tensor]]:
+    """An ``update`` whose matmuls are in the algorithm's precision; who acts does so in float32."""
+
+    @wraps(update)
+    def within(self: Algorithm, batch: Batch) -> dict[str, Tensor]:
+        with matmuls_in(self.matmul_dtype):
+            return update(self, batch)
+
+    return within
 
 
 @contextmanager
@@ -165,6 +205,14 @@ def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in held:
             parameter.requires_grad_(True)
+
+
+def spread(values: Tensor, updates: int) -> dict[str, Tensor]:
+    """Metrics of a critic's ``values`` on a batch, at every tenth update."""
+    if updates % MEASURED_EVERY:
+        return {}
+    low, high = values.aminmax()
+    return {"q_mean": values.mean(), "q_min": low, "q_max": high}
 
 
 @torch.no_grad()

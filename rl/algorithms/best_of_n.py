@@ -24,7 +24,15 @@ from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
-from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, frozen, polyak, require_positive
+from trimtab.rl.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    frozen,
+    in_precision,
+    polyak,
+    require_positive,
+    spread,
+)
 from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, over, pick, rank_correlation
 from trimtab.rl.replay import Batch
 
@@ -137,9 +145,8 @@ class BestOfN(Algorithm):
         self.critic = CriticEnsemble(feature_dim, chunk_size, config.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic)
-        self.accelerator = accelerator
         self.updates = 0
-        self.to(accelerator.device)
+        self._set_up(config, accelerator)
         critics = self.critic, self.noise_critic, self.actor.encoder
         self.critic_optimizer = self._adam(config.learning_rate, *critics)
         self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
@@ -211,6 +218,7 @@ class BestOfN(Algorithm):
         divergence = kl_to_prior(mean, log_std, space.initial_std)
         return (weights * loss).sum(1).mean(), divergence, space.squash(mean)
 
+    @in_precision
     def update(self, batch: Batch) -> dict[str, Tensor]:
         batch_size, device = len(batch["reward"]), batch["reward"].device
         batch = self.look(batch)
@@ -222,9 +230,7 @@ class BestOfN(Algorithm):
         metrics = {
             "critic_loss": loss.detach(),
             "distillation_loss": distillation.detach(),
-            "q_mean": values.detach().mean(),
-            "q_min": values.detach().min(),
-            "q_max": values.detach().max(),
+            **spread(values.detach(), self.updates),
         }
         if self.updates % self.config.actor_every == 0:
             regress = self.config.distillation == "regression"

@@ -31,7 +31,7 @@ from trimtab.policies.actor import ActorOutput, kl_to_prior
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
-from trimtab.rl.algorithms.base import AlgorithmConfig, polyak, require_positive
+from trimtab.rl.algorithms.base import AlgorithmConfig, in_precision, polyak, require_positive
 from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, over, pick, rank_correlation
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.replay import Batch
@@ -246,6 +246,7 @@ class DSRLNA(SoftActorCritic):
             loss = loss + (self.alpha.detach() * (divergence - drawn.log_prob)).mean()
         return loss, drawn
 
+    @in_precision
     def update(self, batch: Batch) -> dict[str, Tensor]:
         calls, batch = self.base_calls, self.look(batch)
         metrics = self._update_critic(batch, self.td_target(batch))

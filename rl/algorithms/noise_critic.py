@@ -26,9 +26,9 @@ def check_pairs(space: NoiseSpace, name: str) -> None:
 
 def over(critic: CriticEnsemble, features: Tensor, actions: Tensor) -> Tensor:
     """Values (E, B, m) of ``actions`` (B, m, dim) at ``features`` (B, d)."""
-    count = actions.shape[1]
-    values = critic(features.repeat_interleave(count, 0), actions.flatten(0, 1))
-    return values.unflatten(1, (-1, count))
+    if actions.shape[1] == 1:
+        return critic(features, actions.squeeze(1)).unsqueeze(2)
+    return critic(features, actions)
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:

@@ -20,7 +20,14 @@ from trimtab.policies.actor import ActorConfig, ActorOutput, NoiseActor, kl_to_p
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
-from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, frozen, require_positive
+from trimtab.rl.algorithms.base import (
+    MEASURED_EVERY,
+    Algorithm,
+    AlgorithmConfig,
+    frozen,
+    require_positive,
+    spread,
+)
 from trimtab.rl.replay import Batch
 
 
@@ -87,9 +94,8 @@ class SoftActorCritic(Algorithm):
         self.critic = CriticEnsemble(self.actor.encoder.dim, action_dim, config.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.nn.Parameter(torch.tensor(math.log(config.initial_temperature)))
-        self.to(accelerator.device)
-        self.accelerator = accelerator
         self.updates = 0
+        self._set_up(config, accelerator)
         self.critic_optimizer = self._adam(config.learning_rate, self.critic, self.actor.encoder)
         self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
         self.alpha_optimizer = self._adam(config.learning_rate, self.log_alpha)
@@ -133,9 +139,7 @@ class SoftActorCritic(Algorithm):
         self._step(self.critic_optimizer, loss)
         return {
             "critic_loss": loss.detach(),
-            "q_mean": values.detach().mean(),
-            "q_min": values.detach().min(),
-            "q_max": values.detach().max(),
+            **spread(values.detach(), self.updates),
         }
 
     def _update_actor(self, batch: Batch) -> dict[str, Tensor]:
@@ -146,14 +150,16 @@ class SoftActorCritic(Algorithm):
         self._step(self.actor_optimizer, loss)
         if self.config.learn_temperature:
             self._step(self.alpha_optimizer, self.temperature_loss(drawn.log_prob))
-        mean, log_std = drawn.mean.detach(), drawn.log_std.detach()
-        return {
+        metrics = {
             "actor_loss": loss.detach(),
             "entropy": -drawn.log_prob.detach().mean(),
             "alpha": self.alpha.detach(),
-            "noise_kl_to_prior": kl_to_prior(mean, log_std, self.actor.space.initial_std).mean(),
-            "noise_rms": drawn.u.detach().square().mean().sqrt(),
         }
+        if self.updates % MEASURED_EVERY == 0:
+            mean, log_std = drawn.mean.detach(), drawn.log_std.detach()
+            metrics["noise_kl_to_prior"] = kl_to_prior(mean, log_std, self.actor.space.initial_std).mean()
+            metrics["noise_rms"] = drawn.u.detach().square().mean().sqrt()
+        return metrics
 
     @torch.no_grad()
     def value(self, features: Tensor, u: Tensor) -> Tensor:

@@ -1,0 +1,52 @@
+"""The lean Adam is torch's Adam, its state included; and an algorithm's updates in bfloat16."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.rl.test_dsrl_sac import make, make_batch
+from trimtab.policies import precision
+from trimtab.rl.algorithms.optimizer import FusedAdam
+
+
+def test_steps_and_state_are_those_of_torch():
+    torch.manual_seed(0)
+    first = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), ())]
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    ours, theirs = FusedAdam(first, 0.1), torch.optim.Adam(second, lr=0.1, fused=True)
+    for step in range(6):
+        for one, other in zip(first, second):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        if step == 3:  # without a gradient for each: the parent's step, which passes over it
+            first[1].grad = second[1].grad = None
+        if step == 4:  # what a checkpoint does
+            ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+        ours.step()
+        theirs.step()
+        for one, other in zip(first, second):
+            assert torch.equal(one, other)
+    for one, other in zip(ours.state_dict()["state"].values(), theirs.state_dict()["state"].values()):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+    assert [int(state["step"]) for state in ours.state_dict()["state"].values()] == [6, 5, 6]
+    ours.zero_grad()
+    assert all(p.grad is None for p in first)
+
+
+def test_bfloat16_update_is_near_the_exact_one(monkeypatch):
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    exact, rough = make(actor_every=1), make(actor_every=1, precision="bfloat16")
+    assert rough.matmul_dtype == torch.bfloat16
+    batch, losses = make_batch(), []
+    for algorithm in (exact, rough):
+        torch.manual_seed(3)
+        losses.append(algorithm.update(batch))
+    assert losses[0]["critic_loss"] != losses[1]["critic_loss"]
+    for name in ("critic_loss", "q_mean", "actor_loss", "entropy"):
+        assert float(losses[1][name]) == pytest.approx(float(losses[0][name]), rel=0.05, abs=0.05)
+    assert all(p.dtype == torch.float32 for p in rough.parameters())
+    features = torch.randn(9, 3)
+    for algorithm in (exact, rough):  # who acts does so in float32
+        algorithm.actor.load_state_dict(exact.actor.state_dict())
+    assert torch.equal(exact.actor(features)[0], rough.actor(features)[0])
