@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 
 import numpy as np
@@ -24,6 +25,9 @@ class ReplayBuffer:
         device: where batches go.
         extra: shapes of what ``Transition.extra`` holds, by name; anything else in it is not kept.
         precise: names in ``extra`` that are kept as float32.
+
+    Attributes:
+        added: transitions ever added; the n-th lies in row ``n % capacity``.
     """
 
     def __init__(
@@ -38,20 +42,15 @@ class ReplayBuffer:
     ) -> None:
         self.capacity = capacity
         self.size = 0
+        self.added = 0
         self._next = 0
         self._device = torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
-        self._data: Batch = {
-            "features": torch.zeros(capacity, feature_dim),
-            "u": torch.zeros(capacity, action_dim),
-            "reward": torch.zeros(capacity),
-            "discount": torch.zeros(capacity),
-            "next_features": torch.zeros(capacity, feature_dim),
-        }
         self._extra = list(extra or {})
-        for name, shape in (extra or {}).items():
-            dtype = torch.float32 if name in precise else torch.float16
-            self._data[name] = torch.zeros(capacity, *shape, dtype=dtype)
+        self._data: Batch = {
+            name: torch.zeros(capacity, *shape, dtype=dtype)
+            for name, (shape, dtype) in layout(feature_dim, action_dim, extra, precise).items()
+        }
 
     def __len__(self) -> int:
         return self.size
@@ -71,7 +70,8 @@ class ReplayBuffer:
                 raise ValueError(f"a transition with NaN or Inf in '{name}' was kept out of the replay")
         for name, value in row.items():
             self._data[name][self._next] = value
-        self._next = (self._next + 1) % self.capacity
+        self.added += 1
+        self._next = self.added % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
     def sample(self, batch_size: int) -> Batch:
@@ -82,3 +82,54 @@ class ReplayBuffer:
     def all_features(self) -> Tensor:
         """The stored features (size, d)."""
         return self._data["features"][: self.size]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The transitions from the ``start``-th to before the ``stop``-th ever added, as they are stored."""
+        index = torch.arange(start, stop) % self.capacity
+        return {name: value[index] for name, value in self._data.items()}
+
+    def put(self, start: int, rows: Batch) -> None:
+        """Take up ``rows`` as the transitions from the ``start``-th on, after a checkpoint.
+
+        Raises:
+            ValueError: they are not what this replay stores.
+        """
+        count = len(next(iter(rows.values())))
+        for name, value in self._data.items():
+            if name not in rows or rows[name].shape[1:] != value.shape[1:] or rows[name].dtype != value.dtype:
+                raise ValueError(f"the replay of the checkpoint has another '{name}' than this run stores")
+            kept = rows[name][-self.capacity :]
+            value[torch.arange(start + count - len(kept), start + count) % self.capacity] = kept
+        self.added = start + count
+        self._next, self.size = self.added % self.capacity, min(self.size + count, self.capacity)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All but the transitions: the state of the sampling."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._generator.set_state(state["generator"])
+
+
+def layout(
+    feature_dim: int, action_dim: int, extra: dict[str, tuple[int, ...]] | None, precise: Container[str]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each entry of a stored transition, by name; arguments as for ``ReplayBuffer``."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "features": ((feature_dim,), torch.float32),
+        "u": ((action_dim,), torch.float32),
+        "reward": ((), torch.float32),
+        "discount": ((), torch.float32),
+        "next_features": ((feature_dim,), torch.float32),
+    }
+    for name, shape in (extra or {}).items():
+        found[name] = shape, torch.float32 if name in precise else torch.float16
+    return found
+
+
+def transition_bytes(
+    feature_dim: int, action_dim: int, extra: dict[str, tuple[int, ...]] | None, precise: Container[str]
+) -> int:
+    """Memory of one stored transition; arguments as for ``ReplayBuffer``."""
+    entries = layout(feature_dim, action_dim, extra, precise).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in entries)
