@@ -168,6 +168,16 @@ def new_output_dir(path: Path | None, default: str) -> Path:
 
 
 def default_threads(workers: int) -> int:
-    """Threads for torch beside ``workers`` simulator processes: the rest of the cores, at least one."""
+    """Threads for torch beside ``workers`` simulator processes: this process's other cores, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, cores - workers)
+    return max(1, cores // local_processes() - workers)
+
+
+def local_processes() -> int:
+    """How many processes of an ``accelerate launch`` share this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def launched_processes() -> int:
+    """How many processes of an ``accelerate launch`` make up this run."""
+    return max(1, int(os.environ.get("WORLD_SIZE") or 1))

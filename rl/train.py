@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -435,3 +437,16 @@ def replay_extra(
 def training_seed(seed: int) -> int:
     """First environment seed of a run: far from those of evaluation, demonstration and other runs."""
     return 100_000_000 + seed * 100_000
+
+
+def main(args: list[str]) -> int:
+    """Run ``trimtab adapt``: ``accelerate launch -m trimtab.rl.train`` is the same program.
+
+    It is looked up as the installed command, for this layer knows nothing of recipes.
+    """
+    (command,) = entry_points(group="console_scripts", name="trimtab")
+    return command.load()(["adapt", *args])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
