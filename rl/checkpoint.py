@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from trimtab.adapters import UserError
@@ -341,9 +342,13 @@ def write_tree(state: dict, folder: Path, name: str) -> dict[str, dict[str, Any]
 
 
 def write(tensors: Batch, path: Path) -> None:
-    """Save tensors and bring them to the disk."""
-    save_file(tensors, path)
-    with open(path, "rb") as file:
+    """Save tensors and bring them to the disk.
+
+    By way of a string: safetensors' own writing maps the file, and a full disk then kills the process.
+    """
+    with open(path, "wb") as file:
+        file.write(serialise(tensors))
+        file.flush()
         os.fsync(file.fileno())
 
 

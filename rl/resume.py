@@ -8,6 +8,7 @@ observation on the way must be the one that was seen then, to the bit; an episod
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -200,8 +201,20 @@ def trainer_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "counts": dict(trainer.counts),
         "seconds": {"update": trainer.update_seconds, "total": trainer.seconds},
         "collector": collector_state(trainer.collector),
+        "weights": (here := weights_digest(trainer.algorithm)),
     }
+    if len(set(trainer.world.gather(here))) > 1:
+        raise RuntimeError("the processes' weights have drifted apart; this is a bug of trimtab")
     return shared, own
+
+
+def weights_digest(algorithm: Algorithm) -> str:
+    """A hash of an algorithm's weights and buffers."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(algorithm.state_dict().items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def load_trainer(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:
