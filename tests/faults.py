@@ -155,8 +155,8 @@ def differences(run: Run, whole: Run) -> list[str]:
     return odd + ["metrics"] * (run.metrics != whole.metrics)
 
 
-def kill(whole: Run, run: Run, kills: int, seed: int) -> Counter:
-    """Start ``run`` and kill it ``kills`` times, or until it is through.
+def kill(run: Run, kills: int, seed: int, longest: float) -> Counter:
+    """Start ``run`` and kill it ``kills`` times, each within ``longest`` seconds, or until it is through.
 
     Returns:
         how many kills there were, how many before the first checkpoint, during a write, and how often the
@@ -170,7 +170,7 @@ def kill(whole: Run, run: Run, kills: int, seed: int) -> Counter:
         done = 0
         if counts["kills"] < kills:
             # From the instant of the fork (still returning to its checkpoint) to well beyond a checkpoint.
-            deadline = time.monotonic() + rng.uniform(0.0, 0.7)
+            deadline = time.monotonic() + rng.uniform(0.0, longest)
             while not done and time.monotonic() < deadline:
                 done, status = os.waitpid(child, os.WNOHANG)
                 time.sleep(0.002)
@@ -202,13 +202,16 @@ def campaign_kills(root: Path, kills: int, seed: int) -> tuple[Counter, list[str
     for number, algorithm in enumerate(ALGORITHMS):
         whole = Run(root / f"{algorithm}-whole", algorithm, env_steps=max(600, 40 * share))
         whole.folder.mkdir(parents=True)
-        child = whole.fork()
+        began, child = time.monotonic(), whole.fork()
+        while newest(whole) is None and time.monotonic() - began < 60.0:
+            time.sleep(0.002)
+        longest = 3.0 * (time.monotonic() - began)  # from a start to the next checkpoint, and beyond
         if os.waitpid(child, 0)[1]:
             raise SystemExit(f"a child failed: {(whole.folder / 'stderr.txt').read_text()[-2000:]}")
         left, attempt = share, 0
         while left > 0:  # a run that got through before all its kills is begun anew
             run = replace(whole, folder=root / f"{algorithm}-killed-{attempt}")
-            counts = kill(whole, run, left, seed + 100 * number + attempt)
+            counts = kill(run, left, seed + 100 * number + attempt, longest)
             odd += [f"{run.folder.name}: {name}" for name in differences(run, whole)]
             total += counts
             total["runs compared"] += 1
@@ -302,10 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         workers = campaign_workers(root)
         print(f"simulator workers: {dict(workers)}, all restarted, runs went to their end", flush=True)
         files, damaged = campaign_damage(root)
-        print(
-            f"truncated files: {files}, one at a time; not detected or different: {damaged or 'none'}",
-            flush=True,
-        )
+        print(f"truncated files: {files}; not detected, or different after: {damaged or 'none'}", flush=True)
         full = campaign_full_disk(root)
         print(f"full disk: {full}")
         print(f"{time.monotonic() - started:.0f} s")

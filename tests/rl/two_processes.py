@@ -57,8 +57,8 @@ def gradient_gap(accelerator):
 
     def losses(chosen):
         batch = {name: value[chosen] for name, value in union.items()}
-        algorithm.actor.sample = lambda features: sample(features, eps[chosen])
         yield "critic", algorithm.critic_optimizer, algorithm.critic_loss(batch, batch["target"])[0]
+        algorithm.actor.sample = lambda features: sample(features, eps[chosen])
         loss, drawn = algorithm.actor_loss(batch)
         yield "actor", algorithm.actor_optimizer, loss
         yield "alpha", algorithm.alpha_optimizer, algorithm.temperature_loss(drawn.log_prob)
