@@ -55,6 +55,8 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
         print_scoped_help(config_class, args)
         raise SystemExit(0)
     config_path = _config_path(args)
+    if config_path and not _holds_options(config_path):
+        raise UserError(f"--config_path={config_path}", "holds no options, such as `seed: 3`")
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -115,6 +117,16 @@ def _config_path(args: list[str]) -> str | None:
             raise UserError("--config_path", f"there is no file {path}")
         return path
     return None
+
+
+def _holds_options(path: str) -> bool:
+    """Whether a YAML or JSON file has the form of a config; one that cannot be read is left to the parser."""
+    import yaml
+
+    try:
+        return isinstance(yaml.safe_load(Path(path).read_text(encoding="utf-8")), dict)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return True
 
 
 def _argparse_error(text: str, command: str) -> tuple[str, str]:
