@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import draccus
+import torch
 from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError
+from trimtab.adapters.errors import reason
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.artefact import is_artefact, save_artefact
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.policies.sources import prior_noise, steered_noise
-from trimtab.recipes.console import new_output_dir, parse
+from trimtab.recipes.console import launched_processes, new_output_dir, parse
+from trimtab.recipes.continuing import METRICS, RunFolder, disk_errors, resumed_args
 from trimtab.recipes.presets import expand_preset, value_of
-from trimtab.recipes.reporting import MetricsWriter, plot_curve, rate_text, table, write_json
+from trimtab.recipes.reporting import NAMES, MetricsWriter, plot_curve, rate_text, table, write_json
 from trimtab.recipes.session import (
     EvalConfig,
     MachineConfig,
@@ -28,12 +33,19 @@ from trimtab.recipes.session import (
     open_session,
     summaries,
 )
+from trimtab.recipes.trackers import Trackers, check_trackers
 from trimtab.rl.algorithms import AlgorithmConfig, DSRLSACConfig
+from trimtab.rl.algorithms.presets import flatten
+from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints
+from trimtab.rl.decoder import ConditioningSpec
 from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
-from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.evaluation import Evaluation, evaluate
+from trimtab.rl.distributed import World
+from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
+from trimtab.rl.evaluation import Evaluation, pooled
+from trimtab.rl.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
-from trimtab.rl.train import MAX_SEED, TrainConfig, Trainer
+from trimtab.rl.memory import check_replay
+from trimtab.rl.train import MAX_SEED, TrainConfig, Trainer, replay_extra
 from trimtab.rl.warm_start import begin_at, read_constant
 
 
@@ -50,14 +62,21 @@ class AdaptConfig:
     demos: DemosConfig = field(default_factory=DemosConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
-    # Environments that collect experience at the same time.
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    # Environments that collect experience at the same time, in each process.
     num_envs: int = 8
     seed: int = 0
+    # Go on with the run in output_dir from its newest checkpoint.
+    resume: bool = False
+    # Where metrics also go, by commas: tensorboard, wandb, trackio, ...
+    trackers: str | None = None
     # Default: outputs/adapt/<date>/<time>.
     output_dir: Path | None = None
 
     def __post_init__(self) -> None:
         check_run(self.seed, self.num_envs)
+        check_trackers(self.trackers)
 
 
 def check_run(seed: int, num_envs: int) -> None:
@@ -79,19 +98,61 @@ class Outcome:
     lines: list[dict[str, Any]]
     parameters: int
     seconds: dict[str, float]
+    by_task: dict[str, dict[str, Evaluation]]
 
 
 def main(args: list[str]) -> None:
+    args, going_on = resumed_args(args)
     config = parse(AdaptConfig, "adapt", with_default_noise(expand_preset(args)))
+    config.resume = going_on
     if is_artefact(config.policy.path):
         raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
-    output = new_output_dir(config.output_dir, "adapt")
-    session, folder = open_session(config.policy, config.env, config.eval, config.machine, config.observe)
-    print(describe(session, folder))
-    outcome = steer(session, folder, config, output)
-    print(f"\n{table(summaries(outcome.evaluations))}\n")
-    print(untrained_line(outcome.untrained.summary(), config.noise.type))
-    print(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
+    processes = make_accelerator(config.policy.device) if launched_processes() > 1 else None
+    output = config.output_dir if going_on else new_output_dir(config.output_dir, "adapt")
+    if processes:  # the first one's clock names the folder
+        output = World(processes).gather(output)[0]
+    session, folder = open_session(
+        config.policy, config.env, config.eval, config.machine, config.observe, many=True
+    )
+    say = print if processes is None or processes.is_main_process else lambda text: None
+    say(describe(session, folder))
+    try:
+        outcome = steer(session, folder, config, output)
+    except Stopped as stopped:
+        at = "after training" if stopped.env_steps is None else f"at {stopped.env_steps:,} environment steps"
+        say(
+            f"\nstopped by {stopped.name} {at}; go on with: trimtab adapt --resume=true --output_dir={output}"
+        )
+        return
+    say(f"\n{table(summaries(outcome.evaluations))}\n")
+    for task, found in outcome.by_task.items() if len(outcome.by_task) > 1 else ():
+        say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(e.summary())}" for n, e in found.items()))
+    say(untrained_line(outcome.untrained.summary(), config.noise.type))
+    say(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
+
+
+def make_accelerator(
+    device: str | None, trackers: list[str] | None = None, folder: Path | None = None
+) -> Any:
+    """The accelerator of this process; it takes up what ``accelerate launch`` has laid out.
+
+    Args:
+        device: of the base policy.
+        trackers, folder: what to log with, and where.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    cpu = str(device).startswith("cpu") or not torch.cuda.is_available()
+    patience = InitProcessGroupKwargs(
+        timeout=timedelta(hours=2)
+    )  # environments may be slow, and of uneven speed
+    return Accelerator(
+        cpu=cpu,
+        log_with=trackers or None,
+        project_dir=folder if trackers else None,
+        kwargs_handlers=[patience],
+    )
 
 
 def with_default_noise(args: list[str]) -> list[str]:
@@ -111,50 +172,145 @@ def untrained_line(summary: dict[str, Any], noise: str) -> str:
 def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Path) -> Outcome:
     """Evaluate the baselines, train the noise actor, evaluate it, and write everything under ``output``.
 
+    With ``config.resume``, what ``output`` holds of it is taken up.
+
     Raises:
         UserError: from the policy or the environment; nothing is written before training starts.
+        Stopped: by a signal, once there is a checkpoint.
     """
-    from accelerate import Accelerator
+    trackers = check_trackers(config.trackers)
+    accelerator = make_accelerator(session.adapter.device.type, trackers, output)
+    session.world = World(accelerator)
+    signals = StopSignals()
+    try:
+        with signals.installed(), disk_errors(output):
+            return _steer(session, folder, config, output, accelerator, signals)
+    except WorkerLost as error:
+        raise UserError("--env.type", reason(error, last=True)) from error
 
-    accelerator = Accelerator(cpu=session.adapter.device.type == "cpu")
-    if accelerator.num_processes > 1:
-        raise UserError(
-            "accelerate", "steering runs in one process for now; launch it with --num_processes=1"
-        )
+
+def _steer(
+    session: Session,
+    folder: Path | str,
+    config: AdaptConfig,
+    output: Path,
+    accelerator: Any,
+    signals: StopSignals,
+) -> Outcome:
     space = config.noise.build(session.adapter.noise_spec)
     check_inputs(session, config, space)
     identity = session.adapter.identity(folder)
+    run = RunFolder(output, config, identity, config.checkpoint, session.world)
+    found = run.newest() if config.resume else None
     clock = time.perf_counter
     seconds: dict[str, float] = {}
     started = clock()
-    with session.evaluation_environments() as vec:
-        evaluations, details = session.baselines(vec, config.seed)
-        # What the noise space itself does to the policy, before any learning.
-        untrained = evaluate(
-            session.runner,
-            vec,
-            prior_noise(space),
-            config.eval.seeds,
-            "untrained actor",
-        )
+    measured, known = (run.baselines() if config.resume else None) or measure(session, config, space)
+    run.begin(measured, known)
     seconds["baselines"] = clock() - started
     started = clock()
-    with session.environments(config.num_envs) as vec:
-        trainer = make_trainer(session, vec, accelerator, config)
-        with MetricsWriter(output / "metrics.jsonl") as metrics:
-            trainer.on_metrics = metrics
+    tracked = Trackers(accelerator, check_trackers(config.trackers), "trimtab", flatten(run.config))
+    with session.environments(config.num_envs, faults=config.faults) as vec:
+        if len(set(vec.task_names)) != len(session.tasks):
+            raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
+        trainer = make_trainer(session, vec, accelerator, config, run.checkpoints, signals)
+        keep = found.beside["metrics"] if found else 0
+        with writer(output, keep, session.world) as lines:
+            trainer.on_metrics = lambda line: (lines(line), tracked(line))
+            if run.checkpoints:
+                run.checkpoints.beside = lambda: {"metrics": lines.place()}
+            for note in trainer.resume(found) if found else ():
+                print(note)
+            signals.kept = found is not None
+            signals.deferred = run.checkpoints is not None and isinstance(trainer, Trainer)
             learnt = trainer.run()
+            signals.kept, signals.deferred = signals.deferred, False
+            if signals():
+                raise Stopped(signals.name)
+    tracked.close()
     actor = learnt.actor.eval()
     seconds["steering"] = clock() - started
     started = clock()
     steered = steered_noise(actor, config.eval.deterministic)
-    with session.evaluation_environments() as vec:
-        evaluations["steered"] = evaluate(session.runner, vec, steered, config.eval.seeds, "steered")
+    for task, vec in session.evaluations_by_task():
+        measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
     seconds["steered_evaluation"] = clock() - started
     session.adapter.check_identity(identity, folder)
-    artefact = save_artefact(
+    untrained = pooled([held.pop("untrained") for held in measured.values()])
+    names = next(iter(measured.values()))
+    evaluations = {name: pooled([held[name] for held in measured.values()]) for name in names}
+    parameters = sum(parameter.numel() for parameter in actor.parameters())
+    outcome = Outcome(
+        evaluations, untrained, known, output / "artefact", lines.lines, parameters, seconds, measured
+    )
+    if session.world.main:
+        started = clock()
+        save(session, folder, config, output, trainer, learnt, outcome)
+        write_results(output, outcome, config, trainer, identity)
+        run.write_config()
+        title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
+        plot_curve(output / "curve.png", lines.lines, summaries(evaluations), title)
+        session.record(session.own_noise, output / "before.mp4", "video: base policy")
+        session.record(steered, output / "after.mp4", "video: steered")
+        seconds["pictures"] = clock() - started
+        write_results(output, outcome, config, trainer, identity)  # once more, with the last time in it
+    return outcome
+
+
+def measure(
+    session: Session, config: AdaptConfig, space: NoiseSpace
+) -> tuple[dict[str, dict[str, Evaluation]], dict[str, Any]]:
+    """Evaluate the baselines, and what the noise space itself does to the policy before any learning.
+
+    Returns:
+        (evaluations by task and name, details of the search for a constant)
+    """
+    found: dict[str, dict[str, Evaluation]] = {}
+    details: dict[str, Any] = {}
+    for task, vec in session.evaluations_by_task():
+        if not found and not isinstance(config.rl, GoldenTicketConfig):
+            announce_memory(session, config, space)
+        found[task], said = session.baselines(vec, config.seed)
+        found[task]["untrained"] = session.evaluate(vec, prior_noise(space), label="untrained actor")
+        details[task] = said
+    return found, next(iter(details.values())) if len(details) == 1 else details
+
+
+def announce_memory(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
+    """Say what the replay will take, or refuse it, before the long work."""
+    steps, action_dim = session.adapter.chunk_shape
+    wants, observer = "conditioning" in config.rl.replayed, session.adapter.observer
+    spec = ConditioningSpec.of(session.adapter, session.first) if wants else None
+    line = check_replay(
+        config.train.replay_capacity,
+        session.runner.features(session.first).shape[1],
+        space.dim,
+        replay_extra(config.rl, steps * action_dim, space.dim, spec),
+        spec.replayed if spec else (),
+        observer.config.pixels if observer else 0,
+    )
+    if session.world is None or session.world.main:
+        print(line)
+
+
+def writer(output: Path, keep: int, world: World) -> MetricsWriter:
+    """Where the lines of metrics go: on the main process, the run's file."""
+    return MetricsWriter(output / METRICS if world.main else Path(os.devnull), keep if world.main else 0)
+
+
+def save(
+    session: Session,
+    folder: Path | str,
+    config: AdaptConfig,
+    output: Path,
+    trainer: Trainer | TicketSearch,
+    learnt: Any,
+    outcome: Outcome,
+) -> None:
+    """Write the artefact."""
+    save_artefact(
         output / "artefact",
-        actor,
+        learnt.actor,
         config.noise,
         session.adapter,
         config.policy,
@@ -165,23 +321,12 @@ def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Pat
             "env_steps": trainer.env_steps,
             "episodes": trainer.episodes,
             "deterministic": config.eval.deterministic,
-            "success": {name: entry for name, entry in summaries(evaluations).items()},
+            "success": {name: entry for name, entry in summaries(outcome.evaluations).items()},
             "algorithm": config.rl.type,
         },
         # What chose among candidates while learning can do so for the deployed policy.
         (learnt.critic, config.rl.critic) if learnt.selects else None,
     )
-    parameters = sum(parameter.numel() for parameter in actor.parameters())
-    outcome = Outcome(evaluations, untrained, details, artefact, metrics.lines, parameters, seconds)
-    write_results(output, outcome, config, trainer, identity)
-    started = clock()
-    title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
-    plot_curve(output / "curve.png", metrics.lines, summaries(evaluations), title)
-    session.record(session.own_noise, output / "before.mp4", "video: base policy")
-    session.record(steered, output / "after.mp4", "video: steered")
-    seconds["pictures"] = clock() - started
-    write_results(output, outcome, config, trainer, identity)  # once more, with the last time in it
-    return outcome
 
 
 def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
@@ -193,6 +338,20 @@ def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> No
     """
     config.rl.check(space)
     config.demos.check(config.rl)
+    if len(session.tasks) > 1:
+        if isinstance(config.rl, GoldenTicketConfig):
+            raise UserError("--env.task", "golden_ticket seeks a noise for one task at a time; name one")
+        if config.demos.enabled:
+            raise UserError("--env.task", "demonstrations are of one task; name one")
+        if config.num_envs < len(session.tasks):
+            raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
+    if isinstance(config.rl, GoldenTicketConfig):
+        if session.world is not None and session.world.size > 1:
+            raise UserError(
+                "--rl.type", "golden_ticket runs in one process; launch it with --num_processes=1"
+            )
+        if config.resume:
+            raise UserError("--resume", "golden_ticket keeps no checkpoints; begin it anew")
     if config.demos.enabled:
         read_demonstrations(config.demos, session.adapter, config.train.reward, config.env.task or "")
     if config.train.warm_start:
@@ -203,7 +362,12 @@ def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> No
 
 
 def make_trainer(
-    session: Session, vec: ChunkVectorEnv, accelerator: Any, config: AdaptConfig
+    session: Session,
+    vec: ChunkVectorEnv,
+    accelerator: Any,
+    config: AdaptConfig,
+    checkpoints: Checkpoints | None = None,
+    signals: StopSignals | None = None,
 ) -> Trainer | TicketSearch:
     """What runs ``config.rl``."""
     if isinstance(config.rl, GoldenTicketConfig):
@@ -217,6 +381,9 @@ def make_trainer(
         config.noise,
         config.seed,
         demos=config.demos,
+        checkpoints=checkpoints,
+        faults_config=config.faults,
+        stop=signals or StopSignals(),
     )
 
 
@@ -227,11 +394,12 @@ def write_results(
     trainer: Trainer | TicketSearch,
     identity: dict[str, Any],
 ) -> None:
-    """Write results.json (the table and how it came about) and config.json (to run it again)."""
+    """Write results.json: the table and how it came about."""
     write_json(
         output / "results.json",
         {
             "policies": summaries(outcome.evaluations),
+            "tasks": {task: summaries(found) for task, found in outcome.by_task.items()},
             "untrained_actor": outcome.untrained.summary(),
             "constant_noise_search": outcome.details,
             "env": {"type": config.env.type, "task": config.env.task},
@@ -246,6 +414,3 @@ def write_results(
             "train": asdict(config.train),
         },
     )
-    again = draccus.encode(config)
-    again.pop("output_dir", None)
-    write_json(output / "config.json", again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -66,7 +67,9 @@ def _run(module: str, command: str, args: list[str]) -> int:
         run: Callable[[list[str]], None] = importlib.import_module(module).main
         run(args)
     except UserError as error:
-        print(f"\ntrimtab {command}: error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # of an `accelerate launch`
+        where = "" if rank == "0" else f" (process {rank})"
+        print(f"\ntrimtab {command}{where}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ntrimtab {command}: interrupted", file=sys.stderr)

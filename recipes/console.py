@@ -55,6 +55,8 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
         print_scoped_help(config_class, args)
         raise SystemExit(0)
     config_path = _config_path(args)
+    if config_path and not _holds_options(config_path):
+        raise UserError(f"--config_path={config_path}", "holds no options, such as `seed: 3`")
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -117,6 +119,16 @@ def _config_path(args: list[str]) -> str | None:
     return None
 
 
+def _holds_options(path: str) -> bool:
+    """Whether a YAML or JSON file has the form of a config; one that cannot be read is left to the parser."""
+    import yaml
+
+    try:
+        return isinstance(yaml.safe_load(Path(path).read_text(encoding="utf-8")), dict)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        return True
+
+
 def _argparse_error(text: str, command: str) -> tuple[str, str]:
     line = next((part for part in reversed(text.strip().splitlines()) if "error:" in part), text.strip())
     message = line.split("error:", 1)[-1].strip()
@@ -168,6 +180,16 @@ def new_output_dir(path: Path | None, default: str) -> Path:
 
 
 def default_threads(workers: int) -> int:
-    """Threads for torch beside ``workers`` simulator processes: the rest of the cores, at least one."""
+    """Threads for torch beside ``workers`` simulator processes: this process's other cores, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, cores - workers)
+    return max(1, cores // local_processes() - workers)
+
+
+def local_processes() -> int:
+    """How many processes of an ``accelerate launch`` share this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def launched_processes() -> int:
+    """How many processes of an ``accelerate launch`` make up this run."""
+    return max(1, int(os.environ.get("WORLD_SIZE") or 1))

@@ -28,12 +28,29 @@ MIN_WINDOW = 15  # episodes behind a point of the success curve
 
 
 class MetricsWriter:
-    """Appends one JSON object per line; each line reaches the file whole."""
+    """Appends one JSON object per line; each line reaches the file whole.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file; what it held is replaced.
+        keep: bytes of it to keep instead, when a run goes on from a checkpoint.
+
+    Attributes:
+        lines: all of the run's lines.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by `__exit__`
         self.lines: list[dict[str, Any]] = []
+        held = path.read_bytes()[:keep] if keep and path.is_file() else b""
+        self.lines = [json.loads(line) for line in held.decode("utf-8", "replace").splitlines() if line]
+        if held:
+            os.truncate(path, len(held))
+        self._file = open(path, "a" if held else "w", encoding="utf-8")  # noqa: SIM115 - `__exit__` closes it
+
+    def place(self) -> int:
+        """Length of the file, which now is on the disk."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def __call__(self, line: dict[str, Any]) -> None:
         self.lines.append(line)

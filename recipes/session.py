@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +20,16 @@ from trimtab.policies.sources import NoiseSource, constant_noise, own_noise, zer
 from trimtab.recipes.console import default_threads
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_grid_video
+from trimtab.rl.distributed import World
 from trimtab.rl.envs.metaworld import split_tasks
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
-from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together
+from trimtab.rl.faults import FaultsConfig
+from trimtab.rl.runner import Encoded, PolicyRunner
 
 SEED_LIMIT = 50_000_000  # from here on seeds belong to demonstrations and training
 EVALUATION_SEED = 1_000_000  # first episode seed of an evaluation
-ONE_TASK = "adapt and eval take one task at a time; name one, and run them once for each"
+ONE_TASK = "only adapt takes several tasks at once; name one, and run this once for each"
 SELECTION_SEED = 2_000_000  # first episode seed on which constant noises compete
 
 
@@ -105,19 +107,37 @@ class Session:
     machine: MachineConfig
     # What an actor is to look at; that of an artefact, once loaded, comes first.
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    # Whether several tasks may be run at once.
+    many: bool = False
+    # The processes of the run, where there are several.
+    world: World | None = None
     runner: PolicyRunner = field(init=False)
-    _checked: bool = field(init=False, default=False)
+    # Names of the tasks; known once environments have been made.
+    tasks: list[str] = field(init=False, default_factory=list)
+    # What the policy made of a first observation: tells the sizes of what a replay keeps.
+    first: Encoded | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        if self.env.type == "metaworld_state" and len(split_tasks(self.env.task)) > 1:
-            raise UserError("--env.task", ONE_TASK)
+        if self.env.type == "metaworld_state":
+            self.tasks = split_tasks(self.env.task)
+            if len(self.tasks) > 1 and not self.many:
+                raise UserError("--env.task", ONE_TASK)
         self.runner = PolicyRunner(self.adapter, self.env)
 
     @contextmanager
     def environments(
-        self, count: int, workers: int | None = None, keep_seen: bool = False
+        self,
+        count: int,
+        workers: int | None = None,
+        keep_seen: bool = False,
+        task: int | None = None,
+        faults: FaultsConfig | None = None,
     ) -> Iterator[ChunkVectorEnv]:
-        """Environments of this session, closed at the end; ``keep_seen`` as in ``ChunkVectorEnv``.
+        """Environments of this session, closed at the end.
+
+        Args:
+            count, workers, keep_seen, task: as for ``ChunkVectorEnv``.
+            faults: lose episodes to faults rather than fail.
 
         Raises:
             UserError: the environment cannot be built.
@@ -130,6 +150,9 @@ class Session:
                 self.machine.workers if workers is None else workers,
                 self.adapter.n_obs_steps,
                 keep_seen=keep_seen,
+                task=task,
+                tolerant=faults is not None,
+                timeout=faults.timeout if faults else 0.0,
             )
             self._preflight(vec)
         except Exception as error:  # whatever a simulator raises when it cannot be built or stepped
@@ -147,9 +170,11 @@ class Session:
 
     def _preflight(self, vec: ChunkVectorEnv) -> None:
         """One observation and one chunk before any long work, so that what does not fit shows at once."""
-        if len(set(vec.task_names)) > 1:
+        names = list(dict.fromkeys(vec.task_names))
+        self.tasks = self.tasks or (names if len(names) > 1 else [names[0] or self.env.task or self.env.type])
+        if len(set(vec.task_names)) > 1 and not self.many:
             raise UserError("--env.task", ONE_TASK)
-        if self._checked:
+        if self.first is not None:
             return
         if self.adapter.observer is None:
             self.adapter.observer = build_observer(self.observe, self.adapter, vec.task_descriptions)
@@ -159,12 +184,33 @@ class Session:
         prior = self.runner.prior(1, torch.Generator().manual_seed(0))
         vec.send({0: self.runner.decode(conditioning, prior)[0]}, {0: None})
         vec.receive()
-        self._checked = True
+        self.first = conditioning
 
-    def evaluation_environments(self) -> Any:
+    def evaluation_environments(self, task: int | None = None) -> Any:
         """As many environments as an evaluation uses, in two worker processes or more."""
         count = min(self.eval.batch_size, self.eval.n_episodes)
-        return self.environments(count, self.evaluation_workers)
+        return self.environments(count, self.evaluation_workers, task=task)
+
+    def evaluations_by_task(self) -> Iterator[tuple[str, ChunkVectorEnv]]:
+        """Environments to evaluate in, of one task after the other."""
+        with self.evaluation_environments() as vec:
+            if len(self.tasks) == 1:
+                yield self.tasks[0], vec
+                return
+        for index, task in enumerate(self.tasks):
+            with self.evaluation_environments(index) as vec:
+                yield task, vec
+
+    def evaluate(
+        self, vec: ChunkVectorEnv, source: NoiseSource, seeds: Sequence[int] | None = None, label: str = ""
+    ) -> Evaluation:
+        """One episode for each seed (default: those of the evaluation), shared among the processes."""
+        return self._run(self.runner, vec, source, self.eval.seeds if seeds is None else seeds, label)
+
+    def _run(self, *arguments: Any, **named: Any) -> Evaluation:
+        if self.world is None:
+            return evaluate(*arguments, **named)
+        return evaluate_together(self.world, *arguments, **named)
 
     @property
     def evaluation_workers(self) -> int:
@@ -182,18 +228,22 @@ class Session:
         Returns:
             (evaluations by name, details of the search for a constant)
         """
-        found = {"base": evaluate(self.runner, vec, self.own_noise, self.eval.seeds, "base policy")}
+        found = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
         if self.own_noise is not zero_noise:
-            found["zero_noise"] = evaluate(self.runner, vec, zero_noise, self.eval.seeds, "zero noise")
+            found["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
         details: dict[str, Any] = {}
         if self.eval.constant_candidates:
             selection = range(SELECTION_SEED, SELECTION_SEED + self.eval.constant_episodes)
             noise, rates = best_constant(
-                self.runner, vec, constant_noise, self.eval.constant_candidates, selection, seed
+                self.runner,
+                vec,
+                constant_noise,
+                self.eval.constant_candidates,
+                selection,
+                seed,
+                run=self._run,
             )
-            found["constant_noise"] = evaluate(
-                self.runner, vec, constant_noise(noise), self.eval.seeds, "best constant noise"
-            )
+            found["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
             details = {"selection_success": rates, "selection_episodes": self.eval.constant_episodes}
         return found, details
 
@@ -224,8 +274,14 @@ def open_session(
     eval_config: EpisodesConfig,
     machine: MachineConfig,
     observe: ObserveConfig | None = None,
+    many: bool = False,
 ) -> tuple[Session, Path | str]:
-    """Load the base policy for an environment; returns the session and the base's folder or server."""
+    """Load the base policy for an environment; returns the session and the base's folder or server.
+
+    Args:
+        policy, env, eval_config, machine: configs.
+        many: whether ``env`` may name several tasks.
+    """
     machine.apply()
     if not policy.path:
         raise UserError("--policy.path", "name the folder or Hub repository of the base policy")
@@ -235,7 +291,7 @@ def open_session(
     adapter = load_adapter(policy)
     for note in adapter.notes:
         print(f"note: {note}")
-    return Session(adapter, env, eval_config, machine, observe or ObserveConfig()), folder
+    return Session(adapter, env, eval_config, machine, observe or ObserveConfig(), many), folder
 
 
 def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.sources import NoiseSource, prior_noise
 from trimtab.rl.decoder import ConditioningSpec
-from trimtab.rl.envs.chunk import ChunkResult
+from trimtab.rl.envs.chunk import ChunkResult, RawObservation
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.returns import NStepAccumulator, Transition, chunk_return, step_rewards
 from trimtab.rl.runner import Encoded, PolicyRunner
@@ -34,6 +35,7 @@ class Episode:
         features, u: what was seen and chosen at each chunk, (chunks, d) and (chunks, dim).
         rewards, discounts: of each chunk.
         steered: whether the learner's policy acted in it, from start to end.
+        task: its name, where the environment has one.
     """
 
     seed: int
@@ -45,6 +47,7 @@ class Episode:
     rewards: np.ndarray
     discounts: np.ndarray
     steered: bool = True
+    task: str = ""
 
 
 @dataclass
@@ -81,6 +84,11 @@ class _Running:
     steps: int = 0
     success: bool = False
     steered: bool = True
+    # What it takes to come here again: see ``resume.return_to``.
+    seed: int = -1
+    actions: list[np.ndarray] = field(default_factory=list)
+    noise: list[Tensor] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
 
 
 class Collector:
@@ -105,9 +113,12 @@ class Collector:
         bootstrap_at_time_limit: whether what follows a time limit has a value.
         conditioning: store ``chunk`` and each observation's conditioning with the transitions (see
             ``decoder.ConditioningSpec``).
+        place: (rank, processes) of a run in several; their episodes have different seeds.
+        record: note what it takes to come back to the middle of the running episodes.
 
     Attributes:
         spec: of the conditioning, where that is stored.
+        lost: faults since the last ``finish``, which each lost an episode: kind, and what was said.
     """
 
     def __init__(
@@ -123,7 +134,11 @@ class Collector:
         discount_per: str = "step",
         bootstrap_at_time_limit: bool = True,
         conditioning: bool = False,
+        place: tuple[int, int] = (0, 1),
+        record: bool = False,
     ) -> None:
+        self.place, self.record = place, record
+        self.lost: list[tuple[str, str]] = []
         self.candidates = candidates
         self.discount_per, self.bootstrap_at_time_limit = discount_per, bootstrap_at_time_limit
         self._draw_candidates = prior_noise(space)
@@ -132,17 +147,21 @@ class Collector:
         self.env_steps = 0
         self.seconds = {"denoise": 0.0, "env_wait": 0.0}
         self._envs = list(range(vec.num_envs))
-        self._seeds: list[Iterator[int]] = [_count(seed + i, vec.num_envs) for i in self._envs]
-        self._next_seed = {i: next(self._seeds[i]) for i in self._envs}
-        self._generators = [torch.Generator().manual_seed(seed + i) for i in self._envs]
+        self.seed, first = seed, seed + place[0] * vec.num_envs
+        self._next_seed = {i: first + i for i in self._envs}
+        self._generators = [torch.Generator().manual_seed(first + i) for i in self._envs]
         self._accumulators = [NStepAccumulator(n_step) for _ in self._envs]
         # Asked when an episode starts: whether the learner's policy acts in it.
         self.assign: Callable[[], bool] = lambda: True
         self._running = [_Running() for _ in self._envs]
         for i in self._envs:
             runner.forget(i)
-        observations = vec.reset(self._take_seeds(self._envs))
+        taken = self._take_seeds(self._envs)
+        observations = vec.reset(taken)
         self._observe([observations[i] for i in self._envs])
+        for i in self._envs:
+            self._running[i].seed = taken[i]
+            self._note_observation(i, observations[i])
         self.feature_dim = self._features.shape[1]
         self.spec = ConditioningSpec.of(runner.adapter, self._conditioning) if conditioning else None
         self._u: np.ndarray | None = None
@@ -155,8 +174,12 @@ class Collector:
     def _take_seeds(self, envs: list[int]) -> dict[int, int]:
         taken = {i: self._next_seed[i] for i in envs}
         for i in envs:
-            self._next_seed[i] = next(self._seeds[i])
+            self._next_seed[i] += self.vec.num_envs * self.place[1]
         return taken
+
+    def _note_observation(self, i: int, observation: RawObservation) -> None:
+        if self.record:
+            self._running[i].digests.append(digest(observation))
 
     def _observe(self, observations: list) -> None:
         self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
@@ -193,6 +216,9 @@ class Collector:
             self._start(chunks, started)
             return
         actions = self.runner.decode(self._conditioning, noise, self._envs)
+        if self.record and self.runner.adapter.remembers:
+            for i in self._envs:
+                self._running[i].noise.append(noise[i].clone())
         self._lengths = [len(actions[i]) for i in self._envs]
         self._send(actions, started)
 
@@ -221,6 +247,9 @@ class Collector:
 
     def _send(self, actions: Any, started: float) -> None:
         self.seconds["denoise"] += time.perf_counter() - started
+        if self.record:
+            for i in self._envs:
+                self._running[i].actions.append(np.array(actions[i]))
         started = time.perf_counter()  # without workers, sending is stepping
         self.vec.send({i: actions[i] for i in self._envs}, dict(self._next_seed))
         self.seconds["env_wait"] += time.perf_counter() - started
@@ -234,7 +263,10 @@ class Collector:
         before, proposed_before = self._features.numpy(), self._candidates
         conditioned_before = self._conditioning
         ended = [i for i in self._envs if results[i].ended]
-        self._take_seeds(ended)
+        lost = [i for i in self._envs if results[i].lost]
+        taken = self._take_seeds([*ended, *lost])
+        for i in lost:
+            self._drop(i, *results[i].lost)
         finals: dict[int, np.ndarray] = {}
         final_extra: dict[int, dict[str, np.ndarray]] = {}
         if ended:
@@ -254,6 +286,8 @@ class Collector:
         episodes: list[Episode] = []
         for i in self._envs:
             result = results[i]
+            if result.lost:
+                continue
             final = result.terminated or (result.ended and not self.bootstrap_at_time_limit)
             reward, discount = chunk_return(
                 step_rewards(result, self.reward), self.gamma, final, self.discount_per
@@ -278,8 +312,18 @@ class Collector:
             if result.ended:
                 episodes.append(self._close_episode(i, result))
             self.env_steps += result.steps
+        for i in self._envs:
+            self._running[i].seed = taken.get(i, self._running[i].seed)
+            self._note_observation(i, results[i].observation)
         self.seconds["denoise"] += time.perf_counter() - started
         return transitions, episodes
+
+    def _drop(self, i: int, kind: str, message: str) -> None:
+        """Forget an episode that was lost, with what it had begun to tell."""
+        self.lost.append((kind, message))
+        self.runner.forget(i)
+        self._accumulators[i].clear()
+        self._running[i] = _Running(steered=self.assign())
 
     def _note(
         self, i: int, features: np.ndarray, reward: float, discount: float, result: ChunkResult
@@ -304,6 +348,7 @@ class Collector:
             rewards=np.asarray(running.rewards),
             discounts=np.asarray(running.discounts),
             steered=running.steered,
+            task=self.vec.task_names[i],
         )
 
 
@@ -323,8 +368,27 @@ class SuccessWindow:
     def __len__(self) -> int:
         return len(self._recent)
 
+    def state_dict(self) -> list[bool]:
+        return list(self._recent)
 
-def _count(start: int, step: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += step
+    def load_state_dict(self, state: list[bool]) -> None:
+        self._recent.clear()
+        self._recent.extend(state)
+
+
+def digest(observation: RawObservation) -> str:
+    """A short hash of an observation history."""
+    found = hashlib.blake2b(digest_size=16)
+
+    def take(value: Any) -> None:
+        for key in sorted(value):
+            found.update(key.encode())
+            if isinstance(value[key], dict):
+                take(value[key])
+            else:
+                array = np.ascontiguousarray(value[key])
+                found.update(f"{array.dtype}{array.shape}".encode())
+                found.update(array.tobytes())
+
+    take(observation)
+    return found.hexdigest()

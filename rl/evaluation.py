@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trimtab.policies.sources import NoiseSource
+from trimtab.rl.distributed import World
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import Encoded, PolicyRunner
 from trimtab.rl.statistics import wilson_interval
@@ -115,6 +116,41 @@ def evaluate(
     return Evaluation([int(s) for s in seeds], successes, steps, frames)
 
 
+def evaluate_together(
+    world: World,
+    runner: PolicyRunner,
+    vec: ChunkVectorEnv,
+    source: NoiseSource | Sequence[NoiseSource],
+    seeds: Sequence[int],
+    label: str = "evaluation",
+    progress: bool = True,
+) -> Evaluation:
+    """``evaluate``, each process running every so many-th episode; all of them get the whole outcome.
+
+    What happens in an episode does not depend on the process that runs it.
+    """
+    if world.size == 1:
+        return evaluate(runner, vec, source, seeds, label, progress=progress)
+    mine = list(range(world.rank, len(seeds), world.size))
+    sources = source if callable(source) else [source[k] for k in mine]
+    here = evaluate(runner, vec, sources, [seeds[k] for k in mine], label, (), progress and world.main)
+    successes, steps = np.zeros(len(seeds), dtype=bool), np.zeros(len(seeds), dtype=np.int64)
+    for places, won, taken in world.gather((mine, here.successes, here.steps)):
+        successes[places], steps[places] = won, taken
+    return Evaluation([int(s) for s in seeds], successes, steps)
+
+
+def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The episodes of several evaluations as one."""
+    if len(evaluations) == 1:
+        return evaluations[0]
+    return Evaluation(
+        [seed for one in evaluations for seed in one.seeds],
+        np.concatenate([one.successes for one in evaluations]),
+        np.concatenate([one.steps for one in evaluations]),
+    )
+
+
 def _choose(runner: PolicyRunner, conditioning: Encoded, prior: Tensor, sources: list[NoiseSource]) -> Tensor:
     """Ask each row's source for its noise, one call per distinct source."""
     features = runner.features(conditioning)
@@ -133,6 +169,7 @@ def best_constant(
     seeds: Sequence[int],
     seed: int,
     progress: bool = True,
+    run: Callable[..., Evaluation] = evaluate,
 ) -> tuple[Tensor, list[float]]:
     """The best of ``candidates`` random constant noises on ``seeds``.
 
@@ -143,13 +180,14 @@ def best_constant(
         candidates: how many to draw from the prior.
         seeds: selection episodes of each candidate; evaluate the winner on others.
         seed: seeds the draw.
+        run: evaluates; ``evaluate``, or what does so in several processes.
 
     Returns:
         (the winning noise, success rate of every candidate on ``seeds``)
     """
     noises = runner.prior(candidates, torch.Generator().manual_seed(seed))
     sources = [make_source(noise) for noise in noises]
-    outcome = evaluate(
+    outcome = run(
         runner,
         vec,
         [source for source in sources for _ in seeds],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 
 import numpy as np
@@ -27,6 +28,9 @@ class ReplayBuffer:
         extra: shapes of what ``Transition.extra`` holds, by name; anything else in it is not kept.
         precise: names in ``extra`` that are kept as float32.
         pixels: how many entries at the end of an observation are pixels (``policies/observe.py``).
+
+    Attributes:
+        added: transitions ever added; the n-th lies in row ``n % capacity``.
     """
 
     def __init__(
@@ -42,23 +46,18 @@ class ReplayBuffer:
     ) -> None:
         self.capacity = capacity
         self.size = 0
+        self.added = 0
         self._next = 0
         self._device = torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
         self._vector = feature_dim - pixels
         self._frames = FrameStore(pixels) if pixels else None
         self._slots = torch.zeros(capacity, 2, dtype=torch.long)  # frames of the state and of the one after
-        self._data: Batch = {
-            "features": torch.zeros(capacity, self._vector),
-            "u": torch.zeros(capacity, action_dim),
-            "reward": torch.zeros(capacity),
-            "discount": torch.zeros(capacity),
-            "next_features": torch.zeros(capacity, self._vector),
-        }
         self._extra = list(extra or {})
-        for name, shape in (extra or {}).items():
-            dtype = torch.float32 if name in precise else torch.float16
-            self._data[name] = torch.zeros(capacity, *shape, dtype=dtype)
+        self._data: Batch = {
+            name: torch.zeros(capacity, *shape, dtype=dtype)
+            for name, (shape, dtype) in layout(self._vector, action_dim, extra, precise).items()
+        }
 
     def __len__(self) -> int:
         return self.size
@@ -81,16 +80,22 @@ class ReplayBuffer:
             self._data[name][self._next] = value
         if self._frames is not None:
             self._add_frames(self._frames, [getattr(transition, name) for name in OBSERVED])
-        self._next = (self._next + 1) % self.capacity
+        self.added += 1
+        self._next = self.added % self.capacity
         self.size = min(self.size + 1, self.capacity)
 
     def _add_frames(self, frames: FrameStore, observations: list[np.ndarray]) -> None:
         if self.size == self.capacity:
             for slot in self._slots[self._next].tolist():
                 frames.release(slot)
-        for column, observation in enumerate(observations):
-            slot = frames.put(np.asarray(observation[self._vector :]).astype(np.uint8))
-            self._slots[self._next, column] = slot
+        self._refer(
+            frames, self._next, [np.asarray(seen[self._vector :]).astype(np.uint8) for seen in observations]
+        )
+
+    def _refer(self, frames: FrameStore, row: int, pixels: list[np.ndarray]) -> None:
+        """Let ``row`` refer to the frames of its state and of the one after."""
+        for column, frame in enumerate(pixels):
+            self._slots[row, column] = frames.put(frame)
 
     def sample(self, batch_size: int) -> Batch:
         """Draw ``batch_size`` transitions uniformly, with replacement."""
@@ -106,3 +111,74 @@ class ReplayBuffer:
     def all_features(self) -> Tensor:
         """The stored features (size, d), without pixels."""
         return self._data["features"][: self.size]
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """The transitions from the ``start``-th to before the ``stop``-th ever added, as they are stored."""
+        index = torch.arange(start, stop) % self.capacity
+        rows = {name: value[index] for name, value in self._data.items()}
+        if self._frames is not None:  # (rows, 2, pixels): a frame that two transitions share is written twice
+            rows["pixels"] = self._frames[self._slots[index]]
+        return rows
+
+    def put(self, start: int, rows: Batch) -> None:
+        """Take up ``rows`` as the transitions from the ``start``-th on, after a checkpoint.
+
+        Raises:
+            ValueError: they are not what this replay stores.
+        """
+        count = len(next(iter(rows.values())))
+        for name, value in self._data.items():
+            if name not in rows or rows[name].shape[1:] != value.shape[1:] or rows[name].dtype != value.dtype:
+                raise ValueError(f"the replay of the checkpoint has another '{name}' than this run stores")
+            kept = rows[name][-self.capacity :]
+            value[torch.arange(start + count - len(kept), start + count) % self.capacity] = kept
+        if self._frames is not None:
+            self._put_frames(self._frames, start + count, rows)
+        self.added = start + count
+        self._next, self.size = self.added % self.capacity, min(self.size + count, self.capacity)
+
+    def _put_frames(self, frames: FrameStore, stop: int, rows: Batch) -> None:
+        if "pixels" not in rows or rows["pixels"].shape[1:] != (2, frames.pixels.shape[1]):
+            raise ValueError("the replay of the checkpoint has other 'pixels' than this run stores")
+        kept = rows["pixels"][-self.capacity :]
+        for number, pixels in enumerate(kept.numpy(), stop - len(kept)):
+            row = number % self.capacity
+            if row < self.size:
+                for slot in self._slots[row].tolist():
+                    frames.release(slot)
+            self._refer(frames, row, list(pixels))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All but the transitions: the state of the sampling."""
+        return {"generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._generator.set_state(state["generator"])
+
+
+def layout(
+    feature_dim: int, action_dim: int, extra: dict[str, tuple[int, ...]] | None, precise: Container[str]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each entry of a stored transition, by name; arguments as for ``ReplayBuffer``."""
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "features": ((feature_dim,), torch.float32),
+        "u": ((action_dim,), torch.float32),
+        "reward": ((), torch.float32),
+        "discount": ((), torch.float32),
+        "next_features": ((feature_dim,), torch.float32),
+    }
+    for name, shape in (extra or {}).items():
+        found[name] = shape, torch.float32 if name in precise else torch.float16
+    return found
+
+
+def transition_bytes(
+    feature_dim: int,
+    action_dim: int,
+    extra: dict[str, tuple[int, ...]] | None,
+    precise: Container[str],
+    pixels: int = 0,
+) -> int:
+    """Memory of one stored transition; arguments as for ``ReplayBuffer``. Pixels count once (``frames``)."""
+    entries = layout(feature_dim - pixels, action_dim, extra, precise).values()
+    return pixels + sum(math.prod(shape) * dtype.itemsize for shape, dtype in entries)

@@ -99,6 +99,17 @@ class NStepAccumulator:
         self.n = n
         self._pending: deque[tuple[np.ndarray, np.ndarray, float, float, dict]] = deque()
 
+    def clear(self) -> None:
+        """Forget what is pending."""
+        self._pending.clear()
+
+    def state_dict(self) -> list[tuple]:
+        """What is pending."""
+        return list(self._pending)
+
+    def load_state_dict(self, state: list) -> None:
+        self._pending = deque(tuple(item) for item in state)
+
     def add(
         self,
         features: np.ndarray,

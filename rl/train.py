@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -14,17 +16,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trimtab.adapters import UserError
+from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.sources import prior_noise, steered_noise
 from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig
+from trimtab.rl.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
 from trimtab.rl.decoder import ConditioningSpec, Decoder
 from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.demonstrations import Demonstrations, TransitionMaker
 from trimtab.rl.diagnostics import calibration
+from trimtab.rl.distributed import StepGuard, World
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.faults import KINDS, FaultLog, FaultsConfig, Stopped, StopSignals
 from trimtab.rl.gate import Gate, GateConfig
+from trimtab.rl.memory import check_replay
 from trimtab.rl.replay import Batch, ReplayBuffer
+from trimtab.rl.resume import load_trainer, trainer_state
 from trimtab.rl.returns import REWARDS, value_bounds
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.warm_start import begin_at, read_constant
@@ -35,7 +43,7 @@ WINDOW = 50  # episodes in the running success rate
 
 @dataclass
 class TrainConfig:
-    """Budget and pace of a steering run."""
+    """Budget and pace of a steering run; steps, transitions and capacities are those of all processes."""
 
     # Environment steps to collect.
     env_steps: int = 20_000
@@ -43,7 +51,8 @@ class TrainConfig:
     warmup_transitions: int = 800
     # Transitions in the replay before the first update.
     first_update: int = 256
-    # Gradient steps per collected transition (one transition per executed chunk).
+    # Gradient steps per collected transition (one transition per executed chunk); of several processes, per
+    # transition of each, for each brings a batch of its own to every step.
     updates_per_transition: float = 2.0
     # Whether those of the transitions before the first update are made up for at once.
     catch_up: bool = True
@@ -56,6 +65,8 @@ class TrainConfig:
     gate: GateConfig = field(default_factory=GateConfig)
     # Environment steps between two lines of metrics.jsonl.
     log_every: int = 500
+    # Largest norm of an optimiser's gradients; default: they are not clipped.
+    clip_norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.reward not in REWARDS:
@@ -71,13 +82,15 @@ class TrainConfig:
             raise UserError(
                 "--train.warmup_transitions", f"cannot be negative, got {self.warmup_transitions}"
             )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError("--train.clip_norm", f"must be positive, got {self.clip_norm}")
         if self.replay_capacity < self.first_update:
             raise UserError("--train.replay_capacity", f"cannot be below first_update={self.first_update}")
 
 
 @dataclass
 class Trainer:
-    """One steering run.
+    """One steering run; one of several processes' share of it, where there are several.
 
     Attributes:
         runner: the frozen policy with the environment's processors.
@@ -88,6 +101,9 @@ class Trainer:
         on_metrics: called with each line of metrics.
         on_step: called after each chunk with the episodes that ended in it.
         demos: demonstrations that join the replay, if any.
+        checkpoints: where to keep what it takes to go on, if anywhere.
+        faults_config: how much may go wrong.
+        stop: signals that end the run.
     """
 
     runner: PolicyRunner
@@ -101,9 +117,15 @@ class Trainer:
     progress: bool = True
     on_step: Callable[[list[Episode]], None] = lambda episodes: None
     demos: DemosConfig = field(default_factory=DemosConfig)
+    checkpoints: Checkpoints | None = None
+    faults_config: FaultsConfig = field(default_factory=FaultsConfig)
+    stop: StopSignals = field(default_factory=StopSignals)
 
     def __post_init__(self) -> None:
         self.demos.check(self.rl)
+        self.world = World(self.accelerator)
+        rank, size = self.world.rank, self.world.size
+        self.progress = self.progress and self.world.main
         torch.manual_seed(self.seed)
         self.space = self.noise.build(self.runner.adapter.noise_spec)
         self.collector = Collector(
@@ -118,8 +140,10 @@ class Trainer:
             discount_per=self.rl.discount_per,
             bootstrap_at_time_limit=self.rl.bootstrap_at_time_limit,
             conditioning="conditioning" in self.rl.replayed,
+            place=(rank, size),
+            record=self.checkpoints is not None,
         )
-        self.gate = Gate(self.train.gate, self.seed)
+        self.gate = Gate(self.train.gate, self.seed + rank)
         if self.train.gate.enabled:
             self.collector.assign = lambda: self.updates > 0 and self.gate()
             self.collector.unsteer()
@@ -139,32 +163,53 @@ class Trainer:
         if spec:
             spec.check_memory(self.train.replay_capacity, self.rl.conditioning_limit)
             self.algorithm.decode = Decoder(self.runner.adapter, self.space, spec)
-        stored = {
+        kept = {
             "feature_dim": feature_dim,
             "action_dim": self.space.dim,
-            "seed": self.seed,
-            "device": self.accelerator.device,
             "extra": replay_extra(self.rl, steps * action_dim, self.space.dim, spec),
             "precise": spec.replayed if spec else (),
             "pixels": pixels,
         }
-        self.replay = ReplayBuffer(self.train.replay_capacity, **stored)
+        check_replay(self.train.replay_capacity, **kept)
+        stored = kept | {"seed": self.seed + rank, "device": self.accelerator.device}
+        self.replay = ReplayBuffer(-(-self.train.replay_capacity // size), **stored)
         self.demonstrations = self._demonstrate(stored) if self.demos.enabled else None
+        self.untrained: NoiseActor | None = None
         if self.train.warm_start:
             noise = read_constant(self.train.warm_start, self.runner.adapter.noise_spec)
             begin_at(self.algorithm.actor, noise)
-        self.transitions = self.episodes = self.updates = 0
-        self._owed = 0.0
-        self._window = SuccessWindow(WINDOW)
-        self._recent: deque[Episode] = deque(maxlen=20)
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._update_seconds = 0.0
+            # The untrained actor as it is now: it goes on to learn while this acts.
+            self.untrained = copy.deepcopy(self.algorithm.actor)
+        self.world.share(self.algorithm)
+        self.guard = StepGuard(self.world, self.train.clip_norm)
+        self.guard.attach(self.algorithm)
+        if rank:
+            torch.manual_seed(self.seed + 1_000_003 * rank)  # from here on, each draws its own
+        self.env_steps = self.transitions = self.episodes = self.updates = self.dropped = 0
+        self.faults = FaultLog()
+        self.tasks = list(dict.fromkeys(self.vec.task_names))
+        self.windows = {"": SuccessWindow(WINDOW)}
+        if len(self.tasks) > 1:
+            self.windows |= {task: SuccessWindow(WINDOW) for task in self.tasks}
+        self.recent: deque[Episode] = deque(maxlen=20)
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, Tensor] = {}
+        self.update_seconds = self.seconds = 0.0
+        self._owed, self._logged = 0.0, 0
+        self._ready = self._stopping = False
+        self._warming = True
 
-    @property
-    def env_steps(self) -> int:
-        """Environment steps collected so far."""
-        return self.collector.env_steps
+    def resume(self, checkpoint: Checkpoint) -> list[str]:
+        """Go on where ``checkpoint`` was written; returns lines about what could not be as it was.
+
+        Raises:
+            UserError: it does not fit this run.
+        """
+        notes = load_trainer(self, checkpoint)
+        self._ready = self.world.all(len(self.replay) > 0)
+        if self.checkpoints:
+            self.checkpoints.go_on(checkpoint, self.replay)
+        return notes
 
     def _demonstrate(self, stored: dict[str, Any]) -> Demonstrations:
         """Turn the demonstrations into transitions, as ``stored`` in the replay."""
@@ -180,62 +225,99 @@ class Trainer:
         return found
 
     def run(self) -> Algorithm:
-        """Collect ``env_steps`` environment steps, learning meanwhile; return the trained algorithm."""
-        warmup, actor = prior_noise(self.space), steered_noise(self.algorithm.actor)
-        if self.train.warm_start:  # the untrained actor as it is now: it goes on to learn while this acts
-            warmup = steered_noise(copy.deepcopy(self.algorithm.actor))
+        """Collect ``env_steps`` environment steps, learning meanwhile; return the trained algorithm.
+
+        Raises:
+            Stopped: a signal ended it, after a checkpoint.
+            UserError: more faults than the limit, after a checkpoint; or the checkpoint cannot be written.
+        """
+        warmup = prior_noise(self.space) if self.untrained is None else steered_noise(self.untrained)
+        actor = steered_noise(self.algorithm.actor)
         bar = tqdm(
             total=self.train.env_steps,
+            initial=min(self.env_steps, self.train.env_steps),
             desc="steering",
             unit="step",
             dynamic_ncols=True,
             disable=not self.progress,
         )
-        started, logged, warming = time.perf_counter(), 0, True
-        while self.collector.env_steps < self.train.env_steps:
+        started = time.perf_counter() - self.seconds
+        while self.env_steps < self.train.env_steps:
             warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
+            self._warming = warming
             if self.algorithm.selects:
                 self.collector.begin_among(None if warming or not self.updates else self.algorithm.select)
             else:
                 self.collector.begin(warmup if warming else actor, warmup)
             self._learn()
+            before = self.collector.env_steps
             transitions, episodes = self.collector.finish()
-            self._store(transitions, episodes)
+            self._store(transitions, episodes, self.collector.env_steps - before)
             self.on_step(episodes)
-            bar.update(min(self.collector.env_steps, self.train.env_steps) - bar.n)
+            self.seconds = time.perf_counter() - started
+            bar.update(min(self.env_steps, self.train.env_steps) - bar.n)
             if episodes:
-                phase = "untrained actor" if warming else "steered"
-                bar.set_postfix_str(f"success {self._window.rate:.2f} (last {len(self._window)}), {phase}")
-            if self.collector.env_steps - logged >= self.train.log_every:
-                logged = self.collector.env_steps
-                self.on_metrics(self._metrics(time.perf_counter() - started, warming))
-        self.on_metrics(self._metrics(time.perf_counter() - started, warming))
+                phase, window = "untrained actor" if warming else "steered", self.windows[""]
+                bar.set_postfix_str(f"success {window.rate:.2f} (last {len(window)}), {phase}")
+            if self.env_steps - self._logged >= self.train.log_every:
+                self._log()
+            self._keep()
+        if self._logged != self.env_steps:
+            self._log()
         bar.close()
         if not self.updates:
             raise UserError(
                 "--train.env_steps",
-                f"{self.train.env_steps} steps gave {len(self.replay)} transitions, learning starts at "
+                f"{self.train.env_steps} steps gave {self.transitions} transitions, learning starts at "
                 f"{self.train.first_update}; raise it, or lower --train.first_update",
             )
+        self._save()
         return self.algorithm
+
+    def _log(self) -> None:
+        self._logged = self.env_steps
+        line = self._metrics(self.seconds)
+        if self.world.main:
+            self.on_metrics(line)
+
+    def _keep(self) -> None:
+        """Write a checkpoint where one is due, or the run has to end; all processes do so together."""
+        too_many = self.faults.total > self.faults_config.limit
+        if self.checkpoints and (too_many or self._stopping or self.checkpoints.due(self.env_steps)):
+            self._save()
+        if too_many:
+            option, _, message = (self.faults.last or "--faults.limit: on another process").partition(": ")
+            raise UserError(
+                option,
+                f"{message}; stopped after {self.faults.total} faults ({self.faults}), more than "
+                f"--faults.limit={self.faults_config.limit}",
+            )
+        if self._stopping:
+            raise Stopped(self.stop.name or "a signal to another process", self.env_steps)
+
+    def _save(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.save(self.env_steps, *trainer_state(self), self.replay)
 
     def _learn(self) -> None:
         """Pay the gradient steps owed for the transitions collected so far."""
-        if len(self.replay) < self.train.first_update:
+        if self.transitions < self.train.first_update or not self._ready:
             return
         if self.updates == 0:
-            features = [self.replay.all_features()]
+            features = [self.world.rows(self.replay.all_features())]
             features += [self.demonstrations.all_features()] if self.demonstrations else []
             self.algorithm.fit_normalizer(torch.cat(features))
         started = time.perf_counter()
         while self._owed >= 1.0:
-            metrics = self.algorithm.update(self._batch())
-            for name, value in metrics.items():
-                self._sums[name] = self._sums.get(name, 0.0) + value
-                self._counts[name] = self._counts.get(name, 0) + 1
+            for name, value in self.algorithm.update(self._batch()).items():
+                # A step that is left out for NaN or Inf leaves its figures out, too.
+                finite = torch.isfinite(value)
+                held = torch.where(finite, value, torch.zeros_like(value))
+                self.sums[name] = self.sums.get(name, 0.0) + held
+                self.counts[name] = self.counts.get(name, 0) + finite.int()
             self.updates += 1
             self._owed -= 1.0
-        self._update_seconds += time.perf_counter() - started
+        self.update_seconds += time.perf_counter() - started
 
     def _batch(self) -> Batch:
         """A batch of the replay, mixed with demonstrations where there are any."""
@@ -243,46 +325,97 @@ class Trainer:
             return self.replay.sample(self.rl.batch_size)
         return self.demonstrations.mix(self.replay, self.rl.batch_size, self.env_steps / self.train.env_steps)
 
-    def _store(self, transitions: list, episodes: list[Episode]) -> None:
+    def _store(self, transitions: list, episodes: list[Episode], steps: int) -> None:
+        """Take up what a chunk has brought, here and on the other processes."""
+        stored = 0
         for transition in transitions:
-            self.replay.add(transition)
-        self.transitions += len(transitions)
-        if self.train.catch_up or len(self.replay) > self.train.first_update:
-            self._owed += len(transitions) * self.train.updates_per_transition
-        for episode in episodes:
-            self._window.add(episode.success)
-            self._recent.append(episode)
-            self.gate.add(episode.steered, episode.success)
+            try:
+                self.replay.add(transition)
+                stored += 1
+            except ValueError as error:
+                self.faults.add("transition", f"--policy.path: {error}")
+        for fault in self.collector.lost:
+            self.faults.add(*fault)
+        skipped = int(self.guard.skipped)
+        if skipped:
+            self.guard.skipped.zero_()
+            # Every process leaves the same steps out.
+            count = skipped if self.world.main else 0
+            self.faults.add("loss", "--rl.learning_rate: NaN or Inf in a gradient; lower it", count)
+        outcomes = [(self.tasks.index(e.task) if e.task else 0, e.steered, e.success) for e in episodes]
+        told = [stored, steps, len(self.collector.lost), self.stop(), not len(self.replay)]
+        numbers = self.world.sum(
+            [*map(float, told), *self.faults.take(), *count_outcomes(outcomes, self.tasks)]
+        )
+        self.collector.lost = []
+        if self.world.size > 1:
+            outcomes = list_outcomes(numbers[len(told) + len(KINDS) :])
+        self.faults.put(numbers[len(told) : len(told) + len(KINDS)])
+        added = int(numbers[0])
+        self.transitions += added
+        self.env_steps += int(numbers[1])
+        self.dropped += int(numbers[2])
+        self._stopping, self._ready = numbers[3] > 0, numbers[4] == 0
+        if self.train.catch_up or self.transitions > self.train.first_update:
+            self._owed += added * self.train.updates_per_transition / self.world.size
+        self.recent.extend(episodes)
+        for task, steered, success in outcomes:
+            self.windows[""].add(success)
+            if len(self.tasks) > 1:
+                self.windows[self.tasks[task]].add(success)
+            self.gate.add(steered, success)
             self.episodes += 1
 
-    def _metrics(self, elapsed: float, warming: bool) -> dict[str, Any]:
+    def _metrics(self, elapsed: float) -> dict[str, Any]:
         line: dict[str, Any] = {
-            "env_steps": self.collector.env_steps,
+            "env_steps": self.env_steps,
             "episodes": self.episodes,
             "transitions": self.transitions,
             "updates": self.updates,
-            "success_rate": self._window.rate,
-            "success_window": len(self._window),
-            "acting": "untrained" if warming else "actor",
+            "success_rate": self.windows[""].rate,
+            "success_window": len(self.windows[""]),
+            "acting": "untrained" if self._warming else "actor",
         }
+        line |= {f"success_rate/{task}": window.rate for task, window in self.windows.items() if task}
         if self.demonstrations is not None:
             line["demo_share"] = self.demonstrations.share(self.env_steps / self.train.env_steps)
         if self.train.gate.enabled:
             line["gate_share"] = self.gate.share if self.updates else 0.0
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        for name, value in means.items():
-            if value != value or value in (float("inf"), float("-inf")):
-                raise UserError(
-                    "--rl.learning_rate",
-                    f"{name} became {value} after {self.updates} updates; no artefact was written; lower it",
-                )
-        line |= means
-        self._sums, self._counts = {}, {}
-        line |= calibration(self.algorithm, list(self._recent)) if self.updates else {}
-        seconds = {**self.collector.seconds, "update": self._update_seconds}
+        if self.faults.total:
+            line |= {"faults": self.faults.total, "episodes_dropped": self.dropped}
+        line |= self._means()
+        line |= calibration(self.algorithm, list(self.recent)) if self.updates and self.world.main else {}
+        seconds = {**self.collector.seconds, "update": self.update_seconds}
+        if self.world.size > 1:
+            seconds["processes_wait"] = self.world.waited
         line |= {f"seconds_{name}": round(value, 3) for name, value in seconds.items()}
         line["seconds_total"] = round(elapsed, 3)
         return line
+
+    def _means(self) -> dict[str, float]:
+        """What the updates since the last line reported, averaged over them and the processes."""
+        names = sorted(self.sums) if self.world.size > 1 else list(self.sums)
+        numbers = [float(self.sums[name]) for name in names] + [float(self.counts[name]) for name in names]
+        numbers = self.world.sum(numbers)
+        self.sums, self.counts = {}, {}
+        pairs = zip(names, numbers[: len(names)], numbers[len(names) :], strict=True)
+        return {name: total / count for name, total, count in pairs if count}
+
+
+def count_outcomes(outcomes: list[tuple[int, bool, bool]], tasks: list[str]) -> list[float]:
+    """How many episodes ended so, by task, steered or not, success or not: what processes can add up."""
+    counts = [0.0] * (4 * len(tasks))
+    for task, steered, success in outcomes:
+        counts[4 * task + 2 * steered + success] += 1.0
+    return counts
+
+
+def list_outcomes(counts: list[float]) -> list[tuple[int, bool, bool]]:
+    """The inverse of ``count_outcomes``, in an order of its own."""
+    found = []
+    for index, count in enumerate(counts):
+        found += [(index // 4, bool(index // 2 % 2), bool(index % 2))] * int(count)
+    return found
 
 
 def replay_extra(
@@ -308,3 +441,16 @@ def replay_extra(
 def training_seed(seed: int) -> int:
     """First environment seed of a run: far from those of evaluation, demonstration and other runs."""
     return 100_000_000 + seed * 100_000
+
+
+def main(args: list[str]) -> int:
+    """Run ``trimtab adapt``: ``accelerate launch -m trimtab.rl.train`` is the same program.
+
+    It is looked up as the installed command, for this layer knows nothing of recipes.
+    """
+    (command,) = entry_points(group="console_scripts", name="trimtab")
+    return command.load()(["adapt", *args])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

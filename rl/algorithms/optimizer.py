@@ -43,6 +43,7 @@ class FusedAdam(torch.optim.Adam):
         for group, grads, gathered in zip(self.param_groups, gradients, self._gathered, strict=True):
             count, steps, averages, squares = gathered
             count.add_(1.0)
+            broken = getattr(self, "found_inf", None)  # 1 leaves the step out, see ``distributed.StepGuard``
             torch._fused_adam_(
                 group["params"],
                 grads,
@@ -57,7 +58,10 @@ class FusedAdam(torch.optim.Adam):
                 eps=group["eps"],
                 amsgrad=False,
                 maximize=False,
+                found_inf=broken,
             )
+            if broken is not None:
+                count.sub_(broken)
         return None
 
     def _gather(self, group: dict[str, Any]) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:

@@ -15,6 +15,19 @@ from trimtab.adapters.errors import UserError
 RawObservation = dict[str, Any]
 
 
+class NotFinite(UserError):
+    """NaN or Inf where none may be.
+
+    Args:
+        kind: ``chunk``, ``observation`` or ``reward``.
+        option, message: as for ``UserError``.
+    """
+
+    def __init__(self, kind: str, option: str, message: str) -> None:
+        super().__init__(option, message)
+        self.kind = kind
+
+
 @dataclass
 class ChunkResult:
     """What came of one action chunk.
@@ -30,6 +43,8 @@ class ChunkResult:
         seed: the seed that the running episode was reset with.
         frames: rendered frames of this chunk, where asked for.
         seen: (k) the raw observation before each of these steps, where asked for.
+        lost: the kind of fault that lost the episode, and what was said; the rest is then empty, but
+            for the observation of the next episode.
     """
 
     observation: RawObservation | None
@@ -41,6 +56,7 @@ class ChunkResult:
     seed: int
     frames: list[np.ndarray] = field(default_factory=list)
     seen: list[RawObservation] = field(default_factory=list)
+    lost: tuple[str, str] | None = None
 
     @property
     def ended(self) -> bool:
@@ -49,6 +65,12 @@ class ChunkResult:
     @property
     def steps(self) -> int:
         return len(self.rewards)
+
+
+def lost_episode(kind: str, message: str, observation: RawObservation | None) -> ChunkResult:
+    """The result of a chunk whose episode was lost to a fault, with the ``observation`` to go on from."""
+    empty = np.zeros(0)
+    return ChunkResult(observation, None, empty, empty.astype(bool), False, False, -1, lost=(kind, message))
 
 
 class ChunkEnv:
@@ -105,7 +127,8 @@ class ChunkEnv:
             next_seed: seed of the episode to start should this one end; ``None`` leaves it ended.
 
         Raises:
-            UserError: NaN or Inf in an action, observation or reward.
+            NotFinite: NaN or Inf in an action, observation or reward.
+            UserError: actions of another shape than the environment takes.
         """
         if not self._running:
             raise RuntimeError("step_chunk called on an episode that has ended: reset it first")
@@ -117,7 +140,8 @@ class ChunkEnv:
                 "choose the environment that the policy was trained on",
             )
         if not np.isfinite(actions).all():
-            raise UserError(
+            raise NotFinite(
+                "chunk",
                 "--policy.path",
                 "the policy produced a NaN or Inf action; its weights or statistics are broken",
             )
@@ -131,7 +155,7 @@ class ChunkEnv:
             observation, reward, terminated, truncated, info = self.env.step(action)
             check_finite(observation)
             if not np.isfinite(reward):
-                raise UserError("--env.type", f"the environment returned the reward {reward}")
+                raise NotFinite("reward", "--env.type", f"the environment returned the reward {reward}")
             self._history.append(observation)
             self._step += 1
             if self._limit is not None and self._step >= self._limit and not _is_success(info):
@@ -201,9 +225,13 @@ def stack_observations(observations: list[RawObservation]) -> RawObservation:
 
 
 def check_finite(observation: RawObservation) -> None:
-    """Raise a UserError where a floating-point entry of the observation is NaN or Inf."""
+    """Raise ``NotFinite`` where a floating-point entry of the observation is NaN or Inf."""
     for key, value in observation.items():
         if isinstance(value, dict):
             check_finite(value)
         elif np.issubdtype(np.asarray(value).dtype, np.floating) and not np.isfinite(value).all():
-            raise UserError("--env.type", f"the environment returned NaN or Inf in its observation '{key}'")
+            raise NotFinite(
+                "observation",
+                "--env.type",
+                f"the environment returned NaN or Inf in its observation '{key}'",
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import sys
 import traceback
 from typing import Any
@@ -11,8 +12,23 @@ from typing import Any
 import numpy as np
 from lerobot.envs.configs import EnvConfig
 
-from trimtab.adapters.errors import UserError
-from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, RawObservation
+from trimtab.adapters.errors import UserError, reason
+from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, NotFinite, RawObservation, lost_episode
+
+BUILDING = 5  # a simulator may take so many times longer to be built than to step a chunk
+
+
+class WorkerLost(RuntimeError):
+    """A worker process is gone or does not answer.
+
+    Args:
+        kind: ``crash`` or ``hang``.
+        message: what is known.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
@@ -35,8 +51,12 @@ def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
 class _Group:
     """The environments of one worker (or of this process)."""
 
-    def __init__(self, config: EnvConfig, indices: list[int], *options: Any) -> None:
-        self.envs = {i: ChunkEnv(make_single_env(config, i), *options) for i in indices}
+    def __init__(
+        self, config: EnvConfig, indices: list[int], task: int | None, tolerant: bool, *options: Any
+    ) -> None:
+        self._make = lambda i: ChunkEnv(make_single_env(config, i if task is None else task), *options)
+        self.tolerant = tolerant
+        self.envs = {i: self._make(i) for i in indices}
 
     def describe(self) -> dict[int, tuple[str, str]]:
         return {
@@ -52,7 +72,23 @@ class _Group:
     def step(
         self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]
     ) -> dict[int, ChunkResult]:
-        return {i: self.envs[i].step_chunk(chunk, next_seeds[i]) for i, chunk in chunks.items()}
+        return {i: self._step(i, chunk, next_seeds[i]) for i, chunk in chunks.items()}
+
+    def _step(self, i: int, chunk: np.ndarray, next_seed: int | None) -> ChunkResult:
+        if not self.tolerant:
+            return self.envs[i].step_chunk(chunk, next_seed)
+        try:
+            return self.envs[i].step_chunk(chunk, next_seed)
+        except NotFinite as error:
+            kind, message = error.kind, str(error)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a simulator raises
+            kind, message = "crash", f"--env.type: the simulator failed: {reason(error, last=True)}"
+            with contextlib.suppress(Exception):
+                self.envs[i].close()
+            self.envs[i] = self._make(i)
+        return lost_episode(kind, message, None if next_seed is None else self.envs[i].reset(next_seed))
 
     def close(self) -> None:
         for env in self.envs.values():
@@ -64,6 +100,9 @@ def _worker(connection: Any, config: EnvConfig, indices: list[int], *options: An
     """Serve one group of environments over a pipe until told to stop."""
     import torch
 
+    # A terminal and SLURM signal the whole group: the run decides when its simulators end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)  # the cores belong to the learner
     group: _Group | None = None
     try:
@@ -99,6 +138,10 @@ class ChunkVectorEnv:
         n_obs_steps: observation history that the policy looks at.
         frame_every: keep a rendered frame every so many steps, where rendering is on.
         keep_seen: return every step's observation in ``ChunkResult.seen``.
+        task: run this task of the config in every environment.
+        tolerant: an episode in which the simulator crashes or hangs, or NaN or Inf appears, is lost
+            (``ChunkResult.lost``) and the next one starts, in a new worker where need be; else an error.
+        timeout: seconds that a worker may take for an answer before it counts as hanging; 0 for any time.
     """
 
     def __init__(
@@ -109,42 +152,49 @@ class ChunkVectorEnv:
         n_obs_steps: int = 1,
         frame_every: int = 2,
         keep_seen: bool = False,
+        task: int | None = None,
+        tolerant: bool = False,
+        timeout: float = 0.0,
     ) -> None:
         self.num_envs = num_envs
+        self._tolerant, self._timeout = tolerant, timeout
+        self._arguments = (task, tolerant, n_obs_steps, frame_every, keep_seen)
+        self._config = config
         self._local: _Group | None = None
         self._workers: list[tuple[Any, Any, list[int]]] = []
         self._pending: dict[int, Any] = {}
         indices = list(range(num_envs))
         if num_workers <= 0:
-            self._local = _Group(config, indices, n_obs_steps, frame_every, keep_seen)
+            self._local = _Group(config, indices, *self._arguments)
             described = self._local.describe()
         else:
-            described = self._start(config, indices, num_workers, n_obs_steps, frame_every, keep_seen)
+            described = self._start(indices, num_workers)
         self.task_descriptions = [described[i][0] for i in indices]
         self.task_names = [described[i][1] for i in indices]
 
-    def _start(
-        self, config: EnvConfig, indices: list[int], num_workers: int, *options: Any
-    ) -> dict[int, tuple[str, str]]:
-        # A forked copy of a process that runs torch threads can deadlock: fork from a clean server.
-        context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-        if sys.platform != "win32":
-            context.set_forkserver_preload(["trimtab.rl.envs.vector", type(config).__module__])
+    def _start(self, indices: list[int], num_workers: int) -> dict[int, tuple[str, str]]:
         described: dict[int, tuple[str, str]] = {}
         for part in np.array_split(indices, min(num_workers, len(indices))):
-            ours, theirs = context.Pipe()
-            members = [int(i) for i in part]
-            process = context.Process(target=_worker, args=(theirs, config, members, *options), daemon=True)
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours, members))
+            self._workers.append(self._start_worker([int(i) for i in part]))
         try:
             for worker in self._workers:
-                described.update(self._receive_from(worker))
+                described.update(self._receive_from(worker, BUILDING))
         except BaseException:
             self.close()
             raise
         return described
+
+    def _start_worker(self, members: list[int]) -> tuple[Any, Any, list[int]]:
+        # A forked copy of a process that runs torch threads can deadlock: fork from a clean server.
+        context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+        if sys.platform != "win32":
+            context.set_forkserver_preload(["trimtab.rl.envs.vector", type(self._config).__module__])
+        ours, theirs = context.Pipe()
+        arguments = (theirs, self._config, members, *self._arguments)
+        process = context.Process(target=_worker, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        return process, ours, members
 
     def reset(
         self, seeds: dict[int, int], render: dict[int, bool] | None = None
@@ -164,7 +214,12 @@ class ChunkVectorEnv:
             return results
         merged: dict[int, Any] = {}
         for number in list(self._pending):
-            merged.update(self._receive_from(self._workers[number]))
+            try:
+                merged.update(self._receive_from(self._workers[number]))
+            except WorkerLost as lost:
+                if not self._tolerant:
+                    raise
+                merged.update(self._restart(number, lost))
             del self._pending[number]
         return dict(sorted(merged.items()))
 
@@ -177,27 +232,48 @@ class ChunkVectorEnv:
         for number, worker in enumerate(self._workers):
             mine = {i: per_env[i] for i in worker[2] if i in per_env}
             if mine:
+                beside = {i: extra[i] for i in mine if i in extra}
                 try:
-                    worker[1].send((command, (mine, {i: extra[i] for i in mine if i in extra})))
+                    worker[1].send((command, (mine, beside)))
                 except (BrokenPipeError, ConnectionResetError):
-                    self._receive_from(worker)  # raises with what the worker said last
-                self._pending[number] = True
+                    if not self._tolerant:
+                        self._receive_from(worker)  # raises with what the worker said last
+                # Should the worker be lost: the episodes to start in its place.
+                self._pending[number] = mine if command == "reset" else beside, command
 
-    def _receive_from(self, worker: tuple[Any, Any, list[int]]) -> dict[int, Any]:
+    def _receive_from(self, worker: tuple[Any, Any, list[int]], patience: float = 1.0) -> dict[int, Any]:
         process, connection, members = worker
+        name = f"the worker of environments {members[0]}-{members[-1]}"
         try:
+            if self._timeout and not connection.poll(self._timeout * patience):
+                raise WorkerLost("hang", f"{name} did not answer for {self._timeout * patience:g} s")
             status, payload = connection.recv()
         except (EOFError, ConnectionResetError):
             process.join(1)
-            raise RuntimeError(
-                f"the worker of environments {members[0]}-{members[-1]} died "
-                f"with exit code {process.exitcode}"
-            ) from None
+            raise WorkerLost("crash", f"{name} died with exit code {process.exitcode}") from None
         if status == "ok":
             return payload
         if status == "user_error":
             raise UserError(*payload)
-        raise RuntimeError(f"an environment worker failed:\n{payload}")
+        raise WorkerLost("crash", f"an environment worker failed:\n{payload}")
+
+    def _restart(self, number: int, lost: WorkerLost) -> dict[int, Any]:
+        """Start a lost worker anew, and in it the episodes that would have followed."""
+        process, connection, members = self._workers[number]
+        process.kill()
+        process.join()
+        connection.close()
+        self._workers[number] = worker = self._start_worker(members)
+        self._receive_from(worker, BUILDING)
+        seeds, command = self._pending[number]
+        seeds = {i: seed for i, seed in seeds.items() if seed is not None}
+        worker[1].send(("reset", (seeds, {})))
+        observations = self._receive_from(worker, BUILDING)
+        if command == "reset":
+            return observations
+        message = f"--env.type: {reason(lost, last=True)}"
+        pending = self._pending[number][0]
+        return {i: lost_episode(lost.kind, message, observations.get(i)) for i in pending}
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice."""
@@ -211,7 +287,7 @@ class ChunkVectorEnv:
         for process, _, _ in self._workers:
             process.join(5)
             if process.is_alive():
-                process.terminate()
+                process.kill()
         self._workers, self._pending = [], {}
 
     def __enter__(self) -> ChunkVectorEnv:

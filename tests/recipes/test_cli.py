@@ -114,7 +114,7 @@ def test_errors_about_a_real_policy(tiny_base, pusht_policy, capsys, tmp_path, m
         (["adapt", POINT, base, "--env.task=hamer"], "--env.task: Meta-World has no task 'hamer'"),
         (["eval", POINT, base, "--env.task=hammer-v3"], "this base was not trained on hammer-v3"),
         (["adapt", POINT, f"--policy.path={pusht_policy}", task, "--machine.workers=0"], "observation.state"),
-        (["adapt", POINT, base, "--env.task=drawer-close,button-press-topdown"], "one task at a time"),
+        (["eval", POINT, base, "--env.task=drawer-close,button-press-topdown"], "several tasks at once"),
         (["adapt", POINT, base, task, "--policy.device=warp"], "--policy.device: 'warp' is not usable"),
         (["eval", "--env.type=pusht", base, "--machine.workers=0"], "--env.type: the policy needs"),
     ]

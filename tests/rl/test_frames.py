@@ -91,3 +91,27 @@ def test_nan_is_kept_out_and_leaves_no_frame():
     with pytest.raises(ValueError, match="'reward'"):
         replay.add(Transition(good, np.zeros(1), float("nan"), 0.5, good))
     assert len(replay._frames) == len(replay) == 0
+
+
+def test_pixels_go_through_a_checkpoint_in_parts():
+    """The rows that a checkpoint holds fill another buffer, whose ring has wrapped, to the bit."""
+    transitions, _ = episodes(5, 8, 3)
+    one = ReplayBuffer(30, 2 + PIXELS, 1, seed=0, pixels=PIXELS)
+    for transition in transitions:
+        one.add(transition)
+    other = ReplayBuffer(30, 2 + PIXELS, 1, seed=0, pixels=PIXELS)
+    for start, stop in ((10, 25), (25, 40)):
+        other.put(start, {name: value.clone() for name, value in one.rows(start, stop).items()})
+    other.load_state_dict(one.state_dict())
+    assert len(other) == 30 and len(other._frames) == len(one._frames)
+    first, second = one.sample(64), other.sample(64)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for buffer in (one, other):  # the oldest makes room in both
+        buffer.add(transitions[0])
+    assert len(other._frames) == len(one._frames)
+    first, second = one.sample(64), other.sample(64)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    rows = one.rows(20, 30)
+    rows["pixels"] = rows["pixels"][:, :, :5]
+    with pytest.raises(ValueError, match="pixels"):
+        ReplayBuffer(30, 2 + PIXELS, 1, seed=0, pixels=PIXELS).put(20, rows)

@@ -15,7 +15,7 @@ def test_steps_and_state_are_those_of_torch():
     first = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), ())]
     second = [torch.nn.Parameter(p.detach().clone()) for p in first]
     ours, theirs = FusedAdam(first, 0.1), torch.optim.Adam(second, lr=0.1, fused=True)
-    for step in range(6):
+    for step in range(8):
         for one, other in zip(first, second):
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
@@ -23,13 +23,17 @@ def test_steps_and_state_are_those_of_torch():
             first[1].grad = second[1].grad = None
         if step == 4:  # what a checkpoint does
             ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+        for optimizer in (ours, theirs):  # a step that the guard leaves out, and steps that it lets through
+            optimizer.found_inf = torch.tensor(float(step == 6))
+        before = [one.detach().clone() for one in first]
         ours.step()
         theirs.step()
         for one, other in zip(first, second):
             assert torch.equal(one, other)
+        assert (step == 6) == all(torch.equal(one, was) for one, was in zip(first, before))
     for one, other in zip(ours.state_dict()["state"].values(), theirs.state_dict()["state"].values()):
         assert all(torch.equal(one[name], other[name]) for name in other)
-    assert [int(state["step"]) for state in ours.state_dict()["state"].values()] == [6, 5, 6]
+    assert [int(state["step"]) for state in ours.state_dict()["state"].values()] == [7, 6, 7]
     ours.zero_grad()
     assert all(p.grad is None for p in first)
 
