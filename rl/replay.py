@@ -52,7 +52,8 @@ class ReplayBuffer:
         self._generator = torch.Generator().manual_seed(seed)
         self._vector = feature_dim - pixels
         self._frames = FrameStore(pixels) if pixels else None
-        self._slots = torch.zeros(capacity, 2, dtype=torch.long)  # frames of the state and of the one after
+        # Frames of the state and of the one after; -1: none yet.
+        self._slots = torch.full((capacity, 2), -1, dtype=torch.long)
         self._extra = list(extra or {})
         self._data: Batch = {
             name: torch.zeros(capacity, *shape, dtype=dtype)
@@ -85,15 +86,15 @@ class ReplayBuffer:
         self.size = min(self.size + 1, self.capacity)
 
     def _add_frames(self, frames: FrameStore, observations: list[np.ndarray]) -> None:
-        if self.size == self.capacity:
-            for slot in self._slots[self._next].tolist():
-                frames.release(slot)
         self._refer(
             frames, self._next, [np.asarray(seen[self._vector :]).astype(np.uint8) for seen in observations]
         )
 
     def _refer(self, frames: FrameStore, row: int, pixels: list[np.ndarray]) -> None:
-        """Let ``row`` refer to the frames of its state and of the one after."""
+        """Let ``row`` refer to the frames of its state and of the one after, and no longer to others."""
+        for slot in self._slots[row].tolist():
+            if slot >= 0:
+                frames.release(slot)
         for column, frame in enumerate(pixels):
             self._slots[row, column] = frames.put(frame)
 
@@ -142,11 +143,7 @@ class ReplayBuffer:
             raise ValueError("the replay of the checkpoint has other 'pixels' than this run stores")
         kept = rows["pixels"][-self.capacity :]
         for number, pixels in enumerate(kept.numpy(), stop - len(kept)):
-            row = number % self.capacity
-            if row < self.size:
-                for slot in self._slots[row].tolist():
-                    frames.release(slot)
-            self._refer(frames, row, list(pixels))
+            self._refer(frames, number % self.capacity, list(pixels))
 
     def state_dict(self) -> dict[str, Tensor]:
         """All but the transitions: the state of the sampling."""
