@@ -92,6 +92,8 @@ def _as_sb3() -> Method:
 
 METHODS: dict[str, Method] = {
     "best_of_n": Method(BestOfNConfig(), train=_early()),
+    # Returns over ten chunks and three updates per transition: better sooner, see rl/README.md.
+    "best_of_n_long": Method(BestOfNConfig(n_step=10), train=_early(updates_per_transition=3.0)),
     "best_of_n_regression": Method(BestOfNConfig(distillation="regression"), train=_early()),
     "best_of_n_repeat": Method(BestOfNConfig(), RepeatNoiseConfig(), _early()),
     "best_of_n_gate": Method(BestOfNConfig(), train=_early(gate=GateConfig(enabled=True))),
