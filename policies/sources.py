@@ -63,10 +63,10 @@ def steered_noise(
 
 
 def candidate_noise(
-    space: NoiseSpace, actor: NoiseActor | None = None, deterministic: bool = False
+    space: NoiseSpace, actor: NoiseActor | None = None, deterministic: bool = False, proposed: int = 1
 ) -> Callable[[Tensor | None, Tensor], Tensor]:
-    """K noises for each observation, to choose among: what an untrained actor draws, the first of them the
-    actor's own choice where there is one.
+    """K noises for each observation, to choose among: what an untrained actor draws, and the first
+    ``proposed`` of them the actor's own choice where there is one.
 
     Its source takes and returns (B, K, *spec.shape), one fresh draw for each candidate.
     """
@@ -76,8 +76,9 @@ def candidate_noise(
         noise = drawn(None, prior.flatten(0, 1)).unflatten(0, tuple(prior.shape[:2]))
         if actor is None:
             return noise
-        own = steered_noise(actor, deterministic)(features, prior[:, 0])
-        return torch.cat([own.unsqueeze(1), noise[:, 1:]], 1)
+        seen, draws = features.repeat_interleave(proposed, 0), prior[:, :proposed].flatten(0, 1)
+        own = steered_noise(actor, deterministic)(seen, draws).unflatten(0, (len(prior), proposed))
+        return torch.cat([own, noise[:, proposed:]], 1)
 
     return source
 

@@ -109,6 +109,7 @@ class Collector:
         candidates: noises that are decoded for every observation beside the one that acts; they share its
             encoding. What they become is stored with the transitions: ``chunk``, ``candidates`` (K, A) and
             ``candidates_u`` (K, dim), A = steps * action_dim.
+        proposed: how many of them ``proposer`` chooses, once there is one.
         discount_per: ``step`` or ``chunk`` (see ``returns.chunk_return``).
         bootstrap_at_time_limit: whether what follows a time limit has a value.
         conditioning: store ``chunk`` and each observation's conditioning with the transitions (see
@@ -131,6 +132,7 @@ class Collector:
         reward: str,
         seed: int,
         candidates: int = 0,
+        proposed: int = 0,
         discount_per: str = "step",
         bootstrap_at_time_limit: bool = True,
         conditioning: bool = False,
@@ -142,6 +144,10 @@ class Collector:
         self.candidates = candidates
         self.discount_per, self.bootstrap_at_time_limit = discount_per, bootstrap_at_time_limit
         self._draw_candidates = prior_noise(space)
+        # Who chooses the last ``proposed`` candidates of each observation; ``None``: they are drawn like the
+        # others.
+        self.proposer: NoiseSource | None = None
+        self.proposed = proposed
         self.runner, self.vec, self.space = runner, vec, space
         self.gamma, self.reward = gamma, reward
         self.env_steps = 0
@@ -190,6 +196,12 @@ class Collector:
         """Draw and decode candidates of each observation."""
         prior = torch.stack([self.runner.prior(self.candidates, generator) for generator in generators])
         noise = self._draw_candidates(None, prior.flatten(0, 1))
+        if self.proposer is not None and self.proposed:
+            features = self.runner.features(conditioning).repeat_interleave(self.proposed, 0)
+            own = self.proposer(features, prior[:, -self.proposed :].flatten(0, 1))
+            noise = noise.unflatten(0, prior.shape[:2])
+            noise[:, -self.proposed :] = own.unflatten(0, (len(prior), self.proposed))
+            noise = noise.flatten(0, 1)
         u = self.space.project(noise, prior.flatten(0, 1)).float().cpu().unflatten(0, prior.shape[:2])
         chunks = self.runner.candidates(conditioning, noise.unflatten(0, prior.shape[:2]))
         return Candidates(u.numpy(), chunks)

@@ -137,6 +137,7 @@ class Trainer:
             self.train.reward,
             seed=training_seed(self.seed),
             candidates=self.rl.candidates,
+            proposed=self.rl.proposed,
             discount_per=self.rl.discount_per,
             bootstrap_at_time_limit=self.rl.bootstrap_at_time_limit,
             conditioning="conditioning" in self.rl.replayed,
@@ -245,6 +246,7 @@ class Trainer:
         while self.env_steps < self.train.env_steps:
             warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
             self._warming = warming
+            self.collector.proposer = actor if self.updates else None
             if self.algorithm.selects:
                 self.collector.begin_among(None if warming or not self.updates else self.algorithm.select)
             else:

@@ -94,6 +94,9 @@ METHODS: dict[str, Method] = {
     "best_of_n": Method(BestOfNConfig(), train=_early()),
     # Returns over ten chunks and three updates per transition: better sooner, see rl/README.md.
     "best_of_n_long": Method(BestOfNConfig(n_step=10), train=_early(updates_per_transition=3.0)),
+    "best_of_n_proposals": Method(
+        BestOfNConfig(n_step=10, actor_candidates=8), train=_early(updates_per_transition=3.0)
+    ),
     "best_of_n_regression": Method(BestOfNConfig(distillation="regression"), train=_early()),
     "best_of_n_repeat": Method(BestOfNConfig(), RepeatNoiseConfig(), _early()),
     "best_of_n_gate": Method(BestOfNConfig(), train=_early(gate=GateConfig(enabled=True))),
@@ -249,7 +252,9 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> tuple[R
                 return algorithm.select(features, chunks.flatten(2))
 
             best = SelectingRunner(adapter, setup.env, select, algorithm.candidates)
-            policies["acting"] = (best, candidate_noise(trainer.space))
+            proposed = algorithm.config.proposed
+            source = candidate_noise(trainer.space, algorithm.actor if proposed else None, proposed=proposed)
+            policies["acting"] = (best, source)
         recorder = Recorder(setup, label, lambda: policies)
         trainer.on_step = lambda ended: recorder(
             trainer.env_steps, [(episode.success, episode.steered) for episode in ended]

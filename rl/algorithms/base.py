@@ -60,6 +60,11 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         return 0
 
     @property
+    def proposed(self) -> int:
+        """Candidates that the actor chooses, once it has begun to learn; the rest is the prior's."""
+        return 0
+
+    @property
     def replayed(self) -> tuple[str, ...]:
         """What the replay keeps for it, beside the transition: see ``train.replay_extra``."""
         return ("chunk", "candidates", "candidates_u", "next_candidates") if self.candidates else ()

@@ -54,6 +54,8 @@ class BestOfNConfig(AlgorithmConfig):
     tau: float = 0.005
     # Candidates decoded for each observation, of which the acting policy takes one.
     num_candidates: int = 16
+    # How many of them the actor proposes; the others are draws of what the base draws.
+    actor_candidates: int = 0
     # Stored candidates of the next state among which the TD target looks.
     target_candidates: int = 8
     # max: the best of them; sarsa: any one (the value of the base policy); softmax: weighted by value.
@@ -82,6 +84,11 @@ class BestOfNConfig(AlgorithmConfig):
             *("learning_rate", "tau", "num_candidates", "target_candidates", "temperature"),
             *("distilled_pairs", "prior_weight", "actor_every", "regression_temperature"),
         )
+        if not 0 <= self.actor_candidates < self.num_candidates:
+            raise UserError(
+                "--rl.actor_candidates",
+                f"must be from 0 to below num_candidates={self.num_candidates}, got {self.actor_candidates}",
+            )
         if self.target not in TARGETS:
             raise UserError("--rl.target", f"'{self.target}' is none of {', '.join(TARGETS)}")
         if self.distillation not in DISTILLATION:
@@ -96,6 +103,10 @@ class BestOfNConfig(AlgorithmConfig):
     @property
     def candidates(self) -> int:
         return self.num_candidates
+
+    @property
+    def proposed(self) -> int:
+        return self.actor_candidates
 
     def check(self, space: NoiseSpace) -> None:
         check_pairs(space, "best_of_n")

@@ -190,6 +190,7 @@ def test_rank_correlation_is_spearmans_within_states():
         ({"target": "min"}, "--rl.target"),
         ({"acting": "best"}, "--rl.acting"),
         ({"target_candidates": 99}, "--rl.target_candidates"),
+        ({"actor_candidates": 16}, "--rl.actor_candidates"),
         ({"prior_weight": 0.0}, "--rl.prior_weight"),
         ({"distillation": "none"}, "--rl.distillation"),
     ],
@@ -231,6 +232,39 @@ def test_collector_keeps_what_was_decoded():
     if not ended:
         for before, after in zip(first, second, strict=True):
             assert np.array_equal(before.extra["next_candidates"], after.extra["candidates"])
+
+
+def test_the_actor_proposes_some_of_the_candidates():
+    """The last ones, by its own view of each observation; the first are the draws they were without it."""
+    adapter, config = PointAdapter(), PointConfig()
+    space = FullNoiseConfig(bound=2.0).build(adapter.noise_spec)
+    found = {}
+    for proposes in (False, True):
+        with ChunkVectorEnv(config, 3, 0) as vec:
+            collector = Collector(
+                PolicyRunner(adapter, config), vec, space, 0.95, 1, "sparse", 7, candidates=5, proposed=2
+            )
+            if proposes:
+                collector.proposer = lambda features, prior: space.expand(choose(features), prior)
+            rounds = []
+            for _ in range(20):
+                collector.begin_among(None)  # as in episodes that are not steered: a draw of the prior acts
+                rounds += collector.finish()[0]
+            found[proposes] = rounds
+    later = 0
+    for plain, own in zip(found[False], found[True], strict=True):
+        assert np.array_equal(plain.features, own.features) and np.array_equal(plain.u, own.u)
+        assert np.array_equal(plain.extra["next_candidates"][:3], own.extra["next_candidates"][:3])
+        wanted = choose(torch.as_tensor(own.features)[None])[0].numpy()
+        chosen = [np.allclose(row, wanted, atol=1e-5) for row in own.extra["candidates_u"]]
+        later += chosen == [False, False, False, True, True]
+    assert later == 3 * 19  # all but those of the first observation, which came before there was a proposer
+
+
+def choose(features):
+    """A noise that depends on the state: (B, d) -> (B, 2)."""
+    angle = 3.0 * features.sum(-1, keepdim=True)
+    return 1.5 * torch.cat([torch.sin(angle), torch.cos(angle)], -1)
 
 
 def train(seed, gate, steps):
