@@ -19,6 +19,13 @@ from trimtab.recipes.console import quiet
 quiet()
 torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Commands set torch's threads for their process; two on a busy core wait for each other."""
+    torch.set_num_threads(1)
+
+
 TASKS = "button-press-topdown-v3,drawer-close-v3"
 
 
