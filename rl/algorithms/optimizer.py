@@ -37,7 +37,7 @@ class FusedAdam(torch.optim.Adam):
         ready = all(gradient is not None for group in gradients for gradient in group)
         if closure is not None or not ready or not self.state:
             self._gathered = None
-            return super().step(closure)
+            return _step_of_parent(self, closure)
         if self._gathered is None:
             self._gathered = [self._gather(group) for group in self.param_groups]
         for group, grads, gathered in zip(self.param_groups, gradients, self._gathered, strict=True):
@@ -72,3 +72,9 @@ class FusedAdam(torch.optim.Adam):
         for state, step in zip(states, steps, strict=True):
             state["step"] = step
         return count, steps, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+
+
+def _step_of_parent(optimizer: FusedAdam, closure: Callable[[], float] | None) -> Any:
+    """``Adam.step`` without hooks: torch has run them before ours, and would again once any Adam was made."""
+    step = torch.optim.Adam.step
+    return (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer, closure)

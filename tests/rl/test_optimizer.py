@@ -15,6 +15,8 @@ def test_steps_and_state_are_those_of_torch():
     first = [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), ())]
     second = [torch.nn.Parameter(p.detach().clone()) for p in first]
     ours, theirs = FusedAdam(first, 0.1), torch.optim.Adam(second, lr=0.1, fused=True)
+    hooked = []  # once a step, though torch's own Adam has hooks of its own from its first instance on
+    ours.register_step_pre_hook(lambda *args: hooked.append(1))
     for step in range(8):
         for one, other in zip(first, second):
             one.grad = torch.randn_like(one)
@@ -34,6 +36,7 @@ def test_steps_and_state_are_those_of_torch():
     for one, other in zip(ours.state_dict()["state"].values(), theirs.state_dict()["state"].values()):
         assert all(torch.equal(one[name], other[name]) for name in other)
     assert [int(state["step"]) for state in ours.state_dict()["state"].values()] == [7, 6, 7]
+    assert len(hooked) == 8
     ours.zero_grad()
     assert all(p.grad is None for p in first)
 
