@@ -37,6 +37,11 @@ def matmuls_in(dtype: torch.dtype | None) -> Iterator[None]:
         _dtype = before
 
 
+def in_own_dtype() -> bool:
+    """Whether hidden layers are multiplied in the dtype of their weights."""
+    return _dtype is None
+
+
 @dataclass
 class Layers:
     """What a pass has to know of its network beside the parameters.
