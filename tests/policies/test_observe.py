@@ -106,7 +106,7 @@ def test_actor_sees_images_unshifted_when_it_acts():
     first = actor.act(packed, prior, deterministic=True)
     assert torch.equal(first, actor.act(packed, prior, deterministic=True))
     mean, _ = actor(actor.encoder(packed))
-    assert torch.equal(first.flatten(1), space.squash(mean))
+    assert torch.allclose(first.flatten(1), space.squash(mean), atol=1e-5)  # acting runs other kernels
     assert first.std(0).min() > 1e-3
 
 
