@@ -77,6 +77,8 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         check_run(self.seed, self.num_envs)
         check_trackers(self.trackers)
+        # As config.json keeps it, so that the run is the same under another version's defaults.
+        self.train = self.train.at_pace_of(self.rl)
 
 
 def check_run(seed: int, num_envs: int) -> None:

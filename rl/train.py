@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -47,13 +47,14 @@ class TrainConfig:
 
     # Environment steps to collect.
     env_steps: int = 20_000
-    # Transitions collected with what an untrained actor draws, before the actor takes over.
-    warmup_transitions: int = 800
+    # Transitions collected with what an untrained actor draws, before the actor takes over. Default of this and
+    # the next two: the algorithm's own pace.
+    warmup_transitions: int | None = None
     # Transitions in the replay before the first update.
-    first_update: int = 256
+    first_update: int | None = None
     # Gradient steps per collected transition (one transition per executed chunk); of several processes, per
     # transition of each, for each brings a batch of its own to every step.
-    updates_per_transition: float = 2.0
+    updates_per_transition: float | None = None
     # Whether those of the transitions before the first update are made up for at once.
     catch_up: bool = True
     replay_capacity: int = 100_000
@@ -72,20 +73,27 @@ class TrainConfig:
         if self.reward not in REWARDS:
             raise UserError("--train.reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
         for name in ("env_steps", "first_update", "replay_capacity", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--train.{name}", f"must be at least 1, got {getattr(self, name)}")
-        if not self.updates_per_transition > 0:
-            raise UserError(
-                "--train.updates_per_transition", f"must be positive, got {self.updates_per_transition}"
-            )
-        if self.warmup_transitions < 0:
-            raise UserError(
-                "--train.warmup_transitions", f"cannot be negative, got {self.warmup_transitions}"
-            )
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--train.{name}", f"must be at least 1, got {value}")
+        updates, warmup = self.updates_per_transition, self.warmup_transitions
+        if updates is not None and not updates > 0:
+            raise UserError("--train.updates_per_transition", f"must be positive, got {updates}")
+        if warmup is not None and warmup < 0:
+            raise UserError("--train.warmup_transitions", f"cannot be negative, got {warmup}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UserError("--train.clip_norm", f"must be positive, got {self.clip_norm}")
-        if self.replay_capacity < self.first_update:
+        if self.first_update is not None and self.replay_capacity < self.first_update:
             raise UserError("--train.replay_capacity", f"cannot be below first_update={self.first_update}")
+
+    def at_pace_of(self, rl: AlgorithmConfig) -> TrainConfig:
+        """A copy whose pace is the algorithm's own wherever it was left open.
+
+        Raises:
+            UserError: the replay is too small for it.
+        """
+        own = asdict(rl.pace)
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
 
 @dataclass
@@ -122,6 +130,7 @@ class Trainer:
     stop: StopSignals = field(default_factory=StopSignals)
 
     def __post_init__(self) -> None:
+        self.train = self.train.at_pace_of(self.rl)
         self.demos.check(self.rl)
         self.world = World(self.accelerator)
         rank, size = self.world.rank, self.world.size

@@ -53,7 +53,7 @@ class Method:
             from trimtab.recipes.bench.wrapper import SB3SACConfig
 
             return {"engine": "stable-baselines3", "sac": asdict(SB3SACConfig()), "noise": noise}
-        rl, train = {"type": self.rl.type, **asdict(self.rl)}, asdict(self.train)
+        rl, train = {"type": self.rl.type, **asdict(self.rl)}, asdict(self.train.at_pace_of(self.rl))
         for name in ("env_steps", "log_every"):  # the bench's own
             train.pop(name)
         settings = {"engine": "trimtab", "rl": rl, "noise": noise, "train": train}

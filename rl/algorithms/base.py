@@ -29,6 +29,15 @@ MEASURED_EVERY = 10  # updates; what metrics take part in no loss
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How early and how often an algorithm learns, where ``--train.*`` leaves it open (see ``TrainConfig``)."""
+
+    warmup_transitions: int = 800
+    first_update: int = 256
+    updates_per_transition: float = 2.0
+
+
 @dataclass
 class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     """``--rl.type=...``: the algorithm and its settings."""
@@ -53,6 +62,11 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
             raise UserError("--rl.discount_per", f"'{self.discount_per}' is none of {known}")
         require_positive(self, "n_step", "batch_size")
         require_precision("--rl.precision", self.precision)
+
+    @property
+    def pace(self) -> Pace:
+        """Its own."""
+        return Pace()
 
     @property
     def candidates(self) -> int:

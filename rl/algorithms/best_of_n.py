@@ -27,6 +27,7 @@ from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
+    Pace,
     frozen,
     in_precision,
     polyak,
@@ -99,6 +100,10 @@ class BestOfNConfig(AlgorithmConfig):
         for name in ("target_candidates", "distilled_pairs"):
             if getattr(self, name) > self.num_candidates:
                 raise UserError(f"--rl.{name}", f"at most num_candidates={self.num_candidates}")
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(warmup_transitions=0, first_update=64, updates_per_transition=3.0)
 
     @property
     def candidates(self) -> int:

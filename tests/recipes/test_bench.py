@@ -251,7 +251,7 @@ def test_methods_are_what_their_names_say():
     assert ours.rl.n_step == 1 and ours.rl.backup_entropy and not ours.rl.critic.layer_norm
     assert ours.rl.target_entropy is None and theirs.target_entropy_per_dim == -0.25  # our default too
     for name in ("warmup_transitions", "updates_per_transition", "replay_capacity"):
-        assert getattr(ours.train, name) == getattr(theirs, name)
+        assert ours.settings()["train"][name] == getattr(theirs, name)
     assert len({json.dumps(method.settings(), sort_keys=True) for method in METHODS.values()}) == len(METHODS)
 
 

@@ -13,7 +13,7 @@ from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.sources import base_noise, constant_noise, steered_noise, zero_noise
-from trimtab.rl.algorithms import DSRLSACConfig
+from trimtab.rl.algorithms import BestOfNConfig, DSRLSACConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import best_constant, evaluate
@@ -146,7 +146,15 @@ def test_nan_action_stops_in_one_line():
 )
 def test_bad_settings(name, value):
     with pytest.raises(UserError, match=f"--train.{name}"):
-        TrainConfig(**{name: value})
+        TrainConfig(**{name: value}).at_pace_of(DSRLSACConfig())
+
+
+def test_what_is_left_open_is_the_algorithms_own_pace():
+    train = TrainConfig(updates_per_transition=7.0).at_pace_of(DSRLSACConfig())
+    assert (train.warmup_transitions, train.first_update, train.updates_per_transition) == (800, 256, 7.0)
+    early = TrainConfig(first_update=9).at_pace_of(BestOfNConfig())
+    assert (early.warmup_transitions, early.first_update) == (0, 9) and early.updates_per_transition == 3.0
+    assert early.at_pace_of(DSRLSACConfig()) == early
 
 
 @pytest.mark.parametrize(
