@@ -91,19 +91,17 @@ def _as_sb3() -> Method:
 
 
 METHODS: dict[str, Method] = {
-    "best_of_n": Method(BestOfNConfig(), train=_early()),
-    # Returns over ten chunks and three updates per transition: better sooner, see rl/README.md.
-    "best_of_n_long": Method(BestOfNConfig(n_step=10), train=_early(updates_per_transition=3.0)),
-    "best_of_n_proposals": Method(
-        BestOfNConfig(n_step=10, actor_candidates=8), train=_early(updates_per_transition=3.0)
-    ),
-    "best_of_n_regression": Method(BestOfNConfig(distillation="regression"), train=_early()),
-    "best_of_n_repeat": Method(BestOfNConfig(), RepeatNoiseConfig(), _early()),
-    "best_of_n_gate": Method(BestOfNConfig(), train=_early(gate=GateConfig(enabled=True))),
+    "best_of_n": Method(BestOfNConfig()),
+    # What its defaults change, one by one: the actor proposes nothing; returns over three chunks.
+    "best_of_n_prior": Method(BestOfNConfig(actor_candidates=0)),
+    "best_of_n_short": Method(BestOfNConfig(n_step=3)),
+    "best_of_n_regression": Method(BestOfNConfig(distillation="regression")),
+    "best_of_n_repeat": Method(BestOfNConfig(), RepeatNoiseConfig()),
+    "best_of_n_gate": Method(BestOfNConfig(), train=TrainConfig(gate=GateConfig(enabled=True))),
+    "best_of_n_bf16": Method(BestOfNConfig(precision="bfloat16")),
     "dsrl_sac": Method(DSRLSACConfig(), RepeatNoiseConfig()),
     "dsrl_sac_bf16": Method(DSRLSACConfig(precision="bfloat16"), RepeatNoiseConfig()),
     "dsrl_sac_full_bf16": Method(DSRLSACConfig(precision="bfloat16")),
-    "best_of_n_bf16": Method(BestOfNConfig(precision="bfloat16"), train=_early()),
     "dsrl_sac_full": Method(DSRLSACConfig()),
     "dsrl_sac_paper": _paper("dsrl_sac"),
     # The same without its 24,000 environment steps of warm-up, to show that they are not what decides.

@@ -51,28 +51,30 @@ class BestOfNConfig(AlgorithmConfig):
     # The action critic, and the noise critic that is distilled from it.
     critic: CriticConfig = field(default_factory=CriticConfig)
     learning_rate: float = 1e-3
+    # Returns over many chunks make the acting policy good sooner: see rl/README.md.
+    n_step: int = 10
     # Share of the online critic that its target takes over at each update.
     tau: float = 0.005
     # Candidates decoded for each observation, of which the acting policy takes one.
     num_candidates: int = 16
-    # How many of them the actor proposes; the others are draws of what the base draws.
-    actor_candidates: int = 0
-    # Stored candidates of the next state among which the TD target looks.
-    target_candidates: int = 8
+    # How many of them the actor proposes; the others are draws of what the base draws. Default: half.
+    actor_candidates: int | None = None
+    # Stored candidates of the next state among which the TD target looks. Default: half.
+    target_candidates: int | None = None
     # max: the best of them; sarsa: any one (the value of the base policy); softmax: weighted by value.
     target: str = "max"
     # argmax of the mean critic, softmax of it, or argmax of one member drawn for each observation.
     acting: str = "argmax"
     # Temperature of softmax targets and softmax acting, in units of return.
     temperature: float = 0.3
-    # Stored pairs of each sampled state on which the noise critic is regressed.
-    distilled_pairs: int = 2
+    # Stored pairs of each sampled state on which the noise critic is regressed. Default: half of the candidates.
+    distilled_pairs: int | None = None
     # How the actor is distilled: climb the noise critic, or regress onto the noises of good candidates.
     distillation: str = "critic"
     # Temperature of the weights of that regression, in units of return.
     regression_temperature: float = 0.3
     # Weight of KL(actor || prior) against the noise critic's value, in units of return per nat.
-    prior_weight: float = 0.3
+    prior_weight: float = 1.0
     # Critic updates per actor update.
     actor_every: int = 2
     # Clip TD targets to the returns that the reward allows.
@@ -80,9 +82,14 @@ class BestOfNConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_positive(self, "num_candidates")
+        half = self.num_candidates // 2
+        self.actor_candidates = half if self.actor_candidates is None else self.actor_candidates
+        self.target_candidates = max(half, 1) if self.target_candidates is None else self.target_candidates
+        self.distilled_pairs = max(half, 1) if self.distilled_pairs is None else self.distilled_pairs
         require_positive(
             self,
-            *("learning_rate", "tau", "num_candidates", "target_candidates", "temperature"),
+            *("learning_rate", "tau", "target_candidates", "temperature"),
             *("distilled_pairs", "prior_weight", "actor_every", "regression_temperature"),
         )
         if not 0 <= self.actor_candidates < self.num_candidates:
