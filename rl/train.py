@@ -47,8 +47,8 @@ class TrainConfig:
 
     # Environment steps to collect.
     env_steps: int = 20_000
-    # Transitions collected with what an untrained actor draws, before the actor takes over. Default of this and
-    # the next two: the algorithm's own pace.
+    # Transitions collected with what an untrained actor draws, before the actor takes over. Default of this
+    # and the next two: the algorithm's own pace.
     warmup_transitions: int | None = None
     # Transitions in the replay before the first update.
     first_update: int | None = None

@@ -31,7 +31,7 @@ PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GP
 
 @dataclass(frozen=True)
 class Pace:
-    """How early and how often an algorithm learns, where ``--train.*`` leaves it open (see ``TrainConfig``)."""
+    """How early and how often an algorithm learns, where ``TrainConfig`` leaves it open."""
 
     warmup_transitions: int = 800
     first_update: int = 256

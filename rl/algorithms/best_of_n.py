@@ -67,7 +67,7 @@ class BestOfNConfig(AlgorithmConfig):
     acting: str = "argmax"
     # Temperature of softmax targets and softmax acting, in units of return.
     temperature: float = 0.3
-    # Stored pairs of each sampled state on which the noise critic is regressed. Default: half of the candidates.
+    # Stored pairs of each sampled state on which the noise critic is regressed. Default: half of them.
     distilled_pairs: int | None = None
     # How the actor is distilled: climb the noise critic, or regress onto the noises of good candidates.
     distillation: str = "critic"
