@@ -85,32 +85,37 @@ def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> 
     named = {option: value for option, value, _ in split_options(args)}
     content = read_options(named.get(CONFIG_PATH)) or {}
     path = named.get(PATH) or (content.get("policy") or {}).get("path")
+    if command == "adapt" and named.get("--resume", "false").lower() != "false":
+        return _on_run(args, Path(named.get("--output_dir", "")))
     artefact = _artefact(named, path, command)
     if artefact is not None:
         return _on_artefact(stack, args, command, artefact, content)
-    if path is None and kind is None:
-        raise UserError(PATH, f"name a recipe with {CONFIG_PATH}, or the type with {OPTION}=TYPE")
     if is_artefact(path):
         return args  # the command says what is wrong
-    kind = kind or kind_of(path)
+    if path is None and kind is None:
+        raise UserError(PATH, f"name a recipe with {CONFIG_PATH}, or the type with {OPTION}=TYPE")
+    kind = kind or kind_of(path or "")
     known = TYPES if command == "lora" else (*TYPES, "remote")
     if kind not in known:
-        raise UserError(OPTION, f"no tiny run of a policy of type '{kind}'; there is one of {', '.join(known)}")
+        raise UserError(OPTION, f"no tiny run of a '{kind}' policy; there is one of {', '.join(known)}")
     env = content.get("env") or {}
     stateful = (named.get("--env.type") or env.get("type")) == STATE_ENV and kind == "diffusion"
     folder, policy = made(SERVED if kind == "remote" else kind, stateful)
     world = _world(stateful, env, policy)
     if kind == "remote":
         policy = _serve(stack, folder, policy)
+    named_env = env.get("task") or env.get("type") or "no environment"
+    print(
+        f"tiny: a random {policy_name(kind)} in {world['type']}, in the place of {path or 'a checkpoint'} in "
+        f"{named_env}; budgets of seconds"
+    )
     content |= {"policy": policy, "env": world, "machine": MACHINE}
-    _shrink(content, command, kind, path)
+    _shrink(content, command)
     rollouts = named.get("--from_rollouts", "").lower() == "true"
     if command == "lora" and not rollouts:
         content |= {"dataset": _demonstrations(folder, policy, world), "from_rollouts": False}
     if command == "probe":  # of a recipe's file a probe takes these alone
         content = {k: content[k] for k in ("policy", "env", "machine", *BUDGETS["probe"])}
-    print(f"tiny: a random {policy_name(kind)} in {world['type']} in the place of {path or 'a checkpoint'}; "
-          "budgets of seconds")  # fmt: skip
     return _with_file(stack, content, args)
 
 
@@ -133,7 +138,9 @@ def kind_of(path: str) -> str:
             return str((read_options(folder / CONFIG) or {}).get("type"))
     kind = type_of(path)
     if kind is None:
-        raise UserError(OPTION, f"cannot tell the type of {path}; say it with {OPTION}=TYPE ({', '.join(TYPES)})")
+        raise UserError(
+            OPTION, f"cannot tell the type of {path}; say it with {OPTION}=TYPE ({', '.join(TYPES)})"
+        )
     return kind
 
 
@@ -147,6 +154,16 @@ def _artefact(named: dict[str, str], path: str | None, command: str) -> Path | N
     if command == "eval" and is_artefact(path):
         return Path(path or "").expanduser()
     return None
+
+
+def _on_run(args: list[str], output: Path) -> list[str]:
+    """Go on with a tiny run: its config.json holds what it was made of."""
+    base = (read_options(output / "config.json") or {}).get("policy") or {}
+    kind = kind_of(base["path"]) if base.get("path") else ""
+    if kind == "remote":
+        raise UserError(OPTION, "the policy server of a tiny run ended with it; begin the run anew")
+    _install(kind)
+    return args
 
 
 def _on_artefact(
@@ -190,7 +207,7 @@ def _merge(content: dict[str, Any], changes: dict[str, Any]) -> None:
             content[name] = value
 
 
-def _shrink(content: dict[str, Any], command: str, kind: str, path: str | None) -> None:
+def _shrink(content: dict[str, Any], command: str) -> None:
     """Budgets and sizes of seconds, in the place of the recipe's."""
     _merge(content, BUDGETS[command])
     if command == "lora":
@@ -200,7 +217,8 @@ def _shrink(content: dict[str, Any], command: str, kind: str, path: str | None) 
         return
     content.pop("demos", None)
     content["train"].pop("warm_start", None)
-    content["train"]["updates_per_transition"] = min(2.0, content["train"].get("updates_per_transition", 2.0))
+    pace = content["train"].get("updates_per_transition", 2.0)
+    content["train"]["updates_per_transition"] = min(2.0, pace)
     rl = content.get("rl") or {}
     if rl.get("type") and rl["type"] != "golden_ticket":
         for name, most in RL.items():
@@ -209,8 +227,7 @@ def _shrink(content: dict[str, Any], command: str, kind: str, path: str | None) 
         _merge(rl, {"actor": NARROW, "critic": NARROW})
         content["rl"] = rl
     observe = content.get("observe") or {}
-    if observe.get("cameras"):
-        observe["cameras"] = None  # the environment has one, under another name
+    observe.pop("cameras", None)  # the environment has one, under another name
     if "images" in (observe.get("inputs") or ()):
         observe["image_size"] = 32
 
@@ -257,7 +274,8 @@ def made(kind: str, stateful: bool) -> tuple[Path, dict[str, Any]]:
             fields, renamed = _features(kind, stateful)
             with quietly():
                 options = asdict(make_tiny(kind, folder, **fields))
-            kept = {name: options[name] for name in ("path", "device", "tokenizer", "backbone") if options[name]}
+            names = ("path", "device", "tokenizer", "backbone")
+            kept = {name: options[name] for name in names if options[name]}
             kept["rename_map"] = renamed
             (folder / MADE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     _install(kind)

@@ -69,7 +69,7 @@ def serving(policy: dict[str, Any]) -> Iterator[str]:
 
 @torch.no_grad()
 def infer(adapter: Any, message: dict[str, Any]) -> np.ndarray:
-    """The actions (steps, action_dim) for one observation, under the noise in it or under the policy's own."""
+    """Actions (steps, action_dim) for one observation, under the noise in it or under a draw of its own."""
     observation: dict[str, Any] = {"task": [message.get("prompt", "")]}
     for name, key in KEYS.items():
         value = torch.tensor(np.asarray(message[key]))
