@@ -74,6 +74,12 @@ def write_options(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
+def kept(content: dict[str, Any], command: str) -> dict[str, Any]:
+    """What ``command`` takes of a file's options: of adapt's what concerns it, of any other file all."""
+    left = LEFT.get(command, ()) if set(content) & set(ADAPT_ONLY) else ()
+    return {name: value for name, value in content.items() if name not in left}
+
+
 @contextmanager
 def fitted(path: str | None, command: str) -> Iterator[str | None]:
     """A file with what ``command`` takes of the options in ``path``; ``path`` itself where that is all.
@@ -81,10 +87,8 @@ def fitted(path: str | None, command: str) -> Iterator[str | None]:
     So the file of a recipe, or the config.json of a run, also says what to probe and evaluate.
     """
     content = read_options(path)
-    left = [name for name in LEFT.get(command, ()) if name in (content or {})]
-    if content is None or not set(left) & set(ADAPT_ONLY):  # not adapt's
+    if content is None or kept(content, command) == content:
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        kept = {name: value for name, value in content.items() if name not in left}
-        yield str(write_options(Path(folder) / "options.yaml", kept))
+        yield str(write_options(Path(folder) / "options.yaml", kept(content, command)))

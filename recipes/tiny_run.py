@@ -19,7 +19,7 @@ from trimtab.adapters.errors import UserError
 from trimtab.recipes.catalogue import type_of
 from trimtab.recipes.console import TINY
 from trimtab.recipes.recipe_file import OPTION as CONFIG_PATH
-from trimtab.recipes.recipe_file import read_options, split_options, write_options
+from trimtab.recipes.recipe_file import kept, read_options, split_options, write_options
 
 OPTION = "--tiny"
 PATH = "--policy.path"
@@ -83,7 +83,7 @@ def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> 
     from trimtab.policies.artefact import is_artefact
 
     named = {option: value for option, value, _ in split_options(args)}
-    content = read_options(named.get(CONFIG_PATH)) or {}
+    content = kept(read_options(named.get(CONFIG_PATH)) or {}, command)
     path = named.get(PATH) or (content.get("policy") or {}).get("path")
     if command == "adapt" and named.get("--resume", "false").lower() != "false":
         return _on_run(args, Path(named.get("--output_dir", "")))
@@ -114,8 +114,6 @@ def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> 
     rollouts = named.get("--from_rollouts", "").lower() == "true"
     if command == "lora" and not rollouts:
         content |= {"dataset": _demonstrations(folder, policy, world), "from_rollouts": False}
-    if command == "probe":  # of a recipe's file a probe takes these alone
-        content = {k: content[k] for k in ("policy", "env", "machine", *BUDGETS["probe"])}
     return _with_file(stack, content, args)
 
 
@@ -275,9 +273,8 @@ def made(kind: str, stateful: bool) -> tuple[Path, dict[str, Any]]:
             with quietly():
                 options = asdict(make_tiny(kind, folder, **fields))
             names = ("path", "device", "tokenizer", "backbone")
-            kept = {name: options[name] for name in names if options[name]}
-            kept["rename_map"] = renamed
-            (folder / MADE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+            loading = {name: options[name] for name in names if options[name]} | {"rename_map": renamed}
+            (folder / MADE).write_text(json.dumps(loading, indent=2) + "\n", encoding="utf-8")
     _install(kind)
     return folder, json.loads((folder / MADE).read_text(encoding="utf-8"))
 

@@ -60,7 +60,8 @@ def droid(tmp_path_factory):
     """The environment that openpi_droid's README shows, as a package that can be imported."""
     folder = tmp_path_factory.mktemp("plugin")
     text = (FOLDER / "openpi_droid" / "README.md").read_text()
-    (folder / f"{PLUGIN}.py").write_text(re.search(r"```python\n(.*?)```", text, re.S).group(1))
+    (folder / PLUGIN).mkdir()
+    (folder / PLUGIN / "__init__.py").write_text(re.search(r"```python\n(.*?)```", text, re.S).group(1))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         yield [f"--env.discover_packages_path={PLUGIN}", "--env.type=my_droid"]
@@ -270,6 +271,7 @@ def test_readmes(page, droid, capsys):
             start = argv.index("trimtab.rl.train")
             argv = ["trimtab", "adapt", *argv[start + 1 :]]
         command, args = argv[1], [arg for arg in argv[2:] if not arg.startswith("--tiny=")]
+        args += given(page.parent.name, droid) if len(args) < len(argv) - 2 else []  # tiny brings its own
         assert command in COMMANDS
         if command == "recipes":
             assert main(argv[1:]) == 0
