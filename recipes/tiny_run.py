@@ -9,6 +9,7 @@ recipe runs, not that it works.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -105,7 +106,7 @@ def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> 
     if kind == "remote":
         policy = _serve(stack, folder, policy)
     named_env = env.get("task") or env.get("type") or "no environment"
-    print(
+    say(
         f"tiny: a random {policy_name(kind)} in {world['type']}, in the place of {path or 'a checkpoint'} in "
         f"{named_env}; budgets of seconds"
     )
@@ -115,6 +116,12 @@ def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> 
     if command == "lora" and not rollouts:
         content |= {"dataset": _demonstrations(folder, policy, world), "from_rollouts": False}
     return _with_file(stack, content, args)
+
+
+def say(text: str) -> None:
+    """Print on the first process of an ``accelerate launch``."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def policy_name(kind: str) -> str:
@@ -254,7 +261,7 @@ def made(kind: str, stateful: bool) -> tuple[Path, dict[str, Any]]:
     import shutil
     from dataclasses import asdict
 
-    from filelock import FileLock
+    from filelock import FileLock  # torch needs it, too
 
     from trimtab.adapters.loading import quietly
     from trimtab.recipes.demo import default_cache
@@ -359,5 +366,5 @@ def _demonstrations(folder: Path, policy: dict[str, Any], world: dict[str, Any])
                 episodes = Rollouts(session.runner, vec, session.own_noise, 0).collect(STEPS, progress=False)
             Recorder(root, session.env.fps).add(episodes)
             (folder / "demonstrations.json").write_text("{}\n", encoding="utf-8")
-    print("tiny: lora learns from a recorded episode of the random policy, which never succeeds")
+    say("tiny: lora learns from a recorded episode of the random policy, which never succeeds")
     return {"repo_id": REPO_ID, "root": str(root)}

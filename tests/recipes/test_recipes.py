@@ -17,7 +17,9 @@ from trimtab.recipes.cli import COMMANDS, main
 from trimtab.recipes.console import parse
 from trimtab.recipes.evaluate import EvaluateConfig
 from trimtab.recipes.export import ExportConfig
+from trimtab.recipes.full_size import FULL_SIZE, full_size
 from trimtab.recipes.lora import LoraConfig
+from trimtab.recipes.lora_targets import LAYERS, default_targets
 from trimtab.recipes.make_base import MakeBaseConfig
 from trimtab.recipes.presets import expand_preset
 from trimtab.recipes.probe import ProbeConfig
@@ -131,6 +133,28 @@ def test_files(name, droid):
         return
     assert lora.from_rollouts and lora.env_steps == adapt.train.env_steps
     assert asdict(lora.env) == asdict(adapt.env) and lora.policy == adapt.policy
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].policy_type in FULL_SIZE])
+def test_lora_at_published_size(name):
+    """The layers that lora.yaml names are there in LeRobot's default size, and as many as the page says."""
+    text = (FOLDER / name / "README.md").read_text()
+    said = re.search(r"trains ([\d,]+) weights in LeRobot's default size", text)
+    if said is None:  # a policy of a size of its own
+        assert name in ("metaworld", "your_policy")
+        return
+    policy, peft = full_size(RECIPES[name].policy_type, "meta", 2)[0].policy, RECIPES[name].read(LORA)["peft"]
+    modules = dict(policy.named_modules())
+    pattern = peft.get("target_modules") or (policy._get_default_peft_targets() or {}).get("target_modules")
+    if pattern:
+        chosen = [module for key, module in modules.items() if re.fullmatch(pattern, key)]
+    else:
+        open_ = {key for key, _ in policy.named_parameters()}
+        chosen = [modules[key] for key in default_targets(policy, RECIPES[name].policy_type, open_)]
+    assert chosen and all(isinstance(module, LAYERS) for module in chosen)
+    weights = [module.weight for module in chosen]
+    count = sum(peft["r"] * (len(weight) + weight[0].numel()) for weight in weights)
+    assert count == int(said.group(1).replace(",", ""))
 
 
 def test_the_list_is_instant_and_complete(capsys):
