@@ -315,6 +315,8 @@ def _features(kind: str, stateful: bool) -> tuple[dict[str, Any], dict[str, str]
         outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
         return {"input_features": inputs, "output_features": outputs}, {}
     features: dict[str, Any] = camera_features(1, 96, state_dim=2, action_dim=2)
+    if kind == "diffusion":  # its ResNet18 is as large as the published one's
+        features["resize_shape"] = (32, 32)
     if kind != "xvla":
         return features, {}
     # X-VLA's image steps look for cameras below this prefix.
