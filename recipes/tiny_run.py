@@ -31,6 +31,7 @@ TYPES = ("diffusion", "groot", "multi_task_dit", "pi0", "pi05", "smolvla", "xvla
 SERVED = "pi05"  # what runs on the tiny policy server
 MADE = "tiny.json"  # how to load what is in the cache; written last
 STEPS = 24  # of an episode
+EXECUTED = 2  # of a chunk, where the recipe says how many
 
 EVAL = {"n_episodes": 2, "batch_size": 2, "constant_candidates": 1, "constant_episodes": 1, "videos": 1}
 MACHINE = {"workers": 0, "threads": 1}
@@ -105,6 +106,8 @@ def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> 
     world = _world(stateful, env, policy)
     if kind == "remote":
         policy = _serve(stack, folder, policy)
+    elif (content.get("policy") or {}).get("n_action_steps"):
+        policy["n_action_steps"] = EXECUTED
     named_env = env.get("task") or env.get("type") or "no environment"
     say(
         f"tiny: a random {policy_name(kind)} in {world['type']}, in the place of {path or 'a checkpoint'} in "

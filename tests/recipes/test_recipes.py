@@ -86,6 +86,11 @@ def test_tiny(name, tmp_path, capsys):
     assert read(run / "results.json")["updates"] > 0
     artefact = read(run / "artefact" / "config.json")
     assert artefact["base"]["policy_type"] == recipe.policy_type
+    cut = "n_action_steps" in recipe.read(ADAPT)["policy"]
+    assert (
+        artefact["base"]["n_action_steps"] == (2 if cut else None)
+        and (artefact["n_action_steps"] == 2) == cut
+    )
     again = [f"--policy.path={run / 'artefact'}", f"--output_dir={tmp_path / 'eval'}"]
     assert main(["eval", file, "--tiny=true", *again, *ALONE]) == 0
     assert set(read(tmp_path / "eval" / "results.json")["policies"]) >= {"base", "zero_noise", "steered"}
