@@ -91,7 +91,7 @@ def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> 
         return _on_run(args, Path(named.get("--output_dir", "")))
     artefact = _artefact(named, path, command)
     if artefact is not None:
-        return _on_artefact(stack, args, command, artefact, content)
+        return _on_artefact(stack, args, command, artefact)
     if is_artefact(path):
         return args  # the command says what is wrong
     if path is None and kind is None:
@@ -100,8 +100,9 @@ def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> 
     known = TYPES if command == "lora" else (*TYPES, "remote")
     if kind not in known:
         raise UserError(OPTION, f"no tiny run of a '{kind}' policy; there is one of {', '.join(known)}")
-    env = content.get("env") or {}
-    stateful = (named.get("--env.type") or env.get("type")) == STATE_ENV and kind == "diffusion"
+    said = {name: named[f"--env.{name}"] for name in ("type", "task") if f"--env.{name}" in named}
+    env = (content.get("env") or {}) | said
+    stateful = env.get("type") == STATE_ENV and kind == "diffusion"
     folder, policy = made(SERVED if kind == "remote" else kind, stateful)
     world = _world(stateful, env, policy)
     if kind == "remote":
@@ -174,9 +175,7 @@ def _on_run(args: list[str], output: Path) -> list[str]:
     return args
 
 
-def _on_artefact(
-    stack: ExitStack, args: list[str], command: str, artefact: Path, content: dict[str, Any]
-) -> list[str]:
+def _on_artefact(stack: ExitStack, args: list[str], command: str, artefact: Path) -> list[str]:
     """Evaluate or export an artefact of a tiny run: its base again, on a server again where it was on one."""
     from trimtab.adapters.files import is_server
 
@@ -191,7 +190,8 @@ def _on_artefact(
     if command == "export":
         return [*args, *again]
     env = (saved.get("training") or {}).get("env") or {}
-    content = {"env": env, "policy": {"path": str(artefact), "device": "cpu"}, "machine": MACHINE}
+    loading = {"path": str(artefact), "device": "cpu"}
+    content: dict[str, Any] = {"env": env, "policy": loading, "machine": MACHINE}
     _merge(content, BUDGETS[command])
     return [*_with_file(stack, content, args), *again]
 

@@ -8,8 +8,10 @@ import sys
 import time
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import yaml
+from lerobot.envs.utils import preprocess_observation
 
 from trimtab.recipes.adapt import AdaptConfig, with_default_noise
 from trimtab.recipes.catalogue import ADAPT, FOLDER, LORA, RECIPES
@@ -271,6 +273,24 @@ def test_demonstrations_without_the_policys_features(capsys, tmp_path):
     errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(errors) == 1 and "has no observation.environment_state, which the policy needs" in errors[0]
     assert not (tmp_path / "c").exists()
+
+
+def test_what_the_droid_page_says_a_robot_gives_is_what_the_server_is_sent(droid):
+    """Through LeRobot's own conversion, to the names in openpi's droid_policy.py."""
+    camera = np.zeros((1, 48, 64, 3), np.uint8)
+    pixels = {"exterior_image_1_left": camera, "wrist_image_left": camera}
+    raw = {"pixels": pixels, "agent_pos": np.zeros((1, 7)), "environment_state": np.zeros((1, 1))}
+    text = (FOLDER / "openpi_droid" / "README.md").read_text()
+    assert all(f'"{name}"' in text for name in (*raw, *pixels))
+    given = preprocess_observation(raw)
+    remote = parsed("adapt", "--config_path=openpi_droid", *droid).policy.remote
+    assert set(remote.keys) == set(given)
+    assert remote.dims == {name: given[name].shape[1] for name in given if given[name].ndim == 2}
+    cameras = {f"observation/{name}" for name in pixels}
+    assert set(remote.keys.values()) == cameras | {
+        "observation/joint_position",
+        "observation/gripper_position",
+    }
 
 
 # The READMEs.
