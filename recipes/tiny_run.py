@@ -225,8 +225,8 @@ def _shrink(content: dict[str, Any], command: str) -> None:
         return
     content.pop("demos", None)
     content["train"].pop("warm_start", None)
-    pace = content["train"].get("updates_per_transition", 2.0)
-    content["train"]["updates_per_transition"] = min(2.0, pace)
+    pace = content["train"].get("updates_per_transition")
+    content["train"]["updates_per_transition"] = min(2.0, pace or 2.0)
     rl = content.get("rl") or {}
     if rl.get("type") and rl["type"] != "golden_ticket":
         for name, most in RL.items():

@@ -214,6 +214,9 @@ def test_resume_of_a_tiny_run(tmp_path):
     assert main([*argv, "--config_path=pi0_libero", "--checkpoint.every=32", *ALONE]) == 0
     register_adapter("pi0", lambda: PI0Adapter)  # as in a new process
     assert main([*argv, "--resume=true"]) == 0
+    again = ["adapt", "--tiny=true", f"--config_path={tmp_path / 'config.json'}", *ALONE]
+    assert main([*again, f"--output_dir={tmp_path / 'again'}"]) == 0
+    assert read(tmp_path / "again" / "config.json") == read(tmp_path / "config.json")
 
 
 REFUSED = {
