@@ -53,6 +53,8 @@ class PolicyConfig:
     dtype: str | None = None
     # Denoising steps; default: as saved (10 where a DDPM checkpoint is switched to DDIM).
     num_inference_steps: int | None = None
+    # Actions of each chunk that are executed before the next observation; default: as saved.
+    n_action_steps: int | None = None
     # Folder of the tokenizer, where the one that the checkpoint names cannot be fetched.
     tokenizer: str | None = None
     # Folder of the vision-language backbone, where the one that the checkpoint names cannot be fetched.

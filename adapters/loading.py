@@ -159,6 +159,8 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, token:
         policy_config.pretrained_path = weights_folder
         if options.dtype and hasattr(policy_config, "dtype"):
             policy_config.dtype = options.dtype
+        if options.n_action_steps is not None:
+            policy_config.n_action_steps = executed_steps(policy_config, options.n_action_steps)
         notes = list(cls.prepare_config(policy_config, watched))
         before, after = cls.processor_overrides(policy_config, watched)
         before |= _renaming(folder, options)
@@ -195,10 +197,34 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, token:
     check_statistics(pre, policy_config.input_features, folder / PREPROCESSOR)
     check_statistics(post, policy_config.output_features, folder / POSTPROCESSOR)
     adapter = cls(policy, pre, post)
+    if options.n_action_steps not in (None, adapter.chunk_shape[0]):
+        raise UserError(
+            "--policy.n_action_steps",
+            f"this {policy_config.type} policy executes {adapter.chunk_shape[0]} steps of each chunk; "
+            "drop the option",
+        )
     adapter.notes = notes
     adapter.trainable = trainable
     adapter.weights_files = [folder / PEFT_WEIGHTS, weights] if is_peft(folder) else [weights]
     return adapter
+
+
+def executed_steps(config: Any, steps: int) -> int:
+    """``steps``, if a policy of this config can execute so many of each chunk.
+
+    Raises:
+        UserError: it cannot.
+    """
+    most = getattr(config, "chunk_size", None)
+    if most is None and hasattr(config, "horizon"):  # the chunk begins at the first of the observations
+        most = config.horizon - config.n_obs_steps + 1
+    if most is None or not hasattr(config, "n_action_steps"):
+        raise UserError(
+            "--policy.n_action_steps", f"has no effect on a {config.type} policy; drop the option"
+        )
+    if not 1 <= steps <= most:
+        raise UserError("--policy.n_action_steps", f"must be between 1 and {most}, got {steps}")
+    return steps
 
 
 def _renaming(folder: Path, options: PolicyConfig) -> dict[str, dict[str, Any]]:

@@ -36,11 +36,17 @@ LOCAL_OPTIONS = (
     "revision",
     "dtype",
     "num_inference_steps",
+    "n_action_steps",
     "tokenizer",
     "backbone",
     "base_path",
     "rename_map",
 )
+# What takes the place of some of them.
+REMOTE_OPTIONS = {
+    "rename_map": "--policy.remote.keys",
+    "n_action_steps": "--policy.remote.n_action_steps",
+}
 
 
 @dataclass
@@ -68,7 +74,7 @@ class RemoteAdapter(PolicyAdapter):
     def __init__(self, options: PolicyConfig, device: str) -> None:
         for name in LOCAL_OPTIONS:
             if getattr(options, name):
-                instead = "--policy.remote.keys" if name == "rename_map" else "the server's own options"
+                instead = REMOTE_OPTIONS.get(name, "the server's own options")
                 raise UserError(f"--policy.{name}", f"has no effect on a policy server; use {instead}")
         if not options.remote.timeout > 0:
             raise UserError("--policy.remote.timeout", f"must be positive, got {options.remote.timeout}")

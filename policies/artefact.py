@@ -47,7 +47,10 @@ CRITIC = "critic.safetensors"
 # What artefacts from before these settings existed did, in settings.
 OLD_ACTOR = {"mean_limit": 1.0}
 # How the base was loaded; of these, what may lie in a folder.
-LOADED_WITH = ("dtype", "num_inference_steps", "rename_map", "tokenizer", "backbone", "base_path")
+LOADED_WITH = (
+    *("dtype", "num_inference_steps", "n_action_steps"),
+    *("rename_map", "tokenizer", "backbone", "base_path"),
+)
 PLACES = ("tokenizer", "backbone", "base_path")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -20,9 +21,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "probe": ("trimtab.recipes.probe", "can this policy be steered, and in which noise space?"),
     "policies": ("trimtab.recipes.policies", "table of the policy types: their noise, and what it costs"),
+    "recipes": ("trimtab.recipes.catalogue", "the recipes for known generalists: files, commands, needs"),
     "bench": ("trimtab.recipes.bench.command", "sample efficiency and engine speed beside other methods"),
     "base": ("trimtab.recipes.make_base", "make an embedded base policy for any of Meta-World's 50 tasks"),
 }
+LIGHT = ("recipes",)  # these need no policy and say themselves what is wrong
 
 USAGE = """usage: trimtab COMMAND [--option=value ...]
 
@@ -50,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args[0] not in COMMANDS:
         print(f"trimtab: error: no command '{args[0]}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    if args[0] in LIGHT:
+        return importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
     return _run(COMMANDS[args[0]][0], args[0], args[1:])
 
 
 def _run(module: str, command: str, args: list[str]) -> int:
-    import importlib
-
     from trimtab.recipes.console import quiet, start_worker_server
 
     quiet()
@@ -64,8 +67,12 @@ def _run(module: str, command: str, args: list[str]) -> int:
     from trimtab.adapters.errors import UserError
 
     try:
+        from trimtab.recipes.recipe_file import with_recipe
+        from trimtab.recipes.tiny_run import tiny
+
         run: Callable[[list[str]], None] = importlib.import_module(module).main
-        run(args)
+        with tiny(with_recipe(args, command), command) as arguments:
+            run(arguments)
     except UserError as error:
         rank = os.environ.get("RANK", "0")  # of an `accelerate launch`
         where = "" if rank == "0" else f" (process {rank})"

@@ -13,6 +13,13 @@ from pathlib import Path
 # What every simulator worker needs; LeRobot's part of it takes seconds to import.
 WORKER_MODULES = ["trimtab.rl.envs.vector", "trimtab.rl.envs.metaworld"]
 
+# Commands that run on a random tiny policy too.
+TINY = ("probe", "adapt", "eval", "export", "lora")
+TINY_HELP = """
+--tiny=true: a random tiny policy of the same type in the place of the checkpoint, in an environment that is
+installed, with budgets of seconds (--tiny=TYPE says which type).
+--config_path=FILE or the name of a recipe (`trimtab recipes`)."""
+
 
 def quiet() -> None:
     """Keep other libraries' notices off the console; errors still show."""
@@ -45,13 +52,17 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
     """
     import draccus
     from draccus.utils import DecodingError, ParsingError
+    from lerobot.configs import parser
     from lerobot.configs.parser import print_scoped_help
 
     from trimtab.adapters.errors import UserError
+    from trimtab.recipes.recipe_file import fitted
 
     args = _load_plugins(args)
     if "-h" in args or "--help" in args:
         print(f"usage: trimtab {command} [--option=value ...]")
+        if command in TINY:
+            print(TINY_HELP)
         print_scoped_help(config_class, args)
         raise SystemExit(0)
     config_path = _config_path(args)
@@ -59,8 +70,8 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
         raise UserError(f"--config_path={config_path}", "holds no options, such as `seed: 3`")
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors):
-            return draccus.parse(config_class, args=args)
+        with contextlib.redirect_stderr(errors), fitted(config_path, command) as path:
+            return draccus.parse(config_class, path, args=parser.filter_arg("config_path", args))
     except UserError:
         raise
     except SystemExit:

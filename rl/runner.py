@@ -19,6 +19,19 @@ from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observation
 Encoded = Conditioning | list[Conditioning]
 
 
+def env_processors(env_config: EnvConfig, policy_config: Any) -> tuple[Any, Any]:
+    """What stands between an environment and a policy's processors, as ``lerobot-eval`` has it.
+
+    But for X-VLA outside LIBERO: LeRobot gives it there, too, what turns its end-effector poses into LIBERO's
+    actions.
+    """
+    from lerobot.envs.factory import make_env_pre_post_processors
+
+    if getattr(policy_config, "type", None) == "xvla" and env_config.type != "libero":
+        return env_config.get_env_processors()
+    return make_env_pre_post_processors(env_config, policy_config)
+
+
 class PolicyRunner:
     """The frozen policy with an environment's processors around it, in ``lerobot-eval``'s order.
 
@@ -36,12 +49,8 @@ class PolicyRunner:
     """
 
     def __init__(self, adapter: PolicyAdapter, env_config: EnvConfig) -> None:
-        from lerobot.envs.factory import make_env_pre_post_processors
-
         self.adapter = adapter
-        self.env_preprocessor, self.env_postprocessor = make_env_pre_post_processors(
-            env_config, adapter.config
-        )
+        self.env_preprocessor, self.env_postprocessor = env_processors(env_config, adapter.config)
         self._memory: dict[int, tuple[Conditioning, Tensor]] = {}
 
     def forget(self, slot: int) -> None:

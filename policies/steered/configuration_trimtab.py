@@ -30,6 +30,7 @@ class BaseReference:
     # How it was loaded; as in ``PolicyConfig``.
     dtype: str | None = None
     num_inference_steps: int | None = None
+    n_action_steps: int | None = None
     rename_map: dict[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
     backbone: str | None = None

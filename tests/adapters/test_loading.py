@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -247,3 +248,21 @@ def test_settings_are_hashed_without_where_they_lie(folder):
     edit_config(n_action_steps=2)(folder)
     after = settings_hashes(folder)
     assert [name for name in before if before[name] != after[name]] == ["config.json"]
+
+
+@pytest.mark.parametrize("policy_type", ["diffusion", "smolvla"])
+def test_executed_steps_are_the_users_choice(policy_type, tmp_path):
+    """The same chunk, cut elsewhere; what no chunk can give is refused."""
+    options = make_tiny(policy_type, tmp_path / "policy")
+    plain, cut = load_adapter(options), load_adapter(replace(options, n_action_steps=2))
+    assert cut.chunk_shape == (2, plain.chunk_shape[1]) and plain.chunk_shape[0] > 2
+    assert cut.noise_spec.shape == plain.noise_spec.shape
+    generator = torch.Generator().manual_seed(0)
+    observation = plain.example_observation(2, generator)
+    noise = torch.randn((2, *plain.noise_spec.shape), generator=generator)
+    chunks = [adapter.denoise(adapter.observe(observation), noise) for adapter in (plain, cut)]
+    assert torch.equal(chunks[0][:, :2], chunks[1])
+    most = 7 if policy_type == "diffusion" else 8  # 8 steps from the first of two observations; or all 8
+    for steps in (0, most + 1):
+        with pytest.raises(UserError, match=f"--policy.n_action_steps: must be between 1 and {most}"):
+            load_adapter(replace(options, n_action_steps=steps))

@@ -364,7 +364,8 @@ def test_options_that_do_not_fit(policy_server):
     for fields, message in cases:
         with pytest.raises(UserError, match=message):
             connect(policy_server, "unnamed", **fields)
-    for field, value in (("dtype", "bfloat16"), ("num_inference_steps", 4), ("rename_map", {"a": "b"})):
+    given = {"dtype": "bfloat16", "num_inference_steps": 4, "n_action_steps": 4, "rename_map": {"a": "b"}}
+    for field, value in given.items():
         with pytest.raises(UserError, match=f"--policy.{field}: has no effect on a policy server"):
             load_adapter(PolicyConfig(path=policy_server, device="cpu", **{field: value}))
 
