@@ -65,6 +65,7 @@ def test_adapt_leaves_everything_behind(run):
     output, done = run
     assert "steered" in done.stdout and "95 % interval" in done.stdout
     assert "success" in done.stderr, "the progress bar shows the running success rate"
+    assert "s of training: the learner waited for the environments" in done.stdout
     names = {path.name for path in output.iterdir()}
     assert {"artefact", "metrics.jsonl", "results.json", "config.json", "curve.png"} <= names
     results = check_results(output, POLICIES, 6)
