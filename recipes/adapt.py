@@ -116,6 +116,12 @@ def main(args: list[str]) -> None:
     )
     say = print if processes is None or processes.is_main_process else lambda text: None
     say(describe(session, folder))
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked != "no":
+        say(
+            f"accelerate's mixed_precision={asked} changes nothing here: --policy.dtype=bfloat16 is for the "
+            "base, --rl.precision=bfloat16 for the learner"
+        )
     try:
         outcome = steer(session, folder, config, output)
     except Stopped as stopped:
@@ -151,6 +157,7 @@ def make_accelerator(
     )  # environments may be slow, and of uneven speed
     return Accelerator(
         cpu=cpu,
+        mixed_precision="no",  # of base and learner each has an option; gradients are float32, never scaled
         log_with=trackers or None,
         project_dir=folder if trackers else None,
         kwargs_handlers=[patience],
