@@ -15,6 +15,7 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, NotFinite, RawObservation, lost_episode
+from trimtab.rl.envs.libero import chunked
 
 BUILDING = 5  # a simulator may take so many times longer to be built than to step a chunk
 
@@ -42,6 +43,7 @@ def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
         config: any LeRobot environment config, ours included.
         task_index: which of the config's tasks, where it has several.
     """
+    config = chunked(config)
     tasks = [vec for by_task in config.create_envs(1, False).values() for vec in by_task.values()]
     for index, vec in enumerate(tasks):
         if index != task_index % len(tasks):
