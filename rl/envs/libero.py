@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,7 @@ def _write_config(root: Path) -> None:
 def watched(env: Any, shadows: bool = True) -> Any:
     """Turn a ``LiberoEnv`` of LeRobot into one that renders what is watched."""
     env.__class__ = _watched_class()
-    env.shadows, env._watching, env._frames = shadows, True, {}
+    env.shadows, env._watching = shadows, True
     return env
 
 
@@ -134,7 +136,10 @@ def _watched_class() -> type:
         return _WATCHED
 
     class WatchedLibero(LiberoEnv):
-        """LeRobot's, with cameras that can be off; where they are, the last frames stand in the observation.
+        """LeRobot's, whose cameras can be off: what they would see is then what they saw last.
+
+        When a camera is sampled within a step depends on the samples before, so that the sensors go on as
+        they are, and only the rendering in them is left out.
 
         ``reset(seed)`` starts at the initial state ``seed`` modulo their number: LeRobot's goes through
         them one reset after the other, so that an episode would depend on those before.
@@ -142,40 +147,41 @@ def _watched_class() -> type:
 
         shadows: bool
         _watching: bool
-        _frames: dict[str, np.ndarray]
 
         def watch(self, on: bool) -> None:
             """Whether the steps from here on render."""
             self._watching = on
             if self._env is None:
                 return
-            simulator = self._env.env
             for camera in self.camera_name:
-                observable = simulator._observables[camera]
-                if observable.is_enabled() != on:
-                    observable.set_enabled(on)
-                    observable._sampled = False  # what a forced update before may have left
-            self._shade()
-
-        def _shade(self) -> None:
+                observable = self._env.env._observables[camera]  # another one after a hard reset
+                if not hasattr(observable._sensor, "__wrapped__"):
+                    observable._sensor = self._gated(observable._sensor)
             context = self._env.env.sim._render_context_offscreen
-            if self.shadows or context is None:
-                return
-            import mujoco
+            if not self.shadows and context is not None:
+                import mujoco
 
-            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-                context.scn.flags[flag] = 0
+                for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                    context.scn.flags[flag] = 0
+
+        def _gated(self, sensor: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+            last: list[np.ndarray] = []
+
+            @wraps(sensor)
+            def gated(cache: Any) -> np.ndarray:
+                if self._watching or not last:
+                    last[:] = [sensor(cache)]
+                return last[0]
+
+            return gated
 
         def reset(self, seed: int | None = None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
             if seed is not None and self._init_states is not None:
                 self.init_state_id = int(seed) % len(self._init_states)
-            if self._env is not None:
-                self.watch(True)
+            self.watch(True)
             wait = self.num_steps_wait
-            if self.control_mode == "absolute" or wait < 1:  # LeRobot's settling is before it sets the mode
-                observation, info = super().reset(seed=seed, **kwargs)
-                self._shade()
-                return observation, info
+            if self.control_mode == "absolute" or wait < 1:  # LeRobot settles before it sets the mode
+                return super().reset(seed=seed, **kwargs)
             self.num_steps_wait = 0
             try:
                 _, info = super().reset(seed=seed, **kwargs)
@@ -186,20 +192,12 @@ def _watched_class() -> type:
                 raw, _, _, _ = self._env.step(get_libero_dummy_action())
             return self._format_raw_obs(raw), info
 
-        def _format_raw_obs(self, raw_obs: Any) -> Any:
-            seen = {camera: raw_obs[camera] for camera in self.camera_name if camera in raw_obs}
-            self._frames.update(seen)
-            return super()._format_raw_obs({**raw_obs, **self._frames})
-
         def render(self) -> np.ndarray:
-            watching = self._watching
+            """The first camera's view of now, as LeRobot turns it; without a trace in the sensors."""
             self._ensure_env()
-            self.watch(True)
-            self._env.env._update_observables(force=True)
-            try:
-                return super().render()
-            finally:
-                self.watch(watching)
+            self.watch(self._watching)
+            sensor = self._env.env._observables[self.camera_name[0]]._sensor
+            return sensor.__wrapped__({})[::-1, ::-1]
 
     _WATCHED = WatchedLibero
     return _WATCHED
