@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-5  # the default of nn.LayerNorm
 _aten = torch.ops.aten
 _dtype: torch.dtype | None = None  # of the matmuls; None: as the weights
+_compiled: Any = None  # a ``compiling.CompiledPasses``, within ``passes_by``
 
 
 @contextmanager
@@ -35,6 +36,17 @@ def matmuls_in(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         _dtype = before
+
+
+@contextmanager
+def passes_by(compiled: Any) -> Iterator[None]:
+    """Within, passes are made by a ``compiling.CompiledPasses``; ``None``: by this module's functions."""
+    global _compiled
+    before, _compiled = _compiled, compiled
+    try:
+        yield
+    finally:
+        _compiled = before
 
 
 def in_own_dtype() -> bool:
@@ -84,6 +96,8 @@ class Layers:
         return self._copies
 
     def activate_(self, h: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return torch.tanh(h) if self.activation == "tanh" else torch.relu(h)
         if self.activation == "tanh":
             return h.tanh_()
         _bits(h).relu_()
@@ -91,6 +105,8 @@ class Layers:
 
     def deactivate_(self, grad: Tensor, h: Tensor) -> Tensor:
         """The gradient before an activation that gave ``h``, in the place of that after it."""
+        if torch.compiler.is_compiling():
+            return grad * (1 - h * h) if self.activation == "tanh" else torch.where(h > 0, grad, 0.0)
         if self.activation == "tanh":
             return _aten.tanh_backward.grad_input(grad, h, grad_input=grad)
         bits = _bits(grad)
@@ -103,11 +119,19 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int16) if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x
 
 
+def forget_copies(module: nn.Module) -> None:
+    """Let the networks in ``module`` make their copies in another dtype anew."""
+    for part in module.modules():
+        if isinstance(layers := getattr(part, "passed", None), Layers):
+            layers._copies, layers._made_of = [], ()
+
+
 def run(layers: Layers, x: Tensor, own: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
     """Output (E, N, out), see ``forward``; with a graph where gradients are recorded."""
     if torch.is_grad_enabled():
         return _MLP.apply(layers, x, own, *parameters)
-    return forward(layers, layers.operands(parameters), x, own)
+    make = forward if _compiled is None else _compiled.forward
+    return make(layers, layers.operands(parameters), x, own)
 
 
 def forward(
@@ -221,7 +245,8 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layers: Layers, x: Tensor, own: Tensor | None, *parameters: Tensor) -> Tensor:
         operands, kept = layers.operands(parameters), []
-        out = forward(layers, operands, x, own, kept)
+        ctx.compiled = _compiled
+        out = (forward if _compiled is None else _compiled.forward)(layers, operands, x, own, kept)
         # Saved for their versions too: after an optimiser step the operands would not be the same.
         ctx.save_for_backward(*parameters)
         ctx.layers, ctx.operands, ctx.kept = layers, operands, kept
@@ -234,7 +259,8 @@ class _MLP(torch.autograd.Function):
         parameters, asked = ctx.saved_tensors, ctx.needs_input_grad
         wanted = asked[1], asked[2], any(asked[3:])
         width = ctx.x_shape[-1]
-        x_grad, own_grad, found = backward(ctx.layers, ctx.operands, ctx.kept, grad, width, wanted)
+        make = backward if ctx.compiled is None else ctx.compiled.backward
+        x_grad, own_grad, found = make(ctx.layers, ctx.operands, ctx.kept, grad, width, wanted)
         if x_grad is not None and len(ctx.x_shape) == 2:
             x_grad = x_grad.sum(0)
         if own_grad is not None:

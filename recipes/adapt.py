@@ -118,6 +118,12 @@ def main(args: list[str]) -> None:
     )
     say = print if processes is None or processes.is_main_process else lambda text: None
     say(describe(session, folder))
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked != "no":
+        say(
+            f"accelerate's mixed_precision={asked} changes nothing here: --policy.dtype=bfloat16 is for the "
+            "base, --rl.precision=bfloat16 for the learner"
+        )
     try:
         outcome = steer(session, folder, config, output)
     except Stopped as stopped:
@@ -130,6 +136,8 @@ def main(args: list[str]) -> None:
     for task, found in outcome.by_task.items() if len(outcome.by_task) > 1 else ():
         say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(e.summary())}" for n, e in found.items()))
     say(untrained_line(outcome.untrained.summary(), config.noise.type))
+    for line in waits(outcome.lines):
+        say(line)
     say(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
 
 
@@ -151,6 +159,7 @@ def make_accelerator(
     )  # environments may be slow, and of uneven speed
     return Accelerator(
         cpu=cpu,
+        mixed_precision="no",  # of base and learner each has an option; gradients are float32, never scaled
         log_with=trackers or None,
         project_dir=folder if trackers else None,
         kwargs_handlers=[patience],
@@ -169,6 +178,20 @@ def with_default_noise(args: list[str]) -> list[str]:
 def untrained_line(summary: dict[str, Any], noise: str) -> str:
     """One line about what the noise space alone does."""
     return f"untrained actor ({noise} noise): {rate_text(summary)}"
+
+
+def waits(lines: list[dict[str, Any]]) -> list[str]:
+    """A line about what waited for what while training, from the last of the metrics, if they say."""
+    last = lines[-1] if lines else {}
+    names = {
+        "learner_waits": "the learner waited for the environments {:.0%}",
+        "envs_wait": "the environments waited for the learner {:.0%}",
+        "denoise": "both waited for the base {:.0%}",
+        "processes_wait": "the processes waited for each other {:.0%}",
+    }
+    shares = {name: last.get(f"seconds_share/{name}") for name in names}
+    said = [names[name].format(share) for name, share in shares.items() if share is not None]
+    return [f"of {last['seconds_total']:.0f} s of training: " + ", ".join(said)] if said else []
 
 
 def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Path) -> Outcome:

@@ -151,7 +151,7 @@ class Collector:
         self.runner, self.vec, self.space = runner, vec, space
         self.gamma, self.reward = gamma, reward
         self.env_steps = 0
-        self.seconds = {"denoise": 0.0, "env_wait": 0.0}
+        self.seconds = {"denoise": 0.0, "env_wait": 0.0, "env_busy": 0.0, "env_idle": 0.0}
         self._envs = list(range(vec.num_envs))
         self.seed, first = seed, seed + place[0] * vec.num_envs
         self._next_seed = {i: first + i for i in self._envs}
@@ -271,6 +271,8 @@ class Collector:
         started = time.perf_counter()
         results: dict[int, ChunkResult] = self.vec.receive()
         self.seconds["env_wait"] += time.perf_counter() - started
+        self.seconds["env_busy"] += self.vec.busy
+        self.seconds["env_idle"] += self.vec.idle
         started = time.perf_counter()
         before, proposed_before = self._features.numpy(), self._candidates
         conditioned_before = self._conditioning

@@ -121,7 +121,7 @@ def load_collector(collector: Collector, state: dict[str, Any], envs: list[dict[
     Returns:
         how many episodes could not be repeated and were dropped.
     """
-    collector.env_steps, collector.seconds = state["env_steps"], dict(state["seconds"])
+    collector.env_steps, collector.seconds = state["env_steps"], collector.seconds | state["seconds"]
     saved = {i: held for i, held in enumerate(envs) if held is not None}
     for i, held in saved.items():
         collector._next_seed[i] = held["next_seed"]

@@ -401,7 +401,15 @@ class Trainer:
             seconds["processes_wait"] = self.world.waited
         line |= {f"seconds_{name}": round(value, 3) for name, value in seconds.items()}
         line["seconds_total"] = round(elapsed, 3)
+        line |= self._shares(seconds, elapsed)
         return line
+
+    def _shares(self, seconds: dict[str, float], elapsed: float) -> dict[str, float]:
+        """Shares of the wall-clock, averaged over the processes, in which one part waited for another."""
+        parts = {"learner_waits": "env_wait", "envs_wait": "env_idle", "denoise": "denoise"}
+        parts |= {"processes_wait": "processes_wait"} if self.world.size > 1 else {}
+        found = self.world.sum([seconds[name] / max(elapsed, 1e-9) for name in parts.values()])
+        return {f"seconds_share/{name}": round(v / self.world.size, 4) for name, v in zip(parts, found)}
 
     def _means(self) -> dict[str, float]:
         """What the updates since the last line reported, averaged over them and the processes."""

@@ -15,19 +15,23 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.files import file_hash, resolve_folder
+from trimtab.recipes.bench.compiled import compiled_table, run_compiled
 from trimtab.recipes.bench.engine import run_engine
 from trimtab.recipes.bench.methods import METHODS, Setup, run_base, run_method
 from trimtab.recipes.bench.overhead import run_overhead
+from trimtab.recipes.bench.processes import Job, processes_table, run_processes
 from trimtab.recipes.bench.report import engine_table, overhead_table, write_samples
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_json
 from trimtab.recipes.session import EVALUATION_SEED, read_json
+from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, check_episode_length, split_tasks
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.train import MAX_SEED
 
 RECORD = "bench.json"
+WHAT = ("samples", "engine", "overhead", "compile", "processes")
 
 
 @dataclass
@@ -35,7 +39,8 @@ class BenchConfig:
     """``trimtab bench``."""
 
     # samples: success against environment steps; engine: updates per second; overhead: time per chunk of a
-    # steered policy over its base's.
+    # steered policy over its base's; compile: updates with --rl.engine=compile and without; processes:
+    # environment steps per second of two processes and of one.
     what: str = "samples"
     # Folder of a base policy that `trimtab base` or `trimtab demo` made.
     base: str = ""
@@ -65,6 +70,9 @@ class BenchConfig:
     repetitions: int = 7
     updates: int = 100
     transitions: int = 2_000
+    # Processes: the algorithm, with its defaults, and its updates per transition of each process.
+    algorithm: str = "dsrl_sac"
+    updates_per_transition: float = 2.0
     # Overhead: folder of the artefact that `trimtab adapt` wrote, and chunks of each policy.
     artefact: Path | None = None
     chunks: int = 300
@@ -72,8 +80,8 @@ class BenchConfig:
     output_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.what not in ("samples", "engine", "overhead"):
-            raise UserError("--what", f"'{self.what}' is none of samples, engine, overhead")
+        if self.what not in WHAT:
+            raise UserError("--what", f"'{self.what}' is none of {', '.join(WHAT)}")
         if self.chunks < 2:
             raise UserError("--chunks", f"must be at least 2, got {self.chunks}")
         for name in (
@@ -85,9 +93,16 @@ class BenchConfig:
         for name in ("final_episodes", "workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name}", f"cannot be negative, got {getattr(self, name)}")
-        if self.grid > self.env_steps:
+        if self.what == "samples" and self.grid > self.env_steps:
             raise UserError("--grid", f"{self.grid} leaves no point within --env_steps={self.env_steps}")
         check_episode_length(self.episode_length, "--episode_length")
+        known = [name for name in AlgorithmConfig.get_known_choices() if name != "golden_ticket"]
+        if self.algorithm not in known:
+            raise UserError("--algorithm", f"'{self.algorithm}' is none of {', '.join(known)}")
+        if not self.updates_per_transition > 0:
+            raise UserError(
+                "--updates_per_transition", f"must be positive, got {self.updates_per_transition}"
+            )
         self.method_list()
         _numbers(self.widths, "--widths", 1, 8192)
         _numbers(self.seeds, "--seeds", 0, MAX_SEED)
@@ -117,6 +132,9 @@ def main(args: list[str]) -> None:
     if config.what == "overhead":
         overhead(config)
         return
+    if config.what == "compile":
+        compiled(config)
+        return
     if not config.base:
         raise UserError("--base", "name the folder of a base policy; `trimtab base` makes one")
     torch.set_num_threads(1)
@@ -125,6 +143,9 @@ def main(args: list[str]) -> None:
     for task in tasks:
         check_task(folder, task)
     output = _output(config.output_dir)
+    if config.what == "processes":
+        processes(config, folder, tasks[0], output)
+        return
     adapter = load_adapter(PolicyConfig(path=str(folder), device="cpu"))
     if config.what == "engine":
         engine(config, adapter, tasks[0], output)
@@ -157,10 +178,7 @@ def engine(config: BenchConfig, adapter: PolicyAdapter, task: str, output: Path)
         config.num_envs,
         config.workers,
     )
-    write_json(output / "engine.json", found)
-    text = engine_table(found)
-    (output / "engine.md").write_text(text + "\n", encoding="utf-8")
-    print(f"{text}\n\nall in {output}")
+    _write(output, "engine", found, engine_table(found))
 
 
 def overhead(config: BenchConfig) -> None:
@@ -172,6 +190,35 @@ def overhead(config: BenchConfig) -> None:
     output = _output(config.output_dir)
     write_json(output / "overhead.json", found)
     print(f"{overhead_table(found)}\n\nall in {output}")
+
+
+def compiled(config: BenchConfig) -> None:
+    """Measure what compiling gains; write compile.json and compile.md."""
+    torch.set_num_threads(1)
+    found = run_compiled(_numbers(config.widths, "--widths", 1, 8192), config.repetitions, config.updates)
+    _write(_output(config.output_dir), "compile", found, compiled_table(found))
+
+
+def processes(config: BenchConfig, folder: Path, task: str, output: Path) -> None:
+    """Measure what a second process gains; write processes.json and processes.md."""
+    job = Job(
+        base=str(folder),
+        task=task,
+        episode_length=config.episode_length,
+        algorithm=config.algorithm,
+        num_envs=config.num_envs,
+        env_steps=config.env_steps,
+        updates_per_transition=config.updates_per_transition,
+        output=str(output / "process.json"),
+    )
+    found = run_processes(job, config.repetitions)
+    _write(output, "processes", found, processes_table(found))
+
+
+def _write(output: Path, name: str, found: dict[str, Any], text: str) -> None:
+    write_json(output / f"{name}.json", found)
+    (output / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    print(f"{text}\n\nall in {output}")
 
 
 def samples(

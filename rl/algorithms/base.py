@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,15 +18,19 @@ from torch import Tensor, nn
 
 from trimtab.adapters import UserError
 from trimtab.policies.actor import NoiseActor
+from trimtab.policies.compiling import CompiledPasses
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
-from trimtab.policies.passes import matmuls_in
+from trimtab.policies.passes import matmuls_in, passes_by
 from trimtab.policies.precision import matmul_dtype, require_precision
+from trimtab.rl.algorithms.capture import CapturedUpdate, why_not_captured
 from trimtab.rl.algorithms.optimizer import FusedAdam
 from trimtab.rl.replay import Batch
 from trimtab.rl.returns import DISCOUNT_PER
 
 MEASURED_EVERY = 10  # updates; what metrics take part in no loss
+RANKED_EVERY = 50  # updates; metrics that cost as much as a step
+ENGINES = ("eager", "compile", "cuda_graph")
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -53,6 +58,8 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     batch_size: int = 256
     # In what the networks' hidden layers are multiplied while learning: float32 or bfloat16.
     precision: str = "float32"
+    # How updates run: eager; compile: networks through torch.compile; cuda_graph: recorded and replayed.
+    engine: str = "eager"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma < 1.0:
@@ -62,6 +69,8 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
             raise UserError("--rl.discount_per", f"'{self.discount_per}' is none of {known}")
         require_positive(self, "n_step", "batch_size")
         require_precision("--rl.precision", self.precision)
+        if self.engine not in ENGINES:
+            raise UserError("--rl.engine", f"'{self.engine}' is none of {', '.join(ENGINES)}")
 
     @property
     def pace(self) -> Pace:
@@ -132,6 +141,8 @@ class Algorithm(nn.Module, abc.ABC):
         selects: whether ``select`` acts while learning, choosing among the candidates.
         decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
         matmul_dtype: of hidden layers within ``update``, see ``passes.matmuls_in``.
+        obstacle: why updates cannot be recorded as CUDA graphs, if so.
+        updates: made so far.
     """
 
     actor: NoiseActor
@@ -140,12 +151,25 @@ class Algorithm(nn.Module, abc.ABC):
     selects: bool = False
     decode: Callable[..., Tensor] | None = None
     matmul_dtype: torch.dtype | None = None
+    obstacle: str = ""
+    updates: int
+    _compiled: CompiledPasses | None = None
+    _captured: CapturedUpdate | None = None
 
     def _set_up(self, config: AlgorithmConfig, accelerator: Any) -> None:
         """Move what has been built to the device, and settle in what it multiplies."""
         self.accelerator = accelerator
         self.to(accelerator.device)
         self.matmul_dtype = matmul_dtype("--rl.precision", config.precision, accelerator.device)
+        option = f"--rl.engine={config.engine}"
+        if config.engine == "compile":
+            self._compiled = CompiledPasses(option)
+        elif config.engine == "cuda_graph":
+            why_not = why_not_captured(accelerator, self.obstacle)
+            if why_not:
+                print(f"{option}: {why_not}; updates run as they are", file=sys.stderr)
+            else:
+                self._captured = CapturedUpdate(option, accelerator.device)
 
     def select(self, features: Tensor, chunks: Tensor) -> Tensor:
         """Which candidate acts: (B, d), (B, K, steps * action_dim) -> (B,)."""
@@ -163,6 +187,10 @@ class Algorithm(nn.Module, abc.ABC):
         with torch.no_grad():
             following = encoder(batch["next_features"], augment=True)
         return batch | {"features": encoder(batch["features"], augment=True), "next_features": following}
+
+    @abc.abstractmethod
+    def turn(self) -> tuple[int, ...]:
+        """What the coming update does: those of equal turns run the same operations."""
 
     @abc.abstractmethod
     def update(self, batch: Batch) -> dict[str, Tensor]:
@@ -200,15 +228,15 @@ class Algorithm(nn.Module, abc.ABC):
         optimizer.step()
 
 
-def in_precision(
+def as_set_up(
     update: Callable[[Any, Batch], dict[str, Tensor]],
 ) -> Callable[[Any, Batch], dict[str, Tensor]]:
-    """An ``update`` whose matmuls are in the algorithm's precision; who acts does so in float32."""
+    """An ``update`` in the algorithm's precision and by its engine; who acts does so in float32, eagerly."""
 
     @wraps(update)
     def within(self: Algorithm, batch: Batch) -> dict[str, Tensor]:
-        with matmuls_in(self.matmul_dtype):
-            return update(self, batch)
+        with matmuls_in(self.matmul_dtype), passes_by(self._compiled):
+            return update(self, batch) if self._captured is None else self._captured(self, update, batch)
 
     return within
 

@@ -25,11 +25,13 @@ from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import (
+    MEASURED_EVERY,
+    RANKED_EVERY,
     Algorithm,
     AlgorithmConfig,
     Pace,
+    as_set_up,
     frozen,
-    in_precision,
     polyak,
     require_positive,
     spread,
@@ -241,7 +243,11 @@ class BestOfN(Algorithm):
         divergence = kl_to_prior(mean, log_std, space.initial_std)
         return (weights * loss).sum(1).mean(), divergence, space.squash(mean)
 
-    @in_precision
+    def turn(self) -> tuple[int, ...]:
+        periods = self.config.actor_every, MEASURED_EVERY, RANKED_EVERY
+        return tuple(self.updates % every == 0 for every in periods)
+
+    @as_set_up
     def update(self, batch: Batch) -> dict[str, Tensor]:
         batch_size, device = len(batch["reward"]), batch["reward"].device
         batch = self.look(batch)
@@ -264,7 +270,7 @@ class BestOfN(Algorithm):
                 "noise_kl_to_prior": divergence.detach().mean(),
                 "noise_rms": u.detach().square().mean().sqrt(),
             }
-        if self.updates % 50 == 0:
+        if self.updates % RANKED_EVERY == 0:
             metrics["rank_correlation"] = self.rank_correlation(batch)
         polyak(self.target_critic, self.critic, self.config.tau)
         self.updates += 1

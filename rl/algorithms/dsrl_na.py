@@ -31,7 +31,13 @@ from trimtab.policies.actor import ActorOutput, kl_to_prior
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
-from trimtab.rl.algorithms.base import AlgorithmConfig, in_precision, polyak, require_positive
+from trimtab.rl.algorithms.base import (
+    RANKED_EVERY,
+    AlgorithmConfig,
+    as_set_up,
+    polyak,
+    require_positive,
+)
 from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, over, pick, rank_correlation
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.replay import Batch
@@ -150,6 +156,10 @@ class DSRLNA(SoftActorCritic):
         self.base_calls = 0
 
     @property
+    def obstacle(self) -> str:
+        return "the learner asks the frozen policy (rl.mode=exact)" if self.config.mode == "exact" else ""
+
+    @property
     def climbed(self) -> CriticEnsemble:
         return self.noise_critic
 
@@ -246,17 +256,24 @@ class DSRLNA(SoftActorCritic):
             loss = loss + (self.alpha.detach() * (divergence - drawn.log_prob)).mean()
         return loss, drawn
 
-    @in_precision
+    def turn(self) -> tuple[int, ...]:
+        return *super().turn(), self._distillations(), self.updates % RANKED_EVERY == 0
+
+    def _distillations(self) -> int:
+        """Steps of the distillation in the coming update."""
+        rate = self.config.distillation_steps
+        return math.floor((self.updates + 1) * rate) - math.floor(self.updates * rate)
+
+    @as_set_up
     def update(self, batch: Batch) -> dict[str, Tensor]:
         calls, batch = self.base_calls, self.look(batch)
         metrics = self._update_critic(batch, self.td_target(batch))
-        rate = self.config.distillation_steps
-        for _ in range(math.floor((self.updates + 1) * rate) - math.floor(self.updates * rate)):
+        for _ in range(self._distillations()):
             loss = self.distillation_loss(batch, *self.pairs(batch, self.config.distilled_pairs))
             self._step(self.noise_optimizer, loss)
             metrics["distillation_loss"] = loss.detach()
         metrics |= self._update_actor(batch)
-        if self.updates % 50 == 0:
+        if self.updates % RANKED_EVERY == 0:
             metrics |= self.diagnose(batch)
         metrics["base_calls"] = torch.tensor(float(self.base_calls - calls))
         polyak(self.target_critic, self.critic, self.config.tau)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
-from trimtab.rl.algorithms.base import AlgorithmConfig, in_precision, polyak
+from trimtab.rl.algorithms.base import AlgorithmConfig, as_set_up, polyak
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.replay import Batch
 
@@ -71,7 +71,7 @@ class DSRLSAC(SoftActorCritic):
         value = self.target_critic(batch["next_features"], following.u).min(0).values
         return self._backup(batch, value, following.log_prob)
 
-    @in_precision
+    @as_set_up
     def update(self, batch: Batch) -> dict[str, Tensor]:
         batch = self.look(batch)
         metrics = self._update_critic(batch, self.td_target(batch))

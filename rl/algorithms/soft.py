@@ -110,6 +110,9 @@ class SoftActorCritic(Algorithm):
         """The critic of (features, u) that the actor climbs."""
         return self.critic
 
+    def turn(self) -> tuple[int, ...]:
+        return self.updates % self.config.actor_every == 0, self.updates % MEASURED_EVERY == 0
+
     def _backup(self, batch: Batch, value: Tensor, log_prob: Tensor) -> Tensor:
         """``R + D * value``, with the entropy's share where it belongs there, clipped; all (B,)."""
         if self.config.backup_entropy:

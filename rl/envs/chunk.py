@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +100,8 @@ class ChunkEnv:
         self._limit = _time_limit(env)
         self._running = False
         self._frames: list[np.ndarray] = []
+        # An environment may leave out what is slow to see (``libero.py``): all but what is handed on.
+        self._watch: Callable[[bool], None] | None = getattr(env.unwrapped, "watch", None)
 
     @property
     def task_description(self) -> str:
@@ -149,7 +152,10 @@ class ChunkEnv:
         successes: list[bool] = []
         seen: list[RawObservation] = []
         terminated = truncated = False
-        for action in actions:
+        left = len(actions) if self._limit is None else min(len(actions), self._limit - self._step)
+        for number, action in enumerate(actions):
+            if self._watch is not None:
+                self._watch(self.keep_seen or number >= left - self._history.maxlen)
             if self.keep_seen:
                 seen.append(self._history[-1])
             observation, reward, terminated, truncated, info = self.env.step(action)

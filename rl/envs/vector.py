@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import signal
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -14,6 +15,7 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, NotFinite, RawObservation, lost_episode
+from trimtab.rl.envs.libero import chunked
 
 BUILDING = 5  # a simulator may take so many times longer to be built than to step a chunk
 
@@ -41,6 +43,7 @@ def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
         config: any LeRobot environment config, ours included.
         task_index: which of the config's tasks, where it has several.
     """
+    config = chunked(config)
     tasks = [vec for by_task in config.create_envs(1, False).values() for vec in by_task.values()]
     for index, vec in enumerate(tasks):
         if index != task_index % len(tasks):
@@ -107,19 +110,21 @@ def _worker(connection: Any, config: EnvConfig, indices: list[int], *options: An
     group: _Group | None = None
     try:
         group = _Group(config, indices, *options)
-        connection.send(("ok", group.describe()))
+        connection.send(("ok", group.describe(), 0.0))
         while True:
             command, args = connection.recv()
             if command == "close":
                 break
-            connection.send(("ok", getattr(group, command)(*args)))
+            started = time.perf_counter()
+            answer = getattr(group, command)(*args)
+            connection.send(("ok", answer, time.perf_counter() - started))
     except UserError as error:
-        connection.send(("user_error", (error.option, error.message)))
+        connection.send(("user_error", (error.option, error.message), 0.0))
     except (EOFError, KeyboardInterrupt, BrokenPipeError):
         pass
     except BaseException:
         with contextlib.suppress(OSError):
-            connection.send(("error", traceback.format_exc()))
+            connection.send(("error", traceback.format_exc(), 0.0))
     finally:
         if group is not None:
             group.close()
@@ -142,6 +147,10 @@ class ChunkVectorEnv:
         tolerant: an episode in which the simulator crashes or hangs, or NaN or Inf appears, is lost
             (``ChunkResult.lost``) and the next one starts, in a new worker where need be; else an error.
         timeout: seconds that a worker may take for an answer before it counts as hanging; 0 for any time.
+
+    Attributes:
+        busy: seconds for which the simulators worked on what the last ``receive`` brought, and
+        idle: from then until it was called; both averaged over the workers.
     """
 
     def __init__(
@@ -163,6 +172,7 @@ class ChunkVectorEnv:
         self._local: _Group | None = None
         self._workers: list[tuple[Any, Any, list[int]]] = []
         self._pending: dict[int, Any] = {}
+        self._sent = self._seconds = self.busy = self.idle = 0.0
         indices = list(range(num_envs))
         if num_workers <= 0:
             self._local = _Group(config, indices, *self._arguments)
@@ -209,13 +219,18 @@ class ChunkVectorEnv:
 
     def receive(self) -> dict[int, Any]:
         """Wait for what ``send`` started: a ``ChunkResult`` for each environment."""
+        asked = time.perf_counter()
+        self.busy = self.idle = 0.0
         if self._local is not None:
             results, self._pending = self._pending, {}
+            self._account(asked, 1)
             return results
         merged: dict[int, Any] = {}
+        count = len(self._pending)
         for number in list(self._pending):
             try:
                 merged.update(self._receive_from(self._workers[number]))
+                self._account(asked, count)
             except WorkerLost as lost:
                 if not self._tolerant:
                     raise
@@ -223,11 +238,18 @@ class ChunkVectorEnv:
             del self._pending[number]
         return dict(sorted(merged.items()))
 
+    def _account(self, asked: float, workers: int) -> None:
+        """Add one of ``workers`` to ``busy`` and ``idle``."""
+        self.busy += self._seconds / workers
+        self.idle += max(0.0, asked - self._sent - self._seconds) / workers
+
     def _dispatch(self, command: str, per_env: dict[int, Any], extra: dict[int, Any]) -> None:
         if self._pending:
             raise RuntimeError("the environments are still stepping: call receive() first")
+        self._sent = time.perf_counter()
         if self._local is not None:
             self._pending = getattr(self._local, command)(per_env, extra)
+            self._seconds = time.perf_counter() - self._sent
             return
         for number, worker in enumerate(self._workers):
             mine = {i: per_env[i] for i in worker[2] if i in per_env}
@@ -247,7 +269,7 @@ class ChunkVectorEnv:
         try:
             if self._timeout and not connection.poll(self._timeout * patience):
                 raise WorkerLost("hang", f"{name} did not answer for {self._timeout * patience:g} s")
-            status, payload = connection.recv()
+            status, payload, self._seconds = connection.recv()
         except (EOFError, ConnectionResetError):
             process.join(1)
             raise WorkerLost("crash", f"{name} died with exit code {process.exitcode}") from None

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import time
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
@@ -18,12 +20,14 @@ from trimtab.policies.artefact import save_artefact
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.sources import prior_noise
 from trimtab.recipes.bench.command import BenchConfig, once
+from trimtab.recipes.bench.compiled import compiled_table, measure
 from trimtab.recipes.bench.methods import METHODS, Method, Setup, run_method
 from trimtab.recipes.bench.overhead import compare
+from trimtab.recipes.bench.processes import Job, work
 from trimtab.recipes.bench.report import dip, sustained
 from trimtab.recipes.cli import main
 from trimtab.recipes.lora_training import TuningConfig
-from trimtab.rl.algorithms import BestOfNConfig
+from trimtab.rl.algorithms import BestOfNConfig, DSRLSACConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -290,6 +294,45 @@ def test_engine_with_few_repetitions(tiny_base, tmp_path):
                 assert ratio == pytest.approx(ours / theirs, rel=0.01)
             assert row["ratio"] == pytest.approx(sum(row["ratios"]) / 2, abs=0.002)  # the median of two
     assert "| 3x16 | sb3 |" in (output / "engine.md").read_text()
+
+
+def test_compiled_beside_eager(monkeypatch):
+    """Real turns of both; the compiler's backend is the one that needs no C++ compiler."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile_(f, backend="eager"))
+    row = measure(DSRLSACConfig, 16, repetitions=2, updates=2)
+    assert row["compiled"] and len(row["ratios"]) == 2
+    assert row["ratio"] == pytest.approx(sum(row["ratios"]) / 2, abs=0.002)
+    assert "| `dsrl_sac` | 3x16 |" in compiled_table({"dsrl_sac": {"16": row}})
+
+
+def test_one_process_is_timed_from_its_first_update_on(tiny_base, tmp_path):
+    job = Job(str(tiny_base), "drawer-close-v3", 20, "dsrl_sac", 2, 150, 0.5, str(tmp_path / "found.json"))
+    started = time.perf_counter()
+    work(job)
+    elapsed = time.perf_counter() - started
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["env_steps_per_second"] > 20 / elapsed  # of 150 steps, learning begins within the first 130
+    # Chunks of at most 8 steps, the last of an episode 4: one transition for each, half an update for that.
+    assert 0.5 / 8 <= found["updates_per_env_step"] <= 0.5 / 4
+    assert set(found["shares"]) == {f"seconds_share/{n}" for n in ("learner_waits", "envs_wait", "denoise")}
+
+
+@pytest.mark.skipif(not os.environ.get("TRIMTAB_PROCESSES"), reason="takes minutes; set TRIMTAB_PROCESSES=1")
+def test_two_processes_beside_one(tiny_base, tmp_path, capsys):
+    output = tmp_path / "bench"
+    few = ["--env_steps=150", "--repetitions=1", "--num_envs=2", "--updates_per_transition=0.5"]
+    argv = ["bench", "--what=processes", f"--base={tiny_base}", *SMALL, *few, f"--output_dir={output}"]
+    assert main(argv) == 0
+    found = json.loads((output / "processes.json").read_text())
+    one, two = (found["processes"][count] for count in ("1", "2"))
+    (ratio,) = found["ratios"]
+    assert ratio == pytest.approx(two["median"] / one["median"], rel=0.02) and ratio > 0.1
+    # A process's own batches per environment step of all: half as many, each of two processes' halves.
+    assert two["updates_per_env_step"] == pytest.approx(one["updates_per_env_step"] / 2, rel=0.4)
+    assert "processes_wait" in "".join(two["shares"]) and "processes_wait" not in "".join(one["shares"])
+    assert "| 2 |" in capsys.readouterr().out
+    assert main([*argv, "--algorithm=golden_ticket"]) == 2
 
 
 def points(*rates):

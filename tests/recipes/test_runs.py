@@ -65,6 +65,7 @@ def test_adapt_leaves_everything_behind(run):
     output, done = run
     assert "steered" in done.stdout and "95 % interval" in done.stdout
     assert "success" in done.stderr, "the progress bar shows the running success rate"
+    assert "s of training: the learner waited for the environments" in done.stdout
     names = {path.name for path in output.iterdir()}
     assert {"artefact", "metrics.jsonl", "results.json", "config.json", "curve.png"} <= names
     results = check_results(output, POLICIES, 6)
@@ -341,8 +342,10 @@ def test_space_that_an_algorithm_cannot_learn_in_is_refused_at_once(tiny_base, t
     assert not (tmp_path / "out").exists()
 
 
-def test_vision_language_policy_is_steered_from_pixels(tmp_path, capsys):
-    """A tiny SmolVLA on pusht's camera: probe, adapt, and eval of an artefact that knows its backbone."""
+def test_vision_language_policy_is_steered_from_pixels(tmp_path, capsys, monkeypatch):
+    """A tiny SmolVLA on pusht's camera: probe, adapt in bfloat16, as after `accelerate launch` with
+    mixed precision, and eval of an artefact that knows backbone and precision.
+    """
     from trimtab.recipes.tiny import make_tiny
     from trimtab.recipes.tiny.parts import camera_features
 
@@ -366,7 +369,16 @@ def test_vision_language_policy_is_steered_from_pixels(tmp_path, capsys):
     train = ["--train.env_steps=100", "--train.first_update=4", "--train.warmup_transitions=4"]
     small = ["--num_envs=2", "--rl.batch_size=8", "--eval.videos=0", "--noise.type=repeat"]
     output = tmp_path / "out"
-    assert main(["adapt", *base, *train, *small, "--rl.type=best_of_n", f"--output_dir={output}"]) == 0
+    small += ["--policy.dtype=bfloat16", "--rl.type=best_of_n"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert main(["adapt", *base, *train, *small, f"--output_dir={output}"]) == 0
+    assert "accelerate's mixed_precision=bf16 changes nothing here" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["updates"] > 0 and "faults" not in lines[-1]
+    assert json.loads((output / "artefact" / "config.json").read_text())["base"]["dtype"] == "bfloat16"
+    steered = load_artefact(PolicyConfig(path=str(output / "artefact"), device="cpu"))
+    kinds = {weight.dtype for weight in steered.adapter.policy.parameters()}
+    assert torch.bfloat16 in kinds and {w.dtype for w in steered.actor.parameters()} == {torch.float32}
     again = [f"--policy.path={output / 'artefact'}", *env, *episodes, *machine, "--eval.videos=0"]
     assert main(["eval", *again, f"--output_dir={tmp_path / 'eval'}"]) == 0
     assert "steered" in capsys.readouterr().out

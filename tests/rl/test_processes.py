@@ -14,7 +14,7 @@ from tests.rl.two_processes import TRAIN, make_trainer
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = [
-    *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"),
+    *(sys.executable, "-m", "trimtab.rl.launch"),  # accelerate launch, but for signals
     *("--config_file", str(ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml"), "-m"),
 ]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -45,6 +45,17 @@ def test_weights_are_the_same_and_experience_is_not(run):
     assert first["shard"] + second["shard"] == first["transitions"] == second["transitions"]
     assert min(first["shard"], second["shard"]) > 100
     assert first["fitted_on"] == second["fitted_on"] and first["fitted_on"][0] >= 20
+
+
+def test_sigterm_to_the_launcher_leaves_one_checkpoint_and_exit_code_0(run):
+    """The code is asserted where it was run. Both processes stopped at the same chunk, beyond the last of
+    the regular checkpoints.
+    """
+    folder, said = run
+    assert [one["stopped"] for one in said] == ["SIGTERM", "SIGTERM"]
+    steps = said[0]["env_steps"]
+    assert steps == said[1]["env_steps"] and 800 <= steps < 1000
+    assert (folder / "checkpoints" / "last").resolve().name == f"{steps:06d}"
 
 
 def test_one_writes_what_all_have_done(run):

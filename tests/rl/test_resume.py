@@ -10,12 +10,14 @@ import torch
 from accelerate import Accelerator
 
 from tests.rl.point import PointAdapter, PointConfig, PointEnv
+from tests.rl.test_demonstrations import point_dataset
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints, check, pack, unpack
+from trimtab.rl.demonstration_data import DemosConfig
 from trimtab.rl.distributed import World
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.faults import Stopped
@@ -41,6 +43,8 @@ RUNS = {
     "dsrl_na": (DSRLNAConfig(num_candidates=4, **SIZE), TRAIN),
     "exact": (DSRLNAConfig(mode="exact", **SIZE), TRAIN),
     "best_of_n": (BestOfNConfig(num_candidates=4, target_candidates=2, acting="thompson", **SIZE), TRAIN),
+    "proposals": (BestOfNConfig(num_candidates=4, target_candidates=2, actor_candidates=2, **SIZE), TRAIN),
+    "demonstrations": (DSRLNAConfig(num_candidates=4, **SIZE), TRAIN),
     "gate": (DSRLSACConfig(**SIZE), replace(TRAIN, gate=GateConfig(enabled=True))),
 }
 
@@ -57,7 +61,9 @@ class StopAt:
         return self.trainer.env_steps + 20 >= self.step
 
 
-def make(folder, rl, train, adapter=None, config=None, workers=0, stop_at=10**9, every=150, envs=3):
+def make(
+    folder, rl, train, adapter=None, config=None, workers=0, stop_at=10**9, every=150, envs=3, demos=None
+):
     """A trainer with its environments and the metrics that it will write."""
     config, lines, stop = config or PointConfig(), [], StopAt(stop_at)
     accelerator = Accelerator(cpu=True)
@@ -70,6 +76,7 @@ def make(folder, rl, train, adapter=None, config=None, workers=0, stop_at=10**9,
         progress=False,
         checkpoints=checkpoints,
         stop=stop,
+        demos=demos or DemosConfig(),
     )
     stop.trainer = trainer
     return trainer, lines
@@ -113,17 +120,21 @@ def check_same(first, second):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_the_run_that_was_not_stopped(name, tmp_path):
     rl, train = RUNS[name]
-    whole, expected = make(tmp_path / "whole", rl, train)
+    demos = DemosConfig()
+    if name == "demonstrations":  # their share falls from line to line
+        demos = DemosConfig(root=str(point_dataset(tmp_path / "demos")), schedule="linear")
+    whole, expected = make(tmp_path / "whole", rl, train, demos=demos)
     assert go(whole)
+    assert len({line.get("demo_share") for line in expected}) == (6 if demos.enabled else 1)
     lines = []
     for number, stop_at in enumerate((130, 330, 331, 470)):  # 331: at once after it was resumed
         if number == 0:
-            trainer, lines = make(tmp_path / "cut", rl, train, stop_at=stop_at)
+            trainer, lines = make(tmp_path / "cut", rl, train, stop_at=stop_at, demos=demos)
             assert not go(trainer)
         else:
-            trainer, lines, notes = resume(tmp_path / "cut", lines, rl, train, stop_at=stop_at)
+            trainer, lines, notes = resume(tmp_path / "cut", lines, rl, train, stop_at=stop_at, demos=demos)
             assert not notes
-    trainer, lines, notes = resume(tmp_path / "cut", lines, rl, train)
+    trainer, lines, notes = resume(tmp_path / "cut", lines, rl, train, demos=demos)
     assert not notes and trainer.updates > 80
     assert trainer.replay.added > trainer.replay.capacity, "the ring has wrapped"
     assert timeless(lines) == timeless(expected)

@@ -79,8 +79,14 @@ def test_metrics_hold_what_a_user_needs_to_trust_a_run():
         "env_steps", "episodes", "transitions", "updates", "success_rate", "acting", "critic_loss", "q_mean",
         "q_min", "q_max", "entropy", "alpha", "noise_kl_to_prior", "noise_rms", "calibration_bias",
         "calibration_rmse", "seconds_denoise", "seconds_env_wait", "seconds_update", "seconds_total",
+        "seconds_env_busy", "seconds_env_idle",
     ):  # fmt: skip
         assert name in last, name
+    # Without workers the simulators wait while the learner works, and the other way round.
+    share = {name: last[f"seconds_share/{name}"] for name in ("learner_waits", "envs_wait", "denoise")}
+    assert all(0.0 < value < 1.0 for value in share.values()) and 0.5 < sum(share.values()) <= 1.001
+    assert share["learner_waits"] == pytest.approx(last["seconds_env_wait"] / last["seconds_total"], abs=0.01)
+    assert last["seconds_env_idle"] == pytest.approx(last["seconds_update"], abs=0.1 * last["seconds_total"])
     assert lines[0]["acting"] == "untrained" and last["acting"] == "actor"
     assert 0 < last["updates"] <= 2 * last["transitions"]
     assert last["env_steps"] == trainer.collector.env_steps >= 800

@@ -1,8 +1,11 @@
 """Chunk-level stepping, in this process and in workers."""
 
+import time
+
 import numpy as np
 import pytest
 
+from tests.rl.faulty import FaultyConfig
 from tests.rl.point import PointConfig, PointEnv
 from trimtab.adapters import UserError
 from trimtab.rl.envs.chunk import ChunkEnv
@@ -140,3 +143,21 @@ def test_sending_twice_is_a_mistake():
         vec.send({0: STILL}, {0: None})
         with pytest.raises(RuntimeError, match="still stepping"):
             vec.send({0: STILL}, {0: None})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_who_waits_for_whom(workers):
+    """Simulators of 2 x 10 ms for a chunk: what the caller takes beyond that is their wait."""
+    with ChunkVectorEnv(FaultyConfig(slow=0.01), 4, workers) as vec:
+        vec.reset({i: i for i in range(4)})
+        chunks = {i: np.zeros((2, 1), np.float32) for i in range(4)}
+        work = 0.08 if workers == 0 else 0.04  # one after another, or two at a time
+        vec.send(chunks, dict.fromkeys(chunks))
+        vec.receive()
+        assert vec.busy >= work and vec.idle < 0.05
+        started = time.perf_counter()
+        vec.send(chunks, dict.fromkeys(chunks))
+        time.sleep(work + 0.3)
+        vec.receive()
+        assert vec.busy >= work and vec.idle > 0.2
+        assert vec.busy + vec.idle <= time.perf_counter() - started

@@ -1,9 +1,12 @@
 """What each of two processes does in `test_processes.py`; started by `accelerate launch`."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 
@@ -16,6 +19,7 @@ from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.distributed import StepGuard, World
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.faults import Stopped, StopSignals
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.train import TrainConfig, Trainer
 
@@ -23,7 +27,7 @@ RL = DSRLSACConfig(
     batch_size=8, actor=ActorConfig(hidden=16, layers=1), critic=CriticConfig(hidden=16, layers=1)
 )
 TRAIN = TrainConfig(
-    env_steps=800, first_update=20, warmup_transitions=20, log_every=100, updates_per_transition=1.2
+    env_steps=100_000, first_update=20, warmup_transitions=20, log_every=100, updates_per_transition=1.2
 )
 
 
@@ -87,10 +91,21 @@ def main(folder):
     fit = trainer.algorithm.fit_normalizer
     trainer.algorithm.fit_normalizer = lambda features: (normalizers.append(len(features)), fit(features))
     seeds = []
-    trainer.on_step = lambda episodes: seeds.extend(episode.seed for episode in episodes)
-    trainer.run()
+
+    def on_step(episodes):
+        seeds.extend(episode.seed for episode in episodes)
+        if rank == 0 and trainer.env_steps >= 800 and not trainer.stop():
+            os.kill(os.getppid(), signal.SIGTERM)  # as SLURM does: the launcher hands it on
+
+    trainer.on_step = on_step
+    signals = StopSignals()
+    trainer.stop, signals.deferred = signals, True
+    with signals.installed(), pytest.raises(Stopped) as stopped:
+        trainer.run()
     weights = torch.cat([value.flatten() for value in trainer.algorithm.state_dict().values()])
     said |= {
+        "stopped": stopped.value.name,
+        "env_steps": trainer.env_steps,
         "weights": weights.tolist(),
         "updates": trainer.updates,
         "transitions": trainer.transitions,

@@ -1,0 +1,109 @@
+"""What `--rl.engine=compile` gains: updates per second, compiled and not, in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trimtab.adapters import NoiseSpec
+from trimtab.policies.actor import ActorConfig
+from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLSACConfig
+from trimtab.rl.returns import value_bounds
+
+STEPS, ACTION_DIM, FEATURES = 8, 4, 39  # those of the embedded base
+ENGINES = ("eager", "compile")
+
+
+def make_batch(config: AlgorithmConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random transitions: what an update costs does not depend on what is in them."""
+    size, dim = config.batch_size, STEPS * ACTION_DIM
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    batch = {"reward": -draw(size).abs(), "discount": torch.full((size,), 0.9), "u": draw(size, dim).tanh()}
+    for before in ("", "next_"):
+        batch[f"{before}features"] = draw(size, FEATURES)
+        if config.candidates:
+            batch[f"{before}candidates"] = draw(size, config.candidates, dim)
+            batch[f"{before}candidates_u"] = draw(size, config.candidates, dim).tanh()
+    return batch | {"chunk": draw(size, dim)}
+
+
+def measure(
+    make_config: type[AlgorithmConfig], hidden: int, repetitions: int, updates: int
+) -> dict[str, Any]:
+    """Milliseconds of this process's CPU time per update, of each turn, and the ratios within a turn.
+
+    Returns:
+        ``eager_ms`` and ``compile_ms`` (medians), ``ratio`` (eager by compiled, median), ``ratios``, and
+        ``first_seconds``: wall-clock of the first fifty updates compiled, in which compilation falls; and
+        ``compiled``: whether it worked.
+    """
+    learners: dict[str, Any] = {}
+    for engine in ENGINES:
+        torch.manual_seed(0)
+        config = make_config(
+            engine=engine, actor=ActorConfig(hidden=hidden), critic=CriticConfig(hidden=hidden)
+        )
+        space = FullNoiseConfig().build(NoiseSpec((STEPS, ACTION_DIM)))
+        bounds = value_bounds("sparse", config.gamma, config.discount_per, STEPS)
+        learners[engine] = config.build(
+            FEATURES, space, Accelerator(cpu=True), bounds, STEPS * ACTION_DIM, None
+        )
+    batch = make_batch(config, torch.Generator().manual_seed(0))
+    first = 0.0
+    for learner in learners.values():
+        started = time.perf_counter()
+        for _ in range(51):  # every turn has come by once
+            learner.update(batch)
+        first = time.perf_counter() - started
+    taken: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+    for turn in range(repetitions):
+        for engine in ENGINES if turn % 2 == 0 else reversed(ENGINES):
+            started = time.process_time()
+            for _ in range(updates):
+                learners[engine].update(batch)
+            taken[engine].append(1e3 * (time.process_time() - started) / updates)
+    ratios = [eager / compiled for eager, compiled in zip(taken["eager"], taken["compile"], strict=True)]
+    return {
+        **{f"{engine}_ms": round(statistics.median(taken[engine]), 3) for engine in ENGINES},
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "first_seconds": round(first, 1),
+        "compiled": learners["compile"]._compiled.works,
+    }
+
+
+def run_compiled(widths: Sequence[int], repetitions: int, updates: int) -> dict[str, Any]:
+    """``measure`` for each algorithm and width: ``{"dsrl_sac": {"128": ...}, ...}``."""
+    algorithms = {"dsrl_sac": DSRLSACConfig, "best_of_n": BestOfNConfig}
+    return {
+        name: {str(width): measure(config, width, repetitions, updates) for width in widths}
+        for name, config in algorithms.items()
+    }
+
+
+def compiled_table(found: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| algorithm | width | eager, ms | compiled, ms | eager / compiled: median (range) | first 51, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, widths in found.items():
+        for width, row in widths.items():
+            spread = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+            spread = spread if row["compiled"] else "cannot be compiled here"
+            lines.append(
+                f"| `{name}` | 3x{width} | {row['eager_ms']:.2f} | {row['compile_ms']:.2f} | {spread} "
+                f"| {row['first_seconds']:.0f} |"
+            )
+    return "\n".join(lines)

