@@ -31,6 +31,7 @@ from trimtab.recipes.session import (
     Session,
     describe,
     open_session,
+    outcomes,
     summaries,
 )
 from trimtab.recipes.trackers import Trackers, check_trackers
@@ -402,6 +403,7 @@ def write_results(
         {
             "policies": summaries(outcome.evaluations),
             "tasks": {task: summaries(found) for task, found in outcome.by_task.items()},
+            "outcomes": outcomes(outcome.evaluations),
             "untrained_actor": outcome.untrained.summary(),
             "constant_noise_search": outcome.details,
             "env": {"type": config.env.type, "task": config.env.task},

@@ -299,6 +299,11 @@ def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:
     return {name: evaluation.summary() for name, evaluation in evaluations.items()}
 
 
+def outcomes(evaluations: dict[str, Evaluation]) -> dict[str, str]:
+    """Each episode's outcome, 1 or 0, in the order of the seeds: what a paired test needs."""
+    return {name: "".join(str(int(won)) for won in e.successes) for name, e in evaluations.items()}
+
+
 def describe(session: Session, base: Path | str) -> str:
     """Two lines about what is going to be steered."""
     spec, size = session.adapter.noise_spec, session.adapter.parameter_count

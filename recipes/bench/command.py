@@ -89,8 +89,8 @@ class BenchConfig:
             raise UserError("--grid", f"{self.grid} leaves no point within --env_steps={self.env_steps}")
         check_episode_length(self.episode_length, "--episode_length")
         self.method_list()
-        _numbers(self.widths, "--widths", 1, 8192)
-        _numbers(self.seeds, "--seeds", 0, MAX_SEED)
+        numbers(self.widths, "--widths", 1, 8192)
+        numbers(self.seeds, "--seeds", 0, MAX_SEED)
 
     def method_list(self) -> list[str]:
         names = [name.strip() for name in self.methods.split(",") if name.strip()]
@@ -102,7 +102,8 @@ class BenchConfig:
         return list(dict.fromkeys(names))
 
 
-def _numbers(text: str, option: str, low: int, high: int) -> list[int]:
+def numbers(text: str, option: str, low: int, high: int) -> list[int]:
+    """The whole numbers that ``text`` lists by commas, checked and each once."""
     try:
         found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -146,7 +147,7 @@ def _env(config: BenchConfig, task: str) -> EnvConfig:
 
 def engine(config: BenchConfig, adapter: PolicyAdapter, task: str, output: Path) -> None:
     """Measure updates per second; write engine.json and engine.md."""
-    widths = _numbers(config.widths, "--widths", 1, 8192)
+    widths = numbers(config.widths, "--widths", 1, 8192)
     found = run_engine(
         adapter,
         _env(config, task),
@@ -179,7 +180,7 @@ def samples(
 ) -> None:
     """Make every run that is not there yet, seed by seed, and report after each."""
     methods = {name: METHODS[name].settings() for name in config.method_list()}
-    seeds = _numbers(config.seeds, "--seeds", 0, MAX_SEED)
+    seeds = numbers(config.seeds, "--seeds", 0, MAX_SEED)
     shared = {"base_sha256": file_hash(folder), "episode_length": config.episode_length}
     bases: dict[str, dict[str, Any]] = {}
     runs: list[dict[str, Any]] = []
