@@ -202,10 +202,20 @@ class Session:
                 yield task, vec
 
     def evaluate(
-        self, vec: ChunkVectorEnv, source: NoiseSource, seeds: Sequence[int] | None = None, label: str = ""
+        self,
+        vec: ChunkVectorEnv,
+        source: NoiseSource,
+        seeds: Sequence[int] | None = None,
+        label: str = "",
+        runner: PolicyRunner | None = None,
     ) -> Evaluation:
-        """One episode for each seed (default: those of the evaluation), shared among the processes."""
-        return self._run(self.runner, vec, source, self.eval.seeds if seeds is None else seeds, label)
+        """One episode for each seed (default: those of the evaluation), shared among the processes.
+
+        ``runner`` acts in the place of this session's.
+        """
+        return self._run(
+            runner or self.runner, vec, source, self.eval.seeds if seeds is None else seeds, label
+        )
 
     def _run(self, *arguments: Any, **named: Any) -> Evaluation:
         if self.world is None:

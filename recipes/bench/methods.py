@@ -18,17 +18,17 @@ from trimtab.adapters import PolicyAdapter, PolicyConfig
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig, RepeatNoiseConfig
-from trimtab.policies.sources import NoiseSource, base_noise, candidate_noise, steered_noise
+from trimtab.policies.sources import NoiseSource, base_noise, candidate_noise, own_noise, steered_noise
 from trimtab.recipes.bench.filtered_bc import FilteredBC
 from trimtab.recipes.lora_training import TuningConfig
-from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.gate import GateConfig
 from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.selection import SelectingRunner
+from trimtab.rl.selection import CorrectingRunner, SelectingRunner
 from trimtab.rl.train import TrainConfig, Trainer, training_seed
 
 
@@ -112,6 +112,7 @@ METHODS: dict[str, Method] = {
     "dsrl_sac_as_sb3": _as_sb3(),
     "dsrl_na": Method(DSRLNAConfig(), RepeatNoiseConfig(), _early()),
     "dsrl_na_exact": Method(DSRLNAConfig(mode="exact"), RepeatNoiseConfig(), _early()),
+    "residual": Method(ResidualConfig()),
     "sb3_sac": Method(None),
     "filtered_bc": Method(None, tuning=TuningConfig(method="full", learning_rate=5e-4)),
 }
@@ -270,6 +271,9 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> Ran:
         )
         algorithm = trainer.algorithm
         policies: Policies = {"actor": (runner, steered_noise(algorithm.actor, deterministic=True))}
+        if algorithm.corrects:
+            correcting = CorrectingRunner(adapter, setup.env, algorithm.correct)
+            policies = {"actor": (correcting, own_noise(adapter.noise_spec))}
         if algorithm.selects:
 
             def select(features: Tensor, chunks: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from trimtab.recipes.compare.meter import Meter
 from trimtab.recipes.lora import DATASET_STEPS
 from trimtab.recipes.lora_training import FineTuner, TuningConfig
 from trimtab.recipes.session import Session
-from trimtab.rl.algorithms import AlgorithmConfig, DSRLSACConfig
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLSACConfig
 from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.evaluation import Evaluation, evaluate
 from trimtab.rl.golden_ticket import GoldenTicketConfig, sizes
@@ -41,7 +41,7 @@ METHODS: dict[str, Method | None] = {
     "base": None,
     "zero_noise": None,
     "golden_ticket": Method(GoldenTicketConfig(candidates=16, budget=100), ConstantNoiseConfig()),
-    "best_of_k": BENCH["best_of_n"],
+    "best_of_k": Method(BestOfNConfig()),
     "steered": Method(DSRLSACConfig()),  # the defaults of `trimtab adapt`
     DEMONSTRATIONS: Method(None, tuning=TuningConfig()),
     "lora_rollouts": Method(None, tuning=TuningConfig()),
@@ -93,7 +93,8 @@ def check_budget(name: str, method: Method | None, env_steps: int, chunk_steps: 
     """Refuse a budget within which a method would not begin to learn."""
     if method is None or method.rl is None or isinstance(method.rl, GoldenTicketConfig):
         return
-    needed = max(method.train.first_update, method.train.warmup_transitions)
+    train = method.train.at_pace_of(method.rl)
+    needed = max(train.first_update, train.warmup_transitions)
     if needed * chunk_steps >= env_steps:
         raise UserError(
             "--env_steps",

@@ -144,6 +144,7 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], entries: Sequence[dict[str,
             colour = "black" if row["method"] == "base" else plt.get_cmap("tab20")(number % 20)
             _draw(axis, row, mine, colour)
         axis.set(title=task, xlabel="environment steps", ylim=(0, 1.03))
+        axis.set_xlim(left=0)
         axis.legend(fontsize=7, loc="lower right")
     axes[0][0].set_ylabel("success rate on the evaluation episodes")
     path.parent.mkdir(parents=True, exist_ok=True)

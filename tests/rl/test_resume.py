@@ -14,7 +14,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
 from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints, check, pack, unpack
 from trimtab.rl.distributed import World
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -41,6 +41,7 @@ RUNS = {
     "dsrl_na": (DSRLNAConfig(num_candidates=4, **SIZE), TRAIN),
     "exact": (DSRLNAConfig(mode="exact", **SIZE), TRAIN),
     "best_of_n": (BestOfNConfig(num_candidates=4, target_candidates=2, acting="thompson", **SIZE), TRAIN),
+    "residual": (ResidualConfig(**SIZE), TRAIN),
     "gate": (DSRLSACConfig(**SIZE), replace(TRAIN, gate=GateConfig(enabled=True))),
 }
 
