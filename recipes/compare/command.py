@@ -74,7 +74,7 @@ class CompareConfig:
     videos: int = 4
     # Run each method in a process of its own, so that its memory and its CPU time are its own.
     isolate: bool = True
-    # Make this one run and no report: TASK:METHOD:SEED (what such a process is called with).
+    # Make this one run and no report: TASK,METHOD,SEED (what such a process is called with).
     only: str = ""
     # An earlier one's finished runs are kept. Default: outputs/compare/<date>/<time>.
     output_dir: Path | None = None
@@ -223,6 +223,7 @@ class Contest:
             other_seeds=list(range(EVALUATION_SEED, EVALUATION_SEED + config.other_episodes)),
             dataset=self.dataset,
             where=self.output / "runs" / (task or config.env.type),
+            filmed=config.seed_list()[0],
         )
 
     def plan(self) -> Iterator[tuple[str, str, int | None]]:
@@ -277,7 +278,7 @@ class Contest:
         Raises:
             UserError: what stopped it there.
         """
-        only = f"--only={task}:{name}:{'' if seed is None else seed}"
+        only = f"--only={task},{name}" + ("" if seed is None else f",{seed}")
         command = [sys.executable, "-m", "trimtab.recipes.cli", "compare"]
         command += [f"--config_path={self.output / RECORD}", only, f"--output_dir={self.output}"]
         ran = subprocess.run(command, stderr=subprocess.PIPE, text=True)
@@ -291,10 +292,10 @@ class Contest:
 
     def only(self, text: str) -> None:
         """Make one run, which ``all`` has asked for."""
-        task, name, seed = (*text.rsplit(":", 2), "", "")[:3]
+        task, name, seed = (*text.split(","), "", "")[:3]
         chosen = task, name, int(seed) if seed.isdecimal() else None
         if chosen not in list(self.plan()):
-            raise UserError("--only", f"'{text}' is no run of this comparison; TASK:METHOD:SEED")
+            raise UserError("--only", f"'{text}' is no run of this comparison; TASK,METHOD,SEED")
         self.record(*chosen, {})
 
     def all(self) -> str:

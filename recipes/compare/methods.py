@@ -132,6 +132,7 @@ class Bout:
         other_seeds: their episodes.
         dataset: demonstrations for ``lora``, if any.
         where: folder of the task's records, videos and artefacts.
+        filmed: the seed whose runs leave videos.
     """
 
     session: Session
@@ -146,6 +147,7 @@ class Bout:
     other_seeds: list[int]
     dataset: DatasetConfig | None
     where: Path
+    filmed: int = 0
 
     @property
     def adapter(self) -> PolicyAdapter:
@@ -228,8 +230,9 @@ class Bout:
             found["others"] = self.elsewhere(policies, label)
             if self.frozen(learner):
                 found["base_elsewhere"] = self.elsewhere(self.own(), f"{label}, base")
-            runner, source = policies.get("acting") or policies["actor"]
-            self.session.record(source, place.with_suffix(".mp4"), f"video: {label}", runner)
+            if seed == self.filmed:
+                runner, source = policies.get("acting") or policies["actor"]
+                self.session.record(source, place.with_suffix(".mp4"), f"video: {label}", runner)
             return found
 
         identity = self.adapter.identity(self.folder)

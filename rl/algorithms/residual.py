@@ -50,7 +50,7 @@ class ResidualConfig(AlgorithmConfig):
     # Share of the online networks that their targets take over at each update.
     tau: float = 0.005
     # Largest correction of an entry of the chunk, in the policy's normalised actions (mostly -1 to 1).
-    scale: float = 0.2
+    scale: float = 0.5
     # Deviation of the noise added while learning acts, as a share of scale ...
     exploration: float = 0.1
     # ... and of that in the TD target, and where the latter is clipped.

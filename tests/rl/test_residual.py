@@ -212,5 +212,5 @@ def test_adapt_runs_it_and_export_refuses_it(tiny_base, tmp_path, capsys):
 def test_bad_settings(field):
     with pytest.raises(UserError, match=f"--rl.{field}: must be positive"):
         ResidualConfig(**{field: 0.0})
-    with pytest.raises(UserError, match="--rl.exploration: cannot be negative"):
+    with pytest.raises(UserError, match=r"--rl\.exploration: cannot be negative"):
         ResidualConfig(exploration=-0.1)
