@@ -147,7 +147,7 @@ def test_a_run_of_its_own_process(base, tmp_path, capfd):
     assert "--only: 'drawer-close-v3,steered,0' is no run" in capfd.readouterr().err
 
 
-ENV = ["--env.type=metaworld_state", "--env.task=drawer-close"]
+ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3"]
 
 
 @pytest.mark.parametrize(
@@ -270,8 +270,8 @@ def folders(base, tmp_path_factory):
     shared = [f"--policy.path={base}", "--policy.device=cpu", *ENV, "--env.episode_length=40"]
     shared += ["--eval.n_episodes=3", "--eval.batch_size=3", "--eval.videos=0"]
     shared += ["--machine.workers=0", "--machine.threads=1"]
-    adapt = ["--num_envs=2", "--train.env_steps=120", "--train.first_update=8", "--rl.batch_size=8"]
-    adapt += ["--train.warmup_transitions=0", "--eval.constant_candidates=0"]
+    adapt = ["--num_envs=2", "--train.env_steps=120", "--train.first_update=8", "--rl.type=dsrl_sac"]
+    adapt += ["--rl.batch_size=8", "--train.warmup_transitions=0", "--eval.constant_candidates=0"]
     assert main(["adapt", *shared, *adapt, f"--output_dir={place / 'adapt'}"]) == 0
     data = ["--dataset.repo_id=a/b", f"--dataset.root={base / 'demonstrations'}", "--steps=2"]
     assert main(["lora", *shared, *data, "--peft.r=2", f"--output_dir={place / 'lora'}"]) == 0
