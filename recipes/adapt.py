@@ -31,6 +31,7 @@ from trimtab.recipes.session import (
     Session,
     describe,
     open_session,
+    outcomes,
     summaries,
 )
 from trimtab.recipes.trackers import Trackers, check_trackers
@@ -45,6 +46,7 @@ from trimtab.rl.evaluation import Evaluation, pooled
 from trimtab.rl.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.memory import check_replay
+from trimtab.rl.selection import CorrectingRunner
 from trimtab.rl.train import MAX_SEED, TrainConfig, Trainer, replay_extra
 from trimtab.rl.warm_start import begin_at, read_constant
 
@@ -87,6 +89,14 @@ def check_run(seed: int, num_envs: int) -> None:
         raise UserError("--num_envs", f"must be at least 1, got {num_envs}")
     if not 0 <= seed <= MAX_SEED:
         raise UserError("--seed", f"must be between 0 and {MAX_SEED}, got {seed}")
+
+
+RESIDUAL = "residual"
+
+
+def saved_as(config: AdaptConfig) -> str:
+    """Name of the folder in which what was learnt is kept."""
+    return RESIDUAL if config.rl.type == "residual" else "artefact"
 
 
 @dataclass
@@ -256,9 +266,12 @@ def _steer(
     actor = learnt.actor.eval()
     seconds["steering"] = clock() - started
     started = clock()
-    steered = steered_noise(actor, config.eval.deterministic)
+    steered, runner = steered_noise(actor, config.eval.deterministic), session.runner
+    if config.rl.type == "residual":
+        steered = session.own_noise
+        runner = CorrectingRunner(session.adapter, session.env, learnt.correct)
     for task, vec in session.evaluations_by_task():
-        measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
+        measured[task]["steered"] = session.evaluate(vec, steered, label="steered", runner=runner)
     seconds["steered_evaluation"] = clock() - started
     session.adapter.check_identity(identity, folder)
     untrained = pooled([held.pop("untrained") for held in measured.values()])
@@ -266,7 +279,7 @@ def _steer(
     evaluations = {name: pooled([held[name] for held in measured.values()]) for name in names}
     parameters = sum(parameter.numel() for parameter in actor.parameters())
     outcome = Outcome(
-        evaluations, untrained, known, output / "artefact", lines.lines, parameters, seconds, measured
+        evaluations, untrained, known, output / saved_as(config), lines.lines, parameters, seconds, measured
     )
     if session.world.main:
         started = clock()
@@ -276,7 +289,7 @@ def _steer(
         title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
         plot_curve(output / "curve.png", lines.lines, summaries(evaluations), title)
         session.record(session.own_noise, output / "before.mp4", "video: base policy")
-        session.record(steered, output / "after.mp4", "video: steered")
+        session.record(steered, output / "after.mp4", "video: steered", runner)
         seconds["pictures"] = clock() - started
         write_results(output, outcome, config, trainer, identity)  # once more, with the last time in it
     return outcome
@@ -296,7 +309,10 @@ def measure(
         if not found and not isinstance(config.rl, GoldenTicketConfig):
             announce_memory(session, config, space)
         found[task], said = session.baselines(vec, config.seed)
-        found[task]["untrained"] = session.evaluate(vec, prior_noise(space), label="untrained actor")
+        if config.rl.own_candidates:  # what is learnt begins as the base
+            found[task]["untrained"] = found[task]["base"]
+        else:
+            found[task]["untrained"] = session.evaluate(vec, prior_noise(space), label="untrained actor")
         details[task] = said
     return found, next(iter(details.values())) if len(details) == 1 else details
 
@@ -332,7 +348,10 @@ def save(
     learnt: Any,
     outcome: Outcome,
 ) -> None:
-    """Write the artefact."""
+    """Write the artefact; of a residual policy, which chooses no noise, its weights alone."""
+    if config.rl.type == "residual":
+        learnt.actor.write(output / RESIDUAL)
+        return
     save_artefact(
         output / "artefact",
         learnt.actor,
@@ -363,6 +382,8 @@ def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> No
     """
     config.rl.check(space)
     config.demos.check(config.rl)
+    if config.rl.type == "residual" and config.train.warm_start:
+        raise UserError("--train.warm_start", "a residual policy chooses no noise; leave it out")
     if len(session.tasks) > 1:
         if isinstance(config.rl, GoldenTicketConfig):
             raise UserError("--env.task", "golden_ticket seeks a noise for one task at a time; name one")
@@ -425,6 +446,7 @@ def write_results(
         {
             "policies": summaries(outcome.evaluations),
             "tasks": {task: summaries(found) for task, found in outcome.by_task.items()},
+            "outcomes": outcomes(outcome.evaluations),
             "untrained_actor": outcome.untrained.summary(),
             "constant_noise_search": outcome.details,
             "env": {"type": config.env.type, "task": config.env.task},

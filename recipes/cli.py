@@ -19,6 +19,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "trimtab.recipes.lora",
         "the rival: fine-tune by LoRA on a dataset, or on the policy's successes",
     ),
+    "compare": (
+        "trimtab.recipes.compare.command",
+        "steering beside LoRA and other rivals: table, figure, HTML report",
+    ),
     "probe": ("trimtab.recipes.probe", "can this policy be steered, and in which noise space?"),
     "policies": ("trimtab.recipes.policies", "table of the policy types: their noise, and what it costs"),
     "recipes": ("trimtab.recipes.catalogue", "the recipes for known generalists: files, commands, needs"),

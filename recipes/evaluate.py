@@ -22,6 +22,7 @@ from trimtab.recipes.session import (
     Session,
     describe,
     open_session,
+    outcomes,
     summaries,
 )
 from trimtab.rl.evaluation import evaluate
@@ -101,6 +102,8 @@ def main(args: list[str]) -> None:
         output / "results.json",
         {
             "policies": summaries(evaluations),
+            "outcomes": outcomes(evaluations),
+            "base_sha256": session.adapter.identity(folder).get("sha256"),
             "constant_noise_search": details,
             "env": {"type": config.env.type, "task": config.env.task},
             "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],

@@ -11,6 +11,7 @@ from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.errors import reason
 from trimtab.adapters.files import CONFIG, is_server
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, save_artefact
+from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 from trimtab.recipes.console import parse
 from trimtab.recipes.reporting import NAMES
@@ -59,6 +60,10 @@ def find_artefact(run: Path | None) -> Path:
     if run is None:
         raise UserError("--run", "name the folder that `trimtab adapt` wrote")
     run = run.expanduser()
+    if any((folder / RESIDUAL_WEIGHTS).is_file() for folder in (run, run / "residual")):
+        raise UserError(
+            "--run", f"{run} is a residual policy, which corrects chunks and is no noise actor: no export"
+        )
     for folder in (run / "artefact", run):
         if is_artefact(str(folder)):
             return folder

@@ -24,7 +24,7 @@ from trimtab.recipes.lora_rollouts import Rollouts
 from trimtab.recipes.lora_training import FineTuner, TuningConfig
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import MetricsWriter, rate_text, table, write_json
-from trimtab.recipes.session import EpisodesConfig, MachineConfig, Session, describe, summaries
+from trimtab.recipes.session import EpisodesConfig, MachineConfig, Session, describe, outcomes, summaries
 from trimtab.rl.evaluation import Evaluation, evaluate
 from trimtab.rl.train import training_seed
 
@@ -261,6 +261,7 @@ class Run:
             self.output / "results.json",
             {
                 "policies": summaries(self.evaluations),
+                "outcomes": outcomes(self.evaluations),
                 "method": config.method,
                 "from_rollouts": config.from_rollouts,
                 "env": {"type": config.env.type, "task": config.env.task} if config.env else None,

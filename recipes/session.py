@@ -202,10 +202,20 @@ class Session:
                 yield task, vec
 
     def evaluate(
-        self, vec: ChunkVectorEnv, source: NoiseSource, seeds: Sequence[int] | None = None, label: str = ""
+        self,
+        vec: ChunkVectorEnv,
+        source: NoiseSource,
+        seeds: Sequence[int] | None = None,
+        label: str = "",
+        runner: PolicyRunner | None = None,
     ) -> Evaluation:
-        """One episode for each seed (default: those of the evaluation), shared among the processes."""
-        return self._run(self.runner, vec, source, self.eval.seeds if seeds is None else seeds, label)
+        """One episode for each seed (default: those of the evaluation), shared among the processes.
+
+        ``runner`` acts in the place of this session's.
+        """
+        return self._run(
+            runner or self.runner, vec, source, self.eval.seeds if seeds is None else seeds, label
+        )
 
     def _run(self, *arguments: Any, **named: Any) -> Evaluation:
         if self.world is None:
@@ -297,6 +307,11 @@ def open_session(
 def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:
     """The JSON form of evaluations."""
     return {name: evaluation.summary() for name, evaluation in evaluations.items()}
+
+
+def outcomes(evaluations: dict[str, Evaluation]) -> dict[str, str]:
+    """Each episode's outcome, 1 or 0, in the order of the seeds: what a paired test needs."""
+    return {name: "".join(str(int(won)) for won in e.successes) for name, e in evaluations.items()}
 
 
 def describe(session: Session, base: Path | str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimtab.adapters import UserError
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.sources import NoiseSource, prior_noise
+from trimtab.policies.sources import NoiseSource, own_noise, prior_noise
 from trimtab.rl.decoder import ConditioningSpec
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -116,6 +116,7 @@ class Collector:
             ``decoder.ConditioningSpec``).
         place: (rank, processes) of a run in several; their episodes have different seeds.
         record: note what it takes to come back to the middle of the running episodes.
+        own: whether candidates are made of the noise that the base feeds itself, not of the noise space's.
 
     Attributes:
         spec: of the conditioning, where that is stored.
@@ -138,12 +139,13 @@ class Collector:
         conditioning: bool = False,
         place: tuple[int, int] = (0, 1),
         record: bool = False,
+        own: bool = False,
     ) -> None:
         self.place, self.record = place, record
         self.lost: list[tuple[str, str]] = []
         self.candidates = candidates
         self.discount_per, self.bootstrap_at_time_limit = discount_per, bootstrap_at_time_limit
-        self._draw_candidates = prior_noise(space)
+        self._draw_candidates = own_noise(runner.adapter.noise_spec) if own else prior_noise(space)
         # Who chooses the last ``proposed`` candidates of each observation; ``None``: they are drawn like the
         # others.
         self.proposer: NoiseSource | None = None
@@ -250,6 +252,25 @@ class Collector:
         rows = torch.arange(len(self._envs))
         self._u = self._candidates.u[rows, index]
         self._start(self._candidates.chunks[rows, index], started)
+
+    def begin_corrected(self, correct: Callable[[Tensor, Tensor], Tensor] | None) -> None:
+        """Execute the base's own chunk with the learner's correction, and start stepping the chunks.
+
+        Args:
+            correct: features and chunks -> what is executed. In episodes that are not steered, and where it
+                is ``None``, the base acts.
+        """
+        started = time.perf_counter()
+        chunks = self._candidates.chunks[:, 0]
+        if correct is not None:
+            steered = torch.tensor([running.steered for running in self._running])
+            chunks = torch.where(steered[:, None, None], correct(self._features, chunks), chunks)
+            if not torch.isfinite(chunks).all():
+                raise UserError(
+                    "--rl.learning_rate", "the residual actor has diverged to NaN or Inf; lower it"
+                )
+        self._u = self._candidates.u[:, 0]
+        self._start(chunks, started)
 
     def _start(self, chunks: Tensor, started: float) -> None:
         self._chunks = chunks.flatten(1).numpy()

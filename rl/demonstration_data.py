@@ -62,7 +62,7 @@ class DemosConfig:
             raise UserError(
                 OPTION,
                 f"{rl.type} cannot learn from demonstrations, which do not tell the noise that was fed; use "
-                "best_of_n or dsrl_na",
+                "best_of_n, dsrl_na or residual",
             )
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.sources import prior_noise
+from trimtab.policies.sources import own_noise, prior_noise
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.decoder import ConditioningSpec
 from trimtab.rl.demonstration_data import OPTION, DemonstrationData, DemosConfig, Episode
@@ -87,7 +87,7 @@ class TransitionMaker:
     ) -> None:
         self.runner, self.space, self.rl, self.reward, self.spec = runner, space, rl, reward, spec
         self.batch_size = min(batch_size, runner.adapter.max_batch or batch_size)
-        self._draw = prior_noise(space)
+        self._draw = own_noise(runner.adapter.noise_spec) if rl.own_candidates else prior_noise(space)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, data: DemonstrationData, progress: bool = True) -> list[Transition]:

@@ -37,6 +37,8 @@ def calibration(algorithm: Algorithm, episodes: Sequence[Episode]) -> dict[str, 
         ``calibration_bias`` (mean of value - return), ``calibration_rmse`` and ``calibration_correlation``
         (Pearson); empty where there is nothing to compare.
     """
+    if algorithm.corrects:  # an episode keeps the noise, which is not what that critic judges
+        return {}
     values, returns = [], []
     for episode in episodes:
         device = next(algorithm.parameters()).device

@@ -1,4 +1,4 @@
-"""Best-of-N as the acting policy: of N chunks decoded for an observation, execute the best by a critic."""
+"""Acting on the chunk: execute the best of N by a critic, or the base's own with a correction."""
 
 from __future__ import annotations
 
@@ -57,3 +57,32 @@ class SelectingRunner(PolicyRunner):
         chunks = self.candidates(conditioning, noise)
         index = self.select(self.features(conditioning), chunks).cpu()
         return self.executable(chunks[torch.arange(len(chunks)), index], conditioning)
+
+
+class CorrectingRunner(PolicyRunner):
+    """A runner whose chunks are corrected before they are executed.
+
+    Give it to ``evaluate`` with the base's own noise as the source.
+
+    Args:
+        adapter: the frozen policy.
+        env_config: the environment's LeRobot config.
+        correct: (B, d), (B, steps, action_dim) -> (B, steps, action_dim), of normalised chunks.
+    """
+
+    def __init__(
+        self, adapter: PolicyAdapter, env_config: EnvConfig, correct: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        super().__init__(adapter, env_config)
+        self.correct = correct
+
+    def decode(
+        self, conditioning: Encoded, noise: Tensor, slots: Sequence[int] | None = None
+    ) -> np.ndarray | list[np.ndarray]:
+        """Executable actions (B, steps, action_dim) of the corrected chunks; as ``PolicyRunner.decode``.
+
+        Raises:
+            UserError: the policy denoises one sample at a time from a memory of its own.
+        """
+        chunks = self.candidates(conditioning, noise.unsqueeze(1))[:, 0]
+        return self.executable(self.correct(self.features(conditioning), chunks), conditioning)

@@ -1,4 +1,4 @@
-"""Intervals of success rates."""
+"""Intervals of success rates, and tests between them."""
 
 from __future__ import annotations
 
@@ -46,6 +46,23 @@ def paired_difference(
     half = z * math.sqrt(max(up + down - (up - down) ** 2, 0.0) / (n + 2))
     centre = up - down
     return (gained - lost) / n, max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> float:
+    """Two-sided p-value of McNemar's exact test: do two policies succeed equally often on the same episodes?
+
+    Only the episodes count where one succeeds and the other does not; were the policies equally good, each
+    would go either way with probability a half (McNemar 1947, with the binomial in place of chi-squared).
+
+    Raises:
+        ValueError: no episodes, or not the same number.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"{len(first)} and {len(second)} episodes cannot be paired")
+    gained = sum(bool(b) and not a for a, b in zip(first, second, strict=True))
+    lost = sum(bool(a) and not b for a, b in zip(first, second, strict=True))
+    n, fewer = gained + lost, min(gained, lost)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
 def p_below(successes: int, episodes: int, base_successes: int, base_episodes: int) -> float:

@@ -152,6 +152,7 @@ class Trainer:
             conditioning="conditioning" in self.rl.replayed,
             place=(rank, size),
             record=self.checkpoints is not None,
+            own=self.rl.own_candidates,
         )
         self.gate = Gate(self.train.gate, self.seed + rank)
         if self.train.gate.enabled:
@@ -258,6 +259,10 @@ class Trainer:
             self.collector.proposer = actor if self.updates else None
             if self.algorithm.selects:
                 self.collector.begin_among(None if warming or not self.updates else self.algorithm.select)
+            elif self.algorithm.corrects:
+                self.collector.begin_corrected(
+                    None if warming or not self.updates else self.algorithm.explore
+                )
             else:
                 self.collector.begin(warmup if warming else actor, warmup)
             self._learn()

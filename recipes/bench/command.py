@@ -104,8 +104,8 @@ class BenchConfig:
                 "--updates_per_transition", f"must be positive, got {self.updates_per_transition}"
             )
         self.method_list()
-        _numbers(self.widths, "--widths", 1, 8192)
-        _numbers(self.seeds, "--seeds", 0, MAX_SEED)
+        numbers(self.widths, "--widths", 1, 8192)
+        numbers(self.seeds, "--seeds", 0, MAX_SEED)
 
     def method_list(self) -> list[str]:
         names = [name.strip() for name in self.methods.split(",") if name.strip()]
@@ -117,7 +117,8 @@ class BenchConfig:
         return list(dict.fromkeys(names))
 
 
-def _numbers(text: str, option: str, low: int, high: int) -> list[int]:
+def numbers(text: str, option: str, low: int, high: int) -> list[int]:
+    """The whole numbers that ``text`` lists by commas, checked and each once."""
     try:
         found = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
@@ -167,7 +168,7 @@ def _env(config: BenchConfig, task: str) -> EnvConfig:
 
 def engine(config: BenchConfig, adapter: PolicyAdapter, task: str, output: Path) -> None:
     """Measure updates per second; write engine.json and engine.md."""
-    widths = _numbers(config.widths, "--widths", 1, 8192)
+    widths = numbers(config.widths, "--widths", 1, 8192)
     found = run_engine(
         adapter,
         _env(config, task),
@@ -226,7 +227,7 @@ def samples(
 ) -> None:
     """Make every run that is not there yet, seed by seed, and report after each."""
     methods = {name: METHODS[name].settings() for name in config.method_list()}
-    seeds = _numbers(config.seeds, "--seeds", 0, MAX_SEED)
+    seeds = numbers(config.seeds, "--seeds", 0, MAX_SEED)
     shared = {"base_sha256": file_hash(folder), "episode_length": config.episode_length}
     bases: dict[str, dict[str, Any]] = {}
     runs: list[dict[str, Any]] = []

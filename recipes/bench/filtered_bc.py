@@ -26,7 +26,7 @@ class FilteredBC:
     """Rounds of rolling out and of fine-tuning on all successes so far, as ``trimtab lora --from_rollouts``.
 
     Args:
-        folder: of the base policy; loaded anew, because training changes the weights in memory.
+        policy, folder: the base; loaded anew, because training changes the weights in memory.
         env: the task.
         vec: training environments that keep what was seen.
         config: how to fine-tune.
@@ -36,6 +36,7 @@ class FilteredBC:
 
     def __init__(
         self,
+        policy: PolicyConfig,
         folder: Path,
         env: EnvConfig,
         vec: ChunkVectorEnv,
@@ -43,7 +44,6 @@ class FilteredBC:
         seed: int,
         learner_seed: int,
     ) -> None:
-        policy = PolicyConfig(path=str(folder), device="cpu")
         self.config, self.learner_seed, self.fps = config, learner_seed, env.fps
         self.tuner = FineTuner(load_adapter(policy), folder, policy, config)
         self.rollouts = Rollouts(PolicyRunner(self.adapter, env), vec, base_noise, seed)

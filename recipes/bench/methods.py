@@ -14,20 +14,21 @@ import torch
 from lerobot.envs.configs import EnvConfig
 from torch import Tensor
 
-from trimtab.adapters import PolicyAdapter
+from trimtab.adapters import PolicyAdapter, PolicyConfig
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig, RepeatNoiseConfig
-from trimtab.policies.sources import NoiseSource, base_noise, candidate_noise, steered_noise
+from trimtab.policies.sources import NoiseSource, base_noise, candidate_noise, own_noise, steered_noise
 from trimtab.recipes.bench.filtered_bc import FilteredBC
 from trimtab.recipes.lora_training import TuningConfig
-from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.gate import GateConfig
+from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.selection import SelectingRunner
+from trimtab.rl.selection import CorrectingRunner, SelectingRunner
 from trimtab.rl.train import TrainConfig, Trainer, training_seed
 
 
@@ -109,6 +110,7 @@ METHODS: dict[str, Method] = {
     "dsrl_sac_as_sb3": _as_sb3(),
     "dsrl_na": Method(DSRLNAConfig(), RepeatNoiseConfig(), _early()),
     "dsrl_na_exact": Method(DSRLNAConfig(mode="exact"), RepeatNoiseConfig(), _early()),
+    "residual": Method(ResidualConfig()),
     "sb3_sac": Method(None),
     "filtered_bc": Method(None, tuning=TuningConfig(method="full", learning_rate=5e-4)),
 }
@@ -128,6 +130,8 @@ class Setup:
         seeds: evaluation episodes of each grid point.
         final_seeds: of the evaluation at the end; none leaves it out.
         num_envs, workers: of training.
+        policy: how the base was loaded; default: from ``folder``, on the CPU.
+        cpu: CPU seconds so far of what runs here.
     """
 
     adapter: PolicyAdapter
@@ -140,6 +144,8 @@ class Setup:
     final_seeds: list[int]
     num_envs: int = 8
     workers: int = 1
+    policy: PolicyConfig | None = None
+    cpu: Callable[[], float] = time.process_time
 
     def training_environments(self, count: int | None = None, keep_seen: bool = False) -> ChunkVectorEnv:
         """``count`` environments (default: ``num_envs``); ``keep_seen`` as in ``ChunkVectorEnv``."""
@@ -153,6 +159,7 @@ class Setup:
 
 
 Policies = dict[str, tuple[PolicyRunner, NoiseSource]]
+Ran = tuple["Recorder", dict[str, Any], Any]  # ..., more of the record, and what has learnt
 
 
 class Recorder:
@@ -168,7 +175,7 @@ class Recorder:
         self.setup, self.label, self.policies = setup, label, policies
         self.points: list[dict[str, Any]] = []
         self.episodes: list[list[int]] = []  # [environment step of the end, success, steered]
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
         self._passed = 0
 
     def __call__(self, env_steps: int, ended: list[tuple[bool, bool]]) -> None:
@@ -182,7 +189,7 @@ class Recorder:
 
     def evaluate(self, seeds: list[int], label: str) -> dict[str, Any]:
         """Summaries of the policies on ``seeds``, by name."""
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), self.setup.cpu()
         found = {
             name: self.setup.measure(runner, source, seeds, f"{label}, {name}")
             for name, (runner, source) in self.policies().items()
@@ -190,6 +197,7 @@ class Recorder:
         rates = (f"{name} {entry['successes']}/{entry['episodes']}" for name, entry in found.items())
         print(f"{label}: {', '.join(rates)}", flush=True)
         self.seconds += time.perf_counter() - started
+        self.cpu_seconds += self.setup.cpu() - cpu
         return found
 
 
@@ -199,8 +207,19 @@ def run_base(setup: Setup, seeds: list[int]) -> dict[str, Any]:
     return setup.measure(runner, base_noise, seeds, f"base, {setup.env.task}")
 
 
-def run_method(method: Method, setup: Setup, seed: int, label: str) -> dict[str, Any]:
+def run_method(
+    method: Method,
+    setup: Setup,
+    seed: int,
+    label: str,
+    after: Callable[[Recorder, Any], dict[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Train ``method`` on the setup's task and evaluate it on the grid.
+
+    Args:
+        method, setup, seed: what is run.
+        label: on progress bars.
+        after: called at the end with the recorder and what has learnt; adds to what is returned.
 
     Returns:
         ``points``: at each grid point the summary of each policy: ``actor`` (its mean; what is deployed) and,
@@ -209,23 +228,29 @@ def run_method(method: Method, setup: Setup, seed: int, label: str) -> dict[str,
         ``updates``, ``metrics`` (of our trainer) and ``seconds``.
     """
     started = time.perf_counter()
-    cpu = time.process_time()
+    cpu, all_cpu = time.process_time(), setup.cpu()
     train = _run_trainer
     if method.rl is None:
         train = _run_sb3 if method.tuning is None else _run_filtered_bc
-    recorder, found = train(method, setup, seed, label)
+    elif isinstance(method.rl, GoldenTicketConfig):
+        train = _run_ticket
+    recorder, found, learner = train(method, setup, seed, label)
     training = time.perf_counter() - started - recorder.seconds
+    training_cpu = setup.cpu() - all_cpu - recorder.cpu_seconds
     if setup.final_seeds:
         found["final"] = recorder.evaluate(setup.final_seeds, f"{label}, final")
     seconds = {
         "training": round(training, 2),
         "evaluation": round(recorder.seconds, 2),
         "process_cpu": round(time.process_time() - cpu, 2),
+        "training_cpu": round(training_cpu, 2),
     }
+    if after is not None:
+        found |= after(recorder, learner)
     return {"points": recorder.points, "episodes": recorder.episodes, **found, "seconds": seconds}
 
 
-def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recorder, dict[str, Any]]:
+def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> Ran:
     from accelerate import Accelerator
 
     adapter, lines = setup.adapter, []
@@ -244,6 +269,9 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> tuple[R
         )
         algorithm = trainer.algorithm
         policies: Policies = {"actor": (runner, steered_noise(algorithm.actor, deterministic=True))}
+        if algorithm.corrects:
+            correcting = CorrectingRunner(adapter, setup.env, algorithm.correct)
+            policies = {"actor": (correcting, own_noise(adapter.noise_spec))}
         if algorithm.selects:
 
             def select(features: Tensor, chunks: Tensor) -> Tensor:
@@ -258,10 +286,24 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> tuple[R
             trainer.env_steps, [(episode.success, episode.steered) for episode in ended]
         )
         trainer.run()
-    return recorder, {"updates": trainer.updates, "metrics": lines}
+    return recorder, {"updates": trainer.updates, "metrics": lines}, trainer
 
 
-def _run_sb3(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recorder, dict[str, Any]]:
+def _run_ticket(method: Method, setup: Setup, seed: int, label: str) -> Ran:
+    lines: list[dict[str, Any]] = []
+    runner = PolicyRunner(setup.adapter, setup.env)
+    with setup.training_environments(method.num_envs) as vec:
+        own = PolicyRunner(setup.adapter, setup.env)
+        search = TicketSearch(own, vec, method.rl, method.noise, seed, lines.append, progress=False)
+        ticket = search.run()
+    policies: Policies = {"actor": (runner, steered_noise(ticket.actor, deterministic=True))}
+    recorder = Recorder(setup, label, lambda: policies)
+    point = {"grid": search.env_steps, "env_steps": search.env_steps}
+    recorder.points.append(point | recorder.evaluate(setup.seeds, f"{label} at {search.env_steps}"))
+    return recorder, {"updates": 0, "search_episodes": search.episodes, "metrics": lines}, ticket
+
+
+def _run_sb3(method: Method, setup: Setup, seed: int, label: str) -> Ran:
     from trimtab.recipes.bench.wrapper import NoiseVecEnv, SB3SACConfig, learn, make_sac, sb3_noise
 
     config, adapter = SB3SACConfig(), setup.adapter
@@ -274,13 +316,14 @@ def _run_sb3(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recor
         policies: Policies = {"actor": (runner, sb3_noise(model, space))}
         recorder = Recorder(setup, label, lambda: policies)
         learn(model, env, setup.env_steps, lambda step, ended: recorder(step, [(won, True) for won in ended]))
-    return recorder, {"updates": model._n_updates}
+    return recorder, {"updates": model._n_updates}, model
 
 
-def _run_filtered_bc(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recorder, dict[str, Any]]:
+def _run_filtered_bc(method: Method, setup: Setup, seed: int, label: str) -> Ran:
     with setup.training_environments(keep_seen=True) as vec:
-        learner = FilteredBC(setup.folder, setup.env, vec, method.tuning, training_seed(seed), seed)
+        policy = setup.policy or PolicyConfig(path=str(setup.folder), device="cpu")
+        learner = FilteredBC(policy, setup.folder, setup.env, vec, method.tuning, training_seed(seed), seed)
         policies: Policies = {"actor": (PolicyRunner(learner.adapter, setup.env), base_noise)}
         recorder = Recorder(setup, label, lambda: policies)
         learner.learn(setup.env_steps, setup.grid, recorder)
-    return recorder, learner.result()
+    return recorder, learner.result(), learner.tuner

@@ -88,6 +88,11 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         return 0
 
     @property
+    def own_candidates(self) -> bool:
+        """Whether candidates are made of the base's own noise, instead of what the noise space draws."""
+        return False
+
+    @property
     def replayed(self) -> tuple[str, ...]:
         """What the replay keeps for it, beside the transition: see ``train.replay_extra``."""
         return ("chunk", "candidates", "candidates_u", "next_candidates") if self.candidates else ()
@@ -139,6 +144,7 @@ class Algorithm(nn.Module, abc.ABC):
         actor: what is deployed, and what acts while learning unless ``selects``.
         candidates: noises per observation that the collector has to decode and keep.
         selects: whether ``select`` acts while learning, choosing among the candidates.
+        corrects: whether what is learnt is added to the base's own chunk, instead of choosing its noise.
         decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
         matmul_dtype: of hidden layers within ``update``, see ``passes.matmuls_in``.
         obstacle: why updates cannot be recorded as CUDA graphs, if so.
@@ -149,6 +155,7 @@ class Algorithm(nn.Module, abc.ABC):
     accelerator: Any
     candidates: int = 0
     selects: bool = False
+    corrects: bool = False
     decode: Callable[..., Tensor] | None = None
     matmul_dtype: torch.dtype | None = None
     obstacle: str = ""
@@ -174,6 +181,14 @@ class Algorithm(nn.Module, abc.ABC):
     def select(self, features: Tensor, chunks: Tensor) -> Tensor:
         """Which candidate acts: (B, d), (B, K, steps * action_dim) -> (B,)."""
         raise NotImplementedError
+
+    def correct(self, features: Tensor, chunks: Tensor) -> Tensor:
+        """What is executed in the place of the base's chunks (B, steps, action_dim)."""
+        raise NotImplementedError
+
+    def explore(self, features: Tensor, chunks: Tensor) -> Tensor:
+        """``correct`` while learning."""
+        return self.correct(features, chunks)
 
     def look(self, batch: Batch) -> Batch:
         """The batch with its observations encoded, images shifted at random; as it is without images.

@@ -15,7 +15,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
 from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints, check, pack, unpack
 from trimtab.rl.demonstration_data import DemosConfig
 from trimtab.rl.distributed import World
@@ -45,6 +45,7 @@ RUNS = {
     "best_of_n": (BestOfNConfig(num_candidates=4, target_candidates=2, acting="thompson", **SIZE), TRAIN),
     "proposals": (BestOfNConfig(num_candidates=4, target_candidates=2, actor_candidates=2, **SIZE), TRAIN),
     "demonstrations": (DSRLNAConfig(num_candidates=4, **SIZE), TRAIN),
+    "residual": (ResidualConfig(**SIZE), TRAIN),
     "gate": (DSRLSACConfig(**SIZE), replace(TRAIN, gate=GateConfig(enabled=True))),
 }
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trimtab.rl.statistics import wilson_interval
+from trimtab.rl.statistics import mcnemar, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,15 @@ def test_impossible_counts():
     for counts in ((0, 0), (5, 4), (-1, 4)):
         with pytest.raises(ValueError):
             wilson_interval(*counts)
+
+
+@pytest.mark.parametrize("gained, lost, both", [(10, 2, 5), (2, 10, 0), (3, 3, 1), (0, 0, 4), (6, 0, 0)])
+def test_mcnemar_is_the_binomial_test(gained, lost, both):
+    from scipy.stats import binomtest
+
+    first = [False] * gained + [True] * lost + [True] * both
+    second = [True] * gained + [False] * lost + [True] * both
+    expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert mcnemar(first, second) == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(ValueError, match="cannot be paired"):
+        mcnemar(first, second[:-1])

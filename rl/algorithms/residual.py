@@ -1,0 +1,196 @@
+"""A residual policy: what is learnt is added to the frozen policy's chunk, not fed to it as noise.
+
+The rival of noise steering that also leaves the base alone. The base draws its own noise and makes its
+chunk; a residual actor sees the observation and that chunk and adds a bounded correction, zero at the start.
+Residual policy learning: Silver et al., arXiv 1812.06298. Off-policy, on top of frozen policies that were
+cloned in chunks: ResFiT, Ankile et al., arXiv 2509.19301. The learner is TD3 (Fujimoto et al., arXiv
+1802.09477) on chunks: a deterministic actor, exploration noise, clipped double Q, smoothed targets.
+
+Where this differs from ResFiT: the correction is of whole chunks, as everything here, and not of single
+steps; no demonstrations join the replay; the ensemble, returns over n chunks and clipped targets are those of
+the other algorithms here, so that the comparison is between what is learnt and not between critics.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.adapters import UserError
+from trimtab.policies.actor import ActorConfig
+from trimtab.policies.critic import CriticConfig, CriticEnsemble
+from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.observe import ObserveConfig
+from trimtab.policies.residual import ResidualActor
+from trimtab.rl.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    frozen,
+    in_precision,
+    polyak,
+    require_positive,
+    spread,
+)
+from trimtab.rl.replay import Batch
+
+
+@AlgorithmConfig.register_subclass("residual")
+@dataclass
+class ResidualConfig(AlgorithmConfig):
+    """Settings of the residual policy. The noise space has no part in it: the base's noise is its own."""
+
+    # Of the actor, size and activation count.
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    learning_rate: float = 1e-3
+    # Share of the online networks that their targets take over at each update.
+    tau: float = 0.005
+    # Largest correction of an entry of the chunk, in the policy's normalised actions (mostly -1 to 1).
+    scale: float = 0.5
+    # Deviation of the noise added while learning acts, as a share of scale ...
+    exploration: float = 0.1
+    # ... and of that in the TD target, and where the latter is clipped.
+    target_noise: float = 0.2
+    target_clip: float = 0.5
+    # Weight of the mean squared correction (as a share of scale), in units of return.
+    penalty: float = 0.01
+    # Critic updates per actor update.
+    actor_every: int = 2
+    # Clip TD targets to the returns that the reward allows.
+    clip_targets: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "learning_rate", "tau", "scale", "actor_every")
+        for name in ("exploration", "target_noise", "target_clip", "penalty"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--rl.{name}", f"cannot be negative, got {getattr(self, name)}")
+
+    @property
+    def candidates(self) -> int:
+        return 1  # the base's own chunk
+
+    @property
+    def own_candidates(self) -> bool:
+        return True
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        return "chunk", "candidates", "next_candidates"
+
+    def build(
+        self,
+        feature_dim: int,
+        space: NoiseSpace,
+        accelerator: Any,
+        bounds: tuple[float, float] | None,
+        chunk_size: int = 0,
+        observe: ObserveConfig | None = None,
+    ) -> Residual:
+        return Residual(self, feature_dim, accelerator, bounds, chunk_size, observe)
+
+
+class Residual(Algorithm):
+    """See the module's docstring.
+
+    Args:
+        config: settings.
+        feature_dim: length of the observation features.
+        accelerator: an ``accelerate.Accelerator``.
+        bounds: smallest and largest possible return, or ``None``.
+        chunk_size: numbers in a chunk, steps * action_dim.
+        observe: a resolved config, where there are images to look at.
+    """
+
+    actor: ResidualActor
+    candidates = 1
+    corrects = True
+
+    def __init__(
+        self,
+        config: ResidualConfig,
+        feature_dim: int,
+        accelerator: Any,
+        bounds: tuple[float, float] | None,
+        chunk_size: int,
+        observe: ObserveConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.bounds = bounds if config.clip_targets else None
+        self.actor = ResidualActor(feature_dim, chunk_size, config.scale, config.actor, observe)
+        self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic = CriticEnsemble(self.actor.encoder.dim, chunk_size, config.critic)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.updates = 0
+        self._set_up(config, accelerator)
+        self.critic_optimizer = self._adam(config.learning_rate, self.critic, self.actor.encoder)
+        self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
+
+    @torch.no_grad()
+    def td_target(self, batch: Batch, eps: Tensor | None = None) -> Tensor:
+        """``R + D * min_e Qbar_e(s', a'_base + clip(rbar(s', a'_base) + noise))``, (B,); clipped.
+
+        Args:
+            batch: with ``next_candidates`` (B, 1, A), the base's chunk at s'.
+            eps: (B, A) standard normal draw for the noise; made here where ``None``.
+        """
+        features, base, config = batch["next_features"], batch["next_candidates"][:, 0], self.config
+        correction = self.target_actor(features, base)
+        eps = torch.randn_like(correction) if eps is None else eps
+        noise = (config.target_noise * eps).clamp(-config.target_clip, config.target_clip)
+        correction = (correction + config.scale * noise).clamp(-config.scale, config.scale)
+        value = self.target_critic(features, base + correction).min(0).values
+        target = batch["reward"] + batch["discount"] * value
+        return target if self.bounds is None else target.clamp(*self.bounds)
+
+    def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared TD error of the executed chunk, summed over the members; and the values (E, B)."""
+        values = self.critic(batch["features"], batch["chunk"])
+        return (values - target).square().mean(1).sum(), values
+
+    def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``E[penalty * mean((r / scale)^2) - mean_e Q_e(s, a_base + r)]``, ``r = r(s, a_base)``."""
+        features, base = batch["features"].detach(), batch["candidates"][:, 0]
+        correction = self.actor(features, base)
+        with frozen(self.critic.parameters()):
+            value = self.critic(features, base + correction).mean(0)
+        cost = (correction / self.config.scale).square().mean(1)
+        return (self.config.penalty * cost - value).mean(), correction
+
+    @in_precision
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        batch = self.look(batch)
+        loss, values = self.critic_loss(batch, self.td_target(batch))
+        self._step(self.critic_optimizer, loss)
+        metrics = {"critic_loss": loss.detach(), **spread(values.detach(), self.updates)}
+        if self.updates % self.config.actor_every == 0:
+            loss, correction = self.actor_loss(batch)
+            self._step(self.actor_optimizer, loss)
+            metrics |= {
+                "actor_loss": loss.detach(),
+                "correction_rms": correction.detach().square().mean().sqrt(),
+            }
+        polyak(self.target_critic, self.critic, self.config.tau)
+        polyak(self.target_actor, self.actor, self.config.tau)
+        self.updates += 1
+        return metrics
+
+    def correct(self, features: Tensor, chunks: Tensor) -> Tensor:
+        return self.actor.correct(features, chunks)
+
+    def explore(self, features: Tensor, chunks: Tensor) -> Tensor:
+        return self.actor.correct(features, chunks, self.config.exploration * self.config.scale)
+
+    def value(self, features: Tensor, u: Tensor) -> Tensor:
+        """Not asked for: the critic judges chunks, and ``u`` does not tell what was executed."""
+        raise NotImplementedError("a residual policy's critic judges chunks, not noise")
+
+    def fit_normalizer(self, features: Tensor) -> None:
+        features = features.to(self.actor.normalizer.mean.device)
+        for network in self.children():
+            network.normalizer.fit(features)

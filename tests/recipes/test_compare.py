@@ -1,0 +1,312 @@
+"""`trimtab compare`: real runs of every kind, what is kept and made again, and a report that counts right."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from trimtab.policies.artefact import is_artefact
+from trimtab.recipes.cli import main
+from trimtab.recipes.compare.command import ALL, CompareConfig
+from trimtab.recipes.compare.methods import METHODS, customised
+from trimtab.recipes.compare.report import cells, markdown
+from trimtab.recipes.compare.summary import against, elsewhere, summarise
+from trimtab.recipes.metaworld.base import BaseConfig, make_base
+from trimtab.recipes.metaworld.cloning import CloningConfig
+from trimtab.rl.algorithms.presets import PAPER
+
+FEW = {"train": {"first_update": 8, "warmup_transitions": 0}}
+SETTINGS = {
+    "steered": {**FEW, "rl": {"batch_size": 8}},
+    "residual": {**FEW, "rl": {"batch_size": 8}},
+    "best_of_k": {**FEW, "rl": {"batch_size": 8, "num_candidates": 4, "target_candidates": 2}},
+    "lora": {"tuning": {"steps": 2, "batch_size": 4, "peft": {"r": 2}}},
+    "lora_rollouts": {"tuning": {"steps": 2, "batch_size": 4, "peft": {"r": 2}}},
+}
+TASK = "drawer-close-v3"
+
+
+def options(base, output, **more):
+    chosen = {
+        "policy.path": base,
+        "policy.device": "cpu",
+        "env.type": "metaworld_state",
+        "env.task": "drawer-close",
+        "env.episode_length": 40,
+        "settings": json.dumps(SETTINGS),
+        "env_steps": 160,
+        "grid": 80,
+        "n_episodes": 2,
+        "final_episodes": 3,
+        "other_episodes": 2,
+        "batch_size": 2,
+        "num_envs": 2,
+        "videos": 1,
+        "isolate": "false",
+        "machine.workers": 0,
+        "machine.threads": 1,
+        "output_dir": output,
+    }
+    return ["compare", *(f"--{key}={value}" for key, value in (chosen | more).items())]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Two tasks, of which one is demonstrated with success."""
+    config = BaseConfig(
+        tasks="drawer-close-v3,button-press-topdown-v3",
+        demonstrators={},
+        episodes=2,
+        episode_length=90,
+        cloning=CloningConfig(steps=30, batch_size=16),
+    ).resolved()
+    folder = tmp_path_factory.mktemp("bases") / "two"
+    make_base(config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(base, tmp_path_factory):
+    """One seed of some methods, then two seeds of all; the files' times in between."""
+    output = tmp_path_factory.mktemp("compare") / "out"
+    first = "base,steered,lora_rollouts"
+    assert main(options(base, output, methods=first, seeds=1, videos=0)) == 0
+    runs = output / "runs" / TASK
+    before = {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}
+    every = "zero_noise,golden_ticket,best_of_k,steered,lora,lora_rollouts,residual"
+    assert main(options(base, output, methods=every, seeds=2)) == 0
+    return output, before
+
+
+def test_every_method_has_its_budget_and_its_result(compared):
+    output, _ = compared
+    runs = output / "runs" / TASK
+    for name in ("best_of_k", "steered", "residual", "lora_rollouts"):
+        record = json.loads((runs / f"{name}-seed1.json").read_text())
+        assert [point["grid"] for point in record["points"]] == [80, 160]
+        assert record["points"][-1]["env_steps"] < 160 + 2 * 8 and record["updates"] >= 0
+        assert record["cost"]["artefact_bytes"] > 1000 and record["cost"]["cpu_seconds"] > 0
+        assert record["cost"]["peak_mb"] > 100 and record["cost"]["trainable_parameters"]["actor"] > 1000
+    rollouts = json.loads((runs / "lora_rollouts-seed1.json").read_text())
+    assert rollouts["points"][-1]["env_steps"] == 160  # to the step
+    ticket = json.loads((runs / "golden_ticket-seed0.json").read_text())
+    assert ticket["points"][0]["env_steps"] <= 160 and ticket["search_episodes"] == 160 // 40
+    assert json.loads((runs / "lora-seed0.json").read_text())["points"][0]["env_steps"] == 0
+    assert {"actor", "acting"} == set(json.loads((runs / "best_of_k-seed0.json").read_text())["final"])
+    assert is_artefact(str(runs / "steered-seed1" / "artefact"))
+    assert (runs / "lora-seed1" / "policy" / "adapter_model.safetensors").is_file()
+    assert (runs / "residual-seed1" / "residual" / "residual.safetensors").is_file()
+
+
+def test_the_report(compared):
+    output, _ = compared
+    found = json.loads((output / "compare.json").read_text())["methods"]
+    rows = {(row["method"], row["policy"]): row for row in found if row["task"] == TASK}
+    base = json.loads((output / "runs" / TASK / "base.json").read_text())
+    assert rows["base", "policy"]["success"]["episodes"] == 3 and len(base["final"]["policy"]["won"]) == 3
+    for name in ("steered", "lora_rollouts", "residual"):
+        row = rows[name, "actor"]
+        assert row["success"]["episodes"] == 3 * len(row["seeds"])
+        assert len(row["against_base"]["p"]) == len(row["seeds"])
+        assert row["left_on"]["episodes"] == 2 * len(row["seeds"])
+        off = row["switched_off"]
+        assert off is None if name == "lora_rollouts" else off["flipped"] == 0 and off["change"] == 0.0
+    text = (output / "report.html").read_text()
+    assert text.count("data:video/mp4;base64,") >= 2 and "data:image/png;base64," in text
+    assert not re.search(r"(src|href)='(?!data:)", text) and "http" not in re.sub(r"base64,[^']*", "", text)
+    assert f"## {TASK}" in (output / "compare.md").read_text()
+    assert (output / "curve.png").stat().st_size > 5000
+
+
+def test_what_is_there_is_kept(compared, base, capsys):
+    output, before = compared
+    runs = output / "runs" / TASK
+    # (This test runs after those that read the report, which it makes anew.)
+    assert set(before) == {"base.json", "steered-seed0.json", "lora_rollouts-seed0.json"}
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}.items()
+    made = {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}
+    assert len(made) == 2 + 6 * 2
+    changed = {**SETTINGS, "steered": {**SETTINGS["steered"], "noise": {"type": "repeat"}}}
+    argv = options(base, output, methods="steered,lora", seeds=1, settings=json.dumps(changed))
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    assert "lora-seed0.json is there already" in said and "steered-seed0.json was made with other" in said
+    now = {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}
+    assert {name for name in now if now[name] != made[name]} == {"steered-seed0.json"}
+    record = json.loads((runs / "steered-seed0.json").read_text())
+    assert record["settings"]["method"]["noise"]["type"] == "repeat"
+
+
+def test_a_run_of_its_own_process(base, tmp_path, capfd):
+    argv = options(base, tmp_path / "out", methods="base", isolate="true", videos=0, other_episodes=0)
+    assert main(argv) == 0
+    record = json.loads((tmp_path / "out" / "runs" / TASK / "base.json").read_text())
+    assert record["final"]["policy"]["episodes"] == 3 and record["others"] == {}
+    assert main([*argv, "--only=drawer-close-v3,steered,0"]) == 2
+    assert "--only: 'drawer-close-v3,steered,0' is no run" in capfd.readouterr().err
+
+
+ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--policy.path: name the base policy"),
+        (["--policy.path=x"], "--env.type: name the environment"),
+        (["--policy.path=/nowhere", *ENV], "--policy.path: "),
+        (["--methods=base,sac"], "--methods: there is no 'sac'; choose from base, zero_noise"),
+        (["--seeds=0,x"], "--seeds: is a list such as 0,1,2"),
+        (["--grid=3000"], "--grid: --env_steps=20000 must be a multiple"),
+        (["--settings={sac: {}}"], "--settings: there is no method 'sac'"),
+        (["--n_episodes=0"], "--n_episodes: must be at least 1"),
+        (["--runs=[/nowhere]"], "--runs: there is no folder /nowhere"),
+        (["--policy.path=ws://x:1", *ENV], "--policy.path: a policy server cannot be fine-tuned"),
+    ],
+)
+def test_bad_options(argv, message, capsys, tmp_path):
+    assert message in refused([*argv, f"--output_dir={tmp_path / 'out'}"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def refused(argv, capsys):
+    capsys.readouterr()
+    assert main(["compare", *argv]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_settings_and_budgets(tiny_base, tmp_path, capsys):
+    argv = [f"--policy.path={tiny_base}", *ENV, f"--output_dir={tmp_path / 'out'}"]
+    bad = "--settings={steered: {rl: {gama: 1}}}"
+    assert "--settings.steered.rl: " in refused([*argv, "--methods=steered", bad], capsys)
+    bad = "--settings={steered: {rl: {gamma: 2}}}"
+    assert "--rl.gamma: must be at least 0" in refused([*argv, "--methods=steered", bad], capsys)
+    bad = "--settings={steered: {tuning: {}}}"
+    assert "'tuning' is none of rl, noise, train" in refused([*argv, "--methods=steered", bad], capsys)
+    line = refused([*argv, "--methods=dsrl_sac_paper"], capsys)
+    assert "--env_steps: dsrl_sac_paper begins to learn after 6004 chunks of 4 steps" in line
+    assert "this base was not trained on hammer-v3" in refused([*argv, "--tasks=hammer"], capsys)
+    assert "this base was not trained on hammer-v3" in refused([*argv, "--other_tasks=hammer"], capsys)
+    (tmp_path / "bare").mkdir()
+    for path in tiny_base.iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path / "bare")
+    bare = [f"--policy.path={tmp_path / 'bare'}", *ENV, "--methods=lora"]
+    assert "--dataset.repo_id: 'lora' learns from demonstrations" in refused(bare, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_and_seeds():
+    config = CompareConfig(methods="steered,base,steered", seeds="3")
+    assert config.names() == ["base", "steered"] and config.seed_list() == [0, 1, 2]
+    assert CompareConfig(seeds="4,1").seed_list() == [4, 1]
+    assert set(ALL.split(",")) <= set(METHODS)
+    paper = METHODS["dsrl_sac_paper_short"].rl
+    assert paper.gamma == PAPER["dsrl_sac"]["rl"]["gamma"] and paper.backup_entropy
+    other = customised("steered", {"noise": {"type": "repeat"}, "rl": {"actor": {"hidden": 7}}})
+    assert other.noise.type == "repeat" and other.rl.actor.hidden == 7
+    assert other.rl.critic == METHODS["steered"].rl.critic
+
+
+def summary(won):
+    count = won.count("1")
+    return {"successes": count, "episodes": len(won), "success_rate": count / len(won), "won": won}
+
+
+def test_gains_are_paired():
+    found = against(summary("1100"), [summary("1111"), summary("0011")])
+    assert found["by_seed"] == [0.5, 0.0] and found["difference"] == 0.25 and found["ci95"] is None
+    assert found["p"] == [0.5, 1.0]  # two of two: 2 / 2^2; two of four
+    assert against(summary("1100"), [summary("111")]) is None
+    before = {"a": {"policy": summary("11")}, "b": {"policy": summary("10")}}
+    after = [{"a": {"x": summary("11")}, "b": {"x": summary("01")}}]
+    found = elsewhere(before, after, "x")
+    assert found["change"] == 0.0 and found["flipped"] == 2 and found["episodes"] == 4
+    after = [{"a": {"x": summary("01")}, "b": {"x": summary("10")}}]
+    found = elsewhere(before, after, "x")
+    assert found["change"] == pytest.approx(-0.25) and found["by_task"] == {"a": -0.5, "b": 0.0}
+
+
+def record(seed, rates, won):
+    points = [
+        {"grid": 100 * k, "env_steps": 100 * k + 8, "actor": summary("1" * r + "0" * (10 - r))}
+        for k, r in enumerate(rates, 1)
+    ]
+    return {
+        "task": "t",
+        "method": "m",
+        "seed": seed,
+        "points": points,
+        "episodes": [[50, 0, 1], [100, 1, 1], [180, 1, 1], [290, 1, 1]],
+        "final": {"actor": summary(won)},
+        "cost": {"cpu_seconds": 10.0 + seed, "artefact_bytes": 2_000_000},
+    }
+
+
+def test_levels_and_rows():
+    base = {"task": "t", "method": "base", "seed": None, "points": [], "episodes": [], "cost": {}}
+    base["final"] = {"policy": summary("1000")}
+    runs = [base, record(0, [6, 9, 9], "1111"), record(1, [9, 5, 8], "1110"), record(2, [1, 2, 3], "1110")]
+    entry = next(row for row in summarise(runs) if row["method"] == "m")
+    assert entry["to_level"]["50"]["steps"] == [100, 100, None]
+    assert entry["to_level"]["80"]["steps"] == [200, 300, None]  # a fall below it begins anew
+    assert entry["to_level"]["80"]["steps_median"] == 300
+    assert entry["to_level"]["80"]["episodes"] == [3, 4, None]
+    assert entry["to_level"]["90"]["steps_median"] is None
+    assert entry["success"]["successes"] == 10 and entry["success"]["episodes"] == 12
+    assert entry["cpu_seconds"] == 11.0 and entry["artefact_mb"] == 2.0
+    row = cells(entry)
+    assert row[4:7] == ["100 (2)", "300 (4)", "> 308"] and row[3] == "0.5000"
+    assert "| m |" in markdown("x", [], [entry]) and "+58.3 points" in row[2]
+
+
+@pytest.fixture(scope="module")
+def folders(base, tmp_path_factory):
+    """A run folder each of adapt and of lora."""
+    place = tmp_path_factory.mktemp("folders")
+    shared = [f"--policy.path={base}", "--policy.device=cpu", *ENV, "--env.episode_length=40"]
+    shared += ["--eval.n_episodes=3", "--eval.batch_size=3", "--eval.videos=0"]
+    shared += ["--machine.workers=0", "--machine.threads=1"]
+    adapt = ["--num_envs=2", "--train.env_steps=120", "--train.first_update=8", "--rl.type=dsrl_sac"]
+    adapt += ["--rl.batch_size=8", "--train.warmup_transitions=0", "--eval.constant_candidates=0"]
+    assert main(["adapt", *shared, *adapt, f"--output_dir={place / 'adapt'}"]) == 0
+    data = ["--dataset.repo_id=a/b", f"--dataset.root={base / 'demonstrations'}", "--steps=2"]
+    assert main(["lora", *shared, *data, "--peft.r=2", f"--output_dir={place / 'lora'}"]) == 0
+    return place
+
+
+def test_run_folders(folders, tmp_path):
+    output = tmp_path / "out"
+    names = f"[{folders / 'adapt'}, {folders / 'lora'}]"
+    assert main(["compare", f"--runs={names}", f"--output_dir={output}"]) == 0
+    rows = {row["method"]: row for row in json.loads((output / "compare.json").read_text())["methods"]}
+    assert set(rows) == {"base", "zero_noise", "dsrl_sac (full)", "lora, demonstrations"}
+    steered = rows["dsrl_sac (full)"]
+    assert steered["success"]["episodes"] == 3 and len(steered["against_base"]["p"]) == 1
+    assert steered["env_steps"][0] >= 120 and steered["artefact_mb"] > 0.1
+    assert rows["lora, demonstrations"]["against_base"]["ci95"] and (output / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("results.json", {"base_sha256": "other"}, "have not the same base policy"),
+        ("config.json", {"env": {"type": "pusht"}}, "have not the same environment"),
+        ("results.json", {"evaluation_seeds": [5, 7]}, "was evaluated on seeds [5, 7]"),
+        ("results.json", {"env": None}, "was not evaluated in an environment"),
+        ("results.json", {}, "is a second run of dsrl_sac (full), seed 0"),
+    ],
+)
+def test_runs_that_cannot_be_compared(file, changes, message, folders, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(folders / "adapt", other)
+    content = json.loads((other / file).read_text()) | changes
+    (other / file).write_text(json.dumps(content))
+    argv = [f"--runs=[{folders / 'adapt'}, {other}]", f"--output_dir={tmp_path / 'out'}"]
+    assert message in refused(argv, capsys)
+    assert not (tmp_path / "out").exists()
+    (other / "results.json").unlink()
+    assert "holds no results.json" in refused(argv, capsys)
