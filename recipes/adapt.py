@@ -35,7 +35,7 @@ from trimtab.recipes.session import (
     summaries,
 )
 from trimtab.recipes.trackers import Trackers, check_trackers
-from trimtab.rl.algorithms import AlgorithmConfig, DSRLSACConfig
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.algorithms.presets import flatten
 from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.decoder import ConditioningSpec
@@ -57,7 +57,7 @@ class AdaptConfig:
 
     env: EnvConfig
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    rl: AlgorithmConfig = field(default_factory=DSRLSACConfig)
+    rl: AlgorithmConfig = field(default_factory=BestOfNConfig)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -196,7 +196,7 @@ def overhead(config: BenchConfig) -> None:
 def compiled(config: BenchConfig) -> None:
     """Measure what compiling gains; write compile.json and compile.md."""
     torch.set_num_threads(1)
-    found = run_compiled(_numbers(config.widths, "--widths", 1, 8192), config.repetitions, config.updates)
+    found = run_compiled(numbers(config.widths, "--widths", 1, 8192), config.repetitions, config.updates)
     _write(_output(config.output_dir), "compile", found, compiled_table(found))
 
 

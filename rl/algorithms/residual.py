@@ -27,10 +27,11 @@ from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
 from trimtab.policies.residual import ResidualActor
 from trimtab.rl.algorithms.base import (
+    MEASURED_EVERY,
     Algorithm,
     AlgorithmConfig,
+    as_set_up,
     frozen,
-    in_precision,
     polyak,
     require_positive,
     spread,
@@ -162,7 +163,10 @@ class Residual(Algorithm):
         cost = (correction / self.config.scale).square().mean(1)
         return (self.config.penalty * cost - value).mean(), correction
 
-    @in_precision
+    def turn(self) -> tuple[int, ...]:
+        return self.updates % self.config.actor_every == 0, self.updates % MEASURED_EVERY == 0
+
+    @as_set_up
     def update(self, batch: Batch) -> dict[str, Tensor]:
         batch = self.look(batch)
         loss, values = self.critic_loss(batch, self.td_target(batch))
