@@ -26,7 +26,7 @@ from trimtab.recipes.compare.meter import Meter
 from trimtab.recipes.lora import DATASET_STEPS
 from trimtab.recipes.lora_training import FineTuner, TuningConfig
 from trimtab.recipes.session import Session
-from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLSACConfig
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.evaluation import Evaluation, evaluate
 from trimtab.rl.golden_ticket import GoldenTicketConfig, sizes
@@ -42,7 +42,7 @@ METHODS: dict[str, Method | None] = {
     "zero_noise": None,
     "golden_ticket": Method(GoldenTicketConfig(candidates=16, budget=100), ConstantNoiseConfig()),
     "best_of_k": Method(BestOfNConfig()),
-    "steered": Method(DSRLSACConfig()),  # the defaults of `trimtab adapt`
+    "steered": Method(BestOfNConfig()),  # the defaults of `trimtab adapt`
     DEMONSTRATIONS: Method(None, tuning=TuningConfig()),
     "lora_rollouts": Method(None, tuning=TuningConfig()),
     **BENCH,
