@@ -76,7 +76,7 @@ class BestOfNConfig(AlgorithmConfig):
     # Temperature of the weights of that regression, in units of return.
     regression_temperature: float = 0.3
     # Weight of KL(actor || prior) against the noise critic's value, in units of return per nat.
-    prior_weight: float = 0.3
+    prior_weight: float = 0.5
     # Critic updates per actor update.
     actor_every: int = 2
     # Clip TD targets to the returns that the reward allows.
