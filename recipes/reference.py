@@ -36,8 +36,8 @@ Every option of every command, made from the dataclasses; to make it anew:
     python -m trimtab.recipes.reference > recipes/CONFIGURATION.md
 
 A nested option is written with dots (`--train.env_steps=5000`), on the command line or in YAML
-(`--config_path=`). Where a type is a link, its options are in that section; `--dataset.*`, `--peft.*` and, but
-for `metaworld_state`, `--env.*` are LeRobot's own.
+(`--config_path=`). Where a type is a link, its options are in that section; `--dataset.*`, `--peft.*` and,
+but for `metaworld_state`, `--env.*` are LeRobot's own.
 """
 LONGEST = 60
 
@@ -93,7 +93,7 @@ def is_ours(cls: Any) -> bool:
 
 def choices(cls: type) -> dict[str, type]:
     """The classes that a registry of ours offers, by name."""
-    if not issubclass(cls, draccus.ChoiceRegistry):
+    if draccus.ChoiceRegistry not in cls.__bases__:
         return {}
     known = cls.get_known_choices().items()
     return {name: found for name, found in sorted(known) if found.__module__.startswith("trimtab.")}
