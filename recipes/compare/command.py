@@ -34,7 +34,7 @@ from trimtab.rl.envs.metaworld import resolve_task, split_tasks
 from trimtab.rl.train import MAX_SEED
 
 RECORD = "compare_config.json"
-ALL = "base,zero_noise,golden_ticket,best_of_k,steered,lora,lora_rollouts,residual,dsrl_sac_paper_short"
+ALL = "base,zero_noise,golden_ticket,steered,lora,lora_rollouts,residual,dsrl_sac_paper_short"
 
 
 @dataclass
