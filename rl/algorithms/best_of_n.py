@@ -84,21 +84,19 @@ class BestOfNConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "num_candidates")
-        half = self.num_candidates // 2
-        self.actor_candidates = half if self.actor_candidates is None else self.actor_candidates
-        self.target_candidates = max(half, 1) if self.target_candidates is None else self.target_candidates
-        self.distilled_pairs = max(half, 1) if self.distilled_pairs is None else self.distilled_pairs
         require_positive(
             self,
-            *("learning_rate", "tau", "target_candidates", "temperature"),
-            *("distilled_pairs", "prior_weight", "actor_every", "regression_temperature"),
+            *("learning_rate", "tau", "num_candidates", "temperature"),
+            *("prior_weight", "actor_every", "regression_temperature"),
         )
-        if not 0 <= self.actor_candidates < self.num_candidates:
+        if not 0 <= self.proposed < self.num_candidates:
             raise UserError(
                 "--rl.actor_candidates",
-                f"must be from 0 to below num_candidates={self.num_candidates}, got {self.actor_candidates}",
+                f"must be from 0 to below num_candidates={self.num_candidates}, got {self.proposed}",
             )
+        for name in ("target_candidates", "distilled_pairs"):
+            if not 1 <= self._or_half(getattr(self, name)) <= self.num_candidates:
+                raise UserError(f"--rl.{name}", f"must be from 1 to num_candidates={self.num_candidates}")
         if self.target not in TARGETS:
             raise UserError("--rl.target", f"'{self.target}' is none of {', '.join(TARGETS)}")
         if self.distillation not in DISTILLATION:
@@ -106,9 +104,10 @@ class BestOfNConfig(AlgorithmConfig):
             raise UserError("--rl.distillation", f"'{self.distillation}' is none of {known}")
         if self.acting not in ACTING:
             raise UserError("--rl.acting", f"'{self.acting}' is none of {', '.join(ACTING)}")
-        for name in ("target_candidates", "distilled_pairs"):
-            if getattr(self, name) > self.num_candidates:
-                raise UserError(f"--rl.{name}", f"at most num_candidates={self.num_candidates}")
+
+    def _or_half(self, count: int | None) -> int:
+        """``count`` of the candidates, or half of them; open until asked, so that it follows their number."""
+        return max(self.num_candidates // 2, 1) if count is None else count
 
     @property
     def pace(self) -> Pace:
@@ -120,7 +119,18 @@ class BestOfNConfig(AlgorithmConfig):
 
     @property
     def proposed(self) -> int:
-        return self.actor_candidates
+        # Half of a single candidate is none.
+        return self.num_candidates // 2 if self.actor_candidates is None else self.actor_candidates
+
+    @property
+    def targets(self) -> int:
+        """Candidates in a TD target."""
+        return self._or_half(self.target_candidates)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a state in the distillation."""
+        return self._or_half(self.distilled_pairs)
 
     def check(self, space: NoiseSpace) -> None:
         check_pairs(space, "best_of_n")
@@ -252,9 +262,9 @@ class BestOfN(Algorithm):
         batch_size, device = len(batch["reward"]), batch["reward"].device
         batch = self.look(batch)
         order = torch.rand(batch_size, self.config.num_candidates, device=device).argsort(1)
-        target = self.td_target(batch, order[:, : self.config.target_candidates])
+        target = self.td_target(batch, order[:, : self.config.targets])
         loss, values = self.critic_loss(batch, target)
-        distillation = self.distillation_loss(batch, order[:, -self.config.distilled_pairs :])
+        distillation = self.distillation_loss(batch, order[:, -self.config.pairs :])
         self._step(self.critic_optimizer, loss + distillation)
         metrics = {
             "critic_loss": loss.detach(),
