@@ -329,7 +329,7 @@ def test_best_of_n_repeats_exactly_and_behind_the_gate(tiny_base, tmp_path):
         return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
 
     lines = adapt("first")
-    assert "rank_correlation" in lines[-1] and 0.0 <= lines[-1]["gate_share"] <= 1.0
+    assert any("rank_correlation" in line for line in lines) and 0.0 <= lines[-1]["gate_share"] <= 1.0
     assert is_artefact(str(tmp_path / "first" / "artefact"))
     assert adapt("second") == lines
 

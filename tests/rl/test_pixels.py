@@ -119,7 +119,7 @@ def test_normaliser_takes_the_vector_and_leaves_the_encoders_output():
         assert (network.normalizer.std[VECTOR:] == 1).all() and not network.normalizer.mean[VECTOR:].any()
 
 
-@pytest.mark.parametrize("kind, pace", [("dsrl_sac", 1.5), ("dsrl_na", 2.0), ("best_of_n", 1.5)])
+@pytest.mark.parametrize("kind, pace", [("dsrl_sac", 1.5), ("dsrl_na", 2.0), ("best_of_n", 3.0)])
 def test_solves_a_problem_that_only_a_camera_shows(kind, pace):
     """No constant noise solves it (`test_train.py`), so the actor has to see."""
     adapter, config = PixelPointAdapter(), PixelPointConfig(limit=35)
