@@ -129,7 +129,9 @@ def run_processes(job: Job, repetitions: int) -> dict[str, Any]:
             mine = Job(**{**asdict(job), "env_steps": job.env_steps * count})
             runs[count].append(launch(mine, count))
             speed = runs[count][-1]["env_steps_per_second"]
-            print(f"turn {turn + 1}, {count} process(es): {speed:.1f} environment steps per second", flush=True)
+            print(
+                f"turn {turn + 1}, {count} process(es): {speed:.1f} environment steps per second", flush=True
+            )
     speeds = {count: [run["env_steps_per_second"] for run in found] for count, found in runs.items()}
     ratios = [two / one for one, two in zip(speeds[1], speeds[2], strict=True)]
     found: dict[str, Any] = {
