@@ -117,9 +117,8 @@ def listing() -> str:
 
 def described(recipe: Recipe) -> str:
     """Where the files of a recipe lie, and its commands."""
-    adapt, lora = f"--config_path={recipe.name}", f"--config_path={recipe.name}"
     given = "" if "env" in recipe.read(ADAPT) else " --env.discover_packages_path=YOURS --env.type=YOURS"
-    here = f"  trimtab %s {adapt}{given}"
+    here = f"  trimtab %s --config_path={recipe.name}{given}"
     lines = [
         f"{recipe.name}: {recipe.policy_type}, {recipe.checkpoint}, in {recipe.environment}",
         f"needs {recipe.needs}",
@@ -130,7 +129,7 @@ def described(recipe: Recipe) -> str:
         here % "adapt" + " --output_dir=outputs/steered",
         here % "eval" + " --policy.path=outputs/steered/artefact",
         "  trimtab export --run=outputs/steered",
-        f"  trimtab lora {lora}{given}",
+        here % "lora",
         "",
         "With --tiny=true each runs anywhere, on a random tiny policy of that type, in well under a minute.",
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from trimtab.recipes.recipe_file import read_options
 
 OPTION = "--rl.preset"
 
@@ -51,16 +51,8 @@ def _value(args: list[str], option: str) -> str | None:
 
 
 def _file(args: list[str]) -> dict:
-    path = _value(args, "--config_path")
-    if path is None or not Path(path).is_file():  # parsing says what is wrong with it
-        return {}
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """The options in the file that ``--config_path`` names; none where parsing will say what is wrong."""
+    return read_options(_value(args, "--config_path")) or {}
 
 
 def _from_file(args: list[str]) -> set[str]:

@@ -222,7 +222,7 @@ class Contest:
             others={name: replace(config.env, task=name) for name in self.others if name != task},
             other_seeds=list(range(EVALUATION_SEED, EVALUATION_SEED + config.other_episodes)),
             dataset=self.dataset,
-            where=self.output / "runs" / (task or config.env.type),
+            where=self._runs(task),
             filmed=config.seed_list()[0],
         )
 
@@ -259,8 +259,7 @@ class Contest:
 
     def record(self, task: str, name: str, seed: int | None, bouts: dict[str, Bout]) -> dict[str, Any]:
         """What a run has found; it is made now if it is not there."""
-        where = self.output / "runs" / (task or self.config.env.type)
-        path = where / (f"{name}.json" if seed is None else f"{name}-seed{seed}.json")
+        path = self._place(task, name, seed, "json")
 
         def run() -> dict[str, Any]:
             if self.config.isolate and not self.config.only:
@@ -329,12 +328,15 @@ class Contest:
         videos = [
             (f"{run['task']}: {run['method']}", path)
             for run in runs
-            if run["seed"] in (None, config.seed_list()[0]) and (path := self._video(run)).is_file()
+            if run["seed"] in (None, config.seed_list()[0])
+            and (path := self._place(run["task"], run["method"], run["seed"], "mp4")).is_file()
         ]
         return write_report(self.output, "Steering and its rivals", facts, runs, summarise(runs), videos)
 
-    def _video(self, run: dict[str, Any]) -> Path:
-        where = self.output / "runs" / (run["task"] or self.config.env.type)
-        return where / (
-            f"{run['method']}.mp4" if run["seed"] is None else f"{run['method']}-seed{run['seed']}.mp4"
-        )
+    def _runs(self, task: str) -> Path:
+        """The folder of a task's runs."""
+        return self.output / "runs" / (task or self.config.env.type)
+
+    def _place(self, task: str, name: str, seed: int | None, suffix: str) -> Path:
+        """A file of one run."""
+        return self._runs(task) / (f"{name}.{suffix}" if seed is None else f"{name}-seed{seed}.{suffix}")
