@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.12 || command -v python3.13 || command -v p
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
 ARGS ?=
+# Test processes, each on one thread; `make test WORKERS=0` runs all in one.
+WORKERS ?= 2
 
 .PHONY: demo test lint lock clean
 
@@ -12,7 +14,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/python -m pytest $(ARGS)
+	$(RUN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.ready
 	$(RUN)/ruff check --fix .

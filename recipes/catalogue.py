@@ -13,6 +13,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 ADAPT, LORA = "adapt.yaml", "lora.yaml"
+COMPARE = "compare.yaml"  # where the two imply another comparison than the recipe makes
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,12 @@ def config_of(name: str, command: str) -> Path | None:
 
     Args:
         name: a recipe's name, or ``recipes/NAME/FILE`` wherever the command is run.
-        command: that is going to read it; ``lora`` has a file of its own.
+        command: that is going to read it; ``lora`` has a file of its own, ``compare`` may have one.
     """
     if name in RECIPES:
-        return FOLDER / name / (LORA if command == "lora" else ADAPT)
+        own = {"lora": LORA, "compare": COMPARE}.get(command, ADAPT)
+        path = FOLDER / name / own
+        return path if path.is_file() else path.with_name(ADAPT)
     parts = Path(name).parts
     if len(parts) == 3 and parts[0] == "recipes" and parts[1] in RECIPES:
         path = FOLDER.joinpath(*parts[1:])
@@ -130,6 +133,7 @@ def described(recipe: Recipe) -> str:
         here % "eval" + " --policy.path=outputs/steered/artefact",
         "  trimtab export --run=outputs/steered",
         here % "lora",
+        here % "compare" + " --output_dir=outputs/compared",
         "",
         "With --tiny=true each runs anywhere, on a random tiny policy of that type, in well under a minute.",
     ]

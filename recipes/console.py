@@ -14,7 +14,7 @@ from pathlib import Path
 WORKER_MODULES = ["trimtab.rl.envs.vector", "trimtab.rl.envs.metaworld"]
 
 # Commands that run on a random tiny policy too.
-TINY = ("probe", "adapt", "eval", "export", "lora")
+TINY = ("probe", "adapt", "eval", "export", "lora", "compare")
 TINY_HELP = """
 --tiny=true: a random tiny policy of the same type in the place of the checkpoint, in an environment that is
 installed, with budgets of seconds (--tiny=TYPE says which type).

@@ -1,4 +1,4 @@
-"""``--config_path``: recipes by their name, and one file for all of `adapt`, `probe` and `eval`."""
+"""``--config_path``: recipes by their name, and one file for `adapt`, `probe`, `eval` and `compare`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.recipes.catalogue import RECIPES, config_of
+from trimtab.adapters.files import is_server
+from trimtab.recipes.catalogue import LORA, RECIPES, config_of
+from trimtab.recipes.compare.from_recipe import comparison, is_recipe
 
 OPTION = "--config_path"
 # Parts of adapt's config that no other command has a use for.
@@ -74,8 +76,11 @@ def write_options(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def kept(content: dict[str, Any], command: str) -> dict[str, Any]:
-    """What ``command`` takes of a file's options: of adapt's what concerns it, of any other file all."""
+def kept(content: dict[str, Any], command: str, path: str | None = None) -> dict[str, Any]:
+    """What ``command`` takes of the options of a file: of adapt's what concerns it, of any other all."""
+    if command == "compare" and is_recipe(content):
+        lora = read_options(Path(path).with_name(LORA)) if path else None
+        return comparison(content, lora, is_server((content.get("policy") or {}).get("path")))
     left = LEFT.get(command, ()) if set(content) & set(ADAPT_ONLY) else ()
     return {name: value for name, value in content.items() if name not in left}
 
@@ -87,8 +92,9 @@ def fitted(path: str | None, command: str) -> Iterator[str | None]:
     So the file of a recipe, or the config.json of a run, also says what to probe and evaluate.
     """
     content = read_options(path)
-    if content is None or kept(content, command) == content:
+    taken = kept(content, command, path) if content is not None else None
+    if taken == content:
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield str(write_options(Path(folder) / "options.yaml", kept(content, command)))
+        yield str(write_options(Path(folder) / "options.yaml", taken))

@@ -18,6 +18,7 @@ from typing import Any
 
 from trimtab.adapters.errors import UserError
 from trimtab.recipes.catalogue import type_of
+from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
 from trimtab.recipes.console import TINY
 from trimtab.recipes.recipe_file import OPTION as CONFIG_PATH
 from trimtab.recipes.recipe_file import kept, read_options, split_options, write_options
@@ -38,16 +39,22 @@ MACHINE = {"workers": 0, "threads": 1}
 BUDGETS: dict[str, dict[str, Any]] = {
     "adapt": {
         "num_envs": 2,
-        "train": {"env_steps": 64, "warmup_transitions": 4, "first_update": 4, "log_every": 32},
+        "train": {"env_steps": 64, "log_every": 32},
         "eval": EVAL,
     },
     "probe": {"observations": 2, "noises": 4, "repeats": 1, "eval": {**EVAL, "videos": 0}},
     "eval": {"eval": EVAL},
     "lora": {
-        **{"steps": 2, "batch_size": 2, "num_workers": 0, "num_envs": 2, "env_steps": 48, "rounds": 1},
+        **{"num_envs": 2, "env_steps": 48, "rounds": 1},
         "eval": {"n_episodes": 1, "batch_size": 1, "videos": 1},
     },
+    "compare": {
+        **{"tasks": "", "seeds": "1", "env_steps": 64, "grid": 32, "num_envs": 2, "batch_size": 2},
+        **{"n_episodes": 2, "final_episodes": 2, "other_episodes": 0, "videos": 1, "isolate": False},
+    },
 }
+PACE = {"first_update": 4, "warmup_transitions": 4}
+TUNING = {"steps": 2, "batch_size": 2, "num_workers": 0}
 NARROW = {"hidden": 16}
 # Caps on what a recipe says of its algorithm and of its images.
 RL = {"batch_size": 8, "num_candidates": 2, "target_candidates": 2}
@@ -85,7 +92,7 @@ def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> 
     from trimtab.policies.artefact import is_artefact
 
     named = {option: value for option, value, _ in split_options(args)}
-    content = kept(read_options(named.get(CONFIG_PATH)) or {}, command)
+    content = kept(read_options(named.get(CONFIG_PATH)) or {}, command, named.get(CONFIG_PATH))
     path = named.get(PATH) or (content.get("policy") or {}).get("path")
     if command == "adapt" and named.get("--resume", "false").lower() != "false":
         return _on_run(args, Path(named.get("--output_dir", "")))
@@ -219,25 +226,45 @@ def _shrink(content: dict[str, Any], command: str) -> None:
     """Budgets and sizes of seconds, in the place of the recipe's."""
     _merge(content, BUDGETS[command])
     if command == "lora":
-        peft = content.setdefault("peft", {})
-        peft["r"] = min(4, peft.get("r", 4))
-    if command != "adapt":
-        return
-    content.pop("demos", None)
-    content["train"].pop("warm_start", None)
-    pace = content["train"].get("updates_per_transition")
-    content["train"]["updates_per_transition"] = min(2.0, pace or 2.0)
-    rl = content.get("rl") or {}
-    if rl.get("type") and rl["type"] != "golden_ticket":
-        for name, most in RL.items():
-            if name == "batch_size" or rl["type"] != "dsrl_sac":
-                rl[name] = min(most, rl.get(name, most))
-        _merge(rl, {"actor": NARROW, "critic": NARROW})
-        content["rl"] = rl
+        _shrink_tuning(content)
+    if command == "adapt":
+        _shrink_steering(content)
+        content.pop("demos", None)
+    if command == "compare":
+        known = (*LEARN_NOTHING_NEW, FINE_TUNED)
+        small = [name for name in content.get("methods", ",".join(known)).split(",") if name in known]
+        settings = {name: (content.get("settings") or {}).get(name) or {} for name in small}
+        for name in {"steered", "residual"} & set(small):
+            _shrink_steering(settings[name])
+        if FINE_TUNED in small:
+            _shrink_tuning(settings[FINE_TUNED].setdefault("tuning", {}))
+        content |= {"methods": ",".join(small), "settings": settings}
     observe = content.get("observe") or {}
     observe.pop("cameras", None)  # the environment has one, under another name
     if "images" in (observe.get("inputs") or ()):
         observe["image_size"] = 32
+
+
+def _shrink_steering(content: dict[str, Any]) -> None:
+    """A pace and networks for a few chunks; ``content`` has ``rl`` and ``train``."""
+    train, rl = content.setdefault("train", {}), content.get("rl") or {}
+    train.pop("warm_start", None)
+    pace = train.get("updates_per_transition")
+    train |= PACE | {"updates_per_transition": min(2.0, pace or 2.0)}
+    content["train"] = train
+    if rl.get("type") and rl["type"] != "golden_ticket":
+        for name, most in RL.items():
+            if name == "batch_size" or rl["type"] in ("best_of_n", "dsrl_na"):
+                rl[name] = min(most, rl.get(name, most))
+        _merge(rl, {"actor": NARROW, "critic": NARROW})
+        content["rl"] = rl
+
+
+def _shrink_tuning(content: dict[str, Any]) -> None:
+    """A few steps of a narrow LoRA."""
+    content |= TUNING
+    peft = content.setdefault("peft", {})
+    peft["r"] = min(4, peft.get("r", 4))
 
 
 def _world(stateful: bool, env: dict[str, Any], policy: dict[str, Any]) -> dict[str, Any]:

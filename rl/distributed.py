@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.rl.shared_sum import SharedSum
+
 
 class World:
     """The processes of an ``accelerate.Accelerator``.
@@ -21,7 +23,10 @@ class World:
     Attributes:
         rank, size: of this process, and how many there are.
         main: whether this process writes.
-        waited: seconds spent waiting for the others.
+        waited: seconds spent on adding up: waiting for the others, and the sums themselves (on a GPU, what of
+            them the host sees).
+        shared: memory through which processes of one machine add up on its CPU, from the first sum on; else
+            messages are sent.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -29,6 +34,8 @@ class World:
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.main = self.rank == 0
         self.waited = 0.0
+        self.shared: SharedSum | None = None
+        self._begun = False
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum over the processes, entry by entry."""
@@ -37,10 +44,20 @@ class World:
         started = time.perf_counter()
         # NCCL takes tensors on its device only; MPS has no float64, but no processes either.
         total = torch.tensor(list(values), dtype=torch.float64, device=self.accelerator.device)
-        torch.distributed.all_reduce(total)
+        self._add_up(total)
         found = total.tolist()
         self.waited += time.perf_counter() - started
         return found
+
+    def _add_up(self, flat: Tensor) -> None:
+        """Replace ``flat`` by its sum over the processes."""
+        if not self._begun:
+            self._begun = True
+            if self.accelerator.device.type == "cpu":
+                self.shared = SharedSum.try_among(self.rank, self.size, self.gather)
+        if self.shared is None or not self.shared(flat):
+            self.shared = None
+            torch.distributed.all_reduce(flat)
 
     def all(self, here: bool) -> bool:
         """Whether ``here`` holds on every process; also a barrier."""
@@ -50,15 +67,17 @@ class World:
         """Replace each tensor by its mean over the processes; one message for all of a kind."""
         if self.size == 1:
             return
+        started = time.perf_counter()
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for group in kinds.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            torch.distributed.all_reduce(flat)
+            self._add_up(flat)
             flat /= self.size
             parts = flat.split([tensor.numel() for tensor in group])
             torch._foreach_copy_(group, [part.view_as(t) for part, t in zip(parts, group, strict=True)])
+        self.waited += time.perf_counter() - started
 
     def rows(self, rows: Tensor) -> Tensor:
         """The rows (n, ...) of all processes, in their order; n may differ."""

@@ -122,7 +122,7 @@ class Setup:
 
     Attributes:
         adapter: the frozen policy.
-        folder: where it was loaded from.
+        folder: where it was loaded from; the address of a policy server.
         env: the task.
         vec: evaluation environments; training has its own.
         env_steps: training steps of a run.
@@ -135,7 +135,7 @@ class Setup:
     """
 
     adapter: PolicyAdapter
-    folder: Path
+    folder: Path | str
     env: EnvConfig
     vec: ChunkVectorEnv
     env_steps: int

@@ -16,8 +16,9 @@ from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.files import file_hash, is_peft, is_server, resolve_folder
+from trimtab.adapters.files import file_hash, is_peft, is_server
 from trimtab.policies.artefact import is_artefact
+from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.bench.command import numbers, once
 from trimtab.recipes.compare.folders import read_runs
 from trimtab.recipes.compare.methods import DEMONSTRATIONS, FIXED, METHODS, Bout, check_budget, customised
@@ -29,7 +30,14 @@ from trimtab.recipes.metaworld.base import RECORD as BASE_RECORD
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.metaworld.dataset import REPO_ID
 from trimtab.recipes.reporting import rate_text, write_json
-from trimtab.recipes.session import EVALUATION_SEED, EpisodesConfig, MachineConfig, Session, read_json
+from trimtab.recipes.session import (
+    EVALUATION_SEED,
+    EpisodesConfig,
+    MachineConfig,
+    Session,
+    base_of,
+    read_json,
+)
 from trimtab.rl.envs.metaworld import resolve_task, split_tasks
 from trimtab.rl.train import MAX_SEED
 
@@ -46,6 +54,8 @@ class CompareConfig:
     # The base policy, and its environment.
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     env: EnvConfig | None = None
+    # What actors and critics look at.
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
     # Comma-separated tasks to specialise on, one after the other; default: --env.task.
     tasks: str = ""
     # Comma-separated names; recipes/compare/README.md lists them.
@@ -149,24 +159,27 @@ class Contest:
 
     def __init__(self, config: CompareConfig) -> None:
         self.config = config
-        if is_server(config.policy.path):
+        self.methods = {name: customised(name, config.settings.get(name)) for name in config.names()}
+        self.server = is_server(config.policy.path)
+        tuned = [name for name, method in self.methods.items() if method and method.tuning]
+        if self.server and tuned:
             raise UserError(
-                "--policy.path", "a policy server cannot be fine-tuned; name a folder or repository"
+                "--methods", f"what is on a policy server cannot be fine-tuned: leave out {', '.join(tuned)}"
             )
         if is_artefact(config.policy.path):
             raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
-        self.folder = resolve_folder(config.policy.path, config.policy.revision)
-        if is_peft(self.folder):
+        self.folder = base_of(config.policy)
+        if not self.server and is_peft(self.folder):
             raise UserError(
                 "--policy.path", f"{self.folder} is a LoRA adapter; name the policy that it adapts"
             )
-        self.embedded = config.env.type == "metaworld_state" and (self.folder / BASE_RECORD).is_file()
+        kept = None if self.server else self.folder  # what an embedded base keeps beside its weights
+        self.embedded = config.env.type == "metaworld_state" and bool(kept) and (kept / BASE_RECORD).is_file()
         self.tasks = self._named(config.tasks or config.env.task or "", "--tasks") or [config.env.task or ""]
         self.others = self._other_tasks()
-        self.methods = {name: customised(name, config.settings.get(name)) for name in config.names()}
         self.dataset = config.dataset
-        if self.dataset is None and (self.folder / BASE_DATA).is_dir():
-            self.dataset = DatasetConfig(REPO_ID, root=str(self.folder / BASE_DATA))
+        if self.dataset is None and kept and (kept / BASE_DATA).is_dir():
+            self.dataset = DatasetConfig(REPO_ID, root=str(kept / BASE_DATA))
         if DEMONSTRATIONS in self.methods and self.dataset is None:
             raise UserError(
                 "--dataset.repo_id",
@@ -177,7 +190,8 @@ class Contest:
         self.adapter = load_adapter(config.policy)
         for name, method in self.methods.items():
             check_budget(name, method, config.env_steps, self.adapter.chunk_shape[0])
-        self.base_sha256 = file_hash(self.folder)
+        # A server shows no weights.
+        self.base_sha256 = None if self.server else file_hash(self.folder)
         output = config.output_dir
         if output is None or not (output / RECORD).is_file():
             output = new_output_dir(output, "compare")
@@ -211,7 +225,7 @@ class Contest:
         )
         final = EVALUATION_SEED + config.n_episodes
         return Bout(
-            session=Session(self.adapter, env, episodes, config.machine),
+            session=Session(self.adapter, env, episodes, config.machine, config.observe),
             policy=config.policy,
             folder=self.folder,
             env_steps=config.env_steps,
@@ -250,6 +264,8 @@ class Contest:
             "others": [other for other in self.others if other != task],
             **{key: getattr(config, key) for key in ("n_episodes", "final_episodes", "other_episodes")},
         }
+        if method is not None and method.rl is not None:
+            found["observe"] = draccus.encode(config.observe)
         if method is not None and name != DEMONSTRATIONS:
             found |= {key: getattr(config, key) for key in ("env_steps", "grid", "num_envs")}
         if name == DEMONSTRATIONS:
@@ -315,8 +331,9 @@ class Contest:
         """Write the report on the runs so far."""
         config = self.config
         bases = {run["task"]: run["final"]["policy"] for run in runs if run["method"] == "base"}
+        where = f"weights {self.base_sha256[:12]}" if self.base_sha256 else config.policy.path
         facts = [
-            f"base policy: {self.adapter.policy_type}, weights {self.base_sha256[:12]}, the same in all runs",
+            f"base policy: {self.adapter.policy_type}, {where}, the same in all runs",
             f"environment: {config.env.type}; {config.env_steps:,} environment steps for every method that "
             f"learns from them, {config.num_envs} environments unless the method's source says otherwise",
             f"evaluated every {config.grid:,} steps on {config.n_episodes} episodes, and at the end on "

@@ -137,7 +137,7 @@ class Bout:
 
     session: Session
     policy: PolicyConfig
-    folder: Path
+    folder: Path | str
     env_steps: int
     grid: int
     num_envs: int

@@ -162,7 +162,10 @@ ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3"]
         (["--settings={sac: {}}"], "--settings: there is no method 'sac'"),
         (["--n_episodes=0"], "--n_episodes: must be at least 1"),
         (["--runs=[/nowhere]"], "--runs: there is no folder /nowhere"),
-        (["--policy.path=ws://x:1", *ENV], "--policy.path: a policy server cannot be fine-tuned"),
+        (
+            ["--policy.path=ws://x:1", *ENV],
+            "--methods: what is on a policy server cannot be fine-tuned: leave out lora, lora_rollouts",
+        ),
     ],
 )
 def test_bad_options(argv, message, capsys, tmp_path):

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -16,12 +16,16 @@ from lerobot.envs.utils import preprocess_observation
 from trimtab.recipes.adapt import AdaptConfig, with_default_noise
 from trimtab.recipes.catalogue import ADAPT, FOLDER, LORA, RECIPES
 from trimtab.recipes.cli import COMMANDS, main
+from trimtab.recipes.compare.command import CompareConfig
+from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
+from trimtab.recipes.compare.methods import customised
 from trimtab.recipes.console import parse
 from trimtab.recipes.evaluate import EvaluateConfig
 from trimtab.recipes.export import ExportConfig
 from trimtab.recipes.full_size import FULL_SIZE, full_size
 from trimtab.recipes.lora import LoraConfig
 from trimtab.recipes.lora_targets import LAYERS, default_targets
+from trimtab.recipes.lora_training import TuningConfig
 from trimtab.recipes.make_base import MakeBaseConfig
 from trimtab.recipes.presets import expand_preset
 from trimtab.recipes.probe import ProbeConfig
@@ -35,6 +39,7 @@ CONFIGS = {
     "export": ExportConfig,
     "lora": LoraConfig,
     "base": MakeBaseConfig,
+    "compare": CompareConfig,
 }
 PLUGIN = "my_droid"  # the environment in openpi_droid's README
 FAST = ["--eval.n_episodes=1", "--eval.batch_size=1", "--eval.videos=0"]
@@ -103,8 +108,24 @@ def test_tiny(name, tmp_path, capsys):
     targets = recipe.read(LORA)["peft"].get("target_modules")
     assert adapter["peft_type"] == "LORA" and (targets is None or adapter["target_modules"] == targets)
     assert read(tmp_path / "lora" / "results.json")["trained_parameters"] > 0
-    # Once there is a `trimtab compare`, it belongs here: main(["compare", file, "--tiny=true", ...]).
+    compared = tmp_path / "compare"
+    assert main(["compare", file, "--tiny=true", "--videos=0", f"--output_dir={compared}"]) == 0
+    check_comparison(recipe, read(compared / "compare.json"), read(compared / "compare_config.json"))
     assert "steered" in capsys.readouterr().out
+
+
+def check_comparison(recipe, found, used):
+    """Every method has run, what was steered as the recipe says, and what stayed frozen is the base."""
+    served = recipe.policy_type == "remote"
+    methods = {row["method"] for row in found["methods"]}
+    assert methods == {*LEARN_NOTHING_NEW, *(() if served else (FINE_TUNED,))}
+    if recipe.name == "metaworld":  # has a compare.yaml of its own
+        return
+    said, steered = recipe.read(ADAPT), used["settings"]["steered"]
+    assert steered["rl"]["type"] == said["rl"]["type"] and steered["noise"] == said["noise"]
+    assert "env_steps" not in steered["train"] and used["env_steps"] == 64
+    if not served:
+        assert used["settings"][FINE_TUNED]["tuning"]["peft"]["r"] == min(4, recipe.read(LORA)["peft"]["r"])
 
 
 def check_settings(recipe, used):
@@ -136,8 +157,22 @@ def test_files(name, droid):
     assert adapt.eval.seed + adapt.eval.n_episodes < SELECTION_SEED
     lora = parsed("lora", file)
     assert lora.method == "lora"
-    if name == "openpi_droid":  # what is on a server cannot be fine-tuned
+    compared = parsed("compare", file, *given(name, droid))
+    assert compared.policy == adapt.policy and compared.env.type == adapt.env.type
+    served = name == "openpi_droid"  # what is there cannot be fine-tuned
+    if name != "metaworld":
+        assert compared.env_steps == adapt.train.env_steps and compared.observe == adapt.observe
+        steered = customised("steered", compared.settings["steered"])
+        assert steered.rl == adapt.rl and steered.noise == adapt.noise
+        budgeted = replace(steered.train, env_steps=adapt.train.env_steps)
+        assert budgeted.at_pace_of(adapt.rl) == replace(adapt.train, log_every=budgeted.log_every)
+        assert (FINE_TUNED in compared.names()) != served
+    if served:
         return
+    tuned = customised(FINE_TUNED, compared.settings.get(FINE_TUNED)).tuning
+    assert name == "metaworld" or all(
+        getattr(tuned, field.name) == getattr(lora, field.name) for field in fields(TuningConfig)
+    )
     assert lora.from_rollouts and lora.env_steps == adapt.train.env_steps
     assert asdict(lora.env) == asdict(adapt.env) and lora.policy == adapt.policy
 
@@ -244,7 +279,7 @@ def test_bad_input_is_one_line_and_exit_code_2(name, capsys, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["adapt", "probe", "eval", "lora"])
+@pytest.mark.parametrize("command", ["adapt", "probe", "eval", "lora", "compare"])
 def test_a_recipe_with_an_unknown_field(command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = RECIPES["smolvla_libero"].read(LORA if command == "lora" else ADAPT)
