@@ -33,6 +33,7 @@ class Episode:
         steps: environment steps.
         terminated: ended in a terminal state, not at the time limit.
         features, u: what was seen and chosen at each chunk, (chunks, d) and (chunks, dim).
+        chunks: what was executed, (chunks, steps * action_dim), normalised; empty where it is not kept.
         rewards, discounts: of each chunk.
         steered: whether the learner's policy acted in it, from start to end.
         task: its name, where the environment has one.
@@ -48,6 +49,7 @@ class Episode:
     discounts: np.ndarray
     steered: bool = True
     task: str = ""
+    chunks: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Acting(Protocol):
 class _Running:
     features: list[np.ndarray] = field(default_factory=list)
     u: list[np.ndarray] = field(default_factory=list)
+    chunks: list[np.ndarray] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     discounts: list[float] = field(default_factory=list)
     steps: int = 0
@@ -366,6 +369,8 @@ class Collector:
         running = self._running[i]
         running.features.append(features)
         running.u.append(self._u[i])
+        if self.candidates or self.spec:
+            running.chunks.append(self._chunks[i])
         running.rewards.append(reward)
         running.discounts.append(discount)
         running.steps += result.steps
@@ -384,6 +389,7 @@ class Collector:
             discounts=np.asarray(running.discounts),
             steered=running.steered,
             task=self.vec.task_names[i],
+            chunks=np.stack(running.chunks) if running.chunks else np.zeros((0, 0), np.float32),
         )
 
 

@@ -37,13 +37,12 @@ def calibration(algorithm: Algorithm, episodes: Sequence[Episode]) -> dict[str, 
         ``calibration_bias`` (mean of value - return), ``calibration_rmse`` and ``calibration_correlation``
         (Pearson); empty where there is nothing to compare.
     """
-    if algorithm.corrects:  # an episode keeps the noise, which is not what that critic judges
-        return {}
     values, returns = [], []
     for episode in episodes:
         device = next(algorithm.parameters()).device
+        judged = episode.chunks if algorithm.judges_chunks else episode.u
         value = algorithm.value(
-            torch.as_tensor(episode.features).to(device), torch.as_tensor(episode.u).to(device)
+            torch.as_tensor(episode.features).to(device), torch.as_tensor(judged).to(device)
         )
         value = value.cpu().numpy()
         values.append(value)

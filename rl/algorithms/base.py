@@ -145,6 +145,7 @@ class Algorithm(nn.Module, abc.ABC):
         candidates: noises per observation that the collector has to decode and keep.
         selects: whether ``select`` acts while learning, choosing among the candidates.
         corrects: whether what is learnt is added to the base's own chunk, instead of choosing its noise.
+        judges_chunks: whether ``value`` is of chunks, instead of noise.
         decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
         matmul_dtype: of hidden layers within ``update``, see ``passes.matmuls_in``.
         obstacle: why updates cannot be recorded as CUDA graphs, if so.
@@ -156,6 +157,7 @@ class Algorithm(nn.Module, abc.ABC):
     candidates: int = 0
     selects: bool = False
     corrects: bool = False
+    judges_chunks: bool = False
     decode: Callable[..., Tensor] | None = None
     matmul_dtype: torch.dtype | None = None
     obstacle: str = ""
@@ -212,8 +214,13 @@ class Algorithm(nn.Module, abc.ABC):
         """One gradient step. Metrics come back as detached scalars, not yet synchronised."""
 
     @abc.abstractmethod
-    def value(self, features: Tensor, u: Tensor) -> Tensor:
-        """The critic's estimate (B,) of the return of feeding ``u``, for diagnostics."""
+    def value(self, features: Tensor, judged: Tensor) -> Tensor:
+        """The critic's estimate (B,) of the return, for diagnostics.
+
+        Args:
+            features: (B, d).
+            judged: ``u`` (B, dim), or with ``judges_chunks`` what was executed, (B, steps * action_dim).
+        """
 
     @abc.abstractmethod
     def fit_normalizer(self, features: Tensor) -> None:

@@ -71,6 +71,8 @@ class BestOfNConfig(AlgorithmConfig):
     temperature: float = 0.3
     # Stored pairs of each sampled state on which the noise critic is regressed. Default: half of them.
     distilled_pairs: int | None = None
+    # Regress the noise critic on a chunk's advantage over the state's other candidates, not on its value.
+    advantages: bool = True
     # How the actor is distilled: climb the noise critic, or regress onto the noises of good candidates.
     distillation: str = "critic"
     # Temperature of the weights of that regression, in units of return.
@@ -123,6 +125,11 @@ class BestOfNConfig(AlgorithmConfig):
         return self.num_candidates // 2 if self.actor_candidates is None else self.actor_candidates
 
     @property
+    def relative(self) -> bool:
+        """Whether the noise critic holds advantages: over a single candidate there are none."""
+        return self.advantages and self.num_candidates > 1
+
+    @property
     def targets(self) -> int:
         """Candidates in a TD target."""
         return self._or_half(self.target_candidates)
@@ -159,6 +166,8 @@ class BestOfN(Algorithm):
         chunk_size: numbers in a chunk, steps * action_dim.
         observe: a resolved config, where there are images to look at.
     """
+
+    judges_chunks = True
 
     def __init__(
         self,
@@ -211,15 +220,23 @@ class BestOfN(Algorithm):
         return (values - target).square().mean(1).sum(), values
 
     def distillation_loss(self, batch: Batch, index: Tensor) -> Tensor:
-        """``(Q^W_e(s, u_k) - mean Q^A(s, a_k))^2`` on stored pairs; its gradient reaches ``Q^W`` alone.
+        """``(Q^W_e(s, u_k) - A(s, a_k))^2`` on stored pairs; its gradient reaches ``Q^W`` alone.
+
+        With ``advantages``, ``A(s, a_k) = mean_e Q^A_e(s, a_k) - mean_ej Q^A_e(s, a_j)`` over all stored
+        candidates of the state; else the value itself. The actor needs no more, and values differ far more between
+        states than within one: on them nearly all of the noise critic's error is about the state.
 
         Args:
             batch: with ``candidates`` (B, K, A) and ``candidates_u`` (B, K, dim).
             index: (B, m) which pairs to use.
         """
-        features = batch["features"].detach()
+        features, chunks = batch["features"].detach(), batch["candidates"]
         with torch.no_grad():
-            wanted = over(self.critic, features, pick(batch["candidates"], index)).mean(0)
+            if self.config.relative:
+                wanted = over(self.critic, features, chunks).mean(0)
+                wanted = (wanted - wanted.mean(1, keepdim=True)).gather(1, index)
+            else:
+                wanted = over(self.critic, features, pick(chunks, index)).mean(0)
         u = pick(batch["candidates_u"], index)
         return distillation_loss(self.noise_critic, features, u, wanted)
 
@@ -305,8 +322,8 @@ class BestOfN(Algorithm):
         return rank_correlation(self.noise_critic, self.critic, batch["features"], *pairs)
 
     @torch.no_grad()
-    def value(self, features: Tensor, u: Tensor) -> Tensor:
-        return self.noise_critic(self.actor.encoder(features), u).mean(0)
+    def value(self, features: Tensor, judged: Tensor) -> Tensor:
+        return self.critic(self.actor.encoder(features), judged).mean(0)
 
     def fit_normalizer(self, features: Tensor) -> None:
         features = features.to(self.actor.normalizer.mean.device)

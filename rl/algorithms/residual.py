@@ -111,6 +111,8 @@ class Residual(Algorithm):
     candidates = 1
     corrects = True
 
+    judges_chunks = True
+
     def __init__(
         self,
         config: ResidualConfig,
@@ -190,9 +192,9 @@ class Residual(Algorithm):
     def explore(self, features: Tensor, chunks: Tensor) -> Tensor:
         return self.actor.correct(features, chunks, self.config.exploration * self.config.scale)
 
-    def value(self, features: Tensor, u: Tensor) -> Tensor:
-        """Not asked for: the critic judges chunks, and ``u`` does not tell what was executed."""
-        raise NotImplementedError("a residual policy's critic judges chunks, not noise")
+    @torch.no_grad()
+    def value(self, features: Tensor, judged: Tensor) -> Tensor:
+        return self.critic(self.actor.encoder(features), judged).mean(0)
 
     def fit_normalizer(self, features: Tensor) -> None:
         features = features.to(self.actor.normalizer.mean.device)

@@ -106,13 +106,14 @@ def test_returns_to_go_and_calibration():
     assert np.allclose(returns_to_go(won, tail=-123.0), by_hand)
 
     class Oracle(torch.nn.Module):
-        corrects = False
+        judges_chunks = False
 
         def __init__(self):
             super().__init__()
             self.parameter = torch.nn.Parameter(torch.zeros(1))
 
-        def value(self, features, u):
+        def value(self, features, judged):
+            assert judged.shape == (won.chunks if self.judges_chunks else won.u).shape
             return torch.as_tensor(by_hand) + 2.0
 
     found = calibration(Oracle(), [won])
