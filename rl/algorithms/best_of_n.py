@@ -223,8 +223,8 @@ class BestOfN(Algorithm):
         """``(Q^W_e(s, u_k) - A(s, a_k))^2`` on stored pairs; its gradient reaches ``Q^W`` alone.
 
         With ``advantages``, ``A(s, a_k) = mean_e Q^A_e(s, a_k) - mean_ej Q^A_e(s, a_j)`` over all stored
-        candidates of the state; else the value itself. The actor needs no more, and values differ far more between
-        states than within one: on them nearly all of the noise critic's error is about the state.
+        candidates of the state; else the value itself. The actor needs no more, and values differ far more
+        between states than within one: on them nearly all of the noise critic's error is about the state.
 
         Args:
             batch: with ``candidates`` (B, K, A) and ``candidates_u`` (B, K, dim).
