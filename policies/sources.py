@@ -62,11 +62,31 @@ def steered_noise(
     return source
 
 
+def proposed_noise(actor: NoiseActor, mean: bool = True) -> Callable[[Tensor | None, Tensor], Tensor]:
+    """Several choices of the noise actor for each observation, (B, P, *spec.shape).
+
+    Args:
+        actor: chooses.
+        mean: the first choice is the actor's mean, which is what is deployed. In many dimensions no draw
+            comes near it, so that what it does would else never be seen, judged or learnt.
+    """
+    source = steered_noise(actor)
+
+    def propose(features: Tensor | None, prior: Tensor) -> Tensor:
+        if mean:
+            prior = prior.clone()
+            prior[:, 0] = 0.0  # the actor's randomness is made of it
+        seen = features.repeat_interleave(prior.shape[1], 0)
+        return source(seen, prior.flatten(0, 1)).unflatten(0, tuple(prior.shape[:2]))
+
+    return propose
+
+
 def candidate_noise(
     space: NoiseSpace, actor: NoiseActor | None = None, deterministic: bool = False, proposed: int = 1
 ) -> Callable[[Tensor | None, Tensor], Tensor]:
     """K noises for each observation, to choose among: what an untrained actor draws, and the first
-    ``proposed`` of them the actor's own choice where there is one.
+    ``proposed`` of them the actor's own where there is one (``deterministic``: its mean comes first).
 
     Its source takes and returns (B, K, *spec.shape), one fresh draw for each candidate.
     """
@@ -76,8 +96,7 @@ def candidate_noise(
         noise = drawn(None, prior.flatten(0, 1)).unflatten(0, tuple(prior.shape[:2]))
         if actor is None:
             return noise
-        seen, draws = features.repeat_interleave(proposed, 0), prior[:, :proposed].flatten(0, 1)
-        own = steered_noise(actor, deterministic)(seen, draws).unflatten(0, (len(prior), proposed))
+        own = proposed_noise(actor, deterministic)(features, prior[:, :proposed])
         return torch.cat([own, noise[:, proposed:]], 1)
 
     return source

@@ -149,8 +149,8 @@ class Collector:
         self.candidates = candidates
         self.discount_per, self.bootstrap_at_time_limit = discount_per, bootstrap_at_time_limit
         self._draw_candidates = own_noise(runner.adapter.noise_spec) if own else prior_noise(space)
-        # Who chooses the last ``proposed`` candidates of each observation; ``None``: they are drawn like the
-        # others.
+        # Who chooses the last ``proposed`` candidates of each observation, (B, proposed, *spec.shape) of as
+        # many draws; ``None``: they are drawn like the others.
         self.proposer: NoiseSource | None = None
         self.proposed = proposed
         self.runner, self.vec, self.space = runner, vec, space
@@ -202,10 +202,9 @@ class Collector:
         prior = torch.stack([self.runner.prior(self.candidates, generator) for generator in generators])
         noise = self._draw_candidates(None, prior.flatten(0, 1))
         if self.proposer is not None and self.proposed:
-            features = self.runner.features(conditioning).repeat_interleave(self.proposed, 0)
-            own = self.proposer(features, prior[:, -self.proposed :].flatten(0, 1))
+            own = self.proposer(self.runner.features(conditioning), prior[:, -self.proposed :])
             noise = noise.unflatten(0, prior.shape[:2])
-            noise[:, -self.proposed :] = own.unflatten(0, (len(prior), self.proposed))
+            noise[:, -self.proposed :] = own
             noise = noise.flatten(0, 1)
         u = self.space.project(noise, prior.flatten(0, 1)).float().cpu().unflatten(0, prior.shape[:2])
         chunks = self.runner.candidates(conditioning, noise.unflatten(0, prior.shape[:2]))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from trimtab.adapters import UserError
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
-from trimtab.policies.sources import prior_noise, steered_noise
+from trimtab.policies.sources import prior_noise, proposed_noise, steered_noise
 from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig
 from trimtab.rl.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
@@ -243,7 +243,7 @@ class Trainer:
             UserError: more faults than the limit, after a checkpoint; or the checkpoint cannot be written.
         """
         warmup = prior_noise(self.space) if self.untrained is None else steered_noise(self.untrained)
-        actor = steered_noise(self.algorithm.actor)
+        actor, proposer = steered_noise(self.algorithm.actor), proposed_noise(self.algorithm.actor)
         bar = tqdm(
             total=self.train.env_steps,
             initial=min(self.env_steps, self.train.env_steps),
@@ -256,7 +256,7 @@ class Trainer:
         while self.env_steps < self.train.env_steps:
             warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
             self._warming = warming
-            self.collector.proposer = actor if self.updates else None
+            self.collector.proposer = proposer if self.updates else None
             if self.algorithm.selects:
                 self.collector.begin_among(None if warming or not self.updates else self.algorithm.select)
             elif self.algorithm.corrects:

@@ -279,7 +279,8 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> Ran:
 
             best = SelectingRunner(adapter, setup.env, select, algorithm.candidates)
             proposed = algorithm.config.proposed
-            source = candidate_noise(trainer.space, algorithm.actor if proposed else None, proposed=proposed)
+            actor = algorithm.actor if proposed else None
+            source = candidate_noise(trainer.space, actor, deterministic=True, proposed=proposed)
             policies["acting"] = (best, source)
         recorder = Recorder(setup, label, lambda: policies)
         trainer.on_step = lambda ended: recorder(

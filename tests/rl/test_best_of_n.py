@@ -247,7 +247,9 @@ def test_the_actor_proposes_some_of_the_candidates():
                 PolicyRunner(adapter, config), vec, space, 0.95, 1, "sparse", 7, candidates=5, proposed=2
             )
             if proposes:
-                collector.proposer = lambda features, prior: space.expand(choose(features), prior)
+                collector.proposer = lambda features, prior: torch.stack(
+                    [space.expand(choose(features), draws) for draws in prior.unbind(1)], 1
+                )
             rounds = []
             for _ in range(20):
                 collector.begin_among(None)  # as in episodes that are not steered: a draw of the prior acts

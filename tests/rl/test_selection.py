@@ -3,9 +3,10 @@
 import numpy as np
 import torch
 
-from trimtab.adapters import PolicyConfig, load_adapter
+from trimtab.adapters import NoiseSpec, PolicyConfig, load_adapter
+from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.policies.sources import candidate_noise, prior_noise
+from trimtab.policies.sources import candidate_noise, prior_noise, proposed_noise
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
@@ -51,3 +52,21 @@ def test_selecting_runner_executes_the_selected_candidate(tiny_base):
         alone = evaluate(runner, vec, source, [3, 4, 5], progress=False)
     assert np.array_equal(together.steps, alone.steps)
     assert np.array_equal(together.successes, alone.successes)
+
+
+def test_candidates_hold_the_actors_mean_its_draws_and_the_priors():
+    """The mean, which is deployed, is far from any draw in many dimensions: it has to be among them."""
+    spec = NoiseSpec((4, 3))
+    space = FullNoiseConfig().build(spec)
+    torch.manual_seed(0)
+    actor = NoiseActor(3, space, ActorConfig(hidden=16, layers=1))
+    torch.nn.init.normal_(actor.net[-1].weight)
+    features, prior = torch.randn(4, 3), torch.randn(4, 5, *spec.shape)
+    found = candidate_noise(space, actor, deterministic=True, proposed=3)(features, prior)
+    assert torch.equal(found[:, 3:], candidate_noise(space)(features, prior)[:, 3:])
+    assert torch.allclose(found[:, 0], actor.act(features, prior[:, 0], deterministic=True), atol=1e-6)
+    for k in (1, 2):
+        assert torch.allclose(found[:, k], actor.act(features, prior[:, k]), atol=1e-6)
+    drawn = proposed_noise(actor, mean=False)(features, prior)
+    assert torch.allclose(drawn[:, 0], actor.act(features, prior[:, 0]), atol=1e-6)
+    assert (drawn[:, 0] - found[:, 0]).flatten(1).norm(dim=1).min() > 1.0
