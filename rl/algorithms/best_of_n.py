@@ -71,7 +71,7 @@ class BestOfNConfig(AlgorithmConfig):
     temperature: float = 0.3
     # Stored pairs of each sampled state on which the noise critic is regressed. Default: half of them.
     distilled_pairs: int | None = None
-    # Regress the noise critic on a chunk's advantage over the state's other candidates, not on its value.
+    # Regress the noise critic on a chunk's advantage over the state's other pairs, not on its value.
     advantages: bool = True
     # How the actor is distilled: climb the noise critic, or regress onto the noises of good candidates.
     distillation: str = "critic"
@@ -126,8 +126,8 @@ class BestOfNConfig(AlgorithmConfig):
 
     @property
     def relative(self) -> bool:
-        """Whether the noise critic holds advantages: over a single candidate there are none."""
-        return self.advantages and self.num_candidates > 1
+        """Whether the noise critic holds advantages: over a single pair there are none."""
+        return self.advantages and self.pairs > 1
 
     @property
     def targets(self) -> int:
@@ -222,21 +222,19 @@ class BestOfN(Algorithm):
     def distillation_loss(self, batch: Batch, index: Tensor) -> Tensor:
         """``(Q^W_e(s, u_k) - A(s, a_k))^2`` on stored pairs; its gradient reaches ``Q^W`` alone.
 
-        With ``advantages``, ``A(s, a_k) = mean_e Q^A_e(s, a_k) - mean_ej Q^A_e(s, a_j)`` over all stored
-        candidates of the state; else the value itself. The actor needs no more, and values differ far more
-        between states than within one: on them nearly all of the noise critic's error is about the state.
+        With ``advantages``, ``A(s, a_k) = mean_e Q^A_e(s, a_k) - mean_ej Q^A_e(s, a_j)`` over the pairs ``j``
+        in use; else the value itself. The actor needs no more, and values differ far more between states than
+        within one: on them nearly all of the noise critic's error is about the state.
 
         Args:
             batch: with ``candidates`` (B, K, A) and ``candidates_u`` (B, K, dim).
             index: (B, m) which pairs to use.
         """
-        features, chunks = batch["features"].detach(), batch["candidates"]
+        features = batch["features"].detach()
         with torch.no_grad():
+            wanted = over(self.critic, features, pick(batch["candidates"], index)).mean(0)
             if self.config.relative:
-                wanted = over(self.critic, features, chunks).mean(0)
-                wanted = (wanted - wanted.mean(1, keepdim=True)).gather(1, index)
-            else:
-                wanted = over(self.critic, features, pick(chunks, index)).mean(0)
+                wanted -= wanted.mean(1, keepdim=True)
         u = pick(batch["candidates_u"], index)
         return distillation_loss(self.noise_critic, features, u, wanted)
 
