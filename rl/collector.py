@@ -195,14 +195,18 @@ class Collector:
     def _observe(self, observations: list) -> None:
         self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
         self._features = self.runner.features(self._conditioning)
-        self._candidates = self._propose(self._conditioning, self._generators) if self.candidates else None
+        self._candidates = None
+        if self.candidates:
+            self._candidates = self._propose(self._conditioning, self._features, self._generators)
 
-    def _propose(self, conditioning: Encoded, generators: list[torch.Generator]) -> Candidates:
+    def _propose(
+        self, conditioning: Encoded, features: Tensor, generators: list[torch.Generator]
+    ) -> Candidates:
         """Draw and decode candidates of each observation."""
         prior = torch.stack([self.runner.prior(self.candidates, generator) for generator in generators])
         noise = self._draw_candidates(None, prior.flatten(0, 1))
         if self.proposer is not None and self.proposed:
-            own = self.proposer(self.runner.features(conditioning), prior[:, -self.proposed :])
+            own = self.proposer(features, prior[:, -self.proposed :])
             noise = noise.unflatten(0, prior.shape[:2])
             noise[:, -self.proposed :] = own
             noise = noise.flatten(0, 1)
@@ -310,9 +314,10 @@ class Collector:
             conditioning = self.runner.encode_finals(
                 {i: results[i] for i in ended}, self._lengths, self.vec.task_descriptions
             )
-            finals = dict(zip(ended, self.runner.features(conditioning).numpy(), strict=True))
+            features = self.runner.features(conditioning)
+            finals = dict(zip(ended, features.numpy(), strict=True))
             if self.candidates:
-                proposed = self._propose(conditioning, [self._generators[i] for i in ended])
+                proposed = self._propose(conditioning, features, [self._generators[i] for i in ended])
                 final_extra = {i: proposed.row(row) for row, i in enumerate(ended)}
             if self.spec:
                 for row, i in enumerate(ended):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
-from trimtab.policies.critic import CriticConfig, CriticEnsemble
+from trimtab.policies.critic import CriticConfig, CriticEnsemble, best_candidate
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import (
@@ -305,14 +305,14 @@ class BestOfN(Algorithm):
     def select(self, features: Tensor, chunks: Tensor) -> Tensor:
         """Which candidate acts: (B, d), (B, K, A) -> (B,)."""
         device = self.actor.normalizer.mean.device
-        values = over(self.critic, self.actor.encoder(features.to(device)), chunks.to(device))
+        features = self.actor.encoder(features.to(device))
+        if self.config.acting == "argmax":
+            return best_candidate(self.critic, features, chunks)
+        values = over(self.critic, features, chunks.to(device))
         if self.config.acting == "thompson":
             member = torch.randint(len(values), (values.shape[1],), device=device)
             return values[member, torch.arange(values.shape[1], device=device)].argmax(1)
-        mean = values.mean(0)
-        if self.config.acting == "softmax":
-            return torch.multinomial(torch.softmax(mean / self.config.temperature, 1), 1).squeeze(1)
-        return mean.argmax(1)
+        return torch.multinomial(torch.softmax(values.mean(0) / self.config.temperature, 1), 1).squeeze(1)
 
     def rank_correlation(self, batch: Batch) -> Tensor:
         """Of the two critics over the stored pairs, see ``noise_critic.rank_correlation``."""
