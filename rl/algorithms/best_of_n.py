@@ -71,8 +71,6 @@ class BestOfNConfig(AlgorithmConfig):
     temperature: float = 0.3
     # Stored pairs of each sampled state on which the noise critic is regressed. Default: half of them.
     distilled_pairs: int | None = None
-    # Regress the noise critic on a chunk's advantage over the state's other pairs, not on its value.
-    advantages: bool = True
     # How the actor is distilled: climb the noise critic, or regress onto the noises of good candidates.
     distillation: str = "critic"
     # Temperature of the weights of that regression, in units of return.
@@ -123,11 +121,6 @@ class BestOfNConfig(AlgorithmConfig):
     def proposed(self) -> int:
         # Half of a single candidate is none.
         return self.num_candidates // 2 if self.actor_candidates is None else self.actor_candidates
-
-    @property
-    def relative(self) -> bool:
-        """Whether the noise critic holds advantages: over a single pair there are none."""
-        return self.advantages and self.pairs > 1
 
     @property
     def targets(self) -> int:
@@ -220,11 +213,7 @@ class BestOfN(Algorithm):
         return (values - target).square().mean(1).sum(), values
 
     def distillation_loss(self, batch: Batch, index: Tensor) -> Tensor:
-        """``(Q^W_e(s, u_k) - A(s, a_k))^2`` on stored pairs; its gradient reaches ``Q^W`` alone.
-
-        With ``advantages``, ``A(s, a_k) = mean_e Q^A_e(s, a_k) - mean_ej Q^A_e(s, a_j)`` over the pairs ``j``
-        in use; else the value itself. The actor needs no more, and values differ far more between states than
-        within one: on them nearly all of the noise critic's error is about the state.
+        """``(Q^W_e(s, u_k) - mean Q^A(s, a_k))^2`` on stored pairs; its gradient reaches ``Q^W`` alone.
 
         Args:
             batch: with ``candidates`` (B, K, A) and ``candidates_u`` (B, K, dim).
@@ -233,8 +222,6 @@ class BestOfN(Algorithm):
         features = batch["features"].detach()
         with torch.no_grad():
             wanted = over(self.critic, features, pick(batch["candidates"], index)).mean(0)
-            if self.config.relative:
-                wanted -= wanted.mean(1, keepdim=True)
         u = pick(batch["candidates_u"], index)
         return distillation_loss(self.noise_critic, features, u, wanted)
 
