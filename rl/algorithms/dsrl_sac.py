@@ -4,7 +4,7 @@ Source: Wagenmaker et al., arXiv 2506.15799, section 4 (the noise as the action 
 SAC of Haarnoja et al., arXiv 1812.05905. The critic sees (observation features, noise) and never the
 action; the base policy is called when acting only.
 
-Deviations from the paper's code that are our defaults, each for a reason measured in ``rl/README.md``:
+Deviations from the paper's code that are our defaults, each for a reason given in ``dsrl_sac.md``:
 no entropy in the backup, a small initial temperature, n-step returns over chunks, targets clipped to
 what the reward allows, one actor step for two critic steps.
 """

@@ -1,7 +1,7 @@
 """Settings of DSRL's own code (arXiv 2506.15799, ``ajwagen/dsrl``), by algorithm.
 
 Each table holds every option of a steering run that takes part, as ``trimtab adapt`` names it. Widths and
-warm-up vary between the reference's benchmarks (the table in ``rl/README.md``); these are the narrowest
+warm-up vary between the reference's benchmarks (the table in ``paper.md``); these are the narrowest
 networks and the shortest warm-up that it uses, and its README's advice for a new task (bound 1.5, 20 gradient
 steps per step of 4 environments). Its bugs are not reproduced: its ``dsrl_na`` ignores the bound.
 """
