@@ -41,6 +41,8 @@ def calibration(algorithm: Algorithm, episodes: Sequence[Episode]) -> dict[str, 
     for episode in episodes:
         device = next(algorithm.parameters()).device
         judged = episode.chunks if algorithm.judges_chunks else episode.u
+        if len(judged) < len(episode.rewards):  # of a checkpoint from before chunks were kept
+            continue
         value = algorithm.value(
             torch.as_tensor(episode.features).to(device), torch.as_tensor(judged).to(device)
         )

@@ -25,6 +25,7 @@ ALIGNED = 4096
 SPIN_SECONDS = 0.002  # about a learner's step; whoever waits for longer leaves the core to others
 NAP_SECONDS = 1e-4
 LOOK_SECONDS = 1.0
+LIMIT_SECONDS = 7200.0  # as long as the messages' own: a checkpoint or an evaluation may take a while
 MOST = 8  # each reads the parts of all: beyond, a ring of messages is the better way
 
 
@@ -69,7 +70,7 @@ class SharedSum:
             whether it was done; if not, on no process: there is no memory for it.
 
         Raises:
-            RuntimeError: another process has ended.
+            RuntimeError: another process has ended, or does not come.
         """
         size = flat.numel() * flat.element_size()
         if size > self._capacity and not self._map(size):
@@ -95,9 +96,14 @@ class SharedSum:
                 time.sleep(NAP_SECONDS)
             if now - looked > LOOK_SECONDS:
                 looked = now
-                gone = [rank for rank, pid in enumerate(self._pids) if not _alive(pid)]
-                if gone:
-                    raise RuntimeError(f"process {gone[0]} of {self.size} of this run has ended")
+                ended = [rank for rank, pid in enumerate(self._pids) if not _alive(pid)]
+                # Looked at after that: who has written and then ended is not missed.
+                late = [rank for rank in range(self.size) if self._counters[rank] < self._round]
+                for rank in late:
+                    if rank in ended:
+                        raise RuntimeError(f"process {rank} of {self.size} of this run has ended")
+                    if now - started > LIMIT_SECONDS:
+                        raise RuntimeError(f"process {rank} of {self.size} has not come for 2 hours")
 
     def _map(self, size: int) -> bool:
         """Map room for parts of ``size`` bytes; the file is without a name once all have it.
@@ -112,13 +118,16 @@ class SharedSum:
         if self.rank == 0:
             with suppress(OSError):
                 path = _reserve(total, self._folder)
-        path = self._gather(path)[0]
-        if path is not None and Path(path).is_file():
-            with suppress(RuntimeError):
-                memory = torch.from_file(path, shared=True, size=total, dtype=torch.uint8)
-        everyone = all(self._gather(memory is not None))
-        if self.rank == 0 and path is not None:
-            Path(path).unlink(missing_ok=True)
+        mine = path
+        try:
+            path = self._gather(path)[0]
+            if path is not None and Path(path).is_file():
+                with suppress(RuntimeError):
+                    memory = torch.from_file(path, shared=True, size=total, dtype=torch.uint8)
+            everyone = all(self._gather(memory is not None))
+        finally:
+            if mine is not None:
+                Path(mine).unlink(missing_ok=True)
         if not everyone:
             return False
         counters = memory[: self.size * LINE].numpy().view(np.int64)
@@ -151,10 +160,9 @@ def _process_space() -> str:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked after yet does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
+    except OSError:
         return False
-    except PermissionError:
-        return True
-    return True
+    return state.rpartition(")")[2].split()[0] not in ("Z", "X")

@@ -1,5 +1,7 @@
 """The collector: true last observations, no transition across episodes, exact book-keeping."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -106,16 +108,18 @@ def test_returns_to_go_and_calibration():
     assert np.allclose(returns_to_go(won, tail=-123.0), by_hand)
 
     class Oracle(torch.nn.Module):
-        judges_chunks = False
-
-        def __init__(self):
+        def __init__(self, judges_chunks=False):
             super().__init__()
+            self.judges_chunks = judges_chunks
             self.parameter = torch.nn.Parameter(torch.zeros(1))
 
         def value(self, features, judged):
-            assert judged.shape == (won.chunks if self.judges_chunks else won.u).shape
+            assert judged.shape == ((len(won.u), 7) if self.judges_chunks else won.u.shape)
             return torch.as_tensor(by_hand) + 2.0
 
+    assert calibration(Oracle(judges_chunks=True), [won]) == {}  # it was collected without them
+    kept = replace(won, chunks=np.zeros((len(won.u), 7), np.float32))
+    assert calibration(Oracle(judges_chunks=True), [won, kept]) == calibration(Oracle(), [won])
     found = calibration(Oracle(), [won])
     assert found["calibration_bias"] == pytest.approx(2.0)
     assert found["calibration_rmse"] == pytest.approx(2.0)

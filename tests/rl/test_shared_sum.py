@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trimtab.rl import shared_sum
 from trimtab.rl.shared_sum import MOST, SharedSum
 
 
@@ -77,9 +78,12 @@ def test_every_rank_holds_the_sum_whatever_its_pace_and_the_size(size, tmp_path)
     assert not list(tmp_path.iterdir())  # nothing is left, even by a process that is killed
 
 
-def test_who_has_ended_is_not_waited_for(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
+@pytest.mark.parametrize("reaped", [True, False])
+def test_who_has_ended_is_not_waited_for(reaped, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    ended.stdout.read()  # until it has ended, though nobody has asked after it
+    if reaped:
+        ended.wait()
 
     def gather(value):
         """Rank 1 has said what it had to, and is no more."""
@@ -87,6 +91,15 @@ def test_who_has_ended_is_not_waited_for(tmp_path):
 
     add = SharedSum(0, 2, gather, str(tmp_path))
     with pytest.raises(RuntimeError, match="process 1 of 2 of this run has ended"):
+        add(torch.ones(3))
+    ended.wait()
+
+
+def test_who_does_not_come_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_sum, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(shared_sum, "LIMIT_SECONDS", 0.05)
+    add = SharedSum(0, 2, lambda value: [value, value], str(tmp_path))
+    with pytest.raises(RuntimeError, match="process 1 of 2 has not come"):
         add(torch.ones(3))
 
 
@@ -111,7 +124,9 @@ def test_several_machines_and_many_processes_use_messages():
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="relies on x86's order of writes")
-def test_one_machine_shares():
-    before = set(Path("/dev/shm").glob("trimtab-*"))
+def test_one_machine_shares(monkeypatch):
+    made, reserve = [], shared_sum._reserve
+    monkeypatch.setattr(shared_sum, "_reserve", lambda *size: made.append(reserve(*size)) or made[-1])
     found = Ranks(2).run(lambda rank, gather: SharedSum.try_among(rank, 2, gather) is not None)
-    assert found == [True, True] and set(Path("/dev/shm").glob("trimtab-*")) == before
+    assert found == [True, True]
+    assert len(made) == 1 and not Path(made[0]).exists()
