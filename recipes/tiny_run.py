@@ -231,8 +231,7 @@ def _shrink(content: dict[str, Any], command: str) -> None:
         _shrink_steering(content)
         content.pop("demos", None)
     if command == "compare":
-        known = (*LEARN_NOTHING_NEW, FINE_TUNED)
-        small = [name for name in content.get("methods", ",".join(known)).split(",") if name in known]
+        small = _small_methods(content)
         settings = {name: (content.get("settings") or {}).get(name) or {} for name in small}
         for name in {"steered", "residual"} & set(small):
             _shrink_steering(settings[name])
@@ -243,6 +242,16 @@ def _shrink(content: dict[str, Any], command: str) -> None:
     observe.pop("cameras", None)  # the environment has one, under another name
     if "images" in (observe.get("inputs") or ()):
         observe["image_size"] = 32
+
+
+def _small_methods(content: dict[str, Any]) -> list[str]:
+    """Of the comparison's methods those that a few chunks suffice for; what is no method is left in."""
+    from trimtab.adapters.files import is_server
+    from trimtab.recipes.compare.methods import METHODS
+
+    known = [*LEARN_NOTHING_NEW, *(() if is_server(content["policy"]["path"]) else (FINE_TUNED,))]
+    names = [name.strip() for name in content.get("methods", ",".join(known)).split(",")]
+    return [name for name in names if name in known or name not in METHODS]
 
 
 def _shrink_steering(content: dict[str, Any]) -> None:

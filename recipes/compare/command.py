@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,9 @@ class CompareConfig:
     settings: dict[str, Any] = field(default_factory=dict)
     # How many seeds (3: 0, 1 and 2), or which, separated by commas.
     seeds: str = "3"
-    # Environment steps of each run, and between two evaluations (a round of lora_rollouts).
+    # Environment steps of each run, and between two evaluations (a round of lora_rollouts; default: a tenth).
     env_steps: int = 20_000
-    grid: int = 2_000
+    grid: int | None = None
     # Episodes of each of these evaluations, and of others at the end.
     n_episodes: int = 100
     final_episodes: int = 200
@@ -91,8 +91,12 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         for name in ("env_steps", "grid", "n_episodes", "final_episodes", "batch_size", "num_envs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}", f"must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}", f"must be at least 1, got {value}")
+        if self.grid is None:  # as many points, up to ten, as the budget has equal parts
+            points = next(n for n in range(10, 0, -1) if self.env_steps % n == 0)
+            self.grid = self.env_steps // points
         for name in ("other_episodes", "videos"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name}", f"cannot be negative, got {getattr(self, name)}")
@@ -125,6 +129,7 @@ class CompareConfig:
 
 
 def main(args: list[str]) -> None:
+    plugins = [arg for arg in args if arg.partition("=")[0].endswith("discover_packages_path")]
     config = parse(CompareConfig, "compare", args)
     if config.runs:
         report_folders(config)
@@ -133,7 +138,7 @@ def main(args: list[str]) -> None:
         raise UserError("--policy.path", "name the base policy, or with --runs=[...] folders to report on")
     if config.env is None:
         raise UserError("--env.type", "name the environment, for instance --env.type=metaworld_state")
-    contest = Contest(config)
+    contest = Contest(config, plugins)
     if config.only:
         contest.only(config.only)
         return
@@ -155,10 +160,15 @@ def report_folders(config: CompareConfig) -> None:
 
 
 class Contest:
-    """All runs of a comparison: which there are, and where their records lie."""
+    """All runs of a comparison: which there are, and where their records lie.
 
-    def __init__(self, config: CompareConfig) -> None:
-        self.config = config
+    Args:
+        config: settings.
+        plugins: options that name packages with environments or policies of somebody else.
+    """
+
+    def __init__(self, config: CompareConfig, plugins: Sequence[str] = ()) -> None:
+        self.config, self.plugins = config, plugins
         self.methods = {name: customised(name, config.settings.get(name)) for name in config.names()}
         self.server = is_server(config.policy.path)
         tuned = [name for name, method in self.methods.items() if method and method.tuning]
@@ -177,6 +187,12 @@ class Contest:
         self.embedded = config.env.type == "metaworld_state" and bool(kept) and (kept / BASE_RECORD).is_file()
         self.tasks = self._named(config.tasks or config.env.task or "", "--tasks") or [config.env.task or ""]
         self.others = self._other_tasks()
+        if "task" in (config.observe.inputs or ()) and (self.others or len(self.tasks) > 1):
+            raise UserError(
+                "--observe.inputs",
+                "an actor that is told its task cannot act on another; leave `task` out, or --tasks=ONE "
+                "--other_episodes=0",
+            )
         self.dataset = config.dataset
         if self.dataset is None and kept and (kept / BASE_DATA).is_dir():
             self.dataset = DatasetConfig(REPO_ID, root=str(kept / BASE_DATA))
@@ -255,8 +271,13 @@ class Contest:
     def settings(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
         """All that decides the outcome of a run, as JSON values."""
         config, method = self.config, self.methods[name]
+        loaded = draccus.encode(config.policy)
+        # The hash of the weights says it, or it decides nothing.
+        for key in ("revision", "device", "tokenizer", "backbone", *(() if self.server else ("path",))):
+            loaded.pop(key, None)
         found = {
             "base_sha256": self.base_sha256,
+            "policy": loaded,
             "env": draccus.encode(replace(config.env, task=task) if task else config.env, EnvConfig),
             "method": method.settings() if method else name,
             "seed": seed,
@@ -264,7 +285,7 @@ class Contest:
             "others": [other for other in self.others if other != task],
             **{key: getattr(config, key) for key in ("n_episodes", "final_episodes", "other_episodes")},
         }
-        if method is not None and method.rl is not None:
+        if method is not None and method.tuning is None:
             found["observe"] = draccus.encode(config.observe)
         if method is not None and name != DEMONSTRATIONS:
             found |= {key: getattr(config, key) for key in ("env_steps", "grid", "num_envs")}
@@ -296,6 +317,7 @@ class Contest:
         only = f"--only={task},{name}" + ("" if seed is None else f",{seed}")
         command = [sys.executable, "-m", "trimtab.recipes.cli", "compare"]
         command += [f"--config_path={self.output / RECORD}", only, f"--output_dir={self.output}"]
+        command += self.plugins
         ran = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if ran.returncode:
             last = [line for line in ran.stderr.splitlines() if "error: " in line]

@@ -53,7 +53,7 @@ class BestOfNConfig(AlgorithmConfig):
     # The action critic, and the noise critic that is distilled from it.
     critic: CriticConfig = field(default_factory=CriticConfig)
     learning_rate: float = 1e-3
-    # Returns over many chunks make the acting policy good sooner: see best_of_n.md.
+    # Returns over many chunks make the acting policy good sooner: see rl/algorithms/best_of_n.md.
     n_step: int = 10
     # Share of the online critic that its target takes over at each update.
     tau: float = 0.005

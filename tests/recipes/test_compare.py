@@ -138,11 +138,30 @@ def test_what_is_there_is_kept(compared, base, capsys):
     assert record["settings"]["method"]["noise"]["type"] == "repeat"
 
 
-def test_a_run_of_its_own_process(base, tmp_path, capfd):
-    argv = options(base, tmp_path / "out", methods="base", isolate="true", videos=0, other_episodes=0)
+PLUGIN = """
+from dataclasses import dataclass
+from lerobot.envs.configs import EnvConfig
+from trimtab.rl.envs.metaworld import MetaworldStateConfig
+
+@EnvConfig.register_subclass("my_drawer")
+@dataclass
+class MyDrawer(MetaworldStateConfig):
+    pass
+"""
+
+
+def test_a_run_of_its_own_process(base, tmp_path, capfd, monkeypatch):
+    """It knows the plugins that the command line names."""
+    (tmp_path / "my_drawers").mkdir()
+    (tmp_path / "my_drawers" / "__init__.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    more = {"env.type": "my_drawer", "env.discover_packages_path": "my_drawers", "env.task": TASK}
+    argv = options(base, tmp_path / "out", methods="base", isolate="true", videos=0, other_episodes=0, **more)
     assert main(argv) == 0
     record = json.loads((tmp_path / "out" / "runs" / TASK / "base.json").read_text())
     assert record["final"]["policy"]["episodes"] == 3 and record["others"] == {}
+    assert record["settings"]["env"]["type"] == "my_drawer"
     assert main([*argv, "--only=drawer-close-v3,steered,0"]) == 2
     assert "--only: 'drawer-close-v3,steered,0' is no run" in capfd.readouterr().err
 
@@ -160,6 +179,7 @@ ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3"]
         (["--seeds=0,x"], "--seeds: is a list such as 0,1,2"),
         (["--grid=3000"], "--grid: --env_steps=20000 must be a multiple"),
         (["--settings={sac: {}}"], "--settings: there is no method 'sac'"),
+        ([*ENV, "--config_path=demos.yaml"], "--demos.repo_id: compare replays no demonstrations"),
         (["--n_episodes=0"], "--n_episodes: must be at least 1"),
         (["--runs=[/nowhere]"], "--runs: there is no folder /nowhere"),
         (
@@ -168,7 +188,9 @@ ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3"]
         ),
     ],
 )
-def test_bad_options(argv, message, capsys, tmp_path):
+def test_bad_options(argv, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demos.yaml").write_text("{train: {env_steps: 800}, demos: {repo_id: a/b}}")
     assert message in refused([*argv, f"--output_dir={tmp_path / 'out'}"], capsys)
     assert not (tmp_path / "out").exists()
 

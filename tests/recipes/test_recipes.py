@@ -162,6 +162,8 @@ def test_files(name, droid):
     served = name == "openpi_droid"  # what is there cannot be fine-tuned
     if name != "metaworld":
         assert compared.env_steps == adapt.train.env_steps and compared.observe == adapt.observe
+        shorter = parsed("compare", file, *given(name, droid), "--env_steps=1000")
+        assert (shorter.env_steps, shorter.grid) == (1000, 100) and shorter.isolate != served
         steered = customised("steered", compared.settings["steered"])
         assert steered.rl == adapt.rl and steered.noise == adapt.noise
         budgeted = replace(steered.train, env_steps=adapt.train.env_steps)
