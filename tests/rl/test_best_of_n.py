@@ -305,7 +305,12 @@ def train(seed, gate, steps):
 
 
 def test_solves_a_noise_space_problem():
-    base, steered, lines, _ = train(seed=0, gate=False, steps=2500)
+    base, steered, lines, trainer = train(seed=0, gate=False, steps=2500)
+    collector, actor = trainer.collector, trainer.algorithm.actor
+    features, draws = collector._features, torch.randn(8, collector.proposed, 2, 1)
+    proposed, mean = collector.proposer(features, draws), actor.act(features, draws[:, 0], deterministic=True)
+    assert torch.allclose(proposed[:, 0], mean, atol=1e-6)  # what is deployed is judged while learning
+    assert not torch.allclose(proposed[:, 1], mean, atol=1e-2)
     assert 0.2 < base.success_rate < 0.5
     assert steered.success_rate > 0.95  # the distilled actor, one noise per chunk
     assert lines[-1]["rank_correlation"] > 0.8
