@@ -14,15 +14,19 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 import pytest
 import torch
 
+from trimtab.recipes import session
 from trimtab.recipes.console import quiet
 
 quiet()
 torch.set_num_threads(1)
+# What commands take where no number is named. Several test processes share the cores, and two threads of one
+# that wait for each other on a busy core cost minutes.
+session.default_threads = lambda workers: 1
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Commands set torch's threads for their process; two on a busy core wait for each other."""
+    """Commands set torch's threads for their process."""
     torch.set_num_threads(1)
 
 
