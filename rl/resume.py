@@ -66,13 +66,17 @@ def load_plain_state(holder: Any, state: dict[str, Any]) -> None:
             setattr(holder, name, value)
 
 
+# Of an optimiser's groups: its weights have their own place, its rate follows from the steps of the run.
+UNSAVED = "params", "lr"
+
+
 def algorithm_state(algorithm: Algorithm) -> dict[str, Any]:
     """Networks, temperature, normalisers, counters and all optimisers."""
     counters = {name: v for name, v in vars(algorithm).items() if type(v) is int}
     found: dict[str, Any] = {"tensors": algorithm.state_dict(), "counters": counters, "optimizers": {}}
     for name, optimizer in optimizers(algorithm).items():
         state = optimizer.state_dict()
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+        groups = [{k: v for k, v in group.items() if k not in UNSAVED} for group in state["param_groups"]]
         found["optimizers"][name] = {"state": state["state"], "groups": groups}
     return found
 
@@ -86,7 +90,8 @@ def load_algorithm(algorithm: Algorithm, state: dict[str, Any]) -> None:
         held, now = state["optimizers"][name], optimizer.state_dict()
         for group, saved in zip(now["param_groups"], held["groups"], strict=True):
             # A tuple (Adam's betas) comes back as a list.
-            group |= {k: tuple(v) if isinstance(group[k], tuple) else v for k, v in saved.items()}
+            kept = {k: v for k, v in saved.items() if k not in UNSAVED}
+            group |= {k: tuple(v) if isinstance(group[k], tuple) else v for k, v in kept.items()}
         state_by_index = {int(index): dict(entry) for index, entry in held["state"].items()}
         optimizer.load_state_dict({"state": state_by_index, "param_groups": now["param_groups"]})
 

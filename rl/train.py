@@ -324,6 +324,7 @@ class Trainer:
             features += [self.demonstrations.all_features()] if self.demonstrations else []
             self.algorithm.fit_normalizer(torch.cat(features))
         started = time.perf_counter()
+        self.algorithm.progress(self.env_steps / self.train.env_steps)
         while self._owed >= 1.0:
             for name, value in self.algorithm.update(self._batch()).items():
                 # A step that is left out for NaN or Inf leaves its figures out, too.

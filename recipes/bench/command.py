@@ -21,6 +21,7 @@ from trimtab.recipes.bench.methods import METHODS, Setup, run_base, run_method
 from trimtab.recipes.bench.overhead import run_overhead
 from trimtab.recipes.bench.processes import Job, processes_table, run_processes
 from trimtab.recipes.bench.report import engine_table, overhead_table, write_samples
+from trimtab.recipes.bench.updates import run_updates, updates_table
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_json
@@ -31,7 +32,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.train import MAX_SEED
 
 RECORD = "bench.json"
-WHAT = ("samples", "engine", "overhead", "compile", "processes")
+WHAT = ("samples", "engine", "overhead", "updates", "compile", "processes")
 
 
 @dataclass
@@ -39,8 +40,8 @@ class BenchConfig:
     """``trimtab bench``."""
 
     # samples: success against environment steps; engine: updates per second; overhead: time per chunk of a
-    # steered policy over its base's; compile: updates with --rl.engine=compile and without; processes:
-    # environment steps per second of two processes and of one.
+    # steered policy over its base's; updates: time of an update of each algorithm; compile: the same with
+    # --rl.engine=compile and without; processes: environment steps per second of two processes and of one.
     what: str = "samples"
     # Folder of a base policy that `trimtab base` or `trimtab demo` made.
     base: str = ""
@@ -133,8 +134,8 @@ def main(args: list[str]) -> None:
     if config.what == "overhead":
         overhead(config)
         return
-    if config.what == "compile":
-        compiled(config)
+    if config.what in ("updates", "compile"):
+        updates(config)
         return
     if not config.base:
         raise UserError("--base", "name the folder of a base policy; `trimtab base` makes one")
@@ -193,11 +194,12 @@ def overhead(config: BenchConfig) -> None:
     print(f"{overhead_table(found)}\n\nall in {output}")
 
 
-def compiled(config: BenchConfig) -> None:
-    """Measure what compiling gains; write compile.json and compile.md."""
+def updates(config: BenchConfig) -> None:
+    """Measure what an update takes, of each algorithm or compiled and not; write updates.json and .md."""
     torch.set_num_threads(1)
-    found = run_compiled(numbers(config.widths, "--widths", 1, 8192), config.repetitions, config.updates)
-    _write(_output(config.output_dir), "compile", found, compiled_table(found))
+    run, table = (run_updates, updates_table) if config.what == "updates" else (run_compiled, compiled_table)
+    found = run(numbers(config.widths, "--widths", 1, 8192), config.repetitions, config.updates)
+    _write(_output(config.output_dir), config.what, found, table(found))
 
 
 def processes(config: BenchConfig, folder: Path, task: str, output: Path) -> None:

@@ -8,34 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
-from trimtab.adapters import NoiseSpec
-from trimtab.policies.actor import ActorConfig
-from trimtab.policies.critic import CriticConfig
-from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.recipes.bench.updates import make_batch, make_learner, milliseconds
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLSACConfig
-from trimtab.rl.returns import value_bounds
 
-STEPS, ACTION_DIM, FEATURES = 8, 4, 39  # those of the embedded base
 ENGINES = ("eager", "compile")
-
-
-def make_batch(config: AlgorithmConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random transitions: what an update costs does not depend on what is in them."""
-    size, dim = config.batch_size, STEPS * ACTION_DIM
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    batch = {"reward": -draw(size).abs(), "discount": torch.full((size,), 0.9), "u": draw(size, dim).tanh()}
-    for before in ("", "next_"):
-        batch[f"{before}features"] = draw(size, FEATURES)
-        if config.candidates:
-            batch[f"{before}candidates"] = draw(size, config.candidates, dim)
-            batch[f"{before}candidates_u"] = draw(size, config.candidates, dim).tanh()
-    return batch | {"chunk": draw(size, dim)}
 
 
 def measure(
@@ -48,18 +25,8 @@ def measure(
         ``first_seconds``: wall-clock of the first fifty updates compiled, in which compilation falls; and
         ``compiled``: whether it worked.
     """
-    learners: dict[str, Any] = {}
-    for engine in ENGINES:
-        torch.manual_seed(0)
-        config = make_config(
-            engine=engine, actor=ActorConfig(hidden=hidden), critic=CriticConfig(hidden=hidden)
-        )
-        space = FullNoiseConfig().build(NoiseSpec((STEPS, ACTION_DIM)))
-        bounds = value_bounds("sparse", config.gamma, config.discount_per, STEPS)
-        learners[engine] = config.build(
-            FEATURES, space, Accelerator(cpu=True), bounds, STEPS * ACTION_DIM, None
-        )
-    batch = make_batch(config, torch.Generator().manual_seed(0))
+    learners = {engine: make_learner(make_config, hidden, engine=engine) for engine in ENGINES}
+    batch = make_batch(learners["eager"].config, torch.Generator().manual_seed(0))
     first = 0.0
     for learner in learners.values():
         started = time.perf_counter()
@@ -69,10 +36,7 @@ def measure(
     taken: dict[str, list[float]] = {engine: [] for engine in ENGINES}
     for turn in range(repetitions):
         for engine in ENGINES if turn % 2 == 0 else reversed(ENGINES):
-            started = time.process_time()
-            for _ in range(updates):
-                learners[engine].update(batch)
-            taken[engine].append(1e3 * (time.process_time() - started) / updates)
+            taken[engine].append(milliseconds(learners[engine], batch, updates))
     ratios = [eager / compiled for eager, compiled in zip(taken["eager"], taken["compile"], strict=True)]
     return {
         **{f"{engine}_ms": round(statistics.median(taken[engine]), 3) for engine in ENGINES},

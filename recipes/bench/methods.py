@@ -61,12 +61,6 @@ class Method:
         return settings if self.num_envs is None else settings | {"num_envs": self.num_envs}
 
 
-def _early(**fields: Any) -> TrainConfig:
-    """Learn from the first transitions on, one update per transition; no warm-up."""
-    defaults = {"first_update": 64, "warmup_transitions": 0, "updates_per_transition": 1.0}
-    return TrainConfig(**(defaults | fields))
-
-
 def _paper(algorithm: str, **train: Any) -> Method:
     """``--rl.preset=paper``."""
     settings = PAPER[algorithm]
@@ -108,8 +102,9 @@ METHODS: dict[str, Method] = {
     # The same without its 24,000 environment steps of warm-up, to show that they are not what decides.
     "dsrl_sac_paper_short": _paper("dsrl_sac", warmup_transitions=800, first_update=800),
     "dsrl_sac_as_sb3": _as_sb3(),
-    "dsrl_na": Method(DSRLNAConfig(), RepeatNoiseConfig(), _early()),
-    "dsrl_na_exact": Method(DSRLNAConfig(mode="exact"), RepeatNoiseConfig(), _early()),
+    "dsrl_na": Method(DSRLNAConfig(), RepeatNoiseConfig()),
+    "dsrl_na_exact": Method(DSRLNAConfig(mode="exact"), RepeatNoiseConfig()),
+    "dsrl_na_full": Method(DSRLNAConfig()),
     "residual": Method(ResidualConfig()),
     "sb3_sac": Method(None),
     "filtered_bc": Method(None, tuning=TuningConfig(method="full", learning_rate=5e-4)),

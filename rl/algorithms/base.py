@@ -56,6 +56,8 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     # Chunks in an n-step return.
     n_step: int = 3
     batch_size: int = 256
+    # Share of the learning rates that is left at the end of --train.env_steps, to which they fall linearly.
+    learning_rate_end: float = 1.0
     # In what the networks' hidden layers are multiplied while learning: float32 or bfloat16.
     precision: str = "float32"
     # How updates run: eager; compile: networks through torch.compile; cuda_graph: recorded and replayed.
@@ -68,6 +70,10 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
             known = ", ".join(DISCOUNT_PER)
             raise UserError("--rl.discount_per", f"'{self.discount_per}' is none of {known}")
         require_positive(self, "n_step", "batch_size")
+        if not 0.0 < self.learning_rate_end <= 1.0:
+            raise UserError(
+                "--rl.learning_rate_end", f"is a share above 0 and at most 1, got {self.learning_rate_end}"
+            )
         require_precision("--rl.precision", self.precision)
         if self.engine not in ENGINES:
             raise UserError("--rl.engine", f"'{self.engine}' is none of {', '.join(ENGINES)}")
@@ -148,6 +154,7 @@ class Algorithm(nn.Module, abc.ABC):
         judges_chunks: whether ``value`` is of chunks, instead of noise.
         decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
         matmul_dtype: of hidden layers within ``update``, see ``passes.matmuls_in``.
+        learning_rate_end: see ``progress``.
         obstacle: why updates cannot be recorded as CUDA graphs, if so.
         updates: made so far.
     """
@@ -162,12 +169,14 @@ class Algorithm(nn.Module, abc.ABC):
     matmul_dtype: torch.dtype | None = None
     obstacle: str = ""
     updates: int
+    learning_rate_end: float = 1.0
+    _rates: list[tuple[FusedAdam, float]]
     _compiled: CompiledPasses | None = None
     _captured: CapturedUpdate | None = None
 
     def _set_up(self, config: AlgorithmConfig, accelerator: Any) -> None:
         """Move what has been built to the device, and settle in what it multiplies."""
-        self.accelerator = accelerator
+        self.accelerator, self.learning_rate_end, self._rates = accelerator, config.learning_rate_end, []
         self.to(accelerator.device)
         self.matmul_dtype = matmul_dtype("--rl.precision", config.precision, accelerator.device)
         option = f"--rl.engine={config.engine}"
@@ -226,6 +235,22 @@ class Algorithm(nn.Module, abc.ABC):
     def fit_normalizer(self, features: Tensor) -> None:
         """Take the statistics that standardise the observation features."""
 
+    def progress(self, share: float) -> None:
+        """Let the learning rates fall: linearly, to ``config.learning_rate_end`` of what they were.
+
+        Args:
+            share: of the run's environment steps that have been made; more than all of them count as all.
+        """
+        if self.learning_rate_end == 1.0:
+            return
+        factor = 1.0 - min(share, 1.0) * (1.0 - self.learning_rate_end)
+        for optimizer, rate in self._rates:
+            for group in optimizer.param_groups:
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(factor * rate)
+                else:
+                    group["lr"] = factor * rate
+
     def _adam(self, learning_rate: float, *parts: nn.Module | nn.Parameter) -> Any:
         """A fused Adam over the parameters of ``parts``, prepared by the accelerator."""
         parameters = [
@@ -233,7 +258,13 @@ class Algorithm(nn.Module, abc.ABC):
             for part in parts
             for parameter in (part.parameters() if isinstance(part, nn.Module) else (part,))
         ]
-        return self.accelerator.prepare_optimizer(FusedAdam(parameters, learning_rate))
+        rate: float | Tensor = learning_rate
+        if self._captured is not None and self.learning_rate_end != 1.0:
+            # A graph keeps a number as it was recorded, and reads a tensor anew.
+            rate = torch.tensor(learning_rate, device=self.accelerator.device)
+        optimizer = FusedAdam(parameters, rate)
+        self._rates.append((optimizer, learning_rate))
+        return self.accelerator.prepare_optimizer(optimizer)
 
     def _step(self, optimizer: Any, loss: Tensor) -> None:
         """One step down ``loss``.

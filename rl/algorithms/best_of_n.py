@@ -53,6 +53,8 @@ class BestOfNConfig(AlgorithmConfig):
     # The action critic, and the noise critic that is distilled from it.
     critic: CriticConfig = field(default_factory=CriticConfig)
     learning_rate: float = 1e-3
+    # Late steps at the full rate left single seeds below their best: see rl/algorithms/best_of_n.md.
+    learning_rate_end: float = 0.1
     # Returns over many chunks make the acting policy good sooner: see rl/algorithms/best_of_n.md.
     n_step: int = 10
     # Share of the online critic that its target takes over at each update.

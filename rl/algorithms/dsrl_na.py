@@ -34,6 +34,7 @@ from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import (
     RANKED_EVERY,
     AlgorithmConfig,
+    Pace,
     as_set_up,
     polyak,
     require_positive,
@@ -54,6 +55,8 @@ RANKED_STATES = 32  # of how many states
 class DSRLNAConfig(SoftConfig):
     """Settings of DSRL-NA."""
 
+    # As in best_of_n; the reasons are in rl/algorithms/dsrl_na.md.
+    n_step: int = 10
     # stored: learn from the pairs that the collector decoded; exact: ask the frozen policy while learning.
     mode: str = "stored"
     # stored: what values the actor's noise at the next state. noise_critic: the noise critic; importance:
@@ -62,8 +65,8 @@ class DSRLNAConfig(SoftConfig):
     # stored: candidates decoded for each observation.
     num_candidates: int = 16
     # Distillation steps per update (0.5: one every second), and the noises per state in each.
-    distillation_steps: float = 1.0
-    distilled_pairs: int = 2
+    distillation_steps: float = 0.5
+    distilled_pairs: int = 1
     # exact: MiB that the conditioning in the replay may take.
     conditioning_limit: float = 4096.0
     # What the actor pays for: prior, its divergence from what the base draws; entropy, as in SAC.
@@ -89,6 +92,10 @@ class DSRLNAConfig(SoftConfig):
             )
         if self.mode == "stored" and self.distilled_pairs > self.num_candidates:
             raise UserError("--rl.distilled_pairs", f"at most num_candidates={self.num_candidates}")
+
+    @property
+    def pace(self) -> Pace:
+        return Pace(warmup_transitions=0, first_update=64, updates_per_transition=2.0)
 
     @property
     def candidates(self) -> int:

@@ -15,7 +15,7 @@ class FusedAdam(torch.optim.Adam):
     For a small network that takes longer than the step itself.
     """
 
-    def __init__(self, parameters: Any, lr: float) -> None:
+    def __init__(self, parameters: Any, lr: float | Tensor) -> None:
         super().__init__(parameters, lr=lr, fused=True)
         self._gathered: list[tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]] | None = None
 

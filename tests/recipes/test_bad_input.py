@@ -43,6 +43,7 @@ OPTIONS = {
     "empty batch": ([SAC, "--rl.batch_size=0"], "--rl.batch_size: must be positive"),
     "rate below zero": ([SAC, "--rl.learning_rate=-1"], "--rl.learning_rate: must be positive"),
     "rate without end": ([SAC, "--rl.learning_rate=inf"], "--rl.learning_rate: must be positive"),
+    "rate that rises": ([BEST, "--rl.learning_rate_end=2"], "--rl.learning_rate_end: is a share"),
     "tau above one": ([SAC, "--rl.tau=2"], "--rl.tau: is a share"),
     "unknown discount": ([SAC, "--rl.discount_per=day"], "--rl.discount_per: 'day' is none of"),
     "unknown activation": ([SAC, "--rl.actor.activation=step"], "activation: 'step' is none of"),

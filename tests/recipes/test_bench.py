@@ -25,6 +25,7 @@ from trimtab.recipes.bench.methods import METHODS, Method, Setup, run_method
 from trimtab.recipes.bench.overhead import compare
 from trimtab.recipes.bench.processes import Job, work
 from trimtab.recipes.bench.report import dip, sustained
+from trimtab.recipes.bench.updates import measure_updates, updates_table
 from trimtab.recipes.cli import main
 from trimtab.recipes.lora_training import TuningConfig
 from trimtab.rl.algorithms import BestOfNConfig, DSRLSACConfig
@@ -304,6 +305,17 @@ def test_compiled_beside_eager(monkeypatch):
     assert row["compiled"] and len(row["ratios"]) == 2
     assert row["ratio"] == pytest.approx(sum(row["ratios"]) / 2, abs=0.002)
     assert "| `dsrl_sac` | 3x16 |" in compiled_table({"dsrl_sac": {"16": row}})
+
+
+def test_updates_of_each_algorithm_beside_dsrl_sac():
+    rows = measure_updates(16, repetitions=2, updates=2)
+    assert list(rows) == [
+        f"{name}{end}" for name in ("dsrl_sac", "dsrl_na", "best_of_n") for end in ("", "_bf16")
+    ]
+    assert all(row["ms"] > 0 and len(row["ratios"]) == 2 for row in rows.values())
+    assert rows["dsrl_sac"]["ratios"] == rows["dsrl_sac_bf16"]["ratios"] == [1.0, 1.0]
+    assert rows["best_of_n"]["ratio"] > 1
+    assert "| 3x16 | `dsrl_na_bf16` |" in updates_table({"16": rows})
 
 
 def test_one_process_is_timed_from_its_first_update_on(tiny_base, tmp_path):

@@ -306,6 +306,8 @@ def train(seed, gate, steps):
 
 def test_solves_a_noise_space_problem():
     base, steered, lines, trainer = train(seed=0, gate=False, steps=2500)
+    rates = [group["lr"] for group in trainer.algorithm.critic_optimizer.param_groups]
+    assert rates == [pytest.approx(1e-4, rel=0.2)]  # they have fallen, but for the last chunk's steps
     collector, actor = trainer.collector, trainer.algorithm.actor
     features, draws = collector._features, torch.randn(8, collector.proposed, 2, 1)
     proposed, mean = collector.proposer(features, draws), actor.act(features, draws[:, 0], deterministic=True)

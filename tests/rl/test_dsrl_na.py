@@ -345,7 +345,7 @@ def test_solves_a_noise_space_problem(settings):
     assert lines[-1]["rank_correlation"] > 0.6
     assert algorithm.base_calls == calls
     if settings.get("mode") == "exact":
-        assert 2.0 <= lines[-1]["base_calls"] < 2.1  # the target and the distillation
+        assert 1.5 <= lines[-1]["base_calls"] < 1.6  # the target, and the distillation every second time
     else:
         assert calls == 0 == lines[-1]["base_calls"]
 

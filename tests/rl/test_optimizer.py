@@ -8,6 +8,7 @@ import torch
 from tests.rl.test_dsrl_sac import make, make_batch
 from trimtab.policies import precision
 from trimtab.rl.algorithms.optimizer import FusedAdam
+from trimtab.rl.distributed import optimizers
 
 
 def test_steps_and_state_are_those_of_torch():
@@ -39,6 +40,35 @@ def test_steps_and_state_are_those_of_torch():
     assert len(hooked) == 8
     ours.zero_grad()
     assert all(p.grad is None for p in first)
+
+
+def test_a_rate_in_a_tensor_is_read_anew():
+    """As CUDA graphs need it; the same steps as with numbers."""
+    torch.manual_seed(0)
+    first = [torch.nn.Parameter(torch.randn(3, 4))]
+    second = [torch.nn.Parameter(first[0].detach().clone())]
+    ours, theirs = FusedAdam(first, torch.tensor(0.1)), torch.optim.Adam(second, lr=0.1, fused=True)
+    for rate in (0.1, 0.1, 0.05, 0.01):
+        ours.param_groups[0]["lr"].fill_(rate)
+        theirs.param_groups[0]["lr"] = rate
+        first[0].grad = torch.randn(3, 4)
+        second[0].grad = first[0].grad.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(first[0], second[0])
+
+
+def test_rates_fall_to_the_share_that_is_asked():
+    algorithm = make(learning_rate_end=0.2, learning_rate=1e-3)
+    inner = list(optimizers(algorithm).values())
+    assert len(inner) == 3
+    for share, factor in ((0.0, 1.0), (0.25, 0.8), (1.0, 0.2), (1.5, 0.2), (0.5, 0.6)):
+        algorithm.progress(share)
+        rates = [group["lr"] for optimizer in inner for group in optimizer.param_groups]
+        assert rates == pytest.approx([factor * 1e-3] * 3)
+    steady = make(learning_rate=1e-3)
+    steady.progress(1.0)
+    assert all(o.param_groups[0]["lr"] == 1e-3 for o in optimizers(steady).values())
 
 
 def test_bfloat16_update_is_near_the_exact_one(monkeypatch):

@@ -1,0 +1,110 @@
+"""What an update of each algorithm costs beside one of `dsrl_sac`, in float32 and in bfloat16."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trimtab.adapters import NoiseSpec
+from trimtab.policies.actor import ActorConfig
+from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.algorithms.base import RANKED_EVERY
+from trimtab.rl.returns import value_bounds
+
+STEPS, ACTION_DIM, FEATURES = 8, 4, 39  # those of the embedded base
+ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
+    "dsrl_sac": DSRLSACConfig,
+    "dsrl_na": DSRLNAConfig,
+    "best_of_n": BestOfNConfig,
+}
+BESIDE = "dsrl_sac"
+
+
+def make_batch(config: AlgorithmConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random transitions: what an update costs does not depend on what is in them."""
+    size, dim = config.batch_size, STEPS * ACTION_DIM
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    batch = {"reward": -draw(size).abs(), "discount": torch.full((size,), 0.9), "u": draw(size, dim).tanh()}
+    for before in ("", "next_"):
+        batch[f"{before}features"] = draw(size, FEATURES)
+        if config.candidates:
+            batch[f"{before}candidates"] = draw(size, config.candidates, dim)
+            batch[f"{before}candidates_u"] = draw(size, config.candidates, dim).tanh()
+    return batch | {"chunk": draw(size, dim)}
+
+
+def make_learner(make_config: type[AlgorithmConfig], hidden: int, **settings: Any) -> Algorithm:
+    """An algorithm with its defaults but for ``settings``, at this width, on the CPU."""
+    torch.manual_seed(0)
+    config = make_config(actor=ActorConfig(hidden=hidden), critic=CriticConfig(hidden=hidden), **settings)
+    space = FullNoiseConfig().build(NoiseSpec((STEPS, ACTION_DIM)))
+    bounds = value_bounds("sparse", config.gamma, config.discount_per, STEPS)
+    return config.build(FEATURES, space, Accelerator(cpu=True), bounds, STEPS * ACTION_DIM, None)
+
+
+def milliseconds(learner: Algorithm, batch: dict[str, Tensor], updates: int) -> float:
+    """Of this process's CPU time, per update."""
+    started = time.process_time()
+    for _ in range(updates):
+        learner.update(batch)
+    return 1e3 * (time.process_time() - started) / updates
+
+
+def measure_updates(hidden: int, repetitions: int, updates: int) -> dict[str, Any]:
+    """Let the algorithms take turns, each in both precisions.
+
+    Returns:
+        by name (``dsrl_sac``, ``dsrl_sac_bf16``, ...): ``ms``, the median over the turns, and ``ratios``, of
+        each turn, by ``dsrl_sac``'s in the same precision; ``ratio``, their median.
+    """
+    generator = torch.Generator().manual_seed(0)
+    learners, batches = {}, {}
+    for name, make_config in ALGORITHMS.items():
+        for precision, ending in (("float32", ""), ("bfloat16", "_bf16")):
+            learner = make_learner(make_config, hidden, precision=precision)
+            learners[name + ending], batches[name + ending] = learner, make_batch(learner.config, generator)
+            milliseconds(learner, batches[name + ending], 4)
+    taken: dict[str, list[float]] = {name: [] for name in learners}
+    for turn in range(repetitions):
+        for name in learners if turn % 2 == 0 else reversed(learners):
+            taken[name].append(milliseconds(learners[name], batches[name], updates))
+    found: dict[str, Any] = {}
+    for name, times in taken.items():
+        beside = taken[BESIDE + ("_bf16" if name.endswith("_bf16") else "")]
+        ratios = [own / other for own, other in zip(times, beside, strict=True)]
+        found[name] = {
+            "ms": round(statistics.median(times), 3),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratios": [round(ratio, 3) for ratio in ratios],
+        }
+    return found
+
+
+def run_updates(widths: Sequence[int], repetitions: int, updates: int) -> dict[str, Any]:
+    """``measure_updates`` for each width; whole rounds of what is measured now and then in an update."""
+    updates = -(-updates // RANKED_EVERY) * RANKED_EVERY
+    return {str(width): measure_updates(width, repetitions, updates) for width in widths}
+
+
+def updates_table(found: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| width | algorithm | ms of CPU time per update | by dsrl_sac's: median (range) of the turns |",
+        "|---|---|---|---|",
+    ]
+    for width, rows in found.items():
+        for name, row in rows.items():
+            spread = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+            lines.append(f"| 3x{width} | `{name}` | {row['ms']:.2f} | {spread} |")
+    return "\n".join(lines)
