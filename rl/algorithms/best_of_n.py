@@ -53,7 +53,7 @@ class BestOfNConfig(AlgorithmConfig):
     # The action critic, and the noise critic that is distilled from it.
     critic: CriticConfig = field(default_factory=CriticConfig)
     learning_rate: float = 1e-3
-    # Late steps at the full rate left single seeds below their best: see rl/algorithms/best_of_n.md.
+    # Share of it that is left at the end of --train.env_steps, to which it falls linearly.
     learning_rate_end: float = 0.1
     # Returns over many chunks make the acting policy good sooner: see rl/algorithms/best_of_n.md.
     n_step: int = 10
@@ -78,7 +78,7 @@ class BestOfNConfig(AlgorithmConfig):
     # Temperature of the weights of that regression, in units of return.
     regression_temperature: float = 0.3
     # Weight of KL(actor || prior) against the noise critic's value, in units of return per nat.
-    prior_weight: float = 0.5
+    prior_weight: float = 0.25
     # Critic updates per actor update.
     actor_every: int = 2
     # Clip TD targets to the returns that the reward allows.

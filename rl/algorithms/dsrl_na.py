@@ -55,7 +55,7 @@ RANKED_STATES = 32  # of how many states
 class DSRLNAConfig(SoftConfig):
     """Settings of DSRL-NA."""
 
-    # As in best_of_n; the reasons are in rl/algorithms/dsrl_na.md.
+    # Chunks in an n-step return.
     n_step: int = 10
     # stored: learn from the pairs that the collector decoded; exact: ask the frozen policy while learning.
     mode: str = "stored"
