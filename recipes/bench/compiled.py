@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from trimtab.recipes.bench.updates import make_batch, make_learner, milliseconds
+from trimtab.recipes.bench.report import median_and_range
+from trimtab.recipes.bench.updates import make_batch, make_learner, take_turns
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLSACConfig
 
 ENGINES = ("eager", "compile")
@@ -33,10 +34,7 @@ def measure(
         for _ in range(51):  # every turn has come by once
             learner.update(batch)
         first = time.perf_counter() - started
-    taken: dict[str, list[float]] = {engine: [] for engine in ENGINES}
-    for turn in range(repetitions):
-        for engine in ENGINES if turn % 2 == 0 else reversed(ENGINES):
-            taken[engine].append(milliseconds(learners[engine], batch, updates))
+    taken = take_turns(learners, dict.fromkeys(ENGINES, batch), repetitions, updates)
     ratios = [eager / compiled for eager, compiled in zip(taken["eager"], taken["compile"], strict=True)]
     return {
         **{f"{engine}_ms": round(statistics.median(taken[engine]), 3) for engine in ENGINES},
@@ -64,8 +62,7 @@ def compiled_table(found: dict[str, Any]) -> str:
     ]
     for name, widths in found.items():
         for width, row in widths.items():
-            spread = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
-            spread = spread if row["compiled"] else "cannot be compiled here"
+            spread = median_and_range(row) if row["compiled"] else "cannot be compiled here"
             lines.append(
                 f"| `{name}` | 3x{width} | {row['eager_ms']:.2f} | {row['compile_ms']:.2f} | {spread} "
                 f"| {row['first_seconds']:.0f} |"

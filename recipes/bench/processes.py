@@ -21,6 +21,7 @@ import torch
 
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.errors import reason
+from trimtab.recipes.bench.report import median_and_range
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -151,8 +152,8 @@ def processes_table(found: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["| processes | environment steps per second | by one process: median (range) |", "|---|---|---|"]
     for count, row in found["processes"].items():
-        ratio = f"{found['ratio']:.2f} ({min(found['ratios']):.2f} to {max(found['ratios']):.2f})"
-        lines.append(f"| {count} | {row['median']:.0f} | {ratio if count != '1' else '1'} |")
+        ratio = median_and_range(found) if count != "1" else "1"
+        lines.append(f"| {count} | {row['median']:.0f} | {ratio} |")
     return "\n".join(lines)
 
 

@@ -139,6 +139,11 @@ def _steps(steps: float | None, env_steps: int) -> str:
     return f"> {env_steps}" if steps is None else f"{steps:.0f}"
 
 
+def median_and_range(row: dict[str, Any]) -> str:
+    """Of a row's ``ratios``."""
+    return f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+
+
 def engine_table(found: dict[str, Any]) -> str:
     """Markdown."""
     lines = [
@@ -147,9 +152,7 @@ def engine_table(found: dict[str, Any]) -> str:
     ]
     for width, rows in found["widths"].items():
         for name, row in rows.items():
-            ratio = "1"
-            if "ratio" in row:
-                ratio = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+            ratio = median_and_range(row) if "ratio" in row else "1"
             lines.append(f"| {found['setting']['layers']}x{width} | {name} | {row['median']:.0f} | {ratio} |")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.recipes.bench.report import median_and_range
 from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.algorithms.base import RANKED_EVERY
 from trimtab.rl.returns import value_bounds
@@ -61,6 +62,17 @@ def milliseconds(learner: Algorithm, batch: dict[str, Tensor], updates: int) -> 
     return 1e3 * (time.process_time() - started) / updates
 
 
+def take_turns(
+    learners: dict[str, Algorithm], batches: dict[str, dict[str, Tensor]], repetitions: int, updates: int
+) -> dict[str, list[float]]:
+    """``milliseconds`` of each learner on its batch, one for each turn; every second turn goes backwards."""
+    taken: dict[str, list[float]] = {name: [] for name in learners}
+    for turn in range(repetitions):
+        for name in learners if turn % 2 == 0 else reversed(learners):
+            taken[name].append(milliseconds(learners[name], batches[name], updates))
+    return taken
+
+
 def measure_updates(hidden: int, repetitions: int, updates: int) -> dict[str, Any]:
     """Let the algorithms take turns, each in both precisions.
 
@@ -75,10 +87,7 @@ def measure_updates(hidden: int, repetitions: int, updates: int) -> dict[str, An
             learner = make_learner(make_config, hidden, precision=precision)
             learners[name + ending], batches[name + ending] = learner, make_batch(learner.config, generator)
             milliseconds(learner, batches[name + ending], 4)
-    taken: dict[str, list[float]] = {name: [] for name in learners}
-    for turn in range(repetitions):
-        for name in learners if turn % 2 == 0 else reversed(learners):
-            taken[name].append(milliseconds(learners[name], batches[name], updates))
+    taken = take_turns(learners, batches, repetitions, updates)
     found: dict[str, Any] = {}
     for name, times in taken.items():
         beside = taken[BESIDE + ("_bf16" if name.endswith("_bf16") else "")]
@@ -105,6 +114,5 @@ def updates_table(found: dict[str, Any]) -> str:
     ]
     for width, rows in found.items():
         for name, row in rows.items():
-            spread = f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
-            lines.append(f"| 3x{width} | `{name}` | {row['ms']:.2f} | {spread} |")
+            lines.append(f"| 3x{width} | `{name}` | {row['ms']:.2f} | {median_and_range(row)} |")
     return "\n".join(lines)
