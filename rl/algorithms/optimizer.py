@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 
 class FusedAdam(torch.optim.Adam):
@@ -33,6 +34,13 @@ class FusedAdam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step; by the parent's where there is no state yet, or not a gradient for every parameter."""
+        found = self._step(closure)
+        # The fused kernel doesn't, and the bfloat16 copies of ``policies/passes.py`` are made by versions.
+        for group in self.param_groups:
+            increment_version(group["params"])
+        return found
+
+    def _step(self, closure: Callable[[], float] | None) -> Any:
         gradients = [[parameter.grad for parameter in group["params"]] for group in self.param_groups]
         ready = all(gradient is not None for group in gradients for gradient in group)
         if closure is not None or not ready or not self.state:

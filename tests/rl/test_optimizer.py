@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
+from tests.rl import test_best_of_n as best_of_n
 from tests.rl.test_dsrl_sac import make, make_batch
 from trimtab.policies import precision
+from trimtab.policies.passes import matmuls_in
 from trimtab.rl.algorithms.optimizer import FusedAdam
 from trimtab.rl.distributed import optimizers
 
@@ -87,3 +89,20 @@ def test_bfloat16_update_is_near_the_exact_one(monkeypatch):
     for algorithm in (exact, rough):  # who acts does so in float32
         algorithm.actor.load_state_dict(exact.actor.state_dict())
     assert torch.equal(exact.actor(features)[0], rough.actor(features)[0])
+
+
+def test_bfloat16_learns_as_float32_does(monkeypatch):
+    """Over many updates: copies of the weights from before an optimiser's step would hold the loss up."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda device: True)
+    ends = []
+    for name in ("float32", "bfloat16"):
+        algorithm = best_of_n.build(precision=name)
+        torch.manual_seed(3)
+        losses = [float(algorithm.update(best_of_n.batch())["critic_loss"]) for _ in range(200)]
+        ends.append(sum(losses[-20:]) / 20)
+        assert ends[-1] < 0.05 * losses[0]
+    assert 0.7 < ends[1] / ends[0] < 1.4
+    batch, net = best_of_n.batch(), algorithm.critic.net
+    with matmuls_in(torch.bfloat16):
+        algorithm.critic(batch["features"], batch["chunk"])
+    assert torch.equal(net.passed._copies[0], net.weights[0].bfloat16())
