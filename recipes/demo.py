@@ -10,7 +10,7 @@ from typing import Any
 
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.files import file_hash
-from trimtab.policies.noise_space import NoiseSpaceConfig, RepeatNoiseConfig
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.sources import base_noise
 from trimtab.recipes.adapt import AdaptConfig, check_run, steer, untrained_line, with_default_noise
 from trimtab.recipes.console import new_output_dir, parse
@@ -25,7 +25,7 @@ from trimtab.recipes.session import (
     read_json,
     summaries,
 )
-from trimtab.rl.algorithms import AlgorithmConfig, DSRLSACConfig
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, resolve_task
 from trimtab.rl.evaluation import Evaluation, evaluate
 from trimtab.rl.train import TrainConfig
@@ -43,10 +43,10 @@ class DemoConfig:
     # The task to steer; any of the base's tasks.
     task: str = "button-press-topdown-v3"
     base: BaseConfig = field(default_factory=BaseConfig)
-    rl: AlgorithmConfig = field(default_factory=DSRLSACConfig)
-    # The base works as well under repeated noise, which has 4 dimensions instead of 32.
-    noise: NoiseSpaceConfig = field(default_factory=RepeatNoiseConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=20_000))
+    # As `trimtab adapt` does it unless told otherwise.
+    rl: AlgorithmConfig = field(default_factory=BestOfNConfig)
+    noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=10_000))
     eval: EvalConfig = field(default_factory=EvalConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Episodes of each of the base's other tasks, before and after.
