@@ -13,7 +13,7 @@ from trimtab.adapters.files import file_hash
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.sources import base_noise
 from trimtab.recipes.adapt import AdaptConfig, check_run, steer, untrained_line, with_default_noise
-from trimtab.recipes.console import new_output_dir, parse
+from trimtab.recipes.console import default_threads, new_output_dir, parse
 from trimtab.recipes.metaworld.base import RECORD, BaseConfig, cached_base, check_task
 from trimtab.recipes.reporting import table, write_json
 from trimtab.recipes.session import (
@@ -48,6 +48,7 @@ class DemoConfig:
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=10_000))
     eval: EvalConfig = field(default_factory=EvalConfig)
+    # Its threads are all cores unless told otherwise: the simulators take a fraction of the learner's time.
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Episodes of each of the base's other tasks, before and after.
     other_task_episodes: int = 40
@@ -71,6 +72,8 @@ def main(args: list[str]) -> None:
     if config.task not in base.tasks.split(","):
         raise UserError("--task", f"{config.task} is not among --base.tasks={base.tasks}")
     output = new_output_dir(config.output_dir, "demo")
+    if config.machine.threads is None:
+        config.machine.threads = default_threads(0)
 
     print(f"[1/3] a generalist that imitates operators of mixed skill on {len(base.tasks.split(','))} tasks")
     MachineConfig(workers=0, threads=config.machine.threads).apply()
