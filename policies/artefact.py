@@ -127,6 +127,7 @@ def save_artefact(
         observe=adapter.observer.config if looks else None,
         actor=actor.config,
         critic=critic[1] if critic else None,
+        critic_bounds=list(critic[0].bounds) if critic and critic[0].bounds else None,
         n_action_steps=adapter.chunk_shape[0],
         deterministic=bool(training.get("deterministic", True)),
         training=training,
@@ -321,7 +322,8 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
 def _critic(saved: TrimtabConfig, adapter: PolicyAdapter, seen: int) -> CriticEnsemble | None:
     if saved.critic is None:
         return None
-    return CriticEnsemble(seen, math.prod(adapter.chunk_shape), saved.critic).eval()
+    bounds = saved.critic_bounds and tuple(saved.critic_bounds)
+    return CriticEnsemble(seen, math.prod(adapter.chunk_shape), saved.critic, bounds).eval()
 
 
 def _served_base(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from trimtab.adapters import UserError
 from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer, require_activation
@@ -29,10 +30,28 @@ class CriticConfig:
 
 
 class CriticEnsemble(nn.Module):
-    """``Q_e(features, u)`` for every member ``e`` at once."""
+    """``Q_e(features, u)`` for every member ``e`` at once.
 
-    def __init__(self, feature_dim: int, action_dim: int, config: CriticConfig) -> None:
+    With ``bounds`` a member's output is the logit of where its value lies between them, and it learns by
+    cross-entropy, as in "Stop Regressing" (Farebrother et al., arXiv 2403.03950) with two classes. Whatever
+    the scale of the returns, its first values lie in their middle, and a step of the optimiser moves them
+    alike: few transitions are enough to tell chunks apart. Without, it learns values by squared error.
+
+    Args:
+        feature_dim, action_dim: sizes of the input.
+        config: size.
+        bounds: smallest and largest value that it can give.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        action_dim: int,
+        config: CriticConfig,
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
         super().__init__()
+        self.bounds = bounds
         self.normalizer = FeatureNormalizer(feature_dim)
         self.net = EnsembleMLP(
             config.members,
@@ -45,12 +64,36 @@ class CriticEnsemble(nn.Module):
         )
 
     def forward(self, features: Tensor, u: Tensor) -> Tensor:
-        """(B, feature_dim), (B, action_dim) -> (E, B).
+        """Values: (B, feature_dim), (B, action_dim) -> (E, B).
 
         With m actions to a state, (B, m, action_dim) -> (E, B, m).
         """
-        values = self.net(self.normalizer(features), u)
-        return values.view(-1, *u.shape[:-1])
+        return self._values(self._outputs(features, u))
+
+    def regress(self, features: Tensor, u: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, averaged over the batch and summed over the members, and the values without gradient.
+
+        Args:
+            features, u: as for ``forward``.
+            target: (B,) or (E, B), with m actions to a state (B, m) or (E, B, m); within ``bounds``, if any.
+        """
+        outputs = self._outputs(features, u)
+        if self.bounds is None:
+            errors = (outputs - target).square()
+        else:
+            low, high = self.bounds
+            place = ((target - low) / (high - low)).expand_as(outputs)
+            errors = binary_cross_entropy_with_logits(outputs, place, reduction="none")
+        return errors.flatten(1).mean(1).sum(), self._values(outputs.detach())
+
+    def _outputs(self, features: Tensor, u: Tensor) -> Tensor:
+        return self.net(self.normalizer(features), u).view(-1, *u.shape[:-1])
+
+    def _values(self, outputs: Tensor) -> Tensor:
+        if self.bounds is None:
+            return outputs
+        low, high = self.bounds
+        return low + (high - low) * torch.sigmoid(outputs)
 
 
 @torch.no_grad()

@@ -68,6 +68,8 @@ class TrimtabConfig(PreTrainedConfig):
     actor: ActorConfig = field(default_factory=ActorConfig)
     # The action critic of a best_of_n run, where one is stored (critic.safetensors).
     critic: CriticConfig | None = None
+    # Smallest and largest value that it can give; without them its output is the value itself.
+    critic_bounds: list[float] | None = None
     # Actions of each chunk that are executed.
     n_action_steps: int = 1
     # Take the actor's mean instead of a sample.

@@ -89,6 +89,7 @@ METHODS: dict[str, Method] = {
     "best_of_n": Method(BestOfNConfig()),
     # What its defaults change, one by one: the actor proposes nothing; returns over three chunks.
     "best_of_n_prior": Method(BestOfNConfig(actor_candidates=0)),
+    "best_of_n_squared": Method(BestOfNConfig(critic_loss="squared")),
     "best_of_n_short": Method(BestOfNConfig(n_step=3)),
     "best_of_n_regression": Method(BestOfNConfig(distillation="regression")),
     "best_of_n_repeat": Method(BestOfNConfig(), RepeatNoiseConfig()),

@@ -41,6 +41,7 @@ from trimtab.rl.replay import Batch
 
 TARGETS = ("max", "sarsa", "softmax")
 DISTILLATION = ("critic", "regression")
+CRITIC_LOSSES = ("logistic", "squared")
 ACTING = ("argmax", "softmax", "thompson")
 
 
@@ -52,6 +53,9 @@ class BestOfNConfig(AlgorithmConfig):
     actor: ActorConfig = field(default_factory=ActorConfig)
     # The action critic, and the noise critic that is distilled from it.
     critic: CriticConfig = field(default_factory=CriticConfig)
+    # How both are regressed. logistic: by cross-entropy of where the value lies between the smallest and the
+    # largest possible return, where the reward tells them; squared: by the squared error of the value.
+    critic_loss: str = "logistic"
     learning_rate: float = 1e-3
     # Share of it that is left at the end of --train.env_steps, to which it falls linearly.
     learning_rate_end: float = 0.1
@@ -81,7 +85,7 @@ class BestOfNConfig(AlgorithmConfig):
     prior_weight: float = 0.25
     # Critic updates per actor update.
     actor_every: int = 2
-    # Clip TD targets to the returns that the reward allows.
+    # Clip TD targets to the returns that the reward allows, as critic_loss=logistic always does.
     clip_targets: bool = True
 
     def __post_init__(self) -> None:
@@ -104,6 +108,9 @@ class BestOfNConfig(AlgorithmConfig):
         if self.distillation not in DISTILLATION:
             known = ", ".join(DISTILLATION)
             raise UserError("--rl.distillation", f"'{self.distillation}' is none of {known}")
+        if self.critic_loss not in CRITIC_LOSSES:
+            known = ", ".join(CRITIC_LOSSES)
+            raise UserError("--rl.critic_loss", f"'{self.critic_loss}' is none of {known}")
         if self.acting not in ACTING:
             raise UserError("--rl.acting", f"'{self.acting}' is none of {', '.join(ACTING)}")
 
@@ -177,13 +184,14 @@ class BestOfN(Algorithm):
         super().__init__()
         config.check(space)
         self.config = config
-        self.bounds = bounds if config.clip_targets else None
+        within = bounds if config.critic_loss == "logistic" else None  # what the critics cannot leave
+        self.bounds = bounds if config.clip_targets else within
         self.candidates, self.selects = config.num_candidates, True
         self.actor = NoiseActor(feature_dim, space, config.actor, observe)
         feature_dim = self.actor.encoder.dim
-        self.critic = CriticEnsemble(feature_dim, chunk_size, config.critic)
+        self.critic = CriticEnsemble(feature_dim, chunk_size, config.critic, within)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic)
+        self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic, within)
         self.updates = 0
         self._set_up(config, accelerator)
         critics = self.critic, self.noise_critic, self.actor.encoder
@@ -210,12 +218,11 @@ class BestOfN(Algorithm):
         return target if self.bounds is None else target.clamp(*self.bounds)
 
     def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared TD error, summed over the members, averaged over the batch; and the values (E, B)."""
-        values = self.critic(batch["features"], batch["chunk"])
-        return (values - target).square().mean(1).sum(), values
+        """Of the TD error, summed over the members, averaged over the batch; and the values (E, B)."""
+        return self.critic.regress(batch["features"], batch["chunk"], target)
 
     def distillation_loss(self, batch: Batch, index: Tensor) -> Tensor:
-        """``(Q^W_e(s, u_k) - mean Q^A(s, a_k))^2`` on stored pairs; its gradient reaches ``Q^W`` alone.
+        """Of ``Q^W_e(s, u_k)`` from ``mean Q^A(s, a_k)`` on stored pairs; its gradient reaches ``Q^W`` alone.
 
         Args:
             batch: with ``candidates`` (B, K, A) and ``candidates_u`` (B, K, dim).
@@ -273,7 +280,7 @@ class BestOfN(Algorithm):
         metrics = {
             "critic_loss": loss.detach(),
             "distillation_loss": distillation.detach(),
-            **spread(values.detach(), self.updates),
+            **spread(values, self.updates),
         }
         if self.updates % self.config.actor_every == 0:
             regress = self.config.distillation == "regression"

@@ -37,7 +37,7 @@ def pick(values: Tensor, index: Tensor) -> Tensor:
 
 
 def distillation_loss(noise_critic: CriticEnsemble, features: Tensor, u: Tensor, wanted: Tensor) -> Tensor:
-    """``(Q^W_e(s, u_k) - wanted)^2``, summed over the members, averaged over states and pairs.
+    """Of ``Q^W_e(s, u_k)`` from ``wanted``, summed over the members, averaged over states and pairs.
 
     Args:
         noise_critic: what learns.
@@ -45,7 +45,9 @@ def distillation_loss(noise_critic: CriticEnsemble, features: Tensor, u: Tensor,
         u: (B, m, dim).
         wanted: (B, m), or (E, B, m) with a value for each member; the action critic's, without gradient.
     """
-    return (over(noise_critic, features, u) - wanted).square().mean((1, 2)).sum()
+    if u.shape[1] == 1:
+        u, wanted = u.squeeze(1), wanted.squeeze(-1)
+    return noise_critic.regress(features, u, wanted)[0]
 
 
 @torch.no_grad()

@@ -367,16 +367,19 @@ def test_renamed_observations_need_no_flag(tmp_path):
     assert torch.equal(policy.predict_action_chunk(batch), adapter.denoise(conditioning, noise))
 
 
-def test_best_of_candidates_is_the_critics_choice(pair, tmp_path):
+@pytest.mark.parametrize("bounds", [None, (-100.0, 0.0)])
+def test_best_of_candidates_is_the_critics_choice(pair, tmp_path, bounds):
     _, base, adapter, _ = pair
     torch.manual_seed(5)
     size = CriticConfig(members=2, hidden=16, layers=2)
     critic = CriticEnsemble(
-        features_of(adapter), adapter.chunk_shape[0] * adapter.chunk_shape[1], size
+        features_of(adapter), adapter.chunk_shape[0] * adapter.chunk_shape[1], size, bounds
     ).eval()
+    critic.net.weights[-1].data.mul_(30.0)  # far from where the logit and the value rank alike
     options = PolicyConfig(path=str(base), device="cpu")
     _, actor = artefact_of(options, tmp_path / "artefact", critic=(critic, size))
     policy = load(tmp_path / "artefact", "--num_candidates=5")
+    assert policy._critic[0].bounds == bounds
     batch = processors(tmp_path / "artefact")[0](observations(adapter, 1)[0])
     torch.manual_seed(6)
     chunk = policy.predict_action_chunk(dict(batch))

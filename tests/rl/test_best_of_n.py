@@ -83,34 +83,66 @@ def test_target_from_stored_candidates_equals_fresh_ones():
     assert difference.abs().max() < 2e-3
 
 
-def test_critic_loss():
-    algorithm, data = build(), batch()
+def errors(kind, value, target):
+    """One term of a critic's loss, by hand; returns lie in [-20, 0]."""
+    if kind == "squared":
+        return (value - target) ** 2
+    p, wanted = (value + 20) / 20, (target + 20) / 20
+    return -(wanted * np.log(p) + (1 - wanted) * np.log(1 - p))
+
+
+@pytest.mark.parametrize("kind", ["logistic", "squared"])
+def test_critic_loss(kind):
+    algorithm, data = build(critic_loss=kind), batch()
     target = torch.linspace(-3, 0, B)
     loss, values = algorithm.critic_loss(data, target)
     expected = 0.0
     for member in range(3):
         for row in range(B):
-            value = algorithm.critic(data["features"][row][None], data["chunk"][row][None])[member, 0]
-            expected += (value.item() - target[row].item()) ** 2 / B
+            value = algorithm.critic(data["features"][row][None], data["chunk"][row][None])[member, 0].item()
+            assert values[member, row].item() == pytest.approx(value, rel=1e-5)
+            expected += errors(kind, value, target[row].item()) / B
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert values.shape == (3, B)
+    assert values.shape == (3, B) and not values.requires_grad
 
 
-def test_distillation_reaches_the_noise_critic_alone():
-    algorithm, data = build(), batch()
-    index = torch.tensor([[1, 3]] * B)
-    loss = algorithm.distillation_loss(data, index)
+@pytest.mark.parametrize("pairs", [[1, 3], [2]])
+@pytest.mark.parametrize("kind", ["logistic", "squared"])
+def test_distillation_reaches_the_noise_critic_alone(kind, pairs):
+    algorithm, data = build(critic_loss=kind), batch()
+    loss = algorithm.distillation_loss(data, torch.tensor([pairs] * B))
     expected = 0.0
     for row in range(B):
-        for k in (1, 3):
+        for k in pairs:
             features = data["features"][row][None]
             wanted = algorithm.critic(features, data["candidates"][row, k][None]).mean().item()
             values = algorithm.noise_critic(features, data["candidates_u"][row, k][None])
-            expected += sum((value.item() - wanted) ** 2 for value in values[:, 0]) / (2 * B)
+            expected += sum(errors(kind, value.item(), wanted) for value in values[:, 0]) / (len(pairs) * B)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert all(parameter.grad is None for parameter in algorithm.critic.parameters())
     assert all(parameter.grad is not None for parameter in algorithm.noise_critic.parameters())
+
+
+def test_logistic_critics_stay_within_the_possible_returns():
+    algorithm, data = build(), batch()
+    for critic in (algorithm.critic, algorithm.target_critic, algorithm.noise_critic):
+        critic.net.biases[-1].data.fill_(50.0)
+    far = algorithm.td_target(data | {"reward": torch.full((B,), 3.0)}, INDEX)
+    assert far.max() == 0.0 and algorithm.critic(data["features"], data["chunk"]).max() <= 0.0
+    loss, _ = algorithm.critic_loss(data, torch.full((B,), -20.0))
+    loss.backward()  # as strong as ever where a squared error behind a sigmoid would have no slope left
+    slope = algorithm.critic.net.biases[-1].grad
+    assert torch.allclose(slope, torch.ones_like(slope))
+
+
+def test_without_bounds_the_error_is_squared():
+    """The environment's own reward tells no bounds of its returns."""
+    config = BestOfNConfig(num_candidates=K, target_candidates=3, **SMALL)
+    free = config.build(D, FullNoiseConfig().build(NoiseSpec((2, 1))), Accelerator(cpu=True), None, A)
+    data, target = batch(), torch.linspace(-30, 30, B)
+    loss, values = free.critic_loss(data, target)
+    assert loss.item() == pytest.approx((values - target).square().mean(1).sum().item(), rel=1e-5)
 
 
 def test_actor_loss():
