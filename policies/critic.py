@@ -11,6 +11,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from trimtab.adapters import UserError
 from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer, require_activation
 
+LOSSES = ("logistic", "squared")
+
+
+def require_critic_loss(name: str) -> None:
+    """Raise a UserError unless ``name`` is a known loss."""
+    if name not in LOSSES:
+        raise UserError("--rl.critic_loss", f"'{name}' is none of {', '.join(LOSSES)}")
+
 
 @dataclass
 class CriticConfig:

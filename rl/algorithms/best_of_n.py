@@ -21,7 +21,7 @@ from torch import Tensor
 
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
-from trimtab.policies.critic import CriticConfig, CriticEnsemble, best_candidate
+from trimtab.policies.critic import CriticConfig, CriticEnsemble, best_candidate, require_critic_loss
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import (
@@ -41,7 +41,6 @@ from trimtab.rl.replay import Batch
 
 TARGETS = ("max", "sarsa", "softmax")
 DISTILLATION = ("critic", "regression")
-CRITIC_LOSSES = ("logistic", "squared")
 ACTING = ("argmax", "softmax", "thompson")
 
 
@@ -108,9 +107,7 @@ class BestOfNConfig(AlgorithmConfig):
         if self.distillation not in DISTILLATION:
             known = ", ".join(DISTILLATION)
             raise UserError("--rl.distillation", f"'{self.distillation}' is none of {known}")
-        if self.critic_loss not in CRITIC_LOSSES:
-            known = ", ".join(CRITIC_LOSSES)
-            raise UserError("--rl.critic_loss", f"'{self.critic_loss}' is none of {known}")
+        require_critic_loss(self.critic_loss)
         if self.acting not in ACTING:
             raise UserError("--rl.acting", f"'{self.acting}' is none of {', '.join(ACTING)}")
 

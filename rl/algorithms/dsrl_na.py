@@ -154,7 +154,9 @@ class DSRLNA(SoftActorCritic):
         super().__init__(config, feature_dim, space, accelerator, bounds, "chunk", chunk_size, observe)
         config.check(space)
         self.candidates = config.candidates
-        self.noise_critic = CriticEnsemble(self.actor.encoder.dim, space.dim, config.critic)
+        self.noise_critic = CriticEnsemble(
+            self.actor.encoder.dim, space.dim, config.critic, self.critic.bounds
+        )
         self.noise_critic.to(accelerator.device)
         self.noise_optimizer = self._adam(config.learning_rate, self.noise_critic)
         self.by_noise_critic = config.mode == "stored" and config.bootstrap == "noise_critic"
@@ -240,7 +242,7 @@ class DSRLNA(SoftActorCritic):
         return u, self._decode(batch, u)
 
     def distillation_loss(self, batch: Batch, u: Tensor, chunks: Tensor) -> Tensor:
-        """``(Q^W_e(s, u) - Q^A_e(s, a))^2``, member by member; its gradient reaches ``Q^W`` alone.
+        """Of ``Q^W_e(s, u)`` from ``Q^A_e(s, a)``, member by member; its gradient reaches ``Q^W`` alone.
 
         Args:
             batch: its ``features`` (B, d).

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, ActorOutput, NoiseActor, kl_to_prior
-from trimtab.policies.critic import CriticConfig, CriticEnsemble
+from trimtab.policies.critic import CriticConfig, CriticEnsemble, require_critic_loss
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import (
@@ -37,6 +37,8 @@ class SoftConfig(AlgorithmConfig):
 
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    # How critics are regressed: squared, or logistic as in best_of_n.
+    critic_loss: str = "squared"
     learning_rate: float = 1e-3
     # Share of the online critic that its target takes over at each update.
     tau: float = 0.005
@@ -57,6 +59,11 @@ class SoftConfig(AlgorithmConfig):
         require_positive(self, "learning_rate", "tau", "actor_every", "initial_temperature")
         if self.tau > 1.0:
             raise UserError("--rl.tau", f"is a share, at most 1, got {self.tau}")
+        require_critic_loss(self.critic_loss)
+        if self.critic_loss == "logistic" and self.backup_entropy:
+            raise UserError(
+                "--rl.critic_loss", "logistic needs values that are returns; backup_entropy=false"
+            )
 
 
 class SoftActorCritic(Algorithm):
@@ -88,10 +95,11 @@ class SoftActorCritic(Algorithm):
         self.config = config
         self.acted = acted
         # A soft value is no return: with the entropy in it there is nothing to clip to.
-        self.bounds = bounds if config.clip_targets and not config.backup_entropy else None
+        within = bounds if config.critic_loss == "logistic" else None  # what the critics cannot leave
+        self.bounds = bounds if config.clip_targets and not config.backup_entropy else within
         self.target_entropy = -space.dim / 4 if config.target_entropy is None else config.target_entropy
         self.actor = NoiseActor(feature_dim, space, config.actor, observe)
-        self.critic = CriticEnsemble(self.actor.encoder.dim, action_dim, config.critic)
+        self.critic = CriticEnsemble(self.actor.encoder.dim, action_dim, config.critic, within)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.nn.Parameter(torch.tensor(math.log(config.initial_temperature)))
         self.updates = 0
@@ -121,9 +129,8 @@ class SoftActorCritic(Algorithm):
         return target if self.bounds is None else target.clamp(*self.bounds)
 
     def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared TD error, summed over the members, averaged over the batch; and the values (E, B)."""
-        values = self.critic(batch["features"], batch[self.acted])
-        return (values - target).square().mean(1).sum(), values
+        """Of the TD error, summed over the members, averaged over the batch; and the values (E, B)."""
+        return self.critic.regress(batch["features"], batch[self.acted], target)
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, ActorOutput]:
         """``E[alpha * log pi(u | s) - min_e Q_e(s, u)]``; its gradient reaches the actor alone."""
@@ -142,7 +149,7 @@ class SoftActorCritic(Algorithm):
         self._step(self.critic_optimizer, loss)
         return {
             "critic_loss": loss.detach(),
-            **spread(values.detach(), self.updates),
+            **spread(values, self.updates),
         }
 
     def _update_actor(self, batch: Batch) -> dict[str, Tensor]:

@@ -52,6 +52,11 @@ OPTIONS = {
     "unknown bootstrap": ([NA, "--rl.bootstrap=boots"], "--rl.bootstrap: 'boots' is none of"),
     "more pairs than candidates": ([NA, "--rl.num_candidates=2", "--rl.distilled_pairs=3"], "distilled"),
     "unknown target": ([BEST, "--rl.target=mean"], "--rl.target: 'mean' is none of"),
+    "unknown loss": ([BEST, "--rl.critic_loss=huber"], "--rl.critic_loss: 'huber' is none of"),
+    "soft values are no returns": (
+        [SAC, "--rl.critic_loss=logistic", "--rl.backup_entropy=true"],
+        "--rl.critic_loss: logistic needs",
+    ),
     "an option of another algorithm": ([SAC, "--rl.num_candidates=4"], "--rl"),
     "unknown algorithm": (["--rl.type=magic"], "--rl.type: invalid choice"),
     "unknown noise": (["--noise.type=pink"], "--noise.type: invalid choice"),

@@ -204,6 +204,20 @@ def test_critic_loss_is_of_the_executed_chunk():
     assert values.shape == (3, B)
 
 
+def test_logistic_critics_are_distilled_by_cross_entropy():
+    algorithm, adapter = build(critic_loss="logistic")
+    batch = make_batch(adapter)
+    u, chunks = batch["candidates_u"][:, :1], batch["candidates"][:, :1]
+    low, high = algorithm.noise_critic.bounds
+    expected = 0.0
+    for i in range(B):
+        wanted = (one(algorithm.critic, batch["features"][i], chunks[i, 0]) - low) / (high - low)
+        p = (one(algorithm.noise_critic, batch["features"][i], u[i, 0]) - low) / (high - low)
+        expected -= float((wanted * p.log() + (1 - wanted) * (1 - p).log()).sum()) / B
+    loss = algorithm.distillation_loss(batch, u, chunks)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
 def test_distillation_is_member_by_member_and_reaches_the_noise_critic_alone():
     algorithm, adapter = build()
     batch = make_batch(adapter)

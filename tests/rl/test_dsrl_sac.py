@@ -93,6 +93,17 @@ def test_critic_loss():
     assert torch.allclose(loss, by_hand, rtol=1e-5)
 
 
+def test_logistic_critic_loss():
+    algorithm, batch = make(critic_loss="logistic"), make_batch()
+    low, high = algorithm.critic.bounds
+    target = low + (high - low) * torch.rand(BATCH)
+    p = reference_values(algorithm.critic, batch["features"], batch["u"]).sigmoid()
+    wanted = (target - low) / (high - low)
+    loss, values = algorithm.critic_loss(batch, target)
+    assert torch.allclose(values, low + (high - low) * p, atol=1e-4)
+    assert torch.allclose(loss, -(wanted * p.log() + (1 - wanted) * (1 - p).log()).mean(1).sum(), rtol=1e-4)
+
+
 def test_actor_loss_and_where_its_gradient_goes():
     algorithm, batch = make(initial_temperature=0.3), make_batch()
     torch.manual_seed(7)
