@@ -123,10 +123,9 @@ def test_normaliser_takes_the_vector_and_leaves_the_encoders_output():
     "kind, pace, settings",
     [
         ("dsrl_sac", 1.5, {}),
-        # An eighth of the default batch holds too few pairs for half the distillation.
-        ("dsrl_na", 2.0, {"distillation_steps": 1.0, "distilled_pairs": 2}),
-        # In so short a run the rates would fall before it is learnt (with 2,400 steps they may).
-        ("best_of_n", 3.0, {"learning_rate_end": 1.0}),
+        # With squared errors the critics are late in so short a run: 0.02.
+        ("dsrl_na", 2.0, {"critic_loss": "logistic"}),
+        ("best_of_n", 3.0, {}),
     ],
 )
 def test_solves_a_problem_that_only_a_camera_shows(kind, pace, settings):
