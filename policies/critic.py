@@ -95,7 +95,8 @@ class CriticEnsemble(nn.Module):
         return errors.flatten(1).mean(1).sum(), self._values(outputs.detach())
 
     def _outputs(self, features: Tensor, u: Tensor) -> Tensor:
-        return self.net(self.normalizer(features), u).view(-1, *u.shape[:-1])
+        own = u.squeeze(1) if u.dim() == 3 and u.shape[1] == 1 else u  # of a single action nothing is shared
+        return self.net(self.normalizer(features), own).view(-1, *u.shape[:-1])
 
     def _values(self, outputs: Tensor) -> Tensor:
         if self.bounds is None:

@@ -87,7 +87,7 @@ def _as_sb3() -> Method:
 
 METHODS: dict[str, Method] = {
     "best_of_n": Method(BestOfNConfig()),
-    # What its defaults change, one by one: the actor proposes nothing; returns over three chunks.
+    # What its defaults change, one by one: proposals of the actor, cross-entropy, ten-chunk returns, ...
     "best_of_n_prior": Method(BestOfNConfig(actor_candidates=0)),
     "best_of_n_squared": Method(BestOfNConfig(critic_loss="squared")),
     "best_of_n_short": Method(BestOfNConfig(n_step=3)),

@@ -36,7 +36,7 @@ from trimtab.rl.algorithms.base import (
     require_positive,
     spread,
 )
-from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, over, pick, rank_correlation
+from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, pick, rank_correlation
 from trimtab.rl.replay import Batch
 
 TARGETS = ("max", "sarsa", "softmax")
@@ -204,7 +204,7 @@ class BestOfN(Algorithm):
             index: (B, m) which of them to look at.
         """
         chunks = pick(batch["next_candidates"], index)
-        values = over(self.target_critic, batch["next_features"], chunks).min(0).values  # (B, m)
+        values = self.target_critic(batch["next_features"], chunks).min(0).values  # (B, m)
         if self.config.target == "max":
             value = values.max(1).values
         elif self.config.target == "sarsa":
@@ -227,7 +227,7 @@ class BestOfN(Algorithm):
         """
         features = batch["features"].detach()
         with torch.no_grad():
-            wanted = over(self.critic, features, pick(batch["candidates"], index)).mean(0)
+            wanted = self.critic(features, pick(batch["candidates"], index)).mean(0)
         u = pick(batch["candidates_u"], index)
         return distillation_loss(self.noise_critic, features, u, wanted)
 
@@ -251,7 +251,7 @@ class BestOfN(Algorithm):
         the stored pairs of a state: it needs no noise critic, and what does not matter stays at the prior.
         """
         with torch.no_grad():
-            values = over(self.critic, batch["features"], batch["candidates"]).mean(0)
+            values = self.critic(batch["features"], batch["candidates"]).mean(0)
             weights = torch.softmax(values / self.config.regression_temperature, 1)
             space = self.actor.space
             z = space.unsquash(batch["candidates_u"].clamp(-0.999 * space.bound, 0.999 * space.bound))
@@ -301,7 +301,7 @@ class BestOfN(Algorithm):
         features = self.actor.encoder(features.to(device))
         if self.config.acting == "argmax":
             return best_candidate(self.critic, features, chunks)
-        values = over(self.critic, features, chunks.to(device))
+        values = self.critic(features, chunks.to(device))
         if self.config.acting == "thompson":
             member = torch.randint(len(values), (values.shape[1],), device=device)
             return values[member, torch.arange(values.shape[1], device=device)].argmax(1)

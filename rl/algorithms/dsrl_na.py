@@ -39,7 +39,7 @@ from trimtab.rl.algorithms.base import (
     polyak,
     require_positive,
 )
-from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, over, pick, rank_correlation
+from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, pick, rank_correlation
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.replay import Batch
 
@@ -250,7 +250,7 @@ class DSRLNA(SoftActorCritic):
         """
         features = batch["features"].detach()
         with torch.no_grad():
-            wanted = over(self.critic, features, chunks)
+            wanted = self.critic(features, chunks)
         return distillation_loss(self.noise_critic, features, u, wanted)
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, ActorOutput]:

@@ -24,13 +24,6 @@ def check_pairs(space: NoiseSpace, name: str) -> None:
         )
 
 
-def over(critic: CriticEnsemble, features: Tensor, actions: Tensor) -> Tensor:
-    """Values (E, B, m) of ``actions`` (B, m, dim) at ``features`` (B, d)."""
-    if actions.shape[1] == 1:
-        return critic(features, actions.squeeze(1)).unsqueeze(2)
-    return critic(features, actions)
-
-
 def pick(values: Tensor, index: Tensor) -> Tensor:
     """Rows ``index`` (B, m) of ``values`` (B, K, dim): (B, m, dim)."""
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
@@ -45,8 +38,6 @@ def distillation_loss(noise_critic: CriticEnsemble, features: Tensor, u: Tensor,
         u: (B, m, dim).
         wanted: (B, m), or (E, B, m) with a value for each member; the action critic's, without gradient.
     """
-    if u.shape[1] == 1:
-        u, wanted = u.squeeze(1), wanted.squeeze(-1)
     return noise_critic.regress(features, u, wanted)[0]
 
 
@@ -63,8 +54,8 @@ def rank_correlation(
         features: (B, d).
         u, chunks: (B, K, dim) and (B, K, steps * action_dim), pair by pair.
     """
-    noise = over(noise_critic, features, u).mean(0)
-    action = over(critic, features, chunks).mean(0)
+    noise = noise_critic(features, u).mean(0)
+    action = critic(features, chunks).mean(0)
     first, second = (values.argsort(1).argsort(1).float() for values in (noise, action))
     first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
     return ((first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1)).clamp_min(1e-9)).mean()

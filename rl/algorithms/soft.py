@@ -94,8 +94,8 @@ class SoftActorCritic(Algorithm):
         super().__init__()
         self.config = config
         self.acted = acted
-        # A soft value is no return: with the entropy in it there is nothing to clip to.
         within = bounds if config.critic_loss == "logistic" else None  # what the critics cannot leave
+        # A soft value is no return: with the entropy in it there is nothing to clip to.
         self.bounds = bounds if config.clip_targets and not config.backup_entropy else within
         self.target_entropy = -space.dim / 4 if config.target_entropy is None else config.target_entropy
         self.actor = NoiseActor(feature_dim, space, config.actor, observe)
