@@ -33,6 +33,8 @@ from trimtab.rl.train import MAX_SEED
 
 RECORD = "bench.json"
 WHAT = ("samples", "engine", "overhead", "updates", "compile", "processes")
+ON_GPU = ("samples", "engine", "updates")
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass
@@ -50,6 +52,8 @@ class BenchConfig:
     methods: str = "best_of_n,dsrl_sac_full,sb3_sac"
     # Comma-separated training seeds.
     seeds: str = "0,1,2,3,4"
+    # Samples, engine, updates: where base and learners are, cpu or cuda.
+    device: str = "cpu"
     # Environment steps of each run.
     env_steps: int = 20_000
     # Environment steps between two evaluations.
@@ -104,6 +108,12 @@ class BenchConfig:
             raise UserError(
                 "--updates_per_transition", f"must be positive, got {self.updates_per_transition}"
             )
+        if self.device not in DEVICES:
+            raise UserError("--device", f"'{self.device}' is none of {', '.join(DEVICES)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device", "'cuda' is not usable here; leave it out")
+        if self.device == "cuda" and self.what not in ON_GPU:
+            raise UserError("--device", f"'cuda' is for --what={', '.join(ON_GPU)}")
         self.method_list()
         numbers(self.widths, "--widths", 1, 8192)
         numbers(self.seeds, "--seeds", 0, MAX_SEED)
@@ -148,7 +158,7 @@ def main(args: list[str]) -> None:
     if config.what == "processes":
         processes(config, folder, tasks[0], output)
         return
-    adapter = load_adapter(PolicyConfig(path=str(folder), device="cpu"))
+    adapter = load_adapter(PolicyConfig(path=str(folder), device=config.device))
     if config.what == "engine":
         engine(config, adapter, tasks[0], output)
     else:
@@ -179,6 +189,7 @@ def engine(config: BenchConfig, adapter: PolicyAdapter, task: str, output: Path)
         config.transitions,
         config.num_envs,
         config.workers,
+        torch.device(config.device),
     )
     _write(output, "engine", found, engine_table(found))
 
@@ -197,9 +208,15 @@ def overhead(config: BenchConfig) -> None:
 def updates(config: BenchConfig) -> None:
     """Measure what an update takes, of each algorithm or compiled and not; write updates.json and .md."""
     torch.set_num_threads(1)
-    run, table = (run_updates, updates_table) if config.what == "updates" else (run_compiled, compiled_table)
-    found = run(numbers(config.widths, "--widths", 1, 8192), config.repetitions, config.updates)
-    _write(_output(config.output_dir), config.what, found, table(found))
+    measured = numbers(config.widths, "--widths", 1, 8192), config.repetitions, config.updates
+    if config.what == "compile":
+        found = run_compiled(*measured)
+        text = compiled_table(found)
+    else:
+        device = torch.device(config.device)
+        found = run_updates(*measured, device)
+        text = updates_table(found, device)
+    _write(_output(config.output_dir), config.what, found, text)
 
 
 def processes(config: BenchConfig, folder: Path, task: str, output: Path) -> None:
@@ -230,7 +247,9 @@ def samples(
     """Make every run that is not there yet, seed by seed, and report after each."""
     methods = {name: METHODS[name].settings() for name in config.method_list()}
     seeds = numbers(config.seeds, "--seeds", 0, MAX_SEED)
-    shared = {"base_sha256": file_hash(folder), "episode_length": config.episode_length}
+    shared: dict[str, Any] = {"base_sha256": file_hash(folder), "episode_length": config.episode_length}
+    if config.device != DEVICES[0]:  # what a run without it was made on
+        shared["device"] = config.device
     bases: dict[str, dict[str, Any]] = {}
     runs: list[dict[str, Any]] = []
     text = ""
@@ -296,6 +315,7 @@ class Task:
                 final_seeds=list(range(final, final + config.final_episodes)),
                 num_envs=config.num_envs,
                 workers=config.workers,
+                policy=PolicyConfig(path=str(self.folder), device=config.device),
             )
         return self._setup
 

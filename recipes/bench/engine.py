@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace
 from trimtab.policies.sources import prior_noise
+from trimtab.recipes.bench.clock import CPU, clock_of, unit_of
 from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -25,16 +25,26 @@ from trimtab.rl.returns import Transition, value_bounds
 from trimtab.rl.runner import PolicyRunner
 
 GAMMA, BATCH, LAYERS, RATE = 0.99, 256, 3, 1e-3
+WARM_UP = 60  # updates after which those of every kind are recorded as CUDA graphs
 SB3 = "sb3"
-# What is measured beside stable-baselines3: (actor updates every, LayerNorm, bfloat16).
-OURS: dict[str, tuple[int, bool, bool]] = {
-    "like_for_like": (1, False, False),
-    "like_for_like_bf16": (1, False, True),
-    "layer_norm": (1, True, False),
-    "layer_norm_bf16": (1, True, True),
-    "default": (2, True, False),
-    "default_bf16": (2, True, True),
-}
+# What is measured beside it, each in float32 and in bfloat16: (actor updates every, LayerNorm in critics).
+OURS = {"like_for_like": (1, False), "layer_norm": (1, True), "default": (2, True)}
+
+
+def variants(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Arguments of ``our_learner`` by name; on a GPU each also recorded as CUDA graphs."""
+    engines = {"": "eager"} | ({"_graph": "cuda_graph"} if device.type == "cuda" else {})
+    return {
+        name + half + graph: {
+            "every": every,
+            "norm": norm,
+            "precision": "bfloat16" if half else "float32",
+            "engine": engine,
+        }
+        for name, (every, norm) in OURS.items()
+        for half in ("", "_bf16")
+        for graph, engine in engines.items()
+    }
 
 
 def collect(
@@ -50,7 +60,14 @@ def collect(
 
 
 def our_learner(
-    transitions: Sequence[Transition], space: NoiseSpace, hidden: int, every: int, norm: bool, half: bool
+    transitions: Sequence[Transition],
+    space: NoiseSpace,
+    hidden: int,
+    device: torch.device,
+    every: int,
+    norm: bool,
+    precision: str,
+    engine: str,
 ) -> Callable[[int], None]:
     """A function that makes so many updates of DSRL-SAC: with the entropy in the backup as in
     stable-baselines3, two critics, Adam.
@@ -65,12 +82,13 @@ def our_learner(
         learning_rate=RATE,
         actor_every=every,
         backup_entropy=True,
-        precision="bfloat16" if half else "float32",
+        precision=precision,
+        engine=engine,
     )
     torch.manual_seed(0)
     bounds = value_bounds("sparse", GAMMA)
-    algorithm = config.build(features, space, Accelerator(cpu=True), bounds)
-    replay = ReplayBuffer(len(transitions), features, space.dim, 0)
+    algorithm = config.build(features, space, Accelerator(cpu=device.type == "cpu"), bounds)
+    replay = ReplayBuffer(len(transitions), features, space.dim, 0, device)
     for transition in transitions:
         replay.add(transition)
     algorithm.fit_normalizer(replay.all_features())
@@ -88,6 +106,7 @@ def sb3_learner(
     vec: ChunkVectorEnv,
     space: NoiseSpace,
     hidden: int,
+    device: torch.device,
 ) -> Callable[[int], None]:
     """A function that makes so many updates of stable-baselines3's SAC on the same transitions.
 
@@ -96,13 +115,14 @@ def sb3_learner(
         runner, vec: give it its spaces; it doesn't step them.
         space: noise space.
         hidden: width.
+        device: of its networks.
     """
     from trimtab.recipes.bench.wrapper import NoiseVecEnv, SB3SACConfig, make_sac
 
     env = NoiseVecEnv(runner, vec, space, GAMMA, "sparse", seed=0)
     config = SB3SACConfig(hidden=hidden, layers=LAYERS, learning_rate=RATE, batch_size=BATCH, gamma=GAMMA)
     steps = runner.adapter.chunk_shape[0]
-    model = make_sac(config, env, steps, seed=0, buffer_size=len(transitions))
+    model = make_sac(config, env, steps, seed=0, buffer_size=len(transitions), device=device)
     for start in range(0, len(transitions), vec.num_envs):
         rows = transitions[start : start + vec.num_envs]
         model.replay_buffer.add(
@@ -121,24 +141,28 @@ def sb3_learner(
 
 
 def measure(
-    learners: dict[str, Callable[[int], None]], repetitions: int, updates: int
+    learners: dict[str, Callable[[int], None]],
+    repetitions: int,
+    updates: int,
+    device: torch.device,
 ) -> dict[str, dict[str, Any]]:
     """Let the learners take turns, and compare each with stable-baselines3 in the same turn.
 
     Returns:
-        by name: ``updates_per_second`` of each turn, in seconds of this process's CPU time (other
-        processes then count less); their ``median``; and of ours ``ratio``, the median over the turns
-        of its speed by stable-baselines3's, with the ``ratios``.
+        by name: ``updates_per_second`` of each turn, in seconds of the device's clock (``clock.py``); their
+        ``median``; and of ours ``ratio``, the median over the turns of its speed by stable-baselines3's,
+        with the ``ratios``.
     """
+    clock = clock_of(device)
     for learner in learners.values():
-        learner(max(2, updates // 10))
+        learner(WARM_UP if device.type == "cuda" else max(2, updates // 10))
     speeds: dict[str, list[float]] = {name: [] for name in learners}
     for turn in range(repetitions):
         order = list(learners) if turn % 2 == 0 else list(reversed(learners))
         for name in order:
-            started = time.process_time()
+            started = clock()
             learners[name](updates)
-            speeds[name].append(updates / (time.process_time() - started))
+            speeds[name].append(updates / (clock() - started))
     found: dict[str, dict[str, Any]] = {}
     for name, speed in speeds.items():
         found[name] = {
@@ -163,8 +187,9 @@ def run_engine(
     transitions: int,
     num_envs: int = 8,
     workers: int = 1,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
-    """The whole comparison; one thread is the caller's to set.
+    """The whole comparison; one thread is the caller's to set. The learners are on ``device``.
 
     Returns:
         ``{"widths": {width: measure(...)}, "setting": {...}}``
@@ -175,10 +200,10 @@ def run_engine(
         contents = collect(runner, vec, space, transitions)
         contents = contents[: len(contents) // num_envs * num_envs]
         for hidden in widths:
-            learners = {SB3: sb3_learner(contents, runner, vec, space, hidden)}
-            for name, (every, norm, half) in OURS.items():
-                learners[name] = our_learner(contents, space, hidden, every, norm, half)
-            found[str(hidden)] = measure(learners, repetitions, updates)
+            learners = {SB3: sb3_learner(contents, runner, vec, space, hidden, device)}
+            for name, settings in variants(device).items():
+                learners[name] = our_learner(contents, space, hidden, device, **settings)
+            found[str(hidden)] = measure(learners, repetitions, updates, device)
     setting = {
         "layers": LAYERS,
         "batch_size": BATCH,
@@ -189,5 +214,6 @@ def run_engine(
         "repetitions": repetitions,
         "updates_per_repetition": updates,
         "threads": torch.get_num_threads(),
+        "seconds": unit_of(device),
     }
     return {"setting": setting, "widths": found}

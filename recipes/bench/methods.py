@@ -311,7 +311,7 @@ def _run_sb3(method: Method, setup: Setup, seed: int, label: str) -> Ran:
     with setup.training_environments() as vec:
         train_runner = PolicyRunner(adapter, setup.env)
         env = NoiseVecEnv(train_runner, vec, space, config.gamma, config.reward, training_seed(seed))
-        model = make_sac(config, env, adapter.chunk_shape[0], seed)
+        model = make_sac(config, env, adapter.chunk_shape[0], seed, device=adapter.device)
         policies: Policies = {"actor": (runner, sb3_noise(model, space))}
         recorder = Recorder(setup, label, lambda: policies)
         learn(model, env, setup.env_steps, lambda step, ended: recorder(step, [(won, True) for won in ended]))

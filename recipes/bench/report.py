@@ -146,8 +146,9 @@ def median_and_range(row: dict[str, Any]) -> str:
 
 def engine_table(found: dict[str, Any]) -> str:
     """Markdown."""
+    speed = f"updates per second of {found['setting']['seconds']}"
     lines = [
-        "| width | learner | updates per CPU second | by stable-baselines3's: median (range) of turns |",
+        f"| width | learner | {speed} | by stable-baselines3's: median (range) of turns |",
         "|---|---|---|---|",
     ]
     for width, rows in found["widths"].items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.recipes.bench.clock import CPU, clock_of, unit_of
 from trimtab.recipes.bench.report import median_and_range
 from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.algorithms.base import RANKED_EVERY
@@ -29,7 +29,9 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
 BESIDE = "dsrl_sac"
 
 
-def make_batch(config: AlgorithmConfig, generator: torch.Generator) -> dict[str, Tensor]:
+def make_batch(
+    config: AlgorithmConfig, generator: torch.Generator, device: torch.device = CPU
+) -> dict[str, Tensor]:
     """Random transitions: what an update costs does not depend on what is in them."""
     size, dim = config.batch_size, STEPS * ACTION_DIM
 
@@ -42,24 +44,29 @@ def make_batch(config: AlgorithmConfig, generator: torch.Generator) -> dict[str,
         if config.candidates:
             batch[f"{before}candidates"] = draw(size, config.candidates, dim)
             batch[f"{before}candidates_u"] = draw(size, config.candidates, dim).tanh()
-    return batch | {"chunk": draw(size, dim)}
+    batch["chunk"] = draw(size, dim)
+    return {name: value.to(device) for name, value in batch.items()}
 
 
-def make_learner(make_config: type[AlgorithmConfig], hidden: int, **settings: Any) -> Algorithm:
-    """An algorithm with its defaults but for ``settings``, at this width, on the CPU."""
+def make_learner(
+    make_config: type[AlgorithmConfig], hidden: int, device: torch.device = CPU, **settings: Any
+) -> Algorithm:
+    """An algorithm with its defaults but for ``settings``, at this width."""
     torch.manual_seed(0)
     config = make_config(actor=ActorConfig(hidden=hidden), critic=CriticConfig(hidden=hidden), **settings)
     space = FullNoiseConfig().build(NoiseSpec((STEPS, ACTION_DIM)))
     bounds = value_bounds("sparse", config.gamma, config.discount_per, STEPS)
-    return config.build(FEATURES, space, Accelerator(cpu=True), bounds, STEPS * ACTION_DIM, None)
+    accelerator = Accelerator(cpu=device.type == "cpu")
+    return config.build(FEATURES, space, accelerator, bounds, STEPS * ACTION_DIM, None)
 
 
 def milliseconds(learner: Algorithm, batch: dict[str, Tensor], updates: int) -> float:
-    """Of this process's CPU time, per update."""
-    started = time.process_time()
+    """By the clock of the batch's device (``clock.py``), per update."""
+    clock = clock_of(batch["reward"].device)
+    started = clock()
     for _ in range(updates):
         learner.update(batch)
-    return 1e3 * (time.process_time() - started) / updates
+    return 1e3 * (clock() - started) / updates
 
 
 def take_turns(
@@ -73,24 +80,35 @@ def take_turns(
     return taken
 
 
-def measure_updates(hidden: int, repetitions: int, updates: int) -> dict[str, Any]:
-    """Let the algorithms take turns, each in both precisions.
+def measure_updates(
+    hidden: int, repetitions: int, updates: int, device: torch.device = CPU
+) -> dict[str, Any]:
+    """Let the algorithms take turns, each in both precisions, on a GPU also recorded as CUDA graphs.
 
     Returns:
         by name (``dsrl_sac``, ``dsrl_sac_bf16``, ...): ``ms``, the median over the turns, and ``ratios``, of
-        each turn, by ``dsrl_sac``'s in the same precision; ``ratio``, their median.
+        each turn, by ``dsrl_sac``'s in the same precision and engine; ``ratio``, their median.
     """
     generator = torch.Generator().manual_seed(0)
-    learners, batches = {}, {}
+    engines = {"": "eager"} | ({"_graph": "cuda_graph"} if device.type == "cuda" else {})
+    precisions = {"": "float32", "_bf16": "bfloat16"}
+    endings = {
+        half + graph: {"precision": precision, "engine": engine}
+        for half, precision in precisions.items()
+        for graph, engine in engines.items()
+    }
+    learners, batches, beside_of = {}, {}, {}
     for name, make_config in ALGORITHMS.items():
-        for precision, ending in (("float32", ""), ("bfloat16", "_bf16")):
-            learner = make_learner(make_config, hidden, precision=precision)
-            learners[name + ending], batches[name + ending] = learner, make_batch(learner.config, generator)
-            milliseconds(learner, batches[name + ending], 4)
+        for ending, settings in endings.items():
+            learner = make_learner(make_config, hidden, device, **settings)
+            batch = make_batch(learner.config, generator, device)
+            learners[name + ending], batches[name + ending] = learner, batch
+            beside_of[name + ending] = BESIDE + ending
+            milliseconds(learner, batch, 4 if device.type == "cpu" else 4 * RANKED_EVERY)
     taken = take_turns(learners, batches, repetitions, updates)
     found: dict[str, Any] = {}
     for name, times in taken.items():
-        beside = taken[BESIDE + ("_bf16" if name.endswith("_bf16") else "")]
+        beside = taken[beside_of[name]]
         ratios = [own / other for own, other in zip(times, beside, strict=True)]
         found[name] = {
             "ms": round(statistics.median(times), 3),
@@ -100,16 +118,19 @@ def measure_updates(hidden: int, repetitions: int, updates: int) -> dict[str, An
     return found
 
 
-def run_updates(widths: Sequence[int], repetitions: int, updates: int) -> dict[str, Any]:
+def run_updates(
+    widths: Sequence[int], repetitions: int, updates: int, device: torch.device = CPU
+) -> dict[str, Any]:
     """``measure_updates`` for each width; whole rounds of what is measured now and then in an update."""
     updates = -(-updates // RANKED_EVERY) * RANKED_EVERY
-    return {str(width): measure_updates(width, repetitions, updates) for width in widths}
+    return {str(width): measure_updates(width, repetitions, updates, device) for width in widths}
 
 
-def updates_table(found: dict[str, Any]) -> str:
+def updates_table(found: dict[str, Any], device: torch.device = CPU) -> str:
     """Markdown."""
+    ms = f"ms of {unit_of(device)} per update"
     lines = [
-        "| width | algorithm | ms of CPU time per update | by dsrl_sac's: median (range) of the turns |",
+        f"| width | algorithm | {ms} | by dsrl_sac's: median (range) of the turns |",
         "|---|---|---|---|",
     ]
     for width, rows in found.items():

@@ -19,8 +19,10 @@ from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import save_artefact
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.sources import prior_noise
+from trimtab.recipes.bench.clock import CPU
 from trimtab.recipes.bench.command import BenchConfig, once
 from trimtab.recipes.bench.compiled import compiled_table, measure
+from trimtab.recipes.bench.engine import OURS, variants
 from trimtab.recipes.bench.methods import METHODS, Method, Setup, run_method
 from trimtab.recipes.bench.overhead import compare
 from trimtab.recipes.bench.processes import Job, work
@@ -455,12 +457,33 @@ def test_dip_against_every_window_by_hand():
         ("final_episodes", -1),
         ("chunks", 1),
         ("episode_length", 501),
+        ("device", "tpu"),
     ],
 )
 def test_bad_options_are_named(option, value):
     with pytest.raises(UserError) as error:
         BenchConfig(**{option: value})
     assert error.value.option == f"--{option}"
+
+
+def test_a_gpu_is_asked_for_where_there_is_one_and_a_use_for_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device: 'cuda' is not usable here"):
+        BenchConfig(device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert BenchConfig(device="cuda", what="updates").device == "cuda"
+    with pytest.raises(UserError, match="--device: 'cuda' is for --what=samples, engine, updates"):
+        BenchConfig(device="cuda", what="compile")
+
+
+def test_on_a_gpu_the_engine_is_measured_with_graphs_too():
+    assert [*variants(CPU)] == [f"{name}{half}" for name in OURS for half in ("", "_bf16")]
+    found = variants(torch.device("cuda"))
+    assert len(found) == 12
+    assert found["default_bf16_graph"] == {
+        **{"every": 2, "norm": True},
+        **{"precision": "bfloat16", "engine": "cuda_graph"},
+    }
 
 
 def test_bench_needs_a_base_and_keeps_out_of_other_folders(tiny_base, tmp_path, capsys):

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from trimtab.rl.replay import ReplayBuffer
+from trimtab.rl.replay import ReplayBuffer, home
 from trimtab.rl.returns import Transition
 
 
@@ -41,3 +42,28 @@ def test_nan_is_kept_out(name):
     with pytest.raises(ValueError, match=f"'{name}'"):
         replay.add(transition(1.0, **{name: poison}))
     assert len(replay) == 0
+
+
+def test_transitions_lie_on_a_gpu_with_four_times_their_room(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4_000, 80_000))
+    assert home(gpu, 1_000) == gpu and home(gpu, 1_001) == home(cpu, 1) == cpu
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_replay_on_a_gpu_is_that_on_the_host():
+    """The same draws, and the same rows to keep; what is kept comes back as it was."""
+    ours, host, again = (ReplayBuffer(10, 3, 2, seed=1, device=device) for device in ("cuda", "cpu", "cuda"))
+    for value in range(13):
+        for replay in (ours, host):
+            replay.add(transition(float(value)))
+    kept = ours.rows(3, 13)
+    again.put(3, kept)
+    again.load_state_dict(ours.state_dict())
+    for name, value in host.rows(3, 13).items():
+        assert kept[name].device.type == "cpu" and torch.equal(kept[name], value)
+    assert torch.equal(ours.all_features(), host.all_features())
+    wanted, found, third = host.sample(50), ours.sample(50), again.sample(50)
+    for name, value in wanted.items():
+        assert found[name].is_cuda and torch.equal(found[name].cpu(), value), name
+        assert torch.equal(third[name], found[name]), name
