@@ -59,7 +59,7 @@ class CriticEnsemble(nn.Module):
         bounds: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self.bounds = bounds
+        self.bounds, self.members = bounds, config.members
         self.normalizer = FeatureNormalizer(feature_dim)
         self.net = EnsembleMLP(
             config.members,
@@ -78,6 +78,17 @@ class CriticEnsemble(nn.Module):
         """
         return self._values(self._outputs(features, u))
 
+    @torch.no_grad()
+    def smallest(self, features: Tensor, u: Tensor, count: int) -> Tensor:
+        """The smallest value among ``count`` members, drawn anew at each call: (B,), or (B, m) as above.
+
+        A pessimism that does not grow with the ensemble: REDQ (Chen et al., arXiv 2101.05982).
+        """
+        members = None
+        if count < self.members:
+            members = torch.rand(self.members, device=u.device).argsort()[:count]
+        return self._values(self._outputs(features, u, members)).min(0).values
+
     def regress(self, features: Tensor, u: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, averaged over the batch and summed over the members, and the values without gradient.
 
@@ -94,9 +105,9 @@ class CriticEnsemble(nn.Module):
             errors = binary_cross_entropy_with_logits(outputs, place, reduction="none")
         return errors.flatten(1).mean(1).sum(), self._values(outputs.detach())
 
-    def _outputs(self, features: Tensor, u: Tensor) -> Tensor:
+    def _outputs(self, features: Tensor, u: Tensor, members: Tensor | None = None) -> Tensor:
         own = u.squeeze(1) if u.dim() == 3 and u.shape[1] == 1 else u  # of a single action nothing is shared
-        return self.net(self.normalizer(features), own).view(-1, *u.shape[:-1])
+        return self.net(self.normalizer(features), own, members).view(-1, *u.shape[:-1])
 
     def _values(self, outputs: Tensor) -> Tensor:
         if self.bounds is None:

@@ -52,15 +52,16 @@ class EnsembleMLP(nn.Module):
             self.weights.append(nn.Parameter(torch.empty(members, fan_in, fan_out).uniform_(-scale, scale)))
             self.biases.append(nn.Parameter(torch.empty(members, 1, fan_out).uniform_(-scale, scale)))
 
-    def forward(self, x: Tensor, own: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, own: Tensor | None = None, members: Tensor | None = None) -> Tensor:
         """(B, in_dim) or (E, B, in_dim) -> (E, B, out_dim).
 
         With ``own`` the input is ``x`` (B, d) beside ``own`` (B, in_dim - d); or beside each of ``own``
-        (B, m, in_dim - d), and the output (E, B * m, out_dim).
+        (B, m, in_dim - d), and the output (E, B * m, out_dim). With ``members`` (n,), where no gradient is
+        recorded, only those are asked: (n, ..., out_dim).
         """
         # Straight from the dictionaries: what ParameterList does around them takes as long as a small matmul.
         pairs = zip(self.weights._parameters.values(), self.biases._parameters.values(), strict=True)
-        return passes.run(self.passed, x, own, [p for pair in pairs for p in pair])
+        return passes.run(self.passed, x, own, [p for pair in pairs for p in pair], members)
 
 
 class MLP(nn.Sequential):

@@ -126,12 +126,27 @@ def forget_copies(module: nn.Module) -> None:
             layers._copies, layers._made_of = [], ()
 
 
-def run(layers: Layers, x: Tensor, own: Tensor | None, parameters: Sequence[Tensor]) -> Tensor:
-    """Output (E, N, out), see ``forward``; with a graph where gradients are recorded."""
+def run(
+    layers: Layers,
+    x: Tensor,
+    own: Tensor | None,
+    parameters: Sequence[Tensor],
+    members: Tensor | None = None,
+) -> Tensor:
+    """Output (E, N, out), see ``forward``; with a graph where gradients are recorded.
+
+    Raises:
+        ValueError: some ``members`` alone are asked while gradients are recorded.
+    """
     if torch.is_grad_enabled():
+        if members is not None:
+            raise ValueError("members can be chosen where no gradient is recorded")
         return _MLP.apply(layers, x, own, *parameters)
     make = forward if _compiled is None else _compiled.forward
-    return make(layers, layers.operands(parameters), x, own)
+    operands = layers.operands(parameters)
+    if members is not None:
+        operands = [operand.index_select(0, members) for operand in operands]
+    return make(layers, operands, x, own)
 
 
 def forward(

@@ -87,6 +87,11 @@ def _as_sb3() -> Method:
 
 METHODS: dict[str, Method] = {
     "best_of_n": Method(BestOfNConfig()),
+    # What it was with two critics; it made up for them by more updates.
+    "best_of_n_two_critics": Method(
+        BestOfNConfig(critic=CriticConfig(members=2), distilled_pairs=8),
+        train=TrainConfig(updates_per_transition=3.0),
+    ),
     # What its defaults change, one by one: proposals of the actor, cross-entropy, ten-chunk returns, ...
     "best_of_n_prior": Method(BestOfNConfig(actor_candidates=0)),
     "best_of_n_squared": Method(BestOfNConfig(critic_loss="squared")),

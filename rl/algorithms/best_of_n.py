@@ -50,8 +50,12 @@ class BestOfNConfig(AlgorithmConfig):
     """Settings of best-of-N."""
 
     actor: ActorConfig = field(default_factory=ActorConfig)
-    # The action critic, and the noise critic that is distilled from it.
-    critic: CriticConfig = field(default_factory=CriticConfig)
+    # The action critic, and the noise critic that is distilled from it. More members choose better from
+    # few transitions: see rl/algorithms/best_of_n.md.
+    critic: CriticConfig = field(default_factory=lambda: CriticConfig(members=5))
+    # Members of the action critic, drawn anew at each update, of whose values the smallest counts in the
+    # target; at most all of them.
+    target_members: int = 2
     # How both are regressed. logistic: by cross-entropy of where the value lies between the smallest and the
     # largest possible return, where the reward tells them; squared: by the squared error of the value.
     critic_loss: str = "logistic"
@@ -74,7 +78,7 @@ class BestOfNConfig(AlgorithmConfig):
     acting: str = "argmax"
     # Temperature of softmax targets and softmax acting, in units of return.
     temperature: float = 0.3
-    # Stored pairs of each sampled state on which the noise critic is regressed. Default: half of them.
+    # Stored pairs of each sampled state on which the noise critic is regressed. Default: a quarter of them.
     distilled_pairs: int | None = None
     # How the actor is distilled: climb the noise critic, or regress onto the noises of good candidates.
     distillation: str = "critic"
@@ -93,14 +97,15 @@ class BestOfNConfig(AlgorithmConfig):
             self,
             *("learning_rate", "tau", "num_candidates", "temperature"),
             *("prior_weight", "actor_every", "regression_temperature"),
+            "target_members",
         )
         if not 0 <= self.proposed < self.num_candidates:
             raise UserError(
                 "--rl.actor_candidates",
                 f"must be from 0 to below num_candidates={self.num_candidates}, got {self.proposed}",
             )
-        for name in ("target_candidates", "distilled_pairs"):
-            if not 1 <= self._or_half(getattr(self, name)) <= self.num_candidates:
+        for name, count in (("target_candidates", self.targets), ("distilled_pairs", self.pairs)):
+            if not 1 <= count <= self.num_candidates:
                 raise UserError(f"--rl.{name}", f"must be from 1 to num_candidates={self.num_candidates}")
         if self.target not in TARGETS:
             raise UserError("--rl.target", f"'{self.target}' is none of {', '.join(TARGETS)}")
@@ -111,13 +116,15 @@ class BestOfNConfig(AlgorithmConfig):
         if self.acting not in ACTING:
             raise UserError("--rl.acting", f"'{self.acting}' is none of {', '.join(ACTING)}")
 
-    def _or_half(self, count: int | None) -> int:
-        """``count`` of the candidates, or half of them; open until asked, so that it follows their number."""
-        return max(self.num_candidates // 2, 1) if count is None else count
+    def _or_part(self, count: int | None, parts: int) -> int:
+        """``count`` of the candidates, or one of so many ``parts`` of them; open until asked, so that it
+        follows their number.
+        """
+        return max(self.num_candidates // parts, 1) if count is None else count
 
     @property
     def pace(self) -> Pace:
-        return Pace(warmup_transitions=0, first_update=64, updates_per_transition=3.0)
+        return Pace(warmup_transitions=0, first_update=64, updates_per_transition=2.0)
 
     @property
     def candidates(self) -> int:
@@ -131,12 +138,12 @@ class BestOfNConfig(AlgorithmConfig):
     @property
     def targets(self) -> int:
         """Candidates in a TD target."""
-        return self._or_half(self.target_candidates)
+        return self._or_part(self.target_candidates, 2)
 
     @property
     def pairs(self) -> int:
         """Pairs of a state in the distillation."""
-        return self._or_half(self.distilled_pairs)
+        return self._or_part(self.distilled_pairs, 4)
 
     def check(self, space: NoiseSpace) -> None:
         check_pairs(space, "best_of_n")
@@ -204,7 +211,7 @@ class BestOfN(Algorithm):
             index: (B, m) which of them to look at.
         """
         chunks = pick(batch["next_candidates"], index)
-        values = self.target_critic(batch["next_features"], chunks).min(0).values  # (B, m)
+        values = self.target_critic.smallest(batch["next_features"], chunks, self.config.target_members)
         if self.config.target == "max":
             value = values.max(1).values
         elif self.config.target == "sarsa":

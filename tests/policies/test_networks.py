@@ -8,6 +8,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer, mlp
+from trimtab.policies.passes import matmuls_in
 
 
 def member(net, index):
@@ -31,6 +32,24 @@ def test_ensemble_equals_separate_networks():
         assert torch.allclose(out[index], member(net, index)(x), atol=1e-5)
     apart = torch.randn(3, 7, 5)
     assert torch.allclose(net(apart)[1], member(net, 1)(apart[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_some_members_alone_give_what_they_give_among_all(dtype):
+    torch.manual_seed(0)
+    critic = CriticEnsemble(4, 3, CriticConfig(members=5, hidden=16, layers=2), (-20.0, 0.0))
+    features, one, several = torch.randn(6, 4), torch.randn(6, 3), torch.randn(6, 2, 3)
+    chosen = torch.tensor([4, 1])
+    with torch.no_grad(), matmuls_in(dtype):
+        for u in (one, several):
+            everyone = critic._outputs(features, u)
+            assert torch.allclose(critic._outputs(features, u, chosen), everyone[chosen], atol=1e-6)
+            assert torch.equal(
+                critic._outputs(features, u), everyone
+            )  # copies in bfloat16 are still those of all
+            assert torch.equal(critic.smallest(features, u, 5), critic(features, u).min(0).values)
+    with pytest.raises(ValueError, match="members can be chosen where no gradient"):
+        critic._outputs(features, one, chosen)
 
 
 def test_members_start_different():

@@ -52,15 +52,15 @@ def batch():
 INDEX = torch.tensor([[0, 2, 4]] * B)
 
 
-@pytest.mark.parametrize("kind", ["max", "sarsa", "softmax"])
-def test_td_target(kind):
-    algorithm, data = build(target=kind), batch()
-    found = algorithm.td_target(data, INDEX)
+def expected_target(algorithm, data, kind, members):
+    """By hand, with the smallest value among ``members``."""
+    found = []
     for row in range(B):
         values = []
         for k in INDEX[row]:
             chunk = data["next_candidates"][row, k][None]
-            values.append(algorithm.target_critic(data["next_features"][row][None], chunk).min().item())
+            judged = algorithm.target_critic(data["next_features"][row][None], chunk)
+            values.append(judged[members].min().item())
         if kind == "max":
             value = max(values)
         elif kind == "sarsa":
@@ -69,12 +69,31 @@ def test_td_target(kind):
             weights = np.exp(np.array(values) / 0.3)
             value = float((weights / weights.sum() * values).sum())
         expected = float(data["reward"][row]) + float(data["discount"][row]) * value
-        assert found[row].item() == pytest.approx(max(-20.0, min(0.0, expected)), abs=1e-5)
+        found.append(max(-20.0, min(0.0, expected)))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("kind", ["max", "sarsa", "softmax"])
+def test_td_target(kind):
+    algorithm, data = build(target=kind, target_members=3), batch()
+    expected = expected_target(algorithm, data, kind, [0, 1, 2])
+    assert torch.allclose(algorithm.td_target(data, INDEX), expected, atol=1e-5)
+
+
+def test_td_target_takes_the_smaller_of_two_members_drawn_anew():
+    algorithm, data = build(target_members=2), batch()
+    pairs = [expected_target(algorithm, data, "max", list(pair)) for pair in ((0, 1), (0, 2), (1, 2))]
+    seen = []
+    for _ in range(60):
+        found = algorithm.td_target(data, INDEX)
+        seen.append([torch.allclose(found, expected, atol=1e-5) for expected in pairs])
+    assert all(sum(row) == 1 for row in seen)  # one pair for the whole batch
+    assert all(10 <= sum(column) <= 30 for column in zip(*seen))
 
 
 def test_target_from_stored_candidates_equals_fresh_ones():
     """The learner needs no call to the policy: the same candidates give the same target."""
-    algorithm, data = build(target="max"), batch()
+    algorithm, data = build(target="max", target_members=3), batch()
     fresh = {**data, "next_candidates": data["next_candidates"].clone()}
     everything = torch.arange(K).expand(B, K)
     assert torch.equal(algorithm.td_target(data, everything), algorithm.td_target(fresh, everything))
