@@ -186,7 +186,7 @@ def test_evaluations_leave_the_run_alone():
 def test_samples_through_both_engines_and_again(tiny_base, tmp_path, capsys):
     output = tmp_path / "bench"
     command = ["bench", f"--base={tiny_base}", *SAMPLES, f"--output_dir={output}"]
-    small = {"first_update": 64, "warmup_transitions": 0, "updates_per_transition": 3.0}
+    small = {"first_update": 64, "warmup_transitions": 0, "updates_per_transition": 2.0}
     assert METHODS["best_of_n"].settings()["train"].items() >= small.items()
     assert main([*command, "--seeds=0"]) == 0
     folder = output / "runs" / "drawer-close-v3"
