@@ -159,7 +159,7 @@ def test_what_is_left_open_is_the_algorithms_own_pace():
     train = TrainConfig(updates_per_transition=7.0).at_pace_of(DSRLSACConfig())
     assert (train.warmup_transitions, train.first_update, train.updates_per_transition) == (800, 256, 7.0)
     early = TrainConfig(first_update=9).at_pace_of(BestOfNConfig())
-    assert (early.warmup_transitions, early.first_update) == (0, 9) and early.updates_per_transition == 3.0
+    assert (early.warmup_transitions, early.first_update) == (0, 9) and early.updates_per_transition == 2.0
     assert early.at_pace_of(DSRLSACConfig()) == early
 
 
