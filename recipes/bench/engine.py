@@ -17,6 +17,7 @@ from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace
 from trimtab.policies.sources import prior_noise
 from trimtab.recipes.bench.clock import CPU, clock_of, unit_of
+from trimtab.recipes.bench.updates import endings
 from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -33,17 +34,10 @@ OURS = {"like_for_like": (1, False), "layer_norm": (1, True), "default": (2, Tru
 
 def variants(device: torch.device) -> dict[str, dict[str, Any]]:
     """Arguments of ``our_learner`` by name; on a GPU each also recorded as CUDA graphs."""
-    engines = {"": "eager"} | ({"_graph": "cuda_graph"} if device.type == "cuda" else {})
     return {
-        name + half + graph: {
-            "every": every,
-            "norm": norm,
-            "precision": "bfloat16" if half else "float32",
-            "engine": engine,
-        }
+        name + ending: {"every": every, "norm": norm, **settings}
         for name, (every, norm) in OURS.items()
-        for half in ("", "_bf16")
-        for graph, engine in engines.items()
+        for ending, settings in endings(device).items()
     }
 
 

@@ -29,6 +29,16 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
 BESIDE = "dsrl_sac"
 
 
+def endings(device: torch.device) -> dict[str, dict[str, str]]:
+    """Precision and engine by the end of a name (none, ``_bf16``); on a GPU also with ``_graph``."""
+    engines = {"": "eager"} | ({"_graph": "cuda_graph"} if device.type == "cuda" else {})
+    return {
+        half + graph: {"precision": precision, "engine": engine}
+        for half, precision in (("", "float32"), ("_bf16", "bfloat16"))
+        for graph, engine in engines.items()
+    }
+
+
 def make_batch(
     config: AlgorithmConfig, generator: torch.Generator, device: torch.device = CPU
 ) -> dict[str, Tensor]:
@@ -90,16 +100,9 @@ def measure_updates(
         each turn, by ``dsrl_sac``'s in the same precision and engine; ``ratio``, their median.
     """
     generator = torch.Generator().manual_seed(0)
-    engines = {"": "eager"} | ({"_graph": "cuda_graph"} if device.type == "cuda" else {})
-    precisions = {"": "float32", "_bf16": "bfloat16"}
-    endings = {
-        half + graph: {"precision": precision, "engine": engine}
-        for half, precision in precisions.items()
-        for graph, engine in engines.items()
-    }
     learners, batches, beside_of = {}, {}, {}
     for name, make_config in ALGORITHMS.items():
-        for ending, settings in endings.items():
+        for ending, settings in endings(device).items():
             learner = make_learner(make_config, hidden, device, **settings)
             batch = make_batch(learner.config, generator, device)
             learners[name + ending], batches[name + ending] = learner, batch

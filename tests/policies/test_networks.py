@@ -44,9 +44,8 @@ def test_some_members_alone_give_what_they_give_among_all(dtype):
         for u in (one, several):
             everyone = critic._outputs(features, u)
             assert torch.allclose(critic._outputs(features, u, chosen), everyone[chosen], atol=1e-6)
-            assert torch.equal(
-                critic._outputs(features, u), everyone
-            )  # copies in bfloat16 are still those of all
+            # Copies in bfloat16 are still those of all.
+            assert torch.equal(critic._outputs(features, u), everyone)
             assert torch.equal(critic.smallest(features, u, 5), critic(features, u).min(0).values)
     with pytest.raises(ValueError, match="members can be chosen where no gradient"):
         critic._outputs(features, one, chosen)
