@@ -321,7 +321,7 @@ def train(seed, steps, **settings):
         critic=CriticConfig(hidden=64, layers=2),
         **settings,
     )
-    budget = TrainConfig(env_steps=steps, warmup_transitions=300, first_update=100)
+    budget = TrainConfig(env_steps=steps, warmup_transitions=300, first_update=100, log_every=100)
     with ChunkVectorEnv(config, 8, 0) as vec:
         trainer = Trainer(
             runner, vec, Accelerator(cpu=True), budget, rl, FullNoiseConfig(), seed, lines.append, False
@@ -356,7 +356,10 @@ def test_solves_a_noise_space_problem(settings):
     base, steered, lines, algorithm, calls = train(seed=0, steps=1400, **settings)
     assert 0.2 < base.success_rate < 0.5
     assert steered.success_rate > 0.95
-    assert lines[-1]["rank_correlation"] > 0.4  # 0.52 and above 0.6, as the machine rounds
+    alike = [line["rank_correlation"] for line in lines if "rank_correlation" in line]
+    half = len(alike) // 2
+    assert np.mean(alike[half:]) > 0.4  # seeds 0 to 3: 0.50 to 0.81; the last line alone 0.53 to 0.88
+    assert np.mean(alike[half:]) > np.mean(alike[:half]) + 0.1
     assert algorithm.base_calls == calls
     if settings.get("mode") == "exact":
         assert 1.5 <= lines[-1]["base_calls"] < 1.6  # the target, and the distillation every second time
