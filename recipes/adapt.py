@@ -37,6 +37,7 @@ from trimtab.recipes.session import (
 from trimtab.recipes.trackers import Trackers, check_trackers
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.algorithms.presets import flatten
+from trimtab.rl.budget import MAX_SEED, TrainConfig
 from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.decoder import ConditioningSpec
 from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
@@ -47,7 +48,7 @@ from trimtab.rl.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.memory import check_replay
 from trimtab.rl.selection import CorrectingRunner
-from trimtab.rl.train import MAX_SEED, TrainConfig, Trainer, replay_extra
+from trimtab.rl.train import Trainer, replay_extra
 from trimtab.rl.warm_start import begin_at, read_constant
 
 

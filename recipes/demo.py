@@ -26,9 +26,9 @@ from trimtab.recipes.session import (
     summaries,
 )
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, resolve_task
 from trimtab.rl.evaluation import Evaluation, evaluate
-from trimtab.rl.train import TrainConfig
 
 
 def default_cache() -> Path:

@@ -25,8 +25,8 @@ from trimtab.recipes.lora_training import FineTuner, TuningConfig
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import MetricsWriter, rate_text, table, write_json
 from trimtab.recipes.session import EpisodesConfig, MachineConfig, Session, describe, outcomes, summaries
+from trimtab.rl.budget import training_seed
 from trimtab.rl.evaluation import Evaluation, evaluate
-from trimtab.rl.train import training_seed
 
 DATASET_STEPS, ROUND_STEPS = 20_000, 800  # gradient steps by default
 LOG_EVERY = 100  # gradient steps behind one number of the loss curve

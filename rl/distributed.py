@@ -156,3 +156,19 @@ def optimizers(algorithm: nn.Module) -> dict[str, torch.optim.Optimizer]:
         if isinstance(inner, torch.optim.Optimizer):
             found[name] = inner
     return found
+
+
+def count_outcomes(outcomes: list[tuple[int, bool, bool]], tasks: list[str]) -> list[float]:
+    """How many episodes ended so, by task, steered or not, success or not: what processes can add up."""
+    counts = [0.0] * (4 * len(tasks))
+    for task, steered, success in outcomes:
+        counts[4 * task + 2 * steered + success] += 1.0
+    return counts
+
+
+def list_outcomes(counts: list[float]) -> list[tuple[int, bool, bool]]:
+    """The inverse of ``count_outcomes``, in an order of its own."""
+    found = []
+    for index, count in enumerate(counts):
+        found += [(index // 4, bool(index // 2 % 2), bool(index % 2))] * int(count)
+    return found

@@ -23,11 +23,11 @@ from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.sources import constant_noise
 from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.budget import training_seed
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.statistics import wilson_interval
-from trimtab.rl.train import training_seed
 
 MAX_BUDGET = 100_000  # training seeds that a run has to itself
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -20,80 +20,25 @@ from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.sources import prior_noise, proposed_noise, steered_noise
 from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig
+from trimtab.rl.budget import TrainConfig, training_seed
 from trimtab.rl.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
 from trimtab.rl.decoder import ConditioningSpec, Decoder
 from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.demonstrations import Demonstrations, TransitionMaker
 from trimtab.rl.diagnostics import calibration
-from trimtab.rl.distributed import StepGuard, World
+from trimtab.rl.distributed import StepGuard, World, count_outcomes, list_outcomes
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.faults import KINDS, FaultLog, FaultsConfig, Stopped, StopSignals
-from trimtab.rl.gate import Gate, GateConfig
+from trimtab.rl.gate import Gate
 from trimtab.rl.memory import check_replay
 from trimtab.rl.replay import Batch, ReplayBuffer
 from trimtab.rl.resume import load_trainer, trainer_state
-from trimtab.rl.returns import REWARDS, value_bounds
+from trimtab.rl.returns import value_bounds
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.warm_start import begin_at, read_constant
 
-MAX_SEED = 20_000  # keeps environment seeds below 2^31
 WINDOW = 50  # episodes in the running success rate
-
-
-@dataclass
-class TrainConfig:
-    """Budget and pace of a steering run; steps, transitions and capacities are those of all processes."""
-
-    # Environment steps to collect.
-    env_steps: int = 20_000
-    # Transitions collected with what an untrained actor draws, before the actor takes over. Default of this
-    # and the next two: the algorithm's own pace.
-    warmup_transitions: int | None = None
-    # Transitions in the replay before the first update.
-    first_update: int | None = None
-    # Gradient steps per collected transition (one transition per executed chunk); of several processes, per
-    # transition of each, for each brings a batch of its own to every step.
-    updates_per_transition: float | None = None
-    # Whether those of the transitions before the first update are made up for at once.
-    catch_up: bool = True
-    replay_capacity: int = 100_000
-    # sparse: -1 for each step until success; env: the environment's own reward.
-    reward: str = "sparse"
-    # Where the actor begins: the artefact of a constant noise, or best_constant.safetensors of a probe.
-    warm_start: str | None = None
-    # Lets the untrained actor act until the learner's policy is as good.
-    gate: GateConfig = field(default_factory=GateConfig)
-    # Environment steps between two lines of metrics.jsonl.
-    log_every: int = 500
-    # Largest norm of an optimiser's gradients; default: they are not clipped.
-    clip_norm: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.reward not in REWARDS:
-            raise UserError("--train.reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
-        for name in ("env_steps", "first_update", "replay_capacity", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--train.{name}", f"must be at least 1, got {value}")
-        updates, warmup = self.updates_per_transition, self.warmup_transitions
-        if updates is not None and not updates > 0:
-            raise UserError("--train.updates_per_transition", f"must be positive, got {updates}")
-        if warmup is not None and warmup < 0:
-            raise UserError("--train.warmup_transitions", f"cannot be negative, got {warmup}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UserError("--train.clip_norm", f"must be positive, got {self.clip_norm}")
-        if self.first_update is not None and self.replay_capacity < self.first_update:
-            raise UserError("--train.replay_capacity", f"cannot be below first_update={self.first_update}")
-
-    def at_pace_of(self, rl: AlgorithmConfig) -> TrainConfig:
-        """A copy whose pace is the algorithm's own wherever it was left open.
-
-        Raises:
-            UserError: the replay is too small for it.
-        """
-        own = asdict(rl.pace)
-        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
 
 @dataclass
@@ -427,22 +372,6 @@ class Trainer:
         return {name: total / count for name, total, count in pairs if count}
 
 
-def count_outcomes(outcomes: list[tuple[int, bool, bool]], tasks: list[str]) -> list[float]:
-    """How many episodes ended so, by task, steered or not, success or not: what processes can add up."""
-    counts = [0.0] * (4 * len(tasks))
-    for task, steered, success in outcomes:
-        counts[4 * task + 2 * steered + success] += 1.0
-    return counts
-
-
-def list_outcomes(counts: list[float]) -> list[tuple[int, bool, bool]]:
-    """The inverse of ``count_outcomes``, in an order of its own."""
-    found = []
-    for index, count in enumerate(counts):
-        found += [(index // 4, bool(index // 2 % 2), bool(index % 2))] * int(count)
-    return found
-
-
 def replay_extra(
     rl: AlgorithmConfig, chunk_size: int, dim: int, spec: ConditioningSpec | None = None
 ) -> dict[str, tuple[int, ...]]:
@@ -461,11 +390,6 @@ def replay_extra(
         shapes[f"{before}candidates_u"] = (rl.candidates, dim)
     kept = {name: shapes[name] for name in rl.replayed if name != "conditioning"}
     return kept | (spec.replayed if spec else {})
-
-
-def training_seed(seed: int) -> int:
-    """First environment seed of a run: far from those of evaluation, demonstration and other runs."""
-    return 100_000_000 + seed * 100_000
 
 
 def main(args: list[str]) -> int:

@@ -37,13 +37,14 @@ from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.continuing import disk_errors
 from trimtab.recipes.reporting import MetricsWriter
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.distributed import World
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.faults import FaultsConfig
 from trimtab.rl.resume import trainer_state
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import Trainer
 
 SIZE = {
     "batch_size": 16,

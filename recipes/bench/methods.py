@@ -23,13 +23,14 @@ from trimtab.recipes.bench.filtered_bc import FilteredBC
 from trimtab.recipes.lora_training import TuningConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
 from trimtab.rl.algorithms.presets import PAPER
+from trimtab.rl.budget import TrainConfig, training_seed
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.gate import GateConfig
 from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.selection import CorrectingRunner, SelectingRunner
-from trimtab.rl.train import TrainConfig, Trainer, training_seed
+from trimtab.rl.train import Trainer
 
 
 @dataclass(frozen=True)

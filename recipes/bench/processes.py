@@ -23,10 +23,11 @@ from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.errors import reason
 from trimtab.recipes.bench.report import median_and_range
 from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import Trainer
 
 COUNTS = (1, 2)
 

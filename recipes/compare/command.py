@@ -38,8 +38,8 @@ from trimtab.recipes.session import (
     base_of,
     read_json,
 )
+from trimtab.rl.budget import MAX_SEED
 from trimtab.rl.envs.metaworld import resolve_task, split_tasks
-from trimtab.rl.train import MAX_SEED
 
 RECORD = "compare_config.json"
 ALL = "base,zero_noise,golden_ticket,steered,lora,lora_rollouts,residual,dsrl_sac_paper_short"

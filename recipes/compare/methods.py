@@ -27,11 +27,12 @@ from trimtab.recipes.lora import DATASET_STEPS
 from trimtab.recipes.lora_training import FineTuner, TuningConfig
 from trimtab.recipes.session import Session
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.evaluation import Evaluation, evaluate
 from trimtab.rl.golden_ticket import GoldenTicketConfig, sizes
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import Trainer
 
 # These learn nothing: one run of them serves all seeds.
 FIXED = ("base", "zero_noise")

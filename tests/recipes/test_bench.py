@@ -31,12 +31,12 @@ from trimtab.recipes.bench.updates import measure_updates, updates_table
 from trimtab.recipes.cli import main
 from trimtab.recipes.lora_training import TuningConfig
 from trimtab.rl.algorithms import BestOfNConfig, DSRLSACConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.statistics import p_below
-from trimtab.rl.train import TrainConfig
 
 GAMMA = 0.9
 SMALL = [

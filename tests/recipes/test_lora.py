@@ -21,8 +21,8 @@ from trimtab.recipes.lora_targets import as_pattern, default_targets
 from trimtab.recipes.lora_training import FineTuner, TuningConfig
 from trimtab.recipes.metaworld.dataset import REPO_ID
 from trimtab.recipes.session import EvalConfig, MachineConfig, Session
+from trimtab.rl.budget import training_seed
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
-from trimtab.rl.train import training_seed
 
 ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3", "--env.episode_length=100"]
 MACHINE = ["--policy.device=cpu", "--machine.workers=0", "--machine.threads=1"]

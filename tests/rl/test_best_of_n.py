@@ -12,12 +12,13 @@ from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, MaskedNoiseConfig, ResidualNoiseConfig
 from trimtab.policies.sources import base_noise, steered_noise
 from trimtab.rl.algorithms import BestOfNConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.gate import GateConfig
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import Trainer
 
 B, K, A, D = 6, 5, 4, 3
 SMALL = {"actor": ActorConfig(hidden=32, layers=2), "critic": CriticConfig(hidden=32, layers=2, members=3)}

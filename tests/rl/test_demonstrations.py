@@ -16,6 +16,7 @@ from trimtab.recipes.cli import main
 from trimtab.recipes.metaworld.dataset import SEED_OFFSET, demonstrate, record
 from trimtab.recipes.metaworld.demonstrators import Operator
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.demonstrations import Demonstrations, TransitionMaker
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
@@ -23,7 +24,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.replay import ReplayBuffer
 from trimtab.rl.returns import Transition
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import Trainer
 
 FEW = {"num_candidates": 2, "target_candidates": 1, "distilled_pairs": 1}
 TASK, GAMMA, LIMIT = "drawer-close-v3", 0.9, 100

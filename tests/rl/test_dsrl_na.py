@@ -15,13 +15,14 @@ from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, MaskedNoiseConfig, ResidualNoiseConfig
 from trimtab.policies.sources import base_noise, prior_noise, steered_noise
 from trimtab.rl.algorithms import DSRLNAConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.decoder import ConditioningSpec, Decoder
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.replay import ReplayBuffer
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import TrainConfig, Trainer, replay_extra
+from trimtab.rl.train import Trainer, replay_extra
 
 B, K, A, F, BOUND = 6, 5, 2, 2, 1.5
 SMALL = {"actor": ActorConfig(hidden=16, layers=2), "critic": CriticConfig(hidden=16, layers=2, members=3)}

@@ -14,10 +14,11 @@ from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.observe import ObserveConfig, build_observer
 from trimtab.policies.sources import base_noise, steered_noise
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import Trainer
 
 KINDS = {
     "dsrl_sac": (DSRLSACConfig, {}),

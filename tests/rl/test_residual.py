@@ -17,12 +17,13 @@ from trimtab.policies.residual import ResidualActor
 from trimtab.policies.sources import base_noise
 from trimtab.recipes.cli import main
 from trimtab.rl.algorithms import ResidualConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.selection import CorrectingRunner
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import Trainer
 
 B, A, D = 6, 4, 3
 SMALL = {"actor": ActorConfig(hidden=32, layers=2), "critic": CriticConfig(hidden=32, layers=2, members=3)}

@@ -16,6 +16,7 @@ from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints, check, pack, unpack
 from trimtab.rl.demonstration_data import DemosConfig
 from trimtab.rl.distributed import World
@@ -23,7 +24,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.faults import Stopped
 from trimtab.rl.gate import GateConfig
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import Trainer
 
 SIZE = {
     "batch_size": 16,

@@ -14,11 +14,12 @@ from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.sources import base_noise, constant_noise, steered_noise, zero_noise
 from trimtab.rl.algorithms import BestOfNConfig, DSRLSACConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import best_constant, evaluate
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import Trainer
 
 SMALL = DSRLSACConfig(
     batch_size=64,

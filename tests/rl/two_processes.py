@@ -16,12 +16,13 @@ from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.rl.algorithms import DSRLSACConfig
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.distributed import StepGuard, World
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.faults import Stopped, StopSignals
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import TrainConfig, Trainer
+from trimtab.rl.train import Trainer
 
 RL = DSRLSACConfig(
     batch_size=8, actor=ActorConfig(hidden=16, layers=1), critic=CriticConfig(hidden=16, layers=1)

@@ -1,0 +1,72 @@
+"""How much a steering run may spend, at which pace, and on which seeds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+
+from trimtab.adapters import UserError
+from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.gate import GateConfig
+from trimtab.rl.returns import REWARDS
+
+MAX_SEED = 20_000  # keeps environment seeds below 2^31
+
+
+@dataclass
+class TrainConfig:
+    """Budget and pace of a steering run; steps, transitions and capacities are those of all processes."""
+
+    # Environment steps to collect.
+    env_steps: int = 20_000
+    # Transitions collected with what an untrained actor draws, before the actor takes over. Default of this
+    # and the next two: the algorithm's own pace.
+    warmup_transitions: int | None = None
+    # Transitions in the replay before the first update.
+    first_update: int | None = None
+    # Gradient steps per collected transition (one transition per executed chunk); of several processes, per
+    # transition of each, for each brings a batch of its own to every step.
+    updates_per_transition: float | None = None
+    # Whether those of the transitions before the first update are made up for at once.
+    catch_up: bool = True
+    replay_capacity: int = 100_000
+    # sparse: -1 for each step until success; env: the environment's own reward.
+    reward: str = "sparse"
+    # Where the actor begins: the artefact of a constant noise, or best_constant.safetensors of a probe.
+    warm_start: str | None = None
+    # Lets the untrained actor act until the learner's policy is as good.
+    gate: GateConfig = field(default_factory=GateConfig)
+    # Environment steps between two lines of metrics.jsonl.
+    log_every: int = 500
+    # Largest norm of an optimiser's gradients; default: they are not clipped.
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.reward not in REWARDS:
+            raise UserError("--train.reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
+        for name in ("env_steps", "first_update", "replay_capacity", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--train.{name}", f"must be at least 1, got {value}")
+        updates, warmup = self.updates_per_transition, self.warmup_transitions
+        if updates is not None and not updates > 0:
+            raise UserError("--train.updates_per_transition", f"must be positive, got {updates}")
+        if warmup is not None and warmup < 0:
+            raise UserError("--train.warmup_transitions", f"cannot be negative, got {warmup}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError("--train.clip_norm", f"must be positive, got {self.clip_norm}")
+        if self.first_update is not None and self.replay_capacity < self.first_update:
+            raise UserError("--train.replay_capacity", f"cannot be below first_update={self.first_update}")
+
+    def at_pace_of(self, rl: AlgorithmConfig) -> TrainConfig:
+        """A copy whose pace is the algorithm's own wherever it was left open.
+
+        Raises:
+            UserError: the replay is too small for it.
+        """
+        own = asdict(rl.pace)
+        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+
+def training_seed(seed: int) -> int:
+    """First environment seed of a run: far from those of evaluation, demonstration and other runs."""
+    return 100_000_000 + seed * 100_000
