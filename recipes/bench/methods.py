@@ -88,8 +88,7 @@ def _as_sb3() -> Method:
 
 METHODS: dict[str, Method] = {
     "best_of_n": Method(BestOfNConfig()),
-    # What it was: with the smallest of two members in its targets; with two critics, and more updates.
-    "best_of_n_two_of_five": Method(BestOfNConfig(target_members=2)),
+    # What it was with two critics; it made up for them by more updates.
     "best_of_n_two_critics": Method(
         BestOfNConfig(critic=CriticConfig(members=2), distilled_pairs=8),
         train=TrainConfig(updates_per_transition=3.0),

@@ -54,8 +54,8 @@ class BestOfNConfig(AlgorithmConfig):
     # few transitions: see rl/algorithms/best_of_n.md.
     critic: CriticConfig = field(default_factory=lambda: CriticConfig(members=5))
     # Members of the action critic, drawn anew at each update, of whose values the smallest counts in the
-    # target. Default: all of them.
-    target_members: int | None = None
+    # target; at most all of them.
+    target_members: int = 2
     # How both are regressed. logistic: by cross-entropy of where the value lies between the smallest and the
     # largest possible return, where the reward tells them; squared: by the squared error of the value.
     critic_loss: str = "logistic"
@@ -97,9 +97,8 @@ class BestOfNConfig(AlgorithmConfig):
             self,
             *("learning_rate", "tau", "num_candidates", "temperature"),
             *("prior_weight", "actor_every", "regression_temperature"),
+            "target_members",
         )
-        if self.target_members is not None:
-            require_positive(self, "target_members")
         if not 0 <= self.proposed < self.num_candidates:
             raise UserError(
                 "--rl.actor_candidates",
@@ -212,8 +211,7 @@ class BestOfN(Algorithm):
             index: (B, m) which of them to look at.
         """
         chunks = pick(batch["next_candidates"], index)
-        members = self.config.target_members or self.config.critic.members
-        values = self.target_critic.smallest(batch["next_features"], chunks, members)
+        values = self.target_critic.smallest(batch["next_features"], chunks, self.config.target_members)
         if self.config.target == "max":
             value = values.max(1).values
         elif self.config.target == "sarsa":
