@@ -191,7 +191,7 @@ def forward(
     h = h.to(operands[-2].dtype)
     if kept is not None:
         kept += [x, own if several else None, h, steps]
-    return torch.baddbmm(operands[-1], h, operands[-2])
+    return _last(operands[-1], h, operands[-2])
 
 
 def backward(
@@ -249,10 +249,21 @@ def _over_members(x: Tensor, members: int) -> Tensor:
     return x.unsqueeze(0).expand(members, -1, -1) if x.dim() == 2 else x
 
 
+def _last(bias: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+    """``h @ weight + bias``. Of several networks with a single output each, a CPU's batched matmul takes
+    three to six times as long as the sum of products.
+    """
+    if weight.shape[2] == 1 < weight.shape[0] and h.device.type == "cpu":
+        return (h * weight.transpose(1, 2)).sum(2, keepdim=True).add_(bias)
+    return torch.baddbmm(bias, h, weight)
+
+
 def _weight_gradient(layers: Layers, inputs: Tensor, grad: Tensor) -> Tensor:
     """Of an ensemble (E, in, out), of ``nn.Linear`` (1, out, in)."""
     if layers.linear:
         return torch.bmm(grad.transpose(1, 2), inputs)
+    if grad.shape[2] == 1:  # the other way round it takes a CPU ten times as long
+        return torch.bmm(grad.transpose(1, 2), inputs).transpose(1, 2)
     return torch.bmm(inputs.transpose(1, 2), grad)
 
 

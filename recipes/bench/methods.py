@@ -88,6 +88,8 @@ def _as_sb3() -> Method:
 
 METHODS: dict[str, Method] = {
     "best_of_n": Method(BestOfNConfig()),
+    # Every member in a target instead of two of them.
+    "best_of_n_all_members": Method(BestOfNConfig(target_members=5)),
     # What it was with two critics; it made up for them by more updates.
     "best_of_n_two_critics": Method(
         BestOfNConfig(critic=CriticConfig(members=2), distilled_pairs=8),
