@@ -1,7 +1,9 @@
 # `make demo` and `make test` need a Python >= 3.12 and a package index; everything else they install.
 PYTHON ?= $(shell command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
-RUN := HF_HUB_OFFLINE=1 $(VENV)/bin
+# Bytecode is written even where the caller's environment forbids it: without, every process that imports
+# LeRobot compiles all of it anew, for longer than many a test takes.
+RUN := HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin
 ARGS ?=
 # Test processes, each on one thread; `make test WORKERS=0` runs all in one.
 WORKERS ?= 2

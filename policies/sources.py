@@ -67,16 +67,17 @@ def proposed_noise(actor: NoiseActor, mean: bool = True) -> Callable[[Tensor | N
 
     Args:
         actor: chooses.
-        mean: the first choice is the actor's mean, which is what is deployed. In many dimensions no draw
-            comes near it, so that what it does would else never be seen, judged or learnt.
+        mean: the first choice is the actor's mean, which is what is deployed, and the others lie around it
+            ever farther, with 1 / (P - 1), 2 / (P - 1), ... of its deviation. In many dimensions no draw of
+            all of it comes near the mean, so that what is there would never be seen, judged or learnt.
     """
     source = steered_noise(actor)
 
     def propose(features: Tensor | None, prior: Tensor) -> Tensor:
-        if mean:
-            prior = prior.clone()
-            prior[:, 0] = 0.0  # the actor's randomness is made of it
-        seen = features.repeat_interleave(prior.shape[1], 0)
+        count = prior.shape[1]
+        if mean:  # the actor's randomness is made of the prior's
+            prior = prior * torch.linspace(0.0, 1.0, count).to(prior).view(count, *[1] * (prior.dim() - 2))
+        seen = features.repeat_interleave(count, 0)
         return source(seen, prior.flatten(0, 1)).unflatten(0, tuple(prior.shape[:2]))
 
     return propose

@@ -7,7 +7,8 @@ with proposals from the frozen policy. The base is never called by the learner.
 
 What is deployed is one noise per chunk: a noise critic is regressed onto the action critic on the stored
 pairs (the distillation of DSRL-NA, arXiv 2506.15799, equation 4), and the noise actor climbs it with a
-penalty on its distance from the prior. Both happen in the same update as the TD step.
+penalty on its distance from the prior, in half of the states at its mean, which is what is deployed. Both
+happen in the same update as the TD step.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class BestOfNConfig(AlgorithmConfig):
     regression_temperature: float = 0.3
     # Weight of KL(actor || prior) against the noise critic's value, in units of return per nat.
     prior_weight: float = 0.25
+    # Share of the states in which the actor climbs at its mean, which is what is deployed, and not at a draw.
+    mean_share: float = 0.5
     # Critic updates per actor update.
     actor_every: int = 2
     # Clip TD targets to the returns that the reward allows, as critic_loss=logistic always does.
@@ -112,6 +115,8 @@ class BestOfNConfig(AlgorithmConfig):
         if self.distillation not in DISTILLATION:
             known = ", ".join(DISTILLATION)
             raise UserError("--rl.distillation", f"'{self.distillation}' is none of {known}")
+        if not 0.0 <= self.mean_share <= 1.0:
+            raise UserError("--rl.mean_share", f"is a share, from 0 to 1, got {self.mean_share}")
         require_critic_loss(self.critic_loss)
         if self.acting not in ACTING:
             raise UserError("--rl.acting", f"'{self.acting}' is none of {', '.join(ACTING)}")
@@ -242,10 +247,15 @@ class BestOfN(Algorithm):
         """``E[weight * KL(pi || N(0, I)) - mean Q^W(s, u)]``; and the KL (B,) and ``u``.
 
         The divergence is taken before squashing, where it has a closed form. It is strong where the mean
-        runs away, so that the bound is not where the actor ends.
+        runs away, so that the bound is not where the actor ends. ``u`` is the actor's mean in a share of the
+        rows, spread over the batch, and a draw in the others: the deviation stays near the prior's, and what
+        is good on average so far around is not yet what is best in the middle.
         """
         features = batch["features"].detach()
-        drawn = self.actor.sample(features)
+        eps = torch.randn(len(features), self.actor.space.dim, device=features.device)
+        row = torch.arange(len(features) + 1, device=features.device)
+        at_mean = (row * self.config.mean_share).floor().diff() > 0
+        drawn = self.actor.sample(features, eps.masked_fill(at_mean.unsqueeze(1), 0.0))
         with frozen(self.noise_critic.parameters()):
             value = self.noise_critic(features, drawn.u).mean(0)
         divergence = kl_to_prior(drawn.mean, drawn.log_std, self.actor.space.initial_std)

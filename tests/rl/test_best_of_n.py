@@ -165,8 +165,13 @@ def test_without_bounds_the_error_is_squared():
     assert loss.item() == pytest.approx((values - target).square().mean(1).sum().item(), rel=1e-5)
 
 
-def test_actor_loss():
-    algorithm, data = build(prior_weight=0.7), batch()
+@pytest.mark.parametrize(
+    ("share", "at_mean"),
+    [(0.0, []), (0.5, [1, 3, 5]), (0.4, [2, 4]), (1.0, [0, 1, 2, 3, 4, 5])],
+)
+def test_actor_loss(share, at_mean):
+    """The actor climbs at a draw, and in a share of the rows, spread over the batch, at its mean."""
+    algorithm, data = build(prior_weight=0.7, mean_share=share), batch()
     torch.nn.init.normal_(algorithm.actor.net[-1].weight)
     torch.manual_seed(5)
     loss, divergence, u = algorithm.actor_loss(data)
@@ -175,7 +180,11 @@ def test_actor_loss():
     normal = torch.distributions.Normal(drawn.mean, drawn.log_std.exp())
     expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).sum(-1)
     assert torch.allclose(divergence, expected, atol=1e-5)
-    value = algorithm.noise_critic(data["features"], drawn.u).mean(0)
+    noise = torch.stack(
+        [2.0 * torch.tanh(drawn.mean[row] / 2.0) if row in at_mean else drawn.u[row] for row in range(B)]
+    )
+    assert torch.allclose(u, noise, atol=1e-6)
+    value = algorithm.noise_critic(data["features"], noise).mean(0)
     assert loss.item() == pytest.approx((0.7 * expected - value).mean().item(), rel=1e-5)
     assert u.abs().max() <= 2.0
     loss.backward()
@@ -244,6 +253,7 @@ def test_rank_correlation_is_spearmans_within_states():
         ({"target_candidates": 99}, "--rl.target_candidates"),
         ({"actor_candidates": 16}, "--rl.actor_candidates"),
         ({"prior_weight": 0.0}, "--rl.prior_weight"),
+        ({"mean_share": 1.5}, "--rl.mean_share"),
         ({"distillation": "none"}, "--rl.distillation"),
     ],
 )

@@ -54,7 +54,7 @@ def test_selecting_runner_executes_the_selected_candidate(tiny_base):
     assert np.array_equal(together.successes, alone.successes)
 
 
-def test_candidates_hold_the_actors_mean_its_draws_and_the_priors():
+def test_candidates_hold_the_actors_mean_what_lies_around_it_and_the_priors():
     """The mean, which is deployed, is far from any draw in many dimensions: it has to be among them."""
     spec = NoiseSpec((4, 3))
     space = FullNoiseConfig().build(spec)
@@ -65,8 +65,10 @@ def test_candidates_hold_the_actors_mean_its_draws_and_the_priors():
     found = candidate_noise(space, actor, deterministic=True, proposed=3)(features, prior)
     assert torch.equal(found[:, 3:], candidate_noise(space)(features, prior)[:, 3:])
     assert torch.allclose(found[:, 0], actor.act(features, prior[:, 0], deterministic=True), atol=1e-6)
-    for k in (1, 2):
-        assert torch.allclose(found[:, k], actor.act(features, prior[:, k]), atol=1e-6)
+    mean, log_std = actor(features)
+    for k, scale in ((1, 0.5), (2, 1.0)):
+        z = mean + scale * log_std.exp() * prior[:, k].flatten(1)
+        assert torch.allclose(found[:, k].flatten(1), space.squash(z), atol=1e-5)
     drawn = proposed_noise(actor, mean=False)(features, prior)
     assert torch.allclose(drawn[:, 0], actor.act(features, prior[:, 0]), atol=1e-6)
     assert (drawn[:, 0] - found[:, 0]).flatten(1).norm(dim=1).min() > 1.0
