@@ -46,7 +46,7 @@ class DemoConfig:
     # As `trimtab adapt` does it unless told otherwise.
     rl: AlgorithmConfig = field(default_factory=BestOfNConfig)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=10_000))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=6_000))
     eval: EvalConfig = field(default_factory=EvalConfig)
     # Its threads are all cores unless told otherwise: the simulators take a fraction of the learner's time.
     machine: MachineConfig = field(default_factory=MachineConfig)

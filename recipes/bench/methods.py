@@ -88,11 +88,13 @@ def _as_sb3() -> Method:
 
 METHODS: dict[str, Method] = {
     "best_of_n": Method(BestOfNConfig()),
+    # The actor climbs at draws alone, not at its mean too.
+    "best_of_n_draws": Method(BestOfNConfig(mean_share=0.0)),
     # Every member in a target instead of two of them.
     "best_of_n_all_members": Method(BestOfNConfig(target_members=5)),
     # What it was with two critics; it made up for them by more updates.
     "best_of_n_two_critics": Method(
-        BestOfNConfig(critic=CriticConfig(members=2), distilled_pairs=8),
+        BestOfNConfig(critic=CriticConfig(members=2), distilled_pairs=8, mean_share=0.0),
         train=TrainConfig(updates_per_transition=3.0),
     ),
     # What its defaults change, one by one: proposals of the actor, cross-entropy, ten-chunk returns, ...
