@@ -252,7 +252,8 @@ class BestOfN(Algorithm):
         is good on average so far around is not yet what is best in the middle.
         """
         features = batch["features"].detach()
-        eps = torch.randn(len(features), self.actor.space.dim, device=features.device)
+        shape = len(features), self.actor.space.dim
+        eps = torch.randn(shape, dtype=features.dtype, device=features.device)
         row = torch.arange(len(features) + 1, device=features.device)
         at_mean = (row * self.config.mean_share).floor().diff() > 0
         drawn = self.actor.sample(features, eps.masked_fill(at_mean.unsqueeze(1), 0.0))
