@@ -204,8 +204,10 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], bases: dict[str, dict[str, 
                 label = f"{method}, {POLICIES[policy]}"
                 axis.plot(sorted(by_step), medians, color=colour, linewidth=2.2, label=label)
         axis.set(title=task, xlabel="environment steps", ylim=(0, 1.03))
-        axis.legend(fontsize=8, loc="lower right")
     axes[0][0].set_ylabel("success rate")
+    # Beside the panels: a rival's curve may lie anywhere.
+    shown = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=3, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
