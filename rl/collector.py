@@ -19,7 +19,7 @@ from trimtab.policies.sources import NoiseSource, own_noise, prior_noise
 from trimtab.rl.decoder import ConditioningSpec
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.returns import NStepAccumulator, Transition, chunk_return, step_rewards
+from trimtab.rl.returns import NStepAccumulator, Returns, Transition
 from trimtab.rl.runner import Encoded, PolicyRunner
 
 
@@ -107,7 +107,7 @@ class Collector:
         space: noise space of the actor.
         gamma: discount per environment step.
         n_step: chunks per transition.
-        reward: ``sparse`` or ``env`` (see ``returns.step_rewards``).
+        reward: ``sparse`` or ``env`` (see ``returns.Returns``).
         seed: first of the training seeds; environment i takes seed + i, seed + i + num_envs, ...
         candidates: noises that are decoded for every observation beside the one that acts; they share its
             encoding. What they become is stored with the transitions: ``chunk``, ``candidates`` (K, A) and
@@ -147,14 +147,14 @@ class Collector:
         self.place, self.record = place, record
         self.lost: list[tuple[str, str]] = []
         self.candidates = candidates
-        self.discount_per, self.bootstrap_at_time_limit = discount_per, bootstrap_at_time_limit
+        steps = runner.adapter.chunk_shape[0]
+        self.returns = Returns(reward, gamma, discount_per, steps, bootstrap_at_time_limit)
         self._draw_candidates = own_noise(runner.adapter.noise_spec) if own else prior_noise(space)
         # Who chooses the last ``proposed`` candidates of each observation, (B, proposed, *spec.shape) of as
         # many draws; ``None``: they are drawn like the others.
         self.proposer: NoiseSource | None = None
         self.proposed = proposed
         self.runner, self.vec, self.space = runner, vec, space
-        self.gamma, self.reward = gamma, reward
         self.env_steps = 0
         self.seconds = {"denoise": 0.0, "env_wait": 0.0, "env_busy": 0.0, "env_idle": 0.0}
         self._envs = list(range(vec.num_envs))
@@ -330,10 +330,9 @@ class Collector:
             result = results[i]
             if result.lost:
                 continue
-            final = result.terminated or (result.ended and not self.bootstrap_at_time_limit)
-            reward, discount = chunk_return(
-                step_rewards(result, self.reward), self.gamma, final, self.discount_per
-            )
+            running = self._running[i]
+            running.success |= bool(result.successes.any())
+            reward, discount = self.returns.of(result, running.success)
             following = finals[i] if result.ended else after[i]
             kept: dict[str, np.ndarray] = {}
             next_kept: dict[str, np.ndarray] = {}
@@ -378,7 +377,6 @@ class Collector:
         running.rewards.append(reward)
         running.discounts.append(discount)
         running.steps += result.steps
-        running.success |= bool(result.successes.any())
 
     def _close_episode(self, i: int, result: ChunkResult) -> Episode:
         running, self._running[i] = self._running[i], _Running(steered=self.assign())

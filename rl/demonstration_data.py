@@ -71,7 +71,8 @@ class Episode:
     """One demonstration.
 
     A success ends it, as it ends an episode of a run. Where none comes, what follows the last action is not
-    recorded: the last frame then is the final observation, at a time limit, and its action is left out.
+    recorded: the last frame then is the final observation, and its action is left out. Nor is recorded
+    whether the episode had failed or its time was up (``next.done`` is true in both), so it ends as both.
 
     Attributes:
         first: row of its first frame.
@@ -120,7 +121,7 @@ class Episode:
                     final_observation=None,
                     rewards=self.rewards[part],
                     successes=self.successes[part],
-                    terminated=ended and self.succeeded,
+                    terminated=ended,
                     truncated=ended and not self.succeeded,
                     seed=-1,
                 ),

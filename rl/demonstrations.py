@@ -22,7 +22,7 @@ from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.decoder import ConditioningSpec
 from trimtab.rl.demonstration_data import OPTION, DemonstrationData, DemosConfig, Episode
 from trimtab.rl.replay import Batch, ReplayBuffer
-from trimtab.rl.returns import NStepAccumulator, Transition, chunk_return, step_rewards
+from trimtab.rl.returns import NStepAccumulator, Returns, Transition
 from trimtab.rl.runner import PolicyRunner
 
 
@@ -69,7 +69,7 @@ class TransitionMaker:
         runner: the frozen policy.
         space: noise space in which candidates are drawn.
         rl: says what the replay keeps, the discount and ``n_step``.
-        reward: ``sparse`` or ``env`` (see ``returns.step_rewards``).
+        reward: ``sparse`` or ``env`` (see ``returns.Returns``).
         spec: of the conditioning, where that is kept.
         seed: of the candidates' draws.
         batch_size: states that the policy looks at together.
@@ -85,7 +85,9 @@ class TransitionMaker:
         seed: int,
         batch_size: int = 64,
     ) -> None:
-        self.runner, self.space, self.rl, self.reward, self.spec = runner, space, rl, reward, spec
+        self.runner, self.space, self.rl, self.spec = runner, space, rl, spec
+        steps = runner.adapter.chunk_shape[0]
+        self.returns = Returns(reward, rl.gamma, rl.discount_per, steps, rl.bootstrap_at_time_limit)
         self.batch_size = min(batch_size, runner.adapter.max_batch or batch_size)
         self._draw = own_noise(runner.adapter.noise_spec) if rl.own_candidates else prior_noise(space)
         self._generator = torch.Generator().manual_seed(seed)
@@ -133,10 +135,7 @@ class TransitionMaker:
         accumulator, done = NStepAccumulator(self.rl.n_step), []
         unknown = np.zeros(self.space.dim, dtype=np.float32)
         for row, result, following in episode.chunks(steps):
-            final = result.terminated or (result.truncated and not self.rl.bootstrap_at_time_limit)
-            reward, discount = chunk_return(
-                step_rewards(result, self.reward), self.rl.gamma, final, self.rl.discount_per
-            )
+            reward, discount = self.returns.of(result, episode.succeeded)
             (features, kept), (next_features, next_kept) = states[row], states[following]
             done += accumulator.add(
                 features, unknown, reward, discount, next_features, result.ended, kept, next_kept

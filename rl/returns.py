@@ -4,6 +4,9 @@ A chunk that executed k steps has the reward ``sum_i gamma^i r_i`` and hands on 
 follows; 0 of it after a terminal state, ``gamma^k`` after a time limit. (With a discount per chunk: the sum
 of its rewards, and ``gamma``.) Over n chunks these compose:
 ``R = R_0 + D_0 R_1 + D_0 D_1 R_2 + ...`` and ``D = D_0 D_1 ... D_{n-1}``.
+
+Where each step costs 1, ending early would pay, however it ends. So an episode that fails (a terminal state,
+and no success before or in it) returns what it would if success never came: the lowest return there is.
 """
 
 from __future__ import annotations
@@ -65,6 +68,47 @@ def value_bounds(
     """
     each = chunk_steps if per == "chunk" else 1
     return (-each / (1.0 - gamma), 0.0) if kind == "sparse" else None
+
+
+@dataclass(frozen=True)
+class Returns:
+    """What an executed chunk counts in a run: the one place that says what an episode's end is worth.
+
+    Attributes:
+        reward: ``sparse`` or ``env`` (see ``step_rewards``).
+        gamma, per: as for ``chunk_return``.
+        chunk_steps: most steps in a chunk.
+        bootstrap_at_time_limit: whether what follows a time limit has a value.
+    """
+
+    reward: str
+    gamma: float
+    per: str = "step"
+    chunk_steps: int = 1
+    bootstrap_at_time_limit: bool = True
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Smallest and largest possible return, or ``None`` where it is not known."""
+        return value_bounds(self.reward, self.gamma, self.per, self.chunk_steps)
+
+    def of(self, result: ChunkResult, succeeded: bool) -> tuple[float, float]:
+        """Reward of a chunk, and the weight of what follows it.
+
+        With the sparse reward a chunk in which the episode fails is worth the lowest return, and nothing
+        follows: had it gone on, it could not have got less. The environment's own reward is left alone.
+
+        Args:
+            result: the executed chunk. If it ends both terminated and truncated, it is not known which: a
+                time limit as long as these bootstrap, else terminal.
+            succeeded: whether the episode has ever reported success, up to the end of this chunk. As
+                LeRobot counts it a success, its end is none to be avoided.
+        """
+        bootstraps = result.truncated and self.bootstrap_at_time_limit
+        if self.bounds and result.terminated and not bootstraps and not succeeded:
+            return self.bounds[0], 0.0
+        final = result.ended and not bootstraps
+        return chunk_return(step_rewards(result, self.reward), self.gamma, final, self.per)
 
 
 @dataclass

@@ -34,7 +34,6 @@ from trimtab.rl.gate import Gate
 from trimtab.rl.memory import check_replay
 from trimtab.rl.replay import Batch, ReplayBuffer
 from trimtab.rl.resume import load_trainer, trainer_state
-from trimtab.rl.returns import value_bounds
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.warm_start import begin_at, read_constant
 
@@ -111,7 +110,7 @@ class Trainer:
             feature_dim - pixels,
             self.space,
             self.accelerator,
-            value_bounds(self.train.reward, self.rl.gamma, self.rl.discount_per, steps),
+            self.collector.returns.bounds,
             steps * action_dim,
             observe,
         )

@@ -19,7 +19,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.sources import NoiseSource
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.returns import chunk_return, step_rewards
+from trimtab.rl.returns import Returns
 from trimtab.rl.runner import PolicyRunner
 
 try:
@@ -82,7 +82,7 @@ class NoiseVecEnv(VecEnv):
         vec: environments.
         space: noise space.
         gamma: discount per environment step.
-        reward: ``sparse`` or ``env`` (see ``returns.step_rewards``).
+        reward: ``sparse`` or ``env`` (see ``returns.Returns``).
         seed: first of the training seeds; environment i takes seed + i, seed + i + num_envs, ...
     """
 
@@ -95,7 +95,8 @@ class NoiseVecEnv(VecEnv):
         reward: str,
         seed: int,
     ) -> None:
-        self.runner, self.vec, self.space, self.gamma, self.reward = runner, vec, space, gamma, reward
+        self.runner, self.vec, self.space = runner, vec, space
+        self.returns = Returns(reward, gamma, chunk_steps=runner.adapter.chunk_shape[0])
         self.env_steps = 0
         # Whether each episode succeeded that has ended since the list was last emptied.
         self.ended: list[bool] = []
@@ -142,9 +143,9 @@ class NoiseVecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in self._envs]
         for i in self._envs:
             result = results[i]
-            rewards[i], _ = chunk_return(step_rewards(result, self.reward), self.gamma, result.terminated)
-            self.env_steps += result.steps
             self._success[i] |= bool(result.successes.any())
+            rewards[i], _ = self.returns.of(result, self._success[i])
+            self.env_steps += result.steps
             infos[i]["TimeLimit.truncated"] = result.truncated
         ended = [i for i in self._envs if dones[i]]
         if ended:

@@ -27,7 +27,8 @@ class LaneEnv(gym.Env):
             ``success``: success goes by that name. ``silent``: success is never said. ``dense``: no success,
             the reward is where it stands. ``box``: the observation is a vector. ``in_place``: the observation
             is its own state, which it changes. ``forgets_seed``: starts anywhere, whatever the seed.
-            ``one_start``: the same start for every seed. ``arm``: cannot repeat, and says so.
+            ``one_start``: the same start for every seed. ``arm``: cannot repeat, and says so. ``hurdle``:
+            ends in the pit, in a block on the way, and off the sides of the lane.
         log: file to which a line is added for each reset (before and after) and step.
     """
 
@@ -54,10 +55,13 @@ class LaneEnv(gym.Env):
     def step(self, action):
         self._tell("step")
         self.state += np.clip(np.asarray(action, np.float32), -1, 1)
-        won, fell = bool(self.state[0] >= GOAL), bool(self.state[0] <= PIT)
+        x, y = self.state
+        won, fell = bool(x >= GOAL), bool(x <= PIT)
+        if self.manner == "hurdle":
+            fell = fell or bool((2 <= x <= 4 and abs(y) < 1) or abs(y) > 8)
         key = SUCCESS_KEYS.get(self.manner, "is_success")
         reward = float(self.state[0]) if self.manner == "dense" else float(won)
-        ended = won or (fell and self.manner in ("pit", "dense"))
+        ended = won or (fell and self.manner in ("pit", "dense", "hurdle"))
         return self._observation(), reward, ended, False, {} if key is None else {key: won}
 
     def render(self):

@@ -64,11 +64,12 @@ def choose(features):
     return 1.9 * torch.cat([torch.sin(angle), torch.cos(angle)], -1)
 
 
-def test_the_rivals_environment_makes_the_collectors_transitions():
+@pytest.mark.parametrize("brink", [None, 0.1])
+def test_the_rivals_environment_makes_the_collectors_transitions(brink):
     """Same noise in each state: the same observations, rewards, ends and true last observations."""
     from trimtab.recipes.bench.wrapper import NoiseVecEnv
 
-    config, adapter = PointConfig(), PointAdapter()
+    config, adapter = PointConfig(brink=brink), PointAdapter()
     space = FullNoiseConfig().build(adapter.noise_spec)
     with ChunkVectorEnv(config, 3, 0) as vec:
         collector = Collector(PolicyRunner(adapter, config), vec, space, GAMMA, 1, "sparse", seed=5)
@@ -93,6 +94,7 @@ def test_the_rivals_environment_makes_the_collectors_transitions():
         assert env.ended == episodes and env.env_steps == collector.env_steps
     assert any(t.discount == 0.0 for t in ours) and not all(episodes) and any(episodes)
     assert len(ours) == len(theirs) == 120
+    assert any(t.reward == pytest.approx(-10.0) for t in ours) == (brink is not None)  # what failing costs
     for transition, (features, u, reward, terminal, following) in zip(ours, theirs):
         assert np.array_equal(transition.features, features)
         assert np.allclose(transition.u, u, atol=1e-6)

@@ -29,8 +29,10 @@ class PointEnv(gym.Env):
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
     task_description = "reach the goal"
 
-    def __init__(self, limit=13, poison_at=None):
+    def __init__(self, limit=13, poison_at=None, brink=None, goes_on=False):
         self.limit, self.poison_at = limit, poison_at  # 13 steps: the last chunk is a short one
+        # How far from the goal's side an episode ends, too; whether it goes on after success.
+        self.brink, self.goes_on = np.inf if brink is None else brink, goes_on
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -43,7 +45,8 @@ class PointEnv(gym.Env):
         self.x += 0.15 * float(np.clip(action[0], -1, 1))
         self.t += 1
         success = abs(self.x - self.goal) < 0.1
-        return self._observation(), float(success), success, self.t >= self.limit, {"is_success": success}
+        ended = (success and not self.goes_on) or self.x * np.sign(self.goal) < -self.brink
+        return self._observation(), float(success), ended, self.t >= self.limit, {"is_success": success}
 
     def _observation(self):
         x = np.nan if self.t == self.poison_at else self.x
@@ -56,6 +59,8 @@ class PointConfig(EnvConfig):
     task: str | None = "point"
     limit: int = 13
     poison_at: int | None = None
+    brink: float | None = None
+    goes_on: bool = False
     features: dict = field(default_factory=dict)
     features_map: dict = field(default_factory=dict)
 
@@ -64,7 +69,7 @@ class PointConfig(EnvConfig):
         return {}
 
     def create_envs(self, n_envs, use_async_envs=False):
-        make = [lambda: PointEnv(self.limit, self.poison_at)] * n_envs
+        make = [lambda: PointEnv(self.limit, self.poison_at, self.brink, self.goes_on)] * n_envs
         return {"test_point": {0: gym.vector.SyncVectorEnv(make)}}
 
 

@@ -17,11 +17,11 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 
 
-def collect(adapter, config, steps, n_step=1, envs=3, gamma=0.9, workers=0):
+def collect(adapter, config, steps, n_step=1, envs=3, gamma=0.9, workers=0, **settings):
     runner = PolicyRunner(adapter, config)
     with ChunkVectorEnv(config, envs, workers, adapter.n_obs_steps) as vec:
         space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)
-        collector = Collector(runner, vec, space, gamma, n_step, "sparse", seed=5)
+        collector = Collector(runner, vec, space, gamma, n_step, "sparse", seed=5, **settings)
         transitions, episodes = [], []
         for _ in range(steps):
             collector.begin(base_noise)
@@ -72,6 +72,33 @@ def test_no_transition_crosses_an_episode_and_terminal_ones_hand_nothing_on():
     assert arrived and all(t.discount == 0.0 for t in arrived)
     rest = [t for t in transitions if abs(t.next_features[0] - t.next_features[1]) >= 0.1]
     assert rest and all(t.discount > 0.0 for t in rest)
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("settings", [{}, {"discount_per": "chunk", "bootstrap_at_time_limit": False}])
+def test_an_episode_that_fails_returns_the_lowest_there_is(n_step, settings):
+    config = PointConfig(brink=0.3)
+    transitions, episodes, collector = collect(PointAdapter(), config, 60, n_step, 4, **settings)
+    low = collector.returns.bounds[0]
+    assert low == pytest.approx(-20.0 if settings else -10.0)
+    fallen = [t for t in transitions if t.next_features[0] * np.sign(t.next_features[1]) < -0.3]
+    assert len(fallen) > 10 and all((t.reward, t.discount) == (pytest.approx(low), 0.0) for t in fallen)
+    failed = [e for e in episodes if e.terminated and not e.success]
+    assert len(failed) > 10 and any(e.success for e in episodes) and not all(e.terminated for e in episodes)
+    for episode in episodes:
+        worth = returns_to_go(episode, tail=0.0)
+        assert worth == pytest.approx(low) if episode in failed else worth.min() > low
+
+
+def test_an_end_after_a_success_is_no_failure():
+    """LeRobot's count: an episode that has ever succeeded is a success."""
+    config = PointConfig(brink=0.1, goes_on=True, limit=90)
+    _, episodes, _ = collect(PointAdapter(), config, 200, envs=4)
+    ends = [(e, e.rewards[-1], e.discounts[-1]) for e in episodes if e.terminated]
+    won = [(reward, discount) for episode, reward, discount in ends if episode.success]
+    lost = [(reward, discount) for episode, reward, discount in ends if not episode.success]
+    assert won and set(won) <= {(-1.0, 0.0), (-1.9, 0.0)}  # it fell in the chunk's first or second step
+    assert lost and all(end == (pytest.approx(-10.0), 0.0) for end in lost)
 
 
 def test_transitions_do_not_depend_on_workers(tiny_base):

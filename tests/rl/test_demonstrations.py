@@ -135,6 +135,10 @@ def test_an_episode_without_success_ends_at_a_time_limit(tmp_path, adapter):
     assert np.allclose(transitions[-1].next_features, final)
     paper = BestOfNConfig(**FEW, n_step=1, bootstrap_at_time_limit=False)
     assert made(tmp_path / "short", adapter, paper)[1][-1].discount == 0.0
+    # next.done does not tell a failure from a time limit. Where these do not bootstrap, it counts as one.
+    assert made(tmp_path / "short", adapter, paper)[1][-1].reward == pytest.approx(-100.0)
+    paper.discount_per = "chunk"
+    assert made(tmp_path / "short", adapter, paper)[1][-1].reward == pytest.approx(-400.0)
 
 
 def test_rewards_of_the_dataset(recorded, adapter):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trimtab.rl.envs.chunk import ChunkResult
-from trimtab.rl.returns import NStepAccumulator, chunk_return, step_rewards, value_bounds
+from trimtab.rl.returns import NStepAccumulator, Returns, chunk_return, step_rewards, value_bounds
 
 G = 0.9
 
@@ -87,3 +87,73 @@ def test_discount_per_chunk_is_the_references_convention():
     # the worst possible: every chunk of 4 steps fails for ever
     worst = sum(-4.0 * 0.9**i for i in range(2000))
     assert value_bounds("sparse", 0.9, "chunk", 4) == (pytest.approx(worst), 0.0)
+
+
+def episode(returns, steps, end, n):
+    """The transitions of an episode whose last step ends as ``end`` says; features: the step."""
+    accumulator, out, size = NStepAccumulator(n), [], returns.chunk_steps
+    for start in range(0, steps, size):
+        length, last = min(size, steps - start), start + size >= steps
+        successes = [False] * (length - 1) + [last and end == "success"]
+        chunk = result([0.0] * length, successes, last and end != "limit", last and end == "limit")
+        reward, discount = returns.of(chunk, bool(chunk.successes.any()))
+        following = np.array([start + size])
+        out += accumulator.add(np.array([start]), np.zeros(1), reward, discount, following, last)
+    return out
+
+
+@pytest.mark.parametrize("bootstraps", [True, False])
+@pytest.mark.parametrize("n", [1, 3, 50])
+@pytest.mark.parametrize("per, size", [("step", 1), ("step", 4), ("chunk", 1), ("chunk", 4)])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.99])
+def test_failing_is_never_worth_more_than_going_on(gamma, per, size, n, bootstraps):
+    """At no step more than a time limit or a success at any, whatever the state then is worth."""
+    returns = Returns("sparse", gamma, per, size, bootstraps)
+    low, high = returns.bounds
+    values = {}
+    for end in ("failure", "limit", "success"):
+        for steps in range(1, 41):
+            # From the back: what a state is worth from which the transitions reach on.
+            worth = {}
+            for tail in (low, 0.5 * low, high):
+                for item in reversed(episode(returns, steps, end, n)):
+                    following = worth.get(int(item.next_features[0]), tail)
+                    worth[int(item.features[0])] = item.reward + item.discount * following
+                    assert low - 1e-6 <= item.reward and 0.0 <= item.discount <= 1.0
+                values.setdefault((end, steps), []).append(worth[0])
+    failed = [max(values["failure", steps]) for steps in range(1, 41)]
+    assert failed == pytest.approx([low] * 40)
+    for end in ("limit", "success"):
+        assert all(min(values[end, steps]) >= low - 1e-6 for steps in range(1, 41)), end
+    if gamma == 0.99:  # a success is worth more, the sooner the more
+        won = [values["success", steps][0] for steps in range(1, 41)]
+        assert won == sorted(won, reverse=True) and won[-1] > 0.5 * low
+
+
+def test_what_is_no_failure():
+    returns = Returns("sparse", G, chunk_steps=4)
+    lost = result([0.0, 0.0], [False, False], terminated=True)
+    assert returns.of(lost, succeeded=False) == (pytest.approx(-10.0), 0.0)
+    # LeRobot counts an episode as a success that has ever reported one, wherever it then ends.
+    assert returns.of(lost, succeeded=True) == (-1.9, 0.0)
+    first = result([0.0, 0.0, 0.0], [True, False, False], terminated=True)
+    assert returns.of(first, succeeded=True) == (pytest.approx(-0.9 - 0.81), 0.0)
+    together = result([0.0, 0.0], [False, True], terminated=True)
+    assert returns.of(together, succeeded=True) == (-1.0, 0.0)
+    limit = result([0.0, 0.0], [False, False], truncated=True)
+    assert returns.of(limit, succeeded=False) == (-1.9, pytest.approx(0.81))
+    running = result([0.0, 0.0], [False, False])
+    assert returns.of(running, succeeded=False) == (-1.9, pytest.approx(0.81))
+    either = result([0.0, 0.0], [False, False], terminated=True, truncated=True)
+    assert returns.of(either, succeeded=False) == (-1.9, pytest.approx(0.81))
+    strict = Returns("sparse", G, chunk_steps=4, bootstrap_at_time_limit=False)
+    assert strict.of(limit, succeeded=False) == (-1.9, 0.0)
+    assert strict.of(either, succeeded=False) == (pytest.approx(-10.0), 0.0)
+    # The paper's count: the rest of the chunk is charged, too.
+    assert Returns("sparse", G, "chunk", 4).of(lost, succeeded=False) == (pytest.approx(-40.0), 0.0)
+
+
+def test_the_environments_own_reward_is_left_alone():
+    lost = result([0.5, -3.0], [False, False], terminated=True)
+    assert Returns("env", G).of(lost, succeeded=False) == (pytest.approx(0.5 - 2.7), 0.0)
+    assert Returns("env", G).bounds is None
