@@ -29,7 +29,7 @@ class TrainConfig:
     # Whether those of the transitions before the first update are made up for at once.
     catch_up: bool = True
     replay_capacity: int = 100_000
-    # sparse: -1 for each step until success, the lowest return for failing; env: the environment's own reward.
+    # sparse: -1 a step until success, the lowest return for failing; env: the environment's own reward.
     reward: str = "sparse"
     # Where the actor begins: the artefact of a constant noise, or best_constant.safetensors of a probe.
     warm_start: str | None = None

@@ -1,0 +1,54 @@
+"""Where an episode also ends by failing, learning makes the policy succeed, and not fail fast."""
+
+import pytest
+from accelerate import Accelerator
+
+from tests.helpers.lane import LaneConfig, make_lane_policy
+from trimtab.adapters import PolicyConfig, load_adapter
+from trimtab.policies.actor import ActorConfig
+from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.policies.sources import base_noise, steered_noise
+from trimtab.rl.algorithms import BestOfNConfig, DSRLSACConfig
+from trimtab.rl.budget import TrainConfig
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.evaluation import evaluate
+from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.train import Trainer
+
+SMALL = {"actor": ActorConfig(hidden=64, layers=2), "critic": CriticConfig(hidden=64, layers=2)}
+ALGORITHMS = {
+    "best_of_n": BestOfNConfig(num_candidates=8, batch_size=64, **SMALL),
+    "dsrl_sac": DSRLSACConfig(batch_size=64, **SMALL),
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return load_adapter(
+        PolicyConfig(path=str(make_lane_policy(tmp_path_factory.mktemp("lane"))), device="cpu")
+    )
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_learning_keeps_out_of_the_pit(adapter, name):
+    config, seeds = LaneConfig(manner="pit"), range(1000, 1050)
+    runner = PolicyRunner(adapter, config)
+    train = TrainConfig(
+        env_steps=1500, warmup_transitions=64, first_update=64, updates_per_transition=1.0, catch_up=False
+    )
+    with ChunkVectorEnv(config, 10, 0) as vec:
+        base = evaluate(runner, vec, base_noise, seeds, progress=False)
+        trainer = Trainer(
+            runner,
+            vec,
+            Accelerator(cpu=True),
+            train,
+            ALGORITHMS[name],
+            FullNoiseConfig(),
+            progress=False,
+        )
+        actor = trainer.run().actor
+        steered = evaluate(runner, vec, steered_noise(actor, deterministic=True), seeds, progress=False)
+    assert 0.05 < base.success_rate < 0.5
+    assert steered.success_rate > base.success_rate + 0.3
