@@ -19,7 +19,13 @@ SHARED: dict[str, Any] = {
         "bootstrap_at_time_limit": False,
         "n_step": 1,
         "batch_size": 256,
-        "actor": {**NETWORK, "log_std_min": -20.0, "log_std_max": 2.0, "mean_limit": 1.0},
+        "actor": {
+            **NETWORK,
+            "log_std_min": -20.0,
+            "log_std_max": 2.0,
+            "log_std_clamp": True,
+            "mean_limit": 1.0,
+        },
         "critic": {**NETWORK, "members": 2},
         "learning_rate": 3e-4,
         "tau": 0.005,
@@ -30,7 +36,7 @@ SHARED: dict[str, Any] = {
         "backup_entropy": True,
         "clip_targets": False,
     },
-    "noise": {"type": "full", "bound": 1.5},
+    "noise": {"type": "full", "bound": 1.5, "unit": "bound"},
     "train": {
         "env_steps": 300_000,
         "reward": "sparse",
