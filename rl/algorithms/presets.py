@@ -3,7 +3,8 @@
 Each table holds every option of a steering run that takes part, as ``trimtab adapt`` names it. Widths and
 warm-up vary between the reference's benchmarks (the table in ``paper.md``); these are the narrowest
 networks and the shortest warm-up that it uses, and its README's advice for a new task (bound 1.5, 20 gradient
-steps per step of 4 environments). Its bugs are not reproduced: its ``dsrl_na`` ignores the bound.
+steps per step of 4 environments). ``unit`` and ``log_std_clamp`` are the conventions of its SAC, which is
+Stable-Baselines3's. Its bugs are not reproduced: its ``dsrl_na`` ignores the bound.
 """
 
 from __future__ import annotations
