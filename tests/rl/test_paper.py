@@ -147,6 +147,18 @@ def test_one_number_by_hand():
     assert drawn.log_prob.item() == pytest.approx(-0.117504, abs=1e-5)
 
 
+def test_one_number_at_the_defaults():
+    """They count in deviations: u = 2 tanh(z / 2), and a tanh leads log_std, -0.3 before it, to -0.336785."""
+    actor = NoiseActor(1, FullNoiseConfig().build(NoiseSpec((1, 1))), ActorConfig())
+    with torch.no_grad():
+        actor.net[-1].bias.copy_(torch.tensor([0.4, -0.3]))
+    drawn = actor.sample(torch.zeros(1, 1), torch.tensor([[0.7]]))
+    assert drawn.log_std.item() == pytest.approx(-0.336785, abs=1e-5)
+    assert drawn.u.item() == pytest.approx(0.843670, abs=1e-5)
+    assert actor.space.expand(drawn.u, torch.zeros(1, 1, 1)).item() == drawn.u.item()
+    assert drawn.log_prob.item() == pytest.approx(-0.631206, abs=1e-5)
+
+
 def test_log_pi_is_of_the_action_in_its_box(learner, batch):
     """Not of the noise: 32 ln 1.5 = 13 nats less."""
     eps = drawn_from(2)
