@@ -29,6 +29,8 @@ class ActorConfig:
     # Range of the log standard deviation before squashing.
     log_std_min: float = -5.0
     log_std_max: float = 1.0
+    # Clamp it to that range, as Stable-Baselines3 does, instead of leading it there by a tanh.
+    log_std_clamp: bool = False
     # How far the squashed mean may go, as a share of the bound; 1 lets it run to where tanh is flat.
     mean_limit: float = 0.98
 
@@ -50,7 +52,7 @@ class ActorOutput:
     """A draw from the actor.
 
     Attributes:
-        u: (B, dim) in [-bound, bound].
+        u: (B, dim) in [-space.bound, space.bound].
         log_prob: (B,) log density of ``u``.
         mean, log_std: (B, dim) of the Gaussian before squashing; the mean within its limit.
     """
@@ -132,23 +134,32 @@ class NoiseActor(nn.Module):
             mean = limited(mean, self.limit)
         return mean, raw
 
-    def _log_std_curve(self) -> tuple[float, float, float, float]:
+    def _log_std_range(self) -> tuple[float, float, tuple[float, float] | None]:
+        """Its ends, and offset and slope of the tanh that leads there; ``None``: it is clamped."""
         low, high = self.config.log_std_min, self.config.log_std_max
+        if self.config.log_std_clamp:
+            return low, high, None
         offset = math.atanh(-(high + low) / (high - low))  # raw = 0 -> log_std = 0
         # The factor makes the slope at 0 one, whatever the range.
         slope = 0.5 * (high - low) * (1.0 - math.tanh(offset) ** 2)
-        return low, high, offset, slope
+        return low, high, (offset, slope)
 
     def _bounded_log_std(self, raw: Tensor) -> Tensor:
-        """Smoothly into [log_std_min, log_std_max], with 0 at 0."""
-        low, high, offset, slope = self._log_std_curve()
+        """Into [log_std_min, log_std_max], with 0 at 0."""
+        low, high, curve = self._log_std_range()
+        if curve is None:
+            return raw.clamp(low, high)
+        offset, slope = curve
         return low + 0.5 * (high - low) * (torch.tanh(raw / slope + offset) + 1.0)
 
     def _raw_log_std(self, log_std: float) -> float:
         """The inverse of ``_bounded_log_std``."""
-        low, high, offset, slope = self._log_std_curve()
+        low, high, curve = self._log_std_range()
         if not low < log_std < high:
             raise UserError("--rl.actor.log_std_min", f"{low} leaves no room for a start at {log_std:.2f}")
+        if curve is None:
+            return log_std
+        offset, slope = curve
         return slope * (math.atanh(2.0 * (log_std - low) / (high - low) - 1.0) - offset)
 
     def sample(self, features: Tensor, eps: Tensor | None = None) -> ActorOutput:
@@ -161,7 +172,7 @@ class NoiseActor(nn.Module):
         raw = self.net(self.normalizer(features))
         if eps is None:
             eps = torch.randn(len(raw), self.space.dim, dtype=raw.dtype, device=raw.device)
-        squashed = Squashed(self.space.bound, self.limit, *self._log_std_curve())
+        squashed = Squashed(self.space.bound, self.limit, *self._log_std_range())
         return ActorOutput(*squashed.draw(raw, eps))
 
     @torch.no_grad()
@@ -211,7 +222,9 @@ def constant_actor(noise: Tensor, space: NoiseSpace, config: ActorConfig | None 
     u = space.project(noise)
     reach = actor.config.mean_limit * space.bound
     if not torch.allclose(space.expand(u, noise).float(), noise) or u.abs().max() > reach:
-        raise ValueError(f"this noise space cannot make the noise; entries may reach {reach:.2f}")
+        raise ValueError(
+            f"this noise space cannot make the noise; entries may reach {reach * space.scale:.2f}"
+        )
     head = actor.net[-1].bias.data
     head[: space.dim] = space.unsquash(u[0])
     head[space.dim :] = -1e3  # the least deviation

@@ -49,15 +49,16 @@ class Squashed:
     Attributes:
         bound: of the noise space.
         limit: of the mean, or ``None``.
-        low, high, offset, slope: ``log_std = low + (high - low) / 2 * (tanh(raw / slope + offset) + 1)``.
+        low, high: range of log_std.
+        curve: (offset, slope) of ``log_std = low + (high - low) / 2 * (tanh(raw / slope + offset) + 1)``;
+            ``None``: ``log_std = clamp(raw, low, high)``.
     """
 
     bound: float
     limit: float | None
     low: float
     high: float
-    offset: float
-    slope: float
+    curve: tuple[float, float] | None
 
     def draw(self, raw: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``u``, its log density, mean and log_std before squashing, as ``_draw`` makes them."""
@@ -77,9 +78,14 @@ def _draw(settings: Squashed, raw: Tensor, eps: Tensor) -> tuple[tuple[Tensor, .
     mean, spread = raw.chunk(2, 1)
     if settings.limit is not None:
         mean = mean.clamp(-settings.limit, settings.limit)
-    curve = (spread / settings.slope).add_(settings.offset).tanh_()
-    half = 0.5 * (settings.high - settings.low)
-    log_std = (curve * half).add_(settings.low + half)
+    if settings.curve is None:
+        log_std = spread.clamp(settings.low, settings.high)
+        curve = log_std == spread
+    else:
+        offset, slope = settings.curve
+        curve = (spread / slope).add_(offset).tanh_()
+        half = 0.5 * (settings.high - settings.low)
+        log_std = (curve * half).add_(settings.low + half)
     noise = log_std.exp().mul_(eps)
     x = (mean + noise).div_(settings.bound)
     squashed = torch.tanh(x)
@@ -125,6 +131,9 @@ class _Draw(torch.autograd.Function):
             z.add_(mean_grad)
         if settings.limit is not None:
             z = turn(z, raw[:, : z.shape[1]], settings.limit)
-        scale = 0.5 * (settings.high - settings.low) / settings.slope
-        spread = torch.addcmul(spread, spread * curve, curve, value=-1.0).mul_(scale)
+        if settings.curve is None:
+            spread = spread * curve
+        else:
+            scale = 0.5 * (settings.high - settings.low) / settings.curve[1]
+            spread = torch.addcmul(spread, spread * curve, curve, value=-1.0).mul_(scale)
         return None, torch.cat([z, spread], 1), None

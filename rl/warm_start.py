@@ -73,10 +73,10 @@ def begin_at(actor: NoiseActor, noise: Tensor) -> None:
         raise UserError(
             "--noise.type", "this noise space draws a part of the noise afresh; use full for a warm start"
         )
-    reach = space.bound * (actor.config.mean_limit if actor.config.mean_limit < 1.0 else 0.999)
-    u = space.project(wanted).clamp(-reach, reach)
+    share = actor.config.mean_limit if actor.config.mean_limit < 1.0 else 0.999
+    u = space.project(wanted).clamp(-share * space.bound, share * space.bound)
     if not torch.allclose(space.expand(u, wanted).float(), wanted, atol=1e-5):
-        largest = float(wanted.abs().max())
+        largest, reach = float(wanted.abs().max()), share * space.bound * space.scale
         if largest > reach:
             raise UserError(
                 "--noise.bound",

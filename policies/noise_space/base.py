@@ -12,33 +12,45 @@ from torch import Tensor
 
 from trimtab.adapters import NoiseSpec, UserError
 
+UNITS = ("deviation", "bound")
+
 
 @dataclass
 class NoiseSpaceConfig(draccus.ChoiceRegistry, abc.ABC):
     """``--noise.type=...``: which part of the noise the actor steers, and how far.
 
     Attributes:
-        bound: largest absolute value of an entry of ``u``, in standard deviations of the prior. It holds
-            for the actor and for every other draw of ``u``.
+        bound: how far an entry of ``u`` takes the noise at most, in standard deviations of the prior. It
+            holds for the actor and for every other draw of ``u``.
+        unit: what ``u``, log pi of it and a critic of it count in: ``deviation``, those of the prior, or
+            ``bound``, shares of the bound in [-1, 1], as Stable-Baselines3 scales actions.
     """
 
     bound: float = 2.0
+    unit: str = "deviation"
 
     def __post_init__(self) -> None:
         if not (self.bound > 0 and math.isfinite(self.bound)):
             raise UserError("--noise.bound", f"the bound must be positive and finite, got {self.bound}")
+        if self.unit not in UNITS:
+            raise UserError("--noise.unit", f"'{self.unit}' is none of {', '.join(UNITS)}")
 
     @property
     def type(self) -> str:
         return self.get_choice_name(self.__class__)
 
-    @abc.abstractmethod
     def build(self, spec: NoiseSpec) -> NoiseSpace:
         """The noise space of this config for a policy's noise.
 
         Raises:
             UserError: the policy's noise has no such space.
         """
+        space = self.in_deviations(spec)
+        return ScaledNoiseSpace(space) if self.unit == "bound" else space
+
+    @abc.abstractmethod
+    def in_deviations(self, spec: NoiseSpec) -> NoiseSpace:
+        """``build``, where ``u`` counts in standard deviations of the prior."""
 
 
 class NoiseSpace(abc.ABC):
@@ -48,12 +60,14 @@ class NoiseSpace(abc.ABC):
         spec: the policy's noise.
         dim: length of ``u``.
         bound: largest absolute value of an entry of ``u``.
+        scale: standard deviations of the prior in a unit of ``u``.
         initial_std: deviation of the actor's Gaussian before training (its mean is 0), such that the noise
             then has the policy's own distribution, up to the squash.
         uses_features: whether the actor looks at the observation.
         complete: whether ``u`` alone tells the noise, so that a chunk can be laid to its account.
     """
 
+    scale: float = 1.0
     initial_std: float = 1.0
     uses_features: bool = True
     complete: bool = True
@@ -105,6 +119,28 @@ class NoiseSpace(abc.ABC):
         """What the policy feeds itself where nothing is steered, in its dtype: ``prior``, or zero (act)."""
         prior = prior.to(self.spec.dtype)
         return torch.zeros_like(prior) if self.spec.distribution == "zero" else prior
+
+
+class ScaledNoiseSpace(NoiseSpace):
+    """Another space whose ``u`` counts in its bound: the noise is what that makes of ``bound * u``.
+
+    ``squash`` is tanh then, and log pi that of SAC's action in [-1, 1].
+    """
+
+    def __init__(self, space: NoiseSpace) -> None:
+        super().__init__(space.spec, space.dim, 1.0)
+        self.space, self.scale = space, space.bound
+        self.initial_std = space.initial_std / self.scale
+        self.uses_features, self.complete = space.uses_features, space.complete
+
+    def expand(self, u: Tensor, prior: Tensor) -> Tensor:
+        return self.space.expand(self.scale * u, prior)
+
+    def project(self, noise: Tensor, prior: Tensor | None = None) -> Tensor:
+        return self.space.project(noise, prior) / self.scale
+
+    def draw(self, prior: Tensor) -> Tensor:
+        return self.space.draw(prior)
 
 
 def rows_and_columns(spec: NoiseSpec, option: str, wish: str) -> tuple[int, int]:

@@ -34,7 +34,7 @@ class MaskedNoiseConfig(NoiseSpaceConfig):
         for name in ("rows", "columns"):
             _ranges(f"--noise.{name}", getattr(self, name))
 
-    def build(self, spec: NoiseSpec) -> MaskedNoiseSpace:
+    def in_deviations(self, spec: NoiseSpec) -> MaskedNoiseSpace:
         steered = torch.ones(spec.shape, dtype=torch.bool) if spec.live is None else spec.live.cpu().clone()
         for axis, name in enumerate(("rows", "columns")):
             text = getattr(self, name)

@@ -38,7 +38,7 @@ class ResidualNoiseConfig(NoiseSpaceConfig):
         if not 0.0 < self.start <= self.bound:
             raise UserError("--noise.start", f"must be above 0 and at most the bound, got {self.start}")
 
-    def build(self, spec: NoiseSpec) -> ResidualNoiseSpace:
+    def in_deviations(self, spec: NoiseSpec) -> ResidualNoiseSpace:
         repeat = self.delta == "repeat"
         dim = rows_and_columns(spec, "--noise.delta", "repeat")[1] if repeat else spec.size
         return ResidualNoiseSpace(spec, dim, self.bound, repeat, self.start)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.recipes.reporting import rate_text, write_json
+from trimtab.recipes.reporting import METHOD_NAMES, rate_text, write_json
 from trimtab.rl.statistics import p_below, wilson_interval
 
 LEVEL = 0.9  # of "sustained"
@@ -123,7 +123,7 @@ def samples_table(entries: Sequence[dict[str, Any]], bases: dict[str, dict[str, 
                 continue
             dips = entry["dips"]
             lines.append(
-                f"| {entry['method']} | {POLICIES[entry['policy']]} "
+                f"| {METHOD_NAMES.get(entry['method'], entry['method'])} | {POLICIES[entry['policy']]} "
                 f"| {', '.join(_steps(step, env_steps) for step in entry['sustained'])} "
                 f"| {_steps(entry['sustained_median'], env_steps)} | {rate_text(entry['last_point'])} "
                 f"| {rate_text(entry['final']) if entry['final'] else '-'} "
@@ -201,7 +201,7 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], bases: dict[str, dict[str, 
                     by_step.setdefault(step, []).append(rate)
             if by_step:
                 medians = [statistics.median(by_step[step]) for step in sorted(by_step)]
-                label = f"{method}, {POLICIES[policy]}"
+                label = f"{METHOD_NAMES.get(method, method)}, {POLICIES[policy]}"
                 axis.plot(sorted(by_step), medians, color=colour, linewidth=2.2, label=label)
         axis.set(title=task, xlabel="environment steps", ylim=(0, 1.03))
     axes[0][0].set_ylabel("success rate")

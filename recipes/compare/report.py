@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.recipes.compare.summary import LEVELS
-from trimtab.recipes.reporting import rate_text, write_json
+from trimtab.recipes.reporting import METHOD_NAMES, rate_text, write_json
 
 POLICIES = {"policy": "", "actor": "", "acting": ", best of K by the critic"}
 HEADER = [
@@ -43,7 +43,7 @@ NOTES = (
 
 def label(entry: dict[str, Any]) -> str:
     """The name of a row."""
-    method = entry["method"]
+    method = METHOD_NAMES.get(entry["method"], entry["method"])
     own = entry["policy"] == "actor" and entry.get("has_acting")
     return method + (", distilled actor" if own else POLICIES.get(entry["policy"], f", {entry['policy']}"))
 

@@ -304,7 +304,7 @@ class BestOfN(Algorithm):
             metrics |= {
                 "actor_loss": loss.detach(),
                 "noise_kl_to_prior": divergence.detach().mean(),
-                "noise_rms": u.detach().square().mean().sqrt(),
+                "noise_rms": self.actor.space.scale * u.detach().square().mean().sqrt(),
             }
         if self.updates % RANKED_EVERY == 0:
             metrics["rank_correlation"] = self.rank_correlation(batch)

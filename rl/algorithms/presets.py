@@ -3,7 +3,8 @@
 Each table holds every option of a steering run that takes part, as ``trimtab adapt`` names it. Widths and
 warm-up vary between the reference's benchmarks (the table in ``paper.md``); these are the narrowest
 networks and the shortest warm-up that it uses, and its README's advice for a new task (bound 1.5, 20 gradient
-steps per step of 4 environments). Its bugs are not reproduced: its ``dsrl_na`` ignores the bound.
+steps per step of 4 environments). ``unit`` and ``log_std_clamp`` are the conventions of its SAC, which is
+Stable-Baselines3's. Its bugs are not reproduced: its ``dsrl_na`` ignores the bound.
 """
 
 from __future__ import annotations
@@ -19,7 +20,13 @@ SHARED: dict[str, Any] = {
         "bootstrap_at_time_limit": False,
         "n_step": 1,
         "batch_size": 256,
-        "actor": {**NETWORK, "log_std_min": -20.0, "log_std_max": 2.0, "mean_limit": 1.0},
+        "actor": {
+            **NETWORK,
+            "log_std_min": -20.0,
+            "log_std_max": 2.0,
+            "log_std_clamp": True,
+            "mean_limit": 1.0,
+        },
         "critic": {**NETWORK, "members": 2},
         "learning_rate": 3e-4,
         "tau": 0.005,
@@ -30,7 +37,7 @@ SHARED: dict[str, Any] = {
         "backup_entropy": True,
         "clip_targets": False,
     },
-    "noise": {"type": "full", "bound": 1.5},
+    "noise": {"type": "full", "bound": 1.5, "unit": "bound"},
     "train": {
         "env_steps": 300_000,
         "reward": "sparse",

@@ -168,7 +168,7 @@ class SoftActorCritic(Algorithm):
         if self.updates % MEASURED_EVERY == 0:
             mean, log_std = drawn.mean.detach(), drawn.log_std.detach()
             metrics["noise_kl_to_prior"] = kl_to_prior(mean, log_std, self.actor.space.initial_std).mean()
-            metrics["noise_rms"] = drawn.u.detach().square().mean().sqrt()
+            metrics["noise_rms"] = self.actor.space.scale * drawn.u.detach().square().mean().sqrt()
         return metrics
 
     @torch.no_grad()

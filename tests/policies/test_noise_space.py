@@ -1,5 +1,7 @@
 """Noise spaces: shapes, bounds, and a start that samples like the base."""
 
+from dataclasses import replace
+
 import draccus
 import pytest
 import torch
@@ -33,6 +35,7 @@ SPACES = {
     "masked rows": (MaskedNoiseConfig(bound=1.7, rows="0:2,3:", columns=":1"), 3),
     "residual": (ResidualNoiseConfig(bound=1.7), 3),
     "residual full": (ResidualNoiseConfig(bound=1.7, delta="full"), 18),
+    "full, in the bound": (FullNoiseConfig(bound=1.7, unit="bound"), 18),
     "constant": (ConstantNoiseConfig(bound=1.7), 18),
     "constant repeat": (ConstantNoiseConfig(bound=1.7, ticket="repeat"), 3),
 }
@@ -69,7 +72,7 @@ def test_squash_is_bounded_and_nearly_the_identity_inside(case):
     space, _ = case
     z = torch.linspace(-50, 50, 1001, dtype=torch.float64)
     assert space.squash(z).abs().max() <= 1.7
-    assert (space.squash(z) - z)[z.abs() < 0.3].abs().max() < 4e-3
+    assert (space.scale * (space.squash(z / space.scale) - z / space.scale))[z.abs() < 0.3].abs().max() < 4e-3
     inner = z[z.abs() < 5]
     assert torch.allclose(space.unsquash(space.squash(inner)), inner)
 
@@ -80,6 +83,24 @@ def test_log_slope_is_the_derivative_of_squash(case):
     (slope,) = torch.autograd.grad(space.squash(z).sum(), z)
     assert torch.allclose(space.log_slope(z), slope.log(), atol=1e-9)
     assert torch.isfinite(space.log_slope(torch.tensor([400.0, -400.0]))).all()
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_unit_of_u(name):
+    """In shares of the bound ``u`` stands for the same noise, up to the scale, and draws are the same."""
+    torch.manual_seed(0)
+    plain = replace(SPACES[name][0], unit="deviation").build(SPEC)
+    scaled = replace(SPACES[name][0], unit="bound").build(SPEC)
+    assert (scaled.bound, scaled.scale, plain.bound, plain.scale) == (1.0, 1.7, 1.7, 1.0)
+    for fact in ("spec", "dim", "uses_features", "complete"):
+        assert getattr(scaled, fact) == getattr(plain, fact)
+    u, prior = torch.rand(5, scaled.dim) * 2 - 1, torch.randn(5, STEPS, DIM)
+    noise = scaled.expand(u, prior)
+    assert torch.equal(noise, plain.expand(1.7 * u, prior))
+    assert torch.allclose(1.7 * scaled.project(noise, prior), plain.project(noise, prior))
+    assert torch.allclose(scaled.squash(u), torch.tanh(u))
+    assert torch.equal(scaled.draw(prior), plain.draw(prior))
+    assert torch.allclose(prior_noise(scaled)(None, prior), prior_noise(plain)(None, prior), atol=1e-6)
 
 
 # The start.
@@ -267,6 +288,7 @@ def parse(*options):
         (["type=residual", "delta=full", "bound=0.5"], ResidualNoiseConfig(bound=0.5, delta="full")),
         (["type=constant", "ticket=repeat"], ConstantNoiseConfig(ticket="repeat")),
         (["type=repeat"], RepeatNoiseConfig()),
+        (["type=repeat", "unit=bound"], RepeatNoiseConfig(unit="bound")),
     ],
 )
 def test_options(options, expected):
@@ -278,6 +300,7 @@ def test_options(options, expected):
 
 BAD = {
     "--noise.bound: the bound must be positive": lambda: FullNoiseConfig(bound=0.0),
+    "--noise.unit: 'box' is none of deviation, bound": lambda: FullNoiseConfig(unit="box"),
     "--noise.type: repeat needs noise of shape": lambda: RepeatNoiseConfig().build(NoiseSpec((12,))),
     "--noise.type: knots needs noise of shape": lambda: KnotNoiseConfig().build(NoiseSpec((12,))),
     "--noise.knots: must be at least 1": lambda: KnotNoiseConfig(knots=0),

@@ -72,12 +72,13 @@ def test_plain_network_values_and_gradients(activation, layer_norm):
         assert torch.allclose(found, wanted, atol=1e-10)
 
 
-@pytest.mark.parametrize("mean_limit", [0.9, 1.0])
-def test_draw_values_and_gradients(mean_limit):
+@pytest.mark.parametrize("mean_limit, clamp", [(0.9, False), (1.0, False), (1.0, True)])
+def test_draw_values_and_gradients(mean_limit, clamp):
     """Against the same formulas in torch's differentiable operations; some means are beyond the limit."""
     torch.manual_seed(0)
     space = FullNoiseConfig(bound=1.3).build(NoiseSpec((2, 2)))
-    actor = NoiseActor(3, space, ActorConfig(hidden=8, layers=1, mean_limit=mean_limit)).double()
+    config = ActorConfig(hidden=8, layers=1, mean_limit=mean_limit, log_std_clamp=clamp)
+    actor = NoiseActor(3, space, config).double()
     nn.init.normal_(actor.net[-1].weight, std=4.0)
     features, eps = torch.randn(40, 3).double(), torch.randn(40, 4).double()
     drawn = actor.sample(features, eps)
@@ -86,6 +87,8 @@ def test_draw_values_and_gradients(mean_limit):
         assert (mean.abs() > actor.limit).any()
         mean = Limited.apply(mean, actor.limit)
     log_std = actor._bounded_log_std(raw)
+    if clamp:
+        assert (raw > 1.0).any() and (raw < -5.0).any() and torch.equal(log_std, raw.clamp(-5.0, 1.0))
     z = mean + log_std.exp() * eps
     normal = torch.distributions.Normal(mean, log_std.exp())
     expected = space.squash(z), (normal.log_prob(z) - space.log_slope(z)).sum(1), mean, log_std

@@ -10,7 +10,7 @@ from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli import main
 from trimtab.recipes.compare.command import ALL, CompareConfig
 from trimtab.recipes.compare.methods import METHODS, customised
-from trimtab.recipes.compare.report import cells, markdown
+from trimtab.recipes.compare.report import cells, label, markdown
 from trimtab.recipes.compare.summary import against, elsewhere, summarise
 from trimtab.recipes.metaworld.base import BaseConfig, make_base
 from trimtab.recipes.metaworld.cloning import CloningConfig
@@ -229,6 +229,8 @@ def test_names_and_seeds():
     assert config.names() == ["base", "steered"] and config.seed_list() == [0, 1, 2]
     assert CompareConfig(seeds="4,1").seed_list() == [4, 1]
     assert set(ALL.split(",")) <= set(METHODS)
+    row = label({"method": "dsrl_sac_paper_short", "policy": "actor"})
+    assert row == "DSRL-SAC, paper's settings, short warm-up"  # 800 of 6004 chunks: not the paper's budget
     paper = METHODS["dsrl_sac_paper_short"].rl
     assert paper.gamma == PAPER["dsrl_sac"]["rl"]["gamma"] and paper.backup_entropy
     other = customised("steered", {"noise": {"type": "repeat"}, "rl": {"actor": {"hidden": 7}}})

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from tests.rl.point import PointAdapter, PointConfig
@@ -90,3 +91,10 @@ def test_files_run(name):
     rewards = trainer.replay._data["reward"][: len(trainer.replay)]
     assert {float(x) for x in rewards} <= {-2.0, -1.0, 0.0}
     assert int((stored == 0).sum()) == trainer.episodes
+    # Critics of the noise see it scaled to the box; what was executed is of noise within the bound.
+    kept = {key: value[: len(trainer.replay)] for key, value in trainer.replay._data.items()}
+    u, state = kept["u"], kept["features"]
+    assert u.abs().max() <= 1.0 and 1.5 * float(u.std()) == pytest.approx(0.76, abs=0.08)
+    if name == "dsrl_na":
+        executed = torch.tanh(1.2 * 1.5 * u * (1.0 + 0.3 * torch.sin(3.0 * state[:, :1])))
+        assert torch.allclose(kept["chunk"].flatten(1).float(), executed, atol=1e-3)  # kept in half

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import draccus
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,9 +19,11 @@ from trimtab.policies.noise_space import (
     FullNoiseConfig,
     KnotNoiseConfig,
     MaskedNoiseConfig,
+    NoiseSpaceConfig,
     RepeatNoiseConfig,
     ResidualNoiseConfig,
 )
+from trimtab.rl.algorithms.presets import PAPER
 
 FEATURES = 18
 
@@ -52,6 +55,7 @@ def trained(base, noise):
     "noise",
     [
         FullNoiseConfig(),
+        FullNoiseConfig(unit="bound"),
         RepeatNoiseConfig(),
         KnotNoiseConfig(knots=3),
         MaskedNoiseConfig(rows="0:4", columns="01:2"),
@@ -95,6 +99,25 @@ def test_one_noise_is_a_small_artefact(base, tmp_path):
     prior = torch.randn(3, *ticket.shape)
     made = load(out).actor.act(torch.randn(3, FEATURES), prior, deterministic=True)
     assert torch.allclose(made, ticket.expand_as(made), atol=1e-5)
+
+
+def test_an_actor_of_the_papers_settings_deploys_the_noise_of_its_training(base, tmp_path):
+    settings = PAPER["dsrl_sac"]
+    noise = draccus.decode(NoiseSpaceConfig, settings["noise"])
+    space = noise.build(base[1].noise_spec)
+    torch.manual_seed(0)
+    actor = NoiseActor(FEATURES, space, ActorConfig(**settings["rl"]["actor"])).eval()
+    torch.nn.init.normal_(actor.net[-1].weight, std=0.3)
+    actor.net[-1].bias.data[space.dim :] = torch.linspace(-30.0, 3.0, space.dim)  # past the ends of log_std
+    loaded = load(save(base, tmp_path / "artefact", noise, actor))
+    assert loaded.config.noise == noise and loaded.config.actor == actor.config
+    features, prior = torch.randn(4, FEATURES), torch.randn(4, *base[1].noise_spec.shape)
+    with torch.no_grad():
+        drawn = actor.sample(features, prior.flatten(1))  # what the losses see
+    for deterministic, action in ((False, drawn.u), (True, torch.tanh(drawn.mean))):
+        noise = loaded.actor.act(features, prior, deterministic)
+        assert torch.allclose(noise.flatten(1), 1.5 * action, atol=1e-5)
+    assert noise.abs().max() > 1.0
 
 
 def test_artefacts_from_before_the_mean_had_a_limit_act_as_they_did(base, tmp_path):
