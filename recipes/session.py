@@ -115,9 +115,8 @@ class Session:
     runner: PolicyRunner = field(init=False)
     # Names of the tasks; known once environments have been made.
     tasks: list[str] = field(init=False, default_factory=list)
-    # What the policy made of a first observation: tells the sizes of what a replay keeps. It stays ``None`` as
-    # long as there
-    # is none, for an environment that cannot repeat is not moved for it.
+    # What the policy made of a first observation: tells the sizes of what a replay keeps. ``None`` where
+    # there is none yet, for an environment that cannot repeat is not moved for it.
     first: Encoded | None = field(init=False, default=None)
     # Whether environments repeat an episode, as found before or by this session; ``None``: not known.
     repeatable: bool | None = field(init=False, default=None)

@@ -228,8 +228,7 @@ def describe(env: ChunkEnv, fps: float | None) -> Description:
     shown = next((rate for rate in _metadata(env.env, "render_fps") if isinstance(rate, int | float)), None)
     if fps and shown and round(shown) != round(fps):
         warnings.append(
-            f"--env.fps is {fps:g}, but the environment's render_fps is {shown:g}; what is recorded here says "
-            f"{fps:g}"
+            f"--env.fps is {fps:g}, its render_fps is {shown:g}; what is recorded here says {fps:g}"
         )
     space = getattr(env.env, "observation_space", None)
     blank = None
