@@ -238,6 +238,8 @@ def _steer(
     identity = session.adapter.identity(folder)
     run = RunFolder(output, config, identity, config.checkpoint, session.world)
     found = run.newest() if config.resume else None
+    if found is not None and not found.beside.get("repeatable", True):
+        session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
     clock = time.perf_counter
     seconds: dict[str, float] = {}
     started = clock()
@@ -254,7 +256,7 @@ def _steer(
         with writer(output, keep, session.world) as lines:
             trainer.on_metrics = lambda line: (lines(line), tracked(line))
             if run.checkpoints:
-                run.checkpoints.beside = lambda: {"metrics": lines.place()}
+                run.checkpoints.beside = lambda: {"metrics": lines.place(), "repeatable": vec.repeatable}
             for note in trainer.resume(found) if found else ():
                 print(note)
             signals.kept = found is not None
@@ -319,7 +321,9 @@ def measure(
 
 
 def announce_memory(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
-    """Say what the replay will take, or refuse it, before the long work."""
+    """Say what the replay will take, or refuse it, before the long work, once an observation is known."""
+    if session.first is None:
+        return
     steps, action_dim = session.adapter.chunk_shape
     wants, observer = "conditioning" in config.rl.replayed, session.adapter.observer
     spec = ConditioningSpec.of(session.adapter, session.first) if wants else None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lerobot.envs.configs import EnvConfig
+from tqdm import tqdm
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.errors import reason
@@ -22,7 +23,7 @@ from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_grid_video
 from trimtab.rl.distributed import World
 from trimtab.rl.envs.metaworld import split_tasks
-from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.envs.vector import ChunkVectorEnv, check_buildable
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together
 from trimtab.rl.faults import FaultsConfig
 from trimtab.rl.runner import Encoded, PolicyRunner
@@ -114,10 +115,17 @@ class Session:
     runner: PolicyRunner = field(init=False)
     # Names of the tasks; known once environments have been made.
     tasks: list[str] = field(init=False, default_factory=list)
-    # What the policy made of a first observation: tells the sizes of what a replay keeps.
+    # What the policy made of a first observation: tells the sizes of what a replay keeps. ``None`` where
+    # there is none yet, for an environment that cannot repeat is not moved for it.
     first: Encoded | None = field(init=False, default=None)
+    # Whether environments repeat an episode, as found before or by this session; ``None``: not known.
+    repeatable: bool | None = field(init=False, default=None)
+    _examined: bool = field(init=False, default=False)
+    _declared: bool = field(init=False, default=True)  # what they say of it themselves
+    _success_keys: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
+        check_buildable(self.env)
         if self.env.type == "metaworld_state":
             self.tasks = split_tasks(self.env.task)
             if len(self.tasks) > 1 and not self.many:
@@ -169,22 +177,64 @@ class Session:
             vec.close()
 
     def _preflight(self, vec: ChunkVectorEnv) -> None:
-        """One observation and one chunk before any long work, so that what does not fit shows at once."""
+        """What can be known before any long work, so that what does not fit shows at once."""
         names = list(dict.fromkeys(vec.task_names))
         self.tasks = self.tasks or (names if len(names) > 1 else [names[0] or self.env.task or self.env.type])
         if len(set(vec.task_names)) > 1 and not self.many:
             raise UserError("--env.task", ONE_TASK)
-        if self.first is not None:
+        vec.on_success_key = self._name_success
+        if not self._examined:
+            if self.adapter.observer is None:
+                self.adapter.observer = build_observer(self.observe, self.adapter, vec.task_descriptions)
+            self._examine(vec)
+            self._examined = True
+        vec.repeatable = vec.repeatable and self.repeatable is not False
+
+    def _examine(self, vec: ChunkVectorEnv) -> None:
+        """Let the policy look and act once, and see whether the environment does what it must.
+
+        Where it cannot repeat, nothing moves: a reset moves a robot, too. The policy then looks at zeros of
+        the shapes that the environment declares, and the rest shows in the run's own first episode.
+        """
+        described = vec.descriptions[0]
+        self._warn(described.warnings)
+        self._declared = vec.repeatable
+        free = vec.repeatable and self.repeatable is not False
+        if not free:
+            self.repeatable = False
+            self._say(
+                "note: this environment cannot repeat an episode: nothing moves before the run's first, and "
+                "interrupted ones are dropped"
+            )
+        observation = vec.reset({0: self.eval.seed})[0] if free else described.blank
+        if observation is None:
             return
-        if self.adapter.observer is None:
-            self.adapter.observer = build_observer(self.observe, self.adapter, vec.task_descriptions)
-        observation = vec.reset({0: self.eval.seed})[0]
         conditioning = self.runner.encode([observation], vec.task_descriptions[:1])
         self.runner.features(conditioning)
         prior = self.runner.prior(1, torch.Generator().manual_seed(0))
-        vec.send({0: self.runner.decode(conditioning, prior)[0]}, {0: None})
-        vec.receive()
+        chunk = self.runner.decode(conditioning, prior)[0]
+        vec.check_actions(chunk)
         self.first = conditioning
+        if free:
+            found = vec.examine(chunk)
+            self.repeatable = found.repeatable
+            self._warn(found.warnings)
+            if found.success_key:
+                self._name_success(found.success_key)
+
+    def _name_success(self, key: str) -> None:
+        """Say once where success is read, if it is not LeRobot's own place."""
+        if key != "is_success" and key not in self._success_keys:
+            self._success_keys.add(key)
+            self._say(f"note: success is read from info['{key}']")
+
+    def _warn(self, lines: list[str]) -> None:
+        for line in lines:
+            self._say(f"warning: --env.type: {line}")
+
+    def _say(self, line: str) -> None:
+        if self.world is None or self.world.main:
+            tqdm.write(line)
 
     def evaluation_environments(self, task: int | None = None) -> Any:
         """As many environments as an evaluation uses, in two worker processes or more."""
@@ -263,6 +313,9 @@ class Session:
         """
         seeds = self.eval.seeds[: self.eval.videos]
         if not seeds:
+            return False
+        if not self._declared:
+            print(f"no video {path.name}: this environment cannot repeat the episodes of the evaluation")
             return False
         try:
             with self.environments(len(seeds), min(1, self.machine.workers)) as vec:

@@ -3,7 +3,8 @@
 All that can be saved is saved; a simulator cannot. So each running episode is lived through once more: its
 environment is reset with the episode's seed and the actions that were executed are executed again. Every
 observation on the way must be the one that was seen then, to the bit; an episode for which that does not hold
-(a simulator that is not deterministic) is dropped, counted, and a new one starts in its place.
+(a simulator that is not deterministic) is dropped, counted, and a new one starts in its place. An environment
+that is known not to repeat (a robot above all) is not moved for that: its episodes are dropped at once.
 """
 
 from __future__ import annotations
@@ -128,6 +129,8 @@ def load_collector(collector: Collector, state: dict[str, Any], envs: list[dict[
     """
     collector.env_steps, collector.seconds = state["env_steps"], collector.seconds | state["seconds"]
     saved = {i: held for i, held in enumerate(envs) if held is not None}
+    if not collector.vec.repeatable:
+        return begin_anew(collector, saved)
     for i, held in saved.items():
         collector._next_seed[i] = held["next_seed"]
         collector._generators[i].set_state(held["generator"])
@@ -155,6 +158,24 @@ def load_collector(collector: Collector, state: dict[str, Any], envs: list[dict[
             drawn.u[i] = held["candidates"]["u"]
             drawn.chunks[i] = held["candidates"]["chunks"]
     return len(lost)
+
+
+def begin_anew(collector: Collector, saved: dict[int, dict[str, Any]]) -> int:
+    """Leave the environments in the episodes that have just begun: none is reset again, none is stepped.
+
+    Returns:
+        how many episodes were interrupted, and are dropped.
+    """
+    for i, running in enumerate(collector._running):
+        fresh = _Running(steered=collector.assign(), seed=running.seed, digests=running.digests)
+        collector._running[i] = fresh
+    for i, held in saved.items():
+        collector._next_seed[i] = held["next_seed"]
+        collector._generators[i].set_state(held["generator"])
+    if collector.candidates:
+        looked = collector._conditioning, collector._features
+        collector._candidates = collector._propose(*looked, collector._generators)
+    return sum(bool(held["running"]["actions"]) for held in saved.values())
 
 
 def return_to(collector: Collector, saved: dict[int, dict[str, Any]]) -> tuple[dict[int, Any], list[int]]:
@@ -267,7 +288,16 @@ def _load_trainer(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:
     else:
         envs, note = _redistribute(trainer, checkpoint, owns)
         notes.append(note)
+    trainer.vec.repeatable = trainer.world.all(trainer.vec.repeatable)
     lost = load_collector(trainer.collector, own["collector"], envs)
+    if not trainer.vec.repeatable:
+        lost = int(trainer.world.sum([lost])[0])
+        trainer.dropped += lost
+        notes.append(
+            f"{lost} interrupted episode{'s' * (lost != 1)} dropped, new ones begin: this environment cannot "
+            "repeat them"
+        )
+        lost = 0  # no faults: it never said that it could
     for _ in range(lost):
         trainer.faults.add("unrepeatable", "--env.type: the simulator does not repeat an episode")
     if lost:

@@ -11,6 +11,15 @@ import gymnasium as gym
 import numpy as np
 
 from trimtab.adapters.errors import UserError
+from trimtab.rl.envs.contract import (
+    Layout,
+    check_images,
+    check_layout,
+    layout,
+    read_reset,
+    read_step,
+    read_success,
+)
 
 # One environment's raw observation: arrays by key; cameras may sit one level deeper (`pixels`).
 RawObservation = dict[str, Any]
@@ -46,6 +55,8 @@ class ChunkResult:
         seen: (k) the raw observation before each of these steps, where asked for.
         lost: the kind of fault that lost the episode, and what was said; the rest is then empty, but
             for the observation of the next episode.
+        success_key: the name in ``info`` under which this environment has said so far whether it succeeded;
+            ``None``: it never has.
     """
 
     observation: RawObservation | None
@@ -58,6 +69,7 @@ class ChunkResult:
     frames: list[np.ndarray] = field(default_factory=list)
     seen: list[RawObservation] = field(default_factory=list)
     lost: tuple[str, str] | None = None
+    success_key: str | None = None
 
     @property
     def ended(self) -> bool:
@@ -81,24 +93,38 @@ class ChunkEnv:
     observations, the first one repeated after a reset.
 
     Args:
-        env: the environment; success is read from ``info["is_success"]`` as in LeRobot.
+        env: the environment; what it must do is in ``contract.py``.
         n_obs_steps: length of the observation history.
         frame_every: where rendering is asked for, keep a frame every so many steps.
         keep_seen: return every step's observation, to record what was done.
+        limit: steps of an episode, where the environment itself names no time limit.
+
+    Attributes:
+        limit: the time limit in steps, or ``None``.
+        seed: that of the running episode.
+        layout: shape and dtype of each entry of the first observation; empty before it.
     """
 
     def __init__(
-        self, env: gym.Env, n_obs_steps: int = 1, frame_every: int = 2, keep_seen: bool = False
+        self,
+        env: gym.Env,
+        n_obs_steps: int = 1,
+        frame_every: int = 2,
+        keep_seen: bool = False,
+        limit: int | None = None,
     ) -> None:
         self.env = env
+        self.n_obs_steps = n_obs_steps
+        self.limit = _time_limit(env) or limit or None
+        self.layout: Layout = {}
+        self.seed = -1
         self.frame_every = frame_every
         self.keep_seen = keep_seen
         self.render = False
         self._history: deque[RawObservation] = deque(maxlen=n_obs_steps)
-        self._seed = -1
         self._step = 0
-        self._limit = _time_limit(env)
         self._running = False
+        self._success_key: str | None = None
         self._frames: list[np.ndarray] = []
         # An environment may leave out what is slow to see (``libero.py``): all but what is handed on.
         self._watch: Callable[[bool], None] | None = getattr(env.unwrapped, "watch", None)
@@ -115,12 +141,13 @@ class ChunkEnv:
 
     def reset(self, seed: int) -> RawObservation:
         """Start the episode of ``seed`` and return its observation history."""
-        observation, _ = self.env.reset(seed=int(seed))
-        check_finite(observation)
-        self._history.extend([observation] * self._history.maxlen)
-        self._seed, self._step, self._running = int(seed), 0, True
-        self._frames = [self.env.render()] if self.render else []
-        return self._stacked()
+        self._running = False  # until it has returned
+        observation, info = read_reset(self.env.reset(seed=int(seed)))
+        self._keep(observation, self.n_obs_steps)
+        self._succeeded(info)
+        self.seed, self._step, self._running = int(seed), 0, True
+        self._frames = [np.array(self.env.render())] if self.render else []
+        return self.history()
 
     def step_chunk(self, actions: np.ndarray, next_seed: int | None) -> ChunkResult:
         """Execute ``actions`` (T, action_dim) until the chunk or the episode ends.
@@ -131,47 +158,37 @@ class ChunkEnv:
 
         Raises:
             NotFinite: NaN or Inf in an action, observation or reward.
-            UserError: actions of another shape than the environment takes.
+            UserError: actions of another shape than the environment takes, or it breaks its contract.
         """
         if not self._running:
             raise RuntimeError("step_chunk called on an episode that has ended: reset it first")
-        expected = self.env.action_space.shape
-        if actions.shape[1:] != expected:
-            raise UserError(
-                "--env.type",
-                f"the policy makes actions of shape {actions.shape[1:]}, the environment takes {expected}; "
-                "choose the environment that the policy was trained on",
-            )
-        if not np.isfinite(actions).all():
-            raise NotFinite(
-                "chunk",
-                "--policy.path",
-                "the policy produced a NaN or Inf action; its weights or statistics are broken",
-            )
+        self.check_actions(actions)
         rewards: list[float] = []
         successes: list[bool] = []
         seen: list[RawObservation] = []
         terminated = truncated = False
-        left = len(actions) if self._limit is None else min(len(actions), self._limit - self._step)
+        left = len(actions) if self.limit is None else min(len(actions), self.limit - self._step)
         for number, action in enumerate(actions):
             if self._watch is not None:
-                self._watch(self.keep_seen or number >= left - self._history.maxlen)
+                self._watch(self.keep_seen or number >= left - self.n_obs_steps)
             if self.keep_seen:
                 seen.append(self._history[-1])
-            observation, reward, terminated, truncated, info = self.env.step(action)
-            check_finite(observation)
+            # A copy, for the actions are recorded and environments clip and scale in place.
+            observation, reward, terminated, truncated, info = read_step(self.env.step(action.copy()))
+            self._keep(observation)
             if not np.isfinite(reward):
                 raise NotFinite("reward", "--env.type", f"the environment returned the reward {reward}")
-            self._history.append(observation)
             self._step += 1
-            if self._limit is not None and self._step >= self._limit and not _is_success(info):
+            succeeded = self._succeeded(info)
+            if self.limit is not None and self._step >= self.limit:
                 # As in lerobot-eval: some of LeRobot's environments leave their time limit to the caller.
-                terminated, truncated = False, True
-            rewards.append(float(reward))
-            successes.append(_is_success(info))
+                terminated = terminated and succeeded
+                truncated = truncated or not terminated
+            rewards.append(reward)
+            successes.append(succeeded)
             ended = terminated or truncated
             if self.render and (ended or self._step % self.frame_every == 0):
-                self._frames.append(self.env.render())
+                self._frames.append(np.array(self.env.render()))
             if ended:
                 break
         frames, self._frames = self._frames, []
@@ -180,42 +197,76 @@ class ChunkEnv:
             final_observation=None,
             rewards=np.asarray(rewards),
             successes=np.asarray(successes),
-            terminated=bool(terminated),
+            terminated=terminated,
             # An episode that succeeds in its very last step has terminated, not run out of time.
-            truncated=bool(truncated) and not terminated,
-            seed=self._seed,
+            truncated=truncated and not terminated,
+            seed=self.seed,
             frames=frames,
             seen=seen,
+            success_key=self._success_key,
         )
         if result.ended:
             self._running = False
-            result.final_observation = self._stacked()
+            result.final_observation = self.history()
             if next_seed is not None:
                 result.observation = self.reset(next_seed)
         else:
-            result.observation = self._stacked()
+            result.observation = self.history()
         return result
 
     def close(self) -> None:
         self.env.close()
 
-    def _stacked(self) -> RawObservation:
+    def check_actions(self, actions: np.ndarray) -> None:
+        """Refuse actions (T, action_dim) that the environment cannot take; nothing moves.
+
+        Raises:
+            NotFinite: NaN or Inf in them.
+            UserError: another shape than the environment takes.
+        """
+        space = self.env.action_space
+        if actions.shape[1:] != space.shape:
+            raise UserError(
+                "--env.type",
+                f"the policy makes actions of shape {actions.shape[1:]}, the environment takes "
+                f"{space.shape if isinstance(space, gym.spaces.Box) else space}; choose the environment that "
+                "the policy was trained on",
+            )
+        if not np.isfinite(actions).all():
+            raise NotFinite(
+                "chunk",
+                "--policy.path",
+                "the policy produced a NaN or Inf action; its weights or statistics are broken",
+            )
+
+    def history(self) -> RawObservation:
+        """The last ``n_obs_steps`` observations, entries (n_obs_steps, ...)."""
         return _stack(list(self._history))
+
+    def _keep(self, observation: RawObservation, times: int = 1) -> None:
+        """Take an observation into the history."""
+        check_finite(observation)
+        now = layout(observation)
+        if not self.layout:
+            check_images(now)
+            self.layout = now
+        elif now != self.layout:
+            check_layout(self.layout, now)
+        self._history.extend([observation] * times)
+
+    def _succeeded(self, info: dict[str, Any]) -> bool:
+        key, success = read_success(info)
+        self._success_key = key or self._success_key
+        return success
 
 
 def _time_limit(env: gym.Env) -> int | None:
-    """The environment's ``_max_episode_steps``, where it has one."""
+    """The environment's ``_max_episode_steps``, or that of its spec, where it has one."""
     try:
         limit = env.get_wrapper_attr("_max_episode_steps")
     except AttributeError:
-        return None
-    return int(limit) if limit else None
-
-
-def _is_success(info: dict[str, Any]) -> bool:
-    if "is_success" in info:
-        return bool(info["is_success"])
-    return bool(info.get("final_info", {}).get("is_success", False))
+        limit = getattr(getattr(env, "spec", None), "max_episode_steps", None)
+    return int(limit) if limit and limit > 0 else None
 
 
 def _stack(items: list[Any]) -> Any:

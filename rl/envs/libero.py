@@ -147,6 +147,7 @@ def _watched_class() -> type:
 
         shadows: bool
         _watching: bool
+        metadata = LiberoEnv.metadata | {"render_fps": 20}  # LeRobot's says 80; robosuite steps at 20 Hz
 
         def watch(self, on: bool) -> None:
             """Whether the steps from here on render."""

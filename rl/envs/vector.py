@@ -8,13 +8,15 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from lerobot.envs.configs import EnvConfig
+from lerobot.envs.configs import EnvConfig, HILSerlRobotEnvConfig, HubEnvConfig
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, NotFinite, RawObservation, lost_episode
+from trimtab.rl.envs.contract import Description, Findings, describe, examine
 from trimtab.rl.envs.libero import chunked
 
 BUILDING = 5  # a simulator may take so many times longer to be built than to step a chunk
@@ -33,6 +35,32 @@ class WorkerLost(RuntimeError):
         self.kind = kind
 
 
+def check_buildable(config: EnvConfig) -> None:
+    """Refuse LeRobot's configs whose environments LeRobot's vector factory does not build.
+
+    Raises:
+        UserError: says what to do instead.
+    """
+    if type(config).create_envs is not EnvConfig.create_envs:
+        return
+    instead = (
+        "register an EnvConfig whose create_envs builds it in a package of your own, and name that with "
+        "--env.discover_packages_path (example: recipes/openpi_droid/README.md)"
+    )
+    if isinstance(config, HubEnvConfig):
+        raise UserError(
+            "--env.type",
+            f"'{config.type}' is built by code from the Hub (--env.hub_path), which trimtab does not run; "
+            f"{instead}",
+        )
+    if isinstance(config, HILSerlRobotEnvConfig):
+        raise UserError(
+            "--env.type",
+            f"'{config.type}' ({config.name}) is LeRobot's HIL-SERL set-up, which only lerobot.rl builds; "
+            f"{instead}",
+        )
+
+
 def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
     """Build one bare environment of a LeRobot ``EnvConfig``.
 
@@ -42,13 +70,29 @@ def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
     Args:
         config: any LeRobot environment config, ours included.
         task_index: which of the config's tasks, where it has several.
+
+    Raises:
+        UserError: a package is missing, or ``create_envs`` gives no environments of this process.
     """
     config = chunked(config)
-    tasks = [vec for by_task in config.create_envs(1, False).values() for vec in by_task.values()]
+    try:
+        suites = config.create_envs(1, False)
+    except ImportError as error:
+        # LeRobot says that the whole package is missing, where it may be something that it needs.
+        cause = f"{reason(error.__cause__)}: " if error.__cause__ else ""
+        raise UserError("--env.type", f"'{config.type}' does not run here: {cause}{reason(error)}") from error
+    tasks = [vec for by_task in suites.values() for vec in by_task.values()]
     for index, vec in enumerate(tasks):
         if index != task_index % len(tasks):
             vec.close()
-    return tasks[task_index % len(tasks)].envs[0]
+    chosen = tasks[task_index % len(tasks)]
+    if not hasattr(chosen, "envs"):
+        raise UserError(
+            "--env.type",
+            f"create_envs of '{config.type}' must give a gymnasium.vector.SyncVectorEnv, it gives a "
+            f"{type(chosen).__name__}",
+        )
+    return chosen.envs[0]
 
 
 class _Group:
@@ -57,15 +101,21 @@ class _Group:
     def __init__(
         self, config: EnvConfig, indices: list[int], task: int | None, tolerant: bool, *options: Any
     ) -> None:
-        self._make = lambda i: ChunkEnv(make_single_env(config, i if task is None else task), *options)
-        self.tolerant = tolerant
+        limit = getattr(config, "episode_length", None)
+        self._make = lambda i: ChunkEnv(
+            make_single_env(config, i if task is None else task), *options, limit=limit
+        )
+        self.tolerant, self._fps = tolerant, getattr(config, "fps", None)
         self.envs = {i: self._make(i) for i in indices}
 
-    def describe(self) -> dict[int, tuple[str, str]]:
-        return {
-            i: (env.task_description, str(getattr(env.env.unwrapped, "task", "") or ""))
-            for i, env in self.envs.items()
-        }
+    def describe(self) -> dict[int, Description]:
+        return {i: describe(env, self._fps) for i, env in self.envs.items()}
+
+    def examine(self, chunks: dict[int, np.ndarray], _: dict[int, Any]) -> dict[int, Findings]:
+        return {i: examine(self.envs[i], chunk) for i, chunk in chunks.items()}
+
+    def check_actions(self, chunks: dict[int, np.ndarray], _: dict[int, Any]) -> dict[int, None]:
+        return {i: self.envs[i].check_actions(chunk) for i, chunk in chunks.items()}
 
     def reset(self, seeds: dict[int, int], render: dict[int, bool]) -> dict[int, RawObservation]:
         for i in seeds:
@@ -151,6 +201,9 @@ class ChunkVectorEnv:
     Attributes:
         busy: seconds for which the simulators worked on what the last ``receive`` brought, and
         idle: from then until it was called; both averaged over the workers.
+        repeatable: false where an environment says, or has been found, not to repeat an episode.
+        descriptions: what each environment says of itself.
+        on_success_key: called once for each name under which environments report success.
     """
 
     def __init__(
@@ -179,11 +232,15 @@ class ChunkVectorEnv:
             described = self._local.describe()
         else:
             described = self._start(indices, num_workers)
-        self.task_descriptions = [described[i][0] for i in indices]
-        self.task_names = [described[i][1] for i in indices]
+        self.descriptions = [described[i] for i in indices]
+        self.task_descriptions = [one.instruction for one in self.descriptions]
+        self.task_names = [one.task for one in self.descriptions]
+        self.repeatable = all(one.repeatable for one in self.descriptions)
+        self.on_success_key: Callable[[str], None] = lambda key: None
+        self._success_keys: set[str] = set()
 
-    def _start(self, indices: list[int], num_workers: int) -> dict[int, tuple[str, str]]:
-        described: dict[int, tuple[str, str]] = {}
+    def _start(self, indices: list[int], num_workers: int) -> dict[int, Description]:
+        described: dict[int, Description] = {}
         for part in np.array_split(indices, min(num_workers, len(indices))):
             self._workers.append(self._start_worker([int(i) for i in part]))
         try:
@@ -217,8 +274,31 @@ class ChunkVectorEnv:
         """Start stepping ``chunks`` (each (T, action_dim)); ``next_seeds`` as in ``ChunkEnv.step_chunk``."""
         self._dispatch("step", chunks, next_seeds)
 
+    def examine(self, chunk: np.ndarray) -> Findings:
+        """Ask the first environment, which has just been reset, whether it does what it must.
+
+        Args:
+            chunk: (T, action_dim), to be stepped.
+        """
+        self._dispatch("examine", {0: chunk}, {})
+        return self._received()[0]
+
+    def check_actions(self, chunk: np.ndarray) -> None:
+        """Refuse actions (T, action_dim) that the first environment cannot take; nothing moves."""
+        self._dispatch("check_actions", {0: chunk}, {})
+        self._received()
+
     def receive(self) -> dict[int, Any]:
         """Wait for what ``send`` started: a ``ChunkResult`` for each environment."""
+        found = self._received()
+        for result in found.values():
+            key = getattr(result, "success_key", None)
+            if key and key not in self._success_keys:
+                self._success_keys.add(key)
+                self.on_success_key(key)
+        return found
+
+    def _received(self) -> dict[int, Any]:
         asked = time.perf_counter()
         self.busy = self.idle = 0.0
         if self._local is not None:
@@ -232,7 +312,7 @@ class ChunkVectorEnv:
                 merged.update(self._receive_from(self._workers[number]))
                 self._account(asked, count)
             except WorkerLost as lost:
-                if not self._tolerant:
+                if not self._tolerant or self._pending[number][1] not in ("reset", "step"):
                     raise
                 merged.update(self._restart(number, lost))
             del self._pending[number]

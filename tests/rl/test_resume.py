@@ -187,6 +187,46 @@ def test_an_episode_that_does_not_repeat_is_dropped_and_said(tmp_path, monkeypat
     assert trainer.env_steps >= 600
 
 
+@pytest.mark.parametrize("name", ["best_of_n", "gate"])
+def test_an_environment_that_cannot_repeat_is_not_moved_to_come_back(name, tmp_path, monkeypatch):
+    rl, train = RUNS[name]
+    monkeypatch.setattr(PointEnv, "metadata", {"repeatable": False})
+    moves = []
+    for move in ("reset", "step"):
+        plain = getattr(PointEnv, move)
+        monkeypatch.setattr(
+            PointEnv,
+            move,
+            lambda env, *arguments, plain=plain, move=move, **named: (
+                moves.append(move) or plain(env, *arguments, **named)
+            ),
+        )
+    trainer, _ = make(tmp_path, rl, train, stop_at=310)
+    go(trainer)
+    held = [vars(running) for running in trainer.collector._running]
+    interrupted = sum(bool(running["actions"]) for running in held)
+    assert interrupted
+    moves.clear()
+    again, _ = make(tmp_path, rl, train)
+    notes = again.resume(again.checkpoints.newest()[0])
+    assert moves == ["reset"] * 3, "no episode is begun twice, none is lived through again"
+    (note,) = notes
+    assert note.startswith(f"{interrupted} interrupted episode") and "cannot repeat them" in note
+    assert again.dropped == interrupted and not again.faults.total
+    collector = again.collector
+    assert collector._next_seed == trainer.collector._next_seed
+    assert not any(running.actions or running.features for running in collector._running)
+    assert [len(running.digests) for running in collector._running] == [1, 1, 1]
+    assert not any(accumulator._pending for accumulator in collector._accumulators)
+    if name == "best_of_n":  # candidates are drawn where the run's draws had come to
+        for i, env in enumerate(again.checkpoints.newest()[0].read("process-0")["collector"]["envs"]):
+            generator = torch.Generator()
+            generator.set_state(env["generator"])
+            again.runner.prior(rl.candidates, generator)
+            assert torch.equal(generator.get_state(), collector._generators[i].get_state())
+    assert go(again) and again.env_steps >= 600
+
+
 def damaged(folder, name, how):
     """Replace a file of a checkpoint by a damaged one; files it is linked with stay whole."""
     path = folder / name
