@@ -180,6 +180,8 @@ class Session:
             self.adapter.observer = build_observer(self.observe, self.adapter, vec.task_descriptions)
         observation = vec.reset({0: self.eval.seed})[0]
         conditioning = self.runner.encode([observation], vec.task_descriptions[:1])
+        for note in self.runner.input_notes([observation], vec.task_descriptions[:1]):
+            print(f"note: {note}")
         self.runner.features(conditioning)
         prior = self.runner.prior(1, torch.Generator().manual_seed(0))
         vec.send({0: self.runner.decode(conditioning, prior)[0]}, {0: None})

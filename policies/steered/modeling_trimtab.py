@@ -48,6 +48,10 @@ class TrimtabPolicy(PreTrainedPolicy):
 
     config_class = TrimtabConfig
     name = TYPE
+    STEPS = (
+        "its actions are relative to the state that a chunk was made for, and LeRobot's loop over steps adds "
+        "the state of each step"
+    )
 
     def __init__(
         self, config: TrimtabConfig, *args: Any, steered: Steered | None = None, **kwargs: Any
@@ -120,9 +124,16 @@ class TrimtabPolicy(PreTrainedPolicy):
                 the first observation standing in for those before it.
             noise: (B, *noise_shape) the draw that the actor starts from; default: fresh.
             kwargs: for the plain base.
+
+        Raises:
+            UserError: the actions mean something else outside of their chunk.
         """
         if self._plain:
             return self.base.select_action(batch, **_given(noise), **kwargs)
+        if not self.steps_apart:
+            raise UserError(
+                "--policy.path", f"{self.STEPS}; use trimtab eval, --inference.type=rtc or the policy server"
+            )
         observed = self._observed(batch)
         while len(self._observations) < self.adapter.n_obs_steps - 1:
             self._observations.append(observed)
@@ -153,6 +164,11 @@ class TrimtabPolicy(PreTrainedPolicy):
         seen = list(self._observations) or [self._observed(batch)]
         seen = [seen[0]] * (self.adapter.n_obs_steps - len(seen)) + seen
         return self._chunk(self._history(seen), noise)
+
+    @property
+    def steps_apart(self) -> bool:
+        """Whether a chunk's actions can be postprocessed at the steps that they are executed at."""
+        return self.adapter.chunk_shape[0] == 1 or not self.adapter.relative_actions
 
     def supports_rtc(self) -> bool:
         """Whether the base does real-time chunking and takes noise while it does."""
@@ -290,7 +306,8 @@ def _check_features(config: TrimtabConfig, steered: Steered) -> None:
     """Refuse features other than the base's.
 
     Raises:
-        UserError: an input or the action has another name or shape.
+        UserError: an input or the action has another name or shape; another number of steps is executed or
+            seen.
     """
     adapter = steered.adapter
     originals = {new: old for old, new in adapter.renames().items()}
@@ -302,6 +319,13 @@ def _check_features(config: TrimtabConfig, steered: Steered) -> None:
             "--policy.input_features",
             f"the config says other inputs than its base takes: {', '.join(odd)}",
         )
+    for name, own in (("n_action_steps", adapter.chunk_shape[0]), ("n_obs_steps", adapter.n_obs_steps)):
+        if getattr(config, name) != own:
+            raise UserError(
+                f"--policy.{name}",
+                f"the base was loaded with {own}, the config says {getattr(config, name)}; `trimtab export` "
+                "writes an artefact with another --policy.n_action_steps",
+            )
     made = {k: tuple(f.shape) for k, f in adapter.config.output_features.items()}
     asked = {k: tuple(f.shape) for k, f in (config.output_features or {}).items()}
     if made != asked:
