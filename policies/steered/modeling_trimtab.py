@@ -25,9 +25,10 @@ from trimtab.policies.artefact import (
 from trimtab.policies.critic import best_candidate
 from trimtab.policies.sources import own_noise, prior_noise
 from trimtab.policies.steered.configuration_trimtab import TYPE, TrimtabConfig
-from trimtab.policies.steered.processor_trimtab import check_processors, write_processors
+from trimtab.policies.steered.processor_trimtab import RAW_TASK, check_processors, write_processors
 
 TASK = "task"
+TASKS = (TASK, RAW_TASK)
 # Policies whose `predict_action_chunk` takes noise beside the arguments of real-time chunking.
 REAL_TIME = ("pi0", "pi05", "smolvla")
 
@@ -205,15 +206,17 @@ class TrimtabPolicy(PreTrainedPolicy):
         return {
             key: value
             for key, value in batch.items()
-            if key == TASK or (key.startswith(OBS_STR) and isinstance(value, Tensor) and value.ndim)
+            if key in TASKS or (key.startswith(OBS_STR) and isinstance(value, Tensor) and value.ndim)
         }
 
     def _history(self, seen: list[dict[str, Any]]) -> dict[str, Any]:
         """What the adapter encodes: with the time axis that the base has."""
         if not self.adapter.history:
             return seen[-1]
-        history = {key: torch.stack([one[key] for one in seen], 1) for key in seen[-1] if key != TASK}
-        return history | {TASK: seen[-1][TASK]} if TASK in seen[-1] else history
+        last = seen[-1]
+        return {
+            key: last[key] if key in TASKS else torch.stack([one[key] for one in seen], 1) for key in last
+        }
 
     def _has_time(self, batch: dict[str, Any]) -> bool:
         if not self.adapter.history:
@@ -226,9 +229,10 @@ class TrimtabPolicy(PreTrainedPolicy):
             if self.base is None:  # a server normalises; it takes raw observations with a time axis
                 raw = {k: v.unsqueeze(1) for k, v in batch.items() if k in self.config.input_features}
                 return self.adapter.observe(raw | ({TASK: list(batch[TASK])} if TASK in batch else {}))
-            before = self._before
+            before, tasks = self._before, batch.get(RAW_TASK, batch.get(TASK))
+            batch = {key: value for key, value in batch.items() if key != RAW_TASK}
             encoded = self.adapter.encode(batch) if before is None else self.adapter.follow(*before, batch)
-            return self.adapter.watch(encoded, batch, batch.get(TASK))
+            return self.adapter.watch(encoded, batch, tasks)
         except KeyError as error:
             given = ", ".join(sorted(key for key in batch if key.startswith(OBS_STR))) or "none"
             raise UserError(

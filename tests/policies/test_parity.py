@@ -15,7 +15,10 @@ import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
 from tests.helpers.lane import LaneConfig, LaneEnv, make_lane_policy
 from tests.policies.test_steered_policy import artefact_of
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.policies.artefact import Steered, load_artefact, read_config
+from trimtab.policies.actor import ActorConfig, NoiseActor
+from trimtab.policies.artefact import Steered, load_artefact, read_config, save_artefact
+from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.policies.observe import ObserveConfig, Observer
 from trimtab.policies.sources import steered_noise
 from trimtab.policies.steered.modeling_trimtab import TrimtabPolicy
 from trimtab.recipes.cli import main
@@ -203,6 +206,27 @@ def test_relative_actions_are_refused_step_by_step(tmp_path, capsys):
     policy = TrimtabPolicy(config, steered=steered)
     with pytest.raises(UserError, match="relative to the state that a chunk was made for"):
         policy.select_action({})
+
+
+@pytest.mark.parametrize("policy_type", ["smolvla", "pi05", "multi_task_dit"])
+def test_an_actor_that_looks_at_the_instruction(policy_type, tmp_path):
+    """LeRobot makes a prompt of the instruction (a line's end, the state); the actor knows its words."""
+    adapter = load_adapter(options := make_tiny(policy_type, tmp_path / "base"))
+    looks = ObserveConfig(inputs=["features", "task"]).resolved(adapter, ["push to goal", "press the button"])
+    adapter.observer = Observer(looks, adapter)
+    example = adapter.example_observation(2, torch.Generator().manual_seed(0))
+    example["task"] = ["push to goal", "press the button"]
+    width = adapter.seen(adapter.observe(example)).shape[-1]
+    torch.manual_seed(0)
+    noise = FullNoiseConfig()
+    size = ActorConfig(hidden=16, layers=2)
+    actor = NoiseActor(width, noise.build(adapter.noise_spec), size, looks)
+    for parameter in actor.net[-1].parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    out = tmp_path / "artefact"
+    save_artefact(out, actor.eval(), noise, adapter, options, Path(options.path), {})
+    steered = load_artefact(PolicyConfig(path=str(out), device="cpu"))
+    assert not any("other actions" in note for note in check_runners(out, steered))
 
 
 OPTIONS = {
