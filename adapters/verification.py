@@ -97,7 +97,7 @@ def check_produced(adapter: PolicyAdapter, chunk: Tensor, conditioning: Conditio
     if not chunk.is_floating_point() or not torch.isfinite(chunk).all():
         raise UserError(OPTION, "the policy turns ordinary noise into NaN or Inf; its weights are broken")
     actions = torch.as_tensor(adapter.postprocess(chunk, conditioning))
-    action = adapter.config.output_features.get("action")
+    action = (adapter.config.output_features or {}).get("action")
     expected = (rows, adapter.chunk_shape[0], *(action.shape if action else actions.shape[2:]))
     if tuple(actions.shape) != expected:
         raise UserError(

@@ -15,6 +15,7 @@ from lerobot.utils.constants import OBS_ENV_STATE
 from torch import Tensor
 
 from trimtab.adapters import UserError
+from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import Steered
 from trimtab.policies.sources import steered_noise
 from trimtab.policies.steered.modeling_trimtab import TrimtabPolicy
@@ -39,8 +40,17 @@ def check_runners(folder: Path, steered: Steered) -> list[str]:
         where LeRobot's runners act otherwise or refuse, a line each.
 
     Raises:
-        UserError: `lerobot-eval` and `lerobot-rollout` would execute other actions.
+        UserError: `lerobot-eval` and `lerobot-rollout` would execute other actions, or none.
     """
+    try:
+        return _check(folder, steered)
+    except UserError:
+        raise
+    except Exception as error:  # whatever LeRobot and a policy's processors raise
+        raise UserError("--run", f"LeRobot does not run this artefact: {reason(error)}") from error
+
+
+def _check(folder: Path, steered: Steered) -> list[str]:
     adapter, config = steered.adapter, PreTrainedConfig.from_pretrained(str(folder))
     config.pretrained_path, config.device = folder, adapter.device.type
     config.use_actor, config.num_candidates, config.compile_model = True, 1, False  # the actor's own chunk

@@ -146,11 +146,7 @@ def test_a_policy_that_looks_at_every_camera(tmp_path):
 
 RESIZES = {
     "diffusion": ({"images": True}, {"resize_shape": (48, 48)}, {"crop_shape": (48, 48)}),
-    "multi_task_dit": (
-        {"image_crop_shape": None},
-        {"image_resize_shape": (64, 64)},
-        {"image_resize_shape": None},
-    ),
+    "multi_task_dit": ({}, {"image_resize_shape": (64, 64)}, {}),
     "smolvla": ({}, {}, {"resize_imgs_with_padding": None}),
 }
 
@@ -178,7 +174,8 @@ def test_images_of_any_size_where_the_policy_resizes_them(policy_type, tmp_path)
             batch = adapter.preprocessor({k: v[:, -1] for k, v in large.items() if k != "task"})
             still = {k: v[:, -1:].expand_as(v) if k != "task" else v for k, v in large.items()}
             theirs = policy.select_action(batch, noise=noise)
-            assert torch.equal(theirs, adapter.denoise(adapter.observe(still), noise)[:, 0])
+            ours = adapter.denoise(adapter.observe(still), noise)[:, 0]
+            assert (theirs - ours).abs().max() <= 1e-6
 
 
 def test_stacked_cameras_must_be_of_one_size(tmp_path):

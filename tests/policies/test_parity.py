@@ -70,9 +70,10 @@ def trimtab_eval(steered, episodes):
             conditioning = runner.encode(seen, [""] * len(seeds))
             prior = runner.prior(len(seeds), torch.Generator().manual_seed(0))
             chunk = runner.decode(conditioning, source(runner.features(conditioning), prior))
-            actions.append(chunk)
             results = [env.step_chunk(one, None) for env, one in zip(envs, chunk)]
-            steps += chunk.shape[1]
+            executed = min(result.steps for result in results)
+            actions.append(chunk[:, :executed])
+            steps += executed
             if any(result.ended for result in results):
                 break
             seen = [result.observation for result in results]
@@ -116,7 +117,12 @@ CASES = {
     "multi_task_dit": [{"n_action_steps": 8}, {"use_amp": True}],
     "smolvla": [
         {"n_action_steps": 2, "use_amp": True},
-        {"adapt_to_pi_aloha": True, **camera_features(1, 64, 14, 14)},
+        {
+            "adapt_to_pi_aloha": True,
+            "max_state_dim": 14,
+            "max_action_dim": 14,
+            **camera_features(1, 64, 14, 14),
+        },
     ],
 }
 ALL = [(kind, fields) for kind in TYPES for fields in CASES.get(kind, [{}])]
