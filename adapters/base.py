@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from trimtab.adapters import inputs, verification
 from trimtab.adapters.conditioning import Conditioning, repeat_rows
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
 from trimtab.adapters.files import hash_files, placement, settings_hashes, weights_files, weights_hash
 
 
@@ -43,8 +43,6 @@ class NoiseSpec:
         return math.prod(self.shape)
 
 
-BLIND = 1e-6  # effect of the noise, relative to the chunk, that is no more than rounding
-MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ from the row alone
 RELATIVE_STATE = "relative_state"  # raw state of each observation, for policies with relative actions
 
 
@@ -68,6 +66,8 @@ class PolicyAdapter(abc.ABC):
         remembers: whether a chunk depends on the episode before it, through ``follow``.
         rounding: share of the noise's own effect by which chunks of the same noise may differ.
         fills_missing_cameras: whether the policy does with fewer cameras than its config names.
+        stacks_cameras: whether the policy's cameras must be of one size.
+        reads_task: whether the policy is told what to do in words.
         max_batch: most noises that the policy denoises in one batch; ``None`` = any number.
         noise_spec: the noise that ``denoise`` takes.
         chunk_shape: (steps executed per chunk, action dimension after un-padding); with ``remembers`` of
@@ -84,6 +84,8 @@ class PolicyAdapter(abc.ABC):
     history: ClassVar[bool] = False
     remembers: ClassVar[bool] = False
     fills_missing_cameras: ClassVar[bool] = False
+    stacks_cameras: ClassVar[bool] = False
+    reads_task: ClassVar[bool] = False
     max_batch: ClassVar[int | None] = None
     rounding: ClassVar[float] = 0.0
     noise_spec: NoiseSpec
@@ -229,38 +231,19 @@ class PolicyAdapter(abc.ABC):
         }
 
     def required_inputs(self, given: Collection[str]) -> dict[str, Any]:
-        """The policy's input features that an observation with the keys ``given`` must hold."""
-        features = self.config.input_features
-        # LeRobot fills the empty cameras, and of some policies those that are not there, as long as one is.
-        cameras = set(self.config.image_features) if self.fills_missing_cameras else set()
-        spare = cameras if not cameras.isdisjoint(given) else set()
-        return {
-            key: features[key]
-            for key in features
-            if "empty_camera" not in key and (key in given or key not in spare)
-        }
+        """The policy's input features that an observation with the renamed keys ``given`` must hold."""
+        return inputs.required_inputs(self, given)
 
     def _check_observation(self, observation: dict[str, Any]) -> None:
-        names = {self.renames().get(key, key): key for key in observation}
-        required = self.required_inputs(names)
-        missing = [key for key in required if key not in names]
-        if missing:
-            given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"
-            raise UserError(
-                "--env.type",
-                f"the policy needs {', '.join(missing)}, the environment gives {given}; choose the "
-                "environment (or its --env.obs_type) that the policy was trained on, or rename with "
-                "--policy.rename_map",
-            )
-        for key, feature in required.items():
-            shape = tuple(observation[names[key]].shape[2:])
-            image = len(feature.shape) == 3  # policies resize their images
-            if shape != tuple(feature.shape) and not (image and len(shape) == 3 and self.resizes_images):
-                raise UserError(
-                    "--env.type",
-                    f"the policy needs {key} of shape {tuple(feature.shape)}, the environment gives "
-                    f"{shape}; choose the environment that it was trained on",
-                )
+        inputs.check_inputs(self, observation)
+
+    def input_notes(self, observation: dict[str, Any]) -> list[str]:
+        """What the user should know of an observation that ``preprocess`` takes, a line each."""
+        return inputs.input_notes(self, observation)
+
+    def cameras_used(self, given: Collection[str]) -> set[str]:
+        """Of the renamed keys ``given`` the cameras that the policy looks at."""
+        return set(inputs.cameras_of(self)).intersection(given)
 
     @property
     def resizes_images(self) -> bool:
@@ -304,6 +287,27 @@ class PolicyAdapter(abc.ABC):
         if conditioning.observed is not None:
             return repeat_rows(conditioning.observed, conditioning.repeats)
         return self.features(conditioning)
+
+    @property
+    def relative_actions(self) -> bool:
+        """Whether ``postprocess`` adds a chunk's actions to the state that it was made for."""
+        return self._relative_step() is not None
+
+    def runner_notes(self) -> list[str]:
+        """Where LeRobot's own commands compute otherwise than the adapter, a line each."""
+        notes = []
+        if getattr(self.config, "use_amp", False):
+            notes.append(
+                "use_amp is on in config.json: lerobot-eval runs this policy under autocast, lerobot-rollout "
+                "on CUDA alone, the policy server nowhere; trimtab and what it exports compute in the "
+                "policy's own precision"
+            )
+        if self.relative_actions and self.chunk_shape[0] > 1:
+            notes.append(
+                "relative actions: trimtab adds a chunk to the state that it was made for, lerobot-eval and "
+                "lerobot-rollout add each action to the state at its own step"
+            )
+        return notes
 
     def _relative_step(self) -> Any:
         for step in getattr(self.postprocessor, "steps", ()):
@@ -420,57 +424,15 @@ class PolicyAdapter(abc.ABC):
     def verify(self) -> None:
         """Check on the real weights that noise steers this policy, and steers it alone.
 
-        On two observations: chunks and actions are finite; the same observation and noise give the same
-        chunk, encoded twice; another noise gives each row another chunk; a row does not depend on the
-        rows beside it.
+        On two observations, each alone and both together: chunks and actions have the declared shapes and are
+        finite, features too; the same observation and noise give the same chunk, encoded twice; another noise
+        gives each row another chunk, and in entries that are declared inert the same; a row does not depend
+        on the rows beside it.
 
         Raises:
             UserError: one of these does not hold, with what it means.
         """
-        generator = torch.Generator().manual_seed(0)
-        count = min(2, self.max_batch or 2)
-        observation = self.example_observation(count, generator)
-        conditioning = self.observe(observation)
-        shape = (count, *self.noise_spec.shape)
-        first = torch.randn(shape, generator=generator).to(self.device, self.noise_spec.dtype)
-        second = torch.randn(shape, generator=generator).to(self.device, self.noise_spec.dtype)
-        once = self.denoise(conditioning, first)
-        if not torch.isfinite(once).all():
-            raise UserError(
-                "--policy.path",
-                "the policy turns ordinary noise into NaN or Inf; its weights are broken",
-            )
-        if not torch.isfinite(torch.as_tensor(self.postprocess(once, conditioning))).all():
-            raise UserError(
-                "--policy.path",
-                "its postprocessor turns chunks into NaN or Inf; its statistics are broken",
-            )
-        if not torch.equal(once, self.denoise(conditioning, first)):
-            raise UserError(
-                "--policy.path",
-                f"the same noise gave two different chunks: this {self.policy_type} policy draws randomness "
-                "while it samples and cannot be steered; save it with a deterministic sampler",
-            )
-        if not torch.equal(once, self.denoise(self.observe(observation), first)):
-            raise UserError(
-                "--policy.path",
-                "the same observation, encoded twice, gave two different chunks: this "
-                f"{self.policy_type} policy draws randomness while it looks and cannot be steered",
-            )
-        effect = (once - self.denoise(conditioning, second)).abs().flatten(1).amax(1)
-        if effect.min() <= BLIND * once.abs().max():
-            raise UserError(
-                "--policy.path",
-                f"two different noises gave the same chunk: this {self.policy_type} policy ignores its noise "
-                "and cannot be steered",
-            )
-        for row in range(count if count > 1 else 0):
-            alone = self.denoise(conditioning[row], first[row : row + 1])[0]
-            if (alone - once[row]).abs().max() > MIXED * effect[row]:
-                raise RuntimeError(
-                    f"the {self.policy_type} adapter mixes the rows of a batch: a chunk depends on the noise "
-                    "or the observation beside it"
-                )
+        verification.verify(self)
 
 
 _REGISTRY: dict[str, Callable[[], type[PolicyAdapter]]] = {}

@@ -51,11 +51,32 @@ def use_ddim(config: Any, num_inference_steps: int | None) -> list[str]:
     return notes
 
 
+def steps_to_horizon(config: Any) -> int:
+    """Actions that LeRobot executes of a chunk, which it cuts short where the horizon ends.
+
+    The horizon starts at the first of the observations, the executed slice at the last of them.
+    """
+    return min(config.n_action_steps, config.horizon - config.n_obs_steps + 1)
+
+
+def cap_steps(config: Any) -> list[str]:
+    """A line for the user where the horizon ends before ``n_action_steps`` actions."""
+    steps = steps_to_horizon(config)
+    if steps == config.n_action_steps:
+        return []
+    return [
+        f"config.json says n_action_steps {config.n_action_steps}, but with n_obs_steps {config.n_obs_steps} "
+        f"the horizon of {config.horizon} ends after {steps}: {steps} actions of each chunk are executed, as "
+        "LeRobot does"
+    ]
+
+
 class DiffusionAdapter(PolicyAdapter):
     """``encode`` is the observation encoder, ``denoise`` the whole DDIM loop."""
 
     policy_type: ClassVar[str] = "diffusion"
     history: ClassVar[bool] = True
+    stacks_cameras = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
@@ -63,7 +84,7 @@ class DiffusionAdapter(PolicyAdapter):
         parameter = next(policy.parameters())
         action_dim = config.action_feature.shape[0]
         self.noise_spec = NoiseSpec((config.horizon, action_dim), dtype=parameter.dtype)
-        self.chunk_shape = (config.n_action_steps, action_dim)
+        self.chunk_shape = (steps_to_horizon(config), action_dim)
         self.n_obs_steps = config.n_obs_steps
 
     @classmethod
@@ -72,7 +93,12 @@ class DiffusionAdapter(PolicyAdapter):
             raise UserError("--policy.dtype", f"a diffusion policy runs in float32, not {options.dtype}")
         # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
         config.pretrained_backbone_weights = None
-        return use_ddim(config, options.num_inference_steps)
+        return [*cap_steps(config), *use_ddim(config, options.num_inference_steps)]
+
+    @property
+    def resizes_images(self) -> bool:
+        """Whether the policy scales its images to one size first; a crop alone shows another part of them."""
+        return self.config.resize_shape is not None
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
@@ -88,7 +114,7 @@ class DiffusionAdapter(PolicyAdapter):
             conditioning.batch_size, global_cond=conditioning.rows("global"), noise=noise
         )
         start = self.n_obs_steps - 1
-        return actions[:, start : start + self.chunk_shape[0]]
+        return self.executed(actions[:, start:])
 
     def features(self, conditioning: Conditioning) -> Tensor:
         """The U-Net's global conditioning: normalised states and, with cameras, the encoder's keypoints."""

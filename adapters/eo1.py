@@ -25,6 +25,7 @@ class EO1Adapter(PolicyAdapter):
     """``encode`` is Qwen2.5-VL up to the action span, ``denoise`` the Euler loop of Qwen over the span."""
 
     policy_type: ClassVar[str] = "eo1"
+    reads_task = True
     resizes_images = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:

@@ -27,6 +27,7 @@ class Evo1Adapter(PolicyAdapter):
     """``encode`` is InternVL3, ``denoise`` LeRobot's own Euler loop over the action head."""
 
     policy_type: ClassVar[str] = "evo1"
+    reads_task = True
     resizes_images = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:

@@ -14,14 +14,14 @@ name in its code; ``--policy.backbone`` names a folder with ``vae``, ``text_enco
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
-from lerobot.utils.constants import OBS_STATE
+from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
 from trimtab.adapters.base import NoiseSpec, PolicyAdapter
@@ -82,6 +82,7 @@ class FastWAMAdapter(PolicyAdapter):
     """``encode`` is the video expert's prefix, ``denoise`` the Euler loop of the action expert."""
 
     policy_type: ClassVar[str] = "fastwam"
+    reads_task = True
     resizes_images = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
@@ -181,6 +182,10 @@ class FastWAMAdapter(PolicyAdapter):
     @classmethod
     def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
         return {}, {}  # the tokenizer belongs to the model
+
+    def cameras_used(self, given: Collection[str]) -> set[str]:
+        """All there are: LeRobot puts every camera of the batch side by side."""
+        return {key for key in given if key.startswith(f"{OBS_IMAGES}.")}
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:

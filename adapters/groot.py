@@ -7,6 +7,7 @@ once; ``denoise`` runs LeRobot's own loop on those features, its single draw rep
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -49,6 +50,7 @@ class GrootAdapter(PolicyAdapter):
     """``encode`` is everything up to the action head's loop, ``denoise`` the loop."""
 
     policy_type: ClassVar[str] = "groot"
+    reads_task = True
     resizes_images = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
@@ -84,6 +86,17 @@ class GrootAdapter(PolicyAdapter):
         if options.tokenizer:
             step["model_name"] = options.tokenizer
         return {ENCODE_STEP: step}, {}
+
+    def cameras_used(self, given: Collection[str]) -> set[str]:
+        """Those that the checkpoint names; all there are where it names none of these."""
+        for step in getattr(self.preprocessor, "steps", ()):
+            if hasattr(step, "_ordered_image_keys"):
+                return set(step._ordered_image_keys(dict.fromkeys(given)))
+        return super().cameras_used(given)
+
+    @property
+    def relative_actions(self) -> bool:
+        return self._relative_pack_step() is not None or super().relative_actions
 
     def _relative_pack_step(self) -> Any:
         """The preprocessor's step that holds the state which native relative actions are added to."""

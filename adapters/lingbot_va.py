@@ -40,6 +40,7 @@ class LingBotVAAdapter(PolicyAdapter):
     """``encode`` and ``follow`` imagine the video, ``denoise`` is the action stream's loop."""
 
     policy_type: ClassVar[str] = "lingbot_va"
+    reads_task = True
     history: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
     max_batch: ClassVar[int | None] = 1

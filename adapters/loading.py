@@ -203,7 +203,7 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, token:
             f"this {policy_config.type} policy executes {adapter.chunk_shape[0]} steps of each chunk; "
             "drop the option",
         )
-    adapter.notes = notes
+    adapter.notes = [*notes, *adapter.runner_notes()]
     adapter.trainable = trainable
     adapter.weights_files = [folder / PEFT_WEIGHTS, weights] if is_peft(folder) else [weights]
     return adapter

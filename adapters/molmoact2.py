@@ -57,6 +57,7 @@ class MolmoAct2Adapter(PolicyAdapter):
     """``encode`` is the VLM and the expert's view of it, ``denoise`` the Euler loop of the action expert."""
 
     policy_type: ClassVar[str] = "molmoact2"
+    reads_task = True
     resizes_images = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:

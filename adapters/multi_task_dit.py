@@ -18,7 +18,7 @@ from trimtab.adapters.backbone import without_weights
 from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.diffusion import use_ddim
+from trimtab.adapters.diffusion import cap_steps, steps_to_horizon, use_ddim
 from trimtab.adapters.errors import UserError
 from trimtab.adapters.injection import NoiseInjector
 
@@ -27,7 +27,9 @@ class MultiTaskDiTAdapter(PolicyAdapter):
     """``encode`` is the observation encoder, ``denoise`` the whole sampling loop."""
 
     policy_type: ClassVar[str] = "multi_task_dit"
+    reads_task = True
     history: ClassVar[bool] = True
+    stacks_cameras = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
@@ -36,9 +38,7 @@ class MultiTaskDiTAdapter(PolicyAdapter):
         dtype = next(policy.noise_predictor.parameters()).dtype
         self.noise_spec = NoiseSpec((config.horizon, action_dim), dtype=dtype)
         self.n_obs_steps = config.n_obs_steps
-        # LeRobot cuts the slice short where the horizon ends.
-        steps = min(config.n_action_steps, config.horizon - config.n_obs_steps + 1)
-        self.chunk_shape = (steps, action_dim)
+        self.chunk_shape = (steps_to_horizon(config), action_dim)
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
@@ -47,9 +47,9 @@ class MultiTaskDiTAdapter(PolicyAdapter):
         if options.backbone:
             config.vision_encoder_name = config.text_encoder_name = options.backbone
         if config.is_diffusion:
-            return use_ddim(config, options.num_inference_steps)
+            return [*cap_steps(config), *use_ddim(config, options.num_inference_steps)]
         config.num_integration_steps = options.num_inference_steps or config.num_integration_steps
-        return []
+        return cap_steps(config)
 
     @classmethod
     def build(cls, config: Any) -> Any:

@@ -33,6 +33,7 @@ class PiAdapter(PolicyAdapter):
 
     resizes_images = True
     fills_missing_cameras = True
+    reads_task = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)

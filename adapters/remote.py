@@ -69,6 +69,7 @@ class RemoteAdapter(PolicyAdapter):
     """
 
     policy_type: ClassVar[str] = "remote"
+    reads_task = True
     rounding: ClassVar[float] = 0.1  # a server need not repeat itself to the bit
 
     def __init__(self, options: PolicyConfig, device: str) -> None:

@@ -27,6 +27,7 @@ class VLAJEPAAdapter(PolicyAdapter):
     """``encode`` is Qwen3-VL, ``denoise`` the Euler loop of the action head."""
 
     policy_type: ClassVar[str] = "vla_jepa"
+    reads_task = True
     resizes_images = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:

@@ -29,6 +29,7 @@ class WallXAdapter(PolicyAdapter):
     """``encode`` is the prompt's pass through the model, ``denoise`` the Euler loop of the action tokens."""
 
     policy_type: ClassVar[str] = "wall_x"
+    reads_task = True
     resizes_images = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:

@@ -41,6 +41,7 @@ class XVLAAdapter(PolicyAdapter):
     """``encode`` is Florence-2, ``denoise`` LeRobot's own loop over the transformer."""
 
     policy_type: ClassVar[str] = "xvla"
+    reads_task = True
     fills_missing_cameras = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def save_artefact(
     training: dict[str, Any],
     critic: tuple[CriticEnsemble, CriticConfig] | None = None,
     beside: dict[str, str] | None = None,
+    acting: dict[str, Any] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the artefact so that ``folder`` appears whole or not at all.
 
@@ -101,6 +104,8 @@ def save_artefact(
         training: facts about the run for whoever reads the file; ``deterministic`` is how it is to act.
         critic: of the base's chunks, for ``num_candidates``, and its config.
         beside: texts to write beside, by file name (a model card).
+        acting: fields of the config that say how it acts, where they are not the defaults.
+        check: called with the whole folder before it appears; where it raises, nothing is left.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +136,7 @@ def save_artefact(
         n_action_steps=adapter.chunk_shape[0],
         deterministic=bool(training.get("deterministic", True)),
         training=training,
+        **(acting or {}),
     )
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -141,6 +147,8 @@ def save_artefact(
         write_processors(work, adapter, base, base_folder)
         for name, text in (beside or {}).items():
             (work / name).write_text(text, encoding="utf-8")
+        if check is not None:
+            check(work)
         work.chmod(0o755)
         for file in work.iterdir():
             file.chmod(0o644)

@@ -14,9 +14,11 @@ from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_
 from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 from trimtab.recipes.console import parse
+from trimtab.recipes.export_check import check_runners
 from trimtab.recipes.reporting import NAMES
 
 CARD = "README.md"
+ACTING = ("num_candidates", "use_actor")  # how the artefact acts, beside `deterministic`
 RUN_CONFIG = "adapt.json"  # the run's own config, to run it again
 
 
@@ -80,7 +82,8 @@ def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None 
         repo: the Hub repository that it is going to, for the card.
 
     Raises:
-        UserError: the artefact or its base is broken, or the base is out of reach for the Hub's users.
+        UserError: the artefact or its base is broken, or the base is out of reach for the Hub's users; or
+            LeRobot would execute other actions than trimtab.
     """
     config = read_config(artefact)
     if policy.path:
@@ -115,7 +118,14 @@ def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None 
         {**config.training, "deterministic": config.deterministic},
         (steered.critic, config.critic) if steered.critic is not None else None,
         beside,
+        {name: getattr(config, name) for name in ACTING},
+        lambda folder: _say(check_runners(folder, steered)),
     )
+
+
+def _say(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
 
 
 def _is_local(config: TrimtabConfig, artefact: Path) -> bool:

@@ -101,6 +101,10 @@ class PolicyRunner:
             self.forget(i)
         return encoded
 
+    def input_notes(self, observations: list[RawObservation], tasks: list[str]) -> list[str]:
+        """What the user should know of observations that ``encode`` takes, a line each."""
+        return self.adapter.input_notes(self._history(observations, tasks))
+
     def _history(self, observations: list[RawObservation], tasks: list[str]) -> dict[str, Any]:
         """What ``adapter.observe`` takes."""
         from lerobot.envs.utils import preprocess_observation

@@ -85,6 +85,11 @@ class TrimtabConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.use_amp:
+            raise UserError(
+                "--policy.use_amp",
+                "a steered policy computes in the precision that it was steered in; leave it false",
+            )
         if self.num_candidates < 1:
             raise UserError("--policy.num_candidates", f"must be at least 1, got {self.num_candidates}")
         if self.num_candidates > 1 and self.critic is None:

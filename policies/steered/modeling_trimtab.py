@@ -25,9 +25,10 @@ from trimtab.policies.artefact import (
 from trimtab.policies.critic import best_candidate
 from trimtab.policies.sources import own_noise, prior_noise
 from trimtab.policies.steered.configuration_trimtab import TYPE, TrimtabConfig
-from trimtab.policies.steered.processor_trimtab import check_processors, write_processors
+from trimtab.policies.steered.processor_trimtab import RAW_TASK, check_processors, write_processors
 
 TASK = "task"
+TASKS = (TASK, RAW_TASK)
 # Policies whose `predict_action_chunk` takes noise beside the arguments of real-time chunking.
 REAL_TIME = ("pi0", "pi05", "smolvla")
 
@@ -48,6 +49,10 @@ class TrimtabPolicy(PreTrainedPolicy):
 
     config_class = TrimtabConfig
     name = TYPE
+    STEPS = (
+        "its actions are relative to the state that a chunk was made for, and LeRobot's loop over steps adds "
+        "the state of each step"
+    )
 
     def __init__(
         self, config: TrimtabConfig, *args: Any, steered: Steered | None = None, **kwargs: Any
@@ -120,9 +125,16 @@ class TrimtabPolicy(PreTrainedPolicy):
                 the first observation standing in for those before it.
             noise: (B, *noise_shape) the draw that the actor starts from; default: fresh.
             kwargs: for the plain base.
+
+        Raises:
+            UserError: the actions mean something else outside of their chunk.
         """
         if self._plain:
             return self.base.select_action(batch, **_given(noise), **kwargs)
+        if not self.steps_apart:
+            raise UserError(
+                "--policy.path", f"{self.STEPS}; use trimtab eval, --inference.type=rtc or the policy server"
+            )
         observed = self._observed(batch)
         while len(self._observations) < self.adapter.n_obs_steps - 1:
             self._observations.append(observed)
@@ -153,6 +165,11 @@ class TrimtabPolicy(PreTrainedPolicy):
         seen = list(self._observations) or [self._observed(batch)]
         seen = [seen[0]] * (self.adapter.n_obs_steps - len(seen)) + seen
         return self._chunk(self._history(seen), noise)
+
+    @property
+    def steps_apart(self) -> bool:
+        """Whether a chunk's actions can be postprocessed at the steps that they are executed at."""
+        return self.adapter.chunk_shape[0] == 1 or not self.adapter.relative_actions
 
     def supports_rtc(self) -> bool:
         """Whether the base does real-time chunking and takes noise while it does."""
@@ -189,15 +206,17 @@ class TrimtabPolicy(PreTrainedPolicy):
         return {
             key: value
             for key, value in batch.items()
-            if key == TASK or (key.startswith(OBS_STR) and isinstance(value, Tensor) and value.ndim)
+            if key in TASKS or (key.startswith(OBS_STR) and isinstance(value, Tensor) and value.ndim)
         }
 
     def _history(self, seen: list[dict[str, Any]]) -> dict[str, Any]:
         """What the adapter encodes: with the time axis that the base has."""
         if not self.adapter.history:
             return seen[-1]
-        history = {key: torch.stack([one[key] for one in seen], 1) for key in seen[-1] if key != TASK}
-        return history | {TASK: seen[-1][TASK]} if TASK in seen[-1] else history
+        last = seen[-1]
+        return {
+            key: last[key] if key in TASKS else torch.stack([one[key] for one in seen], 1) for key in last
+        }
 
     def _has_time(self, batch: dict[str, Any]) -> bool:
         if not self.adapter.history:
@@ -210,9 +229,10 @@ class TrimtabPolicy(PreTrainedPolicy):
             if self.base is None:  # a server normalises; it takes raw observations with a time axis
                 raw = {k: v.unsqueeze(1) for k, v in batch.items() if k in self.config.input_features}
                 return self.adapter.observe(raw | ({TASK: list(batch[TASK])} if TASK in batch else {}))
-            before = self._before
+            before, tasks = self._before, batch.get(RAW_TASK, batch.get(TASK))
+            batch = {key: value for key, value in batch.items() if key != RAW_TASK}
             encoded = self.adapter.encode(batch) if before is None else self.adapter.follow(*before, batch)
-            return self.adapter.watch(encoded, batch, batch.get(TASK))
+            return self.adapter.watch(encoded, batch, tasks)
         except KeyError as error:
             given = ", ".join(sorted(key for key in batch if key.startswith(OBS_STR))) or "none"
             raise UserError(
@@ -290,7 +310,8 @@ def _check_features(config: TrimtabConfig, steered: Steered) -> None:
     """Refuse features other than the base's.
 
     Raises:
-        UserError: an input or the action has another name or shape.
+        UserError: an input or the action has another name or shape; another number of steps is executed or
+            seen.
     """
     adapter = steered.adapter
     originals = {new: old for old, new in adapter.renames().items()}
@@ -302,6 +323,13 @@ def _check_features(config: TrimtabConfig, steered: Steered) -> None:
             "--policy.input_features",
             f"the config says other inputs than its base takes: {', '.join(odd)}",
         )
+    for name, own in (("n_action_steps", adapter.chunk_shape[0]), ("n_obs_steps", adapter.n_obs_steps)):
+        if getattr(config, name) != own:
+            raise UserError(
+                f"--policy.{name}",
+                f"the base was loaded with {own}, the config says {getattr(config, name)}; `trimtab export` "
+                "writes an artefact with another --policy.n_action_steps",
+            )
     made = {k: tuple(f.shape) for k, f in adapter.config.output_features.items()}
     asked = {k: tuple(f.shape) for k, f in (config.output_features or {}).items()}
     if made != asked:

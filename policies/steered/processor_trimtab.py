@@ -15,9 +15,11 @@ from typing import Any
 from lerobot.processor import (
     AddBatchDimensionProcessorStep,
     DeviceProcessorStep,
+    EnvTransition,
     PolicyProcessorPipeline,
     ProcessorStepRegistry,
     RenameObservationsProcessorStep,
+    TransitionKey,
     policy_action_to_transition,
     transition_to_policy_action,
 )
@@ -28,16 +30,33 @@ from trimtab.adapters.loading import RENAME_STEP
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 
 OWN_RENAME_STEP = "trimtab_rename_observations"
+RAW_TASK = "trimtab_task"  # the instructions, before the base's processors make a prompt of them
 
 
 @ProcessorStepRegistry.register(OWN_RENAME_STEP)
 @dataclass
 class BaseRenameStep(RenameObservationsProcessorStep):
-    """The renaming that the base was steered with.
+    """The renaming that the base was steered with, and the instructions for a noise actor that looks at them.
 
     A step of its own name, for LeRobot's commands put their ``--rename_map``, which is empty by default,
     in the place of the base's.
     """
+
+    keep_task: bool = False
+
+    def __call__(self, transition: EnvTransition) -> EnvTransition:
+        new = super().__call__(transition)
+        data = new.get(TransitionKey.COMPLEMENTARY_DATA) or {}
+        if self.keep_task and data.get("task") is not None:
+            task = data["task"]
+            new[TransitionKey.COMPLEMENTARY_DATA] = {
+                **data,
+                RAW_TASK: [task] if isinstance(task, str) else list(task),
+            }
+        return new
+
+    def get_config(self) -> dict[str, Any]:
+        return {"rename_map": self.rename_map, "keep_task": self.keep_task}
 
 
 def make_trimtab_pre_post_processors(
@@ -109,7 +128,8 @@ def write_processors(
         if (value := getattr(options, name)) and Path(value).expanduser().exists()
     }
     overrides = type(adapter).processor_overrides(adapter.config, replace(options, **here))
-    renames = adapter.renames()
+    renames, looks = adapter.renames(), getattr(adapter.observer, "config", None)
+    keep_task = looks is not None and "task" in (looks.inputs or ())
     for name, changes in zip((PREPROCESSOR, POSTPROCESSOR), overrides, strict=True):
         content = json.loads((Path(base_folder) / name).read_text(encoding="utf-8"))
         steps = content["steps"]
@@ -118,8 +138,9 @@ def write_processors(
             step.setdefault("config", {}).update(changes.get(own, {}))
             if own == RENAME_STEP:
                 step["config"]["rename_map"] = {}
-        if name == PREPROCESSOR and renames:
-            steps.insert(0, {"registry_name": OWN_RENAME_STEP, "config": {"rename_map": renames}})
+        if name == PREPROCESSOR and (renames or keep_task):
+            own = {"rename_map": renames, "keep_task": keep_task}
+            steps.insert(0, {"registry_name": OWN_RENAME_STEP, "config": own})
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     for name in state_files(Path(base_folder)):
         shutil.copyfile(Path(base_folder) / name, folder / name)

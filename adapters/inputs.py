@@ -1,0 +1,179 @@
+"""A policy's inputs and an environment's observations compared as sets, by LeRobot's rule.
+
+LeRobot (``validate_visual_features_consistency``) lets a policy run where the cameras that it was trained on
+all exist, or where all that exist are among those. Which of the latter a policy can do without is its own
+affair: some fill what is missing with blank images, others fail. Names count after renaming.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from lerobot.utils.constants import OBS_IMAGE, OBS_STR
+from torch import Tensor
+
+from trimtab.adapters.errors import UserError
+
+if TYPE_CHECKING:
+    from trimtab.adapters.base import PolicyAdapter
+
+BRIGHTEST = 1.001  # of an image in [0, 1], with room for an interpolation's rounding
+
+
+def filled(key: str) -> bool:
+    """Whether LeRobot fills this input itself: one of a config's ``empty_cameras``."""
+    return "empty_camera" in key
+
+
+def cameras_of(adapter: PolicyAdapter) -> list[str]:
+    """The cameras that the policy was trained on, by its own names."""
+    features = adapter.config.input_features
+    return [key for key, feature in features.items() if len(feature.shape) == 3 and not filled(key)]
+
+
+def required_inputs(adapter: PolicyAdapter, given: Collection[str]) -> dict[str, Any]:
+    """The policy's input features that an observation with the renamed keys ``given`` must hold.
+
+    A policy that fills missing cameras does without them where those there are are all its own. Where one has
+    another name, a camera that it was trained on would turn blank beside one that it never looks at.
+    """
+    features = adapter.config.input_features
+    known = set(cameras_of(adapter))
+    there = {key for key in given if key in known or key.startswith(OBS_IMAGE)}
+    spare = known - there if adapter.fills_missing_cameras and there and there <= known else set()
+    return {key: feature for key, feature in features.items() if not filled(key) and key not in spare}
+
+
+def check_inputs(adapter: PolicyAdapter, observation: dict[str, Any]) -> None:
+    """Refuse an observation that is not what the policy was trained on.
+
+    Args:
+        adapter: the policy.
+        observation: raw, as for ``PolicyAdapter.preprocess``.
+
+    Raises:
+        UserError: an input is missing, or has another shape, layout or range.
+    """
+    renames = adapter.renames()
+    names = {renames.get(key, key): key for key in observation}
+    if len(names) < len(observation):
+        twice = sorted({renames[key] for key in observation if renames.get(key) in observation})
+        raise UserError(
+            "--policy.rename_map",
+            f"gives {', '.join(twice) or 'one name'} to two observations; rename each to a name of its own",
+        )
+    required = required_inputs(adapter, names)
+    missing = [key for key in required if key not in names]
+    spare = [key for key in names if key.startswith(OBS_STR) and key not in adapter.config.input_features]
+    if missing:
+        raise UserError("--env.type", _lacking(adapter, observation, names, missing, spare))
+    used = adapter.cameras_used(names) - set(cameras_of(adapter))
+    if used:
+        raise UserError(
+            "--env.type",
+            f"this {adapter.policy_type} policy looks at every camera there is, also at "
+            f"{', '.join(sorted(used))}, which it was not trained on; choose the environment that it was "
+            "trained on",
+        )
+    for key, feature in required.items():
+        _check_value(adapter, key, tuple(feature.shape), observation[names[key]])
+    sizes = {key: observation[names[key]].shape[-2:] for key in cameras_of(adapter) if key in names}
+    if adapter.stacks_cameras and len(set(sizes.values())) > 1:
+        found = ", ".join(f"{key} {height} x {width}" for key, (height, width) in sizes.items())
+        raise UserError(
+            "--env.type",
+            f"this {adapter.policy_type} policy takes cameras of one size, the environment gives {found}",
+        )
+
+
+def _check_value(adapter: PolicyAdapter, key: str, wanted: tuple[int, ...], value: Tensor) -> None:
+    shape = tuple(value.shape[2:])
+    image = len(wanted) == 3
+    if image and len(shape) == 3 and shape[0] != wanted[0] == shape[2]:
+        raise UserError(
+            "--env.type", f"gives {key} as (height, width, channels) {shape}; policies take channels first"
+        )
+    same = shape[0] == wanted[0] if image and len(shape) == 3 and adapter.resizes_images else shape == wanted
+    if not same:
+        mend = "; choose the environment that it was trained on"
+        if image and len(shape) == 3 and shape[0] == wanted[0]:
+            mend = " and does not resize its images" + mend
+        raise UserError(
+            "--env.type", f"the policy needs {key} of shape {wanted}, the environment gives {shape}{mend}"
+        )
+    if value.is_meta:  # shapes alone, where operations are counted
+        return
+    if image and (not value.is_floating_point() or value.amax() > BRIGHTEST):
+        raise UserError(
+            "--env.type",
+            f"gives {key} as {value.dtype} up to {value.max().item():g}; policies take images as floats from "
+            "0 to 1",
+        )
+
+
+def _lacking(
+    adapter: PolicyAdapter,
+    observation: dict[str, Any],
+    names: dict[str, str],
+    missing: list[str],
+    spare: list[str],
+) -> str:
+    """What to say where inputs are missing, with the renaming that may be meant."""
+    features = adapter.config.input_features
+    wanted = ", ".join(key for key in features if not filled(key))
+    given = ", ".join(sorted(key for key in observation if key.startswith(OBS_STR))) or "none"
+    pairs = {}
+    for key in missing:
+        dims = len(features[key].shape)
+        alike = [
+            name
+            for name in spare
+            if names[name] not in pairs
+            and isinstance(observation[names[name]], Tensor)
+            and (shape := observation[names[name]].shape[2:])
+            and (len(shape) == dims == 3 or tuple(shape) == tuple(features[key].shape))
+        ]
+        if alike:
+            pairs[names[alike[0]]] = key
+    mend = f" --policy.rename_map='{json.dumps(pairs)}'" if pairs else " --policy.rename_map"
+    return (
+        f"the policy needs {', '.join(missing)}: it was trained on {wanted}, the environment gives {given}; "
+        "choose the environment (or its --env.obs_type) that it was trained on, or rename with"
+        f"{mend}{' if that is what they are' if pairs else ''}"
+    )
+
+
+def input_notes(adapter: PolicyAdapter, observation: dict[str, Any]) -> list[str]:
+    """What the user should know of an observation that ``check_inputs`` let pass, a line each.
+
+    Args:
+        adapter: the policy.
+        observation: raw, as for ``PolicyAdapter.preprocess``.
+    """
+    renames, notes = adapter.renames(), []
+    names = {renames.get(key, key) for key in observation}
+    known = adapter.config.input_features
+    blank = [key for key in cameras_of(adapter) if key not in names]
+    unseen = sorted(key for key in names if key.startswith(OBS_STR) and key not in known)
+    if blank:
+        notes.append(
+            f"the policy was trained on {', '.join(cameras_of(adapter))}; the environment gives no "
+            f"{', '.join(blank)}, left blank as LeRobot does (--policy.rename_map gives observations other "
+            "names)"
+        )
+    if unseen:
+        notes.append(
+            f"the environment also gives {', '.join(unseen)}, which the policy was not trained on and does "
+            "not see"
+        )
+    absent = sorted(key for key in renames if key not in observation)
+    if absent:
+        notes.append(f"the renaming names {', '.join(absent)}, which the environment does not give")
+    if adapter.reads_task and not any(observation.get("task") or ()):
+        notes.append(
+            f"a {adapter.policy_type} policy reads an instruction, and the environment gives none "
+            "(task_description): the policy is told nothing"
+        )
+    return notes

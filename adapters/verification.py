@@ -1,0 +1,116 @@
+"""What loading proves on the real weights: the policy does what its adapter says, steered by noise alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.adapters.errors import UserError
+
+if TYPE_CHECKING:
+    from trimtab.adapters.base import PolicyAdapter
+    from trimtab.adapters.conditioning import Conditioning
+
+OPTION = "--policy.path"
+BLIND = 1e-6  # effect of the noise, relative to the chunk, that is no more than rounding
+INERT = 1e-3  # share of the noise's effect up to which what inert entries do counts as rounding
+MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ from the row alone
+
+
+def verify(adapter: PolicyAdapter) -> None:
+    """Check what ``PolicyAdapter.verify`` names, on two observations.
+
+    Raises:
+        UserError: one of these does not hold, with what it means.
+        RuntimeError: rows of a batch influence each other.
+    """
+    kind, spec = adapter.policy_type, adapter.noise_spec
+    if min(adapter.chunk_shape) < 1:
+        raise UserError(OPTION, f"of each chunk it executes {adapter.chunk_shape[0]} actions; it must be 1")
+    generator = torch.Generator().manual_seed(0)
+    count = min(2, adapter.max_batch or 2)
+    observation = adapter.example_observation(count, generator)
+    conditioning = adapter.observe(observation)
+    if conditioning.batch_size != count:
+        raise UserError(OPTION, f"of {count} observations this {kind} policy made {conditioning.batch_size}")
+    first, second = (
+        torch.randn((count, *spec.shape), generator=generator).to(adapter.device, spec.dtype)
+        for _ in range(2)
+    )
+    once = adapter.denoise(conditioning, first)
+    check_produced(adapter, once, conditioning)
+    if not torch.equal(once, adapter.denoise(conditioning, first)):
+        raise UserError(
+            OPTION,
+            f"the same noise gave two different chunks: this {kind} policy draws randomness while it samples "
+            "and cannot be steered; save it with a deterministic sampler",
+        )
+    if not torch.equal(once, adapter.denoise(adapter.observe(observation), first)):
+        raise UserError(
+            OPTION,
+            "the same observation, encoded twice, gave two different chunks: this "
+            f"{kind} policy draws randomness while it looks and cannot be steered",
+        )
+    effect = (once - adapter.denoise(conditioning, second)).abs().flatten(1).amax(1)
+    if effect.min() <= BLIND * once.abs().max():
+        raise UserError(
+            OPTION,
+            f"two different noises gave the same chunk: this {kind} policy ignores its noise and cannot be "
+            "steered",
+        )
+    if spec.live is not None:
+        mixed = torch.where(spec.live.to(first.device), first, second)
+        change = (once - adapter.denoise(conditioning, mixed)).abs().flatten(1).amax(1)
+        if (change > INERT * effect).any():
+            raise UserError(
+                OPTION,
+                f"noise entries that the {kind} adapter declares inert move its chunks by "
+                f"{float(change.max()):.2g}, where all of the noise moves them by {float(effect.max()):.2g}",
+            )
+    for row in range(count if count > 1 else 0):
+        here = conditioning[row]
+        alone = adapter.denoise(here, first[row : row + 1])
+        check_produced(adapter, alone, here)
+        if (alone[0] - once[row]).abs().max() > MIXED * effect[row]:
+            raise RuntimeError(
+                f"the {kind} adapter mixes the rows of a batch: a chunk depends on the noise or the "
+                "observation beside it"
+            )
+
+
+def check_produced(adapter: PolicyAdapter, chunk: Tensor, conditioning: Conditioning) -> None:
+    """Compare a chunk, its actions and the features beside it with what the adapter declares.
+
+    Raises:
+        UserError: another shape, or NaN or Inf.
+    """
+    rows, kind = conditioning.batch_size, adapter.policy_type
+    declared = (rows, *adapter.chunk_shape)
+    if tuple(chunk.shape) != declared:
+        raise UserError(
+            OPTION,
+            f"the {kind} policy makes chunks of shape {tuple(chunk.shape)}, its adapter and config.json "
+            f"declare {declared} (rows, executed steps, action dimension)",
+        )
+    if not chunk.is_floating_point() or not torch.isfinite(chunk).all():
+        raise UserError(OPTION, "the policy turns ordinary noise into NaN or Inf; its weights are broken")
+    actions = torch.as_tensor(adapter.postprocess(chunk, conditioning))
+    action = (adapter.config.output_features or {}).get("action")
+    expected = (rows, adapter.chunk_shape[0], *(action.shape if action else actions.shape[2:]))
+    if tuple(actions.shape) != expected:
+        raise UserError(
+            OPTION,
+            f"its postprocessor makes actions of shape {tuple(actions.shape)}, config.json declares "
+            f"{expected} (rows, executed steps, action dimension)",
+        )
+    if not torch.isfinite(actions).all():
+        raise UserError(OPTION, "its postprocessor turns chunks into NaN or Inf; its statistics are broken")
+    features = adapter.features(conditioning)
+    if features is not None and (features.ndim != 2 or len(features) != rows):
+        raise UserError(
+            OPTION, f"the {kind} adapter's features have shape {tuple(features.shape)}, not ({rows}, d)"
+        )
+    if features is not None and not torch.isfinite(features).all():
+        raise UserError(OPTION, "the policy's features are NaN or Inf; its weights are broken")
