@@ -24,7 +24,8 @@ from lerobot.processor import (
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError
 from trimtab.adapters.files import POSTPROCESSOR, PREPROCESSOR, is_server, state_files
-from trimtab.adapters.loading import RENAME_STEP
+from trimtab.adapters.legacy import processor_files
+from trimtab.adapters.processors import RENAME_STEP, load_processors
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 
 OWN_RENAME_STEP = "trimtab_rename_observations"
@@ -55,7 +56,6 @@ def make_trimtab_pre_post_processors(
         UserError: the base is not where the config says.
     """
     from lerobot.configs import PreTrainedConfig
-    from lerobot.policies.factory import make_pre_post_processors
 
     from trimtab.policies.artefact import base_place
 
@@ -63,11 +63,8 @@ def make_trimtab_pre_post_processors(
     if is_server(place):
         return plain_processors(config.device)
     base_config = PreTrainedConfig.from_pretrained(str(place))
-    return make_pre_post_processors(
-        base_config,
-        pretrained_path=str(place),
-        preprocessor_overrides={"device_processor": {"device": config.device}},
-    )
+    base_config.device = config.device
+    return load_processors(base_config, Path(place))
 
 
 def plain_processors(device: str | None) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
@@ -109,9 +106,16 @@ def write_processors(
         if (value := getattr(options, name)) and Path(value).expanduser().exists()
     }
     overrides = type(adapter).processor_overrides(adapter.config, replace(options, **here))
-    renames = adapter.renames()
-    for name, changes in zip((PREPROCESSOR, POSTPROCESSOR), overrides, strict=True):
-        content = json.loads((Path(base_folder) / name).read_text(encoding="utf-8"))
+    with processor_files(adapter, Path(base_folder)) as source:
+        _write_changed(folder, source, dict(zip((PREPROCESSOR, POSTPROCESSOR), overrides)), adapter.renames())
+
+
+def _write_changed(
+    folder: Path, source: Path, overrides: dict[str, dict[str, Any]], renames: dict[str, str]
+) -> None:
+    """The processors in ``source``, with these overrides and with the renaming in a step of its own."""
+    for name, changes in overrides.items():
+        content = json.loads((source / name).read_text(encoding="utf-8"))
         steps = content["steps"]
         for step in steps:
             own = step.get("registry_name")
@@ -121,8 +125,8 @@ def write_processors(
         if name == PREPROCESSOR and renames:
             steps.insert(0, {"registry_name": OWN_RENAME_STEP, "config": {"rename_map": renames}})
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in state_files(Path(base_folder)):
-        shutil.copyfile(Path(base_folder) / name, folder / name)
+    for name in state_files(source):
+        shutil.copyfile(source / name, folder / name)
 
 
 def check_processors(folder: Path) -> None:
