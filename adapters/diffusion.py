@@ -63,7 +63,9 @@ class DiffusionAdapter(PolicyAdapter):
         parameter = next(policy.parameters())
         action_dim = config.action_feature.shape[0]
         self.noise_spec = NoiseSpec((config.horizon, action_dim), dtype=parameter.dtype)
-        self.chunk_shape = (config.n_action_steps, action_dim)
+        # LeRobot cuts the slice short where the horizon ends.
+        steps = min(config.n_action_steps, config.horizon - config.n_obs_steps + 1)
+        self.chunk_shape = (steps, action_dim)
         self.n_obs_steps = config.n_obs_steps
 
     @classmethod

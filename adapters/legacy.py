@@ -7,10 +7,12 @@ those LeRobot's own factory makes the processors that it would save today. Nothi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from trimtab.adapters.weights import read_tensors
 BUFFER = re.compile(
     r"(?P<place>\w+)\.(?:so\d+(?:-\w+?)?_)?buffer_(?P<feature>.+)\.(?P<statistic>mean|std|min|max)"
 )
+TOKENIZER_STEP = "tokenizer_processor"
 EXECUTED = "unnormalize_outputs"  # made the actions; `normalize_targets` was for the loss
 
 
@@ -85,14 +88,28 @@ def make_processors(
         stats: by feature.
         overrides: by name of a preprocessor's step, as LeRobot's own for saved processors.
     """
-    from lerobot.policies.factory import make_pre_post_processors
-
-    pre, post = make_pre_post_processors(config, dataset_stats=stats)
+    pre, post = _factory(config, overrides.get(TOKENIZER_STEP))(config, dataset_stats=stats)
     for index, step in enumerate(pre.steps):
         changes = overrides.get(getattr(type(step), "_registry_name", ""))
         if changes:
             pre.steps[index] = type(step)(**{**step.get_config(), **changes})
     return pre, post
+
+
+def _factory(config: Any, tokenizer: dict[str, Any] | None) -> Callable[..., tuple[Any, Any]]:
+    """LeRobot's factory; with another tokenizer, its code with that bound anew, for it knows no option."""
+    from lerobot.policies.factory import make_pre_post_processors
+
+    if not tokenizer:
+        return make_pre_post_processors
+    module = import_module(type(config).__module__.replace("configuration_", "processor_"))
+    plain, step = getattr(module, f"make_{config.type}_pre_post_processors"), module.TokenizerProcessorStep
+
+    def local(**arguments: Any) -> Any:
+        return step(**{**arguments, **tokenizer})
+
+    names = vars(module) | {"TokenizerProcessorStep": local}
+    return FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__)
 
 
 def read_statistics(config: Any, folder: Path) -> dict[str, dict[str, Tensor]]:

@@ -95,7 +95,7 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
         raise UserError(
             OPTION,
             f"a {policy_type} policy needs what is not installed ({reason(error)}); "
-            "pip install 'lerobot_policy_trimtab[policies]' has it",
+            "what LeRobot's own types need: pip install 'lerobot_policy_trimtab[policies]'",
         ) from error
     except Exception as error:  # whatever a library makes of a config or a file that nobody foresaw
         raise UserError(OPTION, f"{folder} cannot be loaded: {reason(error)}") from error
@@ -191,6 +191,8 @@ def _build(
             f"this {config.type} policy executes {adapter.chunk_shape[0]} steps of each chunk; "
             "drop the option",
         )
+    if min(adapter.chunk_shape) < 1:
+        raise UserError(OPTION, f"by its config.json this policy executes chunks of {adapter.chunk_shape}")
     adapter.notes = notes
     adapter.trainable = trainable
     adapter.weights_files = [folder / PEFT_WEIGHTS, *files] if peft else files

@@ -106,6 +106,8 @@ def processor_error(error: Exception, folder: Path, options: PolicyConfig, asked
             "LeRobot's own commands do not run without"
         )
     message = f"the processors in {folder} cannot be loaded: {why}"
+    if isinstance(error.__cause__, TypeError):  # an option that the step does not have
+        return UserError(OPTION, message)
     fetches = not FETCHED.isdisjoint(steps.get(failed[1], {})) if failed else is_legacy(folder)
     if not fetches:
         return UserError(OPTION, message)
