@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST = 600  # characters of a foreign error's text that a line of ours repeats
+
 
 class UserError(Exception):
     """Bad input. The command line prints it as one line and exits with code 2.
@@ -21,6 +23,29 @@ class UserError(Exception):
 
 
 def reason(error: BaseException, last: bool = False) -> str:
-    """The first (or last) line of an exception's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[-1 if last else 0].strip() if lines else type(error).__name__
+    """What an exception says, on one line: all of its text, and what its cause adds.
+
+    Libraries put the sentence that helps on a later line, or into the ``__cause__``: draccus says "Couldn't
+    instantiate class X" where the class itself says why. A long text keeps its beginning and its end.
+
+    Args:
+        error: what was raised.
+        last: the last line alone, for the output of another process, which ends in its error.
+    """
+    if last:
+        lines = str(error).strip().splitlines()
+        return lines[-1].strip() if lines else type(error).__name__
+    said, cause = _said(error), error.__cause__
+    why = _said(cause) if cause is not None else ""
+    return f"{said} ({why})" if why and why not in said else said
+
+
+def _said(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if not text:
+        return type(error).__name__
+    if " " not in text:  # a KeyError says no more than the key
+        return f"{type(error).__name__}: {text}"
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return text

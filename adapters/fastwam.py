@@ -64,7 +64,7 @@ def loading_wan(part: str, source: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Tensors that diffusers does not find stay without values, which PyTorch refuses to move.
-        why = "tensors of the VAE are missing" if isinstance(error, NotImplementedError) else reason(error)
+        why = "tensors of the VAE are missing" if "meta tensor" in str(error) else reason(error)
         raise UserError(BACKBONE, f"{part} of {source} cannot be loaded: {why}. {WAN_HINT}") from error
 
 

@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.weight_files import (
+    CONFIG,
+    OPTION,
+    WEIGHTS,
+    has_weights,
+    part_weights,
+    read_json,
+    tensor_names,
+    whole_weights,
+)
 
-OPTION = "--policy.path"
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 PREPROCESSOR = "policy_preprocessor.json"
 POSTPROCESSOR = "policy_postprocessor.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
-# Where transformers and diffusers look for the weights of a part, in their order.
-PART_WEIGHTS = (
-    "diffusion_pytorch_model.safetensors.index.json",
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
+# Prefixes of the statistics that LeRobot kept among the weights before it saved processors.
+OLD_STATISTICS = ("normalize_inputs.", "normalize_targets.", "unnormalize_outputs.", "unnormalize_targets.")
 # Entries of the JSON files that say where a policy lies, runs or comes from, not what it computes.
 ELSEWHERE = {
     "base_model_name_or_path",
@@ -68,15 +70,53 @@ def resolve_folder(path: str, revision: str | None = None, token: str | None = N
     nested = folder / "pretrained_model"
     if not (folder / CONFIG).exists() and (nested / CONFIG).exists():
         folder = nested  # a checkpoint folder of lerobot-train
-    weights = PEFT_WEIGHTS if is_peft(folder) else WEIGHTS
-    missing = [n for n in (CONFIG, weights, PREPROCESSOR, POSTPROCESSOR) if not (folder / n).is_file()]
-    if missing:
-        raise UserError(
-            OPTION,
-            f"{path} is not a whole policy folder, it lacks {', '.join(missing)}; "
-            "`lerobot-train` writes one under checkpoints/<step>/pretrained_model",
-        )
+    _check_whole(folder)
     return folder
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a folder that lacks a file which a saved policy has, and say what is there instead."""
+    missing = [] if (folder / CONFIG).is_file() else [CONFIG]
+    if not missing and is_peft(folder):
+        missing += [name for name in (PEFT_CONFIG, PEFT_WEIGHTS) if not (folder / name).is_file()]
+        if missing and has_weights(folder):
+            raise UserError(
+                OPTION,
+                f"{folder / CONFIG} says use_peft, but {' and '.join(missing)} is not there, only "
+                "whole weights; if the LoRA has been merged into them, set use_peft to false",
+            )
+    elif not has_weights(folder):
+        missing.append(WEIGHTS)
+    processors = [name for name in (PREPROCESSOR, POSTPROCESSOR) if not (folder / name).is_file()]
+    if len(processors) < 2 or missing or not holds_statistics(folder):
+        missing += processors
+    if not missing:
+        return
+    there = sorted(file.name for file in folder.iterdir()) or ["nothing"]
+    inside = sorted(folder.glob(f"checkpoints/*/pretrained_model/{CONFIG}"))
+    if inside:
+        hint = f"its last checkpoint is {inside[-1].parent}"
+    elif missing == processors:
+        hint = (
+            "LeRobot has written them since 0.4; a checkpoint from before holds its statistics among the "
+            "weights, and this one holds none there"
+        )
+    else:
+        hint = "`lerobot-train` writes one under checkpoints/<step>/pretrained_model"
+    shown = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
+    raise UserError(
+        OPTION,
+        f"{folder} is not a whole policy folder, it lacks {', '.join(missing)} (it holds {shown}); {hint}",
+    )
+
+
+def holds_statistics(folder: Path) -> bool:
+    """Whether the statistics lie among the weights, as LeRobot kept them before it saved processors (0.4)."""
+    if not has_weights(folder) or is_peft(folder):
+        return False
+    return any(
+        name.startswith(OLD_STATISTICS) for path in whole_weights(folder) for name in tensor_names(path)
+    )
 
 
 def _download(repo: str, revision: str | None, token: str | None) -> Path:
@@ -101,8 +141,22 @@ def commit_of(folder: Path | str) -> str | None:
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether the folder holds a PEFT (LoRA) adapter instead of whole weights."""
-    return (folder / PEFT_CONFIG).is_file() and not (folder / WEIGHTS).is_file()
+    """Whether the folder's weights are those of a PEFT (LoRA) adapter: by ``use_peft``, as for LeRobot.
+
+    Raises:
+        UserError: it holds an adapter and whole weights, and its config does not say which counts.
+    """
+    said = read_json(folder / CONFIG).get("use_peft") if (folder / CONFIG).is_file() else None
+    adapter = (folder / PEFT_CONFIG).is_file() or (folder / PEFT_WEIGHTS).is_file()
+    if not has_weights(folder):
+        return said is True or adapter
+    if adapter and not isinstance(said, bool):
+        raise UserError(
+            OPTION,
+            f"{folder} holds whole weights and a LoRA ({PEFT_WEIGHTS}), and its {CONFIG} does not say which "
+            "counts: set use_peft to true (the LoRA, on its base) or to false (the whole weights)",
+        )
+    return said is True
 
 
 def peft_base(folder: Path, base_path: str | None, token: str | None = None) -> Path:
@@ -115,25 +169,20 @@ def peft_base(folder: Path, base_path: str | None, token: str | None = None) -> 
     Raises:
         UserError: no base is named, or none is there.
     """
-    saved = _read_json(folder / PEFT_CONFIG)
+    saved = read_json(folder / PEFT_CONFIG)
     named = base_path or saved.get("base_model_name_or_path")
     if not named:
         raise UserError(OPTION, f"{folder / PEFT_CONFIG} names no base policy; add --policy.base_path=")
+    option = "--policy.base_path"
     try:
-        return resolve_folder(named, None if base_path else saved.get("revision"), token)
+        base = resolve_folder(named, None if base_path else saved.get("revision"), token)
     except UserError as error:
-        option = "--policy.base_path"
         raise UserError(
             option, f"the base policy of the LoRA checkpoint {folder} was not found: {error.message}"
         ) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(OPTION, f"{path} is not JSON ({error}); the folder is half-written") from None
-    return raw if isinstance(raw, dict) else {}
+    if is_peft(base):
+        raise UserError(option, f"{base} is a LoRA checkpoint itself; name the policy below both, merged")
+    return base
 
 
 def read_policy_type(folder: Path) -> str:
@@ -142,11 +191,17 @@ def read_policy_type(folder: Path) -> str:
     Raises:
         UserError: not JSON, or no type.
     """
-    raw = _read_json(folder / CONFIG)
+    raw = read_json(folder / CONFIG)
     policy_type = raw.get("type")
-    if not isinstance(policy_type, str):
-        raise UserError(OPTION, f"{folder / CONFIG} has no 'type'; it is not the config of a LeRobot policy")
-    return policy_type
+    if isinstance(policy_type, str):
+        return policy_type
+    keys = ", ".join(list(raw)[:8]) or "nothing"
+    whose = "it is not the config of a LeRobot policy"
+    if isinstance(raw.get("model_type"), str):
+        whose = f"it is the config of another library's '{raw['model_type']}' model"
+    elif "input_shapes" in raw:
+        whose = "LeRobot wrote such configs before 2025, and reads them no more"
+    raise UserError(OPTION, f"{folder / CONFIG} has no 'type' (it holds {keys}): {whose}")
 
 
 def read_processor_steps(path: Path) -> dict[str, dict[str, Any]]:
@@ -155,9 +210,18 @@ def read_processor_steps(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: not JSON.
     """
-    steps = _read_json(path).get("steps") or []
-    named = {s.get("registry_name") or str(s.get("class", "")).rpartition(".")[2]: s for s in steps}
-    return {name: step.get("config") or {} for name, step in named.items()}
+    return {step_name(step): step.get("config") or {} for step in raw_steps(path)}
+
+
+def raw_steps(path: Path) -> list[dict[str, Any]]:
+    """The entries of a saved processor's ``steps``; none where there is no such list."""
+    steps = read_json(path).get("steps")
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+
+
+def step_name(step: dict[str, Any]) -> str:
+    """The name of a saved step that LeRobot's overrides go by."""
+    return str(step.get("registry_name") or str(step.get("class", "")).rpartition(".")[2])
 
 
 def read_weights(path: Path, option: str = OPTION, unchecked: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -186,32 +250,15 @@ def read_weights(path: Path, option: str = OPTION, unchecked: tuple[str, ...] = 
     return tensors
 
 
-def part_weights(folder: Path, option: str = OPTION) -> list[Path]:
-    """The safetensors files of a model that transformers or diffusers saved, whole or in shards.
-
-    Raises:
-        UserError: there are none.
-    """
-    name = next((name for name in PART_WEIGHTS if (folder / name).is_file()), None)
-    if name is None:
-        raise UserError(option, f"{folder} holds no weights in safetensors files")
-    if not name.endswith(".index.json"):
-        return [folder / name]
-    shards = _read_json(folder / name).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise UserError(option, f"{folder / name} names no shards")
-    return [folder / shard for shard in sorted(set(shards.values()))]
-
-
 def weights_files(folder: Path, base_path: str | None = None) -> list[Path]:
-    """The files with a policy's weights: one, or of a PEFT checkpoint the adapter's and its base's.
+    """The files with a policy's weights; of a PEFT checkpoint the adapter's and then its base's.
 
     Raises:
-        UserError: the base of a PEFT checkpoint is not there.
+        UserError: the base of a PEFT checkpoint is not there; what counts cannot be told.
     """
     if is_peft(folder):
-        return [folder / PEFT_WEIGHTS, peft_base(folder, base_path) / WEIGHTS]
-    return [folder / WEIGHTS]
+        return [folder / PEFT_WEIGHTS, *whole_weights(peft_base(folder, base_path))]
+    return whole_weights(folder)
 
 
 def hash_files(paths: Iterable[Path]) -> str:
@@ -247,13 +294,13 @@ def settings_hashes(folder: Path, parts: Mapping[str, Path] | None = None) -> di
     for name in names:
         if not (folder / name).is_file():
             continue
-        hashes[name] = _json_hash(_read_json(folder / name))
+        hashes[name] = _json_hash(read_json(folder / name))
     for name in state_files(folder):
         if (folder / name).is_file():
             hashes[name] = hash_files([folder / name])
     for part, place in (parts or {}).items():
         if (place / CONFIG).is_file():
-            hashes[f"{part}/{CONFIG}"] = _json_hash(_read_json(place / CONFIG))
+            hashes[f"{part}/{CONFIG}"] = _json_hash(read_json(place / CONFIG))
         for path in part_weights(place):
             hashes[f"{part}/{path.name}"] = hash_files([path])
     return hashes
@@ -261,11 +308,13 @@ def settings_hashes(folder: Path, parts: Mapping[str, Path] | None = None) -> di
 
 def state_files(folder: Path) -> list[str]:
     """Names of the files that the saved processors in ``folder`` keep their statistics in."""
-    steps = []
-    for name in (PREPROCESSOR, POSTPROCESSOR):
-        if (folder / name).is_file():
-            steps += _read_json(folder / name).get("steps") or []
-    return [step["state_file"] for step in steps if "state_file" in step]
+    names = [
+        step.get("state_file")
+        for name in (PREPROCESSOR, POSTPROCESSOR)
+        if (folder / name).is_file()
+        for step in raw_steps(folder / name)
+    ]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _json_hash(content: Any) -> str:

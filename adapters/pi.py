@@ -47,17 +47,12 @@ class PiAdapter(PolicyAdapter):
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        notes = []
         if config.dtype not in ("float32", "bfloat16"):
             raise UserError(
                 "--policy.dtype", f"{config.type} runs in float32 or bfloat16, not in {config.dtype}"
             )
-        if config.rtc_config is not None and config.rtc_config.enabled:
-            notes.append("real-time chunking is off: with it a chunk depends on the one before")
-        config.rtc_config = None
-        config.compile_model = False  # would compile LeRobot's own loop, which does not run here
         config.num_inference_steps = options.num_inference_steps or config.num_inference_steps
-        return notes
+        return []
 
     @classmethod
     def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:

@@ -57,6 +57,8 @@ class VLAJEPAAdapter(PolicyAdapter):
             try:
                 return super().build(config)
             except (OSError, ValueError) as error:
+                if isinstance(error, ValueError) and folder not in str(error):
+                    raise  # about the policy's own numbers
                 raise UserError(
                     "--policy.backbone",
                     f"the config and processor of the backbone '{name}' cannot be loaded: {reason(error)}; "

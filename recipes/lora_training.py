@@ -26,6 +26,7 @@ from trimtab.adapters.files import (
     settings_hashes,
     state_files,
 )
+from trimtab.adapters.legacy import processor_files
 from trimtab.recipes.lora_data import batches, check_features, open_dataset
 from trimtab.recipes.lora_targets import put_lora
 
@@ -274,8 +275,9 @@ class FineTuner:
             if self.config.method == "lora":
                 config.use_peft, config.pretrained_path = True, self.folder
             config.save_pretrained(work)
-            for name in (PREPROCESSOR, POSTPROCESSOR, *state_files(self.folder)):
-                shutil.copyfile(self.folder / name, work / name)
+            with processor_files(self.adapter, self.folder) as source:
+                for name in (PREPROCESSOR, POSTPROCESSOR, *state_files(source)):
+                    shutil.copyfile(source / name, work / name)
             work.chmod(0o755)
             os.replace(work, folder)
         except BaseException:

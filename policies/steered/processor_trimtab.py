@@ -26,7 +26,8 @@ from lerobot.processor import (
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError
 from trimtab.adapters.files import POSTPROCESSOR, PREPROCESSOR, is_server, state_files
-from trimtab.adapters.loading import RENAME_STEP
+from trimtab.adapters.legacy import processor_files
+from trimtab.adapters.processors import RENAME_STEP, load_processors
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 
 OWN_RENAME_STEP = "trimtab_rename_observations"
@@ -74,7 +75,6 @@ def make_trimtab_pre_post_processors(
         UserError: the base is not where the config says.
     """
     from lerobot.configs import PreTrainedConfig
-    from lerobot.policies.factory import make_pre_post_processors
 
     from trimtab.policies.artefact import base_place
 
@@ -82,11 +82,8 @@ def make_trimtab_pre_post_processors(
     if is_server(place):
         return plain_processors(config.device)
     base_config = PreTrainedConfig.from_pretrained(str(place))
-    return make_pre_post_processors(
-        base_config,
-        pretrained_path=str(place),
-        preprocessor_overrides={"device_processor": {"device": config.device}},
-    )
+    base_config.device = config.device
+    return load_processors(base_config, Path(place))
 
 
 def plain_processors(device: str | None) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
@@ -128,10 +125,22 @@ def write_processors(
         if (value := getattr(options, name)) and Path(value).expanduser().exists()
     }
     overrides = type(adapter).processor_overrides(adapter.config, replace(options, **here))
-    renames, looks = adapter.renames(), getattr(adapter.observer, "config", None)
+    looks = getattr(adapter.observer, "config", None)
     keep_task = looks is not None and "task" in (looks.inputs or ())
-    for name, changes in zip((PREPROCESSOR, POSTPROCESSOR), overrides, strict=True):
-        content = json.loads((Path(base_folder) / name).read_text(encoding="utf-8"))
+    named = dict(zip((PREPROCESSOR, POSTPROCESSOR), overrides, strict=True))
+    with processor_files(adapter, Path(base_folder)) as source:
+        _write_changed(folder, source, named, adapter.renames(), keep_task)
+
+
+def _write_changed(
+    folder: Path, source: Path, overrides: dict[str, dict[str, Any]], renames: dict[str, str], keep_task: bool
+) -> None:
+    """The processors in ``source``, with these overrides and with a first step of the artefact's own.
+
+    That step renames and keeps the instructions, where either is asked for.
+    """
+    for name, changes in overrides.items():
+        content = json.loads((source / name).read_text(encoding="utf-8"))
         steps = content["steps"]
         for step in steps:
             own = step.get("registry_name")
@@ -139,11 +148,11 @@ def write_processors(
             if own == RENAME_STEP:
                 step["config"]["rename_map"] = {}
         if name == PREPROCESSOR and (renames or keep_task):
-            own = {"rename_map": renames, "keep_task": keep_task}
-            steps.insert(0, {"registry_name": OWN_RENAME_STEP, "config": own})
+            settings = {"rename_map": renames, "keep_task": keep_task}
+            steps.insert(0, {"registry_name": OWN_RENAME_STEP, "config": settings})
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in state_files(Path(base_folder)):
-        shutil.copyfile(Path(base_folder) / name, folder / name)
+    for name in state_files(source):
+        shutil.copyfile(source / name, folder / name)
 
 
 def check_processors(folder: Path) -> None:

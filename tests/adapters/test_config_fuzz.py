@@ -1,0 +1,41 @@
+"""No config.json ends in a traceback, and none in other actions than LeRobot's own.
+
+``TRIMTAB_FUZZ=all`` tries every field with every value, instead of a sample.
+"""
+
+import os
+import random
+from collections import Counter
+
+import pytest
+
+from tests.adapters.cases import all_cases
+from tests.adapters.fuzz import Fuzz, inputs
+from trimtab.recipes.tiny import make_tiny
+
+ALL = os.environ.get("TRIMTAB_FUZZ") == "all"
+SAMPLE = 6  # of each type
+FIRST = list({case.type: case for case in reversed(all_cases())}.values())[::-1]
+
+
+@pytest.mark.parametrize("case", FIRST, ids=lambda case: case.type)
+def test_config_fuzz(case, tmp_path):
+    fuzz = Fuzz(case, make_tiny(case.type, tmp_path / "policy", **case.fields))
+    tried = inputs(fuzz.config)
+    if not ALL:
+        tried = random.Random(f"{case.type} 0").sample(tried, SAMPLE)
+    judge(case, [fuzz.outcome(*entry) for entry in tried])
+
+
+@pytest.mark.parametrize("case", FIRST if ALL else FIRST[:1], ids=lambda case: case.type)
+def test_processor_fuzz(case, tmp_path):
+    fuzz = Fuzz(case, make_tiny(case.type, tmp_path / "policy", **case.fields))
+    judge(case, list(fuzz.processor_outcomes()))
+
+
+def judge(case, outcomes):
+    counts = Counter(outcome.kind for outcome in outcomes)
+    print(f"{case.type}: {len(outcomes)} inputs, {dict(counts)}")
+    wrong = [str(outcome) for outcome in outcomes if outcome.kind in ("traceback", "difference")]
+    assert not wrong, "\n".join(wrong)
+    assert counts["refused"]
