@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import draccus
-import torch
 from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
@@ -21,9 +19,11 @@ from trimtab.policies.artefact import is_artefact, save_artefact
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.policies.sources import prior_noise, steered_noise
-from trimtab.recipes.console import launched_processes, new_output_dir, parse
+from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.continuing import METRICS, RunFolder, disk_errors, resumed_args
-from trimtab.recipes.presets import expand_preset, value_of
+from trimtab.recipes.launch import launched_processes, make_accelerator
+from trimtab.recipes.presets import expand_preset, noise_said, value_of
+from trimtab.recipes.repeat import loaded_plugins
 from trimtab.recipes.reporting import NAMES, MetricsWriter, plot_curve, rate_text, table, write_json
 from trimtab.recipes.session import (
     EvalConfig,
@@ -152,35 +152,10 @@ def main(args: list[str]) -> None:
     say(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
 
 
-def make_accelerator(
-    device: str | None, trackers: list[str] | None = None, folder: Path | None = None
-) -> Any:
-    """The accelerator of this process; it takes up what ``accelerate launch`` has laid out.
-
-    Args:
-        device: of the base policy.
-        trackers, folder: what to log with, and where.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    cpu = str(device).startswith("cpu") or not torch.cuda.is_available()
-    patience = InitProcessGroupKwargs(
-        timeout=timedelta(hours=2)
-    )  # environments may be slow, and of uneven speed
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision="no",  # of base and learner each has an option; gradients are float32, never scaled
-        log_with=trackers or None,
-        project_dir=folder if trackers else None,
-        kwargs_handlers=[patience],
-    )
-
-
 def with_default_noise(args: list[str]) -> list[str]:
     """``args`` with the constant noise space that golden_ticket seeks in, unless they name one themselves."""
     algorithm = value_of(args, "rl.type")
-    if algorithm != "golden_ticket" or value_of(args, "noise.type") is not None:
+    if algorithm != "golden_ticket" or noise_said(args, algorithm):
         return args
     print("golden_ticket seeks one noise for all observations: --noise.type=constant")
     return ["--noise.type=constant", *args]
@@ -368,6 +343,7 @@ def save(
             "deterministic": config.eval.deterministic,
             "success": {name: entry for name, entry in summaries(outcome.evaluations).items()},
             "algorithm": config.rl.type,
+            "plugins": loaded_plugins(),
         },
         # What chose among candidates while learning can do so for the deployed policy.
         (learnt.critic, config.rl.critic) if learnt.selects else None,

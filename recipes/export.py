@@ -167,7 +167,9 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
         "With trimtab installed beside LeRobot:",
         "",
         "```",
-        f"lerobot-eval --policy.path={shown} --env.type={env.get('type', '...')}"
+        f"lerobot-eval --policy.path={shown} "
+        + "".join(f"--{option}={package} " for option, package in (training.get("plugins") or {}).items())
+        + f"--env.type={env.get('type', '...')}"
         + (f" --env.task={env['task']}" if env.get("task") else ""),
         "```",
         "",

@@ -23,6 +23,7 @@ from trimtab.recipes.lora_data import REPO_ID, Recorder
 from trimtab.recipes.lora_rollouts import Rollouts
 from trimtab.recipes.lora_training import FineTuner, TuningConfig
 from trimtab.recipes.metaworld.base import check_task
+from trimtab.recipes.repeat import repeatable
 from trimtab.recipes.reporting import MetricsWriter, rate_text, table, write_json
 from trimtab.recipes.session import EpisodesConfig, MachineConfig, Session, describe, outcomes, summaries
 from trimtab.rl.budget import training_seed
@@ -275,7 +276,7 @@ class Run:
                 "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
             },
         )
-        again = draccus.encode(config, LoraConfig)
+        again = repeatable(draccus.encode(config, LoraConfig))
         again.pop("output_dir", None)
         write_json(self.output / "config.json", {k: v for k, v in again.items() if v is not None})
         if self.session is not None:

@@ -84,7 +84,7 @@ class MachineConfig:
 
     # Simulator processes (0 steps the environments in the main process).
     workers: int = 1
-    # Threads of torch; default: the cores that the workers leave.
+    # Threads of torch; default: what OMP_NUM_THREADS says, else the cores that the workers leave.
     threads: int | None = None
 
     def __post_init__(self) -> None:
