@@ -48,6 +48,7 @@ from trimtab.rl.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.memory import check_replay
 from trimtab.rl.selection import CorrectingRunner
+from trimtab.rl.threads import machine_record
 from trimtab.rl.train import Trainer, replay_extra
 from trimtab.rl.warm_start import begin_at, read_constant
 
@@ -143,7 +144,7 @@ def main(args: list[str]) -> None:
             f"\nstopped by {stopped.name} {at}; go on with: trimtab adapt --resume=true --output_dir={output}"
         )
         return
-    say(f"\n{table(summaries(outcome.evaluations))}\n")
+    say(f"\n{table(summaries(outcome.evaluations), config.train.reward == 'env')}\n")
     for task, found in outcome.by_task.items() if len(outcome.by_task) > 1 else ():
         say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(e.summary())}" for n, e in found.items()))
     say(untrained_line(outcome.untrained.summary(), config.noise.type))
@@ -217,6 +218,7 @@ def _steer(
     seconds: dict[str, float] = {}
     started = clock()
     measured, known = (run.baselines() if config.resume else None) or measure(session, config, space)
+    check_reward(config, measured)
     run.begin(measured, known)
     seconds["baselines"] = clock() - started
     started = clock()
@@ -291,6 +293,31 @@ def measure(
             found[task]["untrained"] = session.evaluate(vec, prior_noise(space), label="untrained actor")
         details[task] = said
     return found, next(iter(details.values())) if len(details) == 1 else details
+
+
+def check_reward(config: AdaptConfig, measured: dict[str, dict[str, Evaluation]]) -> None:
+    """Refuse to learn from success where the environment reports none.
+
+    Args:
+        config: of the run.
+        measured: the baselines, by task and policy.
+
+    Raises:
+        UserError: names what the environment's ``info`` holds instead.
+    """
+    ticket = isinstance(config.rl, GoldenTicketConfig)
+    for task, found in measured.items():
+        base = found["base"]
+        if base.reported or (config.train.reward == "env" and not ticket):
+            continue
+        episodes = sum(len(one.seeds) for one in found.values())
+        mend = "golden_ticket counts successes; take another --rl.type, with --train.reward=env"
+        raise UserError(
+            "--rl.type" if ticket else "--train.reward",
+            f"the environment never reported success in {episodes} episodes of {task} (its info held: "
+            f"{', '.join(base.info_keys) or 'nothing'}), so there is nothing to learn from; "
+            + (mend if ticket else "--train.reward=env learns from its own reward"),
+        )
 
 
 def announce_memory(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
@@ -435,6 +462,7 @@ def write_results(
             "actor_parameters": outcome.parameters,
             "base_sha256": identity.get("sha256"),  # a policy server shows no weights
             "seconds": {name: round(value, 2) for name, value in outcome.seconds.items()},
+            "machine": machine_record(),
             "train": asdict(config.train),
         },
     )

@@ -188,11 +188,22 @@ def encode(evaluation: Evaluation) -> dict[str, Any]:
         "seeds": evaluation.seeds,
         "successes": [bool(won) for won in evaluation.successes],
         "steps": [int(steps) for steps in evaluation.steps],
+        "returns": None if evaluation.returns is None else [float(value) for value in evaluation.returns],
+        "reported": evaluation.reported,
+        "info_keys": list(evaluation.info_keys),
     }
 
 
 def decode(held: dict[str, Any]) -> Evaluation:
-    return Evaluation(held["seeds"], np.array(held["successes"], bool), np.array(held["steps"], np.int64))
+    returns = held.get("returns")  # runs of older versions kept neither these nor what follows
+    return Evaluation(
+        held["seeds"],
+        np.array(held["successes"], bool),
+        np.array(held["steps"], np.int64),
+        returns=None if returns is None else np.array(returns, float),
+        reported=held.get("reported", True),
+        info_keys=tuple(held.get("info_keys", ())),
+    )
 
 
 @contextmanager

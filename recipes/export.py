@@ -14,7 +14,7 @@ from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_
 from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 from trimtab.recipes.console import parse
-from trimtab.recipes.reporting import NAMES
+from trimtab.recipes.reporting import NAMES, return_text
 
 CARD = "README.md"
 RUN_CONFIG = "adapt.json"  # the run's own config, to run it again
@@ -192,6 +192,10 @@ def _success(results: dict[str, dict[str, Any]]) -> list[str]:
         return ["Not measured."]
     lines = ["| policy | success | 95 % interval | episodes |", "|---|---|---|---|"]
     for name, entry in results.items():
+        if entry["success_rate"] is None:
+            said = f"not reported; return {return_text(entry)}"
+            lines.append(f"| {NAMES.get(name, name)} | {said} | | {entry['episodes']} |")
+            continue
         low, high = entry["ci95"]
         lines.append(
             f"| {NAMES.get(name, name)} | {100 * entry['success_rate']:.1f} % | "

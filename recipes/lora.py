@@ -27,7 +27,8 @@ from trimtab.recipes.repeat import repeatable
 from trimtab.recipes.reporting import MetricsWriter, rate_text, table, write_json
 from trimtab.recipes.session import EpisodesConfig, MachineConfig, Session, describe, outcomes, summaries
 from trimtab.rl.budget import training_seed
-from trimtab.rl.evaluation import Evaluation, evaluate
+from trimtab.rl.evaluation import Evaluation, evaluate, require_success
+from trimtab.rl.threads import machine_record
 
 DATASET_STEPS, ROUND_STEPS = 20_000, 800  # gradient steps by default
 LOG_EVERY = 100  # gradient steps behind one number of the loss curve
@@ -187,6 +188,7 @@ class Run:
         config, session = self.config, self._session()
         with self._timed("base_evaluation"):
             self._evaluate("base", "base policy")
+        require_success(self.evaluations["base"])
         recorder = Recorder(self.output / "successes", session.env.fps)
         with (
             self._metrics() as metrics,
@@ -274,6 +276,7 @@ class Run:
                 "base_sha256": self.tuner.base_hashes["weights"],
                 **self.details,
                 "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+                "machine": machine_record(),
             },
         )
         again = repeatable(draccus.encode(config, LoraConfig))

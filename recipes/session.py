@@ -22,7 +22,7 @@ from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_grid_video
 from trimtab.rl.distributed import World
 from trimtab.rl.envs.metaworld import split_tasks
-from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together
 from trimtab.rl.faults import FaultsConfig
 from trimtab.rl.runner import Encoded, PolicyRunner
@@ -165,6 +165,8 @@ class Session:
             ) from error
         try:
             yield vec
+        except WorkerLost as error:
+            raise UserError("--env.type", reason(error, last=True)) from error
         finally:
             vec.close()
 
@@ -254,7 +256,8 @@ class Session:
                 run=self._run,
             )
             found["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
-            details = {"selection_success": rates, "selection_episodes": self.eval.constant_episodes}
+            what = "selection_success" if found["base"].reported else "selection_return"
+            details = {what: rates, "selection_episodes": self.eval.constant_episodes}
         return found, details
 
     def record(self, source: NoiseSource, path: Path, label: str, runner: PolicyRunner | None = None) -> bool:

@@ -18,6 +18,7 @@ from trimtab.rl.envs.chunk import ChunkResult
 
 OPTION = "--demos.repo_id"
 SCHEDULES = ("constant", "linear")
+SPARSE = ((0.0, 1.0), (-1.0, 0.0))  # reward until success, and at it
 SUCCESS = ("auto", "column", "reward", "end")
 
 
@@ -37,7 +38,8 @@ class DemosConfig:
     # constant, or linear: the share falls to 0 over the run.
     schedule: str = "constant"
     # Which step succeeds: column (next.success), reward (next.reward reaches reward_threshold), end (the last
-    # of every episode), or auto: column where there is one, else end.
+    # of every episode), or auto: column where there is one, else the reward where it is 0 until success and
+    # then 1 (or -1 and then 0), else end.
     success: str = "auto"
     reward_threshold: float = 1.0
     # States that the policy looks at together.
@@ -135,6 +137,7 @@ class DemonstrationData:
     Attributes:
         dataset: LeRobot's.
         episodes: those that take part.
+        rule: how success was told.
         keys: observations that the policy takes.
         n_obs_steps: length of its observation history.
         notes: lines to show the user.
@@ -145,6 +148,7 @@ class DemonstrationData:
     keys: list[str]
     n_obs_steps: int
     notes: list[str] = field(default_factory=list)
+    rule: str = ""
 
     def __post_init__(self) -> None:
         actions = _column(self.dataset, "action").astype(np.float32)
@@ -205,12 +209,26 @@ def open_dataset(config: DemosConfig) -> Any:
                 name, root=root, revision=config.revision, episodes=sorted(set(config.episodes))
             )
     except Exception as error:  # LeRobot, datasets and the Hub have their own for each way to fail
-        raise UserError(
-            option, f"cannot read {config.root or name} as a LeRobotDataset: {reason(error)}"
-        ) from error
+        raise unreadable(option, name, config.root, error) from error
     if wrong:
         raise UserError("--demos.episodes", f"the dataset has episodes 0 to {total - 1}, got {wrong[0]}")
     return dataset
+
+
+def unreadable(option: str, name: str, root: str | Path | None, error: Exception) -> UserError:
+    """The line about a dataset that cannot be opened, with the command that mends it, where LeRobot says one.
+
+    Args:
+        option: what names the dataset.
+        name, root: the dataset's name and folder.
+        error: whatever was raised.
+    """
+    said = reason(error)
+    commands = [line.strip() for line in str(error).splitlines() if line.strip().startswith("python -m ")]
+    if commands and root:  # LeRobot's is for a dataset on the Hub
+        commands[0] += f" --root={Path(root).expanduser()} --push-to-hub=false"
+    mend = f" convert it: {commands[0]}" if commands else ""
+    return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {said}{mend}")
 
 
 def read_demonstrations(
@@ -243,8 +261,7 @@ def read_demonstrations(
         raise UserError(OPTION, f"its actions have {width} numbers, the policy's {adapter.chunk_shape[1]}")
     if reward == "env" and "next.reward" not in features:
         raise UserError("--train.reward", "env needs the column next.reward, which the dataset lacks")
-    successes, how = _successes(dataset, config)
-    notes += [how] if how else []
+    successes, rule = _successes(dataset, config)
     index = _column(dataset, "episode_index").reshape(-1)
     rewards = (
         _column(dataset, "next.reward").reshape(-1).astype(np.float64)
@@ -266,27 +283,54 @@ def read_demonstrations(
     episodes = [episode for episode in episodes if len(episode.rewards)]
     if not episodes:
         raise UserError(OPTION, "no episode of the dataset has a step to learn from")
-    return DemonstrationData(dataset, episodes, [names[key] for key in required], adapter.n_obs_steps, notes)
+    keys = [names[key] for key in required]
+    return DemonstrationData(dataset, episodes, keys, adapter.n_obs_steps, notes, rule)
 
 
 def _successes(dataset: Any, config: DemosConfig) -> tuple[np.ndarray, str]:
-    """(N,) whether each recorded step succeeds, and a line for the user where that is a guess."""
-    kind, note = config.success, ""
+    """(N,) whether each recorded step succeeds, and how that was told."""
+    kind, index = config.success, _column(dataset, "episode_index").reshape(-1)
+    ends = np.diff(index, append=index[-1:] + 1) != 0
+    if kind == "auto" and "next.success" in dataset.features:
+        kind = "column"
+    if kind == "auto" and "next.reward" in dataset.features:
+        rewards = _column(dataset, "next.reward").reshape(-1)
+        level = sparse_level(rewards, ends)
+        if level is not None:
+            return rewards >= level, f"by next.reward, which is {level - 1:g} until success, then {level:g}"
     if kind == "auto":
-        kind = "column" if "next.success" in dataset.features else "end"
-        if kind == "end":
-            note = (
-                "demonstrations: the dataset has no next.success, so every episode's end counts as success "
-                "(--demos.success)"
-            )
+        dense = "next.reward" in dataset.features
+        return ends, (
+            f"the dataset has no next.success{' and a dense next.reward' if dense else ''}, so every "
+            "episode's end counts as success (--demos.success)"
+        )
     column = {"column": "next.success", "reward": "next.reward"}.get(kind)
     if column and column not in dataset.features:
         raise UserError("--demos.success", f"the dataset has no column {column}")
     if column:
         values = _column(dataset, column).reshape(-1)
-        return (values > 0 if kind == "column" else values >= config.reward_threshold), note
-    index = _column(dataset, "episode_index").reshape(-1)
-    return np.diff(index, append=index[-1:] + 1) != 0, note
+        rule = f"by next.reward at {config.reward_threshold:g} or more"
+        return (
+            (values > 0, "by next.success") if kind == "column" else (values >= config.reward_threshold, rule)
+        )
+    return ends, "every episode's end counts as success"
+
+
+def sparse_level(rewards: np.ndarray, ends: np.ndarray) -> float | None:
+    """The reward that says success, where it says nothing else; ``None`` of a dense reward.
+
+    HIL-SERL's recordings have 0 until success and then 1, goal-conditioned environments -1 and then 0.
+
+    Args:
+        rewards: (N,) of each recorded step.
+        ends: (N,) whether it is its episode's last.
+    """
+    for low, high in SPARSE:
+        won = rewards == high
+        falls = won[:-1] & ~won[1:] & ~ends[:-1]  # success that goes away again is something else
+        if (won | (rewards == low)).all() and not won.all() and not falls.any():
+            return high
+    return None
 
 
 def _column(dataset: Any, name: str) -> np.ndarray:

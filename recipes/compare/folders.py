@@ -101,7 +101,7 @@ def _records(
         record = _record(task, method, seed, {"actor": _with_outcomes(results, "steered")})
         for line in lines:
             of = line.get("success_window", 0)
-            if of:
+            if of and line["success_rate"] is not None:
                 won = round(line["success_rate"] * of)
                 point = {"successes": won, "episodes": of, "success_rate": won / of}
                 steps = line["env_steps"]

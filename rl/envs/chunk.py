@@ -12,6 +12,7 @@ import numpy as np
 
 from trimtab.adapters.errors import UserError
 
+SUCCESS = "is_success"  # LeRobot's name
 # One environment's raw observation: arrays by key; cameras may sit one level deeper (`pixels`).
 RawObservation = dict[str, Any]
 
@@ -46,6 +47,8 @@ class ChunkResult:
         seen: (k) the raw observation before each of these steps, where asked for.
         lost: the kind of fault that lost the episode, and what was said; the rest is then empty, but
             for the observation of the next episode.
+        success_key: under which name the environment has reported success so far; ``None``: never yet.
+        info_keys: what else its ``info`` has held.
     """
 
     observation: RawObservation | None
@@ -58,6 +61,8 @@ class ChunkResult:
     frames: list[np.ndarray] = field(default_factory=list)
     seen: list[RawObservation] = field(default_factory=list)
     lost: tuple[str, str] | None = None
+    success_key: str | None = None
+    info_keys: tuple[str, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -100,6 +105,8 @@ class ChunkEnv:
         self._limit = _time_limit(env)
         self._running = False
         self._frames: list[np.ndarray] = []
+        self._success_key: str | None = None
+        self._info_keys: set[str] = set()
         # An environment may leave out what is slow to see (``libero.py``): all but what is handed on.
         self._watch: Callable[[bool], None] | None = getattr(env.unwrapped, "watch", None)
 
@@ -167,6 +174,7 @@ class ChunkEnv:
             if self._limit is not None and self._step >= self._limit and not _is_success(info):
                 # As in lerobot-eval: some of LeRobot's environments leave their time limit to the caller.
                 terminated, truncated = False, True
+            self._note(info)
             rewards.append(float(reward))
             successes.append(_is_success(info))
             ended = terminated or truncated
@@ -186,6 +194,8 @@ class ChunkEnv:
             seed=self._seed,
             frames=frames,
             seen=seen,
+            success_key=self._success_key,
+            info_keys=tuple(sorted(self._info_keys)),
         )
         if result.ended:
             self._running = False
@@ -195,6 +205,13 @@ class ChunkEnv:
         else:
             result.observation = self._stacked()
         return result
+
+    def _note(self, info: dict[str, Any]) -> None:
+        """Remember what ``info`` holds."""
+        held = {*info, *info.get("final_info", {})}
+        if SUCCESS in held:
+            self._success_key = SUCCESS
+        self._info_keys |= {str(key) for key in held - {SUCCESS, "final_info"}}
 
     def close(self) -> None:
         self.env.close()
@@ -213,9 +230,9 @@ def _time_limit(env: gym.Env) -> int | None:
 
 
 def _is_success(info: dict[str, Any]) -> bool:
-    if "is_success" in info:
-        return bool(info["is_success"])
-    return bool(info.get("final_info", {}).get("is_success", False))
+    if SUCCESS in info:
+        return bool(info[SUCCESS])
+    return bool(info.get("final_info", {}).get(SUCCESS, False))
 
 
 def _stack(items: list[Any]) -> Any:
