@@ -21,7 +21,7 @@ from trimtab.policies.observe import ObserveConfig
 from trimtab.policies.sources import prior_noise, steered_noise
 from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.continuing import METRICS, RunFolder, disk_errors, resumed_args
-from trimtab.recipes.launch import launched_processes, make_accelerator
+from trimtab.recipes.launched import launched_processes, make_accelerator
 from trimtab.recipes.presets import expand_preset, noise_said, value_of
 from trimtab.recipes.repeat import loaded_plugins
 from trimtab.recipes.reporting import NAMES, MetricsWriter, plot_curve, rate_text, table, write_json

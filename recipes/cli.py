@@ -74,7 +74,7 @@ def _run(module: str, command: str, args: list[str]) -> int:
     from trimtab.adapters.errors import UserError
 
     try:
-        from trimtab.recipes.launch import check_launch
+        from trimtab.recipes.launched import check_launch
         from trimtab.recipes.recipe_file import with_recipe
         from trimtab.recipes.tiny_run import tiny
 

@@ -185,7 +185,7 @@ def default_threads(workers: int) -> int:
     """Threads for torch beside ``workers`` simulator processes: as many as the environment says
     (``OMP_NUM_THREADS``), else this process's other cores, at least one.
     """
-    from trimtab.recipes.launch import local_processes
+    from trimtab.recipes.launched import local_processes
 
     said = threads_said()
     if said is not None:

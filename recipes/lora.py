@@ -27,6 +27,7 @@ from trimtab.recipes.repeat import repeatable
 from trimtab.recipes.reporting import MetricsWriter, rate_text, table, write_json
 from trimtab.recipes.session import EpisodesConfig, MachineConfig, Session, describe, outcomes, summaries
 from trimtab.rl.budget import training_seed
+from trimtab.rl.demonstration_data import rate_warning
 from trimtab.rl.evaluation import Evaluation, evaluate, require_success
 from trimtab.rl.threads import machine_record
 
@@ -101,7 +102,9 @@ def main(args: list[str]) -> None:
     adapter, folder = open_base(config)
     tuner = FineTuner(adapter, folder, config.policy, config)
     if config.dataset is not None:
-        tuner.check(config.dataset)
+        data = tuner.check(config.dataset)
+        for line in rate_warning(data, config.env and config.env.fps):
+            print(line)
     session = None
     if config.env is not None:
         session = Session(tuner.adapter, config.env, config.eval, config.machine)

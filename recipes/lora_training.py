@@ -225,14 +225,15 @@ class FineTuner:
         self.policy.eval()
         return losses
 
-    def check(self, dataset: DatasetConfig) -> None:
-        """Read one batch of ``dataset`` before any long work.
+    def check(self, dataset: DatasetConfig) -> Any:
+        """Read one batch of ``dataset`` before any long work; returns LeRobot's dataset.
 
         Raises:
             UserError: it does not fit the policy.
         """
         data, source = self._opened_data(self.pipeline(dataset, 1, 0), 0)
         self._preprocessed(next(source), data, first=True)
+        return data
 
     def _opened_data(self, pipeline: TrainPipelineConfig, workers: int) -> tuple[Any, Iterator[dict]]:
         data = open_dataset(pipeline)

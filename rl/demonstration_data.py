@@ -18,7 +18,8 @@ from trimtab.rl.envs.chunk import ChunkResult
 
 OPTION = "--demos.repo_id"
 SCHEDULES = ("constant", "linear")
-SPARSE = ((0.0, 1.0), (-1.0, 0.0))  # reward until success, and at it
+SPARSE = ((0.0, 1.0), (-1.0, 0.0))  # reward without success, and with
+GUESS = "every episode's end, a guess"
 SUCCESS = ("auto", "column", "reward", "end")
 
 
@@ -262,6 +263,12 @@ def read_demonstrations(
     if reward == "env" and "next.reward" not in features:
         raise UserError("--train.reward", "env needs the column next.reward, which the dataset lacks")
     successes, rule = _successes(dataset, config)
+    if rule == GUESS:
+        other = "" if "next.reward" not in features else ", and next.reward tells more than success"
+        notes.append(
+            f"demonstrations: the dataset has no next.success{other}, so every episode's end counts as "
+            "success (--demos.success)"
+        )
     index = _column(dataset, "episode_index").reshape(-1)
     rewards = (
         _column(dataset, "next.reward").reshape(-1).astype(np.float64)
@@ -290,47 +297,54 @@ def read_demonstrations(
 def _successes(dataset: Any, config: DemosConfig) -> tuple[np.ndarray, str]:
     """(N,) whether each recorded step succeeds, and how that was told."""
     kind, index = config.success, _column(dataset, "episode_index").reshape(-1)
-    ends = np.diff(index, append=index[-1:] + 1) != 0
     if kind == "auto" and "next.success" in dataset.features:
         kind = "column"
     if kind == "auto" and "next.reward" in dataset.features:
         rewards = _column(dataset, "next.reward").reshape(-1)
-        level = sparse_level(rewards, ends)
+        level = sparse_level(rewards, np.diff(index, prepend=index[:1] - 1) != 0)
         if level is not None:
-            return rewards >= level, f"by next.reward, which is {level - 1:g} until success, then {level:g}"
-    if kind == "auto":
-        dense = "next.reward" in dataset.features
-        return ends, (
-            f"the dataset has no next.success{' and a dense next.reward' if dense else ''}, so every "
-            "episode's end counts as success (--demos.success)"
-        )
+            return rewards >= level, f"next.reward, which is {level - 1:g} without success and {level:g} with"
     column = {"column": "next.success", "reward": "next.reward"}.get(kind)
     if column and column not in dataset.features:
         raise UserError("--demos.success", f"the dataset has no column {column}")
-    if column:
-        values = _column(dataset, column).reshape(-1)
-        rule = f"by next.reward at {config.reward_threshold:g} or more"
-        return (
-            (values > 0, "by next.success") if kind == "column" else (values >= config.reward_threshold, rule)
-        )
-    return ends, "every episode's end counts as success"
+    if column == "next.success":
+        return _column(dataset, column).reshape(-1) > 0, column
+    if column == "next.reward":
+        threshold = config.reward_threshold
+        return _column(dataset, column).reshape(-1) >= threshold, f"{column} of {threshold:g} or more"
+    return np.diff(index, append=index[-1:] + 1) != 0, GUESS if kind == "auto" else "every episode's end"
 
 
-def sparse_level(rewards: np.ndarray, ends: np.ndarray) -> float | None:
-    """The reward that says success, where it says nothing else; ``None`` of a dense reward.
+def sparse_level(rewards: np.ndarray, firsts: np.ndarray) -> float | None:
+    """The reward that says success, where it says nothing else; ``None`` of any other reward.
 
-    HIL-SERL's recordings have 0 until success and then 1, goal-conditioned environments -1 and then 0.
+    HIL-SERL's recordings have 0 without success and 1 with, goal-conditioned environments -1 and 0. Where all
+    episodes begin at the higher one, it pays for each step survived.
 
     Args:
         rewards: (N,) of each recorded step.
-        ends: (N,) whether it is its episode's last.
+        firsts: (N,) whether it is its episode's first.
     """
     for low, high in SPARSE:
         won = rewards == high
-        falls = won[:-1] & ~won[1:] & ~ends[:-1]  # success that goes away again is something else
-        if (won | (rewards == low)).all() and not won.all() and not falls.any():
+        if (won | (rewards == low)).all() and not won[firsts].all():
             return high
     return None
+
+
+def rate_warning(dataset: Any, env_fps: float | None) -> list[str]:
+    """A line where a dataset was recorded at another rate than the environment runs at.
+
+    Args:
+        dataset: LeRobot's.
+        env_fps: steps a second of the environment (``--env.fps``).
+    """
+    if env_fps is None or float(dataset.fps) == float(env_fps):
+        return []
+    return [
+        f"warning: the dataset has {dataset.fps:g} frames a second, the environment {env_fps:g} (--env.fps): "
+        "its chunks last another time than those that are executed"
+    ]
 
 
 def _column(dataset: Any, name: str) -> np.ndarray:

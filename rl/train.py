@@ -29,7 +29,7 @@ from trimtab.rl.budget import TrainConfig, training_seed
 from trimtab.rl.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
 from trimtab.rl.decoder import ConditioningSpec, Decoder
-from trimtab.rl.demonstration_data import DemonstrationData, DemosConfig, read_demonstrations
+from trimtab.rl.demonstration_data import DemosConfig, rate_warning, read_demonstrations
 from trimtab.rl.demonstrations import Demonstrations, TransitionMaker
 from trimtab.rl.diagnostics import calibration
 from trimtab.rl.distributed import StepGuard, World, count_outcomes, list_outcomes
@@ -183,21 +183,12 @@ class Trainer:
         make = TransitionMaker(self.runner, self.space, self.rl, self.train.reward, spec, self.seed, size)
         found = Demonstrations(self.demos, make(data, self.progress), **stored)
         won = sum(episode.succeeded for episode in data.episodes)
-        count = f"demonstrations: {len(data.episodes)} episodes, {won} succeed ({data.rule})"
-        notes = [*data.notes, f"{count}; {len(found)} transitions", *self._rates(data)]
+        count = f"demonstrations: {len(data.episodes)} episodes, {won} succeed; {len(found)} transitions; "
+        told = f"success told by {data.rule}" + ("" if won else " (else: --demos.success=end)")
+        notes = [*data.notes, count + told, *rate_warning(data.dataset, self.runner.fps)]
         for note in notes if self.progress else ():
             tqdm.write(note)
         return found
-
-    def _rates(self, data: DemonstrationData) -> list[str]:
-        """A warning where the dataset was recorded at another rate than the environment runs at."""
-        there, here = float(data.dataset.fps), self.runner.fps
-        if here is None or there == here:
-            return []
-        return [
-            f"warning: the demonstrations have {there:g} frames a second, the environment {here:g} "
-            "(--env.fps): their chunks last another time than those that are executed"
-        ]
 
     def run(self) -> Algorithm:
         """Collect ``env_steps`` environment steps, learning meanwhile; return the trained algorithm.
