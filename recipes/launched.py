@@ -17,6 +17,7 @@ from trimtab.adapters.errors import UserError, reason
 COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
 PLACE = ("WORLD_SIZE", "RANK", "MASTER_ADDR")  # what every process of several has to know
 ON_GPU = ("LOCAL_RANK", "MASTER_PORT")  # and on a GPU
+MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 MEND = "to run in one process, unset {}; in several: `accelerate launch -m trimtab.rl.train ...`"
 
 
@@ -94,6 +95,8 @@ def make_accelerator(
     patience = InitProcessGroupKwargs(
         timeout=timedelta(hours=2)
     )  # environments may be slow, and of uneven speed
+    said = [name for name in (*COUNTS, *MPI, "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
+    said += sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
     try:
         return Accelerator(
             cpu=cpu,
@@ -103,8 +106,6 @@ def make_accelerator(
             kwargs_handlers=[patience],
         )
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        said = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
-        said += [name for name in (*COUNTS, "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
         if not said:
             raise
         raise UserError(

@@ -37,6 +37,7 @@ from trimtab.recipes.session import (
 from trimtab.recipes.verdict import as_json, judge
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
 from trimtab.rl.statistics import wilson_interval
+from trimtab.rl.threads import machine_record
 
 
 @dataclass
@@ -149,6 +150,7 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
             **as_json(measured, verdict),
             "success": summaries(evaluations),
             "constants": constants,
+            "machine": machine_record(),
         },
     )
     print(f"\nverdict: {verdict.headline}")

@@ -6,6 +6,7 @@ Imports nothing heavy: options are read before anything else is loaded.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ def load_plugins(args: list[str], content: dict[str, Any] | None) -> list[str]:
         try:
             parser.load_plugin(package)
         except Exception as error:  # a plugin is somebody else's code
-            raise UserError(f"--{option}", str(error)) from None
+            # LeRobot imports a package, then looks for its modules; a single module has none.
+            module = sys.modules.get(package)
+            if module is None or hasattr(module, "__path__"):
+                raise UserError(f"--{option}", str(error)) from None
         args = parser.filter_arg(option, args)
         _loaded[option] = package
     return args

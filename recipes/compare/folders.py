@@ -140,6 +140,11 @@ def _record(task: str, method: str, seed: int | None, final: dict[str, Any]) -> 
 
 
 def _with_outcomes(results: dict[str, Any], name: str) -> dict[str, Any]:
+    if results["policies"][name]["success_rate"] is None:
+        task = (results.get("env") or {}).get("task")
+        raise UserError(
+            "--runs", f"a run on {task} reports no success, and a comparison counts successes alone"
+        )
     return results["policies"][name] | {"won": (results.get("outcomes") or {}).get(name, "")}
 
 

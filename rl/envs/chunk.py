@@ -208,7 +208,8 @@ class ChunkEnv:
 
     def _note(self, info: dict[str, Any]) -> None:
         """Remember what ``info`` holds."""
-        held = {*info, *info.get("final_info", {})}
+        final = info.get("final_info")
+        held = {*info, *(final if isinstance(final, dict) else ())}
         if SUCCESS in held:
             self._success_key = SUCCESS
         self._info_keys |= {str(key) for key in held - {SUCCESS, "final_info"}}
