@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(module: str, command: str, args: list[str]) -> int:
     from trimtab.recipes.console import quiet, start_worker_server
-    from trimtab.rl.threads import wait_asleep
+    from trimtab.rl.threads import spin_briefly
 
-    wait_asleep()  # before torch is imported
+    spin_briefly()  # before torch is imported
     quiet()
     if not {"-h", "--help"} & set(args):
         start_worker_server()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported
-    from trimtab.rl.threads import wait_asleep
+    from trimtab.rl.threads import spin_briefly
 
-    wait_asleep()
+    spin_briefly()
 
 import copy
 import sys

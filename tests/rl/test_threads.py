@@ -10,7 +10,7 @@ import torch
 
 from trimtab.recipes import console, session
 from trimtab.recipes.session import MachineConfig
-from trimtab.rl.threads import machine_record, threads_said, wait_asleep
+from trimtab.rl.threads import machine_record, spin_briefly, threads_said
 
 # Ends the process where it imports torch, and tells how threads would wait.
 SPY = """
@@ -57,14 +57,24 @@ def test_the_environment_says_how_many(values, said, plain, monkeypatch):
     assert torch.get_num_threads() == 2, "--machine.threads wins over both"
 
 
-def test_threads_sleep_unless_the_environment_says_how_they_wait(plain, monkeypatch):
+def test_threads_spin_briefly_unless_the_environment_says_how_they_wait(plain, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    wait_asleep()
+    spin_briefly()
     assert machine_record() == {"threads": torch.get_num_threads(), "waiting": {"OMP_WAIT_POLICY": "ACTIVE"}}
     monkeypatch.delenv("OMP_WAIT_POLICY")
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    wait_asleep()
+    spin_briefly()
     assert machine_record()["waiting"] == {"GOMP_SPINCOUNT": "7"}
+
+
+def test_a_renderer_that_does_not_exist_is_one_line(tmp_path):
+    """MuJoCo refuses to be imported then."""
+    command = [TRIMTAB, "base", "--tasks=drawer-close", f"--output_dir={tmp_path / 'base'}"]
+    environment = {**os.environ, "MUJOCO_GL": "foo"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert "--env.type: Meta-World cannot be loaded here: invalid value for environment variable" in lines[0]
 
 
 TRIMTAB = str(Path(sys.executable).with_name("trimtab"))
@@ -78,7 +88,7 @@ TRIMTAB = str(Path(sys.executable).with_name("trimtab"))
 @pytest.mark.parametrize(
     ("user", "found"),
     [
-        ({}, "PASSIVE None"),
+        ({}, "None 1000"),
         ({"GOMP_SPINCOUNT": "9"}, "None 9"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
     ],
