@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import draccus
-import torch
 from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
@@ -21,9 +19,11 @@ from trimtab.policies.artefact import is_artefact, save_artefact
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.policies.sources import prior_noise, steered_noise
-from trimtab.recipes.console import launched_processes, new_output_dir, parse
+from trimtab.recipes.console import new_output_dir, parse
 from trimtab.recipes.continuing import METRICS, RunFolder, disk_errors, resumed_args
-from trimtab.recipes.presets import expand_preset, value_of
+from trimtab.recipes.launched import launched_processes, make_accelerator
+from trimtab.recipes.presets import expand_preset, noise_said, value_of
+from trimtab.recipes.repeat import loaded_plugins
 from trimtab.recipes.reporting import NAMES, MetricsWriter, plot_curve, rate_text, table, write_json
 from trimtab.recipes.session import (
     EvalConfig,
@@ -48,6 +48,7 @@ from trimtab.rl.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.memory import check_replay
 from trimtab.rl.selection import CorrectingRunner
+from trimtab.rl.threads import machine_record
 from trimtab.rl.train import Trainer, replay_extra
 from trimtab.rl.warm_start import begin_at, read_constant
 
@@ -143,7 +144,7 @@ def main(args: list[str]) -> None:
             f"\nstopped by {stopped.name} {at}; go on with: trimtab adapt --resume=true --output_dir={output}"
         )
         return
-    say(f"\n{table(summaries(outcome.evaluations))}\n")
+    say(f"\n{table(summaries(outcome.evaluations), config.train.reward == 'env')}\n")
     for task, found in outcome.by_task.items() if len(outcome.by_task) > 1 else ():
         say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(e.summary())}" for n, e in found.items()))
     say(untrained_line(outcome.untrained.summary(), config.noise.type))
@@ -152,35 +153,10 @@ def main(args: list[str]) -> None:
     say(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
 
 
-def make_accelerator(
-    device: str | None, trackers: list[str] | None = None, folder: Path | None = None
-) -> Any:
-    """The accelerator of this process; it takes up what ``accelerate launch`` has laid out.
-
-    Args:
-        device: of the base policy.
-        trackers, folder: what to log with, and where.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    cpu = str(device).startswith("cpu") or not torch.cuda.is_available()
-    patience = InitProcessGroupKwargs(
-        timeout=timedelta(hours=2)
-    )  # environments may be slow, and of uneven speed
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision="no",  # of base and learner each has an option; gradients are float32, never scaled
-        log_with=trackers or None,
-        project_dir=folder if trackers else None,
-        kwargs_handlers=[patience],
-    )
-
-
 def with_default_noise(args: list[str]) -> list[str]:
     """``args`` with the constant noise space that golden_ticket seeks in, unless they name one themselves."""
     algorithm = value_of(args, "rl.type")
-    if algorithm != "golden_ticket" or value_of(args, "noise.type") is not None:
+    if algorithm != "golden_ticket" or noise_said(args, algorithm):
         return args
     print("golden_ticket seeks one noise for all observations: --noise.type=constant")
     return ["--noise.type=constant", *args]
@@ -244,6 +220,7 @@ def _steer(
     seconds: dict[str, float] = {}
     started = clock()
     measured, known = (run.baselines() if config.resume else None) or measure(session, config, space)
+    check_reward(config, measured)
     run.begin(measured, known)
     seconds["baselines"] = clock() - started
     started = clock()
@@ -320,6 +297,31 @@ def measure(
     return found, next(iter(details.values())) if len(details) == 1 else details
 
 
+def check_reward(config: AdaptConfig, measured: dict[str, dict[str, Evaluation]]) -> None:
+    """Refuse to learn from success where the environment reports none.
+
+    Args:
+        config: of the run.
+        measured: the baselines, by task and policy.
+
+    Raises:
+        UserError: names what the environment's ``info`` holds instead.
+    """
+    ticket = isinstance(config.rl, GoldenTicketConfig)
+    for task, found in measured.items():
+        base = found["base"]
+        if base.reported or (config.train.reward == "env" and not ticket):
+            continue
+        episodes = sum(len(one.seeds) for one in found.values())
+        mend = "golden_ticket counts successes; take another --rl.type, with --train.reward=env"
+        raise UserError(
+            "--rl.type" if ticket else "--train.reward",
+            f"the environment never reported success in {episodes} episodes of {task} (its info held: "
+            f"{', '.join(base.info_keys) or 'nothing'}), so there is nothing to learn from; "
+            + (mend if ticket else "--train.reward=env learns from its own reward"),
+        )
+
+
 def announce_memory(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
     """Say what the replay will take, or refuse it, before the long work, once an observation is known."""
     if session.first is None:
@@ -372,6 +374,7 @@ def save(
             "deterministic": config.eval.deterministic,
             "success": {name: entry for name, entry in summaries(outcome.evaluations).items()},
             "algorithm": config.rl.type,
+            "plugins": loaded_plugins(),
         },
         # What chose among candidates while learning can do so for the deployed policy.
         (learnt.critic, config.rl.critic) if learnt.selects else None,
@@ -463,6 +466,7 @@ def write_results(
             "actor_parameters": outcome.parameters,
             "base_sha256": identity.get("sha256"),  # a policy server shows no weights
             "seconds": {name: round(value, 2) for name, value in outcome.seconds.items()},
+            "machine": machine_record(),
             "train": asdict(config.train),
         },
     )

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("trimtab.recipes.bench.command", "sample efficiency and engine speed beside other methods"),
     "base": ("trimtab.recipes.make_base", "make an embedded base policy for any of Meta-World's 50 tasks"),
 }
+LEARN = ("adapt", "demo", "lora", "compare", "bench")  # these take part in what a launcher has begun
 LIGHT = ("recipes",)  # these need no policy and say themselves what is wrong
 
 USAGE = """usage: trimtab COMMAND [--option=value ...]
@@ -64,17 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(module: str, command: str, args: list[str]) -> int:
     from trimtab.recipes.console import quiet, start_worker_server
+    from trimtab.rl.threads import spin_briefly
 
+    spin_briefly()  # before torch is imported
     quiet()
     if not {"-h", "--help"} & set(args):
         start_worker_server()
     from trimtab.adapters.errors import UserError
 
     try:
+        from trimtab.recipes.launched import check_launch
         from trimtab.recipes.recipe_file import with_recipe
         from trimtab.recipes.tiny_run import tiny
 
         run: Callable[[list[str]], None] = importlib.import_module(module).main
+        if command in LEARN:
+            check_launch()
         with tiny(with_recipe(args, command), command) as arguments:
             run(arguments)
     except UserError as error:

@@ -10,6 +10,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from trimtab.rl.threads import threads_said
+
 # What every simulator worker needs; LeRobot's part of it takes seconds to import.
 WORKER_MODULES = ["trimtab.rl.envs.vector", "trimtab.rl.envs.metaworld"]
 
@@ -28,8 +30,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    if not sys.stderr.isatty():  # a log wants no bars
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("lerobot", "accelerate", "datasets", "torch", "root"):
         logging.getLogger(None if name == "root" else name).setLevel(logging.ERROR)
+
+
+def say(text: str) -> None:
+    """Print on the first process of an ``accelerate launch``."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def start_worker_server() -> None:
@@ -56,21 +67,22 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
     from lerobot.configs.parser import print_scoped_help
 
     from trimtab.adapters.errors import UserError
-    from trimtab.recipes.recipe_file import fitted
+    from trimtab.recipes.recipe_file import file_options, fitted
+    from trimtab.recipes.repeat import load_plugins
 
-    args = _load_plugins(args)
+    config_path = _config_path(args)
+    args = load_plugins(args, file_options(args))
     if "-h" in args or "--help" in args:
         print(f"usage: trimtab {command} [--option=value ...]")
         if command in TINY:
             print(TINY_HELP)
         print_scoped_help(config_class, args)
         raise SystemExit(0)
-    config_path = _config_path(args)
     if config_path and not _holds_options(config_path):
         raise UserError(f"--config_path={config_path}", "holds no options, such as `seed: 3`")
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors), fitted(config_path, command) as path:
+        with contextlib.redirect_stderr(errors), fitted(config_path, command, args) as path:
             return draccus.parse(config_class, path, args=parser.filter_arg("config_path", args))
     except UserError:
         raise
@@ -91,27 +103,6 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
     except Exception as error:  # YAML scanner errors come in many classes
         where = f"--config_path={config_path}" if config_path else "options"
         raise UserError(where, f"cannot be read ({error})") from None
-
-
-def _load_plugins(args: list[str]) -> list[str]:
-    """Register other people's environments and policies as LeRobot's commands do.
-
-    Returns:
-        ``args`` without the ``--...discover_packages_path`` options.
-    """
-    from lerobot.configs import parser
-    from lerobot.utils.import_utils import register_third_party_plugins
-
-    from trimtab.adapters.errors import UserError
-
-    register_third_party_plugins()
-    for option, package in parser.parse_plugin_args(parser.PLUGIN_DISCOVERY_SUFFIX, args).items():
-        try:
-            parser.load_plugin(package)
-        except Exception as error:  # a plugin is somebody else's code
-            raise UserError(f"--{option}", str(error)) from None
-        args = parser.filter_arg(option, args)
-    return args
 
 
 def _config_path(args: list[str]) -> str | None:
@@ -191,16 +182,13 @@ def new_output_dir(path: Path | None, default: str) -> Path:
 
 
 def default_threads(workers: int) -> int:
-    """Threads for torch beside ``workers`` simulator processes: this process's other cores, at least one."""
+    """Threads for torch beside ``workers`` simulator processes: as many as the environment says
+    (``OMP_NUM_THREADS``), else this process's other cores, at least one.
+    """
+    from trimtab.recipes.launched import local_processes
+
+    said = threads_said()
+    if said is not None:
+        return said
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(1, cores // local_processes() - workers)
-
-
-def local_processes() -> int:
-    """How many processes of an ``accelerate launch`` share this machine."""
-    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-
-
-def launched_processes() -> int:
-    """How many processes of an ``accelerate launch`` make up this run."""
-    return max(1, int(os.environ.get("WORLD_SIZE") or 1))

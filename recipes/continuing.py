@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from trimtab.adapters import UserError
 from trimtab.adapters.errors import reason
 from trimtab.recipes.presets import value_of
+from trimtab.recipes.repeat import absolute, repeatable, without_plugins
 from trimtab.recipes.reporting import write_json
 from trimtab.rl.algorithms.presets import flatten
 from trimtab.rl.checkpoint import Checkpoint, CheckpointConfig, Checkpoints
@@ -87,7 +88,7 @@ class RunFolder:
         self, path: Path, config: Any, identity: dict[str, Any], checkpoint: CheckpointConfig, world: World
     ) -> None:
         self.path, self.world = path, world
-        again = json.loads(json.dumps(draccus.encode(config)))
+        again = repeatable(json.loads(json.dumps(draccus.encode(config))))
         again.pop("output_dir", None), again.pop("resume", None)
         self.config = again
         self.belongs = {"base": json.loads(json.dumps(identity)), "config": fixed(again)}
@@ -159,8 +160,9 @@ def check_belongs(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         raise UserError(
             "--policy.path", f"{checkpoint.folder} belongs to another base policy ({', '.join(odd)} differ)"
         )
-    before, after = flatten(then["config"]), flatten(now["config"])
-    for name in sorted(before | after):
+    before, after = flatten(absolute(then["config"])), flatten(now["config"])
+    # Where a type differs, all of its options do.
+    for name in sorted(before | after, key=lambda name: (not name.endswith(".type"), name)):
         if before.get(name) != after.get(name):
             raise UserError(
                 f"--{name}",
@@ -171,7 +173,7 @@ def check_belongs(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
 
 def fixed(config: dict[str, Any]) -> dict[str, Any]:
     """A run's config without what may differ when it goes on."""
-    found = json.loads(json.dumps(config))
+    found = without_plugins(json.loads(json.dumps(config)))
     for name in FREE:
         *parents, last = name.split(".")
         part = found
@@ -186,11 +188,22 @@ def encode(evaluation: Evaluation) -> dict[str, Any]:
         "seeds": evaluation.seeds,
         "successes": [bool(won) for won in evaluation.successes],
         "steps": [int(steps) for steps in evaluation.steps],
+        "returns": None if evaluation.returns is None else [float(value) for value in evaluation.returns],
+        "reported": evaluation.reported,
+        "info_keys": list(evaluation.info_keys),
     }
 
 
 def decode(held: dict[str, Any]) -> Evaluation:
-    return Evaluation(held["seeds"], np.array(held["successes"], bool), np.array(held["steps"], np.int64))
+    returns = held.get("returns")  # runs of older versions kept neither these nor what follows
+    return Evaluation(
+        held["seeds"],
+        np.array(held["successes"], bool),
+        np.array(held["steps"], np.int64),
+        returns=None if returns is None else np.array(returns, float),
+        reported=held.get("reported", True),
+        info_keys=tuple(held.get("info_keys", ())),
+    )
 
 
 @contextmanager

@@ -48,7 +48,8 @@ class DemoConfig:
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=6_000))
     eval: EvalConfig = field(default_factory=EvalConfig)
-    # Its threads are all cores unless told otherwise: the simulators take a fraction of the learner's time.
+    # Its threads are all cores unless told otherwise (here or by OMP_NUM_THREADS): the simulators take a
+    # fraction of the learner's time.
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Episodes of each of the base's other tasks, before and after.
     other_task_episodes: int = 40

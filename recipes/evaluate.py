@@ -28,6 +28,7 @@ from trimtab.recipes.session import (
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.selection import SelectingRunner
+from trimtab.rl.threads import machine_record
 
 
 @dataclass
@@ -107,6 +108,7 @@ def main(args: list[str]) -> None:
             "constant_noise_search": details,
             "env": {"type": config.env.type, "task": config.env.task},
             "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],
+            "machine": machine_record(),
             "steered_by": steered
             and {name: getattr(config.eval, name) for name in ("deterministic", "num_candidates")},
         },

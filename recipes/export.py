@@ -15,7 +15,7 @@ from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 from trimtab.recipes.console import parse
 from trimtab.recipes.export_check import check_runners
-from trimtab.recipes.reporting import NAMES
+from trimtab.recipes.reporting import NAMES, return_text
 
 CARD = "README.md"
 ACTING = ("num_candidates", "use_actor")  # how the artefact acts, beside `deterministic`
@@ -177,7 +177,9 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
         "With trimtab installed beside LeRobot:",
         "",
         "```",
-        f"lerobot-eval --policy.path={shown} --env.type={env.get('type', '...')}"
+        f"lerobot-eval --policy.path={shown} "
+        + "".join(f"--{option}={package} " for option, package in (training.get("plugins") or {}).items())
+        + f"--env.type={env.get('type', '...')}"
         + (f" --env.task={env['task']}" if env.get("task") else ""),
         "```",
         "",
@@ -200,6 +202,10 @@ def _success(results: dict[str, dict[str, Any]]) -> list[str]:
         return ["Not measured."]
     lines = ["| policy | success | 95 % interval | episodes |", "|---|---|---|---|"]
     for name, entry in results.items():
+        if entry["success_rate"] is None:
+            said = f"not reported; return {return_text(entry)}"
+            lines.append(f"| {NAMES.get(name, name)} | {said} | | {entry['episodes']} |")
+            continue
         low, high = entry["ci95"]
         lines.append(
             f"| {NAMES.get(name, name)} | {100 * entry['success_rate']:.1f} % | "

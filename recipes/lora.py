@@ -23,10 +23,13 @@ from trimtab.recipes.lora_data import REPO_ID, Recorder
 from trimtab.recipes.lora_rollouts import Rollouts
 from trimtab.recipes.lora_training import FineTuner, TuningConfig
 from trimtab.recipes.metaworld.base import check_task
+from trimtab.recipes.repeat import repeatable
 from trimtab.recipes.reporting import MetricsWriter, rate_text, table, write_json
 from trimtab.recipes.session import EpisodesConfig, MachineConfig, Session, describe, outcomes, summaries
 from trimtab.rl.budget import training_seed
-from trimtab.rl.evaluation import Evaluation, evaluate
+from trimtab.rl.demonstration_data import rate_warning
+from trimtab.rl.evaluation import Evaluation, evaluate, require_success
+from trimtab.rl.threads import machine_record
 
 DATASET_STEPS, ROUND_STEPS = 20_000, 800  # gradient steps by default
 LOG_EVERY = 100  # gradient steps behind one number of the loss curve
@@ -99,7 +102,9 @@ def main(args: list[str]) -> None:
     adapter, folder = open_base(config)
     tuner = FineTuner(adapter, folder, config.policy, config)
     if config.dataset is not None:
-        tuner.check(config.dataset)
+        data = tuner.check(config.dataset)
+        for line in rate_warning(data, config.env and config.env.fps):
+            print(line)
     session = None
     if config.env is not None:
         session = Session(tuner.adapter, config.env, config.eval, config.machine)
@@ -186,6 +191,7 @@ class Run:
         config, session = self.config, self._session()
         with self._timed("base_evaluation"):
             self._evaluate("base", "base policy")
+        require_success(self.evaluations["base"])
         recorder = Recorder(self.output / "successes", session.env.fps)
         with (
             self._metrics() as metrics,
@@ -273,9 +279,10 @@ class Run:
                 "base_sha256": self.tuner.base_hashes["weights"],
                 **self.details,
                 "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+                "machine": machine_record(),
             },
         )
-        again = draccus.encode(config, LoraConfig)
+        again = repeatable(draccus.encode(config, LoraConfig))
         again.pop("output_dir", None)
         write_json(self.output / "config.json", {k: v for k, v in again.items() if v is not None})
         if self.session is not None:

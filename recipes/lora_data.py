@@ -14,9 +14,9 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot.utils.constants import ACTION
 
 from trimtab.adapters import PolicyAdapter, UserError
-from trimtab.adapters.errors import reason
 from trimtab.recipes.lora_rollouts import RolloutEpisode
 from trimtab.recipes.metaworld.dataset import no_image_embedding
+from trimtab.rl.demonstration_data import unreadable
 
 REPO_ID = "trimtab/own_successes"
 NUMERIC = ("float", "int", "uint", "bool")
@@ -37,9 +37,7 @@ def open_dataset(config: TrainPipelineConfig) -> Any:
     try:
         return make_dataset(config)
     except Exception as error:  # LeRobot, datasets and the Hub have their own for each way to fail
-        raise UserError(
-            option, f"cannot read {chosen.root or chosen.repo_id} as a LeRobotDataset: {reason(error)}"
-        ) from error
+        raise unreadable(option, chosen.repo_id, chosen.root, error) from error
 
 
 def check_features(dataset: Any, adapter: PolicyAdapter, rename_map: dict[str, str]) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from lerobot.utils.constants import OBS_PREFIX
 from torch import Tensor
-from tqdm import tqdm
 
 from trimtab.policies.sources import NoiseSource
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.progress import Progress
 from trimtab.rl.runner import PolicyRunner
 
 
@@ -74,9 +74,7 @@ class Rollouts:
         """Take exactly ``steps`` environment steps; return the episodes that ended, in order."""
         goal = self.env_steps + steps
         finished: list[RolloutEpisode] = []
-        bar = tqdm(
-            total=steps, desc=label, unit="step", dynamic_ncols=True, disable=not progress, leave=False
-        )
+        bar = Progress(total=steps, desc=label, unit="step", disable=not progress, leave=False)
         while self.env_steps < goal:
             finished += self._chunk(goal - self.env_steps)
             bar.update(steps - (goal - self.env_steps) - bar.n)

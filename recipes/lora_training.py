@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from lerobot.configs.default import DatasetConfig, PeftConfig
 from lerobot.configs.train import TrainPipelineConfig
-from tqdm import trange
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.errors import reason
@@ -29,6 +28,7 @@ from trimtab.adapters.files import (
 from trimtab.adapters.legacy import processor_files
 from trimtab.recipes.lora_data import batches, check_features, open_dataset
 from trimtab.recipes.lora_targets import put_lora
+from trimtab.rl.progress import Progress
 
 LORA_RATE = 10.0  # LoRA learns best about ten times faster than full fine-tuning; LeRobot's docs do so too
 
@@ -193,7 +193,7 @@ class FineTuner:
         )
         losses: list[float] = []
         started = time.perf_counter()
-        bar = trange(steps, desc=label, unit="step", dynamic_ncols=True, leave=False)
+        bar = Progress(range(steps), desc=label, unit="step", leave=False)
         for step in bar:
             batch = self._preprocessed(next(source), data, first=step == 0)
             try:
@@ -226,14 +226,15 @@ class FineTuner:
         self.policy.eval()
         return losses
 
-    def check(self, dataset: DatasetConfig) -> None:
-        """Read one batch of ``dataset`` before any long work.
+    def check(self, dataset: DatasetConfig) -> Any:
+        """Read one batch of ``dataset`` before any long work; returns LeRobot's dataset.
 
         Raises:
             UserError: it does not fit the policy.
         """
         data, source = self._opened_data(self.pipeline(dataset, 1, 0), 0)
         self._preprocessed(next(source), data, first=True)
+        return data
 
     def _opened_data(self, pipeline: TrainPipelineConfig, workers: int) -> tuple[Any, Iterator[dict]]:
         data = open_dataset(pipeline)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.recipes.recipe_file import read_options
+from trimtab.recipes.recipe_file import file_options, read_options
 
 OPTION = "--rl.preset"
 
@@ -51,8 +51,8 @@ def _value(args: list[str], option: str) -> str | None:
 
 
 def _file(args: list[str]) -> dict:
-    """The options in the file that ``--config_path`` names; none where parsing will say what is wrong."""
-    return read_options(_value(args, "--config_path")) or {}
+    """What counts in the file of ``--config_path``; nothing where parsing will say what is wrong."""
+    return file_options(args) or {}
 
 
 def _from_file(args: list[str]) -> set[str]:
@@ -73,3 +73,12 @@ def value_of(args: list[str], name: str) -> str | None:
 
     value = _value(args, f"--{name}")
     return flatten(_file(args)).get(name) if value is None else value
+
+
+def noise_said(args: list[str], algorithm: str) -> bool:
+    """Whether the noise space is named: on the command line, or in a file that names no other algorithm."""
+    if _value(args, "--noise.type") is not None:
+        return True
+    held = read_options(_value(args, "--config_path")) or {}
+    before = (held.get("rl") or {}).get("type")
+    return before in (None, algorithm) and bool((held.get("noise") or {}).get("type"))

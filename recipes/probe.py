@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserError
+from trimtab.adapters.errors import reason
 from trimtab.adapters.loading import open_adapter
 from trimtab.adapters.steerability import MANY, Steerability, measure
 from trimtab.policies.artefact import is_artefact
@@ -34,6 +37,7 @@ from trimtab.recipes.session import (
 from trimtab.recipes.verdict import as_json, judge
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
 from trimtab.rl.statistics import wilson_interval
+from trimtab.rl.threads import machine_record
 
 
 @dataclass
@@ -90,6 +94,22 @@ def main(args: list[str]) -> None:
         adapter.close()
 
 
+@contextmanager
+def _running(path: str) -> Iterator[None]:
+    """A policy is asked here that ``verify`` has not seen: what it raises is for the user to mend.
+
+    Raises:
+        UserError: in place of what the policy raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever a policy raises
+        what = f"{type(error).__name__}: {reason(error)}"
+        raise UserError("--policy.path", f"{path} loads but does not run ({what})") from error
+
+
 def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
     for note in adapter.notes:
         print(f"note: {note}")
@@ -99,13 +119,15 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
             check_task(base_of(config.policy), config.env.task)
         session = Session(adapter, config.env, config.eval, config.machine)
     print(describe(session, path) if session else describe_policy(adapter, path))
-    observations, again = _observations(adapter, session, config)
-    measured = measure(adapter, observations, config.noises, config.seed, config.repeats, again)
+    with _running(path):
+        observations, again = _observations(adapter, session, config)
+        measured = measure(adapter, observations, config.noises, config.seed, config.repeats, again)
     print(f"\n{describe_measured(measured, adapter)}")
     evaluations: dict[str, Evaluation] = {}
     constants: list[dict[str, Any]] = []
     if session is not None and measured.finite and measured.deterministic and not measured.blind:
-        evaluations, constants, best = _success(session, config)
+        with _running(path):
+            evaluations, constants, best = _success(session, config)
         print(f"\n{table(summaries(evaluations))}")
         print(describe_constants(constants))
         if best is not None:
@@ -128,6 +150,7 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
             **as_json(measured, verdict),
             "success": summaries(evaluations),
             "constants": constants,
+            "machine": machine_record(),
         },
     )
     print(f"\nverdict: {verdict.headline}")
@@ -195,7 +218,7 @@ def _success(
                 range(SELECTION_SEED, SELECTION_SEED + episodes),
                 config.seed,
             )
-            for rate in rates:
+            for rate in rates if found["base"].reported else ():
                 count = round(rate * episodes)
                 constants.append(
                     {"successes": count, "episodes": episodes, "ci95": list(wilson_interval(count, episodes))}

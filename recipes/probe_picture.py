@@ -59,7 +59,9 @@ def plot_probe(
 
 
 def _success(axis: Any, success: dict[str, dict[str, Any]], constants: list[dict[str, Any]]) -> None:
-    bars = [(NAMES.get(name, name), entry["success_rate"], entry["ci95"]) for name, entry in success.items()]
+    told = all(entry["success_rate"] is not None for entry in success.values())
+    value, interval = ("success_rate", "ci95") if told else ("return_mean", "return_ci95")
+    bars = [(NAMES.get(name, name), entry[value], entry[interval]) for name, entry in success.items()]
     for index, entry in enumerate(constants):
         rate = entry["successes"] / entry["episodes"]
         bars.append((f"constant {index + 1}", rate, entry["ci95"]))
@@ -70,4 +72,7 @@ def _success(axis: Any, success: dict[str, dict[str, Any]], constants: list[dict
     axis.barh(positions, rates, xerr=errors, color=colours, alpha=0.8, capsize=2)
     axis.set_yticks(positions, [name for name, _, _ in bars], fontsize=7)
     axis.invert_yaxis()
-    axis.set(xlim=(0, 1), xlabel="success rate (95 % interval)", title="success by noise")
+    what = "success rate" if told else "return"
+    axis.set(xlabel=f"{what} (95 % interval)", title=f"{what} by noise")
+    if told:
+        axis.set_xlim(0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from trimtab.adapters.files import is_server
 from trimtab.recipes.catalogue import LORA, RECIPES, config_of
 from trimtab.recipes.compare.from_recipe import comparison, is_recipe
+from trimtab.recipes.console import say
+from trimtab.recipes.repeat import retyped, without_plugins
 
 OPTION = "--config_path"
 # Parts of adapt's config that no other command has a use for.
@@ -85,14 +87,30 @@ def kept(content: dict[str, Any], command: str, path: str | None = None) -> dict
     return {name: value for name, value in content.items() if name not in left}
 
 
+def file_options(args: list[str], say: Callable[[str], None] = lambda line: None) -> dict[str, Any] | None:
+    """The options of the file that ``args`` name, less those of a type that they replace.
+
+    Args:
+        args: the command line.
+        say: gets a line about what is left out.
+    """
+    said = {option: value for option, value, _ in split_options(args)}
+    content, lines = retyped(read_options(said.get(OPTION)), said)
+    for line in lines:
+        say(line)
+    return content
+
+
 @contextmanager
-def fitted(path: str | None, command: str) -> Iterator[str | None]:
+def fitted(path: str | None, command: str, args: list[str]) -> Iterator[str | None]:
     """A file with what ``command`` takes of the options in ``path``; ``path`` itself where that is all.
 
-    So the file of a recipe, or the config.json of a run, also says what to probe and evaluate.
+    So the file of a recipe, or the config.json of a run, also says what to probe and evaluate. What the
+    command line ``args`` gives another type does not count.
     """
     content = read_options(path)
-    taken = kept(content, command, path) if content is not None else None
+    taken = file_options(args, say)
+    taken = kept(without_plugins(taken), command, path) if taken is not None else None
     if taken == content:
         yield path
         return

@@ -29,6 +29,7 @@ METHOD_NAMES = {
 }
 
 
+NOT_REPORTED = "not reported"
 MIN_WINDOW = 15  # episodes behind a point of the success curve
 
 
@@ -79,6 +80,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def rate_text(summary: dict[str, Any]) -> str:
     """``49.0 % [42.2, 55.9] (98/200)``: a success rate with its 95 % interval and counts."""
+    if summary["success_rate"] is None:
+        return f"success {NOT_REPORTED}, return {return_text(summary)}"
     low, high = summary["ci95"]
     return (
         f"{100 * summary['success_rate']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] "
@@ -86,20 +89,36 @@ def rate_text(summary: dict[str, Any]) -> str:
     )
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """A table of evaluation summaries with counts and 95 % Wilson intervals."""
-    rows = [("policy", "success", "95 % interval", "episodes", "mean steps")]
+def return_text(summary: dict[str, Any]) -> str:
+    """``12.3 [10.1, 14.2]``: the mean of the environment's own return with its 95 % bootstrap interval."""
+    if summary.get("return_mean") is None:
+        return "not kept"
+    low, high = summary["return_ci95"]
+    return f"{summary['return_mean']:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def table(results: dict[str, dict[str, Any]], returns: bool = False) -> str:
+    """A table of evaluation summaries with counts and 95 % Wilson intervals.
+
+    Args:
+        results: summaries by policy.
+        returns: show the environment's own return, too; it always is where success is not reported.
+    """
+    returns = returns or any(entry["success_rate"] is None for entry in results.values())
+    rows = [["policy", "success", "95 % interval", "episodes", "mean steps"]]
+    rows[0] += ["return [95 % interval]"] if returns else []
     for name, entry in results.items():
-        low, high = entry["ci95"]
-        rows.append(
-            (
-                NAMES.get(name, name),
+        if entry["success_rate"] is None:
+            success = [NOT_REPORTED, "", f"{entry['episodes']}"]
+        else:
+            low, high = entry["ci95"]
+            success = [
                 f"{100 * entry['success_rate']:.1f} %",
                 f"{100 * low:.1f} - {100 * high:.1f} %",
                 f"{entry['successes']}/{entry['episodes']}",
-                f"{entry['mean_steps']:.0f}",
-            )
-        )
+            ]
+        more = [return_text(entry)] if returns else []
+        rows.append([NAMES.get(name, name), *success, f"{entry['mean_steps']:.0f}", *more])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
@@ -123,14 +142,24 @@ def plot_curve(
     )
     # The first episodes to end are the short ones, which are the successes: leave those lines out.
     whole = [line for line in lines if line["success_window"] >= MIN_WINDOW] or list(lines)
+    told = all(entry["success_rate"] is not None for entry in results.values())
+    shown = "success_rate" if told else "return_mean"
+    whole = [line for line in whole if line.get(shown) is not None]
     steps = np.array([line["env_steps"] for line in whole])
-    rate = np.array([line["success_rate"] for line in whole])
+    rate = np.array([line[shown] for line in whole])
     count = np.array([line["success_window"] for line in whole])
-    band = np.array(
-        [wilson_interval(round(r * n), n) if n else (0.0, 1.0) for r, n in zip(rate, count, strict=True)]
+    if told and whole:
+        band = np.array(
+            [wilson_interval(round(r * n), n) if n else (0.0, 1.0) for r, n in zip(rate, count, strict=True)]
+        )
+        top.fill_between(steps, band[:, 0], band[:, 1], color="tab:blue", alpha=0.15, linewidth=0)
+    top.plot(
+        steps,
+        rate,
+        color="tab:blue",
+        linewidth=2,
+        label=f"while learning (last {max(count, default=0)} episodes)",
     )
-    top.fill_between(steps, band[:, 0], band[:, 1], color="tab:blue", alpha=0.15, linewidth=0)
-    top.plot(steps, rate, color="tab:blue", linewidth=2, label=f"while learning (last {max(count)} episodes)")
     colours = {
         "base": "tab:gray",
         "zero_noise": "tab:olive",
@@ -138,19 +167,25 @@ def plot_curve(
         "steered": "tab:green",
     }
     for name, entry in results.items():
+        if entry.get(shown) is None:
+            continue
+        level = f"{100 * entry[shown]:.1f} % of" if told else f"{entry[shown]:.4g}, mean of"
         top.axhline(
-            entry["success_rate"],
+            entry[shown],
             color=colours.get(name, "black"),
             linestyle="--",
             linewidth=1.4,
-            label=f"{NAMES.get(name, name)}: {100 * entry['success_rate']:.1f} % of {entry['episodes']}",
+            label=f"{NAMES.get(name, name)}: {level} {entry['episodes']}",
         )
     warm = [line["env_steps"] for line in lines if line["acting"] == "untrained"]
     if warm:
         for axis in (top, bottom):
             axis.axvspan(0, warm[-1], color="black", alpha=0.05, linewidth=0)
-        top.text(warm[-1] / 2, 1.01, "untrained", ha="center", va="bottom", fontsize=8)
-    top.set(ylim=(0, 1.08), ylabel="success rate", title=title)
+        place = {"ha": "center", "va": "bottom", "transform": top.get_xaxis_transform()}
+        top.text(warm[-1] / 2, 0.935, "untrained", fontsize=8, **place)
+    top.set(ylabel="success rate" if told else "return", title=title)
+    if told:
+        top.set_ylim(0, 1.08)
     top.legend(loc="center right", fontsize=8)
     learnt = [line for line in lines if "q_mean" in line]
     bottom.plot(
@@ -196,7 +231,7 @@ def write_grid_video(path: Path, evaluation: Evaluation, seeds: Sequence[int], f
         canvas = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
         for index, (seed, frames) in enumerate(recorded):
             tile = frames[min(t, len(frames) - 1)].copy()
-            if t >= len(frames) - 1:
+            if t >= len(frames) - 1 and evaluation.reported:
                 colour = (40, 180, 60) if success[seed] else (200, 50, 40)
                 tile[:6], tile[-6:], tile[:, :6], tile[:, -6:] = colour, colour, colour, colour
             y, x = divmod(index, columns)

@@ -23,7 +23,7 @@ from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_grid_video
 from trimtab.rl.distributed import World
 from trimtab.rl.envs.metaworld import split_tasks
-from trimtab.rl.envs.vector import ChunkVectorEnv, check_buildable
+from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost, check_buildable
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together
 from trimtab.rl.faults import FaultsConfig
 from trimtab.rl.runner import Encoded, PolicyRunner
@@ -85,7 +85,7 @@ class MachineConfig:
 
     # Simulator processes (0 steps the environments in the main process).
     workers: int = 1
-    # Threads of torch; default: the cores that the workers leave.
+    # Threads of torch; default: what OMP_NUM_THREADS says, else the cores that the workers leave.
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -173,6 +173,8 @@ class Session:
             ) from error
         try:
             yield vec
+        except WorkerLost as error:
+            raise UserError("--env.type", reason(error, last=True)) from error
         finally:
             vec.close()
 
@@ -306,7 +308,8 @@ class Session:
                 run=self._run,
             )
             found["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
-            details = {"selection_success": rates, "selection_episodes": self.eval.constant_episodes}
+            what = "selection_success" if found["base"].reported else "selection_return"
+            details = {what: rates, "selection_episodes": self.eval.constant_episodes}
         return found, details
 
     def record(self, source: NoiseSource, path: Path, label: str, runner: PolicyRunner | None = None) -> bool:

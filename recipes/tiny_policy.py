@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from trimtab.adapters.errors import UserError
+from trimtab.recipes.console import say
 from trimtab.recipes.tiny_budget import MACHINE, STEPS
 
 OPTION = "--tiny"
 SERVED = "pi05"  # what runs on the tiny policy server
 MADE = "tiny.json"  # how to load what is in the cache; written last
-
-
-def say(text: str) -> None:
-    """Print on the first process of an ``accelerate launch``."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
 
 
 def made(kind: str, stateful: bool) -> tuple[Path, dict[str, Any]]:

@@ -18,7 +18,7 @@ from trimtab.adapters.errors import UserError
 from trimtab.recipes.catalogue import type_of
 from trimtab.recipes.console import TINY
 from trimtab.recipes.recipe_file import OPTION as CONFIG_PATH
-from trimtab.recipes.recipe_file import kept, read_options, split_options, write_options
+from trimtab.recipes.recipe_file import file_options, kept, read_options, split_options, write_options
 from trimtab.recipes.tiny_budget import BUDGETS, MACHINE, STEPS, merge, shrink
 from trimtab.recipes.tiny_policy import OPTION, SERVED, demonstrations, install, made, say, serve
 
@@ -62,7 +62,7 @@ def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> 
     from trimtab.policies.artefact import is_artefact
 
     named = {option: value for option, value, _ in split_options(args)}
-    content = kept(read_options(named.get(CONFIG_PATH)) or {}, command, named.get(CONFIG_PATH))
+    content = kept(file_options(args, say) or {}, command, named.get(CONFIG_PATH))
     path = named.get(PATH) or (content.get("policy") or {}).get("path")
     if command == "adapt" and named.get("--resume", "false").lower() != "false":
         return _on_run(args, Path(named.get("--output_dir", "")))

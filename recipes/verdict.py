@@ -8,6 +8,7 @@ from typing import Any
 
 from trimtab.adapters.remote import MEND, RemoteAdapter
 from trimtab.adapters.steerability import Steerability
+from trimtab.recipes.reporting import return_text
 from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.statistics import paired_difference, wilson_interval
 
@@ -65,7 +66,7 @@ def judge(
             _blind_hint(policy_type),
         )
     share = (
-        f"the noise makes up {100 * measured.authority:.2g} % of the spread of its actions (standard "
+        f"the noise makes up {percent(measured.authority)} of the spread of its actions (standard "
         f"deviation due to noise over the total; {measured.observations} observations, "
         f"{measured.noises} noises)"
     )
@@ -96,6 +97,14 @@ def _blind_hint(policy_type: str) -> list[str]:
     return ["check that these are the weights you trained, and that the sampler starts from its noise"]
 
 
+def percent(share: float) -> str:
+    """A share in percent: ``100 %``, ``3.4 %``, ``0.05 %``; never in powers of ten."""
+    value = 100 * share
+    if abs(value) >= 10:
+        return f"{value:.0f} %"
+    return f"{value:.2g} %" if abs(value) >= 0.01 or value == 0 else "under 0.01 %"
+
+
 def rate(evaluation: Evaluation) -> str:
     """A success rate with its 95 % interval."""
     count, total = int(evaluation.successes.sum()), len(evaluation.successes)
@@ -108,6 +117,15 @@ def _judge_success(
 ) -> Verdict:
     base, others = evaluations["base"], {k: v for k, v in evaluations.items() if k != "base"}
     total = len(base.successes)
+    if not base.reported:
+        gained = {name: return_text(e.summary()) for name, e in evaluations.items()}
+        return Verdict(
+            True,
+            f"can be steered, by return: the environment reports no success; the base's return is "
+            f"{gained['base']}; use --noise.type=full --train.reward=env",
+            [*lines, *(f"return under {SOURCES[name]}: {gained[name]}" for name in others)],
+            "full",
+        )
     tried = sum(len(e.successes) for e in evaluations.values()) + sum(c["episodes"] for c in constants)
     won = sum(int(e.successes.sum()) for e in evaluations.values()) + sum(c["successes"] for c in constants)
     if not won:
@@ -115,7 +133,7 @@ def _judge_success(
         return Verdict(
             False,
             f"nothing seen to learn from: no success in {tried} episodes under any noise (95 %: at most "
-            f"{100 * high:.1g} %)",
+            f"{percent(high)})",
             [*lines, "improve the base first (demonstrations), or reward progress instead of success"],
         )
     for name, said in SOURCES.items():

@@ -50,6 +50,8 @@ class Episode:
     steered: bool = True
     task: str = ""
     chunks: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    # Undiscounted sum of the environment's own rewards.
+    total: float = 0.0
 
 
 @dataclass
@@ -86,6 +88,7 @@ class _Running:
     discounts: list[float] = field(default_factory=list)
     steps: int = 0
     success: bool = False
+    total: float = 0.0
     steered: bool = True
     # What it takes to come here again: see ``resume.return_to``.
     seed: int = -1
@@ -124,6 +127,7 @@ class Collector:
     Attributes:
         spec: of the conditioning, where that is stored.
         lost: faults since the last ``finish``, which each lost an episode: kind, and what was said.
+        reported: whether an environment has reported success or failure so far.
     """
 
     def __init__(
@@ -146,6 +150,7 @@ class Collector:
     ) -> None:
         self.place, self.record = place, record
         self.lost: list[tuple[str, str]] = []
+        self.reported = False
         self.candidates = candidates
         steps = runner.adapter.chunk_shape[0]
         self.returns = Returns(reward, gamma, discount_per, steps, bootstrap_at_time_limit)
@@ -377,6 +382,8 @@ class Collector:
         running.rewards.append(reward)
         running.discounts.append(discount)
         running.steps += result.steps
+        running.total += float(result.rewards.sum())
+        self.reported |= result.success_key is not None or running.success
 
     def _close_episode(self, i: int, result: ChunkResult) -> Episode:
         running, self._running[i] = self._running[i], _Running(steered=self.assign())
@@ -392,6 +399,7 @@ class Collector:
             steered=running.steered,
             task=self.vec.task_names[i],
             chunks=np.stack(running.chunks) if running.chunks else np.zeros((0, 0), np.float32),
+            total=running.total,
         )
 
 

@@ -18,6 +18,8 @@ from trimtab.rl.envs.chunk import ChunkResult
 
 OPTION = "--demos.repo_id"
 SCHEDULES = ("constant", "linear")
+SPARSE = ((0.0, 1.0), (-1.0, 0.0))  # reward without success, and with
+GUESS = "every episode's end, a guess"
 SUCCESS = ("auto", "column", "reward", "end")
 
 
@@ -37,7 +39,8 @@ class DemosConfig:
     # constant, or linear: the share falls to 0 over the run.
     schedule: str = "constant"
     # Which step succeeds: column (next.success), reward (next.reward reaches reward_threshold), end (the last
-    # of every episode), or auto: column where there is one, else end.
+    # of every episode), or auto: column where there is one, else the reward where it is 0 until success and
+    # then 1 (or -1 and then 0), else end.
     success: str = "auto"
     reward_threshold: float = 1.0
     # States that the policy looks at together.
@@ -136,6 +139,7 @@ class DemonstrationData:
     Attributes:
         dataset: LeRobot's.
         episodes: those that take part.
+        rule: how success was told.
         keys: observations that the policy takes.
         n_obs_steps: length of its observation history.
         notes: lines to show the user.
@@ -146,6 +150,7 @@ class DemonstrationData:
     keys: list[str]
     n_obs_steps: int
     notes: list[str] = field(default_factory=list)
+    rule: str = ""
 
     def __post_init__(self) -> None:
         actions = _column(self.dataset, "action").astype(np.float32)
@@ -206,12 +211,26 @@ def open_dataset(config: DemosConfig) -> Any:
                 name, root=root, revision=config.revision, episodes=sorted(set(config.episodes))
             )
     except Exception as error:  # LeRobot, datasets and the Hub have their own for each way to fail
-        raise UserError(
-            option, f"cannot read {config.root or name} as a LeRobotDataset: {reason(error)}"
-        ) from error
+        raise unreadable(option, name, config.root, error) from error
     if wrong:
         raise UserError("--demos.episodes", f"the dataset has episodes 0 to {total - 1}, got {wrong[0]}")
     return dataset
+
+
+def unreadable(option: str, name: str, root: str | Path | None, error: Exception) -> UserError:
+    """The line about a dataset that cannot be opened, with the command that mends it, where LeRobot says one.
+
+    Args:
+        option: what names the dataset.
+        name, root: the dataset's name and folder.
+        error: whatever was raised.
+    """
+    said = reason(error)
+    commands = [line.strip() for line in str(error).splitlines() if line.strip().startswith("python -m ")]
+    if commands and root:  # LeRobot's is for a dataset on the Hub
+        commands[0] += f" --root={Path(root).expanduser()} --push-to-hub=false"
+    mend = f" convert it: {commands[0]}" if commands else ""
+    return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {said}{mend}")
 
 
 def read_demonstrations(
@@ -244,8 +263,13 @@ def read_demonstrations(
         raise UserError(OPTION, f"its actions have {width} numbers, the policy's {adapter.chunk_shape[1]}")
     if reward == "env" and "next.reward" not in features:
         raise UserError("--train.reward", "env needs the column next.reward, which the dataset lacks")
-    successes, how = _successes(dataset, config)
-    notes += [how] if how else []
+    successes, rule = _successes(dataset, config)
+    if rule == GUESS:
+        other = "" if "next.reward" not in features else ", and next.reward tells more than success"
+        notes.append(
+            f"demonstrations: the dataset has no next.success{other}, so every episode's end counts as "
+            "success (--demos.success)"
+        )
     index = _column(dataset, "episode_index").reshape(-1)
     rewards = (
         _column(dataset, "next.reward").reshape(-1).astype(np.float64)
@@ -267,27 +291,61 @@ def read_demonstrations(
     episodes = [episode for episode in episodes if len(episode.rewards)]
     if not episodes:
         raise UserError(OPTION, "no episode of the dataset has a step to learn from")
-    return DemonstrationData(dataset, episodes, [names[key] for key in required], adapter.n_obs_steps, notes)
+    keys = [names[key] for key in required]
+    return DemonstrationData(dataset, episodes, keys, adapter.n_obs_steps, notes, rule)
 
 
 def _successes(dataset: Any, config: DemosConfig) -> tuple[np.ndarray, str]:
-    """(N,) whether each recorded step succeeds, and a line for the user where that is a guess."""
-    kind, note = config.success, ""
-    if kind == "auto":
-        kind = "column" if "next.success" in dataset.features else "end"
-        if kind == "end":
-            note = (
-                "demonstrations: the dataset has no next.success, so every episode's end counts as success "
-                "(--demos.success)"
-            )
+    """(N,) whether each recorded step succeeds, and how that was told."""
+    kind, index = config.success, _column(dataset, "episode_index").reshape(-1)
+    if kind == "auto" and "next.success" in dataset.features:
+        kind = "column"
+    if kind == "auto" and "next.reward" in dataset.features:
+        rewards = _column(dataset, "next.reward").reshape(-1)
+        level = sparse_level(rewards, np.diff(index, prepend=index[:1] - 1) != 0)
+        if level is not None:
+            return rewards >= level, f"next.reward, which is {level - 1:g} without success and {level:g} with"
     column = {"column": "next.success", "reward": "next.reward"}.get(kind)
     if column and column not in dataset.features:
         raise UserError("--demos.success", f"the dataset has no column {column}")
-    if column:
-        values = _column(dataset, column).reshape(-1)
-        return (values > 0 if kind == "column" else values >= config.reward_threshold), note
-    index = _column(dataset, "episode_index").reshape(-1)
-    return np.diff(index, append=index[-1:] + 1) != 0, note
+    if column == "next.success":
+        return _column(dataset, column).reshape(-1) > 0, column
+    if column == "next.reward":
+        threshold = config.reward_threshold
+        return _column(dataset, column).reshape(-1) >= threshold, f"{column} of {threshold:g} or more"
+    return np.diff(index, append=index[-1:] + 1) != 0, GUESS if kind == "auto" else "every episode's end"
+
+
+def sparse_level(rewards: np.ndarray, firsts: np.ndarray) -> float | None:
+    """The reward that says success, where it says nothing else; ``None`` of any other reward.
+
+    HIL-SERL's recordings have 0 without success and 1 with, goal-conditioned environments -1 and 0. Where all
+    episodes begin at the higher one, it pays for each step survived.
+
+    Args:
+        rewards: (N,) of each recorded step.
+        firsts: (N,) whether it is its episode's first.
+    """
+    for low, high in SPARSE:
+        won = rewards == high
+        if (won | (rewards == low)).all() and not won[firsts].all():
+            return high
+    return None
+
+
+def rate_warning(dataset: Any, env_fps: float | None) -> list[str]:
+    """A line where a dataset was recorded at another rate than the environment runs at.
+
+    Args:
+        dataset: LeRobot's.
+        env_fps: steps a second of the environment (``--env.fps``).
+    """
+    if env_fps is None or float(dataset.fps) == float(env_fps):
+        return []
+    return [
+        f"warning: the dataset has {dataset.fps:g} frames a second, the environment {env_fps:g} (--env.fps): "
+        "its chunks last another time than those that are executed"
+    ]
 
 
 def _column(dataset: Any, name: str) -> np.ndarray:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lerobot.utils.constants import ACTION
 from torch import Tensor
-from tqdm import tqdm
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
 from trimtab.policies.noise_space import NoiseSpace
@@ -21,6 +20,7 @@ from trimtab.policies.sources import own_noise, prior_noise
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.decoder import ConditioningSpec
 from trimtab.rl.demonstration_data import OPTION, DemonstrationData, DemosConfig, Episode
+from trimtab.rl.progress import Progress
 from trimtab.rl.replay import Batch, ReplayBuffer
 from trimtab.rl.returns import NStepAccumulator, Returns, Transition
 from trimtab.rl.runner import PolicyRunner
@@ -97,9 +97,7 @@ class TransitionMaker:
         steps = self.runner.adapter.chunk_shape[0]
         rows = [row for episode in data.episodes for row in episode.states(steps)]
         states: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
-        bar = tqdm(
-            total=len(rows), desc="demonstrations", unit="state", dynamic_ncols=True, disable=not progress
-        )
+        bar = Progress(total=len(rows), desc="demonstrations", unit="state", disable=not progress)
         for start in range(0, len(rows), self.batch_size):
             some = rows[start : start + self.batch_size]
             states |= zip(some, self._look(data, some), strict=True)

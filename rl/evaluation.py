@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from trimtab.adapters import UserError
 from trimtab.policies.sources import NoiseSource
 from trimtab.rl.distributed import World
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.progress import Progress
 from trimtab.rl.runner import Encoded, PolicyRunner
-from trimtab.rl.statistics import wilson_interval
+from trimtab.rl.statistics import bootstrap_interval, wilson_interval
 
 
 @dataclass
@@ -27,27 +28,39 @@ class Evaluation:
         successes: (N,) bool, in the same order.
         steps: (N,) environment steps of each episode.
         frames: rendered frames by seed, for the seeds that were recorded.
+        returns: (N,) undiscounted sum of the environment's own rewards; ``None`` where it was not kept.
+        reported: whether the environment has reported success or failure at all.
+        info_keys: what else its ``info`` held.
     """
 
     seeds: list[int]
     successes: np.ndarray
     steps: np.ndarray
     frames: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    returns: np.ndarray | None = None
+    reported: bool = True
+    info_keys: tuple[str, ...] = ()
 
     @property
     def success_rate(self) -> float:
         return float(self.successes.mean())
 
     def summary(self) -> dict[str, Any]:
-        """``{"successes", "episodes", "success_rate", "ci95": [low, high], "mean_steps"}``."""
+        """``{"successes", "episodes", "success_rate", "ci95": [low, high], "mean_steps", "return_mean",
+        "return_ci95": [low, high]}``; of success ``None`` where it was never reported, which is not 0 %.
+        """
         count, total = int(self.successes.sum()), len(self.successes)
-        return {
-            "successes": count,
+        found: dict[str, Any] = {
+            "successes": count if self.reported else None,
             "episodes": total,
-            "success_rate": count / total,
-            "ci95": list(wilson_interval(count, total)),
+            "success_rate": count / total if self.reported else None,
+            "ci95": list(wilson_interval(count, total)) if self.reported else None,
             "mean_steps": float(self.steps.mean()),
         }
+        if self.returns is not None:
+            found["return_mean"] = float(self.returns.mean())
+            found["return_ci95"] = list(bootstrap_interval(self.returns))
+        return found
 
 
 def evaluate(
@@ -77,6 +90,7 @@ def evaluate(
     sources: list[NoiseSource] = [source] * len(seeds) if callable(source) else list(source)
     total = len(seeds)
     successes, steps = np.zeros(total, dtype=bool), np.zeros(total, dtype=np.int64)
+    returns, reported, info_keys = np.zeros(total), False, set()
     frames: dict[int, list[np.ndarray]] = {}
     queue = iter(range(total))
     episode = {i: k for i, k in zip(range(vec.num_envs), queue, strict=False)}  # environment -> episode
@@ -86,7 +100,7 @@ def evaluate(
     for i in episode:
         runner.forget(i)
     observations = vec.reset({i: int(seeds[k]) for i, k in episode.items()}, render)
-    bar = tqdm(total=total, desc=label, unit="ep", dynamic_ncols=True, disable=not progress, leave=False)
+    bar = Progress(total=total, desc=label, unit="ep", disable=not progress, leave=False)
     while episode:
         active = sorted(episode)
         conditioning = runner.encode(
@@ -101,19 +115,26 @@ def evaluate(
             k = episode[i]
             successes[k] |= bool(result.successes.any())
             steps[k] += result.steps
+            returns[k] += result.rewards.sum()
+            reported |= result.success_key is not None
+            info_keys |= set(result.info_keys)
             if seeds[k] in record:
                 frames.setdefault(int(seeds[k]), []).extend(result.frames)
             observations[i] = result.observation
             if result.ended:
                 runner.forget(i)
                 bar.update()
-                bar.set_postfix_str(f"success {successes[:total].sum() / bar.n:.2f}" if bar.n else "")
+                if reported and bar.n:
+                    bar.set_postfix_str(f"success {successes.sum() / bar.n:.2f}")
                 if reserved[i] is None:
                     del episode[i]
                 else:
                     episode[i], reserved[i] = reserved[i], next(queue, None)
     bar.close()
-    return Evaluation([int(s) for s in seeds], successes, steps, frames)
+    reported |= bool(successes.any())
+    return Evaluation(
+        [int(s) for s in seeds], successes, steps, frames, returns, reported, tuple(sorted(info_keys))
+    )
 
 
 def evaluate_together(
@@ -134,10 +155,19 @@ def evaluate_together(
     mine = list(range(world.rank, len(seeds), world.size))
     sources = source if callable(source) else [source[k] for k in mine]
     here = evaluate(runner, vec, sources, [seeds[k] for k in mine], label, (), progress and world.main)
-    successes, steps = np.zeros(len(seeds), dtype=bool), np.zeros(len(seeds), dtype=np.int64)
-    for places, won, taken in world.gather((mine, here.successes, here.steps)):
-        successes[places], steps[places] = won, taken
-    return Evaluation([int(s) for s in seeds], successes, steps)
+    whole = Evaluation(
+        [int(s) for s in seeds],
+        np.zeros(len(seeds), dtype=bool),
+        np.zeros(len(seeds), dtype=np.int64),
+        returns=np.zeros(len(seeds)),
+        reported=False,
+    )
+    for places, part in world.gather((mine, here)):
+        whole.successes[places], whole.steps[places] = part.successes, part.steps
+        whole.returns[places] = part.returns
+        whole.reported |= part.reported
+        whole.info_keys = tuple(sorted({*whole.info_keys, *part.info_keys}))
+    return whole
 
 
 def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -148,7 +178,26 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
         [seed for one in evaluations for seed in one.seeds],
         np.concatenate([one.successes for one in evaluations]),
         np.concatenate([one.steps for one in evaluations]),
+        returns=None
+        if any(one.returns is None for one in evaluations)
+        else np.concatenate([one.returns for one in evaluations]),
+        reported=any(one.reported for one in evaluations),
+        info_keys=tuple(sorted({key for one in evaluations for key in one.info_keys})),
     )
+
+
+def require_success(evaluation: Evaluation) -> None:
+    """Refuse an environment that does not say whether an episode succeeds, where only that counts.
+
+    Raises:
+        UserError: names what its ``info`` holds.
+    """
+    if not evaluation.reported:
+        raise UserError(
+            "--env.type",
+            f"the environment never reported success in {len(evaluation.seeds)} episodes (its info held: "
+            f"{', '.join(evaluation.info_keys) or 'nothing'}); this counts successes alone",
+        )
 
 
 def _choose(runner: PolicyRunner, conditioning: Encoded, prior: Tensor, sources: list[NoiseSource]) -> Tensor:
@@ -183,7 +232,8 @@ def best_constant(
         run: evaluates; ``evaluate``, or what does so in several processes.
 
     Returns:
-        (the winning noise, success rate of every candidate on ``seeds``)
+        (the winning noise, success rate of every candidate on ``seeds``; where the environment reports no
+        success, its mean return, which then decides)
     """
     noises = runner.prior(candidates, torch.Generator().manual_seed(seed))
     sources = [make_source(noise) for noise in noises]
@@ -195,5 +245,6 @@ def best_constant(
         f"searching {candidates} constant noises",
         progress=progress,
     )
-    rates = outcome.successes.reshape(candidates, len(seeds)).mean(1)
+    counted = outcome.successes if outcome.reported else outcome.returns
+    rates = counted.reshape(candidates, len(seeds)).mean(1)
     return noises[int(rates.argmax())], [float(rate) for rate in rates]

@@ -196,6 +196,7 @@ class TicketSearch:
                     "candidates": count,
                     "success_rate": float(won.sum() / (share * count)),
                     "success_window": share * count,
+                    "return_mean": float(outcome.returns.mean()),
                     "acting": "constants",
                     "best_success": float(successes[best] / episodes[best]),
                     "best_episodes": int(episodes[best]),

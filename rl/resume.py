@@ -211,6 +211,8 @@ def trainer_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
     shared = {name: getattr(trainer, name) for name in SHARED}
     shared |= {
         "faults": trainer.faults.counts,
+        "reported": trainer.reported,
+        "returns": list(trainer.returns),
         "window": {name: list(window.state_dict()) for name, window in trainer.windows.items()},
         "algorithm": algorithm_state(trainer.algorithm),
         "untrained": trainer.untrained.state_dict() if trainer.untrained is not None else {},
@@ -267,6 +269,8 @@ def _load_trainer(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:
     trainer.faults.counts |= shared["faults"]
     for name, held in shared["window"].items():
         trainer.windows[name].load_state_dict(held)
+    trainer.reported = shared.get("reported", True)  # checkpoints of older versions do not say
+    trainer.returns.extend(shared.get("returns", ()))
     load_algorithm(trainer.algorithm, shared["algorithm"])
     if trainer.untrained is not None:
         trainer.untrained.load_state_dict(shared["untrained"])

@@ -50,6 +50,7 @@ class PolicyRunner:
 
     def __init__(self, adapter: PolicyAdapter, env_config: EnvConfig) -> None:
         self.adapter = adapter
+        self.fps: float | None = getattr(env_config, "fps", None)  # environment steps a second
         self.env_preprocessor, self.env_postprocessor = env_processors(env_config, adapter.config)
         self._memory: dict[int, tuple[Conditioning, Tensor]] = {}
 

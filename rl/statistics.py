@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+RESAMPLES = 10_000
+
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959963984540054) -> tuple[float, float]:
     """Wilson score interval of a success rate (Wilson 1927); 95 % at the default ``z``.
@@ -80,3 +84,22 @@ def p_below(successes: int, episodes: int, base_successes: int, base_episodes: i
     won, lost = successes + base_successes, episodes + base_episodes - successes - base_successes
     ways = sum(math.comb(won, k) * math.comb(lost, episodes - k) for k in range(successes + 1))
     return ways / math.comb(won + lost, episodes)
+
+
+def bootstrap_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean (Efron 1979): values are drawn anew, with replacement.
+
+    Args:
+        values: (N,), one of each episode.
+        level: of confidence.
+        seed: of the draws, so that the same values have the same interval.
+
+    Raises:
+        ValueError: no values.
+    """
+    held = np.asarray(values, dtype=np.float64)
+    if not len(held):
+        raise ValueError("no values")
+    draws = np.random.default_rng(seed).integers(len(held), size=(RESAMPLES, len(held)))
+    low, high = np.quantile(held[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

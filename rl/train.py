@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before torch is imported
+    from trimtab.rl.threads import spin_briefly
+
+    spin_briefly()
+
 import copy
 import sys
 import time
@@ -24,7 +29,7 @@ from trimtab.rl.budget import TrainConfig, training_seed
 from trimtab.rl.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
 from trimtab.rl.decoder import ConditioningSpec, Decoder
-from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
+from trimtab.rl.demonstration_data import DemosConfig, rate_warning, read_demonstrations
 from trimtab.rl.demonstrations import Demonstrations, TransitionMaker
 from trimtab.rl.diagnostics import calibration
 from trimtab.rl.distributed import StepGuard, World, count_outcomes, list_outcomes
@@ -32,6 +37,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.faults import KINDS, FaultLog, FaultsConfig, Stopped, StopSignals
 from trimtab.rl.gate import Gate
 from trimtab.rl.memory import check_replay
+from trimtab.rl.progress import Progress
 from trimtab.rl.replay import Batch, ReplayBuffer
 from trimtab.rl.resume import load_trainer, trainer_state
 from trimtab.rl.runner import PolicyRunner
@@ -146,6 +152,8 @@ class Trainer:
         self.windows = {"": SuccessWindow(WINDOW)}
         if len(self.tasks) > 1:
             self.windows |= {task: SuccessWindow(WINDOW) for task in self.tasks}
+        self.returns: deque[float] = deque(maxlen=WINDOW)
+        self.reported = False
         self.recent: deque[Episode] = deque(maxlen=20)
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, Tensor] = {}
@@ -174,8 +182,10 @@ class Trainer:
         make = TransitionMaker(self.runner, self.space, self.rl, self.train.reward, spec, self.seed, size)
         found = Demonstrations(self.demos, make(data, self.progress), **stored)
         won = sum(episode.succeeded for episode in data.episodes)
-        count = f"demonstrations: {len(data.episodes)} episodes, {won} succeed; {len(found)} transitions"
-        for note in [*data.notes, count] if self.progress else ():
+        count = f"demonstrations: {len(data.episodes)} episodes, {won} succeed; {len(found)} transitions; "
+        told = f"success told by {data.rule}" + ("" if won else " (else: --demos.success=end)")
+        notes = [*data.notes, count + told, *rate_warning(data.dataset, self.runner.fps)]
+        for note in notes if self.progress else ():
             tqdm.write(note)
         return found
 
@@ -188,12 +198,11 @@ class Trainer:
         """
         warmup = prior_noise(self.space) if self.untrained is None else steered_noise(self.untrained)
         actor, proposer = steered_noise(self.algorithm.actor), proposed_noise(self.algorithm.actor)
-        bar = tqdm(
+        bar = Progress(
             total=self.train.env_steps,
             initial=min(self.env_steps, self.train.env_steps),
             desc="steering",
             unit="step",
-            dynamic_ncols=True,
             disable=not self.progress,
         )
         started = time.perf_counter() - self.seconds
@@ -218,7 +227,8 @@ class Trainer:
             bar.update(min(self.env_steps, self.train.env_steps) - bar.n)
             if episodes:
                 phase, window = "untrained actor" if warming else "steered", self.windows[""]
-                bar.set_postfix_str(f"success {window.rate:.2f} (last {len(window)}), {phase}")
+                how = f"success {window.rate:.2f}" if self.reported else f"return {self._return():.4g}"
+                bar.set_postfix_str(f"{how} (last {len(window)}), {phase}")
             if self.env_steps - self._logged >= self.train.log_every:
                 self._log()
             self._keep()
@@ -305,6 +315,7 @@ class Trainer:
             self.faults.add("loss", "--rl.learning_rate: NaN or Inf in a gradient; lower it", count)
         outcomes = [(self.tasks.index(e.task) if e.task else 0, e.steered, e.success) for e in episodes]
         told = [stored, steps, len(self.collector.lost), self.stop(), not len(self.replay)]
+        told += [self.collector.reported, sum(episode.total for episode in episodes)]
         numbers = self.world.sum(
             [*map(float, told), *self.faults.take(), *count_outcomes(outcomes, self.tasks)]
         )
@@ -317,6 +328,11 @@ class Trainer:
         self.env_steps += int(numbers[1])
         self.dropped += int(numbers[2])
         self._stopping, self._ready = numbers[3] > 0, numbers[4] == 0
+        self.reported |= numbers[5] > 0
+        if self.world.size == 1:
+            self.returns.extend(episode.total for episode in episodes)
+        else:  # of the others only their sum is known
+            self.returns.extend([numbers[6] / max(len(outcomes), 1)] * len(outcomes))
         if self.train.catch_up or self.transitions > self.train.first_update:
             self._owed += added * self.train.updates_per_transition / self.world.size
         self.recent.extend(episodes)
@@ -333,7 +349,8 @@ class Trainer:
             "episodes": self.episodes,
             "transitions": self.transitions,
             "updates": self.updates,
-            "success_rate": self.windows[""].rate,
+            "success_rate": self.windows[""].rate if self.reported else None,
+            "return_mean": self._return() if self.returns else None,
             "success_window": len(self.windows[""]),
             "acting": "untrained" if self._warming else "actor",
         }
@@ -353,6 +370,10 @@ class Trainer:
         line["seconds_total"] = round(elapsed, 3)
         line |= self._shares(seconds, elapsed)
         return line
+
+    def _return(self) -> float:
+        """Mean of the environment's own undiscounted return over the last episodes."""
+        return sum(self.returns) / len(self.returns)
 
     def _shares(self, seconds: dict[str, float], elapsed: float) -> dict[str, float]:
         """Shares of the wall-clock, averaged over the processes, in which one part waited for another."""

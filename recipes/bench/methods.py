@@ -25,7 +25,7 @@ from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, 
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.budget import TrainConfig, training_seed
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.evaluation import evaluate
+from trimtab.rl.evaluation import evaluate, require_success
 from trimtab.rl.gate import GateConfig
 from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.runner import PolicyRunner
@@ -163,7 +163,9 @@ class Setup:
     def measure(self, runner: PolicyRunner, source: NoiseSource, seeds: list[int], label: str) -> dict:
         """Evaluate; whatever draws it makes, training goes on with its own."""
         with torch.random.fork_rng(devices=[]):
-            return evaluate(runner, self.vec, source, seeds, label, progress=sys.stderr.isatty()).summary()
+            outcome = evaluate(runner, self.vec, source, seeds, label, progress=sys.stderr.isatty())
+        require_success(outcome)
+        return outcome.summary()
 
 
 Policies = dict[str, tuple[PolicyRunner, NoiseSource]]

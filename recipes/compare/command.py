@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from trimtab.recipes.metaworld.base import DEMONSTRATIONS as BASE_DATA
 from trimtab.recipes.metaworld.base import RECORD as BASE_RECORD
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.metaworld.dataset import REPO_ID
+from trimtab.recipes.repeat import repeatable
 from trimtab.recipes.reporting import rate_text, write_json
 from trimtab.recipes.session import (
     EVALUATION_SEED,
@@ -129,7 +130,6 @@ class CompareConfig:
 
 
 def main(args: list[str]) -> None:
-    plugins = [arg for arg in args if arg.partition("=")[0].endswith("discover_packages_path")]
     config = parse(CompareConfig, "compare", args)
     if config.runs:
         report_folders(config)
@@ -138,7 +138,7 @@ def main(args: list[str]) -> None:
         raise UserError("--policy.path", "name the base policy, or with --runs=[...] folders to report on")
     if config.env is None:
         raise UserError("--env.type", "name the environment, for instance --env.type=metaworld_state")
-    contest = Contest(config, plugins)
+    contest = Contest(config)
     if config.only:
         contest.only(config.only)
         return
@@ -164,11 +164,10 @@ class Contest:
 
     Args:
         config: settings.
-        plugins: options that name packages with environments or policies of somebody else.
     """
 
-    def __init__(self, config: CompareConfig, plugins: Sequence[str] = ()) -> None:
-        self.config, self.plugins = config, plugins
+    def __init__(self, config: CompareConfig) -> None:
+        self.config = config
         self.methods = {name: customised(name, config.settings.get(name)) for name in config.names()}
         self.server = is_server(config.policy.path)
         tuned = [name for name, method in self.methods.items() if method and method.tuning]
@@ -317,7 +316,6 @@ class Contest:
         only = f"--only={task},{name}" + ("" if seed is None else f",{seed}")
         command = [sys.executable, "-m", "trimtab.recipes.cli", "compare"]
         command += [f"--config_path={self.output / RECORD}", only, f"--output_dir={self.output}"]
-        command += self.plugins
         ran = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         if ran.returncode:
             last = [line for line in ran.stderr.splitlines() if "error: " in line]
@@ -338,7 +336,7 @@ class Contest:
     def all(self) -> str:
         """Make what is missing, report after each run, and return the last report."""
         config = self.config
-        again = draccus.encode(config, CompareConfig)
+        again = repeatable(draccus.encode(config, CompareConfig))
         again = {k: v for k, v in again.items() if v is not None and k not in ("output_dir", "only")}
         write_json(self.output / RECORD, json.loads(json.dumps(again, default=str)))
         bouts: dict[str, Bout] = {}

@@ -101,7 +101,7 @@ def _records(
         record = _record(task, method, seed, {"actor": _with_outcomes(results, "steered")})
         for line in lines:
             of = line.get("success_window", 0)
-            if of:
+            if of and line["success_rate"] is not None:
                 won = round(line["success_rate"] * of)
                 point = {"successes": won, "episodes": of, "success_rate": won / of}
                 steps = line["env_steps"]
@@ -140,6 +140,11 @@ def _record(task: str, method: str, seed: int | None, final: dict[str, Any]) -> 
 
 
 def _with_outcomes(results: dict[str, Any], name: str) -> dict[str, Any]:
+    if results["policies"][name]["success_rate"] is None:
+        task = (results.get("env") or {}).get("task")
+        raise UserError(
+            "--runs", f"a run on {task} reports no success, and a comparison counts successes alone"
+        )
     return results["policies"][name] | {"won": (results.get("outcomes") or {}).get(name, "")}
 
 

@@ -29,7 +29,7 @@ from trimtab.recipes.session import Session
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
-from trimtab.rl.evaluation import Evaluation, evaluate
+from trimtab.rl.evaluation import Evaluation, evaluate, require_success
 from trimtab.rl.golden_ticket import GoldenTicketConfig, sizes
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.train import Trainer
@@ -106,6 +106,7 @@ def check_budget(name: str, method: Method | None, env_steps: int, chunk_steps: 
 
 def with_outcomes(outcome: Evaluation) -> dict[str, Any]:
     """The summary with each episode's outcome, 1 or 0, in the order of the seeds; and the longest one."""
+    require_success(outcome)
     won = "".join(str(int(success)) for success in outcome.successes)
     return outcome.summary() | {"won": won, "longest": int(outcome.steps.max())}
 

@@ -11,7 +11,8 @@ import torch
 from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
-from tqdm import trange
+
+from trimtab.rl.progress import Progress
 
 NARROW = 1e-3  # a coordinate that moved less than this in all demonstrations counts as constant
 
@@ -163,7 +164,7 @@ def clone(dataset: Any, config: CloningConfig, seed: int) -> tuple[Any, Any, Any
     averaged = [weight.detach().clone() for weight in weights]
     policy.train()
     losses: list[float] = []
-    progress = trange(config.steps, desc="behaviour cloning", unit="step", dynamic_ncols=True)
+    progress = Progress(range(config.steps), desc="behaviour cloning", unit="step")
     running: Tensor = torch.zeros(())
     for step in progress:
         index = torch.randint(len(sampler.last), (config.batch_size,))

@@ -11,7 +11,6 @@ from unittest import mock
 
 import numpy as np
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
-from tqdm import tqdm
 
 from trimtab.recipes.metaworld.demonstrators import OBJECT, Demonstrator, Operator
 from trimtab.rl.envs.metaworld import (
@@ -22,6 +21,7 @@ from trimtab.rl.envs.metaworld import (
     MetaworldStateConfig,
     MetaworldStateEnv,
 )
+from trimtab.rl.progress import Progress
 
 REPO_ID = "trimtab/metaworld_demonstrations"
 SEED_OFFSET = 50_000_000  # demonstrations never start where training or evaluation does
@@ -116,7 +116,7 @@ def record(
         repo_id=REPO_ID, fps=MetaworldStateConfig().fps, features=FEATURES, root=root, use_videos=False
     )
     rates: dict[str, float] = {}
-    progress = tqdm(total=len(tasks) * episodes, desc="demonstrations", unit="ep", dynamic_ncols=True)
+    progress = Progress(total=len(tasks) * episodes, desc="demonstrations", unit="ep")
     for task in tasks:
         env = MetaworldStateEnv(task, episode_length=episode_length)
         operator = operators.get(task, Operator())

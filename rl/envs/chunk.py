@@ -57,6 +57,7 @@ class ChunkResult:
             for the observation of the next episode.
         success_key: the name in ``info`` under which this environment has said so far whether it succeeded;
             ``None``: it never has.
+        info_keys: what else its ``info`` has held.
     """
 
     observation: RawObservation | None
@@ -70,6 +71,7 @@ class ChunkResult:
     seen: list[RawObservation] = field(default_factory=list)
     lost: tuple[str, str] | None = None
     success_key: str | None = None
+    info_keys: tuple[str, ...] = ()
 
     @property
     def ended(self) -> bool:
@@ -126,6 +128,7 @@ class ChunkEnv:
         self._running = False
         self._success_key: str | None = None
         self._frames: list[np.ndarray] = []
+        self._info_keys: set[str] = set()
         # An environment may leave out what is slow to see (``libero.py``): all but what is handed on.
         self._watch: Callable[[bool], None] | None = getattr(env.unwrapped, "watch", None)
 
@@ -204,6 +207,7 @@ class ChunkEnv:
             frames=frames,
             seen=seen,
             success_key=self._success_key,
+            info_keys=tuple(sorted(self._info_keys)),
         )
         if result.ended:
             self._running = False
@@ -257,6 +261,9 @@ class ChunkEnv:
     def _succeeded(self, info: dict[str, Any]) -> bool:
         key, success = read_success(info)
         self._success_key = key or self._success_key
+        final = info.get("final_info")
+        names = {*info, *(final if isinstance(final, dict) else ())} - {key, "final_info"}
+        self._info_keys |= {str(name) for name in names}
         return success
 
 

@@ -17,7 +17,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
-from trimtab.adapters.errors import UserError
+from trimtab.adapters.errors import UserError, reason
 
 STATE_DIM = 39
 AGENT_DIM = 4
@@ -28,10 +28,16 @@ RENDER_SIZE = 256
 
 
 def task_names() -> list[str]:
-    """The 50 tasks of MT50 in Meta-World's order; a task's place is its one-hot index."""
-    choose_gl_backend()
-    from metaworld import ALL_V3_ENVIRONMENTS
+    """The 50 tasks of MT50 in Meta-World's order; a task's place is its one-hot index.
 
+    Raises:
+        UserError: the simulator cannot be loaded, for instance with a MUJOCO_GL that it does not know.
+    """
+    choose_gl_backend()
+    try:
+        from metaworld import ALL_V3_ENVIRONMENTS
+    except (ImportError, RuntimeError, OSError) as error:
+        raise UserError("--env.type", f"Meta-World cannot be loaded here: {reason(error)}") from error
     return list(ALL_V3_ENVIRONMENTS)
 
 

@@ -328,7 +328,12 @@ class ChunkVectorEnv:
             raise RuntimeError("the environments are still stepping: call receive() first")
         self._sent = time.perf_counter()
         if self._local is not None:
-            self._pending = getattr(self._local, command)(per_env, extra)
+            try:
+                self._pending = getattr(self._local, command)(per_env, extra)
+            except UserError:
+                raise
+            except Exception as error:  # whatever a simulator raises
+                raise WorkerLost("crash", f"{type(error).__name__}: {reason(error, last=True)}") from error
             self._seconds = time.perf_counter() - self._sent
             return
         for number, worker in enumerate(self._workers):

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_diffusion
+from trimtab.adapters.diffusion import DiffusionAdapter
 from trimtab.recipes.cli import main
 from trimtab.recipes.tiny import make_tiny
 
@@ -86,6 +87,59 @@ def test_noise_blind_policy(tmp_path):
     assert not report["steerable"] and "ignores its noise" in report["verdict"]
     assert report["noise_difference"] <= report["rounding_floor"]
     assert report["success"] == {}  # no episode is spent on a policy that cannot be steered
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "said"),
+    [
+        ("encode", KeyError("camera_9"), "KeyError: 'camera_9'"),
+        (
+            "denoise",
+            RuntimeError("mat1 and mat2 shapes\ncannot be multiplied"),
+            "RuntimeError: mat1",
+        ),
+        ("denoise", ZeroDivisionError(), "ZeroDivisionError"),
+    ],
+)
+@pytest.mark.parametrize("options", [[], PUSHT], ids=["alone", "pusht"])
+def test_a_policy_that_raises_while_it_is_measured(part, error, said, options, tmp_path, capsys, monkeypatch):
+    folder = make_diffusion(tmp_path / "policy")
+
+    whole, calls = getattr(DiffusionAdapter, part), []
+
+    def broken(self, *args, **named):
+        calls.append(part)
+        if options and len(calls) < 3:  # past the first look at the environment
+            return whole(self, *args, **named)
+        raise error
+
+    monkeypatch.setattr(DiffusionAdapter, part, broken)
+    args = ["probe", f"--policy.path={folder}", "--policy.device=cpu", "--machine.workers=0", *options]
+    assert main([*args, f"--output_dir={tmp_path / 'out'}"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert said in line and "--policy.path: " in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_environment_that_fails_while_a_policy_is_measured(tmp_path, capsys, monkeypatch):
+    """In this process, where its exception is not a worker's."""
+    from gym_pusht.envs.pusht import PushTEnv
+
+    step = PushTEnv.step
+
+    def failing(self, action):
+        self.taken = getattr(self, "taken", 0) + 1
+        if self.taken > 20:
+            raise OSError("the camera is gone")
+        return step(self, action)
+
+    monkeypatch.setattr(PushTEnv, "step", failing)
+    folder = make_diffusion(tmp_path / "policy")
+    args = [f"--policy.path={folder}", "--policy.device=cpu", "--machine.workers=0", *PUSHT]
+    for command in ("probe", "eval"):
+        assert main([command, *args, f"--output_dir={tmp_path / command}"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert "--env.type: OSError: the camera is gone" in line
 
 
 def test_the_base_policy_of_probe_must_know_the_task(tiny_base, tmp_path, capsys):

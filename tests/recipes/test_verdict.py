@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trimtab.adapters.steerability import Steerability
-from trimtab.recipes.verdict import as_json, judge
+from trimtab.recipes.verdict import as_json, judge, percent
 from trimtab.rl.evaluation import Evaluation
 
 
@@ -116,6 +116,23 @@ def test_repeat_is_rarely_recommended_where_it_costs():
         base, repeated = (Evaluation([0] * 50, rng.random(50) < p, np.ones(50)) for p in (0.5, 0.2))
         wrong += judge(measured(), "x", {"base": base, "repeated_noise": repeated}).noise == "repeat"
     assert wrong < 15
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [(1.0, "100 %"), (0.9949, "99 %"), (0.36, "36 %"), (0.1, "10 %"), (0.0345, "3.5 %"), (0.0005, "0.05 %"),
+     (0.00001, "under 0.01 %"), (0.0, "0 %"), (1.6, "160 %")],
+)  # fmt: skip
+def test_percent_has_no_powers_of_ten(share, said):
+    assert percent(share) == said
+
+
+def test_percents_of_a_verdict_are_plain():
+    lines = judge(measured(authority=1.0), "x").lines
+    assert "the noise makes up 100 % of the spread" in lines[0]
+    verdict = judge(measured(), "x", {"base": outcome(0, 4)})
+    assert "(95 %: at most 49 %)" in verdict.headline
+    assert "e+" not in verdict.headline + "".join([*lines, *verdict.lines])
 
 
 def test_json_has_no_nan():

@@ -1,5 +1,8 @@
 """Demonstrations: transitions of a recorded dataset against hand-made ones, and their part in learning."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +20,7 @@ from trimtab.recipes.metaworld.dataset import SEED_OFFSET, demonstrate, record
 from trimtab.recipes.metaworld.demonstrators import Operator
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
+from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations, unreadable
 from trimtab.rl.demonstrations import Demonstrations, TransitionMaker
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -193,6 +196,82 @@ def test_a_success_ends_a_demonstration(tmp_path, column, kind):
     first, second = data.episodes
     assert first.succeeded and len(first.rewards) == 6 and first.final == 6
     assert not second.succeeded and len(second.rewards) == 3 and second.first == 10 and second.final == 13
+
+
+def rewarded(root, rewards, fps=10, success=None):
+    """A dataset of the point's with a reward for each step of each episode."""
+    keys = ("observation.state", "observation.environment_state", "action", "next.reward")
+    features = {key: {"dtype": "float32", "shape": (1,), "names": None} for key in keys}
+    dataset = LeRobotDataset.create("test/point", fps, features, root=root, use_videos=False)
+    for episode in rewards:
+        for t, reward in enumerate(episode):
+            value = np.array([0.01 * t], np.float32)
+            frame = dict.fromkeys(keys, value) | {"next.reward": np.array([reward], np.float32)}
+            dataset.add_frame({**frame, "task": "reach the goal"})
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("rewards", "succeeded", "rule"),
+    [
+        ([[0, 0, 1], [0, 0, 0], [0, 1, 1]], [True, False, True], "0 without success and 1 with"),
+        ([[0, 0, 0], [0, 0, 0]], [False, False], "0 without success and 1 with"),
+        ([[0, 1, 0, 1], [0, 0]], [True, False], "0 without success and 1 with"),
+        ([[-1, -1, 0], [-1, -1, -1]], [True, False], "-1 without success and 0 with"),
+        ([[-1, -1], [-1, -1]], [False, False], "-1 without success and 0 with"),
+        ([[0.1, 0.4, 1.0], [0.1, 0.2, 0.3]], [True, True], "a guess"),
+        ([[1, 1, 1], [1, 1, 0]], [True, True], "a guess"),  # for each step survived
+        ([[0, 0, 10], [0, 5, 0]], [True, True], "a guess"),
+    ],
+)
+def test_a_reward_that_says_success_and_no_other(tmp_path, rewards, succeeded, rule):
+    root = rewarded(tmp_path / "data", rewards)
+    data = read_demonstrations(DemosConfig(root=str(root)), PointAdapter(), "sparse", "reach the goal")
+    assert [episode.succeeded for episode in data.episodes] == succeeded and rule in data.rule
+    said = any("next.reward tells more than success" in note for note in data.notes)
+    assert said == (rule == "a guess")
+
+
+@pytest.mark.parametrize(("fps", "warned"), [(50, True), (30, False)])
+def test_a_run_says_how_success_was_told_and_warns_of_another_rate(tmp_path, capsys, fps, warned):
+    root, config = rewarded(tmp_path / "data", [[0, 0, 1], [0, 0, 0]], fps=fps), PointConfig()
+    with ChunkVectorEnv(config, 2, 0) as vec:
+        rl = BestOfNConfig(num_candidates=4, target_candidates=2, batch_size=32, **SMALL)
+        Trainer(
+            PolicyRunner(PointAdapter(), config), vec, Accelerator(cpu=True), TrainConfig(), rl,
+            FullNoiseConfig(), 0, demos=DemosConfig(root=str(root)),
+        )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "2 episodes, 1 succeed; " in said and "told by next.reward, which is 0 without success" in said
+    assert ("the dataset has 50 frames a second, the environment 30 (--env.fps)" in said) == warned
+
+
+def old_dataset(root):
+    """A folder of the format before LeRobot 0.4."""
+    rewarded(root, [[0, 1]])
+    info = root / "meta" / "info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"codebase_version": "v2.1"}))
+    return root
+
+
+def test_an_old_dataset_comes_with_the_command_that_converts_it(tmp_path, tiny_base, capsys):
+    root = old_dataset(tmp_path / "old")
+    command = f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=me/old --root={root}"
+    config = DemosConfig(repo_id="me/old", root=str(root))
+    with pytest.raises(UserError) as caught:
+        read_demonstrations(config, PointAdapter(), "sparse", "")
+    assert "is in 2.1 format" in str(caught.value) and f"{command} --push-to-hub=false" in str(caught.value)
+    argv = ["lora", f"--policy.path={tiny_base}", "--dataset.repo_id=me/old", f"--dataset.root={root}"]
+    assert main([*argv, "--policy.device=cpu", f"--output_dir={tmp_path / 'out'}"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert command in line and "\n" not in line
+    from lerobot.scripts import convert_dataset_v21_to_v30 as script  # the command is there
+
+    assert "--push-to-hub" in Path(script.__file__).read_text()
+    other = unreadable("--demos.root", "me/x", None, ValueError("what is wrong\nand more"))
+    assert str(other) == "--demos.root: cannot read me/x as a LeRobotDataset: what is wrong"
 
 
 def test_history_repeats_an_episodes_first_frame(tmp_path):

@@ -1,0 +1,115 @@
+"""Several processes of one run: what a launcher lays out in the environment, and what is left over there.
+
+A launcher tells each process its place in variables. Templates of clusters export some of them for every job,
+where a command that is started plainly finds them too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from trimtab.adapters.errors import UserError, reason
+
+COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+PLACE = ("WORLD_SIZE", "RANK", "MASTER_ADDR")  # what every process of several has to know
+ON_GPU = ("LOCAL_RANK", "MASTER_PORT")  # and on a GPU
+MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+MEND = "to run in one process, unset {}; in several: `accelerate launch -m trimtab.rl.train ...`"
+
+
+def local_processes() -> int:
+    """How many processes of an ``accelerate launch`` share this machine."""
+    return max(1, _number("LOCAL_WORLD_SIZE") or 1)
+
+
+def launched_processes() -> int:
+    """How many processes of an ``accelerate launch`` make up this run."""
+    return max(1, _number("WORLD_SIZE") or 1)
+
+
+def check_launch(cpu: bool = True) -> None:
+    """Refuse an environment that says half of what a launcher says.
+
+    Args:
+        cpu: whether the run takes the CPU.
+
+    Raises:
+        UserError: names the variables.
+    """
+    numbers = {name: _number(name) for name in COUNTS}
+    size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
+    if (size or 1) < 2 and not rank and numbers["LOCAL_RANK"] is None:
+        return
+    missing = [name for name in (*PLACE, *(() if cpu else ON_GPU)) if not os.environ.get(name)]
+    found = [name for name in (*COUNTS, "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
+    unset = " ".join(found)
+    if missing:
+        held = ", ".join(f"{name}={os.environ[name]}" for name in found)
+        raise UserError(
+            found[0],
+            f"the environment holds {held}, as a launcher sets it, but no {' and no '.join(missing)}; "
+            + MEND.format(unset),
+        )
+    if rank >= size:
+        raise UserError("RANK", f"there is no process {rank} of WORLD_SIZE={size}; {MEND.format(unset)}")
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise UserError(name, f"'{text}' in the environment is no number; {MEND.format(name)}")
+    return int(text)
+
+
+def make_accelerator(
+    device: str | None, trackers: list[str] | None = None, folder: Path | None = None
+) -> Any:
+    """The accelerator of this process; it takes up what ``accelerate launch`` has laid out.
+
+    Args:
+        device: of the base policy.
+        trackers, folder: what to log with, and where.
+
+    Raises:
+        UserError: what the environment says of processes, or of Accelerate, cannot be.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    cpu = str(device).startswith("cpu") or not torch.cuda.is_available()
+    check_launch(cpu)
+    size, met = launched_processes(), torch.distributed.is_available() and torch.distributed.is_initialized()
+    if size > 1 and not met and "TORCHELASTIC_RUN_ID" not in os.environ:  # started by hand, or left over
+        print(
+            f"process {os.environ['RANK']} of {size} waits for the others at {os.environ['MASTER_ADDR']}, as "
+            "WORLD_SIZE, RANK and MASTER_ADDR in the environment say; unset them to run alone",
+            file=sys.stderr,
+        )
+    patience = InitProcessGroupKwargs(
+        timeout=timedelta(hours=2)
+    )  # environments may be slow, and of uneven speed
+    said = [name for name in (*COUNTS, *MPI, "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
+    said += sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+    try:
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision="no",  # of base and learner each has an option; gradients are float32
+            log_with=trackers or None,
+            project_dir=folder if trackers else None,
+            kwargs_handlers=[patience],
+        )
+    except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if not said:
+            raise
+        raise UserError(
+            "accelerate",
+            f"{reason(error, last=True)}; the environment sets {', '.join(said)}: unset what is left over "
+            "from another job, or mend it",
+        ) from error
