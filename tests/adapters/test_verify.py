@@ -39,6 +39,12 @@ def half_blind(self, conditioning, noise):
     return sound(self, conditioning, noise)
 
 
+def second_row_sees_the_first(self, conditioning, noise):
+    noise = noise.clone()
+    noise[1:] += 0.5 * noise[0]
+    return sound(self, conditioning, noise)
+
+
 def rounds(self, conditioning, noise):
     return sound(self, conditioning, torch.zeros_like(noise)) + 1e-8 * noise[:, :3]
 
@@ -50,6 +56,7 @@ def nan_sometimes(self, conditioning, noise):
 DEFECTS = {
     "draws while it looks": ({"encode": draws_while_looking}, UserError, "encoded twice"),
     "swaps rows": ({"denoise": swaps_rows}, RuntimeError, "mixes the rows"),
+    "second row sees the first": ({"denoise": second_row_sees_the_first}, RuntimeError, "mixes the rows"),
     "second row is blind": ({"denoise": half_blind}, UserError, "ignores its noise"),
     "blind but for rounding": ({"denoise": rounds}, UserError, "ignores its noise"),
     "NaN for some noise": ({"denoise": nan_sometimes}, UserError, "NaN or Inf"),

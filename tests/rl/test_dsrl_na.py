@@ -300,6 +300,20 @@ def test_update_moves_each_part_by_its_rule(steps, expected):
     assert all(p.grad is None for p in adapter.policy.parameters())
 
 
+def test_both_targets_follow_slowly_where_the_noise_critic_bootstraps():
+    algorithm, adapter = build(bootstrap="noise_critic", tau=0.1)
+    batch = make_batch(adapter)
+    before = {name: value.clone() for name, value in algorithm.state_dict().items()}
+    for _ in range(2):  # the distillation is every second update's
+        last = {name: value.clone() for name, value in algorithm.state_dict().items()}
+        algorithm.update(batch)
+    after = algorithm.state_dict()
+    for name in (name for name in before if name.startswith(("critic.net", "noise_critic.net"))):
+        old = last[f"target_{name}"]
+        assert not torch.equal(after[name], before[name])
+        assert torch.allclose(after[f"target_{name}"], old + 0.1 * (after[name] - old), atol=1e-6), name
+
+
 def test_rank_correlation_sees_a_perfect_and_a_reversed_order():
     algorithm, adapter = build()
     batch = make_batch(adapter)
