@@ -415,6 +415,31 @@ def test_replayed_conditioning_decodes_to_what_was_executed(pusht_policy):
         assert np.array_equal(transition.extra["next_conditioning.global"], transition.next_features)
 
 
+class HalfPoint(PointAdapter):
+    """Is conditioned, as large policies are, in half precision, and takes no other."""
+
+    def encode(self, batch):
+        return Conditioning({"state": super().encode(batch).tensors["state"].bfloat16()})
+
+    def denoise(self, conditioning, noise):
+        assert conditioning.tensors["state"].dtype == torch.bfloat16
+        return super().denoise(conditioning, noise)
+
+
+def test_the_policy_is_asked_in_the_precision_of_its_conditioning():
+    adapter = HalfPoint()
+    space = FullNoiseConfig(bound=BOUND).build(adapter.noise_spec)
+    states = Conditioning({"state": torch.randn(B, 2).bfloat16()})
+    spec = ConditioningSpec.of(adapter, states)
+    rows = [spec.row(states, i)["conditioning.state"] for i in range(B)]
+    u = BOUND * torch.tanh(torch.randn(B, 3, 2))
+    found = Decoder(adapter, space, spec)({"conditioning.state": torch.as_tensor(np.stack(rows))}, u)
+    for i in range(B):
+        noise = u[i].unflatten(1, adapter.noise_spec.shape)
+        expected = adapter.denoise(states[i].repeat_interleave(3), noise).flatten(1).float()
+        assert torch.allclose(found[i], expected, atol=1e-6)
+
+
 def test_conditioning_that_no_replay_holds_is_refused():
     adapter = PointAdapter()
     state = torch.zeros(3, 2)
