@@ -46,6 +46,8 @@ class Mode(enum.StrEnum):
     objects = "objects"  # an answer with an array of objects
     rounds = "rounds"  # honours, with rounding that differs each time
     key = "key"  # honours, but only with the API key
+    late = "late"  # honours; a request that says "slow" is answered after half a second
+    wide = "wide"  # honours, and adds two MiB to its answer
     libero = "libero"  # openpi's names, shapes and types for LIBERO, and a noise of its usual size
     aloha = "aloha"  # the same for ALOHA: nested names, channels first
 
@@ -149,7 +151,11 @@ class Server:
                 if mode is Mode.garbage:
                     await connection.send(b"\xc1 this is no msgpack")
                     continue
+                if mode is Mode.late and message.pop("slow", False):
+                    await asyncio.sleep(0.5)
                 answer = self.answer(mode, message)
+                if mode is Mode.wide:
+                    answer["image"] = np.zeros((1024, 2048), np.uint8)
                 if mode is Mode.objects:
                     answer["actions"] = {
                         b"__ndarray__": True, b"dtype": "|O", b"shape": [1], b"data": b"\0" * 8

@@ -14,7 +14,7 @@ from tests.adapters.cases import noise_like
 from tests.adapters.openpi_server import API_KEY
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.config import RemoteConfig
-from trimtab.adapters.policy_server import pack, unpack
+from trimtab.adapters.policy_server import PolicyServer, pack, unpack
 from trimtab.adapters.remote import resize_with_pad
 from trimtab.policies.observe import ObserveConfig, build_observer
 
@@ -241,6 +241,10 @@ def test_libero_by_default(policy_server):
     means = [conditioning.tensors[key].float().mean() / 255 for key in list(observation)[:2]]
     seen = sum(means) + observation["observation.state"].mean() + len("open the drawer")
     assert (adapter.denoise(conditioning, noise) - noise[:, :, :7] - seen).abs().max() < 1e-3
+    # Each row has its own instruction.
+    two = {key: value.repeat_interleave(2, 0) for key, value in observation.items() if key != "task"}
+    rows = adapter.denoise(adapter.observe({**two, "task": ["open", "open it"]}), noise.expand(2, -1, -1))
+    assert torch.allclose(rows[1] - rows[0], torch.full((10, 7), 3.0), atol=1e-4)
     # An actor sees the state, unless it is told to look at the cameras that are sent, too.
     assert ObserveConfig().resolved(adapter, []).inputs == ["features"]
     adapter.observer = build_observer(ObserveConfig(inputs=["features", "images"]), adapter, [])
@@ -315,6 +319,25 @@ def test_failure_of_the_server(mode, policy_server):
 def test_a_server_that_never_answers(policy_server):
     with pytest.raises(UserError, match=r"did not answer within 0.3 s; raise --policy.remote.timeout"):
         connect(policy_server, "silent", timeout=0.3)
+
+
+def test_a_late_answer_is_not_taken_for_that_to_the_next_request(policy_server):
+    server = PolicyServer(f"{policy_server}/late", timeout=0.2)
+    message = {"observation/state": np.zeros(2), "observation/environment_state": np.zeros(16)}
+    with pytest.raises(UserError, match=r"did not answer within 0.2 s"):
+        server.request({**message, "slow": True})
+    server.timeout = 60.0
+    answer = server.request({**message, "observation/state": np.ones(2)})
+    assert np.array_equal(answer["state"], np.ones(2))
+    server.close()
+
+
+def test_an_answer_may_be_long(policy_server, remote, observation):
+    adapter = connect(policy_server, "wide")  # websockets refuses more than 1 MiB unless it is told
+    noise = noise_like(adapter, 2)
+    once = adapter.denoise(adapter.observe(observation), noise)
+    assert (once - remote.denoise(remote.observe(observation), noise)).abs().max() < 1e-5
+    adapter.close()
 
 
 def test_nobody_listens():

@@ -41,6 +41,12 @@ def half_blind(self, conditioning, noise):
     return sound(self, conditioning, noise)
 
 
+def second_row_sees_the_first(self, conditioning, noise):
+    noise = noise.clone()
+    noise[1:] += 0.5 * noise[0]
+    return sound(self, conditioning, noise)
+
+
 def rounds(self, conditioning, noise):
     return sound(self, conditioning, torch.zeros_like(noise)) + 1e-8 * noise[:, :3]
 
@@ -112,6 +118,7 @@ DEFECTS = {
     "features without rows": ({"features": flat_features}, UserError, r"features have shape .* not \(2, d\)"),
     "features are NaN": ({"features": nan_features}, UserError, "features are NaN"),
     "more rows than observations": ({"encode": longer_history}, UserError, "of 2 observations .* made 4"),
+    "second row sees the first": ({"denoise": second_row_sees_the_first}, RuntimeError, "mixes the rows"),
     "second row is blind": ({"denoise": half_blind}, UserError, "ignores its noise"),
     "blind but for rounding": ({"denoise": rounds}, UserError, "ignores its noise"),
     "NaN for some noise": ({"denoise": nan_sometimes}, UserError, "NaN or Inf"),

@@ -12,6 +12,7 @@ from lerobot.policies.factory import get_policy_class, make_policy, make_pre_pos
 from safetensors.torch import load_file, save_file
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
+from tests.adapters.test_lingbot_va import frames, history
 from tests.adapters.test_peft import folders  # noqa: F401 - a tiny SmolVLA and a LoRA of it
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
@@ -522,3 +523,31 @@ def test_masked_noise_draws_the_rest_fresh(pair, tmp_path):
     torch.manual_seed(0)
     chunks = [policy.predict_action_chunk(dict(batch)) for _ in range(2)]
     assert not torch.equal(*chunks), "what the actor leaves alone is the base's own draw"
+
+
+def test_a_base_that_remembers_its_episode_forgets_it_at_a_reset(tmp_path):
+    """Each episode, left within its third chunk, goes as in training; and so it does without the actor."""
+    options = make_tiny("lingbot_va", tmp_path / "base")
+    adapter, actor = artefact_of(options, tmp_path / "artefact")
+    policy, (before, after) = load(tmp_path / "artefact"), processors(tmp_path / "artefact")
+    lengths, zero = (8, 12, 2), torch.zeros(1, *adapter.noise_spec.shape)
+
+    def act(episode):
+        policy.reset()
+        torch.manual_seed(0)
+        return torch.cat([after(policy.select_action(before(dict(frame)))) for frame in episode])
+
+    for seed in (0, 1):
+        episode, expected, at = frames(adapter, sum(lengths), seed), [], 0
+        conditioning = adapter.encode(history(adapter, episode, 0))
+        for length in lengths:
+            noise = actor.act(adapter.features(conditioning).float(), zero, True)
+            chunk = adapter.denoise(conditioning, noise)
+            expected.append(adapter.postprocess(chunk, conditioning)[0, :length])
+            at += length
+            if at < len(episode):
+                conditioning = adapter.follow(conditioning, chunk, history(adapter, episode, at))
+        assert (act(episode) - torch.cat(expected)).abs().max() <= 1e-5
+    policy.config.use_actor = False
+    first, second = act(episode), act(episode)
+    assert torch.equal(first, second) and not torch.allclose(first, torch.cat(expected), atol=1e-3)

@@ -3,18 +3,29 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
+from lerobot.configs.default import DatasetConfig
 
+from tests.rl.point import PointAdapter, PointConfig
+from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli import main
 from trimtab.recipes.compare.command import ALL, CompareConfig
-from trimtab.recipes.compare.methods import METHODS, customised
+from trimtab.recipes.compare.folders import read_runs
+from trimtab.recipes.compare.meter import Meter
+from trimtab.recipes.compare.methods import METHODS, Bout, customised
 from trimtab.recipes.compare.report import cells, label, markdown
 from trimtab.recipes.compare.summary import against, elsewhere, summarise
 from trimtab.recipes.metaworld.base import BaseConfig, make_base
 from trimtab.recipes.metaworld.cloning import CloningConfig
+from trimtab.recipes.metaworld.dataset import REPO_ID
+from trimtab.recipes.session import EpisodesConfig, MachineConfig, Session
 from trimtab.rl.algorithms.presets import PAPER
+from trimtab.rl.envs.metaworld import MetaworldStateConfig
+from trimtab.rl.evaluation import evaluate
+from trimtab.rl.golden_ticket import GoldenTicketConfig
 
 FEW = {"train": {"first_update": 8, "warmup_transitions": 0}}
 SETTINGS = {
@@ -288,6 +299,58 @@ def test_levels_and_rows():
     row = cells(entry)
     assert row[4:7] == ["100 (2)", "300 (4)", "> 308"] and row[3] == "0.5000"
     assert "| m |" in markdown("x", [], [entry]) and "+58.3 points" in row[2]
+
+
+def test_the_median_of_two_seeds_is_the_later():
+    runs = [record(0, [6, 9, 9], "11"), record(1, [9, 5, 8], "10"), record(2, [1, 2, 3], "10")]
+    (entry,) = summarise(runs[:2])
+    assert entry["to_level"]["80"]["steps"] == [200, 300] and entry["to_level"]["80"]["steps_median"] == 300
+    assert entry["to_level"]["80"]["episodes_median"] == 4
+    (entry,) = summarise([runs[0], runs[2]])
+    assert entry["to_level"]["80"]["steps"] == [200, None] and entry["to_level"]["80"]["steps_median"] is None
+
+
+def test_a_search_gets_the_episodes_that_fit_were_all_as_long_as_the_longest(tmp_path):
+    env, episodes = PointConfig(limit=35), EpisodesConfig(n_episodes=8)
+    session, seeds = Session(PointAdapter(), env, episodes, MachineConfig(workers=0)), list(range(1000, 1008))
+    bout = Bout(session, PolicyConfig(), "", 700, 700, 2, seeds, [], {}, [], None, tmp_path)
+    with bout.setup(Meter()) as setup:
+        steps = evaluate(session.runner, setup.vec, session.own_noise, seeds, progress=False).steps
+        found = bout.ticket(GoldenTicketConfig(candidates=16, budget=100), setup)
+    assert min(steps) < max(steps) == 35
+    assert (found.budget, found.candidates) == (20, 4)  # 4 and 2 of them, twice, are 12; 8, 4 and 2 are 28
+
+
+def test_fine_tuning_learns_from_the_demonstrations_that_are_named_and_succeed(base):
+    adapter = load_adapter(PolicyConfig(path=str(base), device="cpu"))
+    env = MetaworldStateConfig(task="drawer-close-v3")
+    session = Session(adapter, env, EpisodesConfig(n_episodes=1), MachineConfig(workers=0))
+    data = DatasetConfig(REPO_ID, root=str(base / "demonstrations"))
+
+    def good(episodes):
+        named = replace(data, episodes=episodes)
+        one = Bout(session, PolicyConfig(), base, 1, 1, 1, [], [], {}, [], named, base)
+        return one.good_demonstrations()
+
+    dataset, count = good(None)
+    assert count == len(dataset.episodes) > 0
+    first, *rest = dataset.episodes
+    assert good([first])[0].episodes == [first] and good([first, 99])[1] == 1
+    if rest:
+        assert good(rest)[0].episodes == rest
+    with pytest.raises(UserError, match=r"no demonstration of .* succeeds"):
+        good([99])
+
+
+def test_successes_while_learning_are_counted_whole(tmp_path):
+    """0.29 of 100 episodes are 29, though 0.29 * 100 is a little less."""
+    results = {"policies": {"steered": summary("110")}, "evaluation_seeds": [0, 2], "seed": 3}
+    (tmp_path / "results.json").write_text(json.dumps({**results, "env": {"type": "e", "task": "t"}}))
+    line = {"success_rate": 0.29, "success_window": 100, "env_steps": 400}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    ((run,), _) = read_runs([tmp_path])
+    assert run["points"][0]["actor"] == {"successes": 29, "episodes": 100, "success_rate": 0.29}
+    assert (run["task"], run["method"], run["seed"]) == ("t", "steered", 3)
 
 
 @pytest.fixture(scope="module")

@@ -218,13 +218,27 @@ def test_export_moves_with_its_base_and_exports_again(run, tmp_path, capsys):
     argv = ["export", f"--run={tmp_path / 'there' / 'policy'}", f"--output_dir={tmp_path / 'b' / 'c'}"]
     assert main(argv) == 0
     config = read_config(tmp_path / "b" / "c")
-    assert config.base.path == "../../there/base"
+    assert config.base.path == "../../there/base" and config.deterministic
     assert (tmp_path / "b" / "c" / "critic.safetensors").is_file()
     shutil.move(tmp_path / "there" / "base", tmp_path / "elsewhere")
     assert main([*argv[:2], f"--output_dir={tmp_path / 'd'}"]) == 2
     assert "is not where it was" in capsys.readouterr().err
     assert main([*argv[:2], f"--output_dir={tmp_path / 'd'}", f"--policy.path={tmp_path / 'elsewhere'}"]) == 0
     assert read_config(tmp_path / "d").base.path == "../elsewhere"
+    again = json.loads((tmp_path / "d" / "adapt.json").read_text())
+    assert (
+        again["policy"]["path"] == str(tmp_path / "elsewhere") and again["env"]["task"] == "drawer-close-v3"
+    )
+
+
+def test_an_actor_that_samples_still_does_when_exported(run, tmp_path):
+    root, out = run
+    shutil.copytree(root / "base", tmp_path / "base")
+    copy = shutil.copytree(out, tmp_path / "policy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"deterministic": False}))
+    assert main(["export", f"--run={copy}", f"--output_dir={tmp_path / 'again'}"]) == 0
+    assert not read_config(tmp_path / "again").deterministic
 
 
 @pytest.mark.parametrize(

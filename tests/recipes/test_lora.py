@@ -453,3 +453,33 @@ def test_lora_of_a_lora_is_refused(base, tmp_path):
 
     with pytest.raises(UserError, match="is itself a LoRA adapter"):
         open_base(config)
+
+
+@pytest.mark.parametrize(("method", "times"), [("lora", 10.0), ("full", 1.0)])
+def test_learning_rate(base, method, times):
+    """LeRobot's own for the policy, which LoRA takes ten times."""
+    data = DatasetConfig("a/b")
+    trained = tuner(base, method=method)
+    own = trained.policy.config.get_optimizer_preset().lr
+    assert trained.pipeline(data, 10, 0).optimizer.lr == pytest.approx(times * own)
+    trained.config.learning_rate = 0.02
+    assert trained.pipeline(data, 10, 0).optimizer.lr == 0.02
+
+
+def test_the_noise_of_an_episode_is_its_own(base):
+    """The second episode of an environment is the first of another that begins with its seed."""
+    env = MetaworldStateConfig(task="drawer-close-v3", episode_length=10)
+    session = Session(load_adapter(options(base)), env, EvalConfig(), MachineConfig(workers=0))
+    found = []
+    for seed, steps in ((7, 20), (8, 10)):
+        with session.environments(1, keep_seen=True) as vec:
+            found += Rollouts(session.runner, vec, session.own_noise, seed).collect(steps, progress=False)
+    assert [episode.seed for episode in found] == [7, 8, 8]
+    assert np.array_equal(found[1].actions, found[2].actions)
+    assert not np.array_equal(found[0].actions, found[1].actions)
+
+
+def test_no_frame_is_dropped_where_none_is_to_be(base, tmp_path):
+    Recorder(tmp_path / "short", 80).add(synthetic(length=4))  # the policy drops the last 7 unless told
+    data = DatasetConfig("a/b", root=str(tmp_path / "short"))
+    assert len(tuner(base, batch_size=4, drop_last_frames=0).fit(data, 2, 0)) == 2

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.rl.point import PointAdapter, PointConfig
-from trimtab.adapters import NoiseSpec, UserError
+from trimtab.adapters import Conditioning, NoiseSpec, UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, MaskedNoiseConfig, ResidualNoiseConfig
@@ -17,8 +17,9 @@ from trimtab.rl.collector import Collector
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.gate import GateConfig
+from trimtab.rl.replay import ReplayBuffer
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import Trainer
+from trimtab.rl.train import Trainer, replay_extra
 
 B, K, A, D = 6, 5, 4, 3
 SMALL = {"actor": ActorConfig(hidden=32, layers=2), "critic": CriticConfig(hidden=32, layers=2, members=3)}
@@ -29,6 +30,14 @@ def build(**settings):
     config = BestOfNConfig(num_candidates=K, target_candidates=3, **SMALL, **settings)
     space = FullNoiseConfig().build(NoiseSpec((2, 1)))
     return config.build(D, space, Accelerator(cpu=True), (-20.0, 0.0), A)
+
+
+def set_apart(algorithm):
+    """``algorithm`` with target networks that are no copies of the online ones, as after some updates."""
+    generator = torch.Generator().manual_seed(4)
+    for value in algorithm.target_critic.parameters():
+        value.data += 0.3 * torch.randn(value.shape, generator=generator)
+    return algorithm
 
 
 def batch():
@@ -76,13 +85,13 @@ def expected_target(algorithm, data, kind, members):
 
 @pytest.mark.parametrize("kind", ["max", "sarsa", "softmax"])
 def test_td_target(kind):
-    algorithm, data = build(target=kind, target_members=3), batch()
+    algorithm, data = set_apart(build(target=kind, target_members=3)), batch()
     expected = expected_target(algorithm, data, kind, [0, 1, 2])
     assert torch.allclose(algorithm.td_target(data, INDEX), expected, atol=1e-5)
 
 
 def test_td_target_takes_the_smaller_of_two_members_drawn_anew():
-    algorithm, data = build(target_members=2), batch()
+    algorithm, data = set_apart(build(target_members=2)), batch()
     pairs = [expected_target(algorithm, data, "max", list(pair)) for pair in ((0, 1), (0, 2), (1, 2))]
     seen = []
     for _ in range(60):
@@ -93,14 +102,31 @@ def test_td_target_takes_the_smaller_of_two_members_drawn_anew():
 
 
 def test_target_from_stored_candidates_equals_fresh_ones():
-    """The learner needs no call to the policy: the same candidates give the same target."""
-    algorithm, data = build(target="max", target_members=3), batch()
-    fresh = {**data, "next_candidates": data["next_candidates"].clone()}
-    everything = torch.arange(K).expand(B, K)
-    assert torch.equal(algorithm.td_target(data, everything), algorithm.td_target(fresh, everything))
-    stored = {**data, "next_candidates": data["next_candidates"].half().float()}  # as the replay keeps them
-    difference = algorithm.td_target(data, everything) - algorithm.td_target(stored, everything)
-    assert difference.abs().max() < 2e-3
+    """The learner needs no call to the policy: what the replay kept gives the target of decoding anew."""
+    adapter, config = PointAdapter(), PointConfig()
+    rl = BestOfNConfig(num_candidates=K, target_members=3, clip_targets=False, **SMALL)
+    space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)  # clips no draw
+    with ChunkVectorEnv(config, 2, 0) as vec:
+        collector = Collector(PolicyRunner(adapter, config), vec, space, 0.9, 1, "sparse", 7, candidates=K)
+        transitions = []
+        for _ in range(10):
+            collector.begin_among(None)
+            transitions += collector.finish()[0]
+    replay = ReplayBuffer(50, 2, space.dim, 0, extra=replay_extra(rl, 2, space.dim))
+    for transition in transitions:
+        replay.add(transition)
+    stored = {name: value.float() for name, value in replay.rows(0, len(replay)).items()}
+    u = torch.stack([torch.as_tensor(t.extra["next_candidates_u"]) for t in transitions])
+    states = Conditioning({"state": torch.as_tensor(np.stack([t.next_features for t in transitions]))})
+    noise = u.flatten(0, 1).unflatten(1, adapter.noise_spec.shape)
+    decoded = adapter.denoise(states.repeat_interleave(K), noise).flatten(1).unflatten(0, (-1, K))
+    algorithm = set_apart(rl.build(2, space, Accelerator(cpu=True), None, 2))
+    everything = torch.arange(K).expand(len(transitions), K)
+    target = algorithm.td_target(stored, everything)
+    fresh = algorithm.td_target({**stored, "next_candidates": decoded}, everything)
+    assert len(transitions) == 20 and (target - fresh).abs().max() < 2e-3  # the replay keeps them in float16
+    others = algorithm.td_target({**stored, "next_candidates": decoded.roll(1, 0)}, everything)
+    assert (target - others).abs().max() > 0.05  # those of another state would be seen
 
 
 def errors(kind, value, target):

@@ -1,11 +1,13 @@
 """The collector: true last observations, no transition across episodes, exact book-keeping."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from tests.rl.faulty import FaultyConfig
 from tests.rl.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, load_adapter
 from trimtab.policies.noise_space import FullNoiseConfig
@@ -17,9 +19,9 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 
 
-def collect(adapter, config, steps, n_step=1, envs=3, gamma=0.9, workers=0, **settings):
+def collect(adapter, config, steps, n_step=1, envs=3, gamma=0.9, workers=0, tolerant=False, **settings):
     runner = PolicyRunner(adapter, config)
-    with ChunkVectorEnv(config, envs, workers, adapter.n_obs_steps) as vec:
+    with ChunkVectorEnv(config, envs, workers, adapter.n_obs_steps, tolerant=tolerant) as vec:
         space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)
         collector = Collector(runner, vec, space, gamma, n_step, "sparse", seed=5, **settings)
         transitions, episodes = [], []
@@ -99,6 +101,46 @@ def test_an_end_after_a_success_is_no_failure():
     lost = [(reward, discount) for episode, reward, discount in ends if not episode.success]
     assert won and set(won) <= {(-1.0, 0.0), (-1.9, 0.0)}  # it fell in the chunk's first or second step
     assert lost and all(end == (pytest.approx(-10.0), 0.0) for end in lost)
+
+
+@pytest.mark.parametrize("bootstrap", [True, False])
+def test_what_follows_a_time_limit_has_a_value_or_none(bootstrap):
+    transitions, episodes, _ = collect(
+        PointAdapter(), PointConfig(), 20, envs=2, bootstrap_at_time_limit=bootstrap
+    )
+    cut = {e.features[-1].tobytes() for e in episodes if not e.terminated}
+    last = [t for t in transitions if t.features.tobytes() in cut]
+    assert len(last) == len(cut) > 2
+    assert all((t.discount > 0.0) == bootstrap for t in last)
+    assert all(t.discount > 0.0 for t in transitions[:4])  # in the middle of an episode
+
+
+def test_what_a_lost_episode_had_begun_to_tell_is_gone():
+    """Three chunks make a transition, and the fault is in the third: none holds what came before it."""
+    adapter, config = PointAdapter(), FaultyConfig(fault="raise")
+    transitions, _, collector = collect(adapter, config, 40, n_step=3, tolerant=True)
+    assert [kind for kind, _ in collector.lost].count("crash") > 2
+    assert transitions and all(t.features[1] == t.next_features[1] for t in transitions)  # one goal each
+
+
+def test_the_untrained_actor_acts_where_an_episode_is_not_steered():
+    """In every such episode by what is seen there, not in another environment."""
+    adapter, config = PointAdapter(), PointConfig()
+    space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)
+    with ChunkVectorEnv(config, 3, 0) as vec:
+        collector = Collector(PolicyRunner(adapter, config), vec, space, 0.9, 1, "sparse", seed=5)
+        collector.assign = itertools.cycle([False, True, True, False]).__next__
+        episodes = []
+        for _ in range(40):
+            collector.begin(
+                lambda features, prior: 10.0 + features[:, 1:, None].expand_as(prior),
+                lambda features, prior: features[:, 1:, None].expand_as(prior),
+            )
+            episodes += collector.finish()[1]
+    assert {episode.steered for episode in episodes} == {True, False}
+    for episode in episodes:
+        expected = episode.features[:, 1:] + 10.0 * episode.steered  # the goal
+        assert np.allclose(episode.u, expected, atol=1e-3)
 
 
 def test_transitions_do_not_depend_on_workers(tiny_base):

@@ -300,6 +300,20 @@ def test_update_moves_each_part_by_its_rule(steps, expected):
     assert all(p.grad is None for p in adapter.policy.parameters())
 
 
+def test_both_targets_follow_slowly_where_the_noise_critic_bootstraps():
+    algorithm, adapter = build(bootstrap="noise_critic", tau=0.1)
+    batch = make_batch(adapter)
+    before = {name: value.clone() for name, value in algorithm.state_dict().items()}
+    for _ in range(2):  # the distillation is every second update's
+        last = {name: value.clone() for name, value in algorithm.state_dict().items()}
+        algorithm.update(batch)
+    after = algorithm.state_dict()
+    for name in (name for name in before if name.startswith(("critic.net", "noise_critic.net"))):
+        old = last[f"target_{name}"]
+        assert not torch.equal(after[name], before[name])
+        assert torch.allclose(after[f"target_{name}"], old + 0.1 * (after[name] - old), atol=1e-6), name
+
+
 def test_rank_correlation_sees_a_perfect_and_a_reversed_order():
     algorithm, adapter = build()
     batch = make_batch(adapter)
@@ -399,6 +413,31 @@ def test_replayed_conditioning_decodes_to_what_was_executed(pusht_policy):
     for transition in transitions:  # this policy's features are its conditioning
         assert np.array_equal(transition.extra["conditioning.global"], transition.features)
         assert np.array_equal(transition.extra["next_conditioning.global"], transition.next_features)
+
+
+class HalfPoint(PointAdapter):
+    """Is conditioned, as large policies are, in half precision, and takes no other."""
+
+    def encode(self, batch):
+        return Conditioning({"state": super().encode(batch).tensors["state"].bfloat16()})
+
+    def denoise(self, conditioning, noise):
+        assert conditioning.tensors["state"].dtype == torch.bfloat16
+        return super().denoise(conditioning, noise)
+
+
+def test_the_policy_is_asked_in_the_precision_of_its_conditioning():
+    adapter = HalfPoint()
+    space = FullNoiseConfig(bound=BOUND).build(adapter.noise_spec)
+    states = Conditioning({"state": torch.randn(B, 2).bfloat16()})
+    spec = ConditioningSpec.of(adapter, states)
+    rows = [spec.row(states, i)["conditioning.state"] for i in range(B)]
+    u = BOUND * torch.tanh(torch.randn(B, 3, 2))
+    found = Decoder(adapter, space, spec)({"conditioning.state": torch.as_tensor(np.stack(rows))}, u)
+    for i in range(B):
+        noise = u[i].unflatten(1, adapter.noise_spec.shape)
+        expected = adapter.denoise(states[i].repeat_interleave(3), noise).flatten(1).float()
+        assert torch.allclose(found[i], expected, atol=1e-6)
 
 
 def test_conditioning_that_no_replay_holds_is_refused():

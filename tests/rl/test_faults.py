@@ -138,26 +138,28 @@ def test_nan_losses_never_reach_the_weights(tmp_path):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_broken_step_changes_nothing(fused):
-    def step(optimizer, parameter, gradient):
-        parameter.grad = torch.tensor(gradient)
-        optimizer.step()
+    """Beside an optimiser without a guard, which gets the gradients clipped by hand, and no broken one."""
 
     def build():
         parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-        holder = torch.nn.Module()
-        holder.optimizer = torch.optim.Adam([parameter], lr=0.1, fused=fused)
-        guard = StepGuard(World(Accelerator(cpu=True)), clip=1.0)
-        guard.attach(holder)
-        return holder.optimizer, parameter, guard
+        return parameter, torch.optim.Adam([parameter], lr=0.1, fused=fused)
 
-    (first, a, guard), (second, b, _) = build(), build()
-    for gradient in ([3.0, 4.0], [float("nan"), 1.0], [float("inf"), 1.0], [0.3, 0.4]):
-        step(first, a, gradient)
-    for gradient in ([0.6, 0.8], [0.3, 0.4]):  # clipped to norm 1, and left as it is
-        step(second, b, gradient)
-    assert torch.allclose(a, b, atol=1e-7)
-    assert guard.skipped == 2
-    assert first.state[a]["step"] == second.state[b]["step"] == 2
+    (guarded, first), (plain, second) = build(), build()
+    holder, guard = torch.nn.Module(), StepGuard(World(Accelerator(cpu=True)), clip=1.0)
+    holder.optimizer = first
+    guard.attach(holder)
+    nan, inf = float("nan"), float("inf")
+    steps = [([3.0, 4.0], [0.6, 0.8]), ([nan, 1.0], None), ([1.0, -inf], None), ([0.03, 0.0], [0.03, 0.0])]
+    for gradient, clipped in steps:
+        guarded.grad = torch.tensor(gradient)
+        first.step()
+        if clipped:
+            plain.grad = torch.tensor(clipped)
+            second.step()
+        assert torch.allclose(guarded, plain, atol=1e-7)
+        for name, value in second.state[plain].items():
+            assert torch.allclose(first.state[guarded][name], value, atol=1e-7), name
+    assert guard.skipped == 2 and second.state[plain]["step"] == 2
 
 
 @contextmanager

@@ -73,6 +73,13 @@ def test_frames_go_with_their_last_transition():
     assert len(replay._frames.pixels) == 64  # slots are used again
 
 
+def test_frames_are_kept_while_the_store_grows():
+    store, count = FrameStore(2), 300  # its room doubles at 64, 128 and 256
+    slots = [store.put(np.array([n % 256, n // 256], np.uint8)) for n in range(count)]
+    wanted = torch.tensor([[n % 256, n // 256] for n in range(count)])
+    assert len(store) == count and torch.equal(store[torch.tensor(slots)].long(), wanted)
+
+
 def test_same_frame_twice_counts_twice():
     frames, one = FrameStore(4), np.arange(4, dtype=np.uint8)
     first, second, other = frames.put(one), frames.put(one.copy()), frames.put(one + 1)

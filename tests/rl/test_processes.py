@@ -30,11 +30,11 @@ def run(tmp_path_factory):
     return folder, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_averaged_gradients_are_those_of_the_union_batch(run):
+def test_averaged_and_clipped_gradients_are_those_of_the_union_batch(run):
     for said in run[1]:
         assert set(said["gap"]) == {"critic", "actor", "alpha"}
-        for alone, together in said["gap"].values():
-            assert together < 1e-9 < 1e-4 < alone
+        for alone, *together in said["gap"].values():
+            assert len(together) == 3 and max(together) < 1e-9 < 1e-4 < alone
 
 
 def test_weights_are_the_same_and_experience_is_not(run):

@@ -43,6 +43,8 @@ def trained(**settings):
     for net in (algorithm.actor.net[-1], algorithm.target_actor.net[-1]):
         for value in net.parameters():
             value.data = torch.randn(value.shape, generator=generator)
+    for value in algorithm.target_critic.parameters():
+        value.data += 0.3 * torch.randn(value.shape, generator=generator)
     return algorithm
 
 
@@ -116,6 +118,19 @@ def test_actor_loss_and_whom_it_reaches():
     loss.backward()
     assert all(p.grad is not None for p in algorithm.actor.net.parameters())
     assert all(p.grad is None for p in algorithm.critic.parameters())
+
+
+def test_targets_follow_slowly():
+    algorithm = trained(tau=0.1, actor_every=1)
+    before = {name: value.clone() for name, value in algorithm.state_dict().items()}
+    algorithm.update(batch())
+    after = algorithm.state_dict()
+    for part in ("critic", "actor"):
+        names = [name for name in before if name.startswith(f"{part}.net")]
+        assert names and not any(torch.equal(after[name], before[name]) for name in names)
+        for name in names:
+            old = before[f"target_{name}"]
+            assert torch.allclose(after[f"target_{name}"], old + 0.1 * (after[name] - old), atol=1e-6), name
 
 
 def test_it_begins_as_the_base_and_stays_within_its_scale():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trimtab.rl.statistics import mcnemar, wilson_interval
+from trimtab.rl.statistics import mcnemar, paired_difference, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,26 @@ def test_impossible_counts():
     for counts in ((0, 0), (5, 4), (-1, 4)):
         with pytest.raises(ValueError):
             wilson_interval(*counts)
+
+
+@pytest.mark.parametrize(
+    "gained, lost, both, neither, difference, low, high",
+    [
+        # Bonett and Price (2012); the first two are the examples of Fagerland et al. (2014, 2017). By hand:
+        # d = (g - l) / (n + 2), of a half-width 1.96 sqrt((g + l + 2) / (n + 2) - d^2) / sqrt(n + 2).
+        (1, 7, 1, 12, -6 / 21, -0.5084, -0.0134),  # d = -6 / 23, half-width 0.24749
+        (6, 16, 59, 80, -10 / 161, -0.1195, -0.0032),  # d = -10 / 163, half-width 0.05815
+        (0, 0, 3, 2, 0.0, -0.3960, 0.3960),  # d = 0, half-width 1.96 sqrt(2) / 7 = 0.39597
+        (4, 0, 0, 0, 1.0, 0.0703, 1.0),  # d = 4 / 6, half-width 0.59640, cut at 1
+    ],
+)
+def test_paired_difference(gained, lost, both, neither, difference, low, high):
+    first = [False] * gained + [True] * lost + [True] * both + [False] * neither
+    second = [True] * gained + [False] * lost + [True] * both + [False] * neither
+    found = paired_difference(first, second)
+    assert found == (pytest.approx(difference), pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
+    with pytest.raises(ValueError, match="cannot be paired"):
+        paired_difference(first, second[:-1])
 
 
 @pytest.mark.parametrize("gained, lost, both", [(10, 2, 5), (2, 10, 0), (3, 3, 1), (0, 0, 4), (6, 0, 0)])

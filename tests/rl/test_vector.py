@@ -61,6 +61,18 @@ def test_a_time_limit_that_the_environment_leaves_to_its_caller():
     assert (last.steps, last.terminated, last.truncated) == (2, False, True)
 
 
+def test_success_in_the_last_step_before_the_callers_time_limit_terminates():
+    """Success is the end of the episode: nothing that follows may be valued."""
+    endless = PointEnv(limit=10**6)
+    endless._max_episode_steps = 3
+    env = ChunkEnv(endless)
+    env.reset(0)
+    endless.x, endless.goal = 0.0, 0.5  # 0.45 in the third step
+    result = env.step_chunk(RIGHT, None)
+    assert result.successes.tolist() == [False, False, True]
+    assert (result.terminated, result.truncated) == (True, False)
+
+
 def test_history_is_lerobots_queue():
     point = PointEnv(limit=50)
     env = ChunkEnv(point, n_obs_steps=3)

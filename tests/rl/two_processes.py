@@ -46,7 +46,9 @@ def make_trainer(folder, accelerator, limit=13, slow=0.0, train=TRAIN):
 
 
 def gradient_gap(accelerator):
-    """Largest difference of averaged gradients and those of one process on the union batch, in float64."""
+    """Largest difference of gradients and those of one process on the union batch, in float64: this process'
+    own, the average, and the average clipped to half and to twice its norm.
+    """
     world, gap = World(accelerator), {}
     torch.manual_seed(0)
     algorithm = RL.build(3, FullNoiseConfig().build(PointAdapter().noise_spec), accelerator, None).double()
@@ -58,7 +60,7 @@ def gradient_gap(accelerator):
     }
     eps = torch.randn(rows, dim).double()
     part = slice(world.rank * rows // world.size, (world.rank + 1) * rows // world.size)
-    sample, guard = algorithm.actor.sample, StepGuard(world)
+    sample = algorithm.actor.sample
 
     def losses(chosen):
         batch = {name: value[chosen] for name, value in union.items()}
@@ -71,12 +73,20 @@ def gradient_gap(accelerator):
     for (name, optimizer, here), (_, _, whole) in zip(losses(part), losses(slice(None)), strict=True):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         expected = torch.autograd.grad(whole, parameters)
-        for parameter, gradient in zip(parameters, torch.autograd.grad(here, parameters), strict=True):
-            parameter.grad = gradient
-        alone = max(float((p.grad - e).abs().max()) for p, e in zip(parameters, expected, strict=True))
-        guard(optimizer.optimizer, (), {})
-        together = max(float((p.grad - e).abs().max()) for p, e in zip(parameters, expected, strict=True))
-        gap[name] = [alone, together]
+        own = torch.autograd.grad(here, parameters)
+        norm = float(torch.cat([gradient.flatten() for gradient in expected]).norm())
+
+        def off(scale, parameters=parameters, expected=expected):
+            return max(float((p.grad - scale * e).abs().max()) for p, e in zip(parameters, expected))
+
+        gap[name] = []
+        halved, as_it_is = StepGuard(world, norm / 2), StepGuard(world, 2 * norm)
+        for guard, scale in ((None, 1), (StepGuard(world), 1), (halved, 0.5), (as_it_is, 1)):
+            for parameter, gradient in zip(parameters, own, strict=True):
+                parameter.grad = gradient.clone()
+            if guard is not None:
+                guard(optimizer.optimizer, (), {})
+            gap[name].append(off(scale))
     return gap
 
 
