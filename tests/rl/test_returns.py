@@ -157,3 +157,19 @@ def test_the_environments_own_reward_is_left_alone():
     lost = result([0.5, -3.0], [False, False], terminated=True)
     assert Returns("env", G).of(lost, succeeded=False) == (pytest.approx(0.5 - 2.7), 0.0)
     assert Returns("env", G).bounds is None
+
+
+@pytest.mark.parametrize("unlearnt", [0.0, -50.0])
+def test_q_learning_walks_to_the_goal_and_not_into_the_pit(unlearnt):
+    """Pit at -2, goal at 12, start at 0. No step begins in the pit, so its own value is never learnt."""
+    pit, goal, returns = -2, 12, Returns("sparse", 0.99)
+    draw, q, x = np.random.default_rng(0), np.full((goal - pit + 1, 2), unlearnt), 0
+    for _ in range(3000):
+        best = np.flatnonzero(q[x - pit] == q[x - pit].max())
+        action = draw.integers(2) if draw.random() < 0.3 else draw.choice(best)
+        after = x + 2 * action - 1
+        won, ended = after == goal, after in (pit, goal)
+        reward, discount = returns.of(result([0.0], [won], terminated=ended), won)
+        q[x - pit, action] += 0.5 * (reward + discount * q[after - pit].max() - q[x - pit, action])
+        x = 0 if ended else after
+    assert q[1:-1].argmax(1).tolist() == [1] * (goal - pit - 1)
