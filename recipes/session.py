@@ -22,8 +22,9 @@ from trimtab.recipes.console import default_threads
 from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_grid_video
 from trimtab.rl.distributed import World
+from trimtab.rl.envs.building import check_buildable
 from trimtab.rl.envs.metaworld import split_tasks
-from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost, check_buildable
+from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together
 from trimtab.rl.faults import FaultsConfig
 from trimtab.rl.runner import Encoded, PolicyRunner

@@ -6,9 +6,10 @@ import pytest
 
 from tests.helpers.lane import LaneConfig, LaneEnv
 from trimtab.adapters import UserError
+from trimtab.rl.envs.building import make_single_env
 from trimtab.rl.envs.chunk import ChunkEnv, NotFinite
 from trimtab.rl.envs.contract import describe, examine, read_success
-from trimtab.rl.envs.vector import ChunkVectorEnv, make_single_env
+from trimtab.rl.envs.vector import ChunkVectorEnv
 
 RIGHT = np.array([[1, 0]] * 4, np.float32)
 IMAGE = np.zeros((8, 8, 3), np.uint8)
@@ -290,8 +291,7 @@ def test_nothing_is_stepped_whose_reset_has_not_returned():
 def test_environments_that_create_envs_does_not_hold_here():
     class Elsewhere(LaneConfig):
         def create_envs(self, n_envs, use_async_envs=False):
-            (vec,) = LaneConfig.create_envs(self, n_envs)["test_lane"].values()
-            return {"x": {0: gym.wrappers.vector.RecordEpisodeStatistics(vec)}}
+            return {"mine": {0: gym.vector.VectorEnv()}}
 
     class Lacking(LaneConfig):
         @property
@@ -303,7 +303,7 @@ def test_environments_that_create_envs_does_not_hold_here():
             return "tests.helpers.absent"
 
     Elsewhere.get_choice_name = Lacking.get_choice_name = classmethod(lambda cls, kind: "mine")
-    with pytest.raises(UserError, match=r"'mine' must give a .*SyncVectorEnv, it gives a Record"):
+    with pytest.raises(UserError, match=r"'mine' must give a .*SyncVectorEnv, it gives a VectorEnv"):
         make_single_env(Elsewhere())
     with pytest.raises(UserError, match=r"No module named 'tests\.helpers\.absent': Package .* not found"):
         make_single_env(Lacking())
