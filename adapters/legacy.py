@@ -25,7 +25,7 @@ from trimtab.adapters.weights import read_tensors
 
 # SmolVLA's had one set for each dataset that it was trained on (`normalize_inputs.so100-red_buffer_...`).
 BUFFER = re.compile(
-    r"(?P<place>\w+)\.(?:so\d+(?:-\w+?)?_)?buffer_(?P<feature>.+)\.(?P<statistic>mean|std|min|max)"
+    r"(?P<place>\w+)\.(?:so\d+(?:-\w+?)?[_.])?buffer_(?P<feature>.+)\.(?P<statistic>mean|std|min|max)"
 )
 TOKENIZER_STEP = "tokenizer_processor"
 EXECUTED = "unnormalize_outputs"  # made the actions; `normalize_targets` was for the loss

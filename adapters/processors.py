@@ -100,9 +100,9 @@ def processor_error(error: Exception, folder: Path, options: PolicyConfig, asked
     why = reason(error)
     if failed is not None:
         why = f"step '{failed[1]}': {reason(error.__cause__ or error)}"
-    elif isinstance(error, KeyError) and DEVICE_STEP not in steps and not is_legacy(folder):
+    elif isinstance(error, KeyError) and DEVICE_STEP not in (own := _own_steps(folder)) and own:
         why = (
-            f"{folder / PREPROCESSOR} has no step '{DEVICE_STEP}' (it has {', '.join(steps) or 'none'}), and "
+            f"{folder / PREPROCESSOR} has no step '{DEVICE_STEP}' (it has {', '.join(own) or 'none'}), and "
             "LeRobot's own commands do not run without"
         )
     message = f"the processors in {folder} cannot be loaded: {why}"
@@ -118,6 +118,11 @@ def processor_error(error: Exception, folder: Path, options: PolicyConfig, asked
     return UserError(
         OPTION, f"{message}; name what cannot be fetched: {' or '.join(hints)}" if hints else message
     )
+
+
+def _own_steps(folder: Path) -> list[str]:
+    path = folder / PREPROCESSOR
+    return [step_name(step) for step in raw_steps(path)] if path.is_file() else []
 
 
 def _unknown_step(path: Path) -> str | None:
@@ -195,17 +200,18 @@ def _check_statistics(step: Any, features: dict[str, Any], path: Path) -> None:
             raise UserError(
                 OPTION,
                 f"{path} normalises '{key}' by {mode} but has no finite {' and '.join(bad)} of it; "
-                f"{_there(step, key, known, stats, path)}",
+                f"{_there(step, key, bad, known, stats, path)}",
             )
 
 
-def _there(step: Any, key: str, known: dict[str, Tensor], stats: dict[str, Any], path: Path) -> str:
+def _there(
+    step: Any, key: str, bad: list[str], known: dict[str, Tensor], stats: dict[str, Any], path: Path
+) -> str:
     """What statistics there are instead, and the mend."""
+    if known and all(name in known for name in bad):
+        return "it was never filled: a base model gets its statistics when it is fine-tuned"
     if known:
-        return (
-            f"there is {', '.join(sorted(known))}, not filled: a base model gets its statistics when it is "
-            "fine-tuned"
-        )
+        return f"there is its {', '.join(sorted(known))}"
     if not stats:
         saved = next((s for s in raw_steps(path) if step_name(s) == _name(step)), {}) if _json(path) else {}
         beside = sorted(file.name for file in path.parent.glob(f"{path.stem}_step_*.safetensors"))

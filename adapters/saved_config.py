@@ -9,7 +9,7 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from trimtab.adapters.errors import UserError, reason
-from trimtab.adapters.files import CONFIG, OPTION, POSTPROCESSOR, PREPROCESSOR, raw_steps
+from trimtab.adapters.files import CONFIG, OPTION, POSTPROCESSOR, PREPROCESSOR, raw_steps, read_json
 
 # Fields that count something of which there is at least one, whatever the policy calls it.
 COUNTS = (
@@ -18,6 +18,11 @@ COUNTS = (
     *("num_denoise_steps", "num_denoising_steps", "num_integration_steps", "action_num_inference_steps"),
 )
 CHANNELS = (1, 3, 4)
+SIDES = ("input_features", "output_features")
+
+
+class _Senseless(ValueError):
+    """What this module finds wrong with a config."""
 
 
 def read_config(folder: Path) -> Any:
@@ -27,29 +32,16 @@ def read_config(folder: Path) -> Any:
         UserError: LeRobot refuses it; a field that needs a value is null; features are missing or senseless.
     """
     from lerobot.configs import PreTrainedConfig
-    from lerobot.utils.constants import ACTION
 
     path = folder / CONFIG
+    raw = read_json(path)
     try:
+        _refuse_empty_features(raw, folder)
+        _refuse_nulls(raw, PreTrainedConfig.get_choice_class(raw["type"]))
         config: Any = PreTrainedConfig.from_pretrained(str(folder))
-        _refuse_nulls(config)
-        for name in COUNTS:
-            value = getattr(config, name, None)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        for side in ("input_features", "output_features"):
-            if not getattr(config, side):
-                raise ValueError(
-                    f"its {side} are empty; LeRobot fills them from the dataset in training, and a policy "
-                    f"cannot run without: fill them in{_known(folder, side)}"
-                )
-            for key, feature in getattr(config, side).items():
-                _check_feature(f"{side}.{key}", feature)
-        if config.action_feature is None:
-            held = ", ".join(
-                f"{key} ({feature.type.value})" for key, feature in config.output_features.items()
-            )
-            raise ValueError(f"its output_features hold {held}, but no '{ACTION}' of type ACTION")
+        _check(config)
+    except _Senseless as error:
+        raise UserError(OPTION, f"{path} cannot be loaded: {error}") from None
     except Exception as error:
         raise UserError(OPTION, f"{path} cannot be loaded: {reason(error)}{_hint(error)}") from error
     # The instruction travels beside the observations, whatever a config says.
@@ -73,28 +65,56 @@ def set_to_act(config: Any) -> list[str]:
     return notes
 
 
-def _refuse_nulls(config: Any) -> None:
+def _refuse_empty_features(raw: dict[str, Any], folder: Path) -> None:
+    """In the file: a class may put in features of its own (fastwam does)."""
+    for side in SIDES:
+        if not raw.get(side):
+            raise _Senseless(
+                f"its {side} are empty; LeRobot fills them from the dataset in training, and a policy "
+                f"cannot run without: fill them in{_known(folder, side)}"
+            )
+
+
+def _refuse_nulls(raw: dict[str, Any], cls: type) -> None:
     """draccus takes null for any plain type."""
-    hints = get_type_hints(type(config))
-    for field in fields(config):
+    hints = get_type_hints(cls)
+    for field in fields(cls):
         hint = hints.get(field.name, Any)
         free = hint is Any or NoneType in get_args(hint) or field.default is None
-        if getattr(config, field.name) is None and not free:
-            default = field.default if field.default is not MISSING else field.default_factory()
-            raise ValueError(f"{field.name} is null; it needs a value (LeRobot's default is {default})")
+        if field.name in raw and raw[field.name] is None and not free:
+            default = field.default
+            if field.default_factory is not MISSING:
+                default = field.default_factory()
+            usual = "" if default is MISSING else f" (LeRobot's default is {default})"
+            raise _Senseless(f"{field.name} is null; it needs a value{usual}")
+
+
+def _check(config: Any) -> None:
+    from lerobot.utils.constants import ACTION
+
+    for name in COUNTS:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value < 1:
+            raise _Senseless(f"{name} is {value}; it must be at least 1")
+    for side in SIDES:
+        for key, feature in getattr(config, side).items():
+            _check_feature(f"{side}.{key}", feature)
+    if config.action_feature is None:
+        held = ", ".join(f"{key} ({feature.type.value})" for key, feature in config.output_features.items())
+        raise _Senseless(f"its output_features hold {held}, but no '{ACTION}' of type ACTION")
 
 
 def _check_feature(name: str, feature: Any) -> None:
     shape = feature.shape
     if feature.type is None or not shape or any(not isinstance(n, int) or n < 1 for n in shape):
-        raise ValueError(f"{name} has type {feature.type} and shape {shape}; both must say what it is")
+        raise _Senseless(f"{name} has type {feature.type} and shape {shape}; both must say what it is")
     if feature.type.value != "VISUAL":
         return
     if len(shape) != 3:
-        raise ValueError(f"{name} has shape {list(shape)}; an image is (channels, height, width)")
+        raise _Senseless(f"{name} has shape {list(shape)}; an image is (channels, height, width)")
     if shape[0] not in CHANNELS and shape[2] in CHANNELS:
         turned = [shape[2], *shape[:2]]
-        raise ValueError(
+        raise _Senseless(
             f"{name} has shape {list(shape)}; LeRobot's images are (channels, height, width): {turned}"
         )
 

@@ -43,7 +43,10 @@ class SmolVLAAdapter(PolicyAdapter):
             config.load_vlm_weights = options.dtype == "bfloat16"
         config.vlm_model_name = options.backbone or config.vlm_model_name
         config.num_steps = options.num_inference_steps or config.num_steps
-        return []
+        if config.use_cache:
+            return []
+        config.use_cache = True
+        return ["use_cache is on here: without it LeRobot cannot sample"]
 
     @classmethod
     def build(cls, config: Any) -> Any:

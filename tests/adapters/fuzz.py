@@ -24,6 +24,7 @@ CHANGED = {
     *("compile_model", "rtc_config", "noise_scheduler_type", "num_inference_steps"),
     *("pretrained_backbone_weights", "enable_gradient_checkpointing", "enable_world_model"),
     *("attn_mode", "attn_implementation", "use_flash_attn", "inference_action_mode", "torch_dtype"),
+    "use_cache",
     # Where the backbone and the tokenizer lie on this machine.
     *("vlm_model_name", "vlm_base", "vision_encoder_name", "text_encoder_name", "base_model_path"),
     *("qwen_model_name", "checkpoint_path", "checkpoint_force_download", "pretrained_name_or_path"),
