@@ -26,6 +26,7 @@ from trimtab.adapters.files import (
     state_files,
 )
 from trimtab.adapters.legacy import processor_files
+from trimtab.recipes.launched import launched_processes
 from trimtab.recipes.lora_data import batches, check_features, open_dataset
 from trimtab.recipes.lora_targets import put_lora
 from trimtab.rl.progress import Progress
@@ -94,6 +95,12 @@ class FineTuner:
     ) -> None:
         from accelerate import Accelerator
 
+        if launched_processes() > 1:  # as the environment says, whether or not the others are there
+            raise UserError(
+                "accelerate",
+                "trimtab lora runs in one process, and WORLD_SIZE says there are more; unset it, or for many "
+                "GPUs take `lerobot-train --peft...`",
+            )
         self.folder, self.options, self.config = folder.resolve(), policy, config
         self.base_files = adapter.weights_files
         self.base_hashes = self._hashes()
@@ -107,11 +114,6 @@ class FineTuner:
             step_scheduler_with_optimizer=False,
             mixed_precision=precision or "no",
         )
-        if self.accelerator.num_processes > 1:
-            raise UserError(
-                "accelerate",
-                "trimtab lora runs in one process; for many GPUs there is `lerobot-train --peft...`",
-            )
         self.prepared = self.accelerator.prepare(self.model)
 
     @property

@@ -80,5 +80,6 @@ def noise_said(args: list[str], algorithm: str) -> bool:
     if _value(args, "--noise.type") is not None:
         return True
     held = read_options(_value(args, "--config_path")) or {}
-    before = (held.get("rl") or {}).get("type")
-    return before in (None, algorithm) and bool((held.get("noise") or {}).get("type"))
+    parts = (held.get("rl"), held.get("noise"))
+    before, noise = (part.get("type") if isinstance(part, dict) else None for part in parts)
+    return before in (None, algorithm) and noise is not None

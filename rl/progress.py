@@ -44,6 +44,4 @@ class Progress(tqdm):
         rate = known["n"] / known["elapsed"] if known["elapsed"] else 0.0
         total = "" if self.total is None else f"/{self.total}"
         more = f", {self.postfix}" if self.postfix else ""
-        print(
-            f"{self.desc}: {self.n}{total} {self.unit}, {rate:.3g} a second{more}", file=self.fp, flush=True
-        )
+        print(f"{self.desc}: {self.n}{total}, {rate:.3g} {self.unit}/s{more}", file=self.fp, flush=True)

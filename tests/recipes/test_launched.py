@@ -48,6 +48,15 @@ def test_one_process_needs_no_launcher(values, monkeypatch):
     assert launched_processes() == 1 and make_accelerator("cpu").num_processes == 1
 
 
+def test_lora_does_not_wait_for_processes_that_it_cannot_use(monkeypatch, tmp_path, capsys):
+    for variable, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(variable, value)
+    base = make_diffusion(tmp_path / "base")
+    argv = ["lora", f"--policy.path={base}", "--policy.device=cpu", "--dataset.repo_id=a/b"]
+    assert main([*argv, f"--output_dir={tmp_path / 'out'}"]) == 2
+    assert "lora runs in one process, and WORLD_SIZE says there are more" in capsys.readouterr().err
+
+
 def test_a_whole_launch_passes(monkeypatch):
     for variable, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(variable, value)

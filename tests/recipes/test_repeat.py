@@ -182,6 +182,14 @@ def test_a_golden_tickets_noise_goes_with_it():
     assert retyped(None, {"--rl.type": "best_of_n"}) == (None, [])
 
 
+@pytest.mark.parametrize("text", ["noise: full\n", "rl: best\nenv: 3\n", "1: {2: 3}\n", "policy: []\n"])
+def test_odd_files_are_still_one_line(text, tmp_path, capsys):
+    (tmp_path / "odd.yaml").write_text(text)
+    for more in (["--rl.type=golden_ticket", "--env.type=pusht"], ["--rl.preset=paper"], []):
+        assert main(["adapt", f"--config_path={tmp_path / 'odd.yaml'}", *more]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_fields_of_another_algorithm_on_the_command_line_are_still_refused():
     with pytest.raises(UserError, match="--rl"):
         read("--config_path=pi0_libero", "--rl.type=dsrl_sac", "--rl.num_candidates=4")

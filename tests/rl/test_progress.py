@@ -26,7 +26,7 @@ def written(monkeypatch, stream, every=60.0, **named):
 
 def test_a_log_gets_one_line_at_the_end(monkeypatch):
     (line,) = written(monkeypatch, io.StringIO()).split("\n")[:-1]
-    assert line.startswith("steering: 500/500 step, ") and line.endswith(" a second, success 0.50")
+    assert line.startswith("steering: 500/500, ") and line.endswith(" step/s, success 0.50")
     assert "\r" not in line
 
 
