@@ -200,6 +200,9 @@ def test_a_server_need_not_repeat_itself_to_the_bit(policy_server):
 def test_identity_tells_policies_apart(remote, policy_server):
     identity = remote.identity(policy_server)
     remote.check_identity(identity, policy_server)
+    example = remote.example_conditioning(1, torch.Generator().manual_seed(0)).repeat_interleave(2)
+    one, other = remote.denoise(example, noise_like(remote, 2))
+    assert 0 < identity["tolerance"] < 0.3 * (one - other).abs().max()  # less than what noise changes
     identity["answer"][0] += 2 * identity["tolerance"]
     with pytest.raises(UserError, match="another policy is served there"):
         remote.check_identity(identity, policy_server)

@@ -1,27 +1,36 @@
 """`trimtab compare`: real runs of every kind, what is kept and made again, and a report that counts right."""
 
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
+from accelerate import Accelerator
 from lerobot.configs.default import DatasetConfig
 
 from tests.rl.point import PointAdapter, PointConfig
-from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.adapters import NoiseSpec, PolicyConfig, UserError, load_adapter
+from trimtab.policies.actor import ActorConfig
 from trimtab.policies.artefact import is_artefact
+from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.cli import main
 from trimtab.recipes.compare.command import ALL, CompareConfig
 from trimtab.recipes.compare.folders import read_runs
+from trimtab.recipes.compare.from_recipe import comparison
 from trimtab.recipes.compare.meter import Meter
-from trimtab.recipes.compare.methods import METHODS, Bout, customised
+from trimtab.recipes.compare.methods import METHODS, Bout, customised, trained
 from trimtab.recipes.compare.report import cells, label, markdown
 from trimtab.recipes.compare.summary import against, elsewhere, summarise
 from trimtab.recipes.metaworld.base import BaseConfig, make_base
 from trimtab.recipes.metaworld.cloning import CloningConfig
 from trimtab.recipes.metaworld.dataset import REPO_ID
 from trimtab.recipes.session import EpisodesConfig, MachineConfig, Session
+from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.evaluation import evaluate
@@ -306,7 +315,9 @@ def test_the_median_of_two_seeds_is_the_later():
     (entry,) = summarise(runs[:2])
     assert entry["to_level"]["80"]["steps"] == [200, 300] and entry["to_level"]["80"]["steps_median"] == 300
     assert entry["to_level"]["80"]["episodes_median"] == 4
+    runs[2]["points"][-1]["env_steps"] = 320
     (entry,) = summarise([runs[0], runs[2]])
+    assert cells(entry)[5] == "> 320"  # not within what either has spent
     assert entry["to_level"]["80"]["steps"] == [200, None] and entry["to_level"]["80"]["steps_median"] is None
 
 
@@ -351,6 +362,58 @@ def test_successes_while_learning_are_counted_whole(tmp_path):
     ((run,), _) = read_runs([tmp_path])
     assert run["points"][0]["actor"] == {"successes": 29, "episodes": 100, "success_rate": 0.29}
     assert (run["task"], run["method"], run["seed"]) == ("t", "steered", 3)
+
+
+def test_fine_tuning_takes_the_time_of_all_its_parts(tmp_path):
+    shared = {"evaluation_seeds": [0, 2], "env": {"type": "e", "task": "t"}, "from_rollouts": True}
+    sizes = {"method": "lora", "trained_parameters": 5, "saved_bytes": 7}
+    seconds = {"base_evaluation": 100.0, "rollouts": 1.0, "recording": 2.0, "training": 4.0}
+    results = {"policies": {"fine_tuned": summary("110")}, **shared, **sizes, "seconds": seconds}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    ((run,), _) = read_runs([tmp_path])
+    assert run["cost"]["wall_seconds"] == 7.0
+
+
+def burn(seconds, done):
+    """CPU time, most of it the system's; then wait to be told to end."""
+    with open("/dev/zero", "rb", buffering=0) as zeros:
+        while sum(os.times()[:2]) < seconds:
+            zeros.read(1 << 20)
+    done.wait()
+
+
+def test_cpu_time_of_workers_counts_and_stays_when_they_end():
+    context, meter = multiprocessing.get_context("fork"), Meter()
+    done = context.Event()
+    worker = context.Process(target=burn, args=(0.3, done), daemon=True)
+    worker.start()
+    deadline = time.monotonic() + 30
+    while meter.cpu() - time.process_time() < 0.28 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert time.monotonic() < deadline
+    done.set()
+    worker.join()
+    assert meter.cpu() - time.process_time() >= 0.28
+
+
+@pytest.mark.parametrize("own", [0, 2])
+def test_weights_that_best_of_k_needs_are_the_critics_and_the_actors_if_it_proposes(own):
+    sizes = {"actor": ActorConfig(hidden=8, layers=1), "critic": CriticConfig(hidden=8, layers=1)}
+    config = BestOfNConfig(num_candidates=4, actor_candidates=own, **sizes)
+    space = FullNoiseConfig().build(NoiseSpec((2, 1)))
+    learner = config.build(3, space, Accelerator(cpu=True), (-20.0, 0.0), 4)
+    actor, critic = (sum(p.numel() for p in part.parameters()) for part in (learner.actor, learner.critic))
+    assert trained(learner, {"actor": None, "acting": None}) == {
+        "actor": actor,
+        "acting": critic + (actor if own else 0),
+    }
+
+
+def test_a_recipe_keeps_what_is_not_the_comparisons_own():
+    train = {"env_steps": 1200, "log_every": 5, "first_update": 7}
+    found = comparison({"train": train, "rl": {"type": "dsrl_sac"}, "eval": {"n_episodes": 9}}, None, False)
+    assert found["settings"]["steered"] == {"rl": {"type": "dsrl_sac"}, "train": {"first_update": 7}}
+    assert (found["env_steps"], found["n_episodes"], found["final_episodes"]) == (1200, 9, 9)
 
 
 @pytest.fixture(scope="module")

@@ -223,8 +223,10 @@ def test_export_moves_with_its_base_and_exports_again(run, tmp_path, capsys):
     shutil.move(tmp_path / "there" / "base", tmp_path / "elsewhere")
     assert main([*argv[:2], f"--output_dir={tmp_path / 'd'}"]) == 2
     assert "is not where it was" in capsys.readouterr().err
-    assert main([*argv[:2], f"--output_dir={tmp_path / 'd'}", f"--policy.path={tmp_path / 'elsewhere'}"]) == 0
-    assert read_config(tmp_path / "d").base.path == "../elsewhere"
+    other = [f"--policy.path={tmp_path / 'elsewhere'}", "--policy.revision=v2"]
+    assert main([*argv[:2], f"--output_dir={tmp_path / 'd'}", *other]) == 0
+    base = read_config(tmp_path / "d").base
+    assert (base.path, base.revision) == ("../elsewhere", "v2")
     again = json.loads((tmp_path / "d" / "adapt.json").read_text())
     assert (
         again["policy"]["path"] == str(tmp_path / "elsewhere") and again["env"]["task"] == "drawer-close-v3"

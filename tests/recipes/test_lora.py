@@ -14,9 +14,9 @@ from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.files import file_hash, is_peft
 from trimtab.recipes.cli import main
 from trimtab.recipes.console import parse
-from trimtab.recipes.lora import LoraConfig
+from trimtab.recipes.lora import LoraConfig, means
 from trimtab.recipes.lora_data import ColumnWindows, Recorder, batches
-from trimtab.recipes.lora_rollouts import RolloutEpisode, Rollouts
+from trimtab.recipes.lora_rollouts import RolloutEpisode, Rollouts, as_recorded
 from trimtab.recipes.lora_targets import as_pattern, default_targets
 from trimtab.recipes.lora_training import FineTuner, TuningConfig
 from trimtab.recipes.metaworld.dataset import REPO_ID
@@ -462,8 +462,20 @@ def test_learning_rate(base, method, times):
     trained = tuner(base, method=method)
     own = trained.policy.config.get_optimizer_preset().lr
     assert trained.pipeline(data, 10, 0).optimizer.lr == pytest.approx(times * own)
+    assert trained.pipeline(data, 100, 0).scheduler.num_warmup_steps == 5
     trained.config.learning_rate = 0.02
     assert trained.pipeline(data, 10, 0).optimizer.lr == 0.02
+
+
+def test_cameras_are_recorded_as_they_were_seen():
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 3, 16, 16)
+    recorded = as_recorded(pixels.float() / 255)  # as LeRobot hands them on
+    assert recorded.dtype == np.uint8 and np.array_equal(recorded, pixels.permute(0, 2, 3, 1).numpy())
+    assert (as_recorded(torch.full((1, 3, 2, 2), 0.999)) == 255).all()  # to the nearest
+
+
+def test_the_loss_curve_is_of_means():
+    assert means([1.0, 3.0] * 50 + [5.0] * 20) == [2.0, 5.0]
 
 
 def test_the_noise_of_an_episode_is_its_own(base):

@@ -28,6 +28,14 @@ def test_does_not_depend_on_the_number_of_environments_or_their_order():
     assert 0 < one.success_rate < 1
 
 
+def test_many_sources_in_one_sweep_are_as_each_alone():
+    mixed = run(7, [base_noise if k % 3 else zero_noise for k in range(len(SEEDS))])
+    for source, rows in ((base_noise, np.arange(30) % 3 > 0), (zero_noise, np.arange(30) % 3 == 0)):
+        alone = run(7, source)
+        assert np.array_equal(mixed.steps[rows], alone.steps[rows])
+        assert np.array_equal(mixed.successes[rows], alone.successes[rows])
+
+
 def test_more_environments_than_episodes():
     assert len(run(5, seeds=[1, 2]).successes) == 2
 
