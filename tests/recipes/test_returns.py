@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 
 import tests.helpers.lane as lane
+from trimtab.adapters import PolicyConfig, load_adapter
+from trimtab.policies.sources import own_noise
 from trimtab.recipes.cli import main
 from trimtab.recipes.continuing import decode, encode
-from trimtab.rl.evaluation import Evaluation, pooled, require_success
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.evaluation import Evaluation, evaluate, pooled, require_success
+from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.statistics import bootstrap_interval
 
 SMALL = [
@@ -42,6 +46,23 @@ def test_eval_shows_the_return(policy, tmp_path, capsys):
         low, high = entry["return_ci95"]
         assert low <= entry["return_mean"] <= high and f"{entry['return_mean']:.4g} [{low:.4g}" in said
     assert "selection_return" in results["constant_noise_search"]
+
+
+def test_the_return_is_all_that_the_environment_paid(policy):
+    class Counting(ChunkVectorEnv):
+        paid = 0.0
+
+        def receive(self):
+            results = super().receive()
+            self.paid += sum(found.rewards.sum() for found in results.values() if hasattr(found, "rewards"))
+            return results
+
+    config, adapter = lane.LaneConfig(manner="dense"), load_adapter(PolicyConfig(str(policy), device="cpu"))
+    with Counting(config, 3, 0) as vec:
+        source = own_noise(adapter.noise_spec)
+        found = evaluate(PolicyRunner(adapter, config), vec, source, range(5), progress=False)
+    assert found.returns.sum() == pytest.approx(vec.paid) and not found.reported
+    assert len(set(found.returns.tolist())) == 5 and found.steps.max() > 4, "of more chunks than one"
 
 
 def test_success_is_shown_as_before_where_it_is_reported(policy, tmp_path, capsys):
