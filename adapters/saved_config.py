@@ -55,13 +55,13 @@ def set_to_act(config: Any) -> list[str]:
     What is without effect in eval mode (gradient checkpointing, what is frozen) stays, for fine-tuning.
     """
     notes = []
-    if getattr(config, "compile_model", False):
-        config.compile_model = False
-        notes.append("compile_model is off here: the same actions, without waiting for the compiler")
     if getattr(config, "rtc_config", None) is not None:
         if config.rtc_config.enabled:
             notes.append("real-time chunking is off: with it a chunk depends on the one before")
         config.rtc_config = None
+    if getattr(config, "compile_model", False):
+        config.compile_model = False
+        notes.append("compile_model is off here: the same actions, without waiting for the compiler")
     return notes
 
 
