@@ -147,7 +147,6 @@ def test_a_policy_that_looks_at_every_camera(tmp_path):
 RESIZES = {
     "diffusion": ({"images": True}, {"resize_shape": (48, 48)}, {"crop_shape": (48, 48)}),
     "multi_task_dit": ({}, {"image_resize_shape": (64, 64)}, {}),
-    "smolvla": ({}, {}, {"resize_imgs_with_padding": None}),
 }
 
 
