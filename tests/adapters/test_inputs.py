@@ -73,6 +73,11 @@ def test_cameras_are_compared_as_sets_by_lerobots_rule(adapter, cameras):
     assert (f"also gives {FRONT}" in notes) == (FRONT in cameras)
 
 
+def test_no_camera_at_all(adapter):
+    with pytest.raises(UserError, match=r"the policy needs observation\.images\.camera1, .*camera2: "):
+        adapter.observe(observation(adapter))
+
+
 def test_the_renaming_that_is_suggested_works(adapter, two_cameras):
     seen = observation(adapter, LEFT, FRONT)
     with pytest.raises(
