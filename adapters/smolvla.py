@@ -27,6 +27,7 @@ class SmolVLAAdapter(PolicyAdapter):
 
     policy_type: ClassVar[str] = "smolvla"
     reads_task = True
+    resizes_images = True
     fills_missing_cameras = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
@@ -72,11 +73,6 @@ class SmolVLAAdapter(PolicyAdapter):
     def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
         name = options.tokenizer or options.backbone
         return ({"tokenizer_processor": {"tokenizer_name": name}} if name else {}), {}
-
-    @property
-    def resizes_images(self) -> bool:
-        """Whether the policy scales its images."""
-        return self.config.resize_imgs_with_padding is not None
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:

@@ -51,10 +51,8 @@ def check_features(dataset: Any, adapter: PolicyAdapter, rename_map: dict[str, s
     config = adapter.config
     given = {rename_map.get(k, k): f for k, f in dataset_to_policy_features(dataset.meta.features).items()}
     wanted = {**config.input_features, **config.output_features}
-    missing = [key for key in wanted if key not in given and "empty_camera" not in key]
-    cameras = [key for key in wanted if wanted[key].type is FeatureType.VISUAL]
-    if adapter.fills_missing_cameras and any(key in given for key in cameras):
-        missing = [key for key in missing if key not in cameras]
+    required = {**adapter.required_inputs(given), **config.output_features}
+    missing = [key for key in required if key not in given]
     where = f"the dataset {dataset.repo_id}"
     if missing:
         raise UserError(

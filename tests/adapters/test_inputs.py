@@ -73,6 +73,11 @@ def test_cameras_are_compared_as_sets_by_lerobots_rule(adapter, cameras):
     assert (f"also gives {FRONT}" in notes) == (FRONT in cameras)
 
 
+def test_no_camera_at_all(adapter):
+    with pytest.raises(UserError, match=r"the policy needs observation\.images\.camera1, .*camera2: "):
+        adapter.observe(observation(adapter))
+
+
 def test_the_renaming_that_is_suggested_works(adapter, two_cameras):
     seen = observation(adapter, LEFT, FRONT)
     with pytest.raises(
@@ -147,7 +152,6 @@ def test_a_policy_that_looks_at_every_camera(tmp_path):
 RESIZES = {
     "diffusion": ({"images": True}, {"resize_shape": (48, 48)}, {"crop_shape": (48, 48)}),
     "multi_task_dit": ({}, {"image_resize_shape": (64, 64)}, {}),
-    "smolvla": ({}, {}, {"resize_imgs_with_padding": None}),
 }
 
 

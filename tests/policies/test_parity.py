@@ -198,6 +198,15 @@ def test_other_actions_are_refused_and_nothing_is_written(fault, lane, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_other_shapes_and_nan_are_no_rounding():
+    from trimtab.recipes.export_check import _difference
+
+    zero = torch.zeros(2, 3)
+    assert _difference(zero, zero + 9e-7) == 0.0 and _difference(zero, zero + 2e-6) > 0
+    assert _difference(zero, zero[:1]) == float("inf")
+    assert _difference(zero, zero * float("nan"))
+
+
 def test_relative_actions_are_refused_step_by_step(tmp_path, capsys):
     """LeRobot adds each action to the state at its own step, where the chunk was made for one state."""
     options = make_tiny(
