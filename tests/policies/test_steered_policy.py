@@ -448,7 +448,7 @@ BAD = {
     "truncated": (lambda f, b: truncate(f / "model.safetensors"), "truncated or no safetensors file"),
     "no weights": (lambda f, b: (f / "model.safetensors").unlink(), "lacks model.safetensors"),
     "truncated to nothing": (lambda f, b: (f / "model.safetensors").write_bytes(b""), "truncated or no saf"),
-    "no json": (lambda f, b: truncate(f / "config.json"), "is not a policy of type trimtab"),
+    "no json": (lambda f, b: truncate(f / "config.json"), "config.json is not JSON"),
     "truncated base": (lambda f, b: truncate(b / "model.safetensors"), "its weights have another hash"),
     "other settings": (change_settings, "steers: config.json changed"),
     "base without a name": (change_config(base={"path": None}), "is not an artefact's config"),
