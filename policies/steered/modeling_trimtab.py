@@ -229,7 +229,8 @@ class TrimtabPolicy(PreTrainedPolicy):
             if self.base is None:  # a server normalises; it takes raw observations with a time axis
                 raw = {k: v.unsqueeze(1) for k, v in batch.items() if k in self.config.input_features}
                 return self.adapter.observe(raw | ({TASK: list(batch[TASK])} if TASK in batch else {}))
-            before, tasks = self._before, batch.get(RAW_TASK, batch.get(TASK))
+            before = self._before
+            tasks = batch.get(RAW_TASK, batch[TASK]) if TASK in batch else None
             batch = {key: value for key, value in batch.items() if key != RAW_TASK}
             encoded = self.adapter.encode(batch) if before is None else self.adapter.follow(*before, batch)
             return self.adapter.watch(encoded, batch, tasks)
