@@ -36,8 +36,9 @@ def reason(error: BaseException, last: bool = False) -> str:
         lines = str(error).strip().splitlines()
         return lines[-1].strip() if lines else type(error).__name__
     said, cause = _said(error), error.__cause__
-    why = _said(cause) if cause is not None else ""
-    return f"{said} ({why})" if why and why not in said else said
+    if cause is None or " ".join(str(cause).split()) in said:
+        return said
+    return f"{said} ({_said(cause)})"
 
 
 def _said(error: BaseException) -> str:
