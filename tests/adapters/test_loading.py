@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -32,6 +34,14 @@ def test_loads_what_was_saved_frozen(folder):
     assert not adapter.policy.training
     assert not any(parameter.requires_grad for parameter in adapter.policy.parameters())
     assert file_hash(folder) == before
+
+
+def test_a_folder_is_all_that_a_fresh_process_needs(folder):
+    """In a process of its own: the tests before have imported LeRobot's policies, and so registered them."""
+    code = "import sys; from pathlib import Path; from trimtab.adapters.saved_config import read_config; "
+    code += "print(read_config(Path(sys.argv[1])).type)"
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.split() == ["diffusion"], done.stderr
 
 
 def test_weights_hash_sees_one_changed_number(folder):
