@@ -202,6 +202,7 @@ def _success(
     noise: Tensor | None = None
     with session.evaluation_environments() as vec:
         found["base"] = evaluate(runner, vec, own_noise(spec), seeds, "base policy")
+        session.note_success(found["base"])
         if len(spec.shape) == 2:
             found["repeated_noise"] = evaluate(runner, vec, repeated_noise, seeds, "repeated noise")
         if spec.distribution == "zero":  # the base is zero noise already

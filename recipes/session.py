@@ -23,9 +23,10 @@ from trimtab.recipes.metaworld.base import check_task
 from trimtab.recipes.reporting import write_grid_video
 from trimtab.rl.distributed import World
 from trimtab.rl.envs.building import check_buildable
+from trimtab.rl.envs.contract import SUCCESS_KEYS
 from trimtab.rl.envs.metaworld import split_tasks
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
-from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together
+from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together, unreported
 from trimtab.rl.faults import FaultsConfig
 from trimtab.rl.runner import Encoded, PolicyRunner
 
@@ -294,6 +295,7 @@ class Session:
             (evaluations by name, details of the search for a constant)
         """
         found = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
+        self.note_success(found["base"])
         if self.own_noise is not zero_noise:
             found["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
         details: dict[str, Any] = {}
@@ -312,6 +314,12 @@ class Session:
             what = "selection_success" if found["base"].reported else "selection_return"
             details = {what: rates, "selection_episodes": self.eval.constant_episodes}
         return found, details
+
+    def note_success(self, base: Evaluation) -> None:
+        """Say what ``info`` held where none of it is success: it may be there under another name."""
+        if not base.reported:
+            names = ", ".join(SUCCESS_KEYS)
+            self._say(f"note: {unreported(base)}, which is read from {names}; its return is shown instead")
 
     def record(self, source: NoiseSource, path: Path, label: str, runner: PolicyRunner | None = None) -> bool:
         """Render the first evaluation episodes under ``source`` to an MP4. A machine that cannot render

@@ -186,6 +186,14 @@ def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
     )
 
 
+def unreported(evaluation: Evaluation) -> str:
+    """What to say where an environment does not tell whether an episode succeeds: what its ``info`` held."""
+    return (
+        f"the environment never reported success in {len(evaluation.seeds)} episodes (its info held: "
+        f"{', '.join(evaluation.info_keys) or 'nothing'})"
+    )
+
+
 def require_success(evaluation: Evaluation) -> None:
     """Refuse an environment that does not say whether an episode succeeds, where only that counts.
 
@@ -193,11 +201,7 @@ def require_success(evaluation: Evaluation) -> None:
         UserError: names what its ``info`` holds.
     """
     if not evaluation.reported:
-        raise UserError(
-            "--env.type",
-            f"the environment never reported success in {len(evaluation.seeds)} episodes (its info held: "
-            f"{', '.join(evaluation.info_keys) or 'nothing'}); this counts successes alone",
-        )
+        raise UserError("--env.type", f"{unreported(evaluation)}; this counts successes alone")
 
 
 def _choose(runner: PolicyRunner, conditioning: Encoded, prior: Tensor, sources: list[NoiseSource]) -> Tensor:

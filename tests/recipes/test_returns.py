@@ -48,6 +48,14 @@ def test_eval_shows_the_return(policy, tmp_path, capsys):
     assert "selection_return" in results["constant_noise_search"]
 
 
+def test_eval_names_what_info_holds_where_success_is_not_in_it(policy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(lane.SUCCESS_KEYS, "plain", "goal_reached")
+    assert run("eval", policy, tmp_path / "out", "--eval.constant_candidates=0") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the env")]
+    assert "never reported success in 4 episodes (its info held: goal_reached)" in line
+    assert "read from is_success, success, succeed" in line
+
+
 def test_the_return_is_all_that_the_environment_paid(policy):
     class Counting(ChunkVectorEnv):
         paid = 0.0
