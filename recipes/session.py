@@ -316,10 +316,15 @@ class Session:
         return found, details
 
     def note_success(self, base: Evaluation) -> None:
-        """Say what ``info`` held where none of it is success: it may be there under another name."""
+        """Say what ``info`` held where success was not in it, or never true: another name may hold it."""
+        names, others = ", ".join(SUCCESS_KEYS), [key for key in SUCCESS_KEYS if key in base.info_keys]
         if not base.reported:
-            names = ", ".join(SUCCESS_KEYS)
             self._say(f"note: {unreported(base)}, which is read from {names}; its return is shown instead")
+        elif others and not base.successes.any():
+            self._say(
+                f"warning: --env.type: no episode of {len(base.seeds)} succeeded; info holds {others[0]}, "
+                f"too, but success is read from the first of {names} that is there"
+            )
 
     def record(self, source: NoiseSource, path: Path, label: str, runner: PolicyRunner | None = None) -> bool:
         """Render the first evaluation episodes under ``source`` to an MP4. A machine that cannot render

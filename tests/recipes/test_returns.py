@@ -56,6 +56,17 @@ def test_eval_names_what_info_holds_where_success_is_not_in_it(policy, tmp_path,
     assert "read from is_success, success, succeed" in line
 
 
+def test_eval_warns_where_the_first_of_two_names_never_says_success(policy, tmp_path, capsys, monkeypatch):
+    def step(self, action, plain=lane.LaneEnv.step):
+        *rest, info = plain(self, action)
+        return *rest, {"is_success": False, "success": info["is_success"]}
+
+    monkeypatch.setattr(lane.LaneEnv, "step", step)
+    assert run("eval", policy, tmp_path / "out", "--eval.constant_candidates=0") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert "no episode of 4 succeeded; info holds success, too" in line and "is_success, success" in line
+
+
 def test_the_return_is_all_that_the_environment_paid(policy):
     class Counting(ChunkVectorEnv):
         paid = 0.0
