@@ -225,12 +225,14 @@ def unreadable(option: str, name: str, root: str | Path | None, error: Exception
         name, root: the dataset's name and folder.
         error: whatever was raised.
     """
-    said = reason(error)
-    commands = [line.strip() for line in str(error).splitlines() if line.strip().startswith("python -m ")]
-    if commands and root:  # LeRobot's is for a dataset on the Hub
-        commands[0] += f" --root={Path(root).expanduser()} --push-to-hub=false"
-    mend = f" convert it: {commands[0]}" if commands else ""
-    return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {said}{mend}")
+    lines = [line.strip() for line in str(error).splitlines()]
+    at = next((at for at, line in enumerate(lines) if line.startswith("python -m ")), None)
+    if at is None:
+        return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {reason(error)}")
+    # What LeRobot says up to the command; its own is for a dataset on the Hub.
+    place = f" --root={Path(root).expanduser()} --push-to-hub=false" if root else ""
+    said = " ".join(line for line in (*lines[:at], lines[at] + place) if line.strip("`"))
+    return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {said}")
 
 
 def read_demonstrations(
@@ -285,7 +287,8 @@ def read_demonstrations(
         if same and len(same) < len(spans):
             notes.append(f"demonstrations: {len(same)} of {len(spans)} episodes are of the task '{task}'")
         elif not same:
-            notes.append(f"demonstrations: no episode is of the task '{task}'; all {len(spans)} take part")
+            why = f"no episode is of the task '{task}'" if task else "the environment names no task"
+            notes.append(f"demonstrations: {why}; all {len(spans)} take part")
         spans = same or spans
     episodes = [Episode.of(int(a), rewards[a:b], successes[a:b]) for a, b in spans]
     episodes = [episode for episode in episodes if len(episode.rewards)]

@@ -263,6 +263,7 @@ def test_an_old_dataset_comes_with_the_command_that_converts_it(tmp_path, tiny_b
     with pytest.raises(UserError) as caught:
         read_demonstrations(config, PointAdapter(), "sparse", "")
     assert "is in 2.1 format" in str(caught.value) and f"{command} --push-to-hub=false" in str(caught.value)
+    assert str(caught.value).count("python -m") == 1, "LeRobot's own is for a dataset on the Hub"
     argv = ["lora", f"--policy.path={tiny_base}", "--dataset.repo_id=me/old", f"--dataset.root={root}"]
     assert main([*argv, "--policy.device=cpu", f"--output_dir={tmp_path / 'out'}"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
@@ -271,7 +272,7 @@ def test_an_old_dataset_comes_with_the_command_that_converts_it(tmp_path, tiny_b
 
     assert "--push-to-hub" in Path(script.__file__).read_text()
     other = unreadable("--demos.root", "me/x", None, ValueError("what is wrong\nand more"))
-    assert str(other) == "--demos.root: cannot read me/x as a LeRobotDataset: what is wrong"
+    assert str(other) == "--demos.root: cannot read me/x as a LeRobotDataset: what is wrong and more"
 
 
 def test_history_repeats_an_episodes_first_frame(tmp_path):
@@ -355,6 +356,8 @@ def test_only_episodes_of_the_task_take_part(tmp_path, adapter):
     data, _, _ = made(tmp_path / "two", adapter)
     assert [episode.first for episode in data.episodes] == [0, 9]
     assert "2 of 4 episodes are of the task" in data.notes[0]
+    nameless = read_demonstrations(DemosConfig(root=str(tmp_path / "two")), adapter, "sparse", "")
+    assert "the environment names no task; all 4 take part" in nameless.notes[0]
     named, _, _ = made(tmp_path / "two", adapter, episodes=[1, 3])
     assert len(named.episodes) == 2 and named.history([0])["task"] != named.history([9])["task"]
     with pytest.raises(UserError, match=r"--demos.episodes: the dataset has episodes 0 to 3, got 4"):
