@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -91,10 +92,10 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
     except DecodingError as error:
         if isinstance(error.__cause__, UserError):  # a config that checks its own fields
             raise error.__cause__ from None
-        missing = _missing_field(str(error))
+        key = ".".join(str(part) for part in getattr(error, "key_path", ()))
+        missing = _missing_field(str(error), key)
         if missing:
             raise UserError(*missing) from None
-        key = ".".join(str(part) for part in getattr(error, "key_path", ()))
         option = f"--{key}" if key else (f"--config_path={config_path}" if config_path else "options")
         raise UserError(option, str(getattr(error, "message", error))) from None
     except (ParsingError, ValueError, TypeError, KeyError, OSError) as error:
@@ -144,11 +145,12 @@ def _argparse_error(text: str, command: str) -> tuple[str, str]:
     return "options", message or "cannot be parsed"
 
 
-def _missing_field(message: str) -> tuple[str, str] | None:
-    """draccus's message about a required field, as the option to give."""
-    if "Missing required field" not in message:
+def _missing_field(message: str, key: str) -> tuple[str, str] | None:
+    """draccus's message about a required field in the part ``key`` of the options, as the option to give."""
+    found = re.search(r"Missing required field\(s\) `(\w+)", message)
+    if found is None:
         return None
-    name = message.split("`")[1] if "`" in message else "env"
+    name = f"{key}.{found[1]}" if key else found[1]
     if name == "env":
         return (
             "--env.type",

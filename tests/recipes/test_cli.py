@@ -38,6 +38,7 @@ def test_command_help(capsys):
 ERRORS = {
     "no such command": (["frobnicate"], "no command 'frobnicate'"),
     "no environment": (["adapt"], "--env.type: name the environment"),
+    "a dataset without its name": (["lora", "--dataset.root=x"], "--dataset.repo_id: this option"),
     "unknown environment": (["eval", "--env.type=moon"], "--env.type: invalid choice: 'moon'"),
     "unknown option": (["adapt", POINT, "--polcy.path=x"], "--polcy.path: no such option"),
     "unknown algorithm": (["adapt", POINT, "--rl.type=magic"], "--rl.type: invalid choice: 'magic'"),
