@@ -225,12 +225,17 @@ def unreadable(option: str, name: str, root: str | Path | None, error: Exception
         name, root: the dataset's name and folder.
         error: whatever was raised.
     """
+    folder = Path(root).expanduser() if root else None
+    if folder and not (folder / "meta" / "info.json").is_file():  # LeRobot then asks the Hub
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else ""
+        why = f"it has no meta/info.json; it holds {held or 'nothing'}"
+        return UserError(option, f"cannot read {root} as a LeRobotDataset: {why}")
     lines = [line.strip() for line in str(error).splitlines()]
     at = next((at for at, line in enumerate(lines) if line.startswith("python -m ")), None)
     if at is None:
         return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {reason(error)}")
     # What LeRobot says up to the command; its own is for a dataset on the Hub.
-    place = f" --root={Path(root).expanduser()} --push-to-hub=false" if root else ""
+    place = f" --root={folder} --push-to-hub=false" if folder else ""
     said = " ".join(line for line in (*lines[:at], lines[at] + place) if line.strip("`"))
     return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {said}")
 

@@ -368,8 +368,10 @@ def test_what_does_not_fit_is_refused(tmp_path, recorded):
     with pytest.raises(UserError, match=r"--demos.root: there is no folder"):
         made(tmp_path / "none", PointAdapter())
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"--demos.root: cannot read .* as a LeRobotDataset"):
+    with pytest.raises(UserError, match=r"--demos.root: cannot read .* no meta.info.json; it holds nothing"):
         made(tmp_path / "empty", PointAdapter())
+    with pytest.raises(UserError, match=r"--demos.root: cannot read .* LeRobotDataset: .*it holds empty"):
+        made(tmp_path, PointAdapter())
     with pytest.raises(UserError, match=r"--demos.repo_id: its actions have 4 numbers, the policy's 1"):
         made(recorded, PointAdapter())
     for settings, option in (
