@@ -31,6 +31,7 @@ def read_config(folder: Path) -> Any:
     Raises:
         UserError: LeRobot refuses it; a field that needs a value is null; features are missing or senseless.
     """
+    import lerobot.policies  # noqa: F401  (registers LeRobot's types)
     from lerobot.configs import PreTrainedConfig
 
     path = folder / CONFIG

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -32,6 +34,16 @@ def test_loads_what_was_saved_frozen(folder):
     assert not adapter.policy.training
     assert not any(parameter.requires_grad for parameter in adapter.policy.parameters())
     assert file_hash(folder) == before
+
+
+def test_loads_in_a_fresh_process(folder):
+    """Where nothing else has imported LeRobot's policies, which registers their types."""
+    code = (
+        "from pathlib import Path; from trimtab.adapters.saved_config import read_config; "
+        f"print(read_config(Path({str(folder)!r})).type)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["diffusion"], done.stderr
 
 
 def test_weights_hash_sees_one_changed_number(folder):
