@@ -16,6 +16,7 @@ from trimtab.adapters.weight_files import (
     CONFIG,
     OPTION,
     WEIGHTS,
+    WEIGHTS_INDEX,
     has_weights,
     part_weights,
     read_json,
@@ -96,6 +97,8 @@ def _check_whole(folder: Path) -> None:
     inside = sorted(folder.glob(f"checkpoints/*/pretrained_model/{CONFIG}"))
     if inside:
         hint = f"its last checkpoint is {inside[-1].parent}"
+    elif WEIGHTS in missing and any(folder.glob("model-*-of-*.safetensors")):
+        hint = f"{WEIGHTS_INDEX}, which says what lies in which shard, was not copied"
     elif missing == processors:
         hint = (
             "LeRobot has written them since 0.4; a checkpoint from before holds its statistics among the "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 from lerobot.utils.constants import OBS_IMAGE, OBS_STR
@@ -124,25 +125,29 @@ def _lacking(
     features = adapter.config.input_features
     wanted = ", ".join(key for key in features if not filled(key))
     given = ", ".join(sorted(key for key in observation if key.startswith(OBS_STR))) or "none"
-    pairs = {}
-    for key in missing:
-        dims = len(features[key].shape)
-        alike = [
-            name
-            for name in spare
-            if names[name] not in pairs
-            and isinstance(observation[names[name]], Tensor)
-            and (shape := observation[names[name]].shape[2:])
-            and (len(shape) == dims == 3 or tuple(shape) == tuple(features[key].shape))
-        ]
-        if alike:
-            pairs[names[alike[0]]] = key
+    fits = [
+        (key, name) for key in missing for name in spare if _fits(features[key], observation[names[name]])
+    ]
+    fits.sort(key=lambda fit: -SequenceMatcher(None, *fit).ratio())  # left to cam_left, before what is over
+    pairs: dict[str, str] = {}
+    for key, name in fits:
+        if names[name] not in pairs and key not in pairs.values():
+            pairs[names[name]] = key
+    if pairs:  # it takes the place of the checkpoint's own, as in lerobot-eval
+        kept = {old: new for old, new in adapter.renames().items() if old in observation and new in features}
+        pairs = kept | pairs
     mend = f" --policy.rename_map='{json.dumps(pairs)}'" if pairs else " --policy.rename_map"
     return (
         f"the policy needs {', '.join(missing)}: it was trained on {wanted}, the environment gives {given}; "
         "choose the environment (or its --env.obs_type) that it was trained on, or rename with"
         f"{mend}{' if that is what they are' if pairs else ''}"
     )
+
+
+def _fits(feature: Any, value: Any) -> bool:
+    """Whether an observation may be this feature under another name: an image, or of the same shape."""
+    shape, wanted = tuple(value.shape[2:]) if isinstance(value, Tensor) else (), tuple(feature.shape)
+    return bool(shape) and (len(shape) == len(wanted) == 3 or shape == wanted)
 
 
 def input_notes(adapter: PolicyAdapter, observation: dict[str, Any]) -> list[str]:

@@ -191,8 +191,11 @@ def _build(
             f"this {config.type} policy executes {adapter.chunk_shape[0]} steps of each chunk; "
             "drop the option",
         )
-    if min(adapter.chunk_shape) < 1:
-        raise UserError(OPTION, f"by its config.json this policy executes chunks of {adapter.chunk_shape}")
+    if min(adapter.chunk_shape) < 1:  # of a horizon that ends before the last of the observations
+        raise UserError(
+            OPTION,
+            f"by its config.json, of each chunk it executes {adapter.chunk_shape[0]} actions; it must be 1",
+        )
     adapter.notes = [*notes, *adapter.runner_notes()]
     adapter.trainable = trainable
     adapter.weights_files = [folder / PEFT_WEIGHTS, *files] if peft else files

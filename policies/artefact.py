@@ -293,8 +293,14 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
         try:
             base_folder = resolve_folder(place, base.revision)
         except UserError as error:
+            why = error.message
+            if place.startswith("."):  # relative to the artefact, and so says nothing to the reader
+                why = (
+                    f"there is no folder {(folder / place).resolve()}; if it has moved, `trimtab export "
+                    f"--run={folder} --policy.path=FOLDER` writes an artefact with its new place"
+                )
             raise UserError(
-                "--policy.path", f"the base policy of {folder} is not where it was: {error.message}"
+                "--policy.path", f"the base policy of {folder} is not where it was: {why}"
             ) from None
         if file_hash(base_folder, loading.base_path) != base.sha256:
             raise UserError(

@@ -99,6 +99,9 @@ def parse[Config](config_class: type[Config], command: str, args: list[str]) -> 
         option = f"--{key}" if key else (f"--config_path={config_path}" if config_path else "options")
         raise UserError(option, str(getattr(error, "message", error))) from None
     except (ParsingError, ValueError, TypeError, KeyError, OSError) as error:
+        missing = _missing_type(str(error), args)
+        if missing:
+            raise UserError(*missing) from None
         where = f"--config_path={config_path}" if config_path else "options"
         raise UserError(where, str(error).strip() or type(error).__name__) from None
     except Exception as error:  # YAML scanner errors come in many classes
@@ -157,6 +160,18 @@ def _missing_field(message: str, key: str) -> tuple[str, str] | None:
             "name the environment, for instance --env.type=metaworld_state or --env.type=pusht",
         )
     return f"--{name}", "this option is required"
+
+
+def _missing_type(message: str, args: list[str]) -> tuple[str, str] | None:
+    """draccus's message about fields of a group whose type is not named, as the option to give."""
+    if "Expected a dict with a 'type' key" not in message:
+        return None
+    given = [arg.partition("=")[0] for arg in args]
+    for option in given:
+        group, _, name = option.partition(".")
+        if f"'{name.partition('.')[0]}'" in message and f"{group}.type" not in given:
+            return option, f"which options there are depends on {group}.type; name that too"
+    return None
 
 
 def new_output_dir(path: Path | None, default: str) -> Path:

@@ -1,5 +1,8 @@
 """What a policy was trained on against what an environment offers; how much of a chunk is executed."""
 
+import json
+import re
+
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
@@ -89,6 +92,37 @@ def test_the_renaming_that_is_suggested_works(adapter, two_cameras):
     renamed(two_cameras, {})
     plain = adapter.observe({LEFT: seen[LEFT], RIGHT: seen[FRONT], STATE: seen[STATE], "task": seen["task"]})
     assert torch.equal(adapter.features(found), adapter.features(plain))
+
+
+def suggested(adapter, seen):
+    with pytest.raises(UserError) as caught:
+        adapter.observe(seen)
+    return json.loads(re.search(r"rename_map='(\{.*?\})'", str(caught.value))[1])
+
+
+def test_the_suggested_renaming_goes_by_the_names(adapter, two_cameras):
+    """Not by their order: two cameras the wrong way round would run, with exit code 0."""
+    seen = observation(adapter, LEFT, RIGHT)
+    seen["observation.images.a_second_camera2"] = seen.pop(RIGHT)
+    seen["observation.images.the_camera1"] = seen.pop(LEFT)
+    assert suggested(adapter, seen) == {
+        "observation.images.a_second_camera2": RIGHT,
+        "observation.images.the_camera1": LEFT,
+    }
+
+
+def test_the_suggested_renaming_keeps_the_checkpoints_own(adapter, two_cameras):
+    """What the user gives takes its place."""
+    renamed(two_cameras, {FRONT: LEFT})
+    seen = observation(adapter, FRONT)
+    seen["observation.images.side"] = seen[FRONT]
+    try:
+        found = suggested(adapter, seen)
+        assert found == {FRONT: LEFT, "observation.images.side": RIGHT}
+        renamed(two_cameras, found)
+        adapter.observe(seen)
+    finally:
+        renamed(two_cameras, {})
 
 
 def test_a_renaming_of_nothing_or_of_two_to_one(adapter, two_cameras):

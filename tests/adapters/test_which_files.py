@@ -72,6 +72,13 @@ def test_a_missing_shard(folder):
         load(folder)
 
 
+def test_shards_without_their_index(folder):
+    to_shards(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(UserError, match=f"lacks model.safetensors .*; {INDEX}, .* was not copied"):
+        load(folder)
+
+
 def test_an_index_that_points_elsewhere(folder):
     to_shards(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))

@@ -462,7 +462,10 @@ BAD = {
     "later format": (change_config(format=9), "format 9, this version reads"),
     "no number": (change_config(feature_dim="many"), "is not an artefact's config"),
     "unknown setting": (change_config(actor={"wings": 2}), "wings"),
-    "missing base": (lambda f, b: shutil.rmtree(b), "is not where it was"),
+    "missing base": (
+        lambda f, b: shutil.rmtree(b),
+        r"is not where it was: there is no folder /.*trimtab export --run=.* --policy.path=FOLDER",
+    ),
     "changed base": (change_base, "its weights have another hash"),
     "noise shape": (
         change_config(noise_shape=[3, 2]),

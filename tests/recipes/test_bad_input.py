@@ -59,6 +59,8 @@ OPTIONS = {
     ),
     "an option of another algorithm": ([SAC, "--rl.num_candidates=4"], "--rl"),
     "unknown algorithm": (["--rl.type=magic"], "--rl.type: invalid choice"),
+    "an option whose group has no type": (["--rl.batch_size=8"], "--rl.batch_size: which options"),
+    "a bound on no noise": (["--noise.bound=1"], "depends on --noise.type; name"),
     "unknown noise": (["--noise.type=pink"], "--noise.type: invalid choice"),
     "bound below zero": (["--noise.type=full", "--noise.bound=-1"], "--noise.bound: the bound must be"),
     "unknown preset": (["--rl.preset=secret"], "--rl.preset: 'secret' is none of"),
