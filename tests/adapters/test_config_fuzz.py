@@ -10,12 +10,18 @@ from collections import Counter
 import pytest
 
 from tests.adapters.cases import all_cases
-from tests.adapters.fuzz import Fuzz, inputs
+from tests.adapters.fuzz import Fuzz, inputs, limited_memory
 from trimtab.recipes.tiny import make_tiny
 
 ALL = os.environ.get("TRIMTAB_FUZZ") == "all"
 SAMPLE = 6  # of each type
 FIRST = list({case.type: case for case in reversed(all_cases())}.values())[::-1]
+
+
+@pytest.fixture(autouse=True)
+def bounded():
+    with limited_memory():
+        yield
 
 
 @pytest.mark.parametrize("case", FIRST, ids=lambda case: case.type)
