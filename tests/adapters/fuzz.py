@@ -68,6 +68,12 @@ def inputs(config: dict[str, Any]) -> list[tuple[str, Any]]:
     """All (field, value) that differ from ``config``."""
     named = [name for name in config if name != "type"]
     found = [(name, value) for name in named for value in VALUES if value is ABSENT or value != config[name]]
+    for name in named:  # a null further in
+        held = config[name]
+        if held and isinstance(held, dict):
+            found.append((name, {**held, next(iter(held)): None}))
+        elif held and isinstance(held, list):
+            found.append((name, [None, *held[1:]]))
     return [*found, ("no_such_field", 1), ("type", None), ("type", {})]
 
 
