@@ -23,7 +23,7 @@ VALUES = (ABSENT, None, {}, [], "nonsense", -1, 0, 0.5, True, 3)
 BROKEN = (None, {}, [], "nonsense", 0)
 # What loading changes on purpose, with a note or without effect on the actions.
 CHANGED = {
-    *("device", "pretrained_path", "input_features"),  # empty cameras are added
+    *("device", "pretrained_path"),
     *("compile_model", "rtc_config", "noise_scheduler_type", "num_inference_steps"),
     *("pretrained_backbone_weights", "enable_gradient_checkpointing", "enable_world_model"),
     *("attn_mode", "attn_implementation", "use_flash_attn", "inference_action_mode", "torch_dtype"),
@@ -171,6 +171,7 @@ class Fuzz:
         return PreTrainedConfig.from_pretrained(self.options.path)
 
     def _changed(self, saved: Any, adapter: Any) -> set[str]:
+        saved.validate_features()  # which fills in more, and which LeRobot's policies call
         now = adapter.config
         return {f.name for f in fields(saved) if getattr(saved, f.name) != getattr(now, f.name)}
 
