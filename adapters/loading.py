@@ -29,7 +29,15 @@ from trimtab.adapters.legacy import is_legacy, statistics, take_statistics
 from trimtab.adapters.processors import check_processors, load_processors, processor_error, renaming
 from trimtab.adapters.saved_config import read_config, set_to_act
 from trimtab.adapters.weight_files import whole_weights
-from trimtab.adapters.weights import check_part, freeze, load_peft, load_weights, plain_names, read_tensors
+from trimtab.adapters.weights import (
+    check_part,
+    freeze,
+    load_peft,
+    load_weights,
+    no_larger_than,
+    plain_names,
+    read_tensors,
+)
 
 # Policies whose sampling has no continuous noise to steer.
 NO_NOISE = {
@@ -162,7 +170,7 @@ def _build(
     before |= renaming(folder, options)
     _check_options(cls, folder, options, watched.asked, before)
     saved = plain_names(read_tensors(files, unchecked=OLD_STATISTICS), files[0])
-    with quietly():
+    with quietly(), no_larger_than(saved, files[0]):
         policy = cls.build(config)
     old = take_statistics(saved, policy.state_dict())
     stats = statistics(old, config, files[0]) if is_legacy(folder) else None

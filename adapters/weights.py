@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.adapters.files import OPTION, PEFT_WEIGHTS, part_weights, read_weights
 
 BACKBONE = "--policy.backbone"
 COMPILED = "_orig_mod."
+# A policy may hold what its file does not (frozen encoders, layers that are cut off): so many times more
+# parameters than the file, and as many more besides.
+TIMES_MORE, BESIDES = 4, 5 * 10**8
 
 
 def read_tensors(
@@ -49,6 +54,36 @@ def plain_names(saved: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise UserError(OPTION, f"{path} holds '{own}' twice, once as torch.compile names it")
         plain[own] = tensor
     return plain
+
+
+@contextmanager
+def no_larger_than(saved: dict[str, Tensor], path: Path) -> Iterator[None]:
+    """Stop building a policy that is far larger than its weights, before it takes all memory.
+
+    A part's config that is missing or empty stands for a library's standard model of several billion.
+
+    Raises:
+        UserError: the policy is far larger.
+    """
+    held = sum(tensor.numel() for tensor in saved.values())
+    built = 0
+
+    def count(module: torch.nn.Module, name: str, parameter: Any) -> None:
+        nonlocal built
+        if parameter is not None and parameter.device.type != "meta":
+            built += parameter.numel()
+        if built > TIMES_MORE * held + BESIDES:
+            raise UserError(
+                OPTION,
+                f"{path} holds {held:,} numbers, and the policy that its config describes far more "
+                f"(over {built:,}): look for a part's config that is missing or empty",
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,16 @@ import torch
 
 from tests.adapters.cases import noise_like
 from trimtab.adapters import UserError, load_adapter
-from trimtab.adapters.files import POSTPROCESSOR, PREPROCESSOR
+from trimtab.adapters.files import CONFIG, POSTPROCESSOR, PREPROCESSOR
 from trimtab.adapters.loading import quietly
+from trimtab.adapters.saved_config import SIDES
 
 ABSENT = object()
 VALUES = (ABSENT, None, {}, [], "nonsense", -1, 0, 0.5, True, 3)
 BROKEN = (None, {}, [], "nonsense", 0)
 # What loading changes on purpose, with a note or without effect on the actions.
 CHANGED = {
-    *("device", "pretrained_path", "input_features"),  # empty cameras are added
+    *("device", "pretrained_path"),
     *("compile_model", "rtc_config", "noise_scheduler_type", "num_inference_steps"),
     *("pretrained_backbone_weights", "enable_gradient_checkpointing", "enable_world_model"),
     *("attn_mode", "attn_implementation", "use_flash_attn", "inference_action_mode", "torch_dtype"),
@@ -34,7 +37,11 @@ CHANGED = {
 
 @dataclass
 class Outcome:
-    """What became of one input: ``kind`` is refused, same, as LeRobot, traceback or difference."""
+    """What became of one input.
+
+    ``kind`` is refused (by LeRobot's config class too), refused here (by us alone, or by what LeRobot builds
+    of the config), same, as LeRobot, traceback or difference.
+    """
 
     field: str
     value: Any
@@ -46,10 +53,27 @@ class Outcome:
         return f"{self.field}={value}: {self.kind}: {self.said}"
 
 
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """A config that asks for tens of gigabytes shall be a find, not the end of the machine."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
 def inputs(config: dict[str, Any]) -> list[tuple[str, Any]]:
     """All (field, value) that differ from ``config``."""
     named = [name for name in config if name != "type"]
     found = [(name, value) for name in named for value in VALUES if value is ABSENT or value != config[name]]
+    for name in named:  # a null further in
+        held = config[name]
+        if held and isinstance(held, dict):
+            found.append((name, {**held, next(iter(held)): None}))
+        elif held and isinstance(held, list):
+            found.append((name, [None, *held[1:]]))
     return [*found, ("no_such_field", 1), ("type", None), ("type", {})]
 
 
@@ -66,13 +90,14 @@ class Fuzz:
         self.folder = Path(options.path)
         self.config = json.loads((self.folder / "config.json").read_text())
         self.usual = self._actions(load_adapter(options))
+        self.usual_config = self._saved()
 
     def outcome(self, field: str, value: Any) -> Outcome:
         content = dict(self.config)
         content.pop(field, None)
         if value is not ABSENT:
             content[field] = value
-        return self._outcome("config.json", content, field, value)
+        return self._outcome(CONFIG, content, field, value)
 
     def processor_outcomes(self) -> Iterator[Outcome]:
         """Of the two processors' files: without each step, and each step's entries changed."""
@@ -98,20 +123,31 @@ class Fuzz:
         before = path.read_text()
         path.write_text(json.dumps(content))
         try:
-            return Outcome(field, value, *self._tried())
+            return Outcome(field, value, *self._tried(name == CONFIG and field not in SIDES))
         finally:
             path.write_text(before)
 
-    def _tried(self) -> tuple[str, str]:
+    def _tried(self, has_to_load: bool) -> tuple[str, str]:
+        """``has_to_load``: if LeRobot reads the config as before (fastwam fills in features of its own)."""
+        try:
+            saved = self._saved()
+        except Exception:
+            saved = None
         try:
             with quietly():
                 adapter = load_adapter(self.options)
         except UserError as error:
             assert "\n" not in str(error)
-            return "refused", str(error)
+            if "allocate memory" in str(error):  # no value here asks for much
+                return "difference", str(error)
+            if has_to_load and saved == self.usual_config:
+                return "difference", f"refused, where LeRobot reads the config as before: {error}"
+            return "refused" if saved is None else "refused here", str(error)
         except BaseException as error:
             return "traceback", f"{type(error).__name__}: {error}"
-        changed = self._changed(adapter) - CHANGED
+        if saved is None:
+            return "difference", "loads, where LeRobot refuses the config"
+        changed = self._changed(saved, adapter) - CHANGED
         if changed:
             return "difference", f"loading changed {', '.join(sorted(changed))}"
         ours = self._actions(adapter)
@@ -128,10 +164,14 @@ class Fuzz:
             return "difference", f"actions differ from LeRobot's by {(ours - theirs).abs().max():.2g}"
         return ("same" if same else "as LeRobot"), ""
 
-    def _changed(self, adapter: Any) -> set[str]:
+    def _saved(self) -> Any:
+        """The config as LeRobot reads it."""
         from lerobot.configs import PreTrainedConfig
 
-        saved = PreTrainedConfig.from_pretrained(self.options.path)
+        return PreTrainedConfig.from_pretrained(self.options.path)
+
+    def _changed(self, saved: Any, adapter: Any) -> set[str]:
+        saved.validate_features()  # which fills in more, and which LeRobot's policies call
         now = adapter.config
         return {f.name for f in fields(saved) if getattr(saved, f.name) != getattr(now, f.name)}
 

@@ -1,10 +1,15 @@
 """What EO-1 has of its own; the rest is in test_every_adapter.py."""
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.adapters.cases import noise_like, with_injection
-from trimtab.adapters import load_adapter
+from tests.adapters.fuzz import limited_memory
+from trimtab.adapters import UserError, load_adapter, weights
 from trimtab.adapters.injection import NoiseInjector
 from trimtab.recipes.tiny import make_tiny
 
@@ -87,3 +92,14 @@ def test_moved_folder(adapter, options, observation, tmp_path):
     assert torch.equal(
         again.denoise(again.observe(observation), noise), adapter.denoise(adapter.observe(observation), noise)
     )
+
+
+def test_a_config_of_a_far_larger_model_is_refused_before_it_takes_the_memory(options, tmp_path, monkeypatch):
+    """An empty vlm_config stands for a Qwen2.5-VL of eight billion parameters."""
+    monkeypatch.setattr(weights, "BESIDES", 10**7)
+    folder = tmp_path / "policy"
+    shutil.copytree(options.path, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vlm_config": {}}))
+    with limited_memory(), pytest.raises(UserError, match=r"far more .* config that is missing or empty"):
+        load_adapter(replace(options, path=str(folder)))

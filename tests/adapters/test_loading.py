@@ -141,6 +141,10 @@ DAMAGES = {
     "config without type": (edit_config(type=None), "has no 'type'"),
     "config of another shape": (edit_config(down_dims=[16, 64]), "does not fit the policy"),
     "config with an unknown field": (edit_config(nonsense=1), "cannot be loaded"),
+    # What nobody foresaw: TypeError, IndexError and ZeroDivisionError of LeRobot's constructors.
+    "a null among the widths": (edit_config(down_dims=[None, None]), "cannot be loaded: .*NoneType"),
+    "no widths": (edit_config(down_dims=[]), "cannot be loaded: tuple index out of range"),
+    "no groups": (edit_config(n_groups=0), "cannot be loaded: integer modulo by zero"),
     "weights cut short": (truncate("model.safetensors", 0.9), "is truncated or no safetensors file"),
     "weights empty": (truncate("model.safetensors", 0.0), "is truncated or no safetensors file"),
     "a tensor missing": (edit_weights(drop_first), "1 tensors missing"),
