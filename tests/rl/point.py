@@ -81,7 +81,8 @@ class PointPolicy(torch.nn.Module):
         self.gain = torch.nn.Parameter(torch.tensor(1.2), requires_grad=False)
         feature = PolicyFeature(FeatureType.STATE, (1,))
         self.config = SimpleNamespace(
-            input_features={"observation.state": feature, "observation.environment_state": feature}
+            input_features={"observation.state": feature, "observation.environment_state": feature},
+            output_features={"action": PolicyFeature(FeatureType.ACTION, (1,))},
         )
 
 
