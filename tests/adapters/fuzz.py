@@ -97,28 +97,29 @@ class Fuzz:
         content.pop(field, None)
         if value is not ABSENT:
             content[field] = value
-        return self._outcome(CONFIG, content, field, value)
+        return self.outcome_of(CONFIG, content, field, value)
 
-    def processor_outcomes(self) -> Iterator[Outcome]:
-        """Of the two processors' files: without each step, and each step's entries changed."""
+    def processor_inputs(self) -> Iterator[tuple[str, Any, str, Any]]:
+        """For ``outcome_of``, of the processors' files: without each step, its entries changed."""
         for name in (PREPROCESSOR, POSTPROCESSOR):
             content = json.loads((self.folder / name).read_text())
             for value in (ABSENT, *BROKEN):
                 changed = {k: v for k, v in content.items() if k != "steps"}
                 changed |= {} if value is ABSENT else {"steps": value}
-                yield self._outcome(name, changed, f"{name}: steps", value)
+                yield name, changed, f"{name}: steps", value
             for index, step in enumerate(content["steps"]):
                 others = [*content["steps"][:index], *content["steps"][index + 1 :]]
                 label = f"{name}: step {step.get('registry_name')}"
-                yield self._outcome(name, {**content, "steps": others}, label, ABSENT)
+                yield name, {**content, "steps": others}, label, ABSENT
                 for entry in step:
                     for value in (ABSENT, *BROKEN):
                         edited = {k: v for k, v in step.items() if k != entry}
                         edited |= {} if value is ABSENT else {entry: value}
                         steps = [*content["steps"][:index], edited, *content["steps"][index + 1 :]]
-                        yield self._outcome(name, {**content, "steps": steps}, f"{label}.{entry}", value)
+                        yield name, {**content, "steps": steps}, f"{label}.{entry}", value
 
-    def _outcome(self, name: str, content: Any, field: str, value: Any) -> Outcome:
+    def outcome_of(self, name: str, content: Any, field: str, value: Any) -> Outcome:
+        """What becomes of the policy when the file ``name`` holds ``content``."""
         path = self.folder / name
         before = path.read_text()
         path.write_text(json.dumps(content))
