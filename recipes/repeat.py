@@ -31,7 +31,7 @@ def load_plugins(args: list[str], content: dict[str, Any] | None) -> list[str]:
     """Register other people's environments and policies as LeRobot's commands do.
 
     Args:
-        args: the command line, which comes before
+        args: the command line, which wins.
         content: the options of a file.
 
     Returns:

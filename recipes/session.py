@@ -215,7 +215,7 @@ class Session:
             return
         conditioning = self.runner.encode([observation], vec.task_descriptions[:1])
         for note in self.runner.input_notes([observation], vec.task_descriptions[:1]):
-            print(f"note: {note}")
+            self._say(f"note: {note}")
         self.runner.features(conditioning)
         prior = self.runner.prior(1, torch.Generator().manual_seed(0))
         chunk = self.runner.decode(conditioning, prior)[0]
