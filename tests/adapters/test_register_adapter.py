@@ -152,11 +152,11 @@ def test_injected_adapter_computes_the_same(workplace):
 
 def test_commands_find_it_in_a_package(workplace, monkeypatch):
     """`trimtab ... --policy.discover_packages_path=my_package` registers the adapter too."""
-    from trimtab.recipes.console import _load_plugins
+    from trimtab.recipes.repeat import load_plugins
 
     (workplace / "my_package").mkdir()
     (workplace / "my_package" / "__init__.py").write_text(code_blocks()[0])
     monkeypatch.syspath_prepend(workplace)
-    assert _load_plugins(["--policy.discover_packages_path=my_package", "--seed=1"]) == ["--seed=1"]
+    assert load_plugins(["--policy.discover_packages_path=my_package", "--seed=1"], None) == ["--seed=1"]
     sys.modules.pop("my_package")
     assert base.adapter_class("my_flow").__name__ == "MyFlowAdapter"
