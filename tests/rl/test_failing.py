@@ -35,7 +35,7 @@ def test_learning_keeps_out_of_the_pit(adapter, name):
     config, seeds = LaneConfig(manner="pit"), range(1000, 1050)
     runner = PolicyRunner(adapter, config)
     train = TrainConfig(
-        env_steps=1500, warmup_transitions=64, first_update=64, updates_per_transition=1.0, catch_up=False
+        env_steps=1000, warmup_transitions=64, first_update=64, updates_per_transition=1.0, catch_up=False
     )
     with ChunkVectorEnv(config, 10, 0) as vec:
         base = evaluate(runner, vec, base_noise, seeds, progress=False)
