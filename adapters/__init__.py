@@ -34,7 +34,9 @@ BUILT_IN = {
 
 
 def _register(policy_type: str, name: str) -> None:
-    register_adapter(policy_type, lambda: getattr(import_module(f"trimtab.adapters.{policy_type}"), name))
+    register_adapter(
+        policy_type, lambda: getattr(import_module(f"trimtab.adapters.lerobot.{policy_type}"), name)
+    )
 
 
 for _type, _name in BUILT_IN.items():

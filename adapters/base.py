@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import inputs, verification
+from trimtab.adapters.checkpoint.files import (
+    hash_files,
+    placement,
+    settings_hashes,
+    weights_files,
+    weights_hash,
+)
 from trimtab.adapters.conditioning import Conditioning, repeat_rows
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.files import hash_files, placement, settings_hashes, weights_files, weights_hash
 
 
 @dataclass(frozen=True)

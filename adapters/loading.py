@@ -11,9 +11,7 @@ from typing import Any
 import torch
 
 from trimtab.adapters.base import PolicyAdapter, adapter_class, adapter_types
-from trimtab.adapters.config import DTYPES, PolicyConfig
-from trimtab.adapters.errors import UserError, reason
-from trimtab.adapters.files import (
+from trimtab.adapters.checkpoint.files import (
     OLD_STATISTICS,
     OPTION,
     PEFT_WEIGHTS,
@@ -25,11 +23,16 @@ from trimtab.adapters.files import (
     read_processor_steps,
     resolve_folder,
 )
-from trimtab.adapters.legacy import is_legacy, statistics, take_statistics
-from trimtab.adapters.processors import check_processors, load_processors, processor_error, renaming
-from trimtab.adapters.saved_config import read_config, set_to_act
-from trimtab.adapters.weight_files import whole_weights
-from trimtab.adapters.weights import (
+from trimtab.adapters.checkpoint.legacy import is_legacy, statistics, take_statistics
+from trimtab.adapters.checkpoint.processors import (
+    check_processors,
+    load_processors,
+    processor_error,
+    renaming,
+)
+from trimtab.adapters.checkpoint.saved_config import read_config, set_to_act
+from trimtab.adapters.checkpoint.weight_files import whole_weights
+from trimtab.adapters.checkpoint.weights import (
     check_part,
     freeze,
     load_peft,
@@ -38,6 +41,8 @@ from trimtab.adapters.weights import (
     plain_names,
     read_tensors,
 )
+from trimtab.adapters.config import DTYPES, PolicyConfig
+from trimtab.adapters.errors import UserError, reason
 
 # Policies whose sampling has no continuous noise to steer.
 NO_NOISE = {
@@ -86,7 +91,7 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
     if config.dtype is not None and config.dtype not in DTYPES:
         raise UserError("--policy.dtype", f"must be one of {', '.join(DTYPES)}, got {config.dtype}")
     if is_server(config.path):
-        from trimtab.adapters.remote import RemoteAdapter
+        from trimtab.adapters.remote.adapter import RemoteAdapter
 
         return RemoteAdapter(config, usable_device(config.device))
     folder = resolve_folder(config.path, config.revision, token)

@@ -22,9 +22,7 @@ from lerobot.configs import PreTrainedConfig
 from safetensors.torch import save_file
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.config import RemoteConfig
-from trimtab.adapters.errors import reason
-from trimtab.adapters.files import (
+from trimtab.adapters.checkpoint.files import (
     CONFIG,
     WEIGHTS,
     commit_of,
@@ -36,6 +34,8 @@ from trimtab.adapters.files import (
     settings_hashes,
     weights_hash,
 )
+from trimtab.adapters.config import RemoteConfig
+from trimtab.adapters.errors import reason
 from trimtab.adapters.loading import load_weights
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.critic import CriticConfig, CriticEnsemble

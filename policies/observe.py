@@ -2,7 +2,7 @@
 
 A packed observation is one row (d,) float32: first a vector (backbone features, state, task), then, where
 cameras take part, their pixels as whole numbers from 0 to 255, channels first. So it passes through whatever
-handles features; the replay keeps the pixels as uint8 (``rl/frames.py``), and the networks take the row
+handles features; the replay keeps the pixels as uint8 (``rl/data/frames.py``), and the networks take the row
 apart (``policies/encoders.py``).
 """
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 from trimtab.adapters import UserError
 from trimtab.rl.algorithms import AlgorithmConfig
-from trimtab.rl.gate import GateConfig
-from trimtab.rl.returns import REWARDS
+from trimtab.rl.data.returns import REWARDS
+from trimtab.rl.takeover import GateConfig
 
 MAX_SEED = 20_000  # keeps environment seeds below 2^31
 

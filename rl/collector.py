@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import UserError
+from trimtab.policies.noise_samplers import NoiseSource, own_noise, prior_noise
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.sources import NoiseSource, own_noise, prior_noise
-from trimtab.rl.decoder import ConditioningSpec
+from trimtab.rl.data.decoder import ConditioningSpec
+from trimtab.rl.data.returns import NStepAccumulator, Returns, Transition
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.returns import NStepAccumulator, Returns, Transition
 from trimtab.rl.runner import Encoded, PolicyRunner
 
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import UserError
-from trimtab.policies.sources import NoiseSource
-from trimtab.rl.distributed import World
+from trimtab.policies.noise_samplers import NoiseSource
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.progress import Progress
 from trimtab.rl.runner import Encoded, PolicyRunner
+from trimtab.rl.runs.processes import World
+from trimtab.rl.runs.progress import Progress
 from trimtab.rl.statistics import bootstrap_interval, wilson_interval
 
 

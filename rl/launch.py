@@ -1,6 +1,6 @@
 """``accelerate launch`` for runs that are stopped from outside: exit code 0 where they ended well.
 
-    python -m trimtab.rl.launch --config_file recipes/accelerate/gpu_8.yaml -m trimtab.rl.train ...
+    python -m trimtab.rl.launch --config_file recipes/configs/accelerate/gpu_8.yaml -m trimtab.rl.train ...
 
 takes what ``accelerate launch`` takes. Its launcher answers SIGTERM and SIGINT by handing them on, killing
 after 30 seconds what still runs, and ending with a traceback and exit code 1, also where every process has

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 if __name__ == "__main__":  # before torch is imported
-    from trimtab.rl.threads import spin_briefly
+    from trimtab.rl.runs.threads import spin_briefly
 
     spin_briefly()
 
@@ -22,25 +22,25 @@ from tqdm import tqdm
 
 from trimtab.adapters import UserError
 from trimtab.policies.actor import NoiseActor
+from trimtab.policies.noise_samplers import prior_noise, proposed_noise, steered_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
-from trimtab.policies.sources import prior_noise, proposed_noise, steered_noise
 from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig, training_seed
-from trimtab.rl.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
-from trimtab.rl.decoder import ConditioningSpec, Decoder
-from trimtab.rl.demonstration_data import DemosConfig, rate_warning, read_demonstrations
-from trimtab.rl.demonstrations import Demonstrations, TransitionMaker
+from trimtab.rl.data.decoder import ConditioningSpec, Decoder
+from trimtab.rl.data.demonstration_data import DemosConfig, rate_warning, read_demonstrations
+from trimtab.rl.data.demonstrations import Demonstrations, TransitionMaker
+from trimtab.rl.data.memory import check_replay
+from trimtab.rl.data.replay import Batch, ReplayBuffer
 from trimtab.rl.diagnostics import calibration
-from trimtab.rl.distributed import StepGuard, World, count_outcomes, list_outcomes
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.faults import KINDS, FaultLog, FaultsConfig, Stopped, StopSignals
-from trimtab.rl.gate import Gate
-from trimtab.rl.memory import check_replay
-from trimtab.rl.progress import Progress
-from trimtab.rl.replay import Batch, ReplayBuffer
-from trimtab.rl.resume import load_trainer, trainer_state
 from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
+from trimtab.rl.runs.faults import KINDS, FaultLog, FaultsConfig, Stopped, StopSignals
+from trimtab.rl.runs.processes import StepGuard, World, count_outcomes, list_outcomes
+from trimtab.rl.runs.progress import Progress
+from trimtab.rl.runs.resume import load_trainer, trainer_state
+from trimtab.rl.takeover import Gate
 from trimtab.rl.warm_start import begin_at, read_constant
 
 WINDOW = 50  # episodes in the running success rate

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import NoiseSpec, UserError
-from trimtab.adapters.files import WEIGHTS, read_weights
+from trimtab.adapters.checkpoint.files import WEIGHTS, read_weights
 from trimtab.adapters.loading import load_weights
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.artefact import is_artefact, read_config

@@ -15,8 +15,8 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 import pytest
 import torch
 
-from trimtab.recipes import session
-from trimtab.recipes.console import quiet
+from trimtab.recipes.support import session
+from trimtab.recipes.support.console import quiet
 
 quiet()
 torch.set_num_threads(1)
@@ -37,9 +37,9 @@ TASKS = "button-press-topdown-v3,drawer-close-v3"
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory):
     """An embedded base of two tasks, cloned for a few steps: real parts, no skill."""
-    from trimtab.recipes.metaworld.base import BaseConfig, make_base
-    from trimtab.recipes.metaworld.cloning import CloningConfig
-    from trimtab.recipes.metaworld.demonstrators import Operator
+    from trimtab.recipes.embedded_base.base import BaseConfig, make_base
+    from trimtab.recipes.embedded_base.cloning import CloningConfig
+    from trimtab.recipes.embedded_base.demonstrators import Operator
 
     config = BaseConfig(
         tasks=TASKS,
@@ -56,8 +56,8 @@ def tiny_base(tmp_path_factory):
 @pytest.fixture(scope="session")
 def drawer_base(tmp_path_factory):
     """A base that closes the drawer at times."""
-    from trimtab.recipes.metaworld.base import BaseConfig, make_base
-    from trimtab.recipes.metaworld.cloning import CloningConfig
+    from trimtab.recipes.embedded_base.base import BaseConfig, make_base
+    from trimtab.recipes.embedded_base.cloning import CloningConfig
 
     config = BaseConfig(
         tasks="drawer-close-v3",
@@ -75,7 +75,7 @@ def make_diffusion(folder, images=False, scheduler="DDIM", state_dim=2, env_dim=
     """Save a random LeRobot DiffusionPolicy; the dimensions can be those of a real environment."""
     from lerobot.configs import FeatureType, PolicyFeature
 
-    from trimtab.recipes.tiny import make_tiny
+    from trimtab.adapters.tiny import make_tiny
 
     if (state_dim, env_dim, action_dim) != (2, 16, 2):
         fields["input_features"] = {
@@ -96,7 +96,7 @@ def served_policy(tmp_path_factory):
 @pytest.fixture(scope="session")
 def policy_server(served_policy):
     """Address of a process that serves ``served_policy`` with openpi's protocol."""
-    script = Path(__file__).parent / "adapters" / "openpi_server.py"
+    script = Path(__file__).parent / "helpers" / "openpi_server.py"
     server = subprocess.Popen(
         [sys.executable, str(script), str(served_policy)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )

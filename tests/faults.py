@@ -1,8 +1,8 @@
 """The fault campaign: `python -m tests.faults`. Runs are killed at random instants, and resumed.
 
-Every child is a fork of this warm process, so that a kill costs a fraction of a second. It trains on the
-small problem of `tests/rl/point.py` with the real trainer, checkpoints and metrics file, gets SIGKILL at a
-random instant (while it acts, learns, writes a checkpoint, or returns to one), and the next child goes on. At
+Every child is a fork of this warm process, so that a kill costs a fraction of a second. It trains on
+the small problem of `tests/helpers/point.py` with the real trainer, checkpoints and metrics, gets SIGKILL
+at a random instant (while it acts, learns, writes a checkpoint, or returns to one), and the next child goes on. At
 the end metrics, weights and replay are compared with those of a run that nobody disturbed: they must be
 identical.
 """
@@ -28,22 +28,22 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from tests.rl.faulty import FaultyConfig
-from tests.rl.point import PointAdapter
+from tests.helpers.faulty import FaultyConfig
+from tests.helpers.point import PointAdapter
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.recipes.continuing import disk_errors
-from trimtab.recipes.reporting import MetricsWriter
+from trimtab.recipes.support.reporting import MetricsWriter
+from trimtab.recipes.support.run_folder import disk_errors
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.checkpoint import CheckpointConfig, Checkpoints
-from trimtab.rl.distributed import World
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.faults import FaultsConfig
-from trimtab.rl.resume import trainer_state
 from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
+from trimtab.rl.runs.faults import FaultsConfig
+from trimtab.rl.runs.processes import World
+from trimtab.rl.runs.resume import trainer_state
 from trimtab.rl.train import Trainer
 
 SIZE = {

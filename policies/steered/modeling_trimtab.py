@@ -12,7 +12,7 @@ from lerobot.utils.constants import OBS_STR
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, PolicyConfig, UserError
-from trimtab.adapters.files import CONFIG, WEIGHTS, resolve_folder
+from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS, resolve_folder
 from trimtab.policies.artefact import (
     CRITIC,
     Steered,
@@ -23,7 +23,7 @@ from trimtab.policies.artefact import (
     write_weights,
 )
 from trimtab.policies.critic import best_candidate
-from trimtab.policies.sources import own_noise, prior_noise
+from trimtab.policies.noise_samplers import own_noise, prior_noise
 from trimtab.policies.steered.configuration_trimtab import TYPE, TrimtabConfig
 from trimtab.policies.steered.processor_trimtab import RAW_TASK, check_processors, write_processors
 

@@ -25,9 +25,9 @@ from lerobot.processor import (
 )
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError
-from trimtab.adapters.files import POSTPROCESSOR, PREPROCESSOR, is_server, state_files
-from trimtab.adapters.legacy import processor_files
-from trimtab.adapters.processors import RENAME_STEP, load_processors
+from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, is_server, state_files
+from trimtab.adapters.checkpoint.legacy import processor_files
+from trimtab.adapters.checkpoint.processors import RENAME_STEP, load_processors
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 
 OWN_RENAME_STEP = "trimtab_rename_observations"

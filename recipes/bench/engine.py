@@ -14,15 +14,15 @@ from lerobot.envs.configs import EnvConfig
 from trimtab.adapters import PolicyAdapter
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace
-from trimtab.policies.sources import prior_noise
 from trimtab.recipes.bench.clock import CPU, clock_of, unit_of
 from trimtab.recipes.bench.updates import endings
 from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.collector import Collector
+from trimtab.rl.data.replay import ReplayBuffer
+from trimtab.rl.data.returns import Transition, value_bounds
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.replay import ReplayBuffer
-from trimtab.rl.returns import Transition, value_bounds
 from trimtab.rl.runner import PolicyRunner
 
 GAMMA, BATCH, LAYERS, RATE = 0.99, 256, 3, 1e-3

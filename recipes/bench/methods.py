@@ -17,19 +17,19 @@ from torch import Tensor
 from trimtab.adapters import PolicyAdapter, PolicyConfig
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_samplers import NoiseSource, base_noise, candidate_noise, own_noise, steered_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig, RepeatNoiseConfig
-from trimtab.policies.sources import NoiseSource, base_noise, candidate_noise, own_noise, steered_noise
-from trimtab.recipes.bench.filtered_bc import FilteredBC
-from trimtab.recipes.lora_training import TuningConfig
+from trimtab.recipes.finetune.filtered_bc import FilteredBC
+from trimtab.recipes.finetune.training import TuningConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
+from trimtab.rl.algorithms.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.budget import TrainConfig, training_seed
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate, require_success
-from trimtab.rl.gate import GateConfig
-from trimtab.rl.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.selection import CorrectingRunner, SelectingRunner
+from trimtab.rl.takeover import GateConfig
 from trimtab.rl.train import Trainer
 
 

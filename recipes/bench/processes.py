@@ -57,7 +57,7 @@ class Job:
 
 def work(job: Job) -> None:
     """One process's share."""
-    from trimtab.recipes.launched import make_accelerator
+    from trimtab.recipes.support.launched import make_accelerator
 
     torch.set_num_threads(1)
     accelerator = make_accelerator("cpu")

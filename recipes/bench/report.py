@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.recipes.reporting import METHOD_NAMES, rate_text, write_json
+from trimtab.recipes.support.reporting import METHOD_NAMES, rate_text, write_json
 from trimtab.rl.statistics import p_below, wilson_interval
 
 LEVEL = 0.9  # of "sustained"

@@ -18,7 +18,7 @@ from trimtab.recipes.bench.clock import CPU, clock_of, unit_of
 from trimtab.recipes.bench.report import median_and_range
 from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.algorithms.base import RANKED_EVERY
-from trimtab.rl.returns import value_bounds
+from trimtab.rl.data.returns import value_bounds
 
 STEPS, ACTION_DIM, FEATURES = 8, 4, 39  # those of the embedded base
 ALGORITHMS: dict[str, type[AlgorithmConfig]] = {

@@ -16,10 +16,10 @@ from gymnasium import spaces
 from torch import Tensor
 
 from trimtab.adapters import UserError
+from trimtab.policies.noise_samplers import NoiseSource
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.sources import NoiseSource
+from trimtab.rl.data.returns import Returns
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.returns import Returns
 from trimtab.rl.runner import PolicyRunner
 
 try:

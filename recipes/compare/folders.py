@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import UserError
-from trimtab.adapters.files import CONFIG
+from trimtab.adapters.checkpoint.files import CONFIG
 from trimtab.recipes.compare.methods import folder_bytes
-from trimtab.recipes.session import read_json
+from trimtab.recipes.support.session import read_json
 
 RESULTS, METRICS = "results.json", "metrics.jsonl"
 OPTION = "--runs"

@@ -64,6 +64,6 @@ def comparison(content: dict[str, Any], lora: dict[str, Any] | None, server: boo
 
 def tuning_of(lora: dict[str, Any]) -> dict[str, Any]:
     """How to fine-tune, of the options of `trimtab lora`."""
-    from trimtab.recipes.lora_training import TuningConfig
+    from trimtab.recipes.finetune.training import TuningConfig
 
     return {field.name: lora[field.name] for field in fields(TuningConfig) if field.name in lora}

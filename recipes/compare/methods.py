@@ -18,19 +18,19 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.policies.artefact import save_artefact
+from trimtab.policies.noise_samplers import NoiseSource, zero_noise
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpaceConfig
-from trimtab.policies.sources import NoiseSource, zero_noise
 from trimtab.recipes.bench.methods import METHODS as BENCH
 from trimtab.recipes.bench.methods import Method, Policies, Recorder, Setup, run_method
+from trimtab.recipes.cli.lora import DATASET_STEPS
 from trimtab.recipes.compare.meter import Meter
-from trimtab.recipes.lora import DATASET_STEPS
-from trimtab.recipes.lora_training import FineTuner, TuningConfig
-from trimtab.recipes.session import Session
+from trimtab.recipes.finetune.training import FineTuner, TuningConfig
+from trimtab.recipes.support.session import Session
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
+from trimtab.rl.algorithms.golden_ticket import GoldenTicketConfig, sizes
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.demonstration_data import DemosConfig, read_demonstrations
+from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.evaluation import Evaluation, evaluate, require_success
-from trimtab.rl.golden_ticket import GoldenTicketConfig, sizes
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.train import Trainer
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.recipes.compare.summary import LEVELS
-from trimtab.recipes.reporting import METHOD_NAMES, rate_text, write_json
+from trimtab.recipes.support.reporting import METHOD_NAMES, rate_text, write_json
 
 POLICIES = {"policy": "", "actor": "", "acting": ", best of K by the critic"}
 HEADER = [

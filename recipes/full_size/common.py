@@ -12,8 +12,8 @@ from torch import Tensor
 from trimtab.adapters.base import PolicyAdapter, adapter_class
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.loading import quietly
+from trimtab.adapters.tiny.parts import statistics
 from trimtab.recipes.full_size.weightless import WithoutMemory, to_fake
-from trimtab.recipes.tiny.parts import statistics
 
 Built = tuple[PolicyAdapter, dict[str, Any]]
 Sizes = dict[str, dict[str, Any]]

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from trimtab.adapters.tiny.parts import camera_features
 from trimtab.recipes.full_size.common import (
     CAMERA,
     Built,
@@ -15,7 +16,6 @@ from trimtab.recipes.full_size.common import (
     inputs,
     make_config,
 )
-from trimtab.recipes.tiny.parts import camera_features
 
 # SmolVLM2-500M, the backbone of lerobot/smolvla_base, by its published config.
 SMOLVLM_500M: Sizes = {
@@ -74,7 +74,7 @@ def pi(policy_type: str) -> Callable[[str, int], Built]:
 
 def smolvla(device: str, cameras: int) -> Built:
     """lerobot/smolvla_base; its vision tower looks at values, so it has some also where only counted."""
-    from trimtab.recipes.tiny.smolvla import make_vlm
+    from trimtab.adapters.tiny.smolvla import make_vlm
 
     with tempfile.TemporaryDirectory() as folder:
         vlm = make_vlm(Path(folder), SMOLVLM_500M)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from trimtab.adapters.tiny.parts import camera_features, word_tokenizer
 from trimtab.recipes.full_size.common import CAMERA, Built, Sizes, assemble_weightless, make_config
-from trimtab.recipes.tiny.parts import camera_features, word_tokenizer
 
 # OpenGVLab/InternVL3-1B-hf, by its published config: Qwen2.5-0.5B and InternViT-300M.
 INTERNVL3_1B: Sizes = {
@@ -114,7 +114,7 @@ FLORENCE_2_WORDS = 51289
 
 def evo1(device: str, cameras: int) -> Built:
     """LeRobot's default head on the first 14 layers of InternVL3-1B; images of 448 pixels."""
-    from trimtab.recipes.tiny.evo1 import make_vlm
+    from trimtab.adapters.tiny.evo1 import make_vlm
 
     with tempfile.TemporaryDirectory() as folder:
         make_vlm(Path(folder), INTERNVL3_1B)
@@ -124,7 +124,7 @@ def evo1(device: str, cameras: int) -> Built:
 
 def molmoact2(device: str, cameras: int) -> Built:
     """LeRobot's default chunk, on a MolmoAct2 of the sizes above."""
-    from trimtab.recipes.tiny.molmoact2 import STATE_LEVELS, make_backbone
+    from trimtab.adapters.tiny.molmoact2 import STATE_LEVELS, make_backbone
 
     with tempfile.TemporaryDirectory() as folder:
         backbone, fast = Path(folder) / "backbone", Path(folder) / "fast"
@@ -144,7 +144,7 @@ def molmoact2(device: str, cameras: int) -> Built:
 
 def multi_task_dit(device: str, cameras: int) -> Built:
     """LeRobot's default sizes on CLIP ViT-B/16; the default objective, so DDIM."""
-    from trimtab.recipes.tiny.multi_task_dit import make_clip
+    from trimtab.adapters.tiny.multi_task_dit import make_clip
 
     with tempfile.TemporaryDirectory() as folder:
         clip = Path(folder) / "clip"  # LeRobot insists on "clip" in the path
@@ -156,7 +156,7 @@ def multi_task_dit(device: str, cameras: int) -> Built:
 
 def xvla(device: str, cameras: int) -> Built:
     """LeRobot's default transformer on Florence-2-large; images of 224 pixels, as in its checkpoints."""
-    from trimtab.recipes.tiny.xvla import florence
+    from trimtab.adapters.tiny.xvla import florence
 
     with tempfile.TemporaryDirectory() as folder:
         word_tokenizer(Path(folder))

@@ -6,8 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from trimtab.adapters.tiny.parts import camera_features
 from trimtab.recipes.full_size.common import CAMERA, Built, Sizes, assemble_weightless, make_config
-from trimtab.recipes.tiny.parts import camera_features
 
 # Qwen/Qwen2.5-VL-3B-Instruct, by its published config.
 QWEN2_5_VL_3B: Sizes = {
@@ -67,7 +67,7 @@ WALL_X_EXPERTS = [
 
 def eo1(device: str, cameras: int) -> Built:
     """LeRobot's default head on Qwen2.5-VL-3B, as the config's ``vlm_base`` says."""
-    from trimtab.recipes.tiny.eo1 import make_qwen2_5
+    from trimtab.adapters.tiny.eo1 import make_qwen2_5
 
     with tempfile.TemporaryDirectory() as folder:
         features = camera_features(cameras, CAMERA, state_dim=14, action_dim=14)
@@ -78,7 +78,7 @@ def eo1(device: str, cameras: int) -> Built:
 
 def wall_x(device: str, cameras: int) -> Built:
     """x-square-robot/wall-oss-flow, with LeRobot's default head."""
-    from trimtab.recipes.tiny.wall_x import make_backbone
+    from trimtab.adapters.tiny.wall_x import make_backbone
 
     sizes = {**QWEN2_5_VL_3B, "text": {**QWEN2_5_VL_3B["text"], "experts": WALL_X_EXPERTS}}
     features = camera_features(cameras, CAMERA, state_dim=14, action_dim=14)
@@ -92,7 +92,7 @@ def groot(device: str, cameras: int) -> Built:
     """GR00T N1.7 with the sizes that LeRobot gives as its defaults, on Cosmos-Reason2-2B."""
     from lerobot.policies.groot.groot_n1_7 import GR00TN17Config
 
-    from trimtab.recipes.tiny._qwen3 import make_qwen3
+    from trimtab.adapters.tiny._qwen3 import make_qwen3
 
     with tempfile.TemporaryDirectory() as folder:
         base, qwen = Path(folder) / "gr00t", Path(folder) / "Qwen" / "Qwen3-VL-2B"
@@ -110,7 +110,7 @@ def groot(device: str, cameras: int) -> Built:
 
 def vla_jepa(device: str, cameras: int) -> Built:
     """LeRobot's default sizes on LIBERO's 7 actions; it does not shrink the images."""
-    from trimtab.recipes.tiny._qwen3 import make_qwen3
+    from trimtab.adapters.tiny._qwen3 import make_qwen3
 
     with tempfile.TemporaryDirectory() as folder:
         make_qwen3(Path(folder), QWEN3_VL_2B)

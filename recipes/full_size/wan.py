@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from trimtab.adapters.tiny.parts import camera_features
 from trimtab.recipes.full_size.common import (
     Built,
     Sizes,
@@ -16,7 +17,6 @@ from trimtab.recipes.full_size.common import (
     make_config,
 )
 from trimtab.recipes.full_size.weightless import WithoutMemory
-from trimtab.recipes.tiny.parts import camera_features
 
 # VAE and UMT5-XXL encoder of Wan-AI/Wan2.2-TI2V-5B-Diffusers, by their published configs; the latents'
 # means and deviations change no count.
@@ -41,7 +41,7 @@ WAN_2_2: Sizes = {
 
 
 def _save_wan(folder: Path) -> None:
-    from trimtab.recipes.tiny._wan import wan_parts
+    from trimtab.adapters.tiny._wan import wan_parts
 
     with WithoutMemory():
         vae, text_encoder = wan_parts(folder, WAN_2_2)

@@ -25,8 +25,8 @@ from trimtab.policies.passes import matmuls_in, passes_by
 from trimtab.policies.precision import matmul_dtype, require_precision
 from trimtab.rl.algorithms.capture import CapturedUpdate, why_not_captured
 from trimtab.rl.algorithms.optimizer import FusedAdam
-from trimtab.rl.replay import Batch
-from trimtab.rl.returns import DISCOUNT_PER
+from trimtab.rl.data.replay import Batch
+from trimtab.rl.data.returns import DISCOUNT_PER
 
 MEASURED_EVERY = 10  # updates; what metrics take part in no loss
 RANKED_EVERY = 50  # updates; metrics that cost as much as a step

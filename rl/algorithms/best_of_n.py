@@ -38,7 +38,7 @@ from trimtab.rl.algorithms.base import (
     spread,
 )
 from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, pick, rank_correlation
-from trimtab.rl.replay import Batch
+from trimtab.rl.data.replay import Batch
 
 TARGETS = ("max", "sarsa", "softmax")
 DISTILLATION = ("critic", "regression")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trimtab.adapters.errors import reason
 from trimtab.policies import passes
-from trimtab.rl.replay import Batch
+from trimtab.rl.data.replay import Batch
 
 if TYPE_CHECKING:
     from trimtab.rl.algorithms.base import Algorithm

@@ -41,7 +41,7 @@ from trimtab.rl.algorithms.base import (
 )
 from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, pick, rank_correlation
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
-from trimtab.rl.replay import Batch
+from trimtab.rl.data.replay import Batch
 
 MODES = ("stored", "exact")
 BOOTSTRAPS = ("importance", "noise_critic")

@@ -21,7 +21,7 @@ from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import AlgorithmConfig, as_set_up, polyak
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
-from trimtab.rl.replay import Batch
+from trimtab.rl.data.replay import Batch
 
 
 @AlgorithmConfig.register_subclass("dsrl_sac")

@@ -28,7 +28,7 @@ from trimtab.rl.algorithms.base import (
     require_positive,
     spread,
 )
-from trimtab.rl.replay import Batch
+from trimtab.rl.data.replay import Batch
 
 
 @dataclass

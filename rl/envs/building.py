@@ -20,7 +20,7 @@ def check_buildable(config: EnvConfig) -> None:
         return
     instead = (
         "register an EnvConfig whose create_envs builds it in a package of your own, and name that with "
-        "--env.discover_packages_path (example: recipes/openpi_droid/README.md)"
+        "--env.discover_packages_path (example: recipes/configs/openpi_droid/README.md)"
     )
     if isinstance(config, HubEnvConfig):
         raise UserError(

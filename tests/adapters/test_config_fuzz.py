@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 
-from tests.adapters.cases import all_cases
-from tests.adapters.fuzz import Fuzz, inputs, limited_memory
-from trimtab.recipes.tiny import make_tiny
+from tests.helpers.adapter_cases import all_cases
+from tests.helpers.fuzz import Fuzz, inputs, limited_memory
+from trimtab.adapters.tiny import make_tiny
 
 ALL = os.environ.get("TRIMTAB_FUZZ") == "all"
 SAMPLE = 6  # of each type

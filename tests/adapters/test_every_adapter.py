@@ -6,10 +6,10 @@ from copy import copy
 import pytest
 import torch
 
-from tests.adapters.cases import all_cases, noise_like
+from tests.helpers.adapter_cases import all_cases, noise_like
 from trimtab.adapters import load_adapter
-from trimtab.adapters.files import weights_hash
-from trimtab.recipes.tiny import make_tiny
+from trimtab.adapters.checkpoint.files import weights_hash
+from trimtab.adapters.tiny import make_tiny
 
 BACKBONE_FIRST = ("fastwam", "molmoact2", "wall_x")
 
@@ -66,7 +66,7 @@ def test_equals_a_policy_that_lerobot_loaded(case, adapter, options, observation
             setattr(config, name, getattr(adapter.config, name))
     scope = nullcontext()
     if case.type in ("pi0", "pi05"):
-        from trimtab.recipes.tiny.pi0 import narrow
+        from trimtab.adapters.tiny.pi0 import narrow
 
         scope = narrow(config)
     with scope:

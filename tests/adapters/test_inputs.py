@@ -9,8 +9,8 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.utils import validate_visual_features_consistency
 
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.recipes.tiny import make_tiny
-from trimtab.recipes.tiny.parts import camera_features
+from trimtab.adapters.tiny import make_tiny
+from trimtab.adapters.tiny.parts import camera_features
 
 FRONT, LEFT, RIGHT = (f"observation.images.{name}" for name in ("front", "camera1", "camera2"))
 STATE = "observation.state"

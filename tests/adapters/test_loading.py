@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.files import file_hash, settings_hashes, weights_hash
-from trimtab.recipes.tiny import make_tiny
+from trimtab.adapters.checkpoint.files import file_hash, settings_hashes, weights_hash
+from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture
@@ -38,7 +38,8 @@ def test_loads_what_was_saved_frozen(folder):
 
 def test_a_folder_is_all_that_a_fresh_process_needs(folder):
     """In a process of its own: the tests before have imported LeRobot's policies, and so registered them."""
-    code = "import sys; from pathlib import Path; from trimtab.adapters.saved_config import read_config; "
+    code = "import sys; from pathlib import Path; "
+    code += "from trimtab.adapters.checkpoint.saved_config import read_config; "
     code += "print(read_config(Path(sys.argv[1])).type)"
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.split() == ["diffusion"], done.stderr

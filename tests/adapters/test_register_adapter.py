@@ -9,9 +9,9 @@ import torch
 from lerobot.policies.factory import make_pre_post_processors
 
 import trimtab.adapters
-from tests.adapters.my_flow import MyFlowConfig, MyFlowPolicy, features
+from tests.helpers.my_flow import MyFlowConfig, MyFlowPolicy, features
 from trimtab.adapters import NoiseSpec, UserError, adapter_types, base, register_adapter
-from trimtab.adapters.injection import InjectedAdapter, NoiseInjector
+from trimtab.adapters.lerobot.injection import InjectedAdapter, NoiseInjector
 
 SECTION = "## A policy of your own"
 
@@ -152,7 +152,7 @@ def test_injected_adapter_computes_the_same(workplace):
 
 def test_commands_find_it_in_a_package(workplace, monkeypatch):
     """`trimtab ... --policy.discover_packages_path=my_package` registers the adapter too."""
-    from trimtab.recipes.repeat import load_plugins
+    from trimtab.recipes.support.repeat import load_plugins
 
     (workplace / "my_package").mkdir()
     (workplace / "my_package" / "__init__.py").write_text(code_blocks()[0])

@@ -10,12 +10,12 @@ import torch
 from openpi_client import image_tools, msgpack_numpy
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
-from tests.adapters.cases import noise_like
-from tests.adapters.openpi_server import API_KEY
+from tests.helpers.adapter_cases import noise_like
+from tests.helpers.openpi_server import API_KEY
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.config import RemoteConfig
-from trimtab.adapters.policy_server import PolicyServer, pack, unpack
-from trimtab.adapters.remote import resize_with_pad
+from trimtab.adapters.remote.adapter import resize_with_pad
+from trimtab.adapters.remote.openpi_client import PolicyServer, pack, unpack
 from trimtab.policies.observe import ObserveConfig, build_observer
 
 KEYS = {

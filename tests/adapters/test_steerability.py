@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.rl.point import STEPS, PointAdapter
+from tests.helpers.point import STEPS, PointAdapter
 from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.steerability import denoise_all, measure
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.diffusion import DiffusionAdapter
+from trimtab.adapters.lerobot.diffusion import DiffusionAdapter
 from trimtab.adapters.loading import open_adapter
 
 

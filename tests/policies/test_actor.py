@@ -8,13 +8,13 @@ from torch import distributions as D
 
 from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig, Limited, NoiseActor, constant_actor, kl_to_prior
+from trimtab.policies.noise_samplers import base_noise, constant_noise, prior_noise, steered_noise, zero_noise
 from trimtab.policies.noise_space import (
     ConstantNoiseConfig,
     FullNoiseConfig,
     RepeatNoiseConfig,
     ResidualNoiseConfig,
 )
-from trimtab.policies.sources import base_noise, constant_noise, prior_noise, steered_noise, zero_noise
 
 SPEC = NoiseSpec((4, 2))
 

@@ -15,11 +15,11 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
 from tests.policies.test_steered_policy import artefact_of
-from trimtab.recipes.tiny import make_tiny
-from trimtab.recipes.tiny.parts import camera_features
+from trimtab.adapters.tiny import make_tiny
+from trimtab.adapters.tiny.parts import camera_features
 
 TASK = "press the button"
-PLUGINS = Path(__file__).parent / "plugins"
+PLUGINS = Path(__file__).parents[1] / "helpers" / "plugins"
 
 
 @pytest.fixture(scope="module")

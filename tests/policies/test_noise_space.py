@@ -8,6 +8,7 @@ import torch
 
 from trimtab.adapters import NoiseSpec, UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor
+from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import (
     ConstantNoiseConfig,
     FullNoiseConfig,
@@ -18,7 +19,6 @@ from trimtab.policies.noise_space import (
     ResidualNoiseConfig,
 )
 from trimtab.policies.noise_space.knots import knot_weights
-from trimtab.policies.sources import prior_noise
 
 STEPS, DIM = 6, 3
 LIVE = torch.zeros(STEPS, DIM, dtype=torch.bool)

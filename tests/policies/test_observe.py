@@ -6,9 +6,9 @@ from lerobot.configs import FeatureType, PolicyFeature
 from torch.nn.functional import interpolate
 
 from tests.conftest import make_diffusion
+from tests.helpers.pixels import CAMERA, SIDE, PixelPointAdapter
+from tests.helpers.point import PointAdapter
 from tests.policies.test_steered_policy import load, observations, processors
-from tests.rl.pixels import CAMERA, SIDE, PixelPointAdapter
-from tests.rl.point import PointAdapter
 from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.base import adapter_class, adapter_types
 from trimtab.policies.actor import ActorConfig, NoiseActor

@@ -15,16 +15,16 @@ import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
 from tests.helpers.lane import LaneConfig, LaneEnv, make_lane_policy
 from tests.policies.test_steered_policy import artefact_of
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.adapters.tiny import TYPES, make_tiny
+from trimtab.adapters.tiny.parts import camera_features
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import Steered, load_artefact, read_config, save_artefact
+from trimtab.policies.noise_samplers import steered_noise
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.observe import ObserveConfig, Observer
-from trimtab.policies.sources import steered_noise
 from trimtab.policies.steered.modeling_trimtab import TrimtabPolicy
 from trimtab.recipes.cli import main
-from trimtab.recipes.export_check import check_runners
-from trimtab.recipes.tiny import TYPES, make_tiny
-from trimtab.recipes.tiny.parts import camera_features
+from trimtab.recipes.support.export_check import check_runners
 from trimtab.rl.envs.chunk import ChunkEnv
 from trimtab.rl.runner import PolicyRunner
 
@@ -199,7 +199,7 @@ def test_other_actions_are_refused_and_nothing_is_written(fault, lane, tmp_path,
 
 
 def test_other_shapes_and_nan_are_no_rounding():
-    from trimtab.recipes.export_check import _difference
+    from trimtab.recipes.support.export_check import _difference
 
     zero = torch.zeros(2, 3)
     assert _difference(zero, zero + 9e-7) == 0.0 and _difference(zero, zero + 2e-6) > 0
@@ -280,7 +280,7 @@ def test_export_keeps_how_the_artefact_acts_and_changes_what_is_asked(lane, tmp_
 
 def test_a_base_in_libero_that_lerobot_gives_processors_by_its_type(tmp_path):
     """LeRobot gives X-VLA in LIBERO its environment processors, and an artefact of it none."""
-    from trimtab.recipes.export_check import environment_notes
+    from trimtab.recipes.support.export_check import environment_notes
 
     options = make_tiny("xvla", tmp_path / "base")
     steered = steered_of(options, tmp_path / "artefact")

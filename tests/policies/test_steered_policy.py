@@ -12,15 +12,15 @@ from lerobot.policies.factory import get_policy_class, make_policy, make_pre_pos
 from safetensors.torch import load_file, save_file
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
-from tests.adapters.test_lingbot_va import frames, history
-from tests.adapters.test_peft import folders  # noqa: F401 - a tiny SmolVLA and a LoRA of it
+from tests.adapters.checkpoint.test_peft import folders  # noqa: F401 - a tiny SmolVLA and a LoRA of it
+from tests.adapters.lerobot.test_lingbot_va import frames, history
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.adapters.tiny import make_tiny
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
 from trimtab.policies.artefact import load_artefact, save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import ConstantNoiseConfig, FullNoiseConfig, MaskedNoiseConfig
-from trimtab.recipes.tiny import make_tiny
 
 STEERED = get_policy_class("trimtab")
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from trimtab.adapters import UserError
-from trimtab.recipes.metaworld.base import BaseConfig, cached_base, check_task, make_base
-from trimtab.recipes.metaworld.cloning import CloningConfig, make_policy, make_sampler, widened
-from trimtab.recipes.metaworld.dataset import REPO_ID, start_center
-from trimtab.recipes.metaworld.demonstrators import Demonstrator, Operator
+from trimtab.recipes.embedded_base.base import BaseConfig, cached_base, check_task, make_base
+from trimtab.recipes.embedded_base.cloning import CloningConfig, make_policy, make_sampler, widened
+from trimtab.recipes.embedded_base.dataset import REPO_ID, start_center
+from trimtab.recipes.embedded_base.demonstrators import Demonstrator, Operator
 from trimtab.rl.envs.metaworld import MetaworldStateEnv
 
 
@@ -139,7 +139,7 @@ def test_cache_is_found_again_and_keyed_by_everything(tmp_path, capsys):
 
 
 def test_interrupted_making_leaves_nothing(tmp_path, monkeypatch):
-    from trimtab.recipes.metaworld import cloning
+    from trimtab.recipes.embedded_base import cloning
 
     def interrupt(*args):
         raise KeyboardInterrupt

@@ -13,24 +13,24 @@ import pytest
 import yaml
 from lerobot.envs.utils import preprocess_observation
 
-from trimtab.recipes.adapt import AdaptConfig, with_default_noise
-from trimtab.recipes.catalogue import ADAPT, FOLDER, LORA, RECIPES
 from trimtab.recipes.cli import COMMANDS, main
-from trimtab.recipes.compare.command import CompareConfig
+from trimtab.recipes.cli.adapt import AdaptConfig, with_default_noise
+from trimtab.recipes.cli.base import MakeBaseConfig
+from trimtab.recipes.cli.compare import CompareConfig
+from trimtab.recipes.cli.eval import EvaluateConfig
+from trimtab.recipes.cli.export import ExportConfig
+from trimtab.recipes.cli.lora import LoraConfig
+from trimtab.recipes.cli.probe import ProbeConfig
+from trimtab.recipes.cli.recipes import ADAPT, FOLDER, LORA, RECIPES
 from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
 from trimtab.recipes.compare.methods import customised
-from trimtab.recipes.console import parse
-from trimtab.recipes.evaluate import EvaluateConfig
-from trimtab.recipes.export import ExportConfig
+from trimtab.recipes.finetune.lora_targets import LAYERS, default_targets
+from trimtab.recipes.finetune.training import TuningConfig
 from trimtab.recipes.full_size import FULL_SIZE, full_size
-from trimtab.recipes.lora import LoraConfig
-from trimtab.recipes.lora_targets import LAYERS, default_targets
-from trimtab.recipes.lora_training import TuningConfig
-from trimtab.recipes.make_base import MakeBaseConfig
-from trimtab.recipes.presets import expand_preset
-from trimtab.recipes.probe import ProbeConfig
-from trimtab.recipes.recipe_file import ADAPT_ONLY, LEFT, with_recipe
-from trimtab.recipes.session import SELECTION_SEED
+from trimtab.recipes.support.console import parse
+from trimtab.recipes.support.presets import expand_preset
+from trimtab.recipes.support.recipe_file import ADAPT_ONLY, LEFT, with_recipe
+from trimtab.recipes.support.session import SELECTION_SEED
 
 CONFIGS = {
     "adapt": AdaptConfig,
@@ -227,7 +227,7 @@ def test_a_name_stands_for_its_files(tmp_path, monkeypatch):
     where = FOLDER / "smolvla_libero"
     for command, file in (("adapt", ADAPT), ("eval", ADAPT), ("lora", LORA)):
         assert with_recipe(["--config_path=smolvla_libero"], command) == [f"--config_path={where / file}"]
-    path = "recipes/metaworld/paper_na.yaml"
+    path = "recipes/configs/metaworld/paper_na.yaml"
     assert with_recipe(["--config_path", path], "adapt") == [
         f"--config_path={FOLDER / 'metaworld/paper_na.yaml'}"
     ]
@@ -245,7 +245,7 @@ def test_what_probe_and_eval_leave_is_adapts_alone():
 def test_resume_of_a_tiny_run(tmp_path):
     """A tiny pi0 loads only where its narrow classes are; `--tiny` sees to that in a new process, too."""
     from trimtab.adapters.base import register_adapter
-    from trimtab.adapters.pi0 import PI0Adapter
+    from trimtab.adapters.lerobot.pi0 import PI0Adapter
 
     argv = ["adapt", "--tiny=true", f"--output_dir={tmp_path}"]
     assert main([*argv, "--config_path=pi0_libero", "--checkpoint.every=32", *ALONE]) == 0
@@ -374,4 +374,4 @@ def test_readmes_say_what_a_user_has_to_know(name):
     text = (FOLDER / name / "README.md").read_text()
     for heading in ("## Needs", "## Run", "## What to expect", "## What goes wrong", "## Not run"):
         assert heading in text, heading
-    assert "--tiny=true" in text and "recipes/accelerate/" in text
+    assert "--tiny=true" in text and "recipes/configs/accelerate/" in text

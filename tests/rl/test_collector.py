@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.rl.faulty import FaultyConfig
-from tests.rl.point import PointAdapter, PointConfig
+from tests.helpers.faulty import FaultyConfig
+from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, load_adapter
+from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.policies.sources import base_noise
 from trimtab.rl.collector import Collector, SuccessWindow
 from trimtab.rl.diagnostics import calibration, returns_to_go
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv

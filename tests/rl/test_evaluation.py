@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.rl.point import PointAdapter, PointConfig
-from trimtab.policies.sources import base_noise, constant_noise, zero_noise
+from tests.helpers.point import PointAdapter, PointConfig
+from trimtab.policies.noise_samplers import base_noise, constant_noise, zero_noise
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import best_constant, evaluate

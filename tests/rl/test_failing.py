@@ -7,8 +7,8 @@ from tests.helpers.lane import LaneConfig, make_lane_policy
 from trimtab.adapters import PolicyConfig, load_adapter
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_samplers import base_noise, steered_noise
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.policies.sources import base_noise, steered_noise
 from trimtab.rl.algorithms import BestOfNConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv

@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.rl.pixels import PixelPointAdapter, PixelPointConfig
+from tests.helpers.pixels import PixelPointAdapter, PixelPointConfig
 from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_samplers import base_noise, steered_noise
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.observe import ObserveConfig, build_observer
-from trimtab.policies.sources import base_noise, steered_noise
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv

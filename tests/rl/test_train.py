@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.rl.point import PointAdapter, PointConfig
+from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.files import file_hash, weights_hash
+from trimtab.adapters.checkpoint.files import file_hash, weights_hash
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
+from trimtab.policies.noise_samplers import base_noise, constant_noise, steered_noise, zero_noise
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.policies.sources import base_noise, constant_noise, steered_noise, zero_noise
 from trimtab.rl.algorithms import BestOfNConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig

@@ -1,0 +1,122 @@
+"""Adapter of LeRobot's ``eo1`` policy: Qwen2.5-VL turns a span of noisy action tokens into actions.
+
+Noise: (chunk_size, max_action_dim), standard normal. Attention is causal within the span too, so the rows
+after the executed steps are inert; the padded action dimensions are live. ``encode`` runs all that stands
+before the span (images, task, state) through Qwen once. LeRobot's ``sample_actions`` does so for every noise,
+hence a loop of its own here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lerobot.policies.common.flow_matching import euler_integrate
+from lerobot.utils.constants import OBS_STATE
+from torch import Tensor
+
+from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
+
+
+class EO1Adapter(PolicyAdapter):
+    """``encode`` is Qwen2.5-VL up to the action span, ``denoise`` the Euler loop of Qwen over the span."""
+
+    policy_type: ClassVar[str] = "eo1"
+    reads_task = True
+    resizes_images = True
+
+    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
+        super().__init__(policy, preprocessor, postprocessor)
+        config = policy.config
+        live = torch.ones(config.chunk_size, config.max_action_dim, dtype=torch.bool)
+        live[config.n_action_steps :] = False
+        self.noise_spec = NoiseSpec(tuple(live.shape), live=None if live.all() else live)
+        self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
+
+    @classmethod
+    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
+        from transformers.utils import is_flash_attn_2_available
+
+        notes = []
+        if config.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+            config.attn_implementation = None
+            notes.append("flash_attention_2 is not available here: attention as PyTorch has it")
+        config.vlm_base = options.backbone or config.vlm_base
+        config.num_denoise_steps = options.num_inference_steps or config.num_denoise_steps
+        return notes
+
+    @classmethod
+    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
+        name = options.tokenizer or options.backbone
+        return ({"eo1_qwen_processor": {"processor_name": name}} if name else {}), {}
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        model, qwen = self.policy.model, self.policy.model.vlm_backbone.model
+        state = self.policy.prepare_state(batch[OBS_STATE])
+        tokens, mask, types = batch["input_ids"], batch["attention_mask"], batch["mm_token_type_ids"]
+        span = self._action_span(tokens == batch["action_token_id"])
+        position_ids, _ = qwen.get_rope_index(
+            tokens, image_grid_thw=batch["image_grid_thw"], attention_mask=mask, mm_token_type_ids=types
+        )
+        before = slice(span.start)
+        outputs = qwen(
+            input_ids=tokens[:, before],
+            attention_mask=mask[:, before],
+            position_ids=position_ids[..., before],
+            inputs_embeds=model.embed_prefix(
+                tokens,
+                state,
+                state_token_id=batch["state_token_id"],
+                action_token_id=batch["action_token_id"],
+            )[:, before],
+            pixel_values=batch["pixel_values"],
+            image_grid_thw=batch["image_grid_thw"],
+            mm_token_type_ids=types[:, before],
+            use_cache=True,
+        )
+        small = {
+            "mask": mask[:, : span.stop],
+            "positions": position_ids[..., span].transpose(0, 1),
+            "features": torch.cat([pooled(outputs.last_hidden_state, mask[:, before]), state.float()], -1),
+        }
+        return Conditioning({**small, **store_prefix(outputs.past_key_values)})
+
+    def _action_span(self, is_action: Tensor) -> slice:
+        """Where the action tokens stand; padding on the left puts them at the same place in every row."""
+        size = self.config.chunk_size
+        start = int(is_action[0].to(torch.int64).argmax())
+        span = slice(start, start + size)
+        if not is_action[:, span].all() or int(is_action.sum()) != len(is_action) * size:
+            raise ValueError(
+                f"the prompt must hold one span of {size} action tokens, at the same place in every row"
+            )
+        return span
+
+    @torch.no_grad()
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        model, qwen = self.policy.model, self.policy.model.vlm_backbone.model
+        cache, mask = restore_prefix(conditioning), conditioning.rows("mask")
+        position_ids = conditioning.rows("positions").transpose(0, 1)
+        dtype = qwen.get_input_embeddings().weight.dtype
+
+        def velocity(actions: Tensor, time: Tensor) -> Tensor:
+            hidden = qwen(
+                attention_mask=mask,
+                past_key_values=cache,
+                inputs_embeds=model.embed_suffix(time, actions).to(dtype),
+                position_ids=position_ids,
+                use_cache=True,
+            ).last_hidden_state
+            with model.flow_head_autocast_context():
+                return model.action_out_proj(hidden.to(model.action_out_proj.dtype)).to(actions.dtype)
+
+        return self.executed(euler_integrate(velocity, noise, self.config.num_denoise_steps)).float()
+
+    def features(self, conditioning: Conditioning) -> Tensor:
+        """Mean of Qwen's last hidden states before the action span, and the normalised, padded state."""
+        return conditioning.rows("features")

@@ -1,0 +1,116 @@
+"""Adapter of LeRobot's ``evo1`` policy (InternVL3 and a cross-attending flow-matching head).
+
+The policy draws uniform noise in (-1, 1) and zeroes the padded action dimensions, before and after every
+step: those entries are inert. The adapter takes standard normal noise (chunk_size, max_action_dim) and maps
+it to the policy's by the normal distribution function. ``encode`` runs InternVL3 once; the head reads its
+tokens at every step. The chunk keeps the padded dimensions: the policy's own postprocessor crops them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters.errors import UserError
+from trimtab.adapters.lerobot.backbone import without_weights
+from trimtab.adapters.lerobot.injection import NoiseInjector
+from trimtab.adapters.lerobot.prefix import pooled
+
+
+class Evo1Adapter(PolicyAdapter):
+    """``encode`` is InternVL3, ``denoise`` LeRobot's own Euler loop over the action head."""
+
+    policy_type: ClassVar[str] = "evo1"
+    reads_task = True
+    resizes_images = True
+
+    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
+        super().__init__(policy, preprocessor, postprocessor)
+        config = policy.config
+        shape = (config.chunk_size, config.max_action_dim)
+        live = policy._prepare_inference_action_mask(1).cpu().expand(shape)
+        self.noise_spec = NoiseSpec(shape, "uniform", live=None if live.all() else live)
+        self.chunk_shape = (config.n_action_steps, config.max_action_dim)
+
+    @classmethod
+    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
+        if options.tokenizer:
+            raise UserError(
+                "--policy.tokenizer",
+                "evo1 takes its tokenizer from its backbone: name --policy.backbone",
+            )
+        config.vlm_model_name = options.backbone or config.vlm_model_name
+        config.vlm_dtype = options.dtype or config.vlm_dtype  # what the images are cast to
+        config.num_inference_timesteps = options.num_inference_steps or config.num_inference_timesteps
+        config.enable_gradient_checkpointing = False  # nothing is trained
+        half = config.vlm_dtype in ("bfloat16", "float16")
+        config.use_flash_attn = config.use_flash_attn and half and str(config.device).startswith("cuda")
+        return []
+
+    @classmethod
+    def build(cls, config: Any) -> Any:
+        from transformers import AutoTokenizer
+
+        name = config.vlm_model_name
+        with without_weights(name) as folder:
+            config.vlm_model_name = folder
+            try:
+                policy = super().build(config)
+            finally:
+                config.vlm_model_name = name
+        policy.model.embedder.tokenizer = AutoTokenizer.from_pretrained(name)
+        return policy
+
+    @classmethod
+    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
+        return {}, {}  # the model tokenizes, not the preprocessor
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        policy = self.policy
+        images, image_masks = policy._collect_image_batches(batch)
+        state, _ = policy._prepare_state(batch)
+        embodiments = policy._get_embodiment_ids(batch, len(state))
+        with policy._maybe_autocast():
+            tokens, mask = policy._compute_fused_tokens(
+                policy._normalize_task_batch(batch), images, image_masks
+            )
+        mean = tokens.float() if mask is None else pooled(tokens, mask)  # no mask: one token, (B, dim)
+        kept = {} if mask is None else {"mask": mask}
+        features = torch.cat([mean, state.float()], -1)
+        return Conditioning(
+            {"features": features, "tokens": tokens, "state": state, "embodiments": embodiments, **kept}
+        )
+
+    @torch.no_grad()
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        policy = self.policy
+        # The head draws from (0, 1) and stretches that to (-1, 1).
+        with policy._maybe_autocast(), NoiseInjector(self._drawn(noise), (torch.rand,)) as injector:
+            chunk = policy.model(
+                conditioning.rows("tokens"),
+                state=conditioning.rows("state"),
+                action_mask=policy._prepare_inference_action_mask(len(noise)),
+                embodiment_ids=conditioning.rows("embodiments"),
+                context_mask=conditioning.rows("mask") if "mask" in conditioning.tensors else None,
+            )
+        injector.check(self.policy_type)
+        return self.executed(chunk.unflatten(1, self.noise_spec.shape).float())
+
+    def _drawn(self, noise: Tensor) -> Tensor:
+        return (self.native_noise(noise) + 1) / 2
+
+    def native_noise(self, noise: Tensor) -> Tensor:
+        """Uniform in (-1, 1), flat: (B, chunk_size * max_action_dim)."""
+        return torch.erf(noise / math.sqrt(2)).flatten(1)  # 2 * Phi(noise) - 1
+
+    def features(self, conditioning: Conditioning) -> Tensor:
+        """Mean of InternVL3's final tokens (or its one pooled token), and the padded state."""
+        return conditioning.rows("features")

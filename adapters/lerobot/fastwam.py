@@ -1,0 +1,262 @@
+"""Adapter of LeRobot's ``fastwam`` policy (Wan 2.2's video expert with an action expert, flow matching).
+
+Noise: (action_horizon, action_dim), standard normal. LeRobot itself draws it anew from ``inference_seed``
+(42) for every call and every row, so its own policy meets one and the same noise for ever.
+
+``encode`` runs the VAE, the text encoder and the video expert over the current frame once; ``denoise``
+integrates the action expert over the kept keys and values, all noises in one batch, where LeRobot goes
+sample by sample.
+
+A checkpoint does not hold the frozen VAE and text encoder. LeRobot takes both from the Hub, the VAE by a
+name in its code; ``--policy.backbone`` names a folder with ``vae``, ``text_encoder`` and ``tokenizer``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FunctionType
+from typing import Any, ClassVar
+
+import torch
+from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
+from torch import Tensor
+
+from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.checkpoint.files import CONFIG, part_weights
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters.errors import UserError, reason
+
+BACKBONE = "--policy.backbone"
+OLD_BLOCK = re.compile(r"mixtures\.([^.]+)\.blocks\.(\d+)\.")
+WAN_HINT = (
+    "The checkpoint holds neither Wan's VAE nor its text encoder: name a folder with 'vae', 'text_encoder' "
+    "and 'tokenizer' (a copy of Wan-AI/Wan2.2-TI2V-5B-Diffusers)"
+)
+
+
+def check_wan_folder(folder: str) -> None:
+    """Refuse a ``--policy.backbone`` that lacks one of Wan's frozen parts.
+
+    Raises:
+        UserError: a part is missing, or has no weights in safetensors files.
+    """
+    for part in ("vae", "text_encoder", "tokenizer"):
+        if not (Path(folder) / part).is_dir():
+            raise UserError(BACKBONE, f"{folder} has no folder '{part}'. {WAN_HINT}")
+        if part != "tokenizer":
+            part_weights(Path(folder) / part, BACKBONE)  # else the libraries would unpickle others
+
+
+@contextmanager
+def loading_wan(part: str, source: str) -> Iterator[None]:
+    """Say in one line which of Wan's frozen parts does not load, whatever the libraries raise.
+
+    Raises:
+        UserError: where anything was raised.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Tensors that diffusers does not find stay without values, which PyTorch refuses to move.
+        why = "tensors of the VAE are missing" if "meta tensor" in str(error) else reason(error)
+        raise UserError(BACKBONE, f"{part} of {source} cannot be loaded: {why}. {WAN_HINT}") from error
+
+
+def wan_part_folder(source: str, part: str) -> Path:
+    """Where the files of one of Wan's frozen parts lie that has been loaded from a folder or the Hub."""
+    from huggingface_hub import hf_hub_download
+
+    folder = Path(source) / part
+    if folder.is_dir():
+        return folder
+    return Path(hf_hub_download(source, f"{part}/{CONFIG}", local_files_only=True)).parent
+
+
+class FastWAMAdapter(PolicyAdapter):
+    """``encode`` is the video expert's prefix, ``denoise`` the Euler loop of the action expert."""
+
+    policy_type: ClassVar[str] = "fastwam"
+    reads_task = True
+    resizes_images = True
+
+    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
+        super().__init__(policy, preprocessor, postprocessor)
+        config = policy.config
+        self.noise_spec = NoiseSpec((config.action_horizon, config.action_dim))
+        self.chunk_shape = (config.n_action_steps, config.action_dim)
+
+    @classmethod
+    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
+        config.num_inference_steps = options.num_inference_steps or config.num_inference_steps
+        config.torch_dtype = options.dtype or config.torch_dtype
+        if options.backbone:
+            check_wan_folder(options.backbone)
+            config.text_encoder_model_id = options.backbone
+            config.tokenizer_model_id = str(Path(options.backbone) / "tokenizer")
+        config.tokenizer_model_id = options.tokenizer or config.tokenizer_model_id
+        mode = config.video_dit_config.get("video_attention_mask_mode")
+        if mode != "first_frame_causal":
+            raise UserError(
+                "--policy.path",
+                f"its video_attention_mask_mode is '{mode}', with which it cannot infer actions",
+            )
+        if not config.load_text_encoder:
+            raise UserError(
+                "--policy.path", "it was saved without its text encoder (load_text_encoder=false)"
+            )
+        if config.torch_dtype != "float32" and not str(config.device).startswith("cuda"):
+            # It relies on CUDA's autocast for its time embedding.
+            if options.dtype:
+                raise UserError("--policy.dtype", f"fastwam runs in {options.dtype} on CUDA alone")
+            note = f"fastwam runs in {config.torch_dtype} on CUDA alone: switched to float32"
+            config.torch_dtype = "float32"
+            return [note]
+        return []
+
+    @classmethod
+    def build(cls, config: Any) -> Any:
+        """The policy; the VAE from the text encoder's folder if that is one, else from the Hub."""
+        from lerobot.policies.fastwam import modeling_fastwam as lerobot
+
+        source, vae_source = config.text_encoder_model_id, cls._vae_source(config)
+
+        def load_vae(torch_dtype: torch.dtype, device: str) -> Any:
+            from diffusers import AutoencoderKLWan
+            from lerobot.policies.fastwam.wan.adapters import WanVideoVAE38
+
+            vae = AutoencoderKLWan.from_pretrained(vae_source, subfolder="vae", torch_dtype=torch_dtype)
+            return WanVideoVAE38(dtype=torch_dtype, device=device, pretrained=vae)
+
+        def clear(part: str, place: str, load: Callable[..., Any]) -> Callable[..., Any]:
+            def loaded(*args: Any, **kwargs: Any) -> Any:
+                with loading_wan(part, place):
+                    return load(*args, **kwargs)
+
+            return loaded
+
+        names = vars(lerobot) | {
+            "load_pretrained_wan_vae": clear("the VAE", vae_source, load_vae),
+            "load_pretrained_wan_text_encoder": clear(
+                "the text encoder", source, lerobot.load_pretrained_wan_text_encoder
+            ),
+            "build_wan_tokenizer": clear(
+                "the tokenizer", config.tokenizer_model_id, lerobot.build_wan_tokenizer
+            ),
+        }
+
+        class LocalFastWAM(lerobot.FastWAMPolicy):
+            """LeRobot's own builder, which knows no path of the VAE, with these loaders bound anew."""
+
+            _build_core_model = FunctionType(lerobot.FastWAMPolicy._build_core_model.__code__, names)
+
+        return LocalFastWAM(config)
+
+    @classmethod
+    def frozen_parts(cls, policy: Any) -> dict[str, tuple[torch.nn.Module, Path]]:
+        model, config = policy.model, policy.config
+        return {
+            "vae": (model.vae.vae, wan_part_folder(cls._vae_source(config), "vae")),
+            "text_encoder": (
+                model.text_encoder.model,
+                wan_part_folder(config.text_encoder_model_id, "text_encoder"),
+            ),
+        }
+
+    @staticmethod
+    def _vae_source(config: Any) -> str:
+        from lerobot.policies.fastwam.wan.components import WAN22_DIFFUSERS_MODEL_ID
+
+        source = config.text_encoder_model_id
+        return source if (Path(source) / "vae").is_dir() else WAN22_DIFFUSERS_MODEL_ID
+
+    @classmethod
+    def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
+        return {OLD_BLOCK.sub(r"layers.\2.blocks.\1.", name): value for name, value in saved.items()}
+
+    @classmethod
+    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
+        return {}, {}  # the tokenizer belongs to the model
+
+    def cameras_used(self, given: Collection[str]) -> set[str]:
+        """All there are: LeRobot puts every camera of the batch side by side."""
+        return {key for key in given if key.startswith(f"{OBS_IMAGES}.")}
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        from lerobot.policies.fastwam.modeling_fastwam import _batch_to_infer_kwargs
+
+        model, inputs = self.policy.model, _batch_to_infer_kwargs(batch, self.config)
+        image = inputs["input_image"].to(model.device, model.torch_dtype)
+        latents = model._encode_video_latents(image.unsqueeze(2), tiled=inputs["tiled"])
+        state = batch.get(OBS_STATE)
+        context, mask = model._prepare_infer_context(
+            inputs["prompt"],
+            inputs["context"],
+            inputs["context_mask"],
+            None if state is None else state.to(model.device, model.torch_dtype),
+        )
+        video = model.video_expert.pre_dit(
+            x=latents,
+            timestep=latents.new_zeros(len(latents)),
+            context=context,
+            context_mask=mask,
+            fuse_vae_embedding_in_latents=model.video_expert.fuse_vae_embedding_in_latents,
+        )
+        hidden, tensors = video["tokens"], {"context": context, "context_mask": mask}
+        attention = model.video_expert.build_video_to_video_mask(
+            hidden.shape[1], video["meta"]["tokens_per_frame"], hidden.device
+        )
+        for index, layer in enumerate(model.mot.layers):
+            hidden, keys, values = layer(
+                mode="video_prefill",
+                x=hidden,
+                freqs=video["freqs"],
+                t_mod=video["t_mod"],
+                context_payload={"context": video["context"], "mask": video["context_mask"]},
+                video_attention_mask=attention,
+            )
+            tensors[f"keys.{index}"], tensors[f"values.{index}"] = keys, values
+        features = [hidden.float().mean(1)] + ([] if state is None else [state.float()])
+        return Conditioning({"features": torch.cat(features, -1), **tensors})
+
+    @torch.no_grad()
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        model, cache = self.policy.model, _VideoCache(conditioning)
+        context, mask = conditioning.rows("context"), conditioning.rows("context_mask")
+        length = conditioning.tensors["keys.0"].shape[1]  # of one frame
+        attention = model._build_mot_attention_mask(length, noise.shape[1], length, self.device)
+        chunk = noise.to(model.device, model.torch_dtype)
+        schedule = model.infer_action_scheduler.build_inference_schedule(
+            self.config.num_inference_steps, model.device, chunk.dtype, self.config.sigma_shift
+        )
+        for time, step in zip(*schedule, strict=True):
+            velocity = model._predict_action_noise_with_cache(
+                chunk, time.unsqueeze(0), context, mask, cache, attention, length
+            )
+            chunk = model.infer_action_scheduler.step(velocity, step, chunk)
+        return self.executed(chunk.float())
+
+    def features(self, conditioning: Conditioning) -> Tensor:
+        """Mean of the video expert's last hidden states over the current frame, and the normalised state."""
+        return conditioning.rows("features")
+
+
+class _VideoCache(Sequence):
+    """The prefix as LeRobot wants it, with rows for K noises of one layer at a time only."""
+
+    def __init__(self, conditioning: Conditioning) -> None:
+        self.conditioning = conditioning
+
+    def __len__(self) -> int:
+        return sum(name.startswith("keys.") for name in self.conditioning.tensors)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rows = self.conditioning.rows
+        return {"k": rows(f"keys.{index}"), "v": rows(f"values.{index}")}

@@ -1,0 +1,98 @@
+"""Adapter of LeRobot's ``multi_task_dit`` policy (CLIP and a diffusion transformer; flow matching or DDIM).
+
+Noise: (horizon, action_dim), standard normal, in the normalised action space. Every row attends to every
+other, so all of them move the executed slice
+``[n_obs_steps - 1 : n_obs_steps - 1 + n_action_steps]``. CLIP runs once, in ``encode``; LeRobot's own sampler
+(Euler, Runge-Kutta or DDIM) is ``denoise``, the one draw that it makes replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from torch import Tensor
+
+from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters.errors import UserError
+from trimtab.adapters.lerobot.backbone import without_weights
+from trimtab.adapters.lerobot.diffusion import cap_steps, steps_to_horizon, use_ddim
+from trimtab.adapters.lerobot.injection import NoiseInjector
+
+
+class MultiTaskDiTAdapter(PolicyAdapter):
+    """``encode`` is the observation encoder, ``denoise`` the whole sampling loop."""
+
+    policy_type: ClassVar[str] = "multi_task_dit"
+    reads_task = True
+    history: ClassVar[bool] = True
+    stacks_cameras = True
+
+    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
+        super().__init__(policy, preprocessor, postprocessor)
+        config = policy.config
+        action_dim = config.action_feature.shape[0]
+        dtype = next(policy.noise_predictor.parameters()).dtype
+        self.noise_spec = NoiseSpec((config.horizon, action_dim), dtype=dtype)
+        self.n_obs_steps = config.n_obs_steps
+        self.chunk_shape = (steps_to_horizon(config), action_dim)
+
+    @classmethod
+    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
+        if options.dtype not in (None, "float32"):  # LeRobot joins float32 states to CLIP's output
+            raise UserError("--policy.dtype", f"a multi_task_dit policy runs in float32, not {options.dtype}")
+        if options.backbone:
+            config.vision_encoder_name = config.text_encoder_name = options.backbone
+        if config.is_diffusion:
+            return [*cap_steps(config), *use_ddim(config, options.num_inference_steps)]
+        config.num_integration_steps = options.num_inference_steps or config.num_integration_steps
+        return cap_steps(config)
+
+    @classmethod
+    def build(cls, config: Any) -> Any:
+        """The policy, of which CLIP's weights are random: the checkpoint's replace them, so none are fetched.
+
+        Raises:
+            UserError: CLIP's config is not to be had.
+        """
+        names = config.vision_encoder_name, config.text_encoder_name
+        try:
+            with without_weights(names[0]) as vision, without_weights(names[1]) as text:
+                config.vision_encoder_name, config.text_encoder_name = vision, text
+                return super().build(config)
+        finally:
+            config.vision_encoder_name, config.text_encoder_name = names
+
+    @classmethod
+    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
+        name = options.tokenizer or options.backbone
+        return ({"tokenizer_processor": {"tokenizer_name": name}} if name else {}), {}
+
+    @property
+    def resizes_images(self) -> bool:
+        """Whether the policy scales its images; it crops them in any case."""
+        return self.config.image_resize_shape is not None
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        batch = self.policy._prepare_batch(dict(batch))
+        for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
+            batch[key] = batch[key][:, -1]  # one task for the whole history
+        return Conditioning({"vector": self.policy.observation_encoder.encode(batch)})
+
+    @torch.no_grad()
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        with NoiseInjector(noise) as injector:
+            actions = self.policy.objective.conditional_sample(
+                self.policy.noise_predictor, len(noise), conditioning.rows("vector")
+            )
+        injector.check(self.policy_type)
+        return self.executed(actions[:, self.n_obs_steps - 1 :])
+
+    def features(self, conditioning: Conditioning) -> Tensor:
+        """Over the history: normalised states, CLIP's class token of each camera, the projected task."""
+        return conditioning.rows("vector")

@@ -1,0 +1,119 @@
+"""What the adapters of ``pi0`` and ``pi05`` share: PaliGemma's prefix kept once, and the expert's Euler loop.
+
+Noise: (chunk_size, max_action_dim), standard normal. All of it is live: the actions of a chunk attend to each
+other, and the expert mixes the padded action dimensions with the real ones.
+
+LeRobot's ``denoise_step`` clones the whole key-value cache at every step, so the loop here calls the parts of
+it, with a cache that stores nothing new.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+from lerobot.policies.common.flow_matching import euler_integrate
+from lerobot.policies.common.vla_utils import make_att_2d_masks, pad_vector, prepare_attention_masks_4d
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor
+
+from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters.errors import UserError
+from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
+
+
+class PiAdapter(PolicyAdapter):
+    """``encode`` is PaliGemma over cameras and prompt, ``denoise`` the Euler loop of the action expert.
+
+    Nothing here reads a tensor's values, so it also runs on the meta device (to count operations).
+    """
+
+    resizes_images = True
+    fills_missing_cameras = True
+    reads_task = True
+
+    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
+        super().__init__(policy, preprocessor, postprocessor)
+        config = policy.config
+        self.noise_spec = NoiseSpec((config.chunk_size, config.max_action_dim))
+        self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
+        self._experts = policy.model.paligemma_with_expert
+        # Only eager attention takes LeRobot's additive masks; LeRobot sets it at each call.
+        for model in (self._experts.paligemma.model.language_model, self._experts.gemma_expert.model):
+            model.config._attn_implementation = "eager"
+
+    @classmethod
+    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
+        if config.dtype not in ("float32", "bfloat16"):
+            raise UserError(
+                "--policy.dtype", f"{config.type} runs in float32 or bfloat16, not in {config.dtype}"
+            )
+        config.num_inference_steps = options.num_inference_steps or config.num_inference_steps
+        return []
+
+    @classmethod
+    def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
+        """LeRobot's key fixes for files of openpi and of older versions, and its prefix."""
+        fixed = policy._fix_pytorch_state_dict_keys(saved, policy.config)
+        return {key if key.startswith("model.") else f"model.{key}": value for key, value in fixed.items()}
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        images, image_masks = self.policy._preprocess_images(batch)
+        embeddings, pad_mask, blocks = self.policy.model.embed_prefix(
+            images, image_masks, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        )
+        (hidden, _), cache = self._experts.forward(
+            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(pad_mask, blocks)),
+            position_ids=torch.cumsum(pad_mask, dim=1) - 1,
+            past_key_values=None,
+            inputs_embeds=[embeddings, None],
+            use_cache=True,
+        )
+        state = pad_vector(batch[OBS_STATE], self.config.max_state_dim)
+        features = torch.cat([pooled(hidden, pad_mask), state.float()], -1)
+        small = {"state": state, "pad_mask": pad_mask, "features": features}
+        return Conditioning({**small, **store_prefix(cache)})
+
+    @abc.abstractmethod
+    def embed_suffix(self, conditioning: Conditioning, actions: Tensor, time: Tensor) -> tuple:
+        """LeRobot's ``embed_suffix``.
+
+        Args:
+            conditioning: for B noises.
+            actions: (B, *noise_spec.shape), noisy.
+            time: (B,), 1 for pure noise.
+
+        Returns:
+            Embeddings (B, S, width), padding mask (B, S), attention blocks (B, S), and the condition of the
+            expert's norms, (B, width) or ``None``.
+        """
+
+    @torch.no_grad()
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        cache, prefix_mask = restore_prefix(conditioning), conditioning.rows("pad_mask")
+        start = prefix_mask.sum(-1, keepdim=True)
+
+        def velocity(actions: Tensor, time: Tensor) -> Tensor:
+            embeddings, suffix_mask, blocks, condition = self.embed_suffix(conditioning, actions, time)
+            to_prefix = prefix_mask.unsqueeze(1).expand(-1, suffix_mask.shape[1], -1)
+            mask = torch.cat([to_prefix, make_att_2d_masks(suffix_mask, blocks)], -1)
+            (_, hidden), _ = self._experts.forward(
+                attention_mask=prepare_attention_masks_4d(mask),
+                position_ids=start + torch.cumsum(suffix_mask, dim=1) - 1,
+                past_key_values=cache,
+                inputs_embeds=[None, embeddings],
+                use_cache=False,
+                adarms_cond=[None, condition],
+            )
+            return self.policy.model.action_out_proj(hidden[:, -actions.shape[1] :].float())
+
+        return self.executed(euler_integrate(velocity, noise, self.config.num_inference_steps))
+
+    def features(self, conditioning: Conditioning) -> Tensor:
+        """Mean of PaliGemma's last hidden states without padding, and the normalised, padded state."""
+        return conditioning.rows("features")

@@ -1,0 +1,119 @@
+"""Adapter of LeRobot's ``smolvla`` policy (a small VLM with an action expert, flow matching).
+
+Noise: (chunk_size, max_action_dim), standard normal; the padded action dimensions are live too, for the
+expert mixes them. ``encode`` runs vision, language and state through the VLM once; ``denoise`` integrates
+the expert over the kept keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from lerobot.policies.common.flow_matching import euler_integrate
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor
+
+from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters.errors import UserError
+from trimtab.adapters.lerobot.backbone import without_weights
+from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
+
+
+class SmolVLAAdapter(PolicyAdapter):
+    """``encode`` is the VLM prefix, ``denoise`` the Euler loop of the action expert."""
+
+    policy_type: ClassVar[str] = "smolvla"
+    reads_task = True
+    resizes_images = True
+    fills_missing_cameras = True
+
+    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
+        super().__init__(policy, preprocessor, postprocessor)
+        config = policy.config
+        self.noise_spec = NoiseSpec((config.chunk_size, config.max_action_dim))
+        self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
+
+    @classmethod
+    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
+        if options.dtype not in (None, "float32", "bfloat16"):
+            raise UserError("--policy.dtype", f"smolvla runs in float32 or bfloat16, not in {options.dtype}")
+        if options.dtype:
+            config.load_vlm_weights = options.dtype == "bfloat16"
+        config.vlm_model_name = options.backbone or config.vlm_model_name
+        config.num_steps = options.num_inference_steps or config.num_steps
+        if config.use_cache:
+            return []
+        config.use_cache = True
+        return ["use_cache is on here: without it LeRobot cannot sample"]
+
+    @classmethod
+    def build(cls, config: Any) -> Any:
+        """The policy beside an empty file for the VLM's own weights, which the checkpoint replaces.
+
+        Where the config asks for those, LeRobot runs the VLM and most of the expert in bfloat16.
+        """
+        if not config.load_vlm_weights:
+            return super().build(config)
+        name = config.vlm_model_name
+        with without_weights(name) as folder:
+            config.vlm_model_name = folder
+            try:
+                return super().build(config)
+            finally:
+                config.vlm_model_name = name
+
+    @classmethod
+    def cast(cls, policy: Any, dtype: torch.dtype) -> None:
+        """Done in ``build``."""
+
+    @classmethod
+    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
+        name = options.tokenizer or options.backbone
+        return ({"tokenizer_processor": {"tokenizer_name": name}} if name else {}), {}
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        from lerobot.policies.smolvla.modeling_smolvla import make_att_2d_masks
+
+        policy, model = self.policy, self.policy.model
+        # LeRobot flips joints of the aloha robot in place.
+        batch = policy._prepare_batch({**batch, OBS_STATE: batch[OBS_STATE].clone()})
+        images, image_masks = policy.prepare_images(batch)
+        state = policy.prepare_state(batch)
+        embeddings, pad_mask, attention = model.embed_prefix(
+            images,
+            image_masks,
+            batch[OBS_LANGUAGE_TOKENS],
+            batch[OBS_LANGUAGE_ATTENTION_MASK],
+            state=state,
+        )
+        (hidden, _), cache = model.vlm_with_expert.forward(
+            attention_mask=make_att_2d_masks(pad_mask, attention),
+            position_ids=torch.cumsum(pad_mask, dim=1) - 1,
+            past_key_values=None,
+            inputs_embeds=[embeddings, None],
+            use_cache=True,
+        )
+        features = torch.cat([pooled(hidden, pad_mask), state.float()], -1)
+        return Conditioning({"features": features, "pad_mask": pad_mask, **store_prefix(cache)})
+
+    @torch.no_grad()
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        cache, pad_mask = restore_prefix(conditioning), conditioning.rows("pad_mask")
+        chunk = euler_integrate(
+            lambda x, time: self.policy.model.denoise_step(pad_mask, cache, x, time),
+            noise,
+            self.policy.config.num_steps,
+        )
+        chunk = self.executed(chunk)
+        if self.policy.config.adapt_to_pi_aloha:
+            chunk = self.policy._pi_aloha_encode_actions(chunk)
+        return chunk
+
+    def features(self, conditioning: Conditioning) -> Tensor:
+        """Mean of the VLM's prefix tokens, and the normalised, padded state."""
+        return conditioning.rows("features")

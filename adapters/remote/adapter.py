@@ -1,0 +1,374 @@
+"""Adapter of a policy on an openpi policy server: observation and noise go out, a chunk comes back.
+
+Noise: (horizon, 32) for openpi's models, standard normal. It travels inside the observation as (1, horizon,
+32), under the key that the DSRL forks of openpi use. openpi's own server ignores it and draws its own:
+``verify`` notices, and says which lines to change. The server normalises, so chunks are in the
+environment's own units. It takes one observation with one noise at a time; nothing is shared between K
+noises. The noise actor sees the raw state, and the server's prefix where it offers one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from torch import Tensor
+
+from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.checkpoint.files import OPTION
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.config import PolicyConfig, RemoteConfig
+from trimtab.adapters.errors import UserError
+from trimtab.adapters.remote.openpi_client import PolicyServer, ServerError
+
+NOISE_DIM = 32  # openpi pads the actions of all its models to it
+DEFAULT_SIDE = 224  # of an example image that is sent as it is
+MEND = (
+    "openpi's own server ignores the noise it is sent. In its websocket_policy_server.py write "
+    "`noise = obs.pop('noise', None)` after `obs` is unpacked, and call "
+    "`self._policy.infer(obs, noise=noise)`"
+)
+PREFIX = "prefix"  # entry of the conditioning that the server made
+LOCAL_OPTIONS = (
+    "revision",
+    "dtype",
+    "num_inference_steps",
+    "n_action_steps",
+    "tokenizer",
+    "backbone",
+    "base_path",
+    "rename_map",
+)
+# What takes the place of some of them.
+REMOTE_OPTIONS = {
+    "rename_map": "--policy.remote.keys",
+    "n_action_steps": "--policy.remote.n_action_steps",
+}
+
+
+@dataclass
+class ServedConfig:
+    """What the rest of the code asks of a policy's config."""
+
+    input_features: dict[str, PolicyFeature]
+    output_features: dict[str, PolicyFeature] = field(default_factory=dict)
+
+
+class RemoteAdapter(PolicyAdapter):
+    """``encode`` packs the observation, ``denoise`` sends it with each noise.
+
+    Args:
+        options: ``path`` is the server's address, ``remote`` says what it is sent.
+        device: where chunks and features are handed over.
+
+    Raises:
+        UserError: options that do not fit, nobody at the address, or answers unlike openpi's.
+    """
+
+    policy_type: ClassVar[str] = "remote"
+    reads_task = True
+    rounding: ClassVar[float] = 0.1  # a server need not repeat itself to the bit
+
+    def __init__(self, options: PolicyConfig, device: str) -> None:
+        for name in LOCAL_OPTIONS:
+            if getattr(options, name):
+                instead = REMOTE_OPTIONS.get(name, "the server's own options")
+                raise UserError(f"--policy.{name}", f"has no effect on a policy server; use {instead}")
+        if not options.remote.timeout > 0:
+            raise UserError("--policy.remote.timeout", f"must be positive, got {options.remote.timeout}")
+        self.options = options.remote
+        self.policy = None  # out of sight
+        self.preprocessor = self.postprocessor = _as_it_is
+        self.device = torch.device(device)
+        self._config = ServedConfig(_input_features(self.options))
+        self._answer_shape: tuple[int, int] | None = None
+        self.server = PolicyServer(options.path or "", self.options.timeout)
+        try:
+            self.notes = self._probe()
+        except BaseException:
+            self.close()
+            raise
+
+    def _probe(self) -> list[str]:
+        """Learn the shapes from the server's metadata and one answer; return what to tell the user."""
+        notes = []
+        named, wanted = self.server.metadata.get("noise_shape"), self.options.noise_shape
+        shape = _noise_shape(wanted if named is None else named)
+        if named is not None and wanted and _noise_shape(wanted) != shape:
+            notes.append(
+                f"the server takes noise of shape {shape}; --policy.remote.noise_shape has no effect"
+            )
+        conditioning = self._example()
+        message = self._message(conditioning, 0)
+        if shape is not None:
+            message[self.options.noise_key] = np.zeros((1, *shape), np.float32)
+        try:
+            horizon, action_dim = self._chunk(self.server.request(message)).shape
+        except ServerError as error:
+            raise UserError(
+                OPTION,
+                f"{error.message}; it was sent {', '.join(_describe(message))} (change what with "
+                "--policy.remote.keys and --policy.remote.dims)",
+            ) from None
+        self._answer_shape = (horizon, action_dim)
+        steps = horizon if self.options.n_action_steps is None else self.options.n_action_steps
+        if not 1 <= steps <= horizon:
+            raise UserError(
+                "--policy.remote.n_action_steps",
+                f"must be between 1 and {horizon}, the length of the server's chunks, got {steps}",
+            )
+        self.noise_spec = NoiseSpec(shape or (horizon, NOISE_DIM))
+        self.chunk_shape = (steps, action_dim)
+        self._config.output_features["action"] = PolicyFeature(FeatureType.ACTION, (action_dim,))
+        seen = self._seen(conditioning)
+        if seen and PREFIX not in seen and any(_is_image(key) for key in self.options.keys):
+            notes.append(
+                f"the noise actor sees {', '.join(seen)} but no image: the server keeps what its model sees "
+                "to itself (--policy.remote.prefix_features asks a server that has dsrl_pi0's get_prefix_rep)"
+            )
+        return notes
+
+    @property
+    def config(self) -> ServedConfig:
+        return self._config
+
+    @property
+    def parameter_count(self) -> None:
+        return None
+
+    def close(self) -> None:
+        self.server.close()
+
+    # Observations.
+
+    def _check_observation(self, observation: dict[str, Any]) -> None:
+        missing = [key for key in self.options.keys if key not in observation]
+        if missing:
+            given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"
+            raise UserError(
+                "--policy.remote.keys",
+                f"the server is sent {', '.join(missing)}, the environment gives {given}; choose the "
+                "environment that the policy was trained on, or map what there is to the server's names",
+            )
+        for key in self.options.keys:
+            shape = tuple(observation[key].shape[2:])
+            if _is_image(key) and len(shape) != 3:
+                raise UserError("--policy.remote.keys", f"{key} of shape {shape} is no image")
+            if not _is_image(key) and shape != (self.options.dims[key],):
+                raise UserError(
+                    "--policy.remote.dims",
+                    f"{key} is said to have {self.options.dims[key]} entries, the environment gives {shape}",
+                )
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        tensors = {
+            key: self._images(batch[key]) if _is_image(key) else batch[key].float().cpu()
+            for key in self.options.keys
+        }
+        tasks = batch.get("task")
+        conditioning = Conditioning(tensors, {"task": list(tasks)} if tasks else {})
+        if self.options.prefix_features:
+            rows = [self._prefix(conditioning, row) for row in range(conditioning.observations)]
+            tensors[PREFIX] = torch.stack(rows)
+        return conditioning
+
+    def _images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] as the server's: (B, side, side, 3) uint8, or channels first."""
+        if images.is_floating_point():
+            images = (images * 255).round().clamp(0, 255)
+        arrays = images.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+        if self.options.image_size:
+            arrays = np.stack([resize_with_pad(image, self.options.image_size) for image in arrays])
+        if self.options.channels_first:
+            arrays = arrays.transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.ascontiguousarray(arrays))
+
+    def _message(self, conditioning: Conditioning, row: int) -> dict[str, Any]:
+        """Observation ``row`` as the server takes it."""
+        message: dict[str, Any] = {}
+        for key, name in self.options.keys.items():
+            *parents, last = name.split(".")
+            place = message
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = conditioning.tensors[key][row].numpy()
+        if "task" in conditioning.lists:
+            message[self.options.prompt_key] = conditioning.lists["task"][row]
+        return message
+
+    def _prefix(self, conditioning: Conditioning, row: int) -> Tensor:
+        """What the model makes of images and instruction: the last token of its prefix (width,)."""
+        message = {"method": "get_prefix_rep", "obs": self._message(conditioning, row)}
+        try:
+            answer = self.server.request(message)
+        except ServerError as error:
+            raise UserError(
+                "--policy.remote.prefix_features",
+                f"{error.message}; openpi's own server has no get_prefix_rep",
+            ) from None
+        tokens = answer[0] if isinstance(answer, list) and answer else answer
+        if not isinstance(tokens, np.ndarray) or tokens.dtype.kind != "f" or not tokens.size:
+            raise UserError(
+                "--policy.remote.prefix_features", f"{self.server.url} returned no prefix representation"
+            )
+        return torch.from_numpy(tokens.reshape(-1, tokens.shape[-1])[-1].astype(np.float32))
+
+    # The function.
+
+    @torch.no_grad()
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        chunks = []
+        for row, sample in enumerate(noise.cpu().numpy()):
+            message = self._message(conditioning, row // conditioning.repeats)
+            message[self.options.noise_key] = sample[None]
+            chunks.append(torch.from_numpy(self._chunk(self.server.request(message))))
+        return self.executed(torch.stack(chunks)).to(noise.device)
+
+    def _chunk(self, answer: Any) -> np.ndarray:
+        """The actions (horizon, action_dim) float32 in an answer, of the same shape every time."""
+        actions = answer.get("actions") if isinstance(answer, dict) else None
+        if not isinstance(actions, np.ndarray) or actions.dtype.kind not in "fiu":
+            raise UserError(OPTION, f"{self.server.url} answered without 'actions'")
+        if actions.ndim == 3 and len(actions) == 1:
+            actions = actions[0]
+        expected = self._answer_shape
+        if actions.ndim != 2 or not actions.size or (expected and actions.shape != expected):
+            wanted = f"always {expected}" if expected else "(horizon, action dimension)"
+            raise UserError(
+                OPTION, f"{self.server.url} returned actions of shape {actions.shape}; they must be {wanted}"
+            )
+        if not np.isfinite(actions).all():
+            raise UserError(OPTION, f"{self.server.url} returned NaN or Inf actions")
+        return actions.astype(np.float32)
+
+    def features(self, conditioning: Conditioning) -> Tensor | None:
+        """The raw state as it was sent, and the last token of the server's prefix where that is asked for."""
+        seen = self._seen(conditioning)
+        if not seen:
+            return None
+        return torch.cat([conditioning.rows(name) for name in seen], -1).to(self.device)
+
+    def _seen(self, conditioning: Conditioning) -> list[str]:
+        return [name for name in conditioning.tensors if not _is_image(name)]
+
+    # Verification.
+
+    def _example(self) -> Conditioning:
+        """One observation, always the same."""
+        return self.example_conditioning(1, torch.Generator().manual_seed(0))
+
+    def _two_chunks(self, repeat: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Chunks of one observation: for one noise, for it again, and for another."""
+        generator = torch.Generator().manual_seed(1)
+        first, second = torch.randn((2, 1, *self.noise_spec.shape), generator=generator)
+        conditioning = self._example()
+        once = self.denoise(conditioning, first)
+        return once, self.denoise(conditioning, first) if repeat else once, self.denoise(conditioning, second)
+
+    def verify(self) -> None:
+        """Check that the server uses the noise it is sent.
+
+        Raises:
+            UserError: it does not, with the lines of the server to change.
+        """
+        try:
+            once, again, other = self._two_chunks(repeat=True)
+        except ServerError as error:
+            raise UserError(
+                OPTION,
+                f"{error.message}; it was sent noise of shape (1, {self.noise_spec.shape[0]}, "
+                f"{self.noise_spec.shape[1]}) (--policy.remote.noise_shape)",
+            ) from None
+        repeated, effect = float((once - again).abs().max()), float((once - other).abs().max())
+        if repeated > self.rounding * effect:
+            found = "the same noise gave two different chunks"
+        elif effect == 0:
+            found = "two different noises gave the same chunk"
+        else:
+            return
+        raise UserError(OPTION, f"{found}: {self.server.url} ignores the noise it is sent. {MEND}")
+
+    def identity(self, base: Any) -> dict[str, Any]:
+        """The server's answer to one fixed observation and noise, and how to ask it again."""
+        once, _, other = self._two_chunks()
+        return {
+            "answer": once[0, 0].tolist(),
+            "tolerance": self.rounding * float((once - other).abs().max()),
+            "remote": asdict(self.options),
+        }
+
+    def check_identity(self, identity: dict[str, Any], base: Any) -> None:
+        now, known = self.identity(base)["answer"], identity["answer"]
+        if len(now) == len(known) and np.abs(np.subtract(now, known)).max() <= identity["tolerance"]:
+            return
+        raise UserError(
+            OPTION, f"{self.server.url} no longer answers as the base did: another policy is served there"
+        )
+
+
+def resize_with_pad(image: np.ndarray, side: int) -> np.ndarray:
+    """Fit an image (H, W, 3) uint8 into (side, side, 3), centred on black, as openpi's clients do."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    if (height, width) == (side, side):
+        return image
+    ratio = max(width / side, height / side)
+    inner = int(height / ratio), int(width / ratio)
+    canvas = np.zeros((side, side, 3), np.uint8)
+    top, left = (side - inner[0]) // 2, (side - inner[1]) // 2
+    small = Image.fromarray(image).resize(inner[::-1], Image.Resampling.BILINEAR)
+    canvas[top : top + inner[0], left : left + inner[1]] = np.asarray(small)
+    return canvas
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _is_image(key: str) -> bool:
+    return key.startswith("observation.image")
+
+
+def _input_features(options: RemoteConfig) -> dict[str, PolicyFeature]:
+    features = {}
+    for key in options.keys:
+        if _is_image(key):
+            side = options.image_size or DEFAULT_SIDE
+            features[key] = PolicyFeature(FeatureType.VISUAL, (3, side, side))
+        elif options.dims.get(key, 0) < 1:
+            raise UserError("--policy.remote.dims", f"say how many entries {key} has: {{{key}: 8}}")
+        else:
+            features[key] = PolicyFeature(FeatureType.STATE, (options.dims[key],))
+    if not features:
+        raise UserError("--policy.remote.keys", "name at least one observation to send")
+    return features
+
+
+def _noise_shape(value: Any) -> tuple[int, int] | None:
+    """A noise shape as two positive integers; ``None`` stays ``None``."""
+    if value is None:
+        return None
+    try:
+        horizon, dim = (int(length) for length in value)
+    except (TypeError, ValueError):
+        horizon = dim = 0
+    if horizon < 1 or dim < 1:
+        raise UserError("--policy.remote.noise_shape", f"must be [horizon, dimension], got {value}")
+    return horizon, dim
+
+
+def _describe(message: dict[str, Any], prefix: str = "") -> list[str]:
+    """The names in a message, with the shapes of arrays."""
+    names = []
+    for key, value in message.items():
+        if isinstance(value, dict):
+            names += _describe(value, f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}" + (f" {value.shape}" if isinstance(value, np.ndarray) else ""))
+    return names

@@ -1,0 +1,220 @@
+"""The client's side of openpi's policy server: msgpack with NumPy arrays over a websocket.
+
+The messages are those of ``openpi_client``, byte for byte; that package itself cannot be used beside
+LeRobot, for it wants numpy < 2. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import ssl
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import numpy as np
+
+from trimtab.adapters.checkpoint.files import OPTION
+from trimtab.adapters.errors import UserError, reason
+
+API_KEY = "OPENPI_API_KEY"  # environment variable; sent as openpi's clients send theirs
+OPEN_TIMEOUT = 10.0  # seconds to connect
+CLOSE_TIMEOUT = 2.0  # seconds to say goodbye
+MISSING = "a policy server needs two more packages: pip install 'lerobot_policy_trimtab[remote]'"
+REFUSED_KINDS = "OVc"  # NumPy kinds that do not travel: objects, records, complex numbers
+
+
+def pack(message: Any) -> bytes:
+    """Encode a message: msgpack, NumPy arrays and scalars as dicts of dtype, shape and bytes.
+
+    Raises:
+        ValueError: an array of objects, records or complex numbers.
+        TypeError: something that msgpack does not know.
+    """
+    return _msgpack().packb(message, default=_pack_numpy)
+
+
+def unpack(data: bytes) -> Any:
+    """Decode what ``pack`` or openpi encoded. Arrays are read-only views of ``data``.
+
+    Raises:
+        ValueError, TypeError: not msgpack, or an array that is not what it says.
+    """
+    return _msgpack().unpackb(data, object_hook=_unpack_numpy)
+
+
+def _pack_numpy(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        if value.dtype.kind in REFUSED_KINDS:
+            raise ValueError(f"arrays of {value.dtype} are not sent")
+        kind = value.dtype.str
+        if isinstance(value, np.ndarray):
+            return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": kind, b"shape": value.shape}
+        return {b"__npgeneric__": True, b"data": value.item(), b"dtype": kind}
+    raise TypeError(f"a {type(value).__name__} cannot be sent")
+
+
+def _unpack_numpy(value: dict) -> Any:
+    if b"__ndarray__" in value:
+        dtype, shape, data = _dtype(value[b"dtype"]), tuple(value[b"shape"]), value[b"data"]
+        if any(length < 0 for length in shape) or math.prod(shape) * dtype.itemsize != len(data):
+            raise ValueError(f"{len(data)} bytes are no array {shape} of {dtype}")
+        return np.ndarray(shape, dtype, data)
+    if b"__npgeneric__" in value:
+        return _dtype(value[b"dtype"]).type(value[b"data"])
+    return value
+
+
+def _dtype(name: Any) -> np.dtype:
+    dtype = np.dtype(name) if isinstance(name, str) else None
+    if dtype is None or dtype.kind in REFUSED_KINDS:
+        raise ValueError(f"arrays of {name!r} are not accepted")
+    return dtype
+
+
+def _msgpack() -> Any:
+    try:
+        import msgpack
+    except ImportError:
+        raise UserError(OPTION, MISSING) from None
+    return msgpack
+
+
+class ServerError(UserError):
+    """The server answered a request with its own traceback."""
+
+
+class PolicyServer:
+    """A connection to an openpi policy server, opened at once and again where it drops.
+
+    Args:
+        url: ``ws://host:port`` or ``wss://host:port``.
+        timeout: seconds to wait for an answer.
+
+    Attributes:
+        metadata: what the server says about itself.
+
+    Raises:
+        UserError: nobody listens there, or not with openpi's protocol; as do ``request``'s failures.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url, self.timeout = url, timeout
+        self._stack = ExitStack()
+        self._connection: Any = None
+        self.metadata: dict[str, Any] = {}
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            from websockets.exceptions import ConnectionClosed, WebSocketException
+            from websockets.sync.client import connect
+        except ImportError:
+            raise UserError(OPTION, MISSING) from None
+        options: dict[str, Any] = {}
+        known = inspect.signature(connect).parameters
+        if "ping_interval" in known:  # since websockets 15
+            # The server cannot answer a ping while it infers or compiles; the answer has its own timeout.
+            options["ping_interval"] = None
+        key = os.environ.get(API_KEY)
+        if key:
+            options["additional_headers"] = {"Authorization": f"Api-Key {key}"}
+        try:
+            # Entered as a context: called plainly, websockets 17 warns.
+            self._connection = self._stack.enter_context(
+                connect(
+                    self.url,
+                    compression=None,
+                    max_size=None,
+                    open_timeout=OPEN_TIMEOUT,
+                    close_timeout=CLOSE_TIMEOUT,
+                    **options,
+                )
+            )
+        except TimeoutError:
+            raise UserError(OPTION, f"{self.url} did not answer within {OPEN_TIMEOUT:g} s") from None
+        except ssl.SSLError as error:
+            raise UserError(OPTION, f"no secure connection to {self.url} ({reason(error)})") from None
+        except OSError as error:
+            if error.errno is None:  # closed in the handshake, as websockets 13 says it
+                raise UserError(OPTION, self._refused(error)) from None
+            raise UserError(
+                OPTION,
+                f"nobody listens at {self.url} ({reason(error)}); start openpi's server first "
+                "(scripts/serve_policy.py) or name its address",
+            ) from None
+        except (WebSocketException, EOFError, ValueError) as error:
+            raise UserError(OPTION, self._refused(error)) from None
+        try:
+            metadata = self._receive("describe itself")
+        except ConnectionClosed as error:
+            self.close()
+            raise UserError(OPTION, f"{self.url} closed the connection at once ({reason(error)})") from None
+        if not isinstance(metadata, dict):
+            self.close()
+            raise UserError(OPTION, f"{self.url} is not the address of an openpi policy server")
+        self.metadata = metadata
+
+    def _refused(self, error: Exception) -> str:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            return f"{self.url} refused access (HTTP {status}); put the server's key into {API_KEY}"
+        return f"{self.url} is not the address of an openpi policy server ({reason(error)})"
+
+    def request(self, message: dict[str, Any]) -> Any:
+        """Send a message and return the answer; after a dropped connection, once more.
+
+        The server keeps nothing between requests, so that sending one twice does no harm.
+
+        Raises:
+            UserError: no answer in time, a connection that drops again, or the server's own error.
+        """
+        from websockets.exceptions import ConnectionClosed
+
+        data = pack(message)
+        for last in (False, True):
+            try:
+                if self._connection is None:
+                    self._open()
+                self._connection.send(data)
+                return self._receive("answer")
+            except ConnectionClosed as error:
+                self.close()
+                if last:
+                    raise UserError(
+                        OPTION, f"{self.url} dropped the connection twice ({reason(error)})"
+                    ) from None
+        raise AssertionError("unreachable")
+
+    def _receive(self, what: str) -> Any:
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            data = self._connection.recv(timeout=self.timeout)
+            if isinstance(data, bytes):
+                return unpack(data)
+        except TimeoutError:
+            self.close()  # a late answer would be taken for that to the next request
+            raise UserError(
+                OPTION,
+                f"{self.url} did not {what} within {self.timeout:g} s; raise --policy.remote.timeout if it "
+                "is still compiling",
+            ) from None
+        except (UserError, ConnectionClosed):
+            raise
+        except Exception as error:  # msgpack has an exception for each way of being cut short
+            self.close()
+            raise UserError(
+                OPTION, f"{self.url} sent what is not openpi's message format ({reason(error)})"
+            ) from None
+        self.close()
+        raise ServerError(
+            OPTION, f"the policy server at {self.url} failed: {reason(Exception(data), last=True)}"
+        )
+
+    def close(self) -> None:
+        """Close the connection; the next request opens another."""
+        self._connection = None
+        with suppress(Exception):
+            self._stack.close()

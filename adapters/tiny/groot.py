@@ -1,0 +1,139 @@
+"""A GR00T N1.7 of 0.4 M weights: the real Qwen3-VL, DiT, processors and checkpoint sidecars, narrow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.adapters.tiny._qwen3 import make_qwen3
+from trimtab.adapters.tiny.parts import ACTION_DIM, STATE_DIM, camera_features, save, statistics
+
+TAG = "tiny_arm"
+HORIZON = 6  # of the model; the sidecars' is one less
+
+
+def build(
+    folder: Path, sidecars: bool = False, relative: bool = False, cameras: int = 1, **fields: Any
+) -> dict[str, Any]:
+    """Save the policy; the GR00T model that it names lies in ``folder/gr00t``, its Qwen3-VL beside.
+
+    Args:
+        folder: where.
+        sidecars: give the GR00T model statistics and horizons of its own, as NVIDIA's checkpoints have.
+        relative: with sidecars, actions relative to the state, for all but the last dimension.
+        cameras: number of cameras.
+        fields: fields of ``GrootConfig`` that shall differ.
+    """
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.policies.groot.configuration_groot import GrootConfig
+    from lerobot.policies.groot.modeling_groot import GrootPolicy
+
+    qwen, base = folder / "Qwen" / "Qwen3-VL-tiny", folder / "gr00t"
+    make_base(base, qwen)
+    if sidecars:
+        write_sidecars(base, relative)
+    values: dict[str, Any] = {
+        **camera_features(cameras),
+        "device": "cpu",
+        "push_to_hub": False,
+        "base_model_path": str(base),
+        "embodiment_tag": TAG if sidecars else "new_embodiment",
+        "chunk_size": 5,
+        "n_action_steps": 4,
+        "max_state_dim": 8,
+        "max_action_dim": 7,
+        "use_bf16": False,
+    }
+    config = GrootConfig(**{**values, **fields})
+    policy = GrootPolicy(config)
+    preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=statistics(config))
+    for step in preprocessor.steps:
+        if hasattr(step, "image_target_size"):
+            step.image_target_size, step.image_crop_size = [64, 64], [56, 56]  # 256 pixels by default
+            step.model_name = str(qwen)  # LeRobot names NVIDIA's Cosmos-Reason2-2B, whatever the model says
+    save(folder, policy, preprocessor, postprocessor)
+    return {"backbone": str(base), "tokenizer": str(qwen)}
+
+
+def make_base(folder: Path, qwen: Path) -> None:
+    """Save a narrow GR00T model (not a LeRobot policy) in ``folder``, with its Qwen3-VL in ``qwen``."""
+    from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
+
+    width = make_qwen3(qwen, num_hidden_layers=3).text_config.hidden_size
+    transformer = {"positional_embeddings": None, "num_attention_heads": 2, "dropout": 0.2}
+    config = GR00TN17Config(
+        model_name=str(qwen),  # its path has to contain "Qwen/Qwen3-VL"
+        select_layer=2,  # the third layer is dropped, as in the real model
+        backbone_embedding_dim=width,
+        hidden_size=24,
+        input_embedding_dim=32,
+        max_state_dim=8,
+        max_action_dim=7,
+        action_horizon=HORIZON,
+        max_seq_len=16,
+        max_num_embodiments=12,
+        diffusion_model_cfg={
+            **transformer,
+            "num_layers": 4,
+            "attention_head_dim": 16,
+            "norm_type": "ada_norm",
+            "final_dropout": True,
+            "output_dim": 24,
+            "interleave_self_attention": True,
+        },
+        vl_self_attention_cfg={**transformer, "num_layers": 1, "attention_head_dim": width // 2},
+        model_dtype="float32",
+        dtype="float32",
+    )
+    torch.manual_seed(0)
+    model = GR00TN17(config, load_backbone_weights=False)
+    with torch.no_grad():  # drawn with 0.02: at this width the chunk would be the noise itself
+        for name, parameter in model.action_head.named_parameters():
+            if name.endswith(("W", "attn1.to_v.weight", "attn1.to_out.0.weight")):
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(folder)
+
+
+def write_sidecars(folder: Path, relative: bool) -> None:
+    """Write statistics and modalities of one embodiment, the arm first and the gripper last."""
+    groups = {"state": {"arm": STATE_DIM - 1, "gripper": 1}, "action": {"arm": ACTION_DIM - 1, "gripper": 1}}
+    if relative:  # as many joints as there are actions
+        groups["state"] = {"arm": ACTION_DIM - 1, "gripper": STATE_DIM - ACTION_DIM + 1}
+    stats: dict[str, Any] = {
+        kind: {
+            name: {"min": [-1.5] * size, "max": [2.0] * size, "mean": [0.1] * size, "std": [1.0] * size}
+            for name, size in sizes.items()
+        }
+        for kind, sizes in groups.items()
+    }
+    rows = [[0.1 * (step + 1)] * (ACTION_DIM - 1) for step in range(HORIZON - 1)]  # one per step
+    stats["relative_action"] = {
+        "arm": {"min": [[-x for x in row] for row in rows], "max": rows, "mean": rows, "std": rows}
+    }
+    representations = {"arm": "relative" if relative else "absolute", "gripper": "absolute"}
+    modalities = {
+        "state": {"modality_keys": list(groups["state"]), "delta_indices": [0]},
+        "video": {"modality_keys": ["camera1", "camera2"], "delta_indices": [0]},
+        "action": {
+            "modality_keys": list(groups["action"]),
+            "delta_indices": list(range(HORIZON - 1)),
+            "action_configs": [
+                {"rep": rep, "type": "non_eef", "format": "default", "state_key": name}
+                for name, rep in representations.items()
+            ],
+        },
+    }
+    processor = {
+        "modality_configs": {TAG: modalities},
+        "use_relative_action": relative,
+        "max_action_horizon": HORIZON,
+        "image_target_size": [64, 64],
+        "image_crop_size": [56, 56],
+        "formalize_language": True,
+    }
+    (folder / "processor_config.json").write_text(json.dumps({"processor_kwargs": processor}))
+    (folder / "statistics.json").write_text(json.dumps({TAG: stats}))
+    (folder / "embodiment_id.json").write_text(json.dumps({TAG: 7}))

@@ -1,0 +1,127 @@
+"""A pi0 of 0.3 M weights: the real PaliGemma and Gemma classes, narrow.
+
+LeRobot fixes their sizes in code and lets a config name only ``gemma_2b`` or ``gemma_300m``. A tiny config
+names ``gemma_300m`` as the vision-language model, which LeRobot accepts but cannot run (its image embeddings
+are 2048 wide, that model 1024), so no real checkpoint has it. ``narrow`` replaces the sizes while such a
+policy is built, and only then; ``install`` lets ``load_adapter`` build it in this process. In a process that
+did not make the folder, call ``install`` before loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from trimtab.adapters.base import PolicyAdapter, adapter_class, register_adapter
+from trimtab.adapters.tiny.parts import camera_features, randomise, save, statistics, word_tokenizer
+
+MARK = "gemma_300m"
+VOCABULARY = 512
+
+
+def build(folder: Path, **fields: Any) -> dict[str, Any]:
+    """Save the policy, and its tokenizer beside it; the saved processor names the published one."""
+    return build_pi("pi0", folder, **fields)
+
+
+def build_pi(policy_type: str, folder: Path, **fields: Any) -> dict[str, Any]:
+    """``build`` for ``pi0`` and ``pi05``, whose classes differ in their module's name only."""
+    from lerobot.policies.factory import get_policy_class, make_policy_config, make_pre_post_processors
+    from tokenizers import AddedToken
+
+    tokenizer_folder = folder / "tokenizer"
+    tokenizer = word_tokenizer(tokenizer_folder)
+    # pi05 writes the state into the prompt, as bins.
+    tokenizer.add_tokens([AddedToken(str(number), single_word=True) for number in range(256)])
+    tokenizer.save_pretrained(tokenizer_folder)
+    values: dict[str, Any] = {
+        **camera_features(),
+        "device": "cpu",
+        "push_to_hub": False,
+        "paligemma_variant": MARK,
+        "image_resolution": (28, 28),
+        "chunk_size": 8,
+        "n_action_steps": 4,
+        "max_state_dim": 8,
+        "max_action_dim": 6,
+        "num_inference_steps": 4,
+        "tokenizer_max_length": 12 if policy_type == "pi0" else 24,
+    }
+    config = make_policy_config(policy_type, **{**values, **fields})
+    torch.manual_seed(0)
+    with narrow(config):
+        policy = get_policy_class(policy_type)(config)
+    randomise(policy)
+    processors = import_module(f"lerobot.policies.{policy_type}.processor_{policy_type}")
+    step = processors.TokenizerProcessorStep
+
+    def local(tokenizer_name: str, **arguments: Any) -> Any:
+        made = step(tokenizer_name=str(tokenizer_folder), **arguments)
+        made.tokenizer_name = tokenizer_name
+        return made
+
+    with patch.object(processors, "TokenizerProcessorStep", local):  # it would fetch a gated repository
+        pipelines = make_pre_post_processors(config, dataset_stats=statistics(config))
+    save(folder, policy, *pipelines)
+    install(policy_type)
+    return {"tokenizer": str(tokenizer_folder)}
+
+
+@contextmanager
+def narrow(config: Any) -> Iterator[None]:
+    """Within it, LeRobot builds the policy of a tiny ``config`` narrow; any other config is left alone."""
+    if config.paligemma_variant != MARK:
+        yield
+        return
+    module = import_module(f"lerobot.policies.{config.type}.modeling_{config.type}")
+    gemma = {"depth": 2, "mlp_dim": 96, "num_heads": 8, "num_kv_heads": 1, "head_dim": 16}
+    sizes = {MARK: module.GemmaConfig(width=64, **gemma)}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision["projection_dim"] = sizes[MARK].width
+
+    def resized(cls: Callable) -> Callable:
+        def make(config: Any) -> Any:
+            getattr(config, "text_config", config).vocab_size = VOCABULARY
+            for name, value in vision.items():
+                if hasattr(config, "vision_config"):
+                    setattr(config.vision_config, name, value)
+            return cls(config)
+
+        return make
+
+    with patch.multiple(
+        module,
+        get_gemma_config=sizes.__getitem__,
+        PaliGemmaForConditionalGenerationWithPiGemma=resized(
+            module.PaliGemmaForConditionalGenerationWithPiGemma
+        ),
+        PiGemmaForCausalLM=resized(module.PiGemmaForCausalLM),
+    ):
+        yield
+
+
+def install(policy_type: str) -> None:
+    """Let ``load_adapter`` build tiny policies of this type in this process; real ones stay as they are."""
+    plain: Any = adapter_class(policy_type)
+    if issubclass(plain, _Narrow):
+        return
+
+    class TinyAdapter(_Narrow, plain):
+        pass
+
+    register_adapter(policy_type, lambda: TinyAdapter)
+
+
+class _Narrow(PolicyAdapter):
+    """Builds tiny policies too."""
+
+    @classmethod
+    def build(cls, config: Any) -> Any:
+        with narrow(config):
+            return super().build(config)

@@ -1,0 +1,151 @@
+"""`trimtab demo`: make a generalist, steer it on one task, and compare. The whole story in minutes."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab.adapters import PolicyConfig, UserError
+from trimtab.adapters.checkpoint.files import file_hash
+from trimtab.policies.noise_samplers import base_noise
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
+from trimtab.recipes.cli.adapt import AdaptConfig, check_run, steer, untrained_line, with_default_noise
+from trimtab.recipes.embedded_base.base import RECORD, BaseConfig, cached_base, check_task
+from trimtab.recipes.support.console import default_threads, new_output_dir, parse
+from trimtab.recipes.support.reporting import table, write_json
+from trimtab.recipes.support.session import (
+    EvalConfig,
+    MachineConfig,
+    Session,
+    describe,
+    open_session,
+    read_json,
+    summaries,
+)
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
+from trimtab.rl.budget import TrainConfig
+from trimtab.rl.envs.metaworld import MetaworldStateConfig, resolve_task
+from trimtab.rl.evaluation import Evaluation, evaluate
+
+
+def default_cache() -> Path:
+    """Where made bases are kept: ``$TRIMTAB_CACHE``, else ``~/.cache/trimtab``."""
+    return Path(os.environ.get("TRIMTAB_CACHE") or "~/.cache/trimtab").expanduser()
+
+
+@dataclass
+class DemoConfig:
+    """``trimtab demo``."""
+
+    # The task to steer; any of the base's tasks.
+    task: str = "button-press-topdown-v3"
+    base: BaseConfig = field(default_factory=BaseConfig)
+    # As `trimtab adapt` does it unless told otherwise.
+    rl: AlgorithmConfig = field(default_factory=BestOfNConfig)
+    noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=6_000))
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    # Its threads are all cores unless told otherwise (here or by OMP_NUM_THREADS): the simulators take a
+    # fraction of the learner's time.
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    # Episodes of each of the base's other tasks, before and after.
+    other_task_episodes: int = 40
+    num_envs: int = 8
+    # Seed of the steering run (the base has its own: --base.seed).
+    seed: int = 0
+    # Made bases are kept here; default: $TRIMTAB_CACHE, else ~/.cache/trimtab.
+    cache_dir: Path | None = None
+    # Default: outputs/demo/<date>/<time>.
+    output_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        check_run(self.seed, self.num_envs)
+
+
+def main(args: list[str]) -> None:
+    started = time.perf_counter()
+    config = parse(DemoConfig, "demo", with_default_noise(args))
+    config.task = resolve_task(config.task, "--task")
+    base = config.base.resolved()
+    if config.task not in base.tasks.split(","):
+        raise UserError("--task", f"{config.task} is not among --base.tasks={base.tasks}")
+    output = new_output_dir(config.output_dir, "demo")
+    if config.machine.threads is None:
+        config.machine.threads = default_threads(0)
+
+    print(f"[1/3] a generalist that imitates operators of mixed skill on {len(base.tasks.split(','))} tasks")
+    MachineConfig(workers=0, threads=config.machine.threads).apply()
+    folder = cached_base(base, config.cache_dir or default_cache())
+    base_seconds = time.perf_counter() - started
+
+    print(f"[2/3] steering it on {config.task}: it stays frozen, a noise actor learns")
+    adapt = AdaptConfig(
+        env=MetaworldStateConfig(task=config.task, episode_length=base.episode_length),
+        policy=PolicyConfig(path=str(folder), device="cpu"),
+        rl=config.rl,
+        noise=config.noise,
+        train=config.train,
+        eval=config.eval,
+        machine=config.machine,
+        num_envs=config.num_envs,
+        seed=config.seed,
+        output_dir=output,
+    )
+    session, folder = open_session(adapt.policy, adapt.env, adapt.eval, adapt.machine)
+    print(describe(session, folder))
+    sha256 = file_hash(folder)
+    before = other_tasks(session, folder, config, "before")
+    outcome = steer(session, folder, adapt, output)
+
+    print("[3/3] the base's other tasks, without the actor, once more")
+    after = other_tasks(session, folder, config, "after")
+    same = sha256 == file_hash(folder) and all(
+        (before[task].successes == after[task].successes).all() for task in before
+    )
+    results = read_json(output / "results.json")
+    results["seconds"] |= {"base": round(base_seconds, 2), "total": round(time.perf_counter() - started, 2)}
+    results["other_tasks"] = {"before": summaries(before), "after": summaries(after), "unchanged": same}
+    write_json(output / "results.json", results)
+    print(report(config, results, outcome.parameters, output))
+
+
+def other_tasks(session: Session, folder: Path, config: DemoConfig, when: str) -> dict[str, Evaluation]:
+    """Evaluate the untouched base on its other tasks, each with the same seeds every time."""
+    found: dict[str, Evaluation] = {}
+    if config.other_task_episodes < 1:
+        return found
+    for task in read_json(folder / RECORD)["tasks"]:
+        if task == config.task:
+            continue
+        check_task(folder, task)
+        env = MetaworldStateConfig(task=task, episode_length=config.base.episode_length)
+        other = Session(session.adapter, env, session.eval, session.machine)
+        seeds = session.eval.seeds[: config.other_task_episodes]
+        with other.environments(len(seeds), other.evaluation_workers) as vec:
+            found[task] = evaluate(other.runner, vec, base_noise, seeds, f"{task}, {when}")
+    return found
+
+
+def report(config: DemoConfig, results: dict[str, Any], parameters: int, output: Path) -> str:
+    """What the demo prints at the end."""
+    others = results["other_tasks"]
+    lines = ["", table(results["policies"]), ""]
+    lines.append(untrained_line(results["untrained_actor"], config.noise.type))
+    lines.append(
+        f"{config.task}: {results['env_steps']:,} environment steps "
+        f"({results['training_episodes']} episodes), "
+        f"{parameters:,} weights trained ({parameters * 4 / 1e3:.0f} kB), base file unchanged"
+    )
+    for task, entry in others["after"].items():
+        was = others["before"][task]
+        lines.append(
+            f"{task}: {was['successes']}/{was['episodes']} before, "
+            f"{entry['successes']}/{entry['episodes']} after"
+        )
+    lines.append(
+        f"{results['seconds']['total']:.0f} s in all; curve, videos, metrics and artefact in {output}"
+    )
+    return "\n".join(lines)

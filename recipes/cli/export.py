@@ -1,0 +1,236 @@
+"""`trimtab export`: a steering run as a LeRobot policy for anyone: processors, model card, Hub."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.adapters import PolicyConfig, UserError
+from trimtab.adapters.checkpoint.files import CONFIG, is_server
+from trimtab.adapters.errors import reason
+from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, save_artefact
+from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
+from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
+from trimtab.recipes.support.console import parse
+from trimtab.recipes.support.export_check import check_runners
+from trimtab.recipes.support.reporting import NAMES, return_text
+
+CARD = "README.md"
+ACTING = ("num_candidates", "use_actor")  # how the artefact acts, beside `deterministic`
+RUN_CONFIG = "adapt.json"  # the run's own config, to run it again
+
+
+@dataclass
+class ExportConfig:
+    """``trimtab export``."""
+
+    # Folder that `trimtab adapt` wrote, or the artefact in it.
+    run: Path | None = None
+    # Where to write the policy; default: `export` in the run's folder.
+    output_dir: Path | None = None
+    # How to load the base, where that differs from the run: --policy.path= names another place of the same
+    # base, for example a Hub repository.
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    # Hub repository to upload to (user/name).
+    push_to_hub: str | None = None
+    # Make that repository private.
+    private: bool = False
+
+
+def main(args: list[str]) -> None:
+    config = parse(ExportConfig, "export", args)
+    artefact = find_artefact(config.run)
+    output = config.output_dir or artefact.parent / "export"
+    if output.exists() and not is_artefact(str(output)) and (output.is_file() or any(output.iterdir())):
+        raise UserError("--output_dir", f"{output} exists and is no artefact; name another")
+    if output.resolve() == artefact.resolve():
+        raise UserError("--output_dir", f"{output} is the artefact itself; name another")
+    folder = export(artefact, output, config.policy, config.push_to_hub)
+    print(f"exported to {folder}; try: lerobot-eval --policy.path={folder} --env.type=...")
+    if config.push_to_hub:
+        print(f"pushed to {push(folder, config.push_to_hub, config.private)}")
+
+
+def find_artefact(run: Path | None) -> Path:
+    """The artefact of a run's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if run is None:
+        raise UserError("--run", "name the folder that `trimtab adapt` wrote")
+    run = run.expanduser()
+    if any((folder / RESIDUAL_WEIGHTS).is_file() for folder in (run, run / "residual")):
+        raise UserError(
+            "--run", f"{run} is a residual policy, which corrects chunks and is no noise actor: no export"
+        )
+    for folder in (run / "artefact", run):
+        if is_artefact(str(folder)):
+            return folder
+    raise UserError("--run", f"{run} holds no artefact; name a folder that `trimtab adapt` wrote")
+
+
+def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None = None) -> Path:
+    """Write the artefact anew, checked against its base, with a model card.
+
+    Args:
+        artefact: folder of the artefact.
+        output: where; an artefact there is replaced.
+        policy: what of the base's loading differs from the run.
+        repo: the Hub repository that it is going to, for the card.
+
+    Raises:
+        UserError: the artefact or its base is broken, or the base is out of reach for the Hub's users; or
+            LeRobot would execute other actions than trimtab.
+    """
+    config = read_config(artefact)
+    if policy.path:
+        place = Path(policy.path).expanduser()
+        config.base.path = str(place.resolve()) if place.exists() else policy.path
+        config.base.revision = policy.revision
+    if repo and _is_local(config, artefact):
+        raise UserError(
+            "--push_to_hub",
+            f"the base {config.base.path} is a local folder, which nobody else has; push it too and name it "
+            "with --policy.path=user/name",
+        )
+    steered = load_artefact(replace(policy, path=str(artefact)), config)
+    beside = {}
+    run = artefact.parent / CONFIG
+    if artefact.name == "artefact" and run.is_file():
+        beside[RUN_CONFIG] = run.read_text(encoding="utf-8")
+    elif (artefact / RUN_CONFIG).is_file():
+        beside[RUN_CONFIG] = (artefact / RUN_CONFIG).read_text(encoding="utf-8")
+    if RUN_CONFIG in beside and policy.path:
+        again = json.loads(beside[RUN_CONFIG])
+        again["policy"] = {**again.get("policy", {}), "path": policy.path, "revision": policy.revision}
+        beside[RUN_CONFIG] = json.dumps(again, indent=2) + "\n"
+    beside[CARD] = card(steered, repo or str(output), bool(beside))
+    return save_artefact(
+        output,
+        steered.actor,
+        config.noise,
+        steered.adapter,
+        steered.base,
+        steered.base_folder,
+        {**config.training, "deterministic": config.deterministic},
+        (steered.critic, config.critic) if steered.critic is not None else None,
+        beside,
+        {name: getattr(config, name) for name in ACTING},
+        lambda folder: _say(check_runners(folder, steered)),
+    )
+
+
+def _say(notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _is_local(config: TrimtabConfig, artefact: Path) -> bool:
+    path = config.base.path or ""
+    return not is_server(path) and (artefact / Path(path).expanduser()).exists()
+
+
+def card(steered: Steered, name: str, can_repeat: bool) -> str:
+    """The model card: what it steers, on which task, with which budget, and what it measured.
+
+    Args:
+        steered: the loaded artefact.
+        name: how a user names the policy.
+        can_repeat: whether the run's config lies beside.
+    """
+    config, training = steered.config, steered.config.training
+    env = training.get("env") or {}
+    task = env.get("task") or env.get("type") or "unknown"
+    base = config.base
+    lines = ["---", "library_name: lerobot", "pipeline_tag: robotics"]
+    lines += ["tags: [lerobot, robotics, trimtab, noise-space-rl]"]
+    if base.path and base.path.count("/") == 1 and not base.path.startswith((".", "/")):
+        lines += [f"base_model: {base.path}"]
+    parameters = sum(parameter.numel() for parameter in steered.actor.parameters())
+    lines += [
+        "---",
+        "",
+        f"# A steered {base.policy_type} policy for {task}",
+        "",
+        f"A noise actor of {parameters:,} weights chooses the noise that a frozen base policy is fed "
+        "(trimtab). This repository holds the actor and refers to the base; it holds no weights of the base.",
+        "",
+        f"- base: `{_shown(base.path, steered)}`"
+        + (f", revision `{base.revision}`" if base.revision else "")
+        + f" (type `{base.policy_type}`"
+        + (f", SHA-256 of its weights `{base.sha256}`)" if base.sha256 else ")"),
+        f"- task: `{task}` in the environment `{env.get('type', 'unknown')}`",
+        f"- noise space: `{config.noise.type}`, noise of shape {tuple(config.noise_shape)}",
+    ]
+    if "env_steps" in training:
+        algorithm = f", {training['algorithm']}" if "algorithm" in training else ""
+        lines += [
+            f"- budget: {training['env_steps']:,} environment steps in {training['episodes']:,} episodes"
+            f" (seed {training.get('seed')}{algorithm})"
+        ]
+    lines += ["", "## Success", "", *_success(training.get("success") or {}), "", "## Use", ""]
+    shown = Path(name).name if Path(name).is_absolute() else name
+    lines += [
+        "With trimtab installed beside LeRobot:",
+        "",
+        "```",
+        f"lerobot-eval --policy.path={shown} "
+        + "".join(f"--{option}={package} " for option, package in (training.get("plugins") or {}).items())
+        + f"--env.type={env.get('type', '...')}"
+        + (f" --env.task={env['task']}" if env.get("task") else ""),
+        "```",
+        "",
+        "`--policy.use_actor=false` runs the plain base, `--policy.deterministic=false` samples the actor.",
+    ]
+    if can_repeat:
+        again = f"trimtab adapt --config_path={RUN_CONFIG}"
+        lines += ["", "## Reproduce", "", "```", again, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(path: str | None, steered: Steered) -> str:
+    """The base's name without the folders of the machine that it was steered on."""
+    local = isinstance(steered.base_folder, Path) and (path or "").startswith((".", "/", "~"))
+    return steered.base_folder.name if local else str(path)
+
+
+def _success(results: dict[str, dict[str, Any]]) -> list[str]:
+    if not results:
+        return ["Not measured."]
+    lines = ["| policy | success | 95 % interval | episodes |", "|---|---|---|---|"]
+    for name, entry in results.items():
+        if entry["success_rate"] is None:
+            said = f"not reported; return {return_text(entry)}"
+            lines.append(f"| {NAMES.get(name, name)} | {said} | | {entry['episodes']} |")
+            continue
+        low, high = entry["ci95"]
+        lines.append(
+            f"| {NAMES.get(name, name)} | {100 * entry['success_rate']:.1f} % | "
+            f"{100 * low:.1f} to {100 * high:.1f} % | {entry['successes']}/{entry['episodes']} |"
+        )
+    return [*lines, "", "All policies met the same episode seeds; Wilson intervals."]
+
+
+def push(folder: Path, repo: str, private: bool) -> str:
+    """Upload an exported policy; return its address.
+
+    Raises:
+        UserError: the Hub cannot be reached or refuses.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+        done = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            commit_message="Upload a steered policy",
+            allow_patterns=["*.safetensors", "*.json", "*.md"],
+        )
+    except Exception as error:  # the Hub client has a dozen exceptions
+        raise UserError("--push_to_hub", f"{repo} cannot be written ({reason(error)})") from None
+    return str(done.repo_url)

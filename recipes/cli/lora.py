@@ -1,0 +1,326 @@
+"""`trimtab lora`: fine-tune a LeRobot policy instead of steering it, on a dataset or on its own successes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import draccus
+from lerobot.configs.default import DatasetConfig
+from lerobot.envs.configs import EnvConfig
+
+import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
+from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
+from trimtab.adapters.checkpoint.files import is_peft, is_server, resolve_folder
+from trimtab.policies.artefact import is_artefact
+from trimtab.recipes.cli.adapt import check_run
+from trimtab.recipes.embedded_base.base import check_task
+from trimtab.recipes.finetune.data import REPO_ID, Recorder
+from trimtab.recipes.finetune.rollouts import Rollouts
+from trimtab.recipes.finetune.training import FineTuner, TuningConfig
+from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.repeat import repeatable
+from trimtab.recipes.support.reporting import MetricsWriter, rate_text, table, write_json
+from trimtab.recipes.support.session import (
+    EpisodesConfig,
+    MachineConfig,
+    Session,
+    describe,
+    outcomes,
+    summaries,
+)
+from trimtab.rl.budget import training_seed
+from trimtab.rl.data.demonstration_data import rate_warning
+from trimtab.rl.evaluation import Evaluation, evaluate, require_success
+from trimtab.rl.runs.threads import machine_record
+
+DATASET_STEPS, ROUND_STEPS = 20_000, 800  # gradient steps by default
+LOG_EVERY = 100  # gradient steps behind one number of the loss curve
+
+
+@dataclass
+class FineTunedEvalConfig(EpisodesConfig):
+    """How the base and the fine-tuned policy are evaluated."""
+
+    # Not searched here; `trimtab eval` on the result does.
+    constant_candidates: int = 0
+
+    def __post_init__(self) -> None:
+        if self.constant_candidates:
+            raise UserError(
+                "--eval.constant_candidates", "no constant noise is sought here; run `trimtab eval` for that"
+            )
+        super().__post_init__()
+
+
+@dataclass
+class LoraConfig(TuningConfig):
+    """``trimtab lora``."""
+
+    # Needed with --from_rollouts; on a dataset, where before and after are to be evaluated.
+    env: EnvConfig | None = None
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    # Demonstrations to learn from; LeRobot's own options (--dataset.repo_id=, --dataset.root=).
+    dataset: DatasetConfig | None = None
+    # Learn from the policy's own successes instead (filtered behaviour cloning).
+    from_rollouts: bool = False
+    # Environment steps of all rollouts together, spent to the last one.
+    env_steps: int = 20_000
+    # Rounds of rolling out and fine-tuning among which they are shared.
+    rounds: int = 4
+    eval: FineTunedEvalConfig = field(default_factory=FineTunedEvalConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    # Environments that roll out at the same time.
+    num_envs: int = 8
+    seed: int = 0
+    # Default: outputs/lora/<date>/<time>.
+    output_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.check()
+        check_run(self.seed, self.num_envs)
+        if self.rounds < 1:
+            raise UserError("--rounds", f"must be at least 1, got {self.rounds}")
+        if self.env_steps < self.rounds:
+            raise UserError("--env_steps", f"must be at least one for each round, got {self.env_steps}")
+        if self.from_rollouts and self.dataset is not None:
+            raise UserError(
+                "--dataset.repo_id", "drop it, or drop --from_rollouts: they are two ways to learn"
+            )
+        if self.from_rollouts and self.env is None:
+            raise UserError("--env.type", "--from_rollouts needs an environment to roll out in")
+        if not self.from_rollouts and self.dataset is None:
+            raise UserError(
+                "--dataset.repo_id", "name a LeRobotDataset to learn from, or add --from_rollouts=true"
+            )
+        if self.dataset is not None and (self.dataset.streaming or self.dataset.eval_split):
+            name = "streaming" if self.dataset.streaming else "eval_split"
+            raise UserError(f"--dataset.{name}", "not supported here; `lerobot-train --peft...` is")
+
+
+def main(args: list[str]) -> None:
+    config = parse(LoraConfig, "lora", args)
+    output = new_output_dir(config.output_dir, "lora")
+    config.machine.apply()
+    adapter, folder = open_base(config)
+    tuner = FineTuner(adapter, folder, config.policy, config)
+    if config.dataset is not None:
+        data = tuner.check(config.dataset)
+        for line in rate_warning(data, config.env and config.env.fps):
+            print(line)
+    session = None
+    if config.env is not None:
+        session = Session(tuner.adapter, config.env, config.eval, config.machine)
+        print(describe(session, folder))
+    run = Run(config, tuner, session, output)
+    print(f"{config.method}: {tuner.trained_parameters:,} weights to train")
+    (run.from_rollouts if config.from_rollouts else run.from_dataset)()
+    run.finish()
+    if run.evaluations:
+        print(f"\n{table(summaries(run.evaluations))}\n")
+    print(f"{run.name} in {run.saved}; all in {output}")
+
+
+def open_base(config: LoraConfig) -> tuple[PolicyAdapter, Path]:
+    """Load the policy to be fine-tuned.
+
+    Raises:
+        UserError: it cannot be fine-tuned, or cannot be rolled out as asked.
+    """
+    path = config.policy.path
+    if not path:
+        raise UserError("--policy.path", "name the folder or Hub repository of the base policy")
+    if is_server(path):
+        raise UserError("--policy.path", f"{path} is a policy server; its weights are out of reach")
+    if is_artefact(path):
+        raise UserError("--policy.path", f"{path} is a steered policy; name its base")
+    folder = resolve_folder(path, config.policy.revision)
+    if is_peft(folder):
+        raise UserError("--policy.path", f"{path} is itself a LoRA adapter; name the policy that it adapts")
+    if config.env is not None and config.env.type == "metaworld_state":
+        check_task(folder, config.env.task)
+    adapter = load_adapter(config.policy)
+    for note in adapter.notes:
+        print(f"note: {note}")
+    if config.from_rollouts and adapter.remembers:
+        raise UserError(
+            "--from_rollouts",
+            f"a {adapter.policy_type} policy remembers its episode chunk by chunk, which cannot be cut to an "
+            "exact number of steps; learn from a dataset",
+        )
+    return adapter, folder
+
+
+class Run:
+    """One fine-tuning, and what it leaves under ``output``."""
+
+    def __init__(self, config: LoraConfig, tuner: FineTuner, session: Session | None, output: Path) -> None:
+        self.config, self.tuner, self.session, self.output = config, tuner, session, output
+        self.name = "LoRA adapter" if config.method == "lora" else "policy"
+        self.saved = output / "policy"
+        self.evaluations: dict[str, Evaluation] = {}
+        self.rounds: list[dict[str, Any]] = []
+        self.details: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+
+    def from_dataset(self) -> None:
+        """Fine-tune on the user's dataset."""
+        config = self.config
+        assert config.dataset is not None
+        steps = config.steps or DATASET_STEPS
+        with self._timed("base_evaluation"):
+            self._evaluate("base", "base policy")
+        with self._metrics() as metrics, self._timed("training"):
+            recent: list[float] = []
+
+            def on_step(step: int, loss: float, seconds: float) -> None:
+                recent.append(loss)
+                if step % LOG_EVERY == 0 or step == steps:
+                    mean = sum(recent) / len(recent)
+                    metrics({"step": step, "loss": mean, "seconds_total": round(seconds, 3)})
+                    recent.clear()
+
+            losses = self.tuner.fit(config.dataset, steps, config.seed, on_step=on_step)
+        self.details = {"losses": means(losses)}
+        with self._timed("evaluation"):
+            self._evaluate("fine_tuned", "fine-tuned")
+
+    def from_rollouts(self) -> None:
+        """Filtered behaviour cloning: rounds of rolling out, and of fine-tuning on all successes so far.
+
+        Raises:
+            UserError: no episode of any round succeeded.
+        """
+        config, session = self.config, self._session()
+        with self._timed("base_evaluation"):
+            self._evaluate("base", "base policy")
+        require_success(self.evaluations["base"])
+        recorder = Recorder(self.output / "successes", session.env.fps)
+        with (
+            self._metrics() as metrics,
+            session.environments(config.num_envs, keep_seen=True) as vec,
+        ):
+            metrics({"round": 0, "env_steps": 0, "eval": self.evaluations["base"].summary()})
+            rollouts = Rollouts(session.runner, vec, session.own_noise, training_seed(config.seed))
+            for number in range(1, config.rounds + 1):
+                line = self._round(number, rollouts, recorder)
+                self.rounds.append(line)
+                metrics(line)
+        self.details = {
+            "env_steps": rollouts.env_steps,
+            "training_episodes": sum(line["episodes"] for line in self.rounds),
+            "dataset": {"repo_id": REPO_ID, "episodes": recorder.episodes, "frames": recorder.frames},
+            "rounds": self.rounds,
+        }
+        if not recorder.episodes:
+            raise UserError(
+                "--env_steps",
+                f"none of {self.details['training_episodes']} episodes in {rollouts.env_steps} steps "
+                "succeeded: nothing to clone; raise it, or start from a policy that succeeds at times",
+            )
+
+    def _round(self, number: int, rollouts: Rollouts, recorder: Recorder) -> dict[str, Any]:
+        config = self.config
+        share = config.env_steps * number // config.rounds - config.env_steps * (number - 1) // config.rounds
+        with self._timed("rollouts"):
+            episodes = rollouts.collect(share, f"round {number}/{config.rounds}: rollouts")
+        successes = [episode for episode in episodes if episode.success]
+        line: dict[str, Any] = {
+            "round": number,
+            "env_steps": rollouts.env_steps,
+            "episodes": len(episodes),
+            "successes": len(successes),
+            "success_rate": len(successes) / len(episodes) if episodes else None,
+        }
+        tag = (
+            f"round {number}: {rollouts.env_steps} steps, {len(successes)}/{len(episodes)} episodes succeeded"
+        )
+        if not successes:
+            print(f"{tag}; skipped, for there is nothing new to learn from")
+            last = self.evaluations.get("fine_tuned", self.evaluations["base"])
+            return {**line, "skipped": True, "updates": self.tuner.updates, "eval": last.summary()}
+        with self._timed("recording"):
+            recorder.add(successes)
+        with self._timed("training"):
+            dataset = DatasetConfig(REPO_ID, root=str(recorder.root))
+            losses = self.tuner.fit(
+                dataset,
+                config.steps or ROUND_STEPS,
+                config.seed + number,
+                f"round {number}/{config.rounds}: fine-tuning",
+            )
+        with self._timed("evaluation"):
+            self._evaluate("fine_tuned", f"round {number}/{config.rounds}: evaluation")
+        summary = self.evaluations["fine_tuned"].summary()
+        print(f"{tag}; now {rate_text(summary)}")
+        return {
+            **line,
+            "dataset_episodes": recorder.episodes,
+            "dataset_frames": recorder.frames,
+            "updates": self.tuner.updates,
+            "losses": means(losses),
+            "eval": summary,
+        }
+
+    def finish(self) -> None:
+        """Save the result and write results.json, config.json and videos."""
+        saved = self.tuner.save(self.saved)
+        config = self.config
+        write_json(
+            self.output / "results.json",
+            {
+                "policies": summaries(self.evaluations),
+                "outcomes": outcomes(self.evaluations),
+                "method": config.method,
+                "from_rollouts": config.from_rollouts,
+                "env": {"type": config.env.type, "task": config.env.task} if config.env else None,
+                "seed": config.seed,
+                "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],
+                "updates": self.tuner.updates,
+                "trained_parameters": self.tuner.trained_parameters,
+                "saved_bytes": sum(path.stat().st_size for path in self.saved.iterdir()),
+                "base_sha256": self.tuner.base_hashes["weights"],
+                **self.details,
+                "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
+                "machine": machine_record(),
+            },
+        )
+        again = repeatable(draccus.encode(config, LoraConfig))
+        again.pop("output_dir", None)
+        write_json(self.output / "config.json", {k: v for k, v in again.items() if v is not None})
+        if self.session is not None:
+            after = Session(saved, self.session.env, config.eval, config.machine)
+            after.record(after.own_noise, self.output / "after.mp4", "video: fine-tuned")
+
+    def _session(self) -> Session:
+        if self.session is None:
+            raise RuntimeError("no environment")  # LoraConfig has seen to that
+        return self.session
+
+    def _evaluate(self, name: str, label: str) -> None:
+        session = self.session
+        if session is None:
+            return
+        with session.evaluation_environments() as vec:
+            self.evaluations[name] = evaluate(
+                session.runner, vec, session.own_noise, session.eval.seeds, label
+            )
+
+    def _metrics(self) -> MetricsWriter:
+        return MetricsWriter(self.output / "metrics.jsonl")
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def means(losses: list[float]) -> list[float]:
+    """The loss curve: the mean of every ``LOG_EVERY`` steps."""
+    parts = [losses[start : start + LOG_EVERY] for start in range(0, len(losses), LOG_EVERY)]
+    return [sum(part) / len(part) for part in parts]

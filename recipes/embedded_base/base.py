@@ -1,0 +1,190 @@
+"""Make the embedded generalist: demonstrate, record, clone. Once; then it is found in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab.adapters import UserError
+from trimtab.recipes.embedded_base.cloning import CloningConfig
+from trimtab.recipes.embedded_base.demonstrators import Operator
+from trimtab.rl.envs.metaworld import check_episode_length, resolve_task, split_tasks
+
+RECORD = "base.json"
+DEMONSTRATIONS = "demonstrations"
+MAX_SEED = 400  # keeps the demonstrations' seeds below those of training
+
+# How the mixture was chosen: recipes/configs/metaworld/README.md.
+DEFAULT_TASKS = "button-press-topdown-v3,hammer-v3,drawer-open-v3,door-open-v3,window-close-v3"
+
+
+def default_demonstrators() -> dict[str, Operator]:
+    """The mixture of the embedded generalist."""
+    return {
+        "button-press-topdown-v3": Operator("blind_spot", p_bad=0.5, offset=0.14),
+        "hammer-v3": Operator("shift", p_bad=0.7, offset=0.05),
+    }
+
+
+@dataclass
+class BaseConfig:
+    """``trimtab base``: which generalist to make."""
+
+    # Meta-World tasks, separated by commas; `--list_tasks=true` prints all 50.
+    tasks: str = DEFAULT_TASKS
+    # Who demonstrates which task, as YAML: '{hammer-v3: {kind: shift, p_bad: 0.7, offset: 0.05}}'.
+    # A task that is not named is demonstrated with care.
+    demonstrators: dict[str, Operator] = field(default_factory=default_demonstrators)
+    # Demonstrations per task.
+    episodes: int = 40
+    # Time limit of a demonstration, in environment steps.
+    episode_length: int = 160
+    cloning: CloningConfig = field(default_factory=CloningConfig)
+    seed: int = 0
+
+    def resolved(self) -> BaseConfig:
+        """The same with full task names, checked.
+
+        Raises:
+            UserError: an unknown task, a demonstrator for a task that is not made, a number out of range.
+        """
+        tasks = split_tasks(self.tasks, "--tasks")
+        if len(set(tasks)) != len(tasks):
+            raise UserError("--tasks", "a task is named twice")
+        operators = {resolve_task(name, "--demonstrators"): op for name, op in self.demonstrators.items()}
+        default = self.demonstrators == default_demonstrators()
+        stray = [name for name in operators if name not in tasks]
+        if stray and not default:
+            raise UserError("--demonstrators", f"{', '.join(stray)} is not among --tasks")
+        if self.episodes < 1:
+            raise UserError("--episodes", f"must be at least 1, got {self.episodes}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError("--seed", f"must be between 0 and {MAX_SEED}, got {self.seed}")
+        check_episode_length(self.episode_length, "--episode_length")
+        for name in ("steps", "batch_size", "num_inference_steps", "n_action_steps"):
+            if getattr(self.cloning, name) < 1:
+                raise UserError(f"--cloning.{name}", f"must be at least 1, got {getattr(self.cloning, name)}")
+        if self.cloning.n_action_steps > self.cloning.horizon:
+            raise UserError(
+                "--cloning.n_action_steps", f"cannot exceed --cloning.horizon={self.cloning.horizon}"
+            )
+        dims = self.cloning.down_dims
+        if not dims or any(dim < 8 or dim % 8 for dim in dims):
+            raise UserError("--cloning.down_dims", f"needs positive multiples of 8, got {list(dims)}")
+        if self.cloning.horizon % 2 ** len(dims):
+            raise UserError(
+                "--cloning.horizon", f"must be a multiple of {2 ** len(dims)} (2 per down_dims entry)"
+            )
+        operators = {name: op for name, op in operators.items() if name in tasks}
+        return BaseConfig(
+            ",".join(tasks), operators, self.episodes, self.episode_length, self.cloning, self.seed
+        )
+
+    def key(self) -> str:
+        """A short hash of everything that decides what the base is."""
+        from importlib.metadata import version
+
+        import lerobot
+        import metaworld  # noqa: F401 - its version decides the demonstrations
+
+        parts = {
+            **asdict(self),
+            "lerobot": lerobot.__version__,
+            "metaworld": version("metaworld"),
+            "recipe": 1,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=list).encode()).hexdigest()[:12]
+
+
+def cached_base(config: BaseConfig, cache: Path) -> Path:
+    """The folder of the base that ``config`` describes, made now if the cache lacks it."""
+    config = config.resolved()
+    folder = cache / f"metaworld-{config.key()}"
+    if (folder / RECORD).is_file():
+        print(f"base policy: {folder} (cached)")
+        return folder
+    try:
+        make_base(config, folder, "--cache_dir")
+    except FileExistsError:
+        print(f"base policy: {folder} (another process made it meanwhile)")
+    return folder
+
+
+def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") -> dict[str, Any]:
+    """Demonstrate, record and clone into ``folder``, which appears only when all of it is there.
+
+    Raises:
+        UserError: ``option`` names a folder that cannot be written.
+        FileExistsError: another process made ``folder`` meanwhile.
+
+    Returns:
+        What ``base.json`` holds: tasks, operators, the demonstrators' success and the loss curve.
+    """
+    import datasets
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from trimtab.recipes.embedded_base.cloning import clone, save
+    from trimtab.recipes.embedded_base.dataset import REPO_ID, record, with_centers
+
+    datasets.disable_progress_bars()
+    tasks = config.tasks.split(",")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(option, f"cannot write to {folder.parent} ({error.strerror})") from None
+    try:
+        data = work / DEMONSTRATIONS
+        operators = with_centers(config.demonstrators)
+        rates = record(data, tasks, operators, config.episodes, config.episode_length, config.seed)
+        dataset = LeRobotDataset(REPO_ID, root=data)
+        policy, pre, post, losses = clone(dataset, config.cloning, config.seed)
+        save(work, policy, pre, post)
+        made = {
+            "tasks": tasks,
+            "demonstrators": {task: asdict(operators.get(task, Operator())) for task in tasks},
+            "demonstration_success": rates,
+            "episodes_per_task": config.episodes,
+            "episode_length": config.episode_length,
+            "frames": dataset.num_frames,
+            "cloning": asdict(config.cloning),
+            "seed": config.seed,
+            "parameters": sum(p.numel() for p in policy.parameters()),
+            "loss": losses,
+        }
+        (work / RECORD).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        work.chmod(0o755)
+        if folder.exists():
+            raise FileExistsError(f"{folder} appeared while the base was being made")
+        work.rename(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return made
+
+
+def check_task(folder: Path | str, task: str | None) -> None:
+    """Refuse a task that the embedded generalist in ``folder`` was not trained on.
+
+    Raises:
+        UserError: ``folder`` has a base.json that lists other tasks.
+    """
+    record = Path(folder) / RECORD
+    if not record.is_file():
+        return
+    try:
+        known = json.loads(record.read_text(encoding="utf-8"))["tasks"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError("--policy.path", f"{record} is damaged ({error})") from None
+    for name in split_tasks(task):
+        if name not in known:
+            raise UserError(
+                "--env.task",
+                f"this base was not trained on {name}; it knows {', '.join(known)}. "
+                f"Make one that does: trimtab base --tasks={','.join([*known, name])}",
+            )

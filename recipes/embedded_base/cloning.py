@@ -1,0 +1,192 @@
+"""Behaviour cloning of a state-based LeRobot DiffusionPolicy from a LeRobotDataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType, NormalizationMode
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
+from torch import Tensor
+
+from trimtab.rl.runs.progress import Progress
+
+NARROW = 1e-3  # a coordinate that moved less than this in all demonstrations counts as constant
+
+
+@dataclass
+class CloningConfig:
+    """Architecture and training of the embedded generalist.
+
+    The sizes are what a CPU trains in about a minute. ``prediction_type="sample"`` with 5 DDIM steps
+    keeps the modes that epsilon prediction loses at so few steps.
+    """
+
+    # Gradient steps.
+    steps: int = 5000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-6
+    # Decay of the exponential moving average of the weights, which is what gets saved.
+    ema: float = 0.995
+    # Channels of the U-Net; each entry after the first halves the time axis once.
+    down_dims: tuple[int, ...] = (64,)
+    # Actions generated and executed per chunk.
+    horizon: int = 8
+    n_action_steps: int = 4
+    num_inference_steps: int = 5
+
+
+@dataclass
+class WindowSampler:
+    """Samples (observation, action window) pairs like LeRobot's dataset with delta timestamps.
+
+    A window starts at a frame and has ``horizon`` actions; past the episode's end the last action is
+    repeated and marked in ``action_is_pad``.
+
+    Attributes:
+        state, environment_state, action: normalised columns, (N, dim).
+        last: (N,) index of the last frame of each frame's episode.
+    """
+
+    state: Tensor
+    environment_state: Tensor
+    action: Tensor
+    last: Tensor
+    horizon: int
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        """The training batch for frames ``index`` (B,), with n_obs_steps = 1."""
+        window = index[:, None] + torch.arange(self.horizon)
+        end = self.last[index][:, None]
+        return {
+            OBS_STATE: self.state[index][:, None],
+            OBS_ENV_STATE: self.environment_state[index][:, None],
+            ACTION: self.action[torch.minimum(window, end)],
+            "action_is_pad": window > end,
+        }
+
+
+def widened(stats: dict[str, dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
+    """Dataset statistics with a range of at least 1 for coordinates that never moved.
+
+    LeRobot divides by max - min. A coordinate that stood still to the micrometre would turn a
+    harmless deviation at run time into an input in the thousands.
+    """
+    out = {
+        key: {name: np.asarray(value).copy() for name, value in entry.items()} for key, entry in stats.items()
+    }
+    for key in (OBS_STATE, OBS_ENV_STATE, ACTION):
+        low, high = out[key]["min"], out[key]["max"]
+        narrow = (high - low) < NARROW
+        low[narrow] -= 0.5
+        high[narrow] += 0.5
+    return out
+
+
+def make_policy(dataset_meta: Any, config: CloningConfig) -> tuple[Any, Any, Any]:
+    """Build LeRobot's DiffusionPolicy and its processors for the dataset's features.
+
+    Returns:
+        (policy, preprocessor, postprocessor)
+    """
+    from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+    from lerobot.policies.factory import make_pre_post_processors
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    features = dataset_to_policy_features(dataset_meta.features)
+    policy_config = DiffusionConfig(
+        input_features={k: f for k, f in features.items() if f.type is not FeatureType.ACTION},
+        output_features={k: f for k, f in features.items() if f.type is FeatureType.ACTION},
+        device="cpu",
+        push_to_hub=False,
+        n_obs_steps=1,
+        horizon=config.horizon,
+        n_action_steps=config.n_action_steps,
+        down_dims=tuple(config.down_dims),
+        kernel_size=3,
+        diffusion_step_embed_dim=32,
+        noise_scheduler_type="DDIM",
+        num_train_timesteps=50,
+        num_inference_steps=config.num_inference_steps,
+        prediction_type="sample",
+        # LeRobot's default mapping has no ENV entry and would leave the environment state raw.
+        normalization_mapping={
+            "STATE": NormalizationMode.MIN_MAX,
+            "ENV": NormalizationMode.MIN_MAX,
+            "ACTION": NormalizationMode.MIN_MAX,
+        },
+    )
+    policy = DiffusionPolicy(policy_config)
+    pre, post = make_pre_post_processors(policy_config, dataset_stats=widened(dataset_meta.stats))
+    return policy, pre, post
+
+
+def make_sampler(dataset: Any, preprocessor: Any, horizon: int) -> WindowSampler:
+    """Read the dataset's columns once, normalise them with the policy's own preprocessor."""
+    columns = dataset.hf_dataset.with_format("numpy")
+    raw = {
+        key: torch.from_numpy(np.asarray(columns[key][:], dtype=np.float32))
+        for key in (OBS_STATE, OBS_ENV_STATE, ACTION)
+    }
+    normalised = preprocessor(dict(raw))
+    episode = torch.from_numpy(np.asarray(columns["episode_index"][:]).reshape(-1))
+    ends = torch.nonzero(torch.diff(episode, append=episode[-1:] + 1)).squeeze(1)
+    return WindowSampler(
+        state=normalised[OBS_STATE],
+        environment_state=normalised[OBS_ENV_STATE],
+        action=normalised[ACTION],
+        last=ends[torch.searchsorted(ends, torch.arange(len(episode)))],
+        horizon=horizon,
+    )
+
+
+def clone(dataset: Any, config: CloningConfig, seed: int) -> tuple[Any, Any, Any, list[float]]:
+    """Behaviour-clone ``dataset`` and return (policy with averaged weights, processors, loss curve).
+
+    Args:
+        dataset: a LeRobotDataset with ``observation.state`` and ``observation.environment_state``.
+        config: architecture and training length.
+        seed: seeds the weights and the batches.
+    """
+    torch.manual_seed(seed)
+    policy, pre, post = make_policy(dataset.meta, config)
+    sampler = make_sampler(dataset, pre, config.horizon)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+    weights = list(policy.parameters())
+    averaged = [weight.detach().clone() for weight in weights]
+    policy.train()
+    losses: list[float] = []
+    progress = Progress(range(config.steps), desc="behaviour cloning", unit="step")
+    running: Tensor = torch.zeros(())
+    for step in progress:
+        index = torch.randint(len(sampler.last), (config.batch_size,))
+        loss, _ = policy.forward(sampler.batch(index))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        torch._foreach_lerp_(averaged, [weight.detach() for weight in weights], 1.0 - config.ema)
+        running = running + loss.detach()
+        if (step + 1) % 100 == 0:
+            losses.append(float(running) / 100)
+            running = torch.zeros(())
+            progress.set_postfix_str(f"loss {losses[-1]:.4f}")
+    with torch.no_grad():
+        torch._foreach_copy_(weights, averaged)
+    policy.eval()
+    return policy, pre, post, losses
+
+
+def save(folder: Path, policy: Any, pre: Any, post: Any) -> None:
+    """Write the policy and its processors as ``lerobot-train`` would."""
+    policy.save_pretrained(folder)
+    pre.save_pretrained(folder)
+    post.save_pretrained(folder)

@@ -1,0 +1,237 @@
+"""What fine-tuning reads: LeRobotDatasets, and a recording of a policy's own successes as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType, PreTrainedConfig
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.utils.constants import ACTION
+
+from trimtab.adapters import PolicyAdapter, UserError
+from trimtab.recipes.embedded_base.dataset import no_image_embedding
+from trimtab.recipes.finetune.rollouts import RolloutEpisode
+from trimtab.rl.data.demonstration_data import unreadable
+
+REPO_ID = "trimtab/own_successes"
+NUMERIC = ("float", "int", "uint", "bool")
+
+
+def open_dataset(config: TrainPipelineConfig) -> Any:
+    """The LeRobotDataset of ``config``, with the windows that its policy trains on.
+
+    Raises:
+        UserError: it is not there, or is broken.
+    """
+    from lerobot.datasets.factory import make_dataset
+
+    chosen = config.dataset
+    option = "--dataset.root" if chosen.root else "--dataset.repo_id"
+    if chosen.root and not Path(chosen.root).is_dir():
+        raise UserError(option, f"there is no folder {chosen.root}")
+    try:
+        return make_dataset(config)
+    except Exception as error:  # LeRobot, datasets and the Hub have their own for each way to fail
+        raise unreadable(option, chosen.repo_id, chosen.root, error) from error
+
+
+def check_features(dataset: Any, adapter: PolicyAdapter, rename_map: dict[str, str]) -> None:
+    """Refuse a dataset that lacks what the policy takes or makes.
+
+    Raises:
+        UserError: a feature is missing or of another shape.
+    """
+    from lerobot.utils.feature_utils import dataset_to_policy_features
+
+    config = adapter.config
+    given = {rename_map.get(k, k): f for k, f in dataset_to_policy_features(dataset.meta.features).items()}
+    wanted = {**config.input_features, **config.output_features}
+    required = {**adapter.required_inputs(given), **config.output_features}
+    missing = [key for key in required if key not in given]
+    where = f"the dataset {dataset.repo_id}"
+    if missing:
+        raise UserError(
+            "--dataset.repo_id",
+            f"{where} has no {', '.join(missing)}, which the policy needs; it has {', '.join(sorted(given))} "
+            "(--policy.rename_map gives observations other names)",
+        )
+    pads = hasattr(config, "max_action_dim")
+    for key, feature in wanted.items():
+        if key not in given or feature.type is FeatureType.VISUAL or pads:
+            continue
+        if tuple(given[key].shape) != tuple(feature.shape):
+            raise UserError(
+                "--dataset.repo_id",
+                f"'{key}' has shape {tuple(given[key].shape)} in {where}, "
+                f"the policy takes {tuple(feature.shape)}",
+            )
+
+
+class ColumnWindows(torch.utils.data.Dataset):
+    """The items of a LeRobotDataset without cameras, read from memory, a batch at a time.
+
+    LeRobot reads one frame after another from disk (milliseconds each), which would cost a small policy many
+    times its gradient steps. A window past either end of an episode repeats its last or first frame and is
+    marked in ``<key>_is_pad``, as LeRobot does.
+
+    Args:
+        dataset: a LeRobotDataset with delta timestamps and numbers only (``fits``).
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        from lerobot.datasets.feature_utils import get_delta_indices
+
+        rows = dataset.hf_dataset.with_format("numpy")
+        self._columns = {
+            key: torch.from_numpy(np.array(rows[key][:]))
+            for key in rows.column_names
+            if key in dataset.features
+        }
+        self._deltas = {
+            key: torch.tensor(deltas)
+            for key, deltas in get_delta_indices(dataset.delta_timestamps or {}, dataset.fps).items()
+        }
+        episode = self._columns["episode_index"]
+        starts = torch.nonzero(torch.diff(episode, prepend=episode[:1] - 1)).squeeze(1)
+        number = torch.searchsorted(starts, torch.arange(len(episode)), right=True) - 1
+        self._first = starts[number]
+        self._last = torch.cat([starts[1:], torch.tensor([len(episode)])])[number] - 1
+        self._tasks = [str(name) for name in dataset.meta.tasks.index]
+
+    @staticmethod
+    def fits(dataset: Any) -> bool:
+        """Whether all of the dataset's features are numbers."""
+        return all(str(feature["dtype"]).startswith(NUMERIC) for feature in dataset.features.values())
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, index: Sequence[int]) -> dict[str, Any]:
+        """The collated batch of the frames ``index``."""
+        at = torch.as_tensor(index)
+        batch: dict[str, Any] = {}
+        for key, column in self._columns.items():
+            if key not in self._deltas:
+                batch[key] = column[at]
+                continue
+            wanted = at[:, None] + self._deltas[key]
+            first, last = self._first[at][:, None], self._last[at][:, None]
+            batch[key] = column[wanted.clamp(first, last)]
+            batch[f"{key}_is_pad"] = (wanted < first) | (wanted > last)
+        batch["task"] = [self._tasks[number] for number in batch["task_index"].tolist()]
+        return batch
+
+
+def batches(
+    dataset: Any, config: PreTrainedConfig, batch_size: int, seed: int, workers: int, drop_last: int | None
+) -> Iterator[dict[str, Any]]:
+    """Training batches without end, sampled as ``lerobot-train`` does.
+
+    Args:
+        dataset: from ``open_dataset``.
+        config: of the policy.
+        batch_size: frames per batch; the last of an epoch may have fewer.
+        seed: of the order.
+        workers: processes that read cameras.
+        drop_last: frames at an episode's end where no window starts; default: the policy's own.
+
+    Raises:
+        UserError: no episode is long enough.
+    """
+    from lerobot.datasets import EpisodeAwareSampler
+    from lerobot.utils.utils import cycle
+    from torch.utils.data import BatchSampler, DataLoader
+
+    drop = getattr(config, "drop_n_last_frames", 0) if drop_last is None else drop_last
+    try:
+        sampler = EpisodeAwareSampler(
+            dataset.meta.episodes["dataset_from_index"],
+            dataset.meta.episodes["dataset_to_index"],
+            episode_indices_to_use=dataset.episodes,
+            drop_n_last_frames=drop,
+            shuffle=True,
+            seed=seed,
+            absolute_to_relative_idx=dataset.absolute_to_relative_idx,
+        )
+    except ValueError:
+        raise UserError("--drop_last_frames", f"no episode has more than {drop} frames; lower it") from None
+    if ColumnWindows.fits(dataset):
+        loader = DataLoader(
+            ColumnWindows(dataset), sampler=BatchSampler(sampler, batch_size, False), batch_size=None
+        )
+    else:
+        loader = DataLoader(
+            dataset,
+            sampler=sampler,
+            batch_size=batch_size,
+            num_workers=workers,
+            multiprocessing_context="spawn" if workers else None,
+            persistent_workers=workers > 0,
+        )
+    return cycle(loader)
+
+
+class Recorder:
+    """Appends episodes to a LeRobotDataset under ``root``; the first one makes it.
+
+    Attributes:
+        episodes, frames: recorded so far.
+    """
+
+    def __init__(self, root: Path, fps: int) -> None:
+        self.root, self.fps = root, fps
+        self.episodes = self.frames = 0
+
+    def add(self, episodes: Sequence[RolloutEpisode]) -> None:
+        """Record ``episodes``, at least one."""
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+        if self.episodes:
+            dataset = LeRobotDataset.resume(REPO_ID, root=self.root)
+        else:
+            dataset = LeRobotDataset.create(
+                REPO_ID, self.fps, _features(episodes[0]), root=self.root, use_videos=False
+            )
+        cameras = any(values.dtype == np.uint8 for values in episodes[0].observations.values())
+        with nullcontext() if cameras else no_image_embedding():
+            for episode in episodes:
+                for frame in _frames(episode):
+                    dataset.add_frame(frame)
+                dataset.save_episode()
+        dataset.finalize()
+        self.episodes += len(episodes)
+        self.frames += sum(len(episode.actions) for episode in episodes)
+
+
+def _features(episode: RolloutEpisode) -> dict[str, dict[str, Any]]:
+    features: dict[str, dict[str, Any]] = {}
+    for key, values in episode.observations.items():
+        camera = values.dtype == np.uint8
+        features[key] = {
+            "dtype": "image" if camera else "float32",
+            "shape": values.shape[1:],
+            "names": ["height", "width", "channels"] if camera else None,
+        }
+    features[ACTION] = {"dtype": "float32", "shape": episode.actions.shape[1:], "names": None}
+    features["next.reward"] = {"dtype": "float32", "shape": (1,), "names": None}
+    features["next.success"] = {"dtype": "bool", "shape": (1,), "names": None}
+    features["next.done"] = {"dtype": "bool", "shape": (1,), "names": None}
+    return features
+
+
+def _frames(episode: RolloutEpisode) -> Iterator[dict[str, Any]]:
+    length = len(episode.actions)
+    for t in range(length):
+        yield {
+            **{key: values[t] for key, values in episode.observations.items()},
+            ACTION: episode.actions[t],
+            "next.reward": episode.rewards[t : t + 1],
+            "next.success": episode.successes[t : t + 1],
+            "next.done": np.array([t == length - 1]),
+            "task": episode.task,
+        }

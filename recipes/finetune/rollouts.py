@@ -1,0 +1,149 @@
+"""Rollouts of a policy under its own noise, frame by frame, with an exact budget of environment steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.utils.constants import OBS_PREFIX
+from torch import Tensor
+
+from trimtab.policies.noise_samplers import NoiseSource
+from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.runs.progress import Progress
+
+
+@dataclass
+class RolloutEpisode:
+    """A finished episode, step by step.
+
+    Attributes:
+        seed: its start.
+        observations: what the policy's preprocessor takes at each step, by LeRobot's keys, (T, ...).
+        actions: (T, action_dim), as a dataset for the policy holds them.
+        rewards, successes: (T,) the environment's own.
+        task: the language instruction.
+    """
+
+    seed: int
+    observations: dict[str, np.ndarray]
+    actions: np.ndarray
+    rewards: np.ndarray
+    successes: np.ndarray
+    task: str
+
+    @property
+    def success(self) -> bool:
+        return bool(self.successes.any())
+
+
+@dataclass
+class _Running:
+    seen: list[RawObservation] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)
+    rewards: list[np.ndarray] = field(default_factory=list)
+    successes: list[np.ndarray] = field(default_factory=list)
+
+
+class Rollouts:
+    """Episodes of one policy in many environments, collected in instalments.
+
+    An instalment ends after an exact number of environment steps. Episodes that it leaves unfinished go on in
+    the next. Each episode's noise comes from a generator of its own, seeded by its seed.
+
+    Args:
+        runner: the policy; its weights may change between instalments.
+        vec: environments that return every step's observation (``keep_seen``).
+        source: who chooses the noise.
+        seed: first of the seeds; environment i takes seed + i, seed + i + num_envs, ... (as in steering).
+    """
+
+    def __init__(self, runner: PolicyRunner, vec: ChunkVectorEnv, source: NoiseSource, seed: int) -> None:
+        self.runner, self.vec, self.source = runner, vec, source
+        self.env_steps = 0
+        self._next_seed = [seed + i + vec.num_envs for i in range(vec.num_envs)]
+        self._running = [_Running() for _ in range(vec.num_envs)]
+        self._generators = [torch.Generator().manual_seed(seed + i) for i in range(vec.num_envs)]
+        self._observations = vec.reset({i: seed + i for i in range(vec.num_envs)})
+
+    def collect(self, steps: int, label: str = "rollouts", progress: bool = True) -> list[RolloutEpisode]:
+        """Take exactly ``steps`` environment steps; return the episodes that ended, in order."""
+        goal = self.env_steps + steps
+        finished: list[RolloutEpisode] = []
+        bar = Progress(total=steps, desc=label, unit="step", disable=not progress, leave=False)
+        while self.env_steps < goal:
+            finished += self._chunk(goal - self.env_steps)
+            bar.update(steps - (goal - self.env_steps) - bar.n)
+            if finished:
+                rate = np.mean([episode.success for episode in finished])
+                bar.set_postfix_str(f"success {rate:.2f} of {len(finished)}")
+        bar.close()
+        return finished
+
+    def _chunk(self, limit: int) -> list[RolloutEpisode]:
+        """One chunk in as many environments as ``limit`` steps allow; the last one's may be cut short."""
+        length = self.runner.adapter.chunk_shape[0]
+        quota = {i: min(length, limit - i * length) for i in range(self.vec.num_envs) if limit > i * length}
+        active = list(quota)
+        tasks = [self.vec.task_descriptions[i] for i in active]
+        conditioning = self.runner.encode([self._observations[i] for i in active], tasks)
+        prior = torch.cat([self.runner.prior(1, self._generators[i]) for i in active])
+        noise = self.source(None, prior).to(self.runner.adapter.device, self.runner.adapter.noise_spec.dtype)
+        chunk = self.runner.adapter.denoise(conditioning, noise)
+        executed = self.runner.executable(chunk, conditioning)
+        recorded = self.runner.adapter.postprocess(chunk, conditioning).float().cpu().numpy()
+        following = {i: self._next_seed[i] for i in active}
+        self.vec.send({i: executed[row][: quota[i]] for row, i in enumerate(active)}, following)
+        finished = []
+        for row, (i, result) in enumerate(self.vec.receive().items()):
+            self.env_steps += result.steps
+            self._note(i, result, recorded[row])
+            self._observations[i] = result.observation
+            if result.ended:
+                finished.append(self._close(i, result.seed))
+                self._generators[i] = torch.Generator().manual_seed(following[i])
+                self._next_seed[i] += self.vec.num_envs
+        return finished
+
+    def _note(self, i: int, result: ChunkResult, actions: np.ndarray) -> None:
+        running = self._running[i]
+        running.seen.extend(result.seen)
+        running.actions.append(actions[: result.steps])
+        running.rewards.append(result.rewards)
+        running.successes.append(result.successes)
+
+    def _close(self, i: int, seed: int) -> RolloutEpisode:
+        running, self._running[i] = self._running[i], _Running()
+        task = self.vec.task_descriptions[i]
+        return RolloutEpisode(
+            seed=seed,
+            observations=self._converted(running.seen, task),
+            actions=np.concatenate(running.actions).astype(np.float32),
+            rewards=np.concatenate(running.rewards).astype(np.float32),
+            successes=np.concatenate(running.successes).astype(bool),
+            task=task,
+        )
+
+    def _converted(self, seen: list[RawObservation], task: str) -> dict[str, np.ndarray]:
+        """Raw observations of T steps by LeRobot's keys."""
+        from lerobot.envs.utils import preprocess_observation
+
+        flat: dict[str, Any] = preprocess_observation(stack_observations(seen))
+        flat["task"] = [task] * len(seen)
+        flat = self.runner.env_preprocessor(flat)
+        return {
+            key: as_recorded(value)
+            for key, value in flat.items()
+            if key.startswith(OBS_PREFIX) and isinstance(value, Tensor) and len(value) == len(seen)
+        }
+
+
+def as_recorded(value: Tensor) -> np.ndarray:
+    """An observation (T, ...) as a dataset holds it: cameras as uint8 (T, H, W, C), all else as float32."""
+    if value.ndim == 4:
+        return (value * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return value.float().cpu().numpy()

@@ -1,0 +1,307 @@
+"""Fine-tuning of a LeRobot policy, by LoRA or in full, with LeRobot's own training step."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs.default import DatasetConfig, PeftConfig
+from lerobot.configs.train import TrainPipelineConfig
+
+from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
+from trimtab.adapters.checkpoint.files import (
+    POSTPROCESSOR,
+    PREPROCESSOR,
+    hash_files,
+    settings_hashes,
+    state_files,
+)
+from trimtab.adapters.checkpoint.legacy import processor_files
+from trimtab.adapters.errors import reason
+from trimtab.recipes.finetune.data import batches, check_features, open_dataset
+from trimtab.recipes.finetune.lora_targets import put_lora
+from trimtab.recipes.support.launched import launched_processes
+from trimtab.rl.runs.progress import Progress
+
+LORA_RATE = 10.0  # LoRA learns best about ten times faster than full fine-tuning; LeRobot's docs do so too
+
+
+@dataclass
+class TuningConfig:
+    """How the policy is fine-tuned."""
+
+    # lora: a PEFT adapter, the policy itself stays as it is; full: all of the policy's trainable weights.
+    method: str = "lora"
+    # LoRA's own options, LeRobot's; target_modules: names, or a regular expression over all of a name.
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    # Gradient steps (with --from_rollouts in each round); default: 20,000 on a dataset, 800 in a round.
+    steps: int | None = None
+    batch_size: int = 64
+    # Peak learning rate; default: the policy's own (LeRobot's preset), for LoRA ten times that.
+    learning_rate: float | None = None
+    # Frames at an episode's end where no training window starts; default: the policy's own.
+    drop_last_frames: int | None = None
+    # Processes that read a dataset's cameras.
+    num_workers: int = 4
+
+    def check(self) -> None:
+        """Refuse values that no run can have."""
+        if self.method not in ("lora", "full"):
+            raise UserError("--method", f"must be lora or full, got {self.method}")
+        if self.peft.method_type.upper() != "LORA":
+            raise UserError("--peft.method_type", f"only LORA is trained here, got {self.peft.method_type}")
+        for name, value in (("r", self.peft.r), ("lora_alpha", self.peft.lora_alpha)):
+            if value is not None and value < 1:
+                raise UserError(f"--peft.{name}", f"must be at least 1, got {value}")
+        for name in ("steps", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}", f"must be at least 1, got {value}")
+        for name in ("drop_last_frames", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"--{name}", f"cannot be negative, got {value}")
+        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
+            raise UserError("--learning_rate", f"must be between 0 and 1, got {self.learning_rate}")
+
+
+class FineTuner:
+    """A policy in training, and the adapter through which it acts meanwhile.
+
+    Args:
+        adapter: the loaded base policy; its weights are trained in place (LoRA: layers are put in).
+        folder: the base's folder; never written to.
+        policy: how the base was loaded.
+        config: how to train.
+
+    Attributes:
+        adapter: acts with the weights as they are now.
+        updates: gradient steps taken.
+
+    Raises:
+        UserError: no layer of the policy matches the LoRA targets.
+    """
+
+    def __init__(
+        self, adapter: PolicyAdapter, folder: Path, policy: PolicyConfig, config: TuningConfig
+    ) -> None:
+        from accelerate import Accelerator
+
+        if launched_processes() > 1:  # as the environment says, whether or not the others are there
+            raise UserError(
+                "accelerate",
+                "trimtab lora runs in one process, and WORLD_SIZE says there are more; unset it, or for many "
+                "GPUs take `lerobot-train --peft...`",
+            )
+        self.folder, self.options, self.config = folder.resolve(), policy, config
+        self.base_files = adapter.weights_files
+        self.base_hashes = self._hashes()
+        self.updates = 0
+        self.policy = adapter.policy
+        self.adapter = adapter
+        self.model: Any = self._opened(adapter) if config.method == "full" else self._wrapped(adapter)
+        precision = {"bfloat16": "bf16", "float16": "fp16"}.get(getattr(adapter.config, "dtype", None) or "")
+        self.accelerator = Accelerator(
+            cpu=adapter.device.type == "cpu",
+            step_scheduler_with_optimizer=False,
+            mixed_precision=precision or "no",
+        )
+        self.prepared = self.accelerator.prepare(self.model)
+
+    @property
+    def trained_parameters(self) -> int:
+        """Number of weights that training changes."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def _opened(self, adapter: PolicyAdapter) -> Any:
+        for name, parameter in self.policy.named_parameters():
+            parameter.requires_grad_(name in adapter.trainable)
+        return self.policy
+
+    def _wrapped(self, adapter: PolicyAdapter) -> Any:
+        self.policy.config.pretrained_path = self.folder
+        wrapped = put_lora(self.policy, adapter.policy_type, adapter.trainable, self.config.peft)
+        if not Path(self.options.path or "").expanduser().exists():  # on the Hub: name it, not its cache
+            saved = wrapped.peft_config[wrapped.active_adapter]
+            saved.base_model_name_or_path, saved.revision = self.options.path, self.options.revision
+        acting = type(adapter)(self.policy, adapter.preprocessor, adapter.postprocessor)
+        acting.notes, acting.weights_files = adapter.notes, adapter.weights_files
+        acting.trainable = adapter.trainable
+        self.adapter = acting
+        return wrapped
+
+    def pipeline(self, dataset: DatasetConfig, steps: int, seed: int) -> TrainPipelineConfig:
+        """The same training as LeRobot's own config."""
+        from lerobot.optim.schedulers import DiffuserSchedulerConfig
+
+        preset = self.policy.config.get_optimizer_preset()
+        rate = self.config.learning_rate
+        if rate is None:
+            rate = preset.lr * (LORA_RATE if self.config.method == "lora" else 1.0)
+        return TrainPipelineConfig(
+            dataset=dataset,
+            policy=self.policy.config,
+            seed=seed,
+            batch_size=self.config.batch_size,
+            steps=steps,
+            num_workers=self.config.num_workers,
+            optimizer=replace(preset, lr=rate),
+            # The presets' schedules are made for runs of many thousand steps.
+            scheduler=DiffuserSchedulerConfig(name="cosine", num_warmup_steps=steps // 20),
+            peft=self.config.peft if self.config.method == "lora" else None,
+        )
+
+    def fit(
+        self,
+        dataset: DatasetConfig,
+        steps: int,
+        seed: int,
+        label: str = "fine-tuning",
+        on_step: Callable[[int, float, float], None] = lambda step, loss, seconds: None,
+    ) -> list[float]:
+        """Train on a LeRobotDataset; return the loss of every step.
+
+        Args:
+            dataset: as for ``lerobot-train``.
+            steps: gradient steps.
+            seed: of the batches and the noise in the loss.
+            label: shown on the progress bar.
+            on_step: called with (step, loss, seconds so far) after every step.
+
+        Raises:
+            UserError: the dataset does not fit the policy; the loss became NaN or Inf.
+        """
+        from lerobot.optim.factory import make_optimizer_and_scheduler
+        from lerobot.scripts.lerobot_train import update_policy
+        from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
+        from lerobot.utils.random_utils import set_seed
+
+        pipeline = self.pipeline(dataset, steps, seed)
+        set_seed(seed)
+        data, source = self._opened_data(pipeline, self.config.num_workers)
+        optimizer, scheduler = make_optimizer_and_scheduler(pipeline, self.model)
+        optimizer, scheduler = self.accelerator.prepare(optimizer, scheduler)
+        meters = {name: AverageMeter(name) for name in ("loss", "grad_norm", "lr", "update_s", "gpu_mem_gb")}
+        tracker = MetricsTracker(
+            pipeline.batch_size, data.num_frames, data.num_episodes, meters, accelerator=self.accelerator
+        )
+        losses: list[float] = []
+        started = time.perf_counter()
+        bar = Progress(range(steps), desc=label, unit="step", leave=False)
+        for step in bar:
+            batch = self._preprocessed(next(source), data, first=step == 0)
+            try:
+                update_policy(
+                    tracker,
+                    self.prepared,
+                    batch,
+                    optimizer,
+                    pipeline.optimizer.grad_clip_norm,
+                    accelerator=self.accelerator,
+                    lr_scheduler=scheduler,
+                )
+            except (RuntimeError, ValueError, KeyError) as error:
+                if step or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise UserError(
+                    "--dataset.repo_id", f"the dataset does not fit the policy: {reason(error)}"
+                ) from error
+            loss = tracker.metrics["loss"].val
+            if not math.isfinite(loss):
+                raise UserError(
+                    "--learning_rate",
+                    f"the loss became {loss} at step {step + 1}; nothing was saved; lower it",
+                )
+            losses.append(loss)
+            self.updates += 1
+            on_step(step + 1, loss, time.perf_counter() - started)
+            if step % 50 == 0:
+                bar.set_postfix_str(f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}")
+        self.policy.eval()
+        return losses
+
+    def check(self, dataset: DatasetConfig) -> Any:
+        """Read one batch of ``dataset`` before any long work; returns LeRobot's dataset.
+
+        Raises:
+            UserError: it does not fit the policy.
+        """
+        data, source = self._opened_data(self.pipeline(dataset, 1, 0), 0)
+        self._preprocessed(next(source), data, first=True)
+        return data
+
+    def _opened_data(self, pipeline: TrainPipelineConfig, workers: int) -> tuple[Any, Iterator[dict]]:
+        data = open_dataset(pipeline)
+        check_features(data, self.adapter, self.options.rename_map)
+        drop = self.config.drop_last_frames
+        config = self.policy.config
+        return data, batches(data, config, pipeline.batch_size, pipeline.seed or 0, workers, drop)
+
+    def _preprocessed(self, batch: dict[str, Any], data: Any, first: bool) -> dict[str, Any]:
+        for key in data.meta.camera_keys:  # as lerobot-train does
+            if key in batch and batch[key].dtype == torch.uint8:
+                batch[key] = batch[key].float() / 255.0
+        try:
+            return self.adapter.preprocessor(batch)
+        except (RuntimeError, ValueError, KeyError) as error:
+            if not first:
+                raise
+            raise UserError(
+                "--dataset.repo_id", f"the dataset does not fit the policy's preprocessor: {reason(error)}"
+            ) from error
+
+    def save(self, folder: Path) -> PolicyAdapter:
+        """Write the result, whole or not at all: a PEFT adapter folder, or a policy folder.
+
+        Returns:
+            The policy as loaded from ``folder``, checked to act as the one in memory.
+
+        Raises:
+            RuntimeError: it does not, or the base's files have changed.
+        """
+        from lerobot.configs import PreTrainedConfig
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            self.model.save_pretrained(work)
+            # The config as it was saved: this run's device and sampler are no part of the policy.
+            config = PreTrainedConfig.from_pretrained(str(self.folder))
+            if self.config.method == "lora":
+                config.use_peft, config.pretrained_path = True, self.folder
+            config.save_pretrained(work)
+            with processor_files(self.adapter, self.folder) as source:
+                for name in (PREPROCESSOR, POSTPROCESSOR, *state_files(source)):
+                    shutil.copyfile(source / name, work / name)
+            work.chmod(0o755)
+            os.replace(work, folder)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        if self._hashes() != self.base_hashes:
+            raise RuntimeError(
+                "the base policy's files changed while it was fine-tuned; this is a bug of trimtab"
+            )
+        saved = load_adapter(replace(self.options, path=str(folder), revision=None))
+        self._compare(saved)
+        return saved
+
+    def _compare(self, saved: PolicyAdapter) -> None:
+        generator = torch.Generator().manual_seed(0)
+        observation = self.adapter.example_observation(2, generator)
+        noise = torch.randn((2, *saved.noise_spec.shape), generator=generator)
+        noise = noise.to(saved.device, saved.noise_spec.dtype)
+        here, there = (a.denoise(a.observe(observation), noise) for a in (self.adapter, saved))
+        if not torch.allclose(here.float(), there.float(), rtol=1e-3, atol=1e-4):
+            raise RuntimeError("the saved policy does not act as the trained one; this is a bug of trimtab")
+
+    def _hashes(self) -> dict[str, str]:
+        return {"weights": hash_files(self.base_files), **settings_hashes(self.folder)}

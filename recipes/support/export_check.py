@@ -1,0 +1,192 @@
+"""What LeRobot's runners execute of an artefact, compared with what trimtab executes of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import draccus
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.envs.configs import EnvConfig
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.utils.constants import OBS_ENV_STATE
+from torch import Tensor
+
+from trimtab.adapters import UserError
+from trimtab.adapters.errors import reason
+from trimtab.policies.artefact import Steered
+from trimtab.policies.noise_samplers import steered_noise
+from trimtab.policies.steered.modeling_trimtab import TrimtabPolicy
+from trimtab.rl.runner import env_processors
+
+CLOSE = 1e-6  # difference of two actions, relative to the largest where that is above 1
+OBSERVATIONS = 4  # examples that take turns
+SERVER = "LeRobot's asynchronous policy server"
+
+
+def check_runners(folder: Path, steered: Steered) -> list[str]:
+    """Run an artefact as trimtab does and as LeRobot's commands do, on the same observations and draws.
+
+    Two environments side by side, two whole chunks and the beginning of a third, then another episode. The
+    observations are examples within the policy's own statistics. The base is not loaded anew.
+
+    Args:
+        folder: the artefact, whole.
+        steered: the same, loaded.
+
+    Returns:
+        where LeRobot's runners act otherwise or refuse, a line each.
+
+    Raises:
+        UserError: `lerobot-eval` and `lerobot-rollout` would execute other actions, or none.
+    """
+    try:
+        return _check(folder, steered)
+    except UserError:
+        raise
+    except Exception as error:  # whatever LeRobot and a policy's processors raise
+        raise UserError("--run", f"LeRobot does not run this artefact: {reason(error)}") from error
+
+
+def _check(folder: Path, steered: Steered) -> list[str]:
+    adapter, config = steered.adapter, PreTrainedConfig.from_pretrained(str(folder))
+    config.pretrained_path, config.device = folder, adapter.device.type
+    config.use_actor, config.num_candidates, config.compile_model = True, 1, False  # the actor's own chunk
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        policy = TrimtabPolicy(config, steered=steered).eval()
+        pipelines = make_pre_post_processors(
+            config,
+            pretrained_path=str(folder),
+            preprocessor_overrides={
+                "device_processor": {"device": config.device},
+                "rename_observations_processor": {"rename_map": {}},
+            },
+        )
+        runners = _Runners(steered, policy, *pipelines)
+        notes = []
+        if policy.steps_apart:
+            runners.compare_steps()
+        else:
+            notes.append(f"lerobot-eval and lerobot-rollout (sync) refuse this policy: {policy.STEPS}")
+        notes += [*runners.server_notes(), *environment_notes(steered)]
+        policy.reset()
+    return notes
+
+
+class _Runners:
+    """trimtab's loop on an artefact beside LeRobot's.
+
+    Args:
+        steered: the artefact.
+        policy: LeRobot's view of it.
+        before, after: its processors.
+    """
+
+    def __init__(self, steered: Steered, policy: TrimtabPolicy, before: Any, after: Any) -> None:
+        self.steered, self.adapter, self.policy = steered, steered.adapter, policy
+        self.before, self.after = before, after
+        self.examples = self._examples()
+        self.generator = torch.Generator().manual_seed(1)
+
+    def _examples(self) -> list[dict[str, Any]]:
+        """Observations of environments side by side, as LeRobot's commands hand them to a preprocessor."""
+        generator, count = torch.Generator().manual_seed(0), min(2, self.adapter.max_batch or 2)
+        made = [self.adapter.example_observation(count, generator) for _ in range(OBSERVATIONS)]
+        observe = self.steered.config.observe
+        for one in made:
+            if observe is not None and observe.tasks:  # the actor knows no others
+                one["task"] = [observe.tasks[row % len(observe.tasks)] for row in range(count)]
+        return [{k: v[:, -1] if isinstance(v, Tensor) else v for k, v in one.items()} for one in made]
+
+    def _prior(self) -> Tensor:
+        shape = (len(self.examples[0]["task"]), *self.adapter.noise_spec.shape)
+        return torch.randn(shape, generator=self.generator).to(self.steered.actor.normalizer.mean.device)
+
+    def compare_steps(self) -> None:
+        """`lerobot-eval` and `lerobot-rollout`: an action at a time.
+
+        Raises:
+            UserError: an action differs.
+        """
+        step, steps = 0, self.adapter.chunk_shape[0]
+        for episode in (2 * steps + 1, steps):
+            self.policy.reset()
+            seen: deque[dict[str, Any]] = deque(maxlen=self.adapter.n_obs_steps)
+            chunk, last = [], None
+            for number in range(episode):
+                now, step = self.examples[step % OBSERVATIONS], step + 1
+                seen.extend([now] * (1 if seen else self.adapter.n_obs_steps))
+                prior = None if chunk else self._prior()
+                theirs = self.after(self.policy.select_action(self.before(dict(now)), prior))
+                if not chunk:
+                    made, last = self.ours(list(seen), prior, last)
+                    chunk = list(made.unbind(1))
+                found = _difference(chunk.pop(0), torch.from_numpy(theirs.to("cpu").numpy()))
+                if found:
+                    raise UserError(
+                        "--run",
+                        "lerobot-eval would execute other actions than trimtab eval: by up to "
+                        f"{found:.2g} at step {number + 1} of an episode; nothing was exported",
+                    )
+
+    def ours(self, seen: list[dict[str, Any]], prior: Tensor, last: Any) -> tuple[Tensor, Any]:
+        """Actions (B, steps, action_dim) of trimtab's loop, and what a policy that remembers goes on from."""
+        adapter, actor = self.adapter, self.steered.actor
+        history = {
+            key: torch.stack([one[key] for one in seen], 1) if isinstance(value, Tensor) else value
+            for key, value in seen[-1].items()
+        }
+        conditioning = adapter.observe(history, last)
+        features = adapter.seen(conditioning) if actor.space.uses_features else torch.zeros(len(prior), 0)
+        noise = steered_noise(actor, self.steered.config.deterministic)(features.float(), prior)
+        chunk = adapter.denoise(conditioning, noise.to(adapter.device, adapter.noise_spec.dtype))
+        last = (conditioning, chunk) if adapter.remembers else None
+        return adapter.postprocess(chunk, conditioning).float().cpu(), last
+
+    def server_notes(self) -> list[str]:
+        """The policy server: a chunk from one observation, unnormalised an action at a time."""
+        now, prior, notes = self.examples[0], self._prior(), []
+        self.policy.reset()
+        chunk = self.policy.predict_action_chunk(self.before(dict(now)), prior)
+        theirs = torch.stack([self.after(action) for action in chunk.unbind(1)], 1).float().cpu()
+        found = _difference(self.ours([now] * self.adapter.n_obs_steps, prior, None)[0], theirs)
+        if found:
+            notes.append(f"{SERVER} would execute other actions than trimtab eval, by up to {found:.2g}")
+        if self.adapter.n_obs_steps > 1:
+            notes.append(
+                f"{SERVER} shows a policy the latest observation alone; this base looks at the last "
+                f"{self.adapter.n_obs_steps}, and there gets it {self.adapter.n_obs_steps} times"
+            )
+        if self.adapter.remembers:
+            notes.append(f"{SERVER} may leave out the end of a chunk, which this base remembers as executed")
+        if OBS_ENV_STATE in self.adapter.config.input_features:
+            notes.append(f"{SERVER} hands over no {OBS_ENV_STATE}, which this base needs")
+        return notes
+
+
+def environment_notes(steered: Steered) -> list[str]:
+    """Where LeRobot puts other processors between environment and artefact than the base was steered with."""
+    env = steered.config.training.get("env") or {}
+    try:
+        config = draccus.decode(EnvConfig, env)
+        pairs = [env_processors(config, one) for one in (steered.adapter.config, steered.config)]
+    except Exception:  # an environment that is not installed here, or of which the run kept no more
+        return []
+    base, artefact = ([type(step).__name__ for pipeline in pair for step in pipeline.steps] for pair in pairs)
+    if base == artefact:
+        return []
+    steered_with, theirs = (", ".join(steps) or "nothing" for steps in (base, artefact))
+    return [
+        f"between {config.type} and the policy lerobot-eval puts {theirs}, the base was steered with "
+        f"{steered_with}: use trimtab eval there"
+    ]
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference of two arrays of actions, 0.0 where it is rounding; ``inf``: other shapes."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    found = float((ours - theirs).abs().max())
+    return found if not found <= CLOSE * max(1.0, float(ours.abs().max())) else 0.0

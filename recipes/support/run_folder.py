@@ -1,0 +1,225 @@
+"""`--resume=true`: which run goes on, whether it is still the same run, and what it had measured before."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import draccus
+import numpy as np
+from safetensors import SafetensorError
+
+from trimtab.adapters import UserError
+from trimtab.adapters.errors import reason
+from trimtab.recipes.support.presets import value_of
+from trimtab.recipes.support.repeat import absolute, repeatable, without_plugins
+from trimtab.recipes.support.reporting import write_json
+from trimtab.rl.algorithms.presets import flatten
+from trimtab.rl.evaluation import Evaluation
+from trimtab.rl.runs.checkpoint import Checkpoint, CheckpointConfig, Checkpoints
+from trimtab.rl.runs.processes import World
+
+CONFIG, BASELINES, CHECKPOINTS, METRICS = "config.json", "baselines.json", "checkpoints", "metrics.jsonl"
+# What may differ when a run goes on: where and how it is run, and how long.
+FREE = (
+    "resume",
+    "output_dir",
+    "checkpoint",
+    "machine",
+    "faults",
+    "trackers",
+    "policy.device",
+    "train.env_steps",
+)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+
+
+def resumed_args(args: list[str]) -> tuple[list[str], bool]:
+    """The options of a run to go on with, and whether there is one.
+
+    ``--resume=true`` with ``--output_dir``, or with the ``--config_path`` of a config.json in the run's
+    folder or in one of its checkpoints, as with lerobot-train. Options that are not given are the run's own.
+    A folder that does not exist yet, with all options given, begins a run: a job that is started again and
+    again needs but one command.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    if str(value_of(args, "resume")).lower() != "true":
+        return args, False
+    given, path = value_of(args, "output_dir"), value_of(args, "config_path")
+    folder = Path(given).expanduser() if given else None
+    if folder is None and path:
+        place = Path(path).expanduser().absolute().parent
+        known = [up for up in (place, place.parent.parent) if (up / CHECKPOINTS).is_dir()]
+        folder = known[0] if known else None
+    if folder is None:
+        raise UserError(
+            "--resume", "name the run to go on with: --output_dir=, or --config_path= in its folder"
+        )
+    saved = folder / CONFIG
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if empty and value_of(args, "env.type") is not None:
+        print(f"{folder} holds no run yet: it begins")
+        return args, False
+    if not saved.is_file():
+        raise UserError("--resume", f"{folder} holds no run to go on with, it lacks {CONFIG}")
+    if path is None:
+        args = [f"--config_path={saved}", *args]
+    return [*args, f"--output_dir={folder}"], True
+
+
+class RunFolder:
+    """The folder of a steering run: what it is, what it had measured, and its checkpoints.
+
+    Args:
+        path: the folder.
+        config: of the run.
+        identity: of its base policy.
+        checkpoint: settings.
+        world: the processes; the main one writes.
+    """
+
+    def __init__(
+        self, path: Path, config: Any, identity: dict[str, Any], checkpoint: CheckpointConfig, world: World
+    ) -> None:
+        self.path, self.world = path, world
+        again = repeatable(json.loads(json.dumps(draccus.encode(config))))
+        again.pop("output_dir", None), again.pop("resume", None)
+        self.config = again
+        self.belongs = {"base": json.loads(json.dumps(identity)), "config": fixed(again)}
+        self.checkpoints: Checkpoints | None = None
+        if checkpoint.every:
+            text = json.dumps(again, indent=2) + "\n"
+            self.checkpoints = Checkpoints(
+                path / CHECKPOINTS, checkpoint, self.belongs, world, texts={CONFIG: text}
+            )
+
+    def begin(self, measured: dict[str, dict[str, Evaluation]], details: dict[str, Any]) -> None:
+        """Write what is known before training.
+
+        Args:
+            measured: evaluations by task and policy.
+            details: anything else to find again, as JSON values.
+        """
+        if self.world.main:
+            content = {task: {n: encode(e) for n, e in found.items()} for task, found in measured.items()}
+            write_json(self.path / BASELINES, {"base": self.belongs["base"], "measured": content, **details})
+            self.write_config()
+
+    def write_config(self) -> None:
+        write_json(self.path / CONFIG, self.config)
+
+    def baselines(self) -> tuple[dict[str, dict[str, Evaluation]], dict[str, Any]] | None:
+        """What ``begin`` wrote; ``None`` where there is nothing that can be used."""
+        try:
+            content = json.loads((self.path / BASELINES).read_text(encoding="utf-8"))
+            measured = content.pop("measured")
+            found = {t: {n: decode(e) for n, e in held.items()} for t, held in measured.items()}
+            return (found, content) if content.pop("base") == self.belongs["base"] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; lines about those that are not go to the console.
+
+        Raises:
+            UserError: it belongs to another base or config; the message names the difference.
+        """
+        if self.checkpoints is None:
+            raise UserError("--checkpoint.every", "with 0 there are no checkpoints to go on from")
+        found, notes = self.checkpoints.newest()
+        for note in notes if self.world.main else ():
+            print(note)
+        if found is None:
+            if self.world.main:
+                print(f"no whole checkpoint in {self.checkpoints.folder}: training begins anew")
+            return None
+        check_belongs(found, self.belongs)
+        if self.world.main:
+            print(f"going on from {found.folder}, {found.env_steps:,} environment steps")
+        return found
+
+
+def check_belongs(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another base or config.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    then = checkpoint.manifest["belongs"]
+    odd = sorted(k for k in then["base"] | now["base"] if then["base"].get(k) != now["base"].get(k))
+    # Where the weights lie decides their hash in memory (a GPU's dtype) but not what they are.
+    moved = {"weights_device"} if "weights_device" in odd else set()
+    odd = [name for name in odd if name not in moved]
+    if odd:
+        raise UserError(
+            "--policy.path", f"{checkpoint.folder} belongs to another base policy ({', '.join(odd)} differ)"
+        )
+    before, after = flatten(absolute(then["config"])), flatten(now["config"])
+    # Where a type differs, all of its options do.
+    for name in sorted(before | after, key=lambda name: (not name.endswith(".type"), name)):
+        if before.get(name) != after.get(name):
+            raise UserError(
+                f"--{name}",
+                f"{checkpoint.folder} belongs to a run with {before.get(name)}, not {after.get(name)}; go on "
+                "with that, or begin another run in another --output_dir",
+            )
+
+
+def fixed(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config without what may differ when it goes on."""
+    found = without_plugins(json.loads(json.dumps(config)))
+    for name in FREE:
+        *parents, last = name.split(".")
+        part = found
+        for parent in parents:
+            part = part.get(parent) or {}
+        part.pop(last, None)
+    return found
+
+
+def encode(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "seeds": evaluation.seeds,
+        "successes": [bool(won) for won in evaluation.successes],
+        "steps": [int(steps) for steps in evaluation.steps],
+        "returns": None if evaluation.returns is None else [float(value) for value in evaluation.returns],
+        "reported": evaluation.reported,
+        "info_keys": list(evaluation.info_keys),
+    }
+
+
+def decode(held: dict[str, Any]) -> Evaluation:
+    returns = held.get("returns")  # runs of older versions kept neither these nor what follows
+    return Evaluation(
+        held["seeds"],
+        np.array(held["successes"], bool),
+        np.array(held["steps"], np.int64),
+        returns=None if returns is None else np.array(returns, float),
+        reported=held.get("reported", True),
+        info_keys=tuple(held.get("info_keys", ())),
+    )
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full or unwritable disk is for the user to mend.
+
+    Raises:
+        UserError: in place of the system's error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK:
+            raise
+        raise UserError(
+            "--output_dir",
+            f"cannot write to {path} ({reason(error)}); what was written before is whole: make room, then go "
+            "on with --resume=true",
+        ) from error

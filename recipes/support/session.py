@@ -1,0 +1,401 @@
+"""What `adapt`, `eval` and `demo` share: the configs of a session and its loaded parts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.envs.configs import EnvConfig
+from tqdm import tqdm
+
+from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
+from trimtab.adapters.checkpoint.files import is_server, resolve_folder
+from trimtab.adapters.errors import reason
+from trimtab.policies.noise_samplers import NoiseSource, constant_noise, own_noise, zero_noise
+from trimtab.policies.observe import ObserveConfig, build_observer
+from trimtab.recipes.embedded_base.base import check_task
+from trimtab.recipes.support.console import default_threads
+from trimtab.recipes.support.reporting import write_grid_video
+from trimtab.rl.envs.building import check_buildable
+from trimtab.rl.envs.contract import SUCCESS_KEYS
+from trimtab.rl.envs.metaworld import split_tasks
+from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
+from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together, unreported
+from trimtab.rl.runner import Encoded, PolicyRunner
+from trimtab.rl.runs.faults import FaultsConfig
+from trimtab.rl.runs.processes import World
+
+SEED_LIMIT = 50_000_000  # from here on seeds belong to demonstrations and training
+EVALUATION_SEED = 1_000_000  # first episode seed of an evaluation
+ONE_TASK = "only adapt takes several tasks at once; name one, and run this once for each"
+SELECTION_SEED = 2_000_000  # first episode seed on which constant noises compete
+
+
+@dataclass
+class EpisodesConfig:
+    """Which episodes policies are evaluated on."""
+
+    # Episodes per policy; all policies get the same ones.
+    n_episodes: int = 200
+    # Environments that run at the same time.
+    batch_size: int = 40
+    # First episode seed.
+    seed: int = EVALUATION_SEED
+    # Random constant noises among which the best is sought (0 leaves this baseline out) ...
+    constant_candidates: int = 16
+    # ... and the episodes that each gets for it, on seeds of their own.
+    constant_episodes: int = 20
+    # Episodes to render to a video (0: none).
+    videos: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("n_episodes", "batch_size", "constant_episodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--eval.{name}", f"must be at least 1, got {getattr(self, name)}")
+        for name in ("constant_candidates", "videos", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--eval.{name}", f"cannot be negative, got {getattr(self, name)}")
+        last, selection = self.seed + self.n_episodes, SELECTION_SEED + self.constant_episodes
+        if self.constant_candidates and self.seed < selection and last > SELECTION_SEED:
+            raise UserError(
+                "--eval.seed", f"{SELECTION_SEED} to {selection} are the seeds on which constants are chosen"
+            )
+        if last > SEED_LIMIT:
+            raise UserError("--eval.seed", f"stay below {SEED_LIMIT}, where demonstrations start")
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.seed, self.seed + self.n_episodes))
+
+
+@dataclass
+class EvalConfig(EpisodesConfig):
+    """How policies are evaluated."""
+
+    # Take the mean of the actor instead of a sample.
+    deterministic: bool = True
+
+
+@dataclass
+class MachineConfig:
+    """What of the machine a run may use."""
+
+    # Simulator processes (0 steps the environments in the main process).
+    workers: int = 1
+    # Threads of torch; default: what OMP_NUM_THREADS says, else the cores that the workers leave.
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError("--machine.workers", f"cannot be negative, got {self.workers}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError("--machine.threads", f"must be at least 1, got {self.threads}")
+
+    def apply(self) -> None:
+        torch.set_num_threads(self.threads or default_threads(self.workers))
+
+
+@dataclass
+class Session:
+    """A frozen policy in an environment, ready to evaluate or steer."""
+
+    adapter: PolicyAdapter
+    env: EnvConfig
+    eval: EpisodesConfig
+    machine: MachineConfig
+    # What an actor is to look at; that of an artefact, once loaded, comes first.
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    # Whether several tasks may be run at once.
+    many: bool = False
+    # The processes of the run, where there are several.
+    world: World | None = None
+    runner: PolicyRunner = field(init=False)
+    # Names of the tasks; known once environments have been made.
+    tasks: list[str] = field(init=False, default_factory=list)
+    # What the policy made of a first observation: tells the sizes of what a replay keeps. ``None`` where
+    # there is none yet, for an environment that cannot repeat is not moved for it.
+    first: Encoded | None = field(init=False, default=None)
+    # Whether environments repeat an episode, as found before or by this session; ``None``: not known.
+    repeatable: bool | None = field(init=False, default=None)
+    _examined: bool = field(init=False, default=False)
+    _declared: bool = field(init=False, default=True)  # what they say of it themselves
+    _success_keys: set[str] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        check_buildable(self.env)
+        if self.env.type == "metaworld_state":
+            self.tasks = split_tasks(self.env.task)
+            if len(self.tasks) > 1 and not self.many:
+                raise UserError("--env.task", ONE_TASK)
+        self.runner = PolicyRunner(self.adapter, self.env)
+
+    @contextmanager
+    def environments(
+        self,
+        count: int,
+        workers: int | None = None,
+        keep_seen: bool = False,
+        task: int | None = None,
+        faults: FaultsConfig | None = None,
+    ) -> Iterator[ChunkVectorEnv]:
+        """Environments of this session, closed at the end.
+
+        Args:
+            count, workers, keep_seen, task: as for ``ChunkVectorEnv``.
+            faults: lose episodes to faults rather than fail.
+
+        Raises:
+            UserError: the environment cannot be built.
+        """
+        vec = None
+        try:
+            vec = ChunkVectorEnv(
+                self.env,
+                count,
+                self.machine.workers if workers is None else workers,
+                self.adapter.n_obs_steps,
+                keep_seen=keep_seen,
+                task=task,
+                tolerant=faults is not None,
+                timeout=faults.timeout if faults else 0.0,
+            )
+            self._preflight(vec)
+        except Exception as error:  # whatever a simulator raises when it cannot be built or stepped
+            if vec is not None:
+                vec.close()
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                "--env.type", f"'{self.env.type}' does not run here: {reason(error, last=True)}"
+            ) from error
+        try:
+            yield vec
+        except WorkerLost as error:
+            raise UserError("--env.type", reason(error, last=True)) from error
+        finally:
+            vec.close()
+
+    def _preflight(self, vec: ChunkVectorEnv) -> None:
+        """What can be known before any long work, so that what does not fit shows at once."""
+        names = list(dict.fromkeys(vec.task_names))
+        self.tasks = self.tasks or (names if len(names) > 1 else [names[0] or self.env.task or self.env.type])
+        if len(set(vec.task_names)) > 1 and not self.many:
+            raise UserError("--env.task", ONE_TASK)
+        vec.on_success_key = self._name_success
+        if not self._examined:
+            if self.adapter.observer is None:
+                self.adapter.observer = build_observer(self.observe, self.adapter, vec.task_descriptions)
+            self._examine(vec)
+            self._examined = True
+        vec.repeatable = vec.repeatable and self.repeatable is not False
+
+    def _examine(self, vec: ChunkVectorEnv) -> None:
+        """Let the policy look and act once, and see whether the environment does what it must.
+
+        Where it cannot repeat, nothing moves: a reset moves a robot, too. The policy then looks at zeros of
+        the shapes that the environment declares, and the rest shows in the run's own first episode.
+        """
+        described = vec.descriptions[0]
+        self._warn(described.warnings)
+        self._declared = vec.repeatable
+        free = vec.repeatable and self.repeatable is not False
+        if not free:
+            self.repeatable = False
+            self._say(
+                "note: this environment cannot repeat an episode: nothing moves before the run's first, and "
+                "interrupted ones are dropped"
+            )
+        observation = vec.reset({0: self.eval.seed})[0] if free else described.blank
+        if observation is None:
+            return
+        conditioning = self.runner.encode([observation], vec.task_descriptions[:1])
+        for note in self.runner.input_notes([observation], vec.task_descriptions[:1]):
+            self._say(f"note: {note}")
+        self.runner.features(conditioning)
+        prior = self.runner.prior(1, torch.Generator().manual_seed(0))
+        chunk = self.runner.decode(conditioning, prior)[0]
+        vec.check_actions(chunk)
+        self.first = conditioning
+        if free:
+            found = vec.examine(chunk)
+            self.repeatable = found.repeatable
+            self._warn(found.warnings)
+            if found.success_key:
+                self._name_success(found.success_key)
+
+    def _name_success(self, key: str) -> None:
+        """Say once where success is read, if it is not LeRobot's own place."""
+        if key != "is_success" and key not in self._success_keys:
+            self._success_keys.add(key)
+            self._say(f"note: success is read from info['{key}']")
+
+    def _warn(self, lines: list[str]) -> None:
+        for line in lines:
+            self._say(f"warning: --env.type: {line}")
+
+    def _say(self, line: str) -> None:
+        if self.world is None or self.world.main:
+            tqdm.write(line)
+
+    def evaluation_environments(self, task: int | None = None) -> Any:
+        """As many environments as an evaluation uses, in two worker processes or more."""
+        count = min(self.eval.batch_size, self.eval.n_episodes)
+        return self.environments(count, self.evaluation_workers, task=task)
+
+    def evaluations_by_task(self) -> Iterator[tuple[str, ChunkVectorEnv]]:
+        """Environments to evaluate in, of one task after the other."""
+        with self.evaluation_environments() as vec:
+            if len(self.tasks) == 1:
+                yield self.tasks[0], vec
+                return
+        for index, task in enumerate(self.tasks):
+            with self.evaluation_environments(index) as vec:
+                yield task, vec
+
+    def evaluate(
+        self,
+        vec: ChunkVectorEnv,
+        source: NoiseSource,
+        seeds: Sequence[int] | None = None,
+        label: str = "",
+        runner: PolicyRunner | None = None,
+    ) -> Evaluation:
+        """One episode for each seed (default: those of the evaluation), shared among the processes.
+
+        ``runner`` acts in the place of this session's.
+        """
+        return self._run(
+            runner or self.runner, vec, source, self.eval.seeds if seeds is None else seeds, label
+        )
+
+    def _run(self, *arguments: Any, **named: Any) -> Evaluation:
+        if self.world is None:
+            return evaluate(*arguments, **named)
+        return evaluate_together(self.world, *arguments, **named)
+
+    @property
+    def evaluation_workers(self) -> int:
+        """No learner runs beside an evaluation, so that a second core is free for simulators."""
+        return max(self.machine.workers, 2) if self.machine.workers else 0
+
+    @property
+    def own_noise(self) -> NoiseSource:
+        """What the base feeds itself."""
+        return own_noise(self.adapter.noise_spec)
+
+    def baselines(self, vec: ChunkVectorEnv, seed: int) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+        """Evaluate the base under its own noise, zero noise and the best constant noise.
+
+        Returns:
+            (evaluations by name, details of the search for a constant)
+        """
+        found = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
+        self.note_success(found["base"])
+        if self.own_noise is not zero_noise:
+            found["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
+        details: dict[str, Any] = {}
+        if self.eval.constant_candidates:
+            selection = range(SELECTION_SEED, SELECTION_SEED + self.eval.constant_episodes)
+            noise, rates = best_constant(
+                self.runner,
+                vec,
+                constant_noise,
+                self.eval.constant_candidates,
+                selection,
+                seed,
+                run=self._run,
+            )
+            found["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
+            what = "selection_success" if found["base"].reported else "selection_return"
+            details = {what: rates, "selection_episodes": self.eval.constant_episodes}
+        return found, details
+
+    def note_success(self, base: Evaluation) -> None:
+        """Say what ``info`` held where success was not in it, or never true: another name may hold it."""
+        names, others = ", ".join(SUCCESS_KEYS), [key for key in SUCCESS_KEYS if key in base.info_keys]
+        if not base.reported:
+            self._say(f"note: {unreported(base)}, which is read from {names}; its return is shown instead")
+        elif others and not base.successes.any():
+            self._say(
+                f"warning: --env.type: no episode of {len(base.seeds)} succeeded; info holds {others[0]}, "
+                f"too, but success is read from the first of {names} that is there"
+            )
+
+    def record(self, source: NoiseSource, path: Path, label: str, runner: PolicyRunner | None = None) -> bool:
+        """Render the first evaluation episodes under ``source`` to an MP4. A machine that cannot render
+        gets a line saying so, and no video. ``runner`` acts in the place of this session's.
+        """
+        seeds = self.eval.seeds[: self.eval.videos]
+        if not seeds:
+            return False
+        if not self._declared:
+            print(f"no video {path.name}: this environment cannot repeat the episodes of the evaluation")
+            return False
+        try:
+            with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
+                outcome = evaluate(runner or self.runner, vec, source, seeds, label, record=seeds)
+            return write_grid_video(path, outcome, seeds, fps=20)
+        except Exception as error:  # a picture is never worth a run
+            print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")
+            return False
+
+
+def base_of(policy: PolicyConfig) -> Path | str:
+    """The folder of a base policy, or the address of its server."""
+    return policy.path if is_server(policy.path) else resolve_folder(policy.path, policy.revision)
+
+
+def open_session(
+    policy: PolicyConfig,
+    env: EnvConfig,
+    eval_config: EpisodesConfig,
+    machine: MachineConfig,
+    observe: ObserveConfig | None = None,
+    many: bool = False,
+) -> tuple[Session, Path | str]:
+    """Load the base policy for an environment; returns the session and the base's folder or server.
+
+    Args:
+        policy, env, eval_config, machine: configs.
+        many: whether ``env`` may name several tasks.
+    """
+    machine.apply()
+    if not policy.path:
+        raise UserError("--policy.path", "name the folder or Hub repository of the base policy")
+    folder = base_of(policy)
+    if env.type == "metaworld_state":
+        check_task(folder, env.task)
+    adapter = load_adapter(policy)
+    for note in adapter.notes:
+        print(f"note: {note}")
+    return Session(adapter, env, eval_config, machine, observe or ObserveConfig(), many), folder
+
+
+def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:
+    """The JSON form of evaluations."""
+    return {name: evaluation.summary() for name, evaluation in evaluations.items()}
+
+
+def outcomes(evaluations: dict[str, Evaluation]) -> dict[str, str]:
+    """Each episode's outcome, 1 or 0, in the order of the seeds: what a paired test needs."""
+    return {name: "".join(str(int(won)) for won in e.successes) for name, e in evaluations.items()}
+
+
+def describe(session: Session, base: Path | str) -> str:
+    """Two lines about what is going to be steered."""
+    spec, size = session.adapter.noise_spec, session.adapter.parameter_count
+    parameters = "parameters out of sight" if size is None else f"{size / 1e6:.2f} M parameters, frozen"
+    return (
+        f"base policy: {base} ({session.adapter.policy_type}, {parameters})\n"
+        f"environment: {session.env.type}, {session.env.task}; noise {tuple(spec.shape)}, "
+        f"{session.adapter.chunk_shape[0]} actions per chunk"
+    )
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

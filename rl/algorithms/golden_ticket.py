@@ -1,0 +1,214 @@
+"""``golden_ticket``: the best constant noise, by successive halving within a budget of episodes.
+
+Some frozen policies succeed far more often under one well-chosen noise than under fresh draws. No gradient
+and no critic: constants compete on paired episodes, and those that do worst drop out, round by round
+(successive halving: Jamieson and Talwalkar, arXiv 1502.07943; Karnin et al., ICML 2013).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from trimtab.adapters import UserError
+from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
+from trimtab.policies.noise_samplers import constant_noise
+from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
+from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.budget import training_seed
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.evaluation import evaluate
+from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.statistics import wilson_interval
+
+MAX_BUDGET = 100_000  # training seeds that a run has to itself
+
+
+@AlgorithmConfig.register_subclass("golden_ticket")
+@dataclass
+class GoldenTicketConfig(AlgorithmConfig):
+    """Settings of the search. It takes none of the settings that all other algorithms share."""
+
+    # Constant noises drawn from the prior.
+    candidates: int = 32
+    # Episodes in all.
+    budget: int = 500
+    # Share of the constants that each round leaves in.
+    keep: float = 0.5
+    actor: ActorConfig = field(default_factory=ActorConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.candidates < 2:
+            raise UserError("--rl.candidates", f"must be at least 2, got {self.candidates}")
+        if not 0.0 < self.keep < 1.0:
+            raise UserError("--rl.keep", f"is a share, above 0 and below 1, got {self.keep}")
+        if self.budget > MAX_BUDGET:
+            raise UserError("--rl.budget", f"must be at most {MAX_BUDGET}, got {self.budget}")
+        least = sum(sizes(self.candidates, self.keep))
+        if self.budget < least:
+            raise UserError(
+                "--rl.budget",
+                f"{self.candidates} constants take at least {least} episodes, got {self.budget}; raise it, "
+                "or lower --rl.candidates or --rl.keep",
+            )
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        return ()
+
+    def check(self, space: NoiseSpace) -> None:
+        if space.uses_features:
+            raise UserError(
+                "--noise.type", "golden_ticket seeks one noise for all observations; use constant"
+            )
+
+    def build(self, *arguments: Any, **named: Any) -> NoReturn:
+        """It has no critic and no gradient: ``TicketSearch`` runs it, not ``Trainer``."""
+        raise TypeError("golden_ticket is run by TicketSearch")
+
+
+def sizes(candidates: int, keep: float) -> list[int]:
+    """How many constants are in each round: 8 at a half -> [8, 4, 2]."""
+    found, left = [], candidates
+    while left > 1:
+        found.append(left)
+        left = min(left - 1, math.ceil(left * keep))
+    return found
+
+
+def episodes_each(counts: list[int], budget: int) -> list[int]:
+    """Episodes of each constant in each round: what is left, shared equally among the rounds left.
+
+    Args:
+        counts: constants in each round.
+        budget: at least their sum.
+    """
+    each = []
+    for index, count in enumerate(counts):
+        each.append(max(1, budget // (len(counts) - index) // count))
+        budget -= each[-1] * count
+    return each
+
+
+@dataclass
+class Ticket:
+    """What a search found.
+
+    Attributes:
+        actor: always takes the best constant.
+        noise: that constant, (*spec.shape).
+        successes, episodes: of every candidate in the search, (candidates,). The winner's rate is biased
+            upwards, for it is the best of many: evaluate it on other episodes.
+        selects: nothing is chosen among candidates while acting.
+    """
+
+    actor: NoiseActor
+    noise: Tensor
+    successes: np.ndarray
+    episodes: np.ndarray
+    selects: ClassVar[bool] = False
+
+
+@dataclass
+class TicketSearch:
+    """Runs the search; to recipes it is what ``Trainer`` is for the other algorithms.
+
+    Every round, the constants left meet the same new episodes, and all of their episodes so far decide who
+    stays. (They have met the same ones, so that luck of the draw counts for all alike.)
+
+    Args:
+        runner: the frozen policy with the environment's processors.
+        vec: environments.
+        rl, noise: configs; the noise space must be a constant one.
+        seed: seeds the constants and the episodes.
+        on_metrics: called with each line of metrics, one per round.
+        progress: show bars and a line per round.
+
+    Attributes:
+        env_steps, episodes: spent so far.
+        updates: of gradient: none.
+    """
+
+    runner: PolicyRunner
+    vec: ChunkVectorEnv
+    rl: GoldenTicketConfig = field(default_factory=GoldenTicketConfig)
+    noise: NoiseSpaceConfig = field(default_factory=ConstantNoiseConfig)
+    seed: int = 0
+    on_metrics: Callable[[dict[str, Any]], None] = lambda line: None
+    progress: bool = True
+    env_steps: int = field(init=False, default=0)
+    episodes: int = field(init=False, default=0)
+    updates: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.space = self.noise.build(self.runner.adapter.noise_spec)
+        self.rl.check(self.space)
+
+    def draw(self) -> Tensor:
+        """The constants, (candidates, *spec.shape): prior draws, clipped to what an actor can make."""
+        prior = self.runner.prior(self.rl.candidates, torch.Generator().manual_seed(self.seed))
+        reach = self.rl.actor.mean_limit * self.space.bound
+        return self.space.expand(self.space.project(prior).clamp(-0.999 * reach, 0.999 * reach), prior)
+
+    def run(self) -> Ticket:
+        """Spend the budget and return the best constant."""
+        started, noises = time.perf_counter(), self.draw()
+        counts = sizes(self.rl.candidates, self.rl.keep)
+        successes = np.zeros(self.rl.candidates, dtype=np.int64)
+        episodes = np.zeros_like(successes)
+        left, first = np.arange(self.rl.candidates), training_seed(self.seed)
+        each = episodes_each(counts, self.rl.budget)
+        for index, (count, share) in enumerate(zip(counts, each, strict=True)):
+            left = _best(left, successes, episodes, count)
+            seeds = list(range(first, first + share))
+            first += share
+            label = f"round {index + 1} of {len(counts)}: {count} constants"
+            sources = [constant_noise(noises[i]) for i in left for _ in seeds]
+            outcome = evaluate(self.runner, self.vec, sources, seeds * count, label, progress=self.progress)
+            won = outcome.successes.reshape(count, share).sum(1)
+            successes[left] += won
+            episodes[left] += share
+            self.env_steps += int(outcome.steps.sum())
+            self.episodes += share * count
+            best = int(_best(left, successes, episodes, 1)[0])
+            interval = wilson_interval(int(successes[best]), int(episodes[best]))
+            if self.progress:
+                low, high = (100 * limit for limit in interval)
+                tqdm.write(
+                    f"{label}, episodes each: {share}; best {successes[best]}/{episodes[best]} "
+                    f"[{low:.1f}, {high:.1f}] %, all {won.sum()}/{share * count}"
+                )
+            self.on_metrics(
+                {
+                    "env_steps": self.env_steps,
+                    "episodes": self.episodes,
+                    "updates": 0,
+                    "round": index + 1,
+                    "candidates": count,
+                    "success_rate": float(won.sum() / (share * count)),
+                    "success_window": share * count,
+                    "return_mean": float(outcome.returns.mean()),
+                    "acting": "constants",
+                    "best_success": float(successes[best] / episodes[best]),
+                    "best_episodes": int(episodes[best]),
+                    "best_ci95": list(interval),
+                    "seconds_total": round(time.perf_counter() - started, 3),
+                }
+            )
+        noise = noises[int(_best(left, successes, episodes, 1)[0])]
+        return Ticket(constant_actor(noise, self.space, self.rl.actor), noise, successes, episodes)
+
+
+def _best(left: np.ndarray, successes: np.ndarray, episodes: np.ndarray, count: int) -> np.ndarray:
+    """The ``count`` of the candidates ``left`` with the highest rates; of equals, the first drawn."""
+    rates = successes[left] / np.maximum(episodes[left], 1)
+    return left[np.sort(np.argsort(-rates, kind="stable")[:count])]

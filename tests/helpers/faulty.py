@@ -1,0 +1,51 @@
+"""The point problem on a machine where things go wrong."""
+
+import os
+import time
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+from lerobot.envs.configs import EnvConfig
+
+from tests.helpers.point import PointConfig, PointEnv
+
+
+class FaultyEnv(PointEnv):
+    """In the fifth step of every fourth episode, by seed, ``fault`` happens."""
+
+    def __init__(self, limit, fault, slow=0.0):
+        super().__init__(limit)
+        self.fault, self.slow = fault, slow
+
+    def reset(self, *, seed=None, options=None):
+        self.due = seed % 4 == 3 or self.fault.startswith("always")
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        observation, reward, *rest = super().step(action)
+        time.sleep(self.slow)
+        if self.due and self.t == 5:
+            fault = self.fault.removeprefix("always ")
+            if fault == "die":
+                os._exit(7)
+            elif fault == "hang":
+                time.sleep(600)
+            elif fault == "raise":
+                raise ValueError("the physics exploded")
+            elif fault == "observation":
+                observation["agent_pos"] = np.array([np.nan])
+            elif fault == "reward":
+                reward = np.inf
+        return observation, reward, *rest
+
+
+@EnvConfig.register_subclass("test_faulty")
+@dataclass
+class FaultyConfig(PointConfig):
+    fault: str = "none"
+    slow: float = 0.0
+
+    def create_envs(self, n_envs, use_async_envs=False):
+        make = [lambda: FaultyEnv(self.limit, self.fault, self.slow)] * n_envs
+        return {"test_faulty": {0: gym.vector.SyncVectorEnv(make)}}

@@ -1,0 +1,146 @@
+"""Artefacts: every noise space comes back the same, old files act as they did, a constant is small."""
+
+import json
+from dataclasses import replace
+
+import draccus
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import make_diffusion
+from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
+from trimtab.policies import artefact
+from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
+from trimtab.policies.artefact import load_artefact, save_artefact
+from trimtab.policies.noise_space import (
+    ConstantNoiseConfig,
+    FullNoiseConfig,
+    KnotNoiseConfig,
+    MaskedNoiseConfig,
+    NoiseSpaceConfig,
+    RepeatNoiseConfig,
+    ResidualNoiseConfig,
+)
+from trimtab.rl.algorithms.presets import PAPER
+
+FEATURES = 18
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = make_diffusion(tmp_path_factory.mktemp("base") / "diffusion")
+    return folder, load_adapter(PolicyConfig(path=str(folder), device="cpu"))
+
+
+def save(base, out, noise, actor):
+    folder, adapter = base
+    return save_artefact(out, actor, noise, adapter, PolicyConfig(path=str(folder)), folder, {})
+
+
+def load(path):
+    return load_artefact(PolicyConfig(path=str(path), device="cpu"))
+
+
+def trained(base, noise):
+    torch.manual_seed(0)
+    actor = NoiseActor(FEATURES, noise.build(base[1].noise_spec), ActorConfig(hidden=16, layers=2))
+    for parameter in actor.net[-1].parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    return actor.eval()
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [
+        FullNoiseConfig(),
+        FullNoiseConfig(unit="bound"),
+        RepeatNoiseConfig(),
+        KnotNoiseConfig(knots=3),
+        MaskedNoiseConfig(rows="0:4", columns="01:2"),
+        ResidualNoiseConfig(),
+        ConstantNoiseConfig(ticket="repeat"),
+    ],
+    ids=lambda noise: noise.type,
+)
+def test_every_noise_space_comes_back(base, tmp_path, noise):
+    actor = trained(base, noise)
+    loaded = load(save(base, tmp_path / "artefact", noise, actor))
+    features, prior = torch.randn(4, FEATURES), torch.randn(4, *base[1].noise_spec.shape)
+    for deterministic in (False, True):
+        noise = actor.act(features, prior, deterministic)
+        assert torch.equal(loaded.actor.act(features, prior, deterministic), noise)
+
+
+def test_live_entries_decide_what_a_masked_actor_steers(base, tmp_path, monkeypatch):
+    adapter = base[1]
+    live = torch.zeros(adapter.noise_spec.shape, dtype=torch.bool)
+    live[2:5] = True
+    masked = replace(adapter.noise_spec, live=live)
+    monkeypatch.setattr(adapter, "noise_spec", masked)
+    monkeypatch.setattr(artefact, "load_adapter", lambda config: adapter)
+    actor = trained(base, MaskedNoiseConfig())
+    loaded = load(save(base, tmp_path / "artefact", MaskedNoiseConfig(), actor))
+    assert torch.equal(loaded.actor.space.steered, live)
+    features, prior = torch.randn(4, FEATURES), torch.randn(4, *masked.shape)
+    assert torch.equal(loaded.actor.act(features, prior), actor.act(features, prior))
+
+
+def test_one_noise_is_a_small_artefact(base, tmp_path):
+    ticket = torch.randn(base[1].noise_spec.shape)
+    noise = ConstantNoiseConfig(bound=1.05 * float(ticket.abs().max()))
+    out = save(base, tmp_path / "ticket", noise, constant_actor(ticket, noise.build(base[1].noise_spec)))
+    processors = {PREPROCESSOR, POSTPROCESSOR, *state_files(out)}
+    own = [file for file in out.iterdir() if file.name not in processors]
+    assert sorted(file.name for file in own) == ["config.json", "model.safetensors"]
+    assert sum(file.stat().st_size for file in own) < 5_000
+    assert sum(file.stat().st_size for file in out.iterdir()) < 12_000
+    prior = torch.randn(3, *ticket.shape)
+    made = load(out).actor.act(torch.randn(3, FEATURES), prior, deterministic=True)
+    assert torch.allclose(made, ticket.expand_as(made), atol=1e-5)
+
+
+def test_an_actor_of_the_papers_settings_deploys_the_noise_of_its_training(base, tmp_path):
+    settings = PAPER["dsrl_sac"]
+    noise = draccus.decode(NoiseSpaceConfig, settings["noise"])
+    space = noise.build(base[1].noise_spec)
+    torch.manual_seed(0)
+    actor = NoiseActor(FEATURES, space, ActorConfig(**settings["rl"]["actor"])).eval()
+    torch.nn.init.normal_(actor.net[-1].weight, std=0.3)
+    actor.net[-1].bias.data[space.dim :] = torch.linspace(-30.0, 3.0, space.dim)  # past the ends of log_std
+    loaded = load(save(base, tmp_path / "artefact", noise, actor))
+    assert loaded.config.noise == noise and loaded.config.actor == actor.config
+    features, prior = torch.randn(4, FEATURES), torch.randn(4, *base[1].noise_spec.shape)
+    with torch.no_grad():
+        drawn = actor.sample(features, prior.flatten(1))  # what the losses see
+    for deterministic, action in ((False, drawn.u), (True, torch.tanh(drawn.mean))):
+        noise = loaded.actor.act(features, prior, deterministic)
+        assert torch.allclose(noise.flatten(1), 1.5 * action, atol=1e-5)
+    assert noise.abs().max() > 1.0
+
+
+def test_artefacts_from_before_the_mean_had_a_limit_act_as_they_did(base, tmp_path):
+    actor = trained(base, FullNoiseConfig())
+    out = save(base, tmp_path / "artefact", FullNoiseConfig(), actor)
+    tensors = load_file(str(out / "model.safetensors"))
+    tensors["net.4.bias"] += 30.0  # a mean far past the limit
+    save_file(tensors, str(out / "model.safetensors"))
+    features, prior = torch.randn(2, FEATURES), torch.randn(2, *base[1].noise_spec.shape)
+    assert load(out).actor.act(features, prior, True).max() == pytest.approx(1.96, abs=1e-4)
+    config = json.loads((out / "config.json").read_text())
+    assert config["format"] == 2 and config["actor"].pop("mean_limit") == 0.98
+    config["format"] = 1
+    for name in ("n_obs_steps", "input_features", "output_features", "device", "critic", "n_action_steps"):
+        del config[name]
+    (out / "config.json").write_text(json.dumps(config))
+    assert load(out).actor.act(features, prior, True).max() == pytest.approx(2.0, abs=1e-4)
+
+
+def test_a_setting_of_a_later_version_is_refused(base, tmp_path):
+    out = save(base, tmp_path / "artefact", FullNoiseConfig(), trained(base, FullNoiseConfig()))
+    config = json.loads((out / "config.json").read_text())
+    config["actor"]["wings"] = 2
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"is not an artefact's config .*wings"):
+        load(out)

@@ -1,0 +1,105 @@
+"""Whole runs on a policy that only a policy server has, as a user would start them."""
+
+import json
+import socket
+
+import pytest
+
+from tests.recipes.cli.test_runs import POLICIES, SMALL, check_results
+from trimtab.adapters import PolicyConfig, UserError
+from trimtab.policies.artefact import load_artefact
+from trimtab.recipes.cli import main
+
+ENV = ["--env.type=pusht", "--env.obs_type=environment_state_agent_pos", "--env.episode_length=24"]
+REMOTE = [
+    '--policy.remote.keys={"observation.state": "observation/state", '
+    '"observation.environment_state": "observation/environment_state"}',
+    '--policy.remote.dims={"observation.state": 2, "observation.environment_state": 16}',
+    "--policy.remote.n_action_steps=4",
+    "--policy.device=cpu",
+    "--machine.workers=0",
+]
+EVAL = ["--eval.n_episodes=4", "--eval.constant_candidates=0", "--eval.videos=0"]
+
+
+@pytest.fixture(scope="module")
+def run(policy_server, tmp_path_factory):
+    output = tmp_path_factory.mktemp("remote") / "out"
+    argv = ["adapt", f"--policy.path={policy_server}", *ENV, *SMALL, *REMOTE, "--eval.videos=0"]
+    assert main([*argv, "--noise.type=repeat", f"--output_dir={output}"]) == 0
+    return output
+
+
+def test_adapt_on_a_server(run, policy_server):
+    results = check_results(run, POLICIES, 6)
+    assert results["env_steps"] >= 240 and results["updates"] > 0 and results["base_sha256"] is None
+    base = json.loads((run / "artefact" / "config.json").read_text())["base"]
+    assert base["path"] == policy_server and base["policy_type"] == "remote"
+    assert len(base["answer"]) == 2 and base["tolerance"] > 0 and base["remote"]["n_action_steps"] == 4
+
+
+def test_eval_of_a_server_and_of_its_artefact(run, policy_server, tmp_path, capsys):
+    argv = ["eval", f"--policy.path={policy_server}", *ENV, *REMOTE, *EVAL]
+    assert main([*argv, f"--output_dir={tmp_path / 'base'}"]) == 0
+    text = capsys.readouterr().out
+    assert f"base policy: {policy_server} (remote, parameters out of sight)" in text
+    argv = [
+        "eval",
+        f"--policy.path={run / 'artefact'}",
+        *ENV,
+        *EVAL,
+        "--policy.device=cpu",
+        "--machine.workers=0",
+    ]
+    assert main([*argv, f"--output_dir={tmp_path / 'steered'}"]) == 0  # the artefact knows how to ask
+    base = check_results(tmp_path / "base", POLICIES[:2], 4)["policies"]
+    steered = check_results(tmp_path / "steered", [*POLICIES[:2], "steered"], 4)["policies"]
+    assert base["base"] == steered["base"]
+
+
+def test_the_artefact_of_a_server_that_moved(run, policy_server, tmp_path):
+    artefact = tmp_path / "artefact"
+    artefact.mkdir()
+    for path in (run / "artefact").iterdir():
+        (artefact / path.name).write_bytes(path.read_bytes())
+    config = json.loads((artefact / "config.json").read_text())
+    config["base"]["path"] = "ws://127.0.0.1:9"
+    (artefact / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"nobody listens at ws://127.0.0.1:9"):
+        load_artefact(PolicyConfig(path=str(artefact), device="cpu"))
+    moved = load_artefact(PolicyConfig(path=str(artefact), device="cpu", base_path=policy_server))
+    assert moved.base_folder == policy_server
+    moved.adapter.close()
+    config["base"]["answer"] = [9.0, 9.0]
+    (artefact / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="another policy is served there"):
+        load_artefact(PolicyConfig(path=str(artefact), device="cpu", base_path=policy_server))
+
+
+def test_errors_are_one_line_and_exit_code_2(policy_server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        nobody = f"ws://127.0.0.1:{free.getsockname()[1]}"
+    cases = [
+        (["eval", f"--policy.path={nobody}"], f"--policy.path: nobody listens at {nobody}"),
+        (["adapt", f"--policy.path={policy_server}/ignores"], "ignores the noise it is sent"),
+        (["eval", f"--policy.path={policy_server}/raises"], "failed: KeyError"),
+        (
+            ["adapt", f"--policy.path={policy_server}", "--policy.dtype=bfloat16"],
+            "--policy.dtype: has no effect",
+        ),
+    ]
+    for argv, message in cases:
+        assert main([*argv, *ENV, *REMOTE]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert len(lines) == 1 and message in lines[0], lines
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_fails_in_the_middle_of_a_run(policy_server, tmp_path, capsys):
+    argv = ["adapt", f"--policy.path={policy_server}/fades", *ENV, *SMALL, *REMOTE, "--eval.videos=0"]
+    assert main([*argv, f"--output_dir={tmp_path / 'out'}"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and "RuntimeError: out of memory" in lines[0]
+    assert not (tmp_path / "out" / "artefact").exists()
