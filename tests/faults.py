@@ -1,8 +1,8 @@
 """The fault campaign: `python -m tests.faults`. Runs are killed at random instants, and resumed.
 
-Every child is a fork of this warm process, so that a kill costs a fraction of a second. It trains on
-the small problem of `tests/helpers/point.py` with the real trainer, checkpoints and metrics, gets SIGKILL
-at a random instant (while it acts, learns, writes a checkpoint, or returns to one), and the next child goes on. At
+Every child is a fork of this warm process, so that a kill costs a fraction of a second. It trains on the
+small problem of `tests/helpers/point.py` with the real trainer, checkpoints and metrics. It gets SIGKILL at a
+random instant (while it acts, learns, writes a checkpoint, or returns to one), and the next child goes on. At
 the end metrics, weights and replay are compared with those of a run that nobody disturbed: they must be
 identical.
 """
