@@ -41,7 +41,7 @@ def measure(
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(ratio, 3) for ratio in ratios],
         "first_seconds": round(first, 1),
-        "compiled": learners["compile"]._compiled.works,
+        "compiled": learners["compile"]._engine.works,
     }
 
 

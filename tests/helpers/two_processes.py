@@ -85,7 +85,7 @@ def gradient_gap(accelerator):
             for parameter, gradient in zip(parameters, own, strict=True):
                 parameter.grad = gradient.clone()
             if guard is not None:
-                guard(optimizer.optimizer, (), {})
+                guard(optimizer, (), {})
             gap[name].append(off(scale))
     return gap
 
