@@ -17,7 +17,6 @@ from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapte
 from trimtab.adapters.checkpoint.files import file_hash, resolve_folder
 from trimtab.recipes.bench.methods import METHODS, Setup, run_base, run_method
 from trimtab.recipes.bench.report import write_samples
-from trimtab.recipes.embedded_base.base import check_task
 from trimtab.recipes.support.console import new_output_dir, parse
 from trimtab.recipes.support.reporting import write_json
 from trimtab.recipes.support.session import EVALUATION_SEED, read_json
@@ -107,7 +106,7 @@ def main(args: list[str]) -> None:
     folder = resolve_folder(config.base)
     tasks = split_tasks(config.tasks, "--tasks")
     for task in tasks:
-        check_task(folder, task)
+        MetaworldStateConfig(task=task).check_base(folder)
     output = _output(config.output_dir)
     adapter = load_adapter(PolicyConfig(path=str(folder), device=config.device))
     samples(config, adapter, folder, tasks, output)

@@ -23,7 +23,7 @@ from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.support.reporting import write_json
-from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig, Problem
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.data.returns import Transition, value_bounds
 from trimtab.rl.train import replay_extra
@@ -93,7 +93,7 @@ def ours(of: str, width: int, device: torch.device, transitions: int, **settings
     space = FullNoiseConfig().build(NoiseSpec((STEPS, ACTION_DIM)))
     bounds = value_bounds("sparse", config.gamma, config.discount_per, STEPS)
     accelerator = Accelerator(cpu=device.type == "cpu")
-    algorithm = config.build(FEATURES, space, accelerator, bounds, DIM, None)
+    algorithm = config.build(Problem(FEATURES, space, accelerator, bounds, DIM))
     extra, rng = replay_extra(config, DIM, DIM), np.random.default_rng(0)
     replay = ReplayBuffer(transitions, FEATURES, DIM, 0, device, extra)
     for _ in range(transitions):
