@@ -18,8 +18,8 @@ from trimtab.adapters.checkpoint.files import file_hash, resolve_folder
 from trimtab.recipes.bench.methods import METHODS, Setup, run_base, run_method
 from trimtab.recipes.bench.report import write_samples
 from trimtab.recipes.support.console import new_output_dir, parse
-from trimtab.recipes.support.reporting import write_json
-from trimtab.recipes.support.session import EVALUATION_SEED, read_json
+from trimtab.recipes.support.reporting import read_json, write_json
+from trimtab.recipes.support.shared_configs import EVALUATION_SEED
 from trimtab.rl.budget import MAX_SEED
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, check_episode_length, split_tasks
 from trimtab.rl.envs.vector import ChunkVectorEnv
