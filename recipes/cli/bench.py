@@ -23,8 +23,8 @@ from trimtab.recipes.bench.processes import Job, processes_table, run_processes
 from trimtab.recipes.bench.report import engine_table, overhead_table, write_samples
 from trimtab.recipes.bench.updates import run_updates, updates_table
 from trimtab.recipes.support.console import new_output_dir, parse
-from trimtab.recipes.support.reporting import write_json
-from trimtab.recipes.support.session import EVALUATION_SEED, read_json
+from trimtab.recipes.support.reporting import read_json, write_json
+from trimtab.recipes.support.shared_configs import EVALUATION_SEED
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.budget import MAX_SEED
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, check_episode_length, split_tasks

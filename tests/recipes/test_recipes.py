@@ -30,7 +30,7 @@ from trimtab.recipes.full_size import FULL_SIZE, full_size
 from trimtab.recipes.support.console import parse
 from trimtab.recipes.support.presets import expand_preset
 from trimtab.recipes.support.recipe_file import ADAPT_ONLY, LEFT, with_recipe
-from trimtab.recipes.support.session import SELECTION_SEED
+from trimtab.recipes.support.shared_configs import SELECTION_SEED
 
 CONFIGS = {
     "adapt": AdaptConfig,
