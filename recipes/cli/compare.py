@@ -16,7 +16,8 @@ from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash, is_peft, is_server
+from trimtab.adapters.checkpoint.folder import is_peft, is_server
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.cli.bench import numbers, once

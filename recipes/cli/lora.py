@@ -15,7 +15,7 @@ from lerobot.envs.configs import EnvConfig
 
 import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import is_peft, is_server, resolve_folder
+from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli.adapt import check_run
 from trimtab.recipes.embedded_base.base import check_task

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.adapters.base import PolicyAdapter, adapter_class
+from trimtab.adapters.base import PolicyAdapter
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.loading import quietly
+from trimtab.adapters.registry import adapter_class
 from trimtab.adapters.tiny.parts import statistics
 from trimtab.recipes.full_size.weightless import WithoutMemory, to_fake
 

@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import save_artefact
 from trimtab.policies.noise_samplers import prior_noise
