@@ -16,7 +16,7 @@ WORDS = ("pick", "up", "the", "red", "cube", "press", "button", "close", "drawer
 PROMPT_WORDS = (
     "a action are assistant camera complete control current expected helpful in is mode next of robot setup "
     "should state take task view what"
-).split()
+)
 
 Sizes = dict[str, dict[str, Any]]  # fields of the configs of a backbone's parts
 # Narrow language models and vision towers: fields that most of them name alike.
@@ -186,7 +186,7 @@ def byte_tokenizer(folder: Path, tokens: Sequence[str], padding_side: str = "lef
     from transformers import Qwen2Tokenizer
 
     names, merges = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"], []
-    for word in sorted({*WORDS, *PROMPT_WORDS}):
+    for word in sorted({*WORDS, *PROMPT_WORDS.split()}):
         word = f"Ġ{word}"  # with the space before it
         for end in range(1, len(word)):
             merges.append((word[:end], word[end]))
