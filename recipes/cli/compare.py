@@ -28,15 +28,9 @@ from trimtab.recipes.embedded_base.base import DEMONSTRATIONS as BASE_DATA
 from trimtab.recipes.embedded_base.dataset import REPO_ID
 from trimtab.recipes.support.console import new_output_dir, parse
 from trimtab.recipes.support.repeat import repeatable
-from trimtab.recipes.support.reporting import rate_text, write_json
-from trimtab.recipes.support.session import (
-    EVALUATION_SEED,
-    EpisodesConfig,
-    MachineConfig,
-    Session,
-    base_of,
-    read_json,
-)
+from trimtab.recipes.support.reporting import rate_text, read_json, write_json
+from trimtab.recipes.support.session import Session, base_of
+from trimtab.recipes.support.shared_configs import EVALUATION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.budget import MAX_SEED
 from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, task_names
 

@@ -13,16 +13,9 @@ from trimtab.policies.artefact import Steered, is_artefact, load_artefact
 from trimtab.policies.critic import best_candidate
 from trimtab.policies.noise_samplers import NoiseSource, candidate_noise, steered_noise
 from trimtab.recipes.support.console import new_output_dir, parse
-from trimtab.recipes.support.reporting import table, write_json
-from trimtab.recipes.support.session import (
-    EpisodesConfig,
-    MachineConfig,
-    Session,
-    describe,
-    open_session,
-    outcomes,
-    summaries,
-)
+from trimtab.recipes.support.reporting import outcomes, summaries, table, write_json
+from trimtab.recipes.support.session import Session, describe, open_session
+from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner

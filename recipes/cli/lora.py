@@ -22,15 +22,9 @@ from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.console import new_output_dir, parse
 from trimtab.recipes.support.repeat import repeatable
-from trimtab.recipes.support.reporting import MetricsWriter, rate_text, table, write_json
-from trimtab.recipes.support.session import (
-    EpisodesConfig,
-    MachineConfig,
-    Session,
-    describe,
-    outcomes,
-    summaries,
-)
+from trimtab.recipes.support.reporting import MetricsWriter, outcomes, rate_text, summaries, table, write_json
+from trimtab.recipes.support.session import Session, describe
+from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.budget import training_seed
 from trimtab.rl.data.demonstration_data import rate_warning
 from trimtab.rl.envs.hooks import check_base
