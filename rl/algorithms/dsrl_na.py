@@ -31,6 +31,7 @@ from trimtab.policies.actor import ActorOutput, kl_to_prior
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
+from trimtab.rl.algorithms.acting import RunRequest
 from trimtab.rl.algorithms.base import (
     RANKED_EVERY,
     AlgorithmConfig,
@@ -108,7 +109,7 @@ class DSRLNAConfig(SoftConfig):
         following = ("next_candidates", "next_candidates_u") if self.bootstrap == "importance" else ()
         return "chunk", "candidates", "candidates_u", *following
 
-    def check(self, space: NoiseSpace) -> None:
+    def check(self, space: NoiseSpace, run: RunRequest = RunRequest()) -> None:
         check_pairs(space, "dsrl_na")
 
     def build(
@@ -153,7 +154,6 @@ class DSRLNA(SoftActorCritic):
     ) -> None:
         super().__init__(config, feature_dim, space, accelerator, bounds, "chunk", chunk_size, observe)
         config.check(space)
-        self.candidates = config.candidates
         self.noise_critic = CriticEnsemble(
             self.actor.encoder.dim, space.dim, config.critic, self.critic.bounds
         )
