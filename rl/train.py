@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from trimtab.adapters import UserError
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
-from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig
+from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig, Problem
 from trimtab.rl.budget import TrainConfig, training_seed
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
 from trimtab.rl.data.decoder import ConditioningSpec, Decoder
@@ -103,12 +103,14 @@ class Trainer:
         pixels = observe.pixels if observe else 0
         steps, action_dim = self.runner.adapter.chunk_shape
         self.algorithm: Algorithm = self.rl.build(
-            feature_dim - pixels,
-            self.space,
-            self.accelerator,
-            self.collector.returns.bounds,
-            steps * action_dim,
-            observe,
+            Problem(
+                feature_dim - pixels,
+                self.space,
+                self.accelerator,
+                self.collector.returns.bounds,
+                steps * action_dim,
+                observe,
+            )
         )
         spec = self.collector.spec
         if spec:
@@ -166,9 +168,7 @@ class Trainer:
         task, adapter = self.vec.task_descriptions[0], self.runner.adapter
         data = read_demonstrations(self.demos, adapter, self.train.reward, task)
         spec, size = self.collector.spec, self.demos.batch_size
-        make = TransitionMaker(
-            self.runner, self.space, self.algorithm, self.train.reward, spec, self.seed, size
-        )
+        make = TransitionMaker(self.runner, self.algorithm, self.train.reward, spec, self.seed, size)
         found = Demonstrations(self.demos, make(data, self.progress), **stored)
         won = sum(episode.succeeded for episode in data.episodes)
         count = f"demonstrations: {len(data.episodes)} episodes, {won} succeed; {len(found)} transitions; "

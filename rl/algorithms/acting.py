@@ -19,7 +19,7 @@ from trimtab.policies.actor import NoiseActor
 from trimtab.policies.artefact import save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_samplers import NoiseSampler, prior_noise, steered_noise
-from trimtab.policies.noise_space import NoiseSpaceConfig
+from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.rl.warm_start import begin_at
 
 
@@ -92,11 +92,13 @@ class Acting(Learnt):
     """How an algorithm acts while it learns.
 
     Attributes:
+        space: the noise space.
         draws: prior draws that ``act`` needs for each observation.
         start: (dim,) where the actor's mean began, before squashing; ``None``: at 0.
     """
 
     actor: NoiseActor
+    space: NoiseSpace
     draws: int = 1
     start: Tensor | None = None
 
@@ -117,7 +119,7 @@ class Acting(Learnt):
             denoise: the frozen policy.
             steering: whether what has been learnt takes part; else all are an untrained actor's.
         """
-        return draw_candidates(self.actor.space, prior, denoise)
+        return draw_candidates(self.space, prior, denoise)
 
     def act(
         self,
@@ -139,14 +141,14 @@ class Acting(Learnt):
         Raises:
             UserError: the actor has diverged.
         """
-        space, draw = self.actor.space, prior[:, 0]
-        u = prior_noise(space, self.start).choose(features, draw)
+        draw = prior[:, 0]
+        u = prior_noise(self.space, self.start).choose(features, draw)
         if steered.any():
             chosen = steered_noise(self.actor).choose(features, draw)
             u = torch.where(steered.to(u.device).unsqueeze(1), chosen, u)
         if not torch.isfinite(u).all():
             raise UserError("--rl.learning_rate", "the noise actor has diverged to NaN or Inf; lower it")
-        return NoiseSampler(lambda *_: u, space).act(features, prior, denoise)
+        return NoiseSampler(lambda *_: u, self.space).act(features, prior, denoise)
 
 
 def count_parameters(*modules: nn.Module) -> int:

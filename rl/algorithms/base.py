@@ -37,6 +37,27 @@ PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GP
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What an algorithm is built for.
+
+    Attributes:
+        feature_dim: length of the observation features, without pixels.
+        space: noise space.
+        accelerator: an ``accelerate.Accelerator``.
+        bounds: smallest and largest possible return, or ``None``.
+        chunk_size: numbers in a chunk, steps * action_dim.
+        observe: a resolved config, where there are images to look at.
+    """
+
+    feature_dim: int
+    space: NoiseSpace
+    accelerator: Any
+    bounds: tuple[float, float] | None
+    chunk_size: int = 0
+    observe: ObserveConfig | None = None
+
+
+@dataclass(frozen=True)
 class Pace:
     """How early and how often an algorithm learns, where ``TrainConfig`` leaves it open."""
 
@@ -127,25 +148,8 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         return None
 
     @abc.abstractmethod
-    def build(
-        self,
-        feature_dim: int,
-        space: NoiseSpace,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        chunk_size: int = 0,
-        observe: ObserveConfig | None = None,
-    ) -> Algorithm:
-        """Build the algorithm for a policy's features and noise space.
-
-        Args:
-            feature_dim: length of the observation features, without pixels.
-            space: noise space.
-            accelerator: an ``accelerate.Accelerator``.
-            bounds: smallest and largest possible return, or ``None``.
-            chunk_size: numbers in a chunk, steps * action_dim.
-            observe: a resolved config, where there are images to look at.
-        """
+    def build(self, problem: Problem) -> Algorithm:
+        """Build the algorithm for ``problem``."""
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -161,6 +165,10 @@ class Algorithm(nn.Module, Acting, abc.ABC):
 
     What comes from outside (``act``, ``update``, ``value``) holds observations as they are replayed,
     images packed; the losses take a batch after ``look``.
+
+    Args:
+        config: settings.
+        problem: what it learns for.
 
     Attributes:
         decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
@@ -180,9 +188,15 @@ class Algorithm(nn.Module, Acting, abc.ABC):
     _compiled: CompiledPasses | None = None
     _captured: CapturedUpdate | None = None
 
-    def _set_up(self, config: AlgorithmConfig, accelerator: Any) -> None:
+    def __init__(self, config: AlgorithmConfig, problem: Problem) -> None:
+        super().__init__()
+        self.config, self.space, self.accelerator = config, problem.space, problem.accelerator
+        self.updates = 0
+        self.learning_rate_end, self._rates = config.learning_rate_end, []
+
+    def _set_up(self) -> None:
         """Move what has been built to the device, and settle in what it multiplies."""
-        self.accelerator, self.learning_rate_end, self._rates = accelerator, config.learning_rate_end, []
+        config, accelerator = self.config, self.accelerator
         self.to(accelerator.device)
         self.matmul_dtype = matmul_dtype("--rl.precision", config.precision, accelerator.device)
         option = f"--rl.engine={config.engine}"

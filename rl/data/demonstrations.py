@@ -16,7 +16,6 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
-from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.algorithms import Algorithm
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import OPTION, DemonstrationData, DemosConfig, Episode
@@ -68,7 +67,6 @@ class TransitionMaker:
 
     Args:
         runner: the frozen policy.
-        space: the noise space.
         algorithm: proposes candidates; its config says what the replay keeps, the discount and ``n_step``.
         reward: ``sparse`` or ``env`` (see ``returns.Returns``).
         spec: of the conditioning, where that is kept.
@@ -79,14 +77,13 @@ class TransitionMaker:
     def __init__(
         self,
         runner: PolicyRunner,
-        space: NoiseSpace,
         algorithm: Algorithm,
         reward: str,
         spec: ConditioningSpec | None,
         seed: int,
         batch_size: int = 64,
     ) -> None:
-        self.runner, self.space, self.algorithm, self.spec = runner, space, algorithm, spec
+        self.runner, self.algorithm, self.spec = runner, algorithm, spec
         self.rl = rl = algorithm.config
         steps = runner.adapter.chunk_shape[0]
         self.returns = Returns(reward, rl.gamma, rl.discount_per, steps, rl.bootstrap_at_time_limit)
@@ -125,7 +122,7 @@ class TransitionMaker:
     def _episode(self, episode: Episode, states: dict) -> list[Transition]:
         steps = self.runner.adapter.chunk_shape[0]
         accumulator, done = NStepAccumulator(self.rl.n_step), []
-        unknown = np.zeros(self.space.dim, dtype=np.float32)
+        unknown = np.zeros(self.algorithm.space.dim, dtype=np.float32)
         for row, result, following in episode.chunks(steps):
             reward, discount = self.returns.of(result, episode.succeeded)
             (features, kept), (next_features, next_kept) = states[row], states[following]
