@@ -17,7 +17,7 @@ from trimtab.policies.actor import NoiseActor
 from trimtab.policies.critic import CriticEnsemble, best_candidate
 from trimtab.policies.noise_space import NoiseSpace
 
-# The frozen policy at B observations: noise (B, K, *noise_shape) -> normalised chunks (B, K, steps, action_dim).
+# The frozen policy at B observations: noise (B, K, *noise_shape) -> normalised chunks (B, K, steps, dim).
 Denoise = Callable[[Tensor], Tensor]
 # Observations (B, d) and chunks (B, K, steps, action_dim) -> (B,) index of the chunk to execute.
 Select = Callable[[Tensor, Tensor], Tensor]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from trimtab.adapters import UserError
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig, Problem
-from trimtab.rl.budget import TrainConfig, training_seed
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
 from trimtab.rl.data.decoder import ConditioningSpec, Decoder
 from trimtab.rl.data.demonstration_data import DemosConfig, rate_warning, read_demonstrations
@@ -37,6 +37,7 @@ from trimtab.rl.runs.faults import KINDS, FaultLog, FaultsConfig, Stopped, StopS
 from trimtab.rl.runs.processes import StepGuard, World, count_outcomes, list_outcomes
 from trimtab.rl.runs.progress import Progress
 from trimtab.rl.runs.resume import load_trainer, trainer_state
+from trimtab.rl.seeds import training_seed
 from trimtab.rl.takeover import Gate
 from trimtab.rl.warm_start import read_constant
 

@@ -14,7 +14,6 @@ from lerobot.envs.configs import EnvConfig
 from trimtab.adapters import PolicyAdapter
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
-from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace
 from trimtab.recipes.bench.clock import CPU, clock_of, unit_of
 from trimtab.recipes.bench.updates import endings
@@ -45,10 +44,12 @@ def collect(
     runner: PolicyRunner, vec: ChunkVectorEnv, space: NoiseSpace, transitions: int
 ) -> list[Transition]:
     """At least so many transitions of one chunk each, under what an untrained actor draws."""
-    source, found = prior_noise(space), []
-    collector = Collector(runner, vec, space, GAMMA, 1, "sparse", seed=0)
+    rl = DSRLSACConfig(gamma=GAMMA, n_step=1)
+    collector, found = Collector(runner, vec, rl, "sparse", seed=0), []
+    problem = Problem(collector.feature_dim, space, Accelerator(cpu=True), None)
+    collector.start(rl.build(problem))
     while len(found) < transitions:
-        collector.begin(source)
+        collector.begin(steering=False)
         found += collector.finish()[0]
     return found
 

@@ -16,7 +16,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from trimtab.adapters import UserError
-from trimtab.policies.noise_samplers import NoiseSource
+from trimtab.policies.noise_samplers import NoiseSampler
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.data.returns import Returns
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -126,7 +126,7 @@ class NoiseVecEnv(VecEnv):
 
     def _observe(self, observations: list) -> np.ndarray:
         self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
-        return self.runner.features(self._conditioning).numpy()
+        return self.runner.features(self._conditioning).cpu().numpy()
 
     def step_async(self, actions: np.ndarray) -> None:
         self._unused = None
@@ -152,7 +152,7 @@ class NoiseVecEnv(VecEnv):
             conditioning = self.runner.encode_finals(
                 {i: results[i] for i in ended}, self._lengths, self.vec.task_descriptions
             )
-            finals = self.runner.features(conditioning).numpy()
+            finals = self.runner.features(conditioning).cpu().numpy()
             for row, i in enumerate(ended):
                 infos[i]["terminal_observation"] = finals[row]
                 self.ended.append(self._success[i])
@@ -234,11 +234,11 @@ def learn(model: SAC, env: NoiseVecEnv, env_steps: int, on_step: Callable[[int, 
     model.learn(total_timesteps=env_steps, callback=_AfterStep(env, env_steps, on_step))
 
 
-def sb3_noise(model: SAC, space: NoiseSpace) -> NoiseSource:
+def sb3_noise(model: SAC, space: NoiseSpace) -> NoiseSampler:
     """What the mean of stable-baselines3's actor chooses."""
 
-    def source(features: Tensor | None, prior: Tensor) -> Tensor:
-        u, _ = model.predict(features.numpy(), deterministic=True)
-        return space.expand(torch.as_tensor(u), prior).to(prior)
+    def choose(features: Tensor | None, prior: Tensor) -> Tensor:
+        u, _ = model.predict(features.cpu().numpy(), deterministic=True)
+        return torch.as_tensor(u).to(prior)
 
-    return source
+    return NoiseSampler(choose, space)

@@ -27,9 +27,9 @@ from trimtab.recipes.support.console import new_output_dir, parse
 from trimtab.recipes.support.reporting import write_json
 from trimtab.recipes.support.session import EVALUATION_SEED, read_json
 from trimtab.rl.algorithms import AlgorithmConfig
-from trimtab.rl.budget import MAX_SEED
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, check_episode_length, split_tasks
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.seeds import MAX_SEED
 
 RECORD = "bench.json"
 WHAT = ("samples", "engine", "overhead", "updates", "compile", "processes")

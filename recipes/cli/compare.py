@@ -39,8 +39,8 @@ from trimtab.recipes.support.session import (
     base_of,
     read_json,
 )
-from trimtab.rl.budget import MAX_SEED
 from trimtab.rl.envs.metaworld import resolve_task, split_tasks
+from trimtab.rl.seeds import MAX_SEED
 
 RECORD = "compare_config.json"
 ALL = "base,zero_noise,golden_ticket,steered,lora,lora_rollouts,residual,dsrl_sac_paper_short"

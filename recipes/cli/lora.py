@@ -33,10 +33,10 @@ from trimtab.recipes.support.session import (
     outcomes,
     summaries,
 )
-from trimtab.rl.budget import training_seed
 from trimtab.rl.data.demonstration_data import rate_warning
 from trimtab.rl.evaluation import Evaluation, evaluate, require_success
 from trimtab.rl.runs.threads import machine_record
+from trimtab.rl.seeds import training_seed
 
 DATASET_STEPS, ROUND_STEPS = 20_000, 800  # gradient steps by default
 LOG_EVERY = 100  # gradient steps behind one number of the loss curve

@@ -33,6 +33,9 @@ class RunRequest:
     warm_start: bool = False
 
 
+PLAIN_RUN = RunRequest()
+
+
 @dataclass(frozen=True)
 class LoadedBase:
     """The frozen policy: the adapter, how it was named, and the folder or server it was loaded from."""

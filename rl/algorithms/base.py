@@ -24,7 +24,7 @@ from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.policies.passes import matmuls_in, passes_by
 from trimtab.policies.precision import matmul_dtype, require_precision
-from trimtab.rl.algorithms.acting import Acting, RunRequest
+from trimtab.rl.algorithms.acting import PLAIN_RUN, Acting, RunRequest
 from trimtab.rl.algorithms.capture import CapturedUpdate, why_not_captured
 from trimtab.rl.algorithms.optimizer import FusedAdam
 from trimtab.rl.data.replay import Batch
@@ -123,7 +123,7 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     # Whether it learns from a replay of transitions; one that does not runs itself (``own_run``).
     replays: ClassVar[bool] = True
 
-    def check(self, space: NoiseSpace, run: RunRequest = RunRequest()) -> None:
+    def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         """Raise a UserError where the algorithm cannot do what is asked; asked before any long work.
 
         Args:
@@ -136,8 +136,9 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         return prior_noise(space)
 
     def without_success(self, reward: str) -> tuple[str, str] | None:
-        """Option and mend, where it cannot learn from ``reward`` in an environment that reports no success."""
-        return None if reward == "env" else ("--train.reward", "--train.reward=env learns from its own reward")
+        """Option and mend, where it cannot learn from ``reward`` and no success is reported."""
+        mend = "--train.reward", "--train.reward=env learns from its own reward"
+        return None if reward == "env" else mend
 
     def within(self, env_steps: int, episode_steps: Callable[[], int]) -> Self:
         """This config, its budget cut to ``env_steps`` of episodes of at most ``episode_steps()``."""

@@ -32,7 +32,7 @@ from trimtab.policies.acting import (
 from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
 from trimtab.policies.critic import CriticConfig, CriticEnsemble, require_critic_loss
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.rl.algorithms.acting import RunRequest, count_parameters
+from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, count_parameters
 from trimtab.rl.algorithms.base import (
     MEASURED_EVERY,
     RANKED_EVERY,
@@ -160,7 +160,7 @@ class BestOfNConfig(AlgorithmConfig):
         """Pairs of a state in the distillation."""
         return self._or_part(self.distilled_pairs, 4)
 
-    def check(self, space: NoiseSpace, run: RunRequest = RunRequest()) -> None:
+    def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         check_pairs(space, "best_of_n")
 
     def build(self, problem: Problem) -> BestOfN:

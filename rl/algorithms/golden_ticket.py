@@ -22,15 +22,13 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
 from trimtab.policies.noise_samplers import constant_noise
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
-from trimtab.rl.algorithms import AlgorithmConfig
-from trimtab.rl.algorithms.acting import Learnt, RunRequest
-from trimtab.rl.budget import training_seed
+from trimtab.rl.algorithms.acting import PLAIN_RUN, Learnt, RunRequest
+from trimtab.rl.algorithms.base import AlgorithmConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.seeds import SEEDS_PER_RUN, training_seed
 from trimtab.rl.statistics import wilson_interval
-
-MAX_BUDGET = 100_000  # training seeds that a run has to itself
 
 
 @AlgorithmConfig.register_subclass("golden_ticket")
@@ -52,8 +50,8 @@ class GoldenTicketConfig(AlgorithmConfig):
             raise UserError("--rl.candidates", f"must be at least 2, got {self.candidates}")
         if not 0.0 < self.keep < 1.0:
             raise UserError("--rl.keep", f"is a share, above 0 and below 1, got {self.keep}")
-        if self.budget > MAX_BUDGET:
-            raise UserError("--rl.budget", f"must be at most {MAX_BUDGET}, got {self.budget}")
+        if self.budget > SEEDS_PER_RUN:
+            raise UserError("--rl.budget", f"must be at most {SEEDS_PER_RUN}, got {self.budget}")
         least = sum(sizes(self.candidates, self.keep))
         if self.budget < least:
             raise UserError(
@@ -68,7 +66,7 @@ class GoldenTicketConfig(AlgorithmConfig):
 
     replays: ClassVar[bool] = False
 
-    def check(self, space: NoiseSpace, run: RunRequest = RunRequest()) -> None:
+    def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         refused = (
             (space.uses_features, "--noise.type", "seeks one noise for all observations; use constant"),
             (run.tasks > 1, "--env.task", "seeks a noise for one task at a time; name one"),

@@ -28,7 +28,7 @@ from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_samplers import own_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.residual import ResidualActor
-from trimtab.rl.algorithms.acting import LoadedBase, RunRequest
+from trimtab.rl.algorithms.acting import PLAIN_RUN, LoadedBase, RunRequest
 from trimtab.rl.algorithms.base import (
     MEASURED_EVERY,
     Algorithm,
@@ -79,7 +79,7 @@ class ResidualConfig(AlgorithmConfig):
     def candidates(self) -> int:
         return 1  # the base's own chunk
 
-    def check(self, space: NoiseSpace, run: RunRequest = RunRequest()) -> None:
+    def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         if run.warm_start:
             raise UserError("--train.warm_start", "a residual policy chooses no noise; leave it out")
 

@@ -117,7 +117,9 @@ class TransitionMaker:
             denoise = partial(self.runner.denoise, conditioning)
             candidates = self.algorithm.propose(features, prior, denoise, steering=False)
         found = observation_rows(features, candidates, conditioning, self.spec)
-        return [(seen, kept | {"chunk": chunk}) for (seen, kept), chunk in zip(found, chunks.flatten(1).numpy())]
+        return [
+            (seen, kept | {"chunk": chunk}) for (seen, kept), chunk in zip(found, chunks.flatten(1).numpy())
+        ]
 
     def _episode(self, episode: Episode, states: dict) -> list[Transition]:
         steps = self.runner.adapter.chunk_shape[0]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import UserError
-from trimtab.rl.algorithms import Algorithm
 from trimtab.policies.acting import Candidates
+from trimtab.rl.algorithms import Algorithm
 from trimtab.rl.collector import Collector, Episode, _Running, digest
 from trimtab.rl.runs.checkpoint import LEARNER, Checkpoint
 from trimtab.rl.runs.processes import optimizers
