@@ -11,7 +11,6 @@ from typing import Any
 import draccus
 from lerobot.envs.configs import EnvConfig
 
-import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.errors import reason
 from trimtab.policies.actor import NoiseActor
@@ -22,17 +21,19 @@ from trimtab.recipes.support.console import new_output_dir, parse
 from trimtab.recipes.support.launched import launched_processes, make_accelerator
 from trimtab.recipes.support.presets import expand_preset, noise_said, value_of
 from trimtab.recipes.support.repeat import loaded_plugins
-from trimtab.recipes.support.reporting import NAMES, MetricsWriter, plot_curve, rate_text, table, write_json
-from trimtab.recipes.support.run_folder import METRICS, RunFolder, disk_errors, resumed_args
-from trimtab.recipes.support.session import (
-    EvalConfig,
-    MachineConfig,
-    Session,
-    describe,
-    open_session,
+from trimtab.recipes.support.reporting import (
+    NAMES,
+    MetricsWriter,
     outcomes,
+    plot_curve,
+    rate_text,
     summaries,
+    table,
+    write_json,
 )
+from trimtab.recipes.support.run_folder import METRICS, RunFolder, disk_errors, resumed_args
+from trimtab.recipes.support.session import Session, describe, open_session
+from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.recipes.support.trackers import Trackers, check_trackers
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.algorithms.acting import Learnt, LoadedBase, RunRequest

@@ -7,22 +7,14 @@ from pathlib import Path
 
 from lerobot.envs.configs import EnvConfig
 
-import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact
-from trimtab.recipes.embedded_base.base import check_task
 from trimtab.recipes.support.console import new_output_dir, parse
-from trimtab.recipes.support.reporting import table, write_json
-from trimtab.recipes.support.session import (
-    EpisodesConfig,
-    MachineConfig,
-    Session,
-    describe,
-    open_session,
-    outcomes,
-    summaries,
-)
+from trimtab.recipes.support.reporting import outcomes, summaries, table, write_json
+from trimtab.recipes.support.session import Session, describe, open_session
+from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
+from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.runs.threads import machine_record
 
 
@@ -80,8 +72,7 @@ def main(args: list[str]) -> None:
     if is_artefact(config.policy.path):
         config.machine.apply()
         steered = load_artefact(config.policy)
-        if config.env.type == "metaworld_state":
-            check_task(steered.base_folder, config.env.task)
+        check_base(config.env, steered.base_folder)
         session = Session(steered.adapter, config.env, config.eval, config.machine)
         folder = steered.base_folder
     else:

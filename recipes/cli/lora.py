@@ -13,27 +13,20 @@ import draccus
 from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
-import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.files import is_peft, is_server, resolve_folder
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli.adapt import check_run
-from trimtab.recipes.embedded_base.base import check_task
 from trimtab.recipes.finetune.data import REPO_ID, Recorder
 from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.console import new_output_dir, parse
 from trimtab.recipes.support.repeat import repeatable
-from trimtab.recipes.support.reporting import MetricsWriter, rate_text, table, write_json
-from trimtab.recipes.support.session import (
-    EpisodesConfig,
-    MachineConfig,
-    Session,
-    describe,
-    outcomes,
-    summaries,
-)
+from trimtab.recipes.support.reporting import MetricsWriter, outcomes, rate_text, summaries, table, write_json
+from trimtab.recipes.support.session import Session, describe
+from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.data.demonstration_data import rate_warning
+from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import Evaluation, evaluate, require_success
 from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.seeds import training_seed
@@ -141,8 +134,8 @@ def open_base(config: LoraConfig) -> tuple[PolicyAdapter, Path]:
     folder = resolve_folder(path, config.policy.revision)
     if is_peft(folder):
         raise UserError("--policy.path", f"{path} is itself a LoRA adapter; name the policy that it adapts")
-    if config.env is not None and config.env.type == "metaworld_state":
-        check_task(folder, config.env.task)
+    if config.env is not None:
+        check_base(config.env, folder)
     adapter = load_adapter(config.policy)
     for note in adapter.notes:
         print(f"note: {note}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,86 +18,17 @@ from trimtab.adapters.errors import reason
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.noise_samplers import NoiseSampler, constant_noise, own_noise, zero_noise
 from trimtab.policies.observe import ObserveConfig, build_observer
-from trimtab.recipes.embedded_base.base import check_task
-from trimtab.recipes.support.console import default_threads
 from trimtab.recipes.support.reporting import write_grid_video
-from trimtab.rl.envs.building import check_buildable
+from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.envs.contract import SUCCESS_KEYS
-from trimtab.rl.envs.metaworld import split_tasks
+from trimtab.rl.envs.hooks import check_base, check_buildable, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together, unreported
 from trimtab.rl.runner import Encoded, PolicyRunner
 from trimtab.rl.runs.faults import FaultsConfig
 from trimtab.rl.runs.processes import World
 
-SEED_LIMIT = 50_000_000  # from here on seeds belong to demonstrations and training
-EVALUATION_SEED = 1_000_000  # first episode seed of an evaluation
 ONE_TASK = "only adapt takes several tasks at once; name one, and run this once for each"
-SELECTION_SEED = 2_000_000  # first episode seed on which constant noises compete
-
-
-@dataclass
-class EpisodesConfig:
-    """Which episodes policies are evaluated on."""
-
-    # Episodes per policy; all policies get the same ones.
-    n_episodes: int = 200
-    # Environments that run at the same time.
-    batch_size: int = 40
-    # First episode seed.
-    seed: int = EVALUATION_SEED
-    # Random constant noises among which the best is sought (0 leaves this baseline out) ...
-    constant_candidates: int = 16
-    # ... and the episodes that each gets for it, on seeds of their own.
-    constant_episodes: int = 20
-    # Episodes to render to a video (0: none).
-    videos: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("n_episodes", "batch_size", "constant_episodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--eval.{name}", f"must be at least 1, got {getattr(self, name)}")
-        for name in ("constant_candidates", "videos", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--eval.{name}", f"cannot be negative, got {getattr(self, name)}")
-        last, selection = self.seed + self.n_episodes, SELECTION_SEED + self.constant_episodes
-        if self.constant_candidates and self.seed < selection and last > SELECTION_SEED:
-            raise UserError(
-                "--eval.seed", f"{SELECTION_SEED} to {selection} are the seeds on which constants are chosen"
-            )
-        if last > SEED_LIMIT:
-            raise UserError("--eval.seed", f"stay below {SEED_LIMIT}, where demonstrations start")
-
-    @property
-    def seeds(self) -> list[int]:
-        return list(range(self.seed, self.seed + self.n_episodes))
-
-
-@dataclass
-class EvalConfig(EpisodesConfig):
-    """How policies are evaluated."""
-
-    # Take the mean of the actor instead of a sample.
-    deterministic: bool = True
-
-
-@dataclass
-class MachineConfig:
-    """What of the machine a run may use."""
-
-    # Simulator processes (0 steps the environments in the main process).
-    workers: int = 1
-    # Threads of torch; default: what OMP_NUM_THREADS says, else the cores that the workers leave.
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise UserError("--machine.workers", f"cannot be negative, got {self.workers}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError("--machine.threads", f"must be at least 1, got {self.threads}")
-
-    def apply(self) -> None:
-        torch.set_num_threads(self.threads or default_threads(self.workers))
 
 
 @dataclass
@@ -129,10 +59,9 @@ class Session:
 
     def __post_init__(self) -> None:
         check_buildable(self.env)
-        if self.env.type == "metaworld_state":
-            self.tasks = split_tasks(self.env.task)
-            if len(self.tasks) > 1 and not self.many:
-                raise UserError("--env.task", ONE_TASK)
+        self.tasks = task_names(self.env)
+        if len(self.tasks) > 1 and not self.many:
+            raise UserError("--env.task", ONE_TASK)
         self.runner = PolicyRunner(self.adapter, self.env)
 
     @contextmanager
@@ -362,22 +291,11 @@ def open_session(
     if not policy.path:
         raise UserError("--policy.path", "name the folder or Hub repository of the base policy")
     folder = base_of(policy)
-    if env.type == "metaworld_state":
-        check_task(folder, env.task)
+    check_base(env, folder)
     adapter = load_adapter(policy)
     for note in adapter.notes:
         print(f"note: {note}")
     return Session(adapter, env, eval_config, machine, observe or ObserveConfig(), many), folder
-
-
-def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:
-    """The JSON form of evaluations."""
-    return {name: evaluation.summary() for name, evaluation in evaluations.items()}
-
-
-def outcomes(evaluations: dict[str, Evaluation]) -> dict[str, str]:
-    """Each episode's outcome, 1 or 0, in the order of the seeds: what a paired test needs."""
-    return {name: "".join(str(int(won)) for won in e.successes) for name, e in evaluations.items()}
 
 
 def describe(session: Session, base: Path | str) -> str:
@@ -389,7 +307,3 @@ def describe(session: Session, base: Path | str) -> str:
         f"environment: {session.env.type}, {session.env.task}; noise {tuple(spec.shape)}, "
         f"{session.adapter.chunk_shape[0]} actions per chunk"
     )
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from lerobot.envs.utils import preprocess_observation
 
+from tests.benchmarks.full_size import FULL_SIZE, full_size
 from trimtab.recipes.cli import COMMANDS, main
 from trimtab.recipes.cli.adapt import AdaptConfig, with_default_noise
 from trimtab.recipes.cli.base import MakeBaseConfig
@@ -26,11 +27,10 @@ from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
 from trimtab.recipes.compare.methods import customised
 from trimtab.recipes.finetune.lora_targets import LAYERS, default_targets
 from trimtab.recipes.finetune.training import TuningConfig
-from trimtab.recipes.full_size import FULL_SIZE, full_size
 from trimtab.recipes.support.console import parse
 from trimtab.recipes.support.presets import expand_preset
 from trimtab.recipes.support.recipe_file import ADAPT_ONLY, LEFT, with_recipe
-from trimtab.recipes.support.session import SELECTION_SEED
+from trimtab.recipes.support.shared_configs import SELECTION_SEED
 
 CONFIGS = {
     "adapt": AdaptConfig,

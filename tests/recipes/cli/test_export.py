@@ -22,7 +22,8 @@ from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.cli import main
 from trimtab.recipes.cli.eval import SteeredEvalConfig, acting
 from trimtab.recipes.cli.export import push
-from trimtab.recipes.support.session import MachineConfig, Session
+from trimtab.recipes.support.session import Session
+from trimtab.recipes.support.shared_configs import MachineConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 
 ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3", "--env.episode_length=90"]
