@@ -14,7 +14,8 @@ import torch
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash, resolve_folder
+from trimtab.adapters.checkpoint.folder import resolve_folder
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.recipes.bench.methods import METHODS, Setup, run_base, run_method
 from trimtab.recipes.bench.report import write_samples
 from trimtab.recipes.support.console import new_output_dir, parse

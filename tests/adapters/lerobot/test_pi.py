@@ -120,7 +120,7 @@ def test_bfloat16(saved, policy_type):
     public = rough.executed(rough.policy.predict_action_chunk(dict(batch), noise=noise))
     assert torch.allclose(near, public, atol=1e-5)
     options.dtype = "float16"
-    with pytest.raises(UserError, match=f"{policy_type} runs in float32 or bfloat16"):
+    with pytest.raises(UserError, match=f"{policy_type} policy runs in float32 or bfloat16"):
         load_adapter(options)
 
 

@@ -13,7 +13,7 @@ import torch
 from tests.benchmarks.sb3 import SB3SACConfig
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.recipes.bench.methods import METHODS, Method, Setup, run_method
 from trimtab.recipes.bench.report import dip, sustained
 from trimtab.recipes.cli import main
