@@ -14,7 +14,7 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import is_peft, is_server, resolve_folder
+from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli.adapt import check_run
 from trimtab.recipes.finetune.data import REPO_ID, Recorder
@@ -23,20 +23,14 @@ from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.console import new_output_dir, parse
 from trimtab.recipes.support.repeat import repeatable
-from trimtab.recipes.support.reporting import MetricsWriter, rate_text, table, write_json
-from trimtab.recipes.support.session import (
-    EpisodesConfig,
-    MachineConfig,
-    Session,
-    describe,
-    outcomes,
-    summaries,
-)
-from trimtab.rl.budget import training_seed
+from trimtab.recipes.support.reporting import MetricsWriter, outcomes, rate_text, summaries, table, write_json
+from trimtab.recipes.support.session import Session, describe
+from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.data.demonstration_data import rate_warning
 from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import Evaluation, require_success
 from trimtab.rl.runs.threads import machine_record
+from trimtab.rl.seeds import training_seed
 
 DATASET_STEPS = 20_000  # gradient steps by default
 LOG_EVERY = 100  # gradient steps behind one number of the loss curve
