@@ -13,6 +13,7 @@ import pytest
 import yaml
 from lerobot.envs.utils import preprocess_observation
 
+from tests.benchmarks.full_size import FULL_SIZE, full_size
 from trimtab.recipes.cli import COMMANDS, main
 from trimtab.recipes.cli.adapt import AdaptConfig, with_default_noise
 from trimtab.recipes.cli.base import MakeBaseConfig
@@ -26,11 +27,10 @@ from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
 from trimtab.recipes.compare.methods import customised
 from trimtab.recipes.finetune.lora_targets import LAYERS, default_targets
 from trimtab.recipes.finetune.training import TuningConfig
-from trimtab.recipes.full_size import FULL_SIZE, full_size
 from trimtab.recipes.support.console import parse
 from trimtab.recipes.support.presets import expand_preset
 from trimtab.recipes.support.recipe_file import ADAPT_ONLY, LEFT, with_recipe
-from trimtab.recipes.support.session import SELECTION_SEED
+from trimtab.recipes.support.shared_configs import SELECTION_SEED
 
 CONFIGS = {
     "adapt": AdaptConfig,
@@ -244,7 +244,7 @@ def test_what_probe_and_eval_leave_is_adapts_alone():
 
 def test_resume_of_a_tiny_run(tmp_path):
     """A tiny pi0 loads only where its narrow classes are; `--tiny` sees to that in a new process, too."""
-    from trimtab.adapters.base import register_adapter
+    from trimtab.adapters import register_adapter
     from trimtab.adapters.lerobot.pi0 import PI0Adapter
 
     argv = ["adapt", "--tiny=true", f"--output_dir={tmp_path}"]
@@ -335,7 +335,7 @@ def test_what_the_droid_page_says_a_robot_gives_is_what_the_server_is_sent(droid
 
 # The READMEs.
 
-PAGES = [*(FOLDER / name / "README.md" for name in RECIPES), FOLDER / "LORA.md"]
+PAGES = [*(FOLDER / name / "README.md" for name in RECIPES), FOLDER.parent / "finetune" / "README.md"]
 
 
 def commands(text):
@@ -356,7 +356,7 @@ def test_readmes(page, droid, capsys):
     assert found
     for argv in found:
         if argv[0] == "accelerate":
-            assert argv[2] == "--config_file" and (FOLDER.parent / argv[3]).is_file()
+            assert argv[2] == "--config_file" and (FOLDER.parents[1] / argv[3]).is_file()
             start = argv.index("trimtab.rl.train")
             argv = ["trimtab", "adapt", *argv[start + 1 :]]
         command, args = argv[1], [arg for arg in argv[2:] if not arg.startswith("--tiny=")]
@@ -366,7 +366,7 @@ def test_readmes(page, droid, capsys):
             assert main(argv[1:]) == 0
         elif not {"--list_tasks=true", "--resume=true"} & set(args):
             parsed(command, *args)
-    assert page.parent.name == "recipes" or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
+    assert page.parent.name == "finetune" or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
 
 
 @pytest.mark.parametrize("name", RECIPES)
