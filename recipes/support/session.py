@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lerobot.envs.configs import EnvConfig
+from torch import Tensor
 from tqdm import tqdm
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
@@ -212,17 +213,20 @@ class Session:
         """What the base feeds itself."""
         return own_noise(self.adapter.noise_spec)
 
-    def baselines(self, vec: ChunkVectorEnv, seed: int) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    def baselines(
+        self, vec: ChunkVectorEnv, seed: int
+    ) -> tuple[dict[str, Evaluation], dict[str, Any], Tensor | None]:
         """Evaluate the base under its own noise, zero noise and the best constant noise.
 
         Returns:
-            (evaluations by name, details of the search for a constant)
+            (evaluations by name, details of the search for a constant, the constant)
         """
         found = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
         self.note_success(found["base"])
         if self.own_noise is not zero_noise:
             found["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
         details: dict[str, Any] = {}
+        noise = None
         if self.eval.constant_candidates:
             selection = range(SELECTION_SEED, SELECTION_SEED + self.eval.constant_episodes)
             noise, rates = best_constant(
@@ -236,7 +240,7 @@ class Session:
             found["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
             what = "selection_success" if found["base"].reported else "selection_return"
             details = {what: rates, "selection_episodes": self.eval.constant_episodes}
-        return found, details
+        return found, details, noise
 
     def note_success(self, base: Evaluation) -> None:
         """Say what ``info`` held where success was not in it, or never true: another name may hold it."""
