@@ -23,7 +23,7 @@ from trimtab.recipes.bench.processes import Job, processes_table, run_processes
 from trimtab.recipes.bench.report import engine_table, overhead_table, write_samples
 from trimtab.recipes.bench.updates import run_updates, updates_table
 from trimtab.recipes.embedded_base.base import check_task
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.reporting import write_json
 from trimtab.recipes.support.session import EVALUATION_SEED, read_json
 from trimtab.rl.algorithms import AlgorithmConfig
@@ -139,8 +139,7 @@ def numbers(text: str, option: str, low: int, high: int) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def main(args: list[str]) -> None:
-    config = parse(BenchConfig, "bench", args)
+def main(config: BenchConfig) -> None:
     if config.what == "overhead":
         overhead(config)
         return

@@ -28,7 +28,7 @@ from trimtab.recipes.embedded_base.base import DEMONSTRATIONS as BASE_DATA
 from trimtab.recipes.embedded_base.base import RECORD as BASE_RECORD
 from trimtab.recipes.embedded_base.base import check_task
 from trimtab.recipes.embedded_base.dataset import REPO_ID
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.repeat import repeatable
 from trimtab.recipes.support.reporting import rate_text, write_json
 from trimtab.recipes.support.session import (
@@ -129,8 +129,7 @@ class CompareConfig:
         return numbers(self.seeds, "--seeds", 0, MAX_SEED)
 
 
-def main(args: list[str]) -> None:
-    config = parse(CompareConfig, "compare", args)
+def main(config: CompareConfig) -> None:
     if config.runs:
         report_folders(config)
         return

@@ -14,7 +14,7 @@ from trimtab.policies.artefact import Steered, is_artefact, load_artefact
 from trimtab.policies.critic import best_candidate
 from trimtab.policies.noise_samplers import NoiseSource, candidate_noise, steered_noise
 from trimtab.recipes.embedded_base.base import check_task
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.reporting import table, write_json
 from trimtab.recipes.support.session import (
     EpisodesConfig,
@@ -78,8 +78,7 @@ class EvaluateConfig:
     output_dir: Path | None = None
 
 
-def main(args: list[str]) -> None:
-    config = parse(EvaluateConfig, "eval", args)
+def main(config: EvaluateConfig) -> None:
     output = new_output_dir(config.output_dir, "eval")
     steered = None
     if is_artefact(config.policy.path):

@@ -22,7 +22,6 @@ from trimtab.adapters.loading import quietly
 from trimtab.adapters.tiny import TYPES, make_tiny
 from trimtab.recipes.full_size import FULL_SIZE, RUNNABLE, full_size
 from trimtab.recipes.full_size.weightless import Counting
-from trimtab.recipes.support.console import parse
 from trimtab.recipes.support.reporting import write_json
 
 MANY = 16
@@ -103,8 +102,7 @@ class Row:
         )
 
 
-def main(args: list[str]) -> None:
-    config = parse(PoliciesConfig, "policies", args)
+def main(config: PoliciesConfig) -> None:
     torch.set_num_threads(config.threads)
     rows: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
