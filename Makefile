@@ -8,17 +8,23 @@ ARGS ?=
 # Test processes, each on one thread; `make test WORKERS=0` runs all in one.
 WORKERS ?= 2
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint format lock clean
 
 demo: $(VENV)/.ready
 	$(RUN)/trimtab demo $(ARGS)
 
 test: $(VENV)/.ready
+	$(RUN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report= $(ARGS)
+	@echo "coverage: $$($(VENV)/bin/coverage report --format=total) % of the source lines"
+
+# mypy names a module after its folders, so the link gives them their package's name.
+lint: $(VENV)/.ready
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/trimtab
+	cd $(VENV)/types && ../bin/mypy --config-file ../../pyproject.toml
 
-lint: $(VENV)/.ready
+format: $(VENV)/.ready
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
@@ -38,4 +44,4 @@ lock:
 		--no-emit-index-url --no-annotate --no-header --extra dev pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info .coverage*

@@ -13,23 +13,11 @@ from torch import Tensor
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
+from trimtab.rl.envs.hooks import env_processors
 
 # One conditioning for all environments; of a policy that remembers, one for each: their episodes stand at
 # different chunks, whose conditionings cannot be joined.
 Encoded = Conditioning | list[Conditioning]
-
-
-def env_processors(env_config: EnvConfig, policy_config: Any) -> tuple[Any, Any]:
-    """What stands between an environment and a policy's processors, as ``lerobot-eval`` has it.
-
-    But for X-VLA outside LIBERO: LeRobot gives it there, too, what turns its end-effector poses into LIBERO's
-    actions.
-    """
-    from lerobot.envs.factory import make_env_pre_post_processors
-
-    if getattr(policy_config, "type", None) == "xvla" and env_config.type != "libero":
-        return env_config.get_env_processors()
-    return make_env_pre_post_processors(env_config, policy_config)
 
 
 class PolicyRunner:

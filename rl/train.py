@@ -24,7 +24,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_samplers import prior_noise, proposed_noise, steered_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
-from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig
+from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig, Problem
 from trimtab.rl.budget import TrainConfig, training_seed
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
 from trimtab.rl.data.decoder import ConditioningSpec, Decoder
@@ -113,12 +113,14 @@ class Trainer:
         pixels = observe.pixels if observe else 0
         steps, action_dim = self.runner.adapter.chunk_shape
         self.algorithm: Algorithm = self.rl.build(
-            feature_dim - pixels,
-            self.space,
-            self.accelerator,
-            self.collector.returns.bounds,
-            steps * action_dim,
-            observe,
+            Problem(
+                feature_dim - pixels,
+                self.space,
+                self.accelerator,
+                self.collector.returns.bounds,
+                steps * action_dim,
+                observe,
+            )
         )
         spec = self.collector.spec
         if spec:

@@ -18,7 +18,7 @@ from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace
 from trimtab.recipes.bench.clock import CPU, clock_of, unit_of
 from trimtab.recipes.bench.updates import endings
-from trimtab.rl.algorithms import DSRLSACConfig
+from trimtab.rl.algorithms import DSRLSACConfig, Problem
 from trimtab.rl.collector import Collector
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.data.returns import Transition, value_bounds
@@ -81,7 +81,7 @@ def our_learner(
     )
     torch.manual_seed(0)
     bounds = value_bounds("sparse", GAMMA)
-    algorithm = config.build(features, space, Accelerator(cpu=device.type == "cpu"), bounds)
+    algorithm = config.build(Problem(features, space, Accelerator(cpu=device.type == "cpu"), bounds))
     replay = ReplayBuffer(len(transitions), features, space.dim, 0, device)
     for transition in transitions:
         replay.add(transition)

@@ -16,7 +16,14 @@ from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.bench.clock import CPU, clock_of, unit_of
 from trimtab.recipes.bench.report import median_and_range
-from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.algorithms import (
+    Algorithm,
+    AlgorithmConfig,
+    BestOfNConfig,
+    DSRLNAConfig,
+    DSRLSACConfig,
+    Problem,
+)
 from trimtab.rl.algorithms.base import RANKED_EVERY
 from trimtab.rl.data.returns import value_bounds
 
@@ -67,7 +74,7 @@ def make_learner(
     space = FullNoiseConfig().build(NoiseSpec((STEPS, ACTION_DIM)))
     bounds = value_bounds("sparse", config.gamma, config.discount_per, STEPS)
     accelerator = Accelerator(cpu=device.type == "cpu")
-    return config.build(FEATURES, space, accelerator, bounds, STEPS * ACTION_DIM, None)
+    return config.build(Problem(FEATURES, space, accelerator, bounds, STEPS * ACTION_DIM))
 
 
 def milliseconds(learner: Algorithm, batch: dict[str, Tensor], updates: int) -> float:

@@ -11,7 +11,6 @@ from typing import Any
 import draccus
 from lerobot.envs.configs import EnvConfig
 
-import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.errors import reason
 from trimtab.policies.actor import NoiseActor

@@ -22,7 +22,6 @@ from trimtab.recipes.bench.overhead import run_overhead
 from trimtab.recipes.bench.processes import Job, processes_table, run_processes
 from trimtab.recipes.bench.report import engine_table, overhead_table, write_samples
 from trimtab.recipes.bench.updates import run_updates, updates_table
-from trimtab.recipes.embedded_base.base import check_task
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.reporting import write_json
 from trimtab.recipes.support.session import EVALUATION_SEED, read_json
@@ -152,7 +151,7 @@ def main(config: BenchConfig) -> None:
     folder = resolve_folder(config.base)
     tasks = split_tasks(config.tasks, "--tasks")
     for task in tasks:
-        check_task(folder, task)
+        MetaworldStateConfig(task=task).check_base(folder)
     output = _output(config.output_dir)
     if config.what == "processes":
         processes(config, folder, tasks[0], output)

@@ -14,7 +14,6 @@ import draccus
 from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
-import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.files import file_hash, is_peft, is_server
 from trimtab.policies.artefact import is_artefact
@@ -25,8 +24,6 @@ from trimtab.recipes.compare.methods import DEMONSTRATIONS, FIXED, METHODS, Bout
 from trimtab.recipes.compare.report import write_report
 from trimtab.recipes.compare.summary import summarise
 from trimtab.recipes.embedded_base.base import DEMONSTRATIONS as BASE_DATA
-from trimtab.recipes.embedded_base.base import RECORD as BASE_RECORD
-from trimtab.recipes.embedded_base.base import check_task
 from trimtab.recipes.embedded_base.dataset import REPO_ID
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.repeat import repeatable
@@ -40,7 +37,7 @@ from trimtab.recipes.support.session import (
     read_json,
 )
 from trimtab.rl.budget import MAX_SEED
-from trimtab.rl.envs.metaworld import resolve_task, split_tasks
+from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, task_names
 
 RECORD = "compare_config.json"
 ALL = "base,zero_noise,golden_ticket,steered,lora,lora_rollouts,residual,dsrl_sac_paper_short"
@@ -182,7 +179,6 @@ class Contest:
                 "--policy.path", f"{self.folder} is a LoRA adapter; name the policy that it adapts"
             )
         kept = None if self.server else self.folder  # what an embedded base keeps beside its weights
-        self.embedded = config.env.type == "metaworld_state" and bool(kept) and (kept / BASE_RECORD).is_file()
         self.tasks = self._named(config.tasks or config.env.task or "", "--tasks") or [config.env.task or ""]
         self.others = self._other_tasks()
         if "task" in (config.observe.inputs or ()) and (self.others or len(self.tasks) > 1):
@@ -213,12 +209,11 @@ class Contest:
 
     def _named(self, text: str, option: str) -> list[str]:
         """The tasks that ``text`` lists, checked where that is possible."""
-        if self.config.env.type != "metaworld_state":
-            return [name.strip() for name in text.split(",") if name.strip()]
-        names = split_tasks(text, option)
+        env = self.config.env
+        names = task_names(for_task(env, text), option)
         for name in names:
-            check_task(self.folder, name)
-        return names
+            check_base(for_task(env, name), self.folder)
+        return names or [name.strip() for name in text.split(",") if name.strip()]
 
     def _other_tasks(self) -> list[str]:
         config = self.config
@@ -226,9 +221,7 @@ class Contest:
             return []
         if config.other_tasks is not None:
             return self._named(config.other_tasks, "--other_tasks") if config.other_tasks.strip() else []
-        return (
-            [resolve_task(t) for t in read_json(self.folder / BASE_RECORD)["tasks"]] if self.embedded else []
-        )
+        return base_tasks(config.env, self.folder)
 
     def bout(self, task: str) -> Bout:
         """The runs of one task."""

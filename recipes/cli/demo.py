@@ -13,7 +13,7 @@ from trimtab.adapters.checkpoint.files import file_hash
 from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.recipes.cli.adapt import AdaptConfig, check_run, steer, untrained_line
-from trimtab.recipes.embedded_base.base import RECORD, BaseConfig, cached_base, check_task
+from trimtab.recipes.embedded_base.base import RECORD, BaseConfig, cached_base
 from trimtab.recipes.support.console import default_threads, new_output_dir
 from trimtab.recipes.support.reporting import table, write_json
 from trimtab.recipes.support.session import (
@@ -119,8 +119,8 @@ def other_tasks(session: Session, folder: Path, config: DemoConfig, when: str) -
     for task in read_json(folder / RECORD)["tasks"]:
         if task == config.task:
             continue
-        check_task(folder, task)
         env = MetaworldStateConfig(task=task, episode_length=config.base.episode_length)
+        env.check_base(folder)
         other = Session(session.adapter, env, session.eval, session.machine)
         seeds = session.eval.seeds[: config.other_task_episodes]
         with other.environments(len(seeds), other.evaluation_workers) as vec:

@@ -8,12 +8,10 @@ from pathlib import Path
 from lerobot.envs.configs import EnvConfig
 from torch import Tensor
 
-import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact
 from trimtab.policies.critic import best_candidate
 from trimtab.policies.noise_samplers import NoiseSource, candidate_noise, steered_noise
-from trimtab.recipes.embedded_base.base import check_task
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.reporting import table, write_json
 from trimtab.recipes.support.session import (
@@ -25,6 +23,7 @@ from trimtab.recipes.support.session import (
     outcomes,
     summaries,
 )
+from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.threads import machine_record
@@ -84,8 +83,7 @@ def main(config: EvaluateConfig) -> None:
     if is_artefact(config.policy.path):
         config.machine.apply()
         steered = load_artefact(config.policy)
-        if config.env.type == "metaworld_state":
-            check_task(steered.base_folder, config.env.task)
+        check_base(config.env, steered.base_folder)
         session = Session(steered.adapter, config.env, config.eval, config.machine)
         folder = steered.base_folder
     else:

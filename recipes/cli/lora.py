@@ -13,12 +13,10 @@ import draccus
 from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
-import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.files import is_peft, is_server, resolve_folder
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli.adapt import check_run
-from trimtab.recipes.embedded_base.base import check_task
 from trimtab.recipes.finetune.data import REPO_ID, Recorder
 from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
@@ -35,6 +33,7 @@ from trimtab.recipes.support.session import (
 )
 from trimtab.rl.budget import training_seed
 from trimtab.rl.data.demonstration_data import rate_warning
+from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import Evaluation, evaluate, require_success
 from trimtab.rl.runs.threads import machine_record
 
@@ -140,8 +139,8 @@ def open_base(config: LoraConfig) -> tuple[PolicyAdapter, Path]:
     folder = resolve_folder(path, config.policy.revision)
     if is_peft(folder):
         raise UserError("--policy.path", f"{path} is itself a LoRA adapter; name the policy that it adapts")
-    if config.env is not None and config.env.type == "metaworld_state":
-        check_task(folder, config.env.task)
+    if config.env is not None:
+        check_base(config.env, folder)
     adapter = load_adapter(config.policy)
     for note in adapter.notes:
         print(f"note: {note}")

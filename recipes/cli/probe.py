@@ -14,14 +14,12 @@ from lerobot.envs.configs import EnvConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-import trimtab.rl.envs.metaworld  # noqa: F401 - registers metaworld_state
 from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserError
 from trimtab.adapters.errors import reason
 from trimtab.adapters.loading import open_adapter
 from trimtab.adapters.steerability import MANY, Steerability, measure
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.noise_samplers import base_noise, constant_noise, own_noise, repeated_noise, zero_noise
-from trimtab.recipes.embedded_base.base import check_task
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.diagnosis import as_json, judge
 from trimtab.recipes.support.probe_picture import plot_probe
@@ -35,6 +33,7 @@ from trimtab.recipes.support.session import (
     describe,
     summaries,
 )
+from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
 from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.statistics import wilson_interval
@@ -114,8 +113,7 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
         print(f"note: {note}")
     path, session = config.policy.path, None
     if config.env is not None:
-        if config.env.type == "metaworld_state":
-            check_task(base_of(config.policy), config.env.task)
+        check_base(config.env, base_of(config.policy))
         session = Session(adapter, config.env, config.eval, config.machine)
     print(describe(session, path) if session else describe_policy(adapter, path))
     with _running(path):

@@ -13,9 +13,8 @@ from typing import Any
 from trimtab.adapters import UserError
 from trimtab.recipes.embedded_base.cloning import CloningConfig
 from trimtab.recipes.embedded_base.demonstrators import Operator
-from trimtab.rl.envs.metaworld import check_episode_length, resolve_task, split_tasks
+from trimtab.rl.envs.metaworld import RECORD, check_episode_length, resolve_task, split_tasks
 
-RECORD = "base.json"
 DEMONSTRATIONS = "demonstrations"
 MAX_SEED = 400  # keeps the demonstrations' seeds below those of training
 
@@ -166,25 +165,3 @@ def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") ->
         shutil.rmtree(work, ignore_errors=True)
         raise
     return made
-
-
-def check_task(folder: Path | str, task: str | None) -> None:
-    """Refuse a task that the embedded generalist in ``folder`` was not trained on.
-
-    Raises:
-        UserError: ``folder`` has a base.json that lists other tasks.
-    """
-    record = Path(folder) / RECORD
-    if not record.is_file():
-        return
-    try:
-        known = json.loads(record.read_text(encoding="utf-8"))["tasks"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError("--policy.path", f"{record} is damaged ({error})") from None
-    for name in split_tasks(task):
-        if name not in known:
-            raise UserError(
-                "--env.task",
-                f"this base was not trained on {name}; it knows {', '.join(known)}. "
-                f"Make one that does: trimtab base --tasks={','.join([*known, name])}",
-            )

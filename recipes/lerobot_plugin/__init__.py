@@ -7,7 +7,7 @@ works without another flag, and so does the artefact of a steering run in the pl
 import contextlib
 
 import trimtab.policies.steered.processor_trimtab
-import trimtab.rl.envs.metaworld  # noqa: F401 - registers the environment type `metaworld_state`
+import trimtab.rl.envs  # noqa: F401 - registers the environment types `metaworld_state` and `libero_chunks`
 from trimtab.policies.steered.configuration_trimtab import TYPE
 
 with contextlib.suppress(ImportError):  # LeRobot's policy server is an extra; it serves what this list names

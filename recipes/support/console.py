@@ -11,7 +11,7 @@ from pathlib import Path
 from trimtab.rl.runs.threads import threads_said
 
 # What every simulator worker needs; LeRobot's part of it takes seconds to import.
-WORKER_MODULES = ["trimtab.rl.envs.vector", "trimtab.rl.envs.metaworld"]
+WORKER_MODULES = ["trimtab.rl.envs.vector"]
 
 
 def quiet() -> None:

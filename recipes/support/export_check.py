@@ -19,7 +19,7 @@ from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import Steered
 from trimtab.policies.noise_samplers import steered_noise
 from trimtab.policies.steered.modeling_trimtab import TrimtabPolicy
-from trimtab.rl.runner import env_processors
+from trimtab.rl.envs.hooks import env_processors
 
 CLOSE = 1e-6  # difference of two actions, relative to the largest where that is above 1
 OBSERVATIONS = 4  # examples that take turns

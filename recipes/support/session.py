@@ -18,12 +18,10 @@ from trimtab.adapters.checkpoint.files import is_server, resolve_folder
 from trimtab.adapters.errors import reason
 from trimtab.policies.noise_samplers import NoiseSource, constant_noise, own_noise, zero_noise
 from trimtab.policies.observe import ObserveConfig, build_observer
-from trimtab.recipes.embedded_base.base import check_task
 from trimtab.recipes.support.console import default_threads
 from trimtab.recipes.support.reporting import write_grid_video
-from trimtab.rl.envs.building import check_buildable
 from trimtab.rl.envs.contract import SUCCESS_KEYS
-from trimtab.rl.envs.metaworld import split_tasks
+from trimtab.rl.envs.hooks import check_base, check_buildable, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together, unreported
 from trimtab.rl.runner import Encoded, PolicyRunner
@@ -128,10 +126,9 @@ class Session:
 
     def __post_init__(self) -> None:
         check_buildable(self.env)
-        if self.env.type == "metaworld_state":
-            self.tasks = split_tasks(self.env.task)
-            if len(self.tasks) > 1 and not self.many:
-                raise UserError("--env.task", ONE_TASK)
+        self.tasks = task_names(self.env)
+        if len(self.tasks) > 1 and not self.many:
+            raise UserError("--env.task", ONE_TASK)
         self.runner = PolicyRunner(self.adapter, self.env)
 
     @contextmanager
@@ -368,8 +365,7 @@ def open_session(
     if not policy.path:
         raise UserError("--policy.path", "name the folder or Hub repository of the base policy")
     folder = base_of(policy)
-    if env.type == "metaworld_state":
-        check_task(folder, env.task)
+    check_base(env, folder)
     adapter = load_adapter(policy)
     for note in adapter.notes:
         print(f"note: {note}")

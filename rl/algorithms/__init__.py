@@ -1,6 +1,6 @@
 """Noise-space RL algorithms, one file each."""
 
-from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig
+from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, Problem
 from trimtab.rl.algorithms.best_of_n import BestOfN, BestOfNConfig
 from trimtab.rl.algorithms.dsrl_na import DSRLNA, DSRLNAConfig
 from trimtab.rl.algorithms.dsrl_sac import DSRLSAC, DSRLSACConfig
@@ -15,6 +15,7 @@ __all__ = [
     "BestOfNConfig",
     "DSRLNAConfig",
     "DSRLSACConfig",
+    "Problem",
     "Residual",
     "ResidualConfig",
 ]

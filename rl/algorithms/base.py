@@ -35,6 +35,27 @@ PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GP
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What an algorithm is built for.
+
+    Attributes:
+        feature_dim: length of the observation features, without pixels.
+        space: noise space.
+        accelerator: an ``accelerate.Accelerator``.
+        bounds: smallest and largest possible return, or ``None``.
+        chunk_size: numbers in a chunk, steps * action_dim.
+        observe: a resolved config, where there are images to look at.
+    """
+
+    feature_dim: int
+    space: NoiseSpace
+    accelerator: Any
+    bounds: tuple[float, float] | None
+    chunk_size: int = 0
+    observe: ObserveConfig | None = None
+
+
+@dataclass(frozen=True)
 class Pace:
     """How early and how often an algorithm learns, where ``TrainConfig`` leaves it open."""
 
@@ -111,25 +132,8 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         """Raise a UserError where the algorithm cannot learn in ``space``; asked before any long work."""
 
     @abc.abstractmethod
-    def build(
-        self,
-        feature_dim: int,
-        space: NoiseSpace,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        chunk_size: int = 0,
-        observe: ObserveConfig | None = None,
-    ) -> Algorithm:
-        """Build the algorithm for a policy's features and noise space.
-
-        Args:
-            feature_dim: length of the observation features, without pixels.
-            space: noise space.
-            accelerator: an ``accelerate.Accelerator``.
-            bounds: smallest and largest possible return, or ``None``.
-            chunk_size: numbers in a chunk, steps * action_dim.
-            observe: a resolved config, where there are images to look at.
-        """
+    def build(self, problem: Problem) -> Algorithm:
+        """Build the algorithm for ``problem``."""
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -145,6 +149,10 @@ class Algorithm(nn.Module, abc.ABC):
 
     What comes from outside (``select``, ``update``, ``value``) holds observations as they are replayed,
     images packed; the losses take a batch after ``look``.
+
+    Args:
+        config: settings.
+        problem: what it learns for.
 
     Attributes:
         actor: what is deployed, and what acts while learning unless ``selects``.
@@ -174,9 +182,14 @@ class Algorithm(nn.Module, abc.ABC):
     _compiled: CompiledPasses | None = None
     _captured: CapturedUpdate | None = None
 
-    def _set_up(self, config: AlgorithmConfig, accelerator: Any) -> None:
+    def __init__(self, config: AlgorithmConfig, problem: Problem) -> None:
+        super().__init__()
+        self.config, self.accelerator, self.updates = config, problem.accelerator, 0
+        self.learning_rate_end, self._rates = config.learning_rate_end, []
+
+    def _set_up(self) -> None:
         """Move what has been built to the device, and settle in what it multiplies."""
-        self.accelerator, self.learning_rate_end, self._rates = accelerator, config.learning_rate_end, []
+        config, accelerator = self.config, self.accelerator
         self.to(accelerator.device)
         self.matmul_dtype = matmul_dtype("--rl.precision", config.precision, accelerator.device)
         option = f"--rl.engine={config.engine}"

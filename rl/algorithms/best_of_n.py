@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +23,13 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
 from trimtab.policies.critic import CriticConfig, CriticEnsemble, best_candidate, require_critic_loss
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import (
     MEASURED_EVERY,
     RANKED_EVERY,
     Algorithm,
     AlgorithmConfig,
     Pace,
+    Problem,
     as_set_up,
     frozen,
     polyak,
@@ -153,56 +152,29 @@ class BestOfNConfig(AlgorithmConfig):
     def check(self, space: NoiseSpace) -> None:
         check_pairs(space, "best_of_n")
 
-    def build(
-        self,
-        feature_dim: int,
-        space: NoiseSpace,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        chunk_size: int = 0,
-        observe: ObserveConfig | None = None,
-    ) -> BestOfN:
-        return BestOfN(self, feature_dim, space, accelerator, bounds, chunk_size, observe)
+    def build(self, problem: Problem) -> BestOfN:
+        return BestOfN(self, problem)
 
 
 class BestOfN(Algorithm):
-    """See the module's docstring.
-
-    Args:
-        config: settings.
-        feature_dim: length of the observation features.
-        space: noise space.
-        accelerator: an ``accelerate.Accelerator``.
-        bounds: smallest and largest possible return, or ``None``.
-        chunk_size: numbers in a chunk, steps * action_dim.
-        observe: a resolved config, where there are images to look at.
-    """
+    """See the module's docstring."""
 
     judges_chunks = True
 
-    def __init__(
-        self,
-        config: BestOfNConfig,
-        feature_dim: int,
-        space: NoiseSpace,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        chunk_size: int,
-        observe: ObserveConfig | None = None,
-    ) -> None:
-        super().__init__()
+    def __init__(self, config: BestOfNConfig, problem: Problem) -> None:
+        super().__init__(config, problem)
+        space = problem.space
         config.check(space)
-        self.config = config
-        within = bounds if config.critic_loss == "logistic" else None  # what the critics cannot leave
-        self.bounds = bounds if config.clip_targets else within
+        # What the critics cannot leave.
+        within = problem.bounds if config.critic_loss == "logistic" else None
+        self.bounds = problem.bounds if config.clip_targets else within
         self.candidates, self.selects = config.num_candidates, True
-        self.actor = NoiseActor(feature_dim, space, config.actor, observe)
+        self.actor = NoiseActor(problem.feature_dim, space, config.actor, problem.observe)
         feature_dim = self.actor.encoder.dim
-        self.critic = CriticEnsemble(feature_dim, chunk_size, config.critic, within)
+        self.critic = CriticEnsemble(feature_dim, problem.chunk_size, config.critic, within)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic, within)
-        self.updates = 0
-        self._set_up(config, accelerator)
+        self._set_up()
         critics = self.critic, self.noise_critic, self.actor.encoder
         self.critic_optimizer = self._adam(config.learning_rate, *critics)
         self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +29,11 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorOutput, kl_to_prior
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import (
     RANKED_EVERY,
     AlgorithmConfig,
     Pace,
+    Problem,
     as_set_up,
     polyak,
     require_positive,
@@ -111,29 +110,12 @@ class DSRLNAConfig(SoftConfig):
     def check(self, space: NoiseSpace) -> None:
         check_pairs(space, "dsrl_na")
 
-    def build(
-        self,
-        feature_dim: int,
-        space: NoiseSpace,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        chunk_size: int = 0,
-        observe: ObserveConfig | None = None,
-    ) -> DSRLNA:
-        return DSRLNA(self, feature_dim, space, accelerator, bounds, chunk_size, observe)
+    def build(self, problem: Problem) -> DSRLNA:
+        return DSRLNA(self, problem)
 
 
 class DSRLNA(SoftActorCritic):
     """See the module's docstring.
-
-    Args:
-        config: settings.
-        feature_dim: length of the observation features.
-        space: noise space.
-        accelerator: an ``accelerate.Accelerator``.
-        bounds: smallest and largest possible return, or ``None``.
-        chunk_size: numbers in a chunk, steps * action_dim.
-        observe: a resolved config, where there are images to look at.
 
     Attributes:
         base_calls: how often the learner asked the frozen policy, in batches; 0 in stored mode.
@@ -141,23 +123,14 @@ class DSRLNA(SoftActorCritic):
 
     config: DSRLNAConfig
 
-    def __init__(
-        self,
-        config: DSRLNAConfig,
-        feature_dim: int,
-        space: NoiseSpace,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        chunk_size: int,
-        observe: ObserveConfig | None = None,
-    ) -> None:
-        super().__init__(config, feature_dim, space, accelerator, bounds, "chunk", chunk_size, observe)
-        config.check(space)
+    def __init__(self, config: DSRLNAConfig, problem: Problem) -> None:
+        super().__init__(config, problem, "chunk", problem.chunk_size)
+        config.check(problem.space)
         self.candidates = config.candidates
         self.noise_critic = CriticEnsemble(
-            self.actor.encoder.dim, space.dim, config.critic, self.critic.bounds
+            self.actor.encoder.dim, problem.space.dim, config.critic, self.critic.bounds
         )
-        self.noise_critic.to(accelerator.device)
+        self.noise_critic.to(problem.accelerator.device)
         self.noise_optimizer = self._adam(config.learning_rate, self.noise_critic)
         self.by_noise_critic = config.mode == "stored" and config.bootstrap == "noise_critic"
         if self.by_noise_critic:

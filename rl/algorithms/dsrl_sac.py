@@ -12,14 +12,11 @@ what the reward allows, one actor step for two critic steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.observe import ObserveConfig
-from trimtab.rl.algorithms.base import AlgorithmConfig, as_set_up, polyak
+from trimtab.rl.algorithms.base import AlgorithmConfig, Problem, as_set_up, polyak
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.data.replay import Batch
 
@@ -29,40 +26,15 @@ from trimtab.rl.data.replay import Batch
 class DSRLSACConfig(SoftConfig):
     """Settings of DSRL-SAC."""
 
-    def build(
-        self,
-        feature_dim: int,
-        space: NoiseSpace,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        chunk_size: int = 0,
-        observe: ObserveConfig | None = None,
-    ) -> DSRLSAC:
-        return DSRLSAC(self, feature_dim, space, accelerator, bounds, observe)
+    def build(self, problem: Problem) -> DSRLSAC:
+        return DSRLSAC(self, problem)
 
 
 class DSRLSAC(SoftActorCritic):
-    """See the module's docstring.
+    """See the module's docstring."""
 
-    Args:
-        config: settings.
-        feature_dim: length of the observation features.
-        space: noise space.
-        accelerator: an ``accelerate.Accelerator``.
-        bounds: smallest and largest possible return, or ``None``.
-        observe: a resolved config, where there are images to look at.
-    """
-
-    def __init__(
-        self,
-        config: DSRLSACConfig,
-        feature_dim: int,
-        space: NoiseSpace,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        observe: ObserveConfig | None = None,
-    ) -> None:
-        super().__init__(config, feature_dim, space, accelerator, bounds, "u", space.dim, observe)
+    def __init__(self, config: DSRLSACConfig, problem: Problem) -> None:
+        super().__init__(config, problem, "u", problem.space.dim)
 
     @torch.no_grad()
     def td_target(self, batch: Batch) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +22,12 @@ from torch import Tensor
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
-from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.observe import ObserveConfig
 from trimtab.policies.residual import ResidualActor
 from trimtab.rl.algorithms.base import (
     MEASURED_EVERY,
     Algorithm,
     AlgorithmConfig,
+    Problem,
     as_set_up,
     frozen,
     polyak,
@@ -83,29 +81,12 @@ class ResidualConfig(AlgorithmConfig):
     def replayed(self) -> tuple[str, ...]:
         return "chunk", "candidates", "next_candidates"
 
-    def build(
-        self,
-        feature_dim: int,
-        space: NoiseSpace,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        chunk_size: int = 0,
-        observe: ObserveConfig | None = None,
-    ) -> Residual:
-        return Residual(self, feature_dim, accelerator, bounds, chunk_size, observe)
+    def build(self, problem: Problem) -> Residual:
+        return Residual(self, problem)
 
 
 class Residual(Algorithm):
-    """See the module's docstring.
-
-    Args:
-        config: settings.
-        feature_dim: length of the observation features.
-        accelerator: an ``accelerate.Accelerator``.
-        bounds: smallest and largest possible return, or ``None``.
-        chunk_size: numbers in a chunk, steps * action_dim.
-        observe: a resolved config, where there are images to look at.
-    """
+    """See the module's docstring."""
 
     actor: ResidualActor
     candidates = 1
@@ -113,24 +94,17 @@ class Residual(Algorithm):
 
     judges_chunks = True
 
-    def __init__(
-        self,
-        config: ResidualConfig,
-        feature_dim: int,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        chunk_size: int,
-        observe: ObserveConfig | None = None,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.bounds = bounds if config.clip_targets else None
-        self.actor = ResidualActor(feature_dim, chunk_size, config.scale, config.actor, observe)
+    def __init__(self, config: ResidualConfig, problem: Problem) -> None:
+        super().__init__(config, problem)
+        chunk_size = problem.chunk_size
+        self.bounds = problem.bounds if config.clip_targets else None
+        self.actor = ResidualActor(
+            problem.feature_dim, chunk_size, config.scale, config.actor, problem.observe
+        )
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = CriticEnsemble(self.actor.encoder.dim, chunk_size, config.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.updates = 0
-        self._set_up(config, accelerator)
+        self._set_up()
         self.critic_optimizer = self._adam(config.learning_rate, self.critic, self.actor.encoder)
         self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
 

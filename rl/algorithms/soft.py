@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +17,11 @@ from torch import Tensor
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, ActorOutput, NoiseActor, kl_to_prior
 from trimtab.policies.critic import CriticConfig, CriticEnsemble, require_critic_loss
-from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.base import (
     MEASURED_EVERY,
     Algorithm,
     AlgorithmConfig,
+    Problem,
     frozen,
     require_positive,
     spread,
@@ -70,40 +68,24 @@ class SoftActorCritic(Algorithm):
     """Actor, temperature and a TD critic with its target.
 
     Args:
-        config: settings.
-        feature_dim: length of the observation features.
-        space: noise space.
-        accelerator: an ``accelerate.Accelerator``.
-        bounds: smallest and largest possible return, or ``None``.
+        config, problem: see ``Algorithm``.
         acted: what of a transition the TD critic judges, and
         action_dim: its length.
-        observe: a resolved config, where there are images to look at.
     """
 
-    def __init__(
-        self,
-        config: SoftConfig,
-        feature_dim: int,
-        space: NoiseSpace,
-        accelerator: Any,
-        bounds: tuple[float, float] | None,
-        acted: str,
-        action_dim: int,
-        observe: ObserveConfig | None = None,
-    ) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, config: SoftConfig, problem: Problem, acted: str, action_dim: int) -> None:
+        super().__init__(config, problem)
         self.acted = acted
+        space, bounds = problem.space, problem.bounds
         within = bounds if config.critic_loss == "logistic" else None  # what the critics cannot leave
         # A soft value is no return: with the entropy in it there is nothing to clip to.
         self.bounds = bounds if config.clip_targets and not config.backup_entropy else within
         self.target_entropy = -space.dim / 4 if config.target_entropy is None else config.target_entropy
-        self.actor = NoiseActor(feature_dim, space, config.actor, observe)
+        self.actor = NoiseActor(problem.feature_dim, space, config.actor, problem.observe)
         self.critic = CriticEnsemble(self.actor.encoder.dim, action_dim, config.critic, within)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.nn.Parameter(torch.tensor(math.log(config.initial_temperature)))
-        self.updates = 0
-        self._set_up(config, accelerator)
+        self._set_up()
         self.critic_optimizer = self._adam(config.learning_rate, self.critic, self.actor.encoder)
         self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
         self.alpha_optimizer = self._adam(config.learning_rate, self.log_alpha)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,6 @@ class LiberoChunksConfig(LiberoConfig):
             for env in getattr(vec, "envs", ()):
                 watched(env.unwrapped, self.shadows)
         return found
-
-
-def chunked(config: EnvConfig) -> EnvConfig:
-    """``libero_chunks`` in the place of LeRobot's ``libero``; any other config as it is."""
-    if type(config) is not LiberoConfig:
-        return config
-    held = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
-    return LiberoChunksConfig(**held)
 
 
 def prepare(link: bool = False) -> Path:

@@ -6,9 +6,11 @@ This one returns the state, renders on request only, and resets from a cached po
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -25,6 +27,7 @@ ACTION_DIM = 4
 NUM_TASKS = 50
 MAX_EPISODE_LENGTH = 500  # Meta-World raises at step 501
 RENDER_SIZE = 256
+RECORD = "base.json"  # in the folder of an embedded base: what it was made of
 
 
 def task_names() -> list[str]:
@@ -274,6 +277,43 @@ class MetaworldStateConfig(EnvConfig):
 
     def __post_init__(self) -> None:
         check_episode_length(self.episode_length)
+
+    def task_names(self) -> list[str]:
+        """The tasks that ``task`` lists, with their full names.
+
+        Raises:
+            UserError: there is no such task.
+        """
+        return split_tasks(self.task)
+
+    def base_tasks(self, folder: Path) -> list[str]:
+        """The tasks of the embedded base in ``folder``; empty where there is another policy.
+
+        Raises:
+            UserError: its base.json is damaged.
+        """
+        record = folder / RECORD
+        if not record.is_file():
+            return []
+        try:
+            return list(json.loads(record.read_text(encoding="utf-8"))["tasks"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError("--policy.path", f"{record} is damaged ({error})") from None
+
+    def check_base(self, folder: Path) -> None:
+        """Refuse a task that the embedded base in ``folder`` was not trained on.
+
+        Raises:
+            UserError: names the task, and the command that makes a base which knows it.
+        """
+        known = self.base_tasks(folder)
+        for name in self.task_names() if known else ():
+            if name not in known:
+                raise UserError(
+                    "--env.task",
+                    f"this base was not trained on {name}; it knows {', '.join(known)}. "
+                    f"Make one that does: trimtab base --tasks={','.join([*known, name])}",
+                )
 
     @property
     def gym_kwargs(self) -> dict:

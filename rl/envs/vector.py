@@ -15,9 +15,9 @@ import numpy as np
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters.errors import UserError, reason
-from trimtab.rl.envs.building import make_single_env
-from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, NotFinite, RawObservation, lost_episode
+from trimtab.rl.envs.chunk import ChunkResult, NotFinite, RawObservation, lost_episode
 from trimtab.rl.envs.contract import Description, Findings, describe, examine
+from trimtab.rl.envs.hooks import make_chunk_env
 
 BUILDING = 5  # a simulator may take so many times longer to be built than to step a chunk
 
@@ -39,12 +39,9 @@ class _Group:
     """The environments of one worker (or of this process)."""
 
     def __init__(
-        self, config: EnvConfig, indices: list[int], task: int | None, tolerant: bool, *options: Any
+        self, config: EnvConfig, indices: list[int], task: int | None, tolerant: bool, options: dict[str, Any]
     ) -> None:
-        limit = getattr(config, "episode_length", None)
-        self._make = lambda i: ChunkEnv(
-            make_single_env(config, i if task is None else task), *options, limit=limit
-        )
+        self._make = lambda i: make_chunk_env(config, i if task is None else task, **options)
         self.tolerant, self._fps = tolerant, getattr(config, "fps", None)
         self.envs = {i: self._make(i) for i in indices}
 
@@ -160,7 +157,8 @@ class ChunkVectorEnv:
     ) -> None:
         self.num_envs = num_envs
         self._tolerant, self._timeout = tolerant, timeout
-        self._arguments = (task, tolerant, n_obs_steps, frame_every, keep_seen)
+        options = {"n_obs_steps": n_obs_steps, "frame_every": frame_every, "keep_seen": keep_seen}
+        self._arguments = (task, tolerant, options)
         self._config = config
         self._local: _Group | None = None
         self._workers: list[tuple[Any, Any, list[int]]] = []

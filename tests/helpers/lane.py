@@ -1,8 +1,9 @@
 """A lane with a goal at one end and a pit at the other, and the manners that users' environments have.
 
 The policy's first action moves along the lane. ``test_lane`` is registered as other people's environments
-are: a Gymnasium id, found by LeRobot's config class. ``--env.discover_packages_path=tests.helpers.lane``
-loads it from a command line in the project's root.
+are: a Gymnasium id, found by LeRobot's config class. ``test_lanes`` has tasks of its own, and defines all
+that ``trimtab.rl.envs.hooks`` asks for. ``--env.discover_packages_path=tests.helpers.lane`` loads both from
+a command line in the project's root.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +14,9 @@ import gymnasium as gym
 import numpy as np
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
+
+from trimtab.adapters import UserError
+from trimtab.rl.envs.chunk import ChunkEnv
 
 GOAL, PIT = 6.0, -2.0
 # What an environment calls the success it reports; ``None``: it reports none.
@@ -33,6 +37,7 @@ class LaneEnv(gym.Env):
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
+    goal = GOAL
 
     def __init__(self, manner="plain", log=None, render_mode="rgb_array"):
         self.manner, self.log, self.render_mode = manner, log, render_mode
@@ -56,7 +61,7 @@ class LaneEnv(gym.Env):
         self._tell("step")
         self.state += np.clip(np.asarray(action, np.float32), -1, 1)
         x, y = self.state
-        won, fell = bool(x >= GOAL), bool(x <= PIT)
+        won, fell = bool(x >= self.goal), bool(x <= PIT)
         if self.manner == "hurdle":
             fell = fell or bool((2 <= x <= 4 and abs(y) < 1) or abs(y) > 8)
         key = SUCCESS_KEYS.get(self.manner, "is_success")
@@ -74,7 +79,7 @@ class LaneEnv(gym.Env):
         if self.manner == "box":
             return self.state.copy()
         seen = self.state if self.manner == "in_place" else self.state.copy()
-        return {"agent_pos": seen, "environment_state": np.array([GOAL, PIT], np.float32)}
+        return {"agent_pos": seen, "environment_state": np.array([self.goal, PIT], np.float32)}
 
     def _tell(self, line):
         if self.log:
@@ -120,6 +125,49 @@ class LaneConfig(EnvConfig):
     def gym_kwargs(self):
         limit = {"max_episode_steps": self.episode_length} if self.episode_length else {}
         return {"manner": self.manner, "log": self.log, **limit}
+
+
+LANES = {"near": 3.0, "far": 6.0}  # where the goals are
+KNOWN = "lanes.txt"  # in a base policy's folder: the lanes that it knows
+
+
+class LaneChunks(ChunkEnv):
+    """Refuses to go faster than a lane allows."""
+
+    def check_actions(self, actions):
+        super().check_actions(actions)
+        if np.abs(actions).max() > 50:
+            raise UserError("--policy.path", "the policy is too fast for a lane")
+
+
+@EnvConfig.register_subclass("test_lanes")
+@dataclass
+class LanesConfig(LaneConfig):
+    """Lanes whose goals are near or far, or several of them, separated by commas."""
+
+    task: str | None = "near"
+
+    def task_names(self):
+        names = (self.task or "").split(",")
+        for name in names:
+            if name not in LANES:
+                raise UserError("--env.task", f"there is no lane '{name}'")
+        return names
+
+    def base_tasks(self, folder):
+        path = folder / KNOWN
+        return path.read_text().split() if path.is_file() else list(LANES)
+
+    def check_base(self, folder):
+        for name in self.task_names():
+            if name not in self.base_tasks(folder):
+                raise UserError("--env.task", f"this base has never seen the lane '{name}'")
+
+    def make_chunk_env(self, task_index, **options):
+        names, env = self.task_names(), LaneEnv(self.manner, self.log)
+        env.task = names[task_index % len(names)]
+        env.goal = LANES[env.task]
+        return LaneChunks(env, limit=self.episode_length, **options)
 
 
 def make_lane_policy(folder, **fields):

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from trimtab.adapters import UserError
-from trimtab.recipes.embedded_base.base import BaseConfig, cached_base, check_task, make_base
+from trimtab.recipes.embedded_base.base import BaseConfig, cached_base, make_base
 from trimtab.recipes.embedded_base.cloning import CloningConfig, make_policy, make_sampler, widened
 from trimtab.recipes.embedded_base.dataset import REPO_ID, start_center
 from trimtab.recipes.embedded_base.demonstrators import Demonstrator, Operator
-from trimtab.rl.envs.metaworld import MetaworldStateEnv
+from trimtab.rl.envs.hooks import check_base
+from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 
 
 @pytest.fixture(scope="module")
@@ -152,19 +153,19 @@ def test_interrupted_making_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_task_that_the_base_does_not_know(tiny_base):
-    check_task(tiny_base, "drawer-close")
+    check_base(MetaworldStateConfig(task="drawer-close"), tiny_base)
     with pytest.raises(
         UserError, match=r"--env.task: this base was not trained on hammer-v3; it knows button"
     ):
-        check_task(tiny_base, "hammer-v3")
+        check_base(MetaworldStateConfig(task="hammer-v3"), tiny_base)
     with pytest.raises(UserError, match="no task 'drawr-close'"):
-        check_task(tiny_base, "drawr-close")
+        check_base(MetaworldStateConfig(task="drawr-close"), tiny_base)
 
 
 def test_damaged_record(tmp_path):
     (tmp_path / "base.json").write_text("{")
     with pytest.raises(UserError, match=r"--policy.path: .*base.json is damaged"):
-        check_task(tmp_path, "reach-v3")
+        check_base(MetaworldStateConfig(task="reach-v3"), tmp_path)
 
 
 @pytest.mark.parametrize(

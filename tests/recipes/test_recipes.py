@@ -343,7 +343,7 @@ def test_readmes(page, droid, capsys):
     assert found
     for argv in found:
         if argv[0] == "accelerate":
-            assert argv[2] == "--config_file" and (FOLDER.parent / argv[3]).is_file()
+            assert argv[2] == "--config_file" and (FOLDER.parents[1] / argv[3]).is_file()
             start = argv.index("trimtab.rl.train")
             argv = ["trimtab", "adapt", *argv[start + 1 :]]
         command, args = argv[1], [arg for arg in argv[2:] if not arg.startswith("--tiny=")]
@@ -353,7 +353,7 @@ def test_readmes(page, droid, capsys):
             assert main(argv[1:]) == 0
         elif not {"--list_tasks=true", "--resume=true"} & set(args):
             parsed(command, *args)
-    assert page.parent.name == "recipes" or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
+    assert page.parent.name == "configs" or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
 
 
 @pytest.mark.parametrize("name", RECIPES)

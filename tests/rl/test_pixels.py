@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.helpers.pixels import PixelPointAdapter, PixelPointConfig
+from tests.helpers.problem import problem
 from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
@@ -38,7 +39,7 @@ def make(kind, **more):
     sizes = {"actor": ActorConfig(hidden=16, layers=1), "critic": CriticConfig(hidden=16, layers=1)}
     space = FullNoiseConfig().build(NoiseSpec((2, 2)))
     config = cls(**sizes, **settings, **more)
-    algorithm = config.build(VECTOR, space, Accelerator(cpu=True), (-20.0, 0.0), A, OBSERVE)
+    algorithm = config.build(problem(VECTOR, space, A, observe=OBSERVE))
     torch.nn.init.normal_(algorithm.actor.net[-1].weight, std=0.3)
     return algorithm
 

@@ -9,10 +9,10 @@ import time
 from dataclasses import replace
 
 import pytest
-from accelerate import Accelerator
 from lerobot.configs.default import DatasetConfig
 
 from tests.helpers.point import PointAdapter, PointConfig
+from tests.helpers.problem import problem
 from trimtab.adapters import NoiseSpec, PolicyConfig, UserError, load_adapter
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.artefact import is_artefact
@@ -401,7 +401,7 @@ def test_weights_that_best_of_k_needs_are_the_critics_and_the_actors_if_it_propo
     sizes = {"actor": ActorConfig(hidden=8, layers=1), "critic": CriticConfig(hidden=8, layers=1)}
     config = BestOfNConfig(num_candidates=4, actor_candidates=own, **sizes)
     space = FullNoiseConfig().build(NoiseSpec((2, 1)))
-    learner = config.build(3, space, Accelerator(cpu=True), (-20.0, 0.0), 4)
+    learner = config.build(problem(3, space, 4))
     actor, critic = (sum(p.numel() for p in part.parameters()) for part in (learner.actor, learner.critic))
     assert trained(learner, {"actor": None, "acting": None}) == {
         "actor": actor,

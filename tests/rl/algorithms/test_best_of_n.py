@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from tests.helpers.point import PointAdapter, PointConfig
+from tests.helpers.problem import problem
 from trimtab.adapters import Conditioning, NoiseSpec, UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
@@ -29,7 +30,7 @@ def build(**settings):
     torch.manual_seed(0)
     config = BestOfNConfig(num_candidates=K, target_candidates=3, **SMALL, **settings)
     space = FullNoiseConfig().build(NoiseSpec((2, 1)))
-    return config.build(D, space, Accelerator(cpu=True), (-20.0, 0.0), A)
+    return config.build(problem(D, space, A))
 
 
 def set_apart(algorithm):
@@ -120,7 +121,7 @@ def test_target_from_stored_candidates_equals_fresh_ones():
     states = Conditioning({"state": torch.as_tensor(np.stack([t.next_features for t in transitions]))})
     noise = u.flatten(0, 1).unflatten(1, adapter.noise_spec.shape)
     decoded = adapter.denoise(states.repeat_interleave(K), noise).flatten(1).unflatten(0, (-1, K))
-    algorithm = set_apart(rl.build(2, space, Accelerator(cpu=True), None, 2))
+    algorithm = set_apart(rl.build(problem(2, space, 2, None)))
     everything = torch.arange(K).expand(len(transitions), K)
     target = algorithm.td_target(stored, everything)
     fresh = algorithm.td_target({**stored, "next_candidates": decoded}, everything)
@@ -185,7 +186,7 @@ def test_logistic_critics_stay_within_the_possible_returns():
 def test_without_bounds_the_error_is_squared():
     """The environment's own reward tells no bounds of its returns."""
     config = BestOfNConfig(num_candidates=K, target_candidates=3, **SMALL)
-    free = config.build(D, FullNoiseConfig().build(NoiseSpec((2, 1))), Accelerator(cpu=True), None, A)
+    free = config.build(problem(D, FullNoiseConfig().build(NoiseSpec((2, 1))), A, None))
     data, target = batch(), torch.linspace(-30, 30, B)
     loss, values = free.critic_loss(data, target)
     assert loss.item() == pytest.approx((values - target).square().mean(1).sum().item(), rel=1e-5)
@@ -292,7 +293,7 @@ def test_bad_settings(settings, option):
 def test_spaces_whose_u_does_not_tell_the_noise_are_refused(space):
     built = space.build(NoiseSpec((2, 1)))
     with pytest.raises(UserError, match=r"--noise\.type: best_of_n distils"):
-        BestOfNConfig().build(D, built, Accelerator(cpu=True), None, A)
+        BestOfNConfig().build(problem(D, built, A, None))
 
 
 def test_collector_keeps_what_was_decoded():

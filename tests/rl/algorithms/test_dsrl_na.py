@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import distributions as D
 
 from tests.helpers.point import PointAdapter, PointConfig
+from tests.helpers.problem import problem
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyConfig, UserError, load_adapter
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
@@ -34,7 +35,7 @@ def build(**settings):
     config = DSRLNAConfig(num_candidates=K, **({"bootstrap": "importance"} | SMALL | settings))
     adapter = PointAdapter()
     space = FullNoiseConfig(bound=BOUND).build(adapter.noise_spec)
-    algorithm = config.build(F, space, Accelerator(cpu=True), (-20.0, 0.0), A)
+    algorithm = config.build(problem(F, space, A))
     torch.nn.init.normal_(algorithm.actor.net[-1].weight, std=0.3)  # so that states matter
     algorithm.fit_normalizer(torch.randn(100, F) * 2 + 1)
     with torch.no_grad():
@@ -481,4 +482,4 @@ def test_bad_settings(settings, option):
 def test_spaces_whose_u_does_not_tell_the_noise_are_refused(space):
     built = space.build(NoiseSpec((2, 1)))
     with pytest.raises(UserError, match=r"--noise\.type: dsrl_na distils"):
-        DSRLNAConfig().build(F, built, Accelerator(cpu=True), None, A)
+        DSRLNAConfig().build(problem(F, built, A, None))

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import distributions as D
 
+from tests.helpers.problem import problem
 from tests.policies.test_networks import member
 from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig
@@ -25,7 +25,7 @@ def make(**settings):
         **settings,
     )
     space = FullNoiseConfig(bound=BOUND).build(NoiseSpec((2, 2)))
-    algorithm = config.build(FEATURES, space, Accelerator(cpu=True), (-20.0, 0.0))
+    algorithm = config.build(problem(FEATURES, space))
     torch.nn.init.normal_(algorithm.actor.net[-1].weight, std=0.5)  # so that states matter
     algorithm.fit_normalizer(torch.randn(100, FEATURES) * 2 + 1)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from trimtab.adapters import NoiseSpec, UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
+from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig, Problem
 from trimtab.rl.runs.processes import StepGuard, World
 
 FEATURES, DIM, CHUNK, B, K = 5, 4, 6, 32, 8
@@ -29,7 +29,7 @@ def make(name, engine="eager", cpu=True, **more):
     config = make_config(engine=engine, **size, **settings, **more)
     space = FullNoiseConfig().build(NoiseSpec((2, 2)))
     accelerator = Accelerator(cpu=cpu)
-    algorithm = config.build(FEATURES, space, accelerator, (-20.0, 0.0), CHUNK)
+    algorithm = config.build(Problem(FEATURES, space, accelerator, (-20.0, 0.0), CHUNK))
     algorithm.fit_normalizer(torch.randn(100, FEATURES))
     StepGuard(World(accelerator), 10.0).attach(algorithm)
     return algorithm

@@ -11,11 +11,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import layer_norm
 
 from tests.helpers.point import PointAdapter
+from tests.helpers.problem import problem
 from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.critic import CriticConfig
@@ -49,7 +49,7 @@ def learner(request):
     config, noise = paper(request.param)
     adapter = WidePoint()
     space = noise.build(adapter.noise_spec)
-    algorithm = config.build(FEATURES, space, Accelerator(cpu=True), (-20.0, 0.0), DIM)
+    algorithm = config.build(problem(FEATURES, space, DIM))
     if request.param == "dsrl_na":
         spec = ConditioningSpec({"state": (FEATURES,)}, {"state": torch.float32})
         algorithm.decode = Decoder(adapter, space, spec)
@@ -284,7 +284,7 @@ def test_an_update_is_that_of_stable_baselines3(batch, monkeypatch):
         "critic": CriticConfig(**settings["critic"] | size),
     }
     space = noise.build(NoiseSpec((DIM, 1)))
-    ours = DSRLSACConfig(**settings).build(FEATURES, space, Accelerator(cpu=True), None)
+    ours = DSRLSACConfig(**settings).build(problem(FEATURES, space, bounds=None))
     nn.init.normal_(ours.actor.net[-1].weight, std=0.1)
     with torch.no_grad():
         for parameter in ours.target_critic.parameters():

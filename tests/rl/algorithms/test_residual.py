@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tests.helpers.point import PointAdapter, PointConfig
+from tests.helpers.problem import problem
 from trimtab.adapters import NoiseSpec, UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
@@ -33,7 +34,7 @@ def build(**settings):
     torch.manual_seed(0)
     config = ResidualConfig(**SMALL, **settings)
     space = FullNoiseConfig().build(NoiseSpec((2, 1)))
-    return config.build(D, space, Accelerator(cpu=True), (-20.0, 0.0), A)
+    return config.build(problem(D, space, A))
 
 
 def trained(**settings):
@@ -171,7 +172,7 @@ def test_the_collector_executes_the_corrected_chunk_and_keeps_both():
 
 def test_an_untrained_correction_leaves_evaluation_alone():
     adapter, config, algorithm = PointAdapter(), PointConfig(), ResidualConfig(**SMALL)
-    learner = algorithm.build(2, FullNoiseConfig().build(adapter.noise_spec), Accelerator(cpu=True), None, 2)
+    learner = algorithm.build(problem(2, FullNoiseConfig().build(adapter.noise_spec), 2, None))
     with ChunkVectorEnv(config, 4, 0) as vec:
         plain = evaluate(PolicyRunner(adapter, config), vec, base_noise, range(20), progress=False)
         runner = CorrectingRunner(adapter, config, learner.correct)

@@ -6,9 +6,9 @@ import pytest
 
 from tests.helpers.lane import LaneConfig, LaneEnv
 from trimtab.adapters import UserError
-from trimtab.rl.envs.building import make_single_env
 from trimtab.rl.envs.chunk import ChunkEnv, NotFinite
 from trimtab.rl.envs.contract import describe, examine, read_success
+from trimtab.rl.envs.hooks import make_single_env
 from trimtab.rl.envs.vector import ChunkVectorEnv
 
 RIGHT = np.array([[1, 0]] * 4, np.float32)

@@ -13,8 +13,8 @@ import pytest
 from trimtab.adapters import UserError
 from trimtab.recipes.cli import main
 from trimtab.rl.envs import libero
-from trimtab.rl.envs.building import make_single_env
 from trimtab.rl.envs.chunk import ChunkEnv
+from trimtab.rl.envs.hooks import make_single_env
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("libero") is None or importlib.util.find_spec(libero.ASSETS) is None,

@@ -1,0 +1,153 @@
+"""What an environment's config answers for itself, and what holds where it does not.
+
+Nothing outside ``rl/envs`` asks for an environment's type. A LeRobot ``EnvConfig`` may define, as methods:
+
+- ``task_names()``: the tasks that its ``task`` names, each of which it can be narrowed to;
+- ``check_base(folder)``: raises a ``UserError`` where the base policy in ``folder`` does not know them;
+- ``base_tasks(folder)``: all tasks that this base knows;
+- ``make_chunk_env(task_index, **options)``: its chunk-wise form, a ``ChunkEnv``.
+
+LeRobot's own configs define none of them: ``FORMS`` may name a config of ours that stands in for one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from lerobot.envs.configs import EnvConfig, HILSerlRobotEnvConfig, HubEnvConfig
+from lerobot.envs.configs import LiberoEnv as LiberoConfig
+
+from trimtab.adapters.errors import UserError, reason
+from trimtab.rl.envs.chunk import ChunkEnv
+from trimtab.rl.envs.libero import LiberoChunksConfig
+
+FORMS: dict[type[EnvConfig], type[EnvConfig]] = {LiberoConfig: LiberoChunksConfig}
+ELSEWHERE = (
+    "register an EnvConfig whose create_envs builds it in a package of your own, and name that with "
+    "--env.discover_packages_path (example: recipes/configs/openpi_droid/README.md)"
+)
+
+
+def own_form(config: EnvConfig) -> EnvConfig:
+    """Our config in the place of LeRobot's, with its settings, where there is one; else ``config`` itself."""
+    form = FORMS.get(type(config))
+    if form is None:
+        return config
+    return form(**{field.name: getattr(config, field.name) for field in fields(config) if field.init})
+
+
+def task_names(config: EnvConfig, option: str = "--env.task") -> list[str]:
+    """The tasks that ``config`` names; empty where only the environments know, once they are made.
+
+    Raises:
+        UserError: with ``option``: there is no such task.
+    """
+    ask = getattr(own_form(config), "task_names", None)
+    try:
+        return [] if ask is None else ask()
+    except UserError as error:
+        raise UserError(option if error.option == "--env.task" else error.option, error.message) from None
+
+
+def for_task(config: EnvConfig, task: str) -> EnvConfig:
+    """The config of one task."""
+    return replace(config, task=task)
+
+
+def check_base(config: EnvConfig, base: Path | str) -> None:
+    """Refuse tasks that the base policy does not know, where that can be told.
+
+    Args:
+        base: the policy's folder, or the address of its server.
+
+    Raises:
+        UserError: names the task.
+    """
+    check = getattr(own_form(config), "check_base", None)
+    if check is not None and isinstance(base, Path):
+        check(base)
+
+
+def base_tasks(config: EnvConfig, base: Path | str) -> list[str]:
+    """All tasks that the base policy knows; empty where nobody can tell."""
+    ask = getattr(own_form(config), "base_tasks", None)
+    return ask(base) if ask is not None and isinstance(base, Path) else []
+
+
+def make_chunk_env(config: EnvConfig, task_index: int, **options: Any) -> ChunkEnv:
+    """One environment of ``config`` that is stepped chunk by chunk.
+
+    Args:
+        task_index: which of its tasks, modulo their number.
+        options: those of ``ChunkEnv``.
+    """
+    make = getattr(own_form(config), "make_chunk_env", None)
+    if make is not None:
+        return make(task_index, **options)
+    limit = getattr(config, "episode_length", None)
+    return ChunkEnv(make_single_env(config, task_index), limit=limit, **options)
+
+
+def env_processors(config: EnvConfig, policy_config: Any) -> tuple[Any, Any]:
+    """What stands between an environment and a policy's processors, as ``lerobot-eval`` has it.
+
+    But for X-VLA outside LIBERO: LeRobot gives it there, too, what turns its end-effector poses into LIBERO's
+    actions.
+    """
+    from lerobot.envs.factory import make_env_pre_post_processors
+
+    if getattr(policy_config, "type", None) == "xvla" and not isinstance(config, LiberoConfig):
+        return config.get_env_processors()
+    return make_env_pre_post_processors(config, policy_config)
+
+
+def check_buildable(config: EnvConfig) -> None:
+    """Refuse LeRobot's configs whose environments LeRobot's vector factory does not build.
+
+    Raises:
+        UserError: says what to do instead.
+    """
+    if type(config).create_envs is not EnvConfig.create_envs:
+        return
+    if isinstance(config, HubEnvConfig):
+        why = f"'{config.type}' is built by code from the Hub (--env.hub_path), which trimtab does not run"
+    elif isinstance(config, HILSerlRobotEnvConfig):
+        why = f"'{config.type}' ({config.name}) is LeRobot's HIL-SERL set-up, which only lerobot.rl builds"
+    else:
+        return
+    raise UserError("--env.type", f"{why}; {ELSEWHERE}")
+
+
+def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
+    """One bare environment of ``config``.
+
+    LeRobot's vector environments reset or freeze a sub-environment on their own, which would lose
+    the last observation; the environment inside them does not.
+
+    Args:
+        config: any LeRobot environment config, ours included.
+        task_index: which of the config's tasks, modulo their number.
+
+    Raises:
+        UserError: a package is missing, or ``create_envs`` gives no environments of this process.
+    """
+    config = own_form(config)
+    try:
+        suites = config.create_envs(1, False)
+    except ImportError as error:
+        # LeRobot says that the whole package is missing, where it may be something that it needs.
+        cause = f"{reason(error.__cause__)}: " if error.__cause__ else ""
+        raise UserError("--env.type", f"'{config.type}' does not run here: {cause}{reason(error)}") from error
+    tasks = [vec for by_task in suites.values() for vec in by_task.values()]
+    chosen = tasks.pop(task_index % len(tasks))
+    for vec in tasks:
+        vec.close()
+    if not hasattr(chosen, "envs"):
+        raise UserError(
+            "--env.type",
+            f"create_envs of '{config.type}' must give a gymnasium.vector.SyncVectorEnv, it gives a "
+            f"{type(chosen).__name__}",
+        )
+    return chosen.envs[0]
