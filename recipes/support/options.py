@@ -145,7 +145,7 @@ def layered(content: Options, given: Options, replaced: list[tuple[str, Options,
     for name, value in flatten(unsaid).items():
         if value_at(said, name) is None:
             say(f"{algorithm} takes --{name}={value} unless another is named")
-    return merge(merge(below, content), given, replaced)
+    return merge(below, merge(content, given, replaced))
 
 
 def without_unsaid(content: Options, algorithm: str) -> Options:

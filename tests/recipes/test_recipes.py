@@ -322,7 +322,7 @@ def test_what_the_droid_page_says_a_robot_gives_is_what_the_server_is_sent(droid
 
 # The READMEs.
 
-PAGES = [*(FOLDER / name / "README.md" for name in RECIPES), FOLDER / "LORA.md"]
+PAGES = [*(FOLDER / name / "README.md" for name in RECIPES), FOLDER.parent / "finetune" / "README.md"]
 
 
 def commands(text):
@@ -353,7 +353,7 @@ def test_readmes(page, droid, capsys):
             assert main(argv[1:]) == 0
         elif not {"--list_tasks=true", "--resume=true"} & set(args):
             parsed(command, *args)
-    assert page.parent.name == "configs" or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
+    assert page.parent.name == "finetune" or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
 
 
 @pytest.mark.parametrize("name", RECIPES)
