@@ -15,14 +15,14 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 import pytest
 import torch
 
-from trimtab.recipes.support import session
+from trimtab.recipes.support import shared_configs
 from trimtab.recipes.support.console import quiet
 
 quiet()
 torch.set_num_threads(1)
 # What commands take where no number is named. Several test processes share the cores, and two threads of one
 # that wait for each other on a busy core cost minutes.
-session.default_threads = lambda workers: 1
+shared_configs.default_threads = lambda workers: 1
 
 
 @pytest.fixture(autouse=True)

@@ -7,28 +7,30 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import draccus
 import torch
 from lerobot.envs.configs import EnvConfig
-from torch import Tensor
 
-from trimtab.adapters import PolicyAdapter, PolicyConfig
+from trimtab.adapters import PolicyAdapter, PolicyConfig, load_adapter
+from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
-from trimtab.policies.noise_samplers import NoiseSource, base_noise, candidate_noise, own_noise, steered_noise
+from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig, RepeatNoiseConfig
-from trimtab.recipes.finetune.filtered_bc import FilteredBC
-from trimtab.recipes.finetune.training import TuningConfig
+from trimtab.recipes.finetune.data import Recorder as SuccessRecorder
+from trimtab.recipes.finetune.filtered_bc import rounds
+from trimtab.recipes.finetune.rollouts import Rollouts
+from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
-from trimtab.rl.algorithms.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.algorithms.presets import PAPER
-from trimtab.rl.budget import TrainConfig, training_seed
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate, require_success
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.selection import CorrectingRunner, SelectingRunner
+from trimtab.rl.seeds import training_seed
 from trimtab.rl.takeover import GateConfig
 from trimtab.rl.train import Trainer
 
@@ -36,7 +38,7 @@ from trimtab.rl.train import Trainer
 @dataclass(frozen=True)
 class Method:
     """Settings of ``trimtab adapt``; without ``rl``, of ``trimtab lora --from_rollouts`` (``tuning``), or
-    else stable-baselines3's SAC (``wrapper.py``).
+    else a run of its own (``train_alone``, of which ``other`` are the settings).
     """
 
     rl: AlgorithmConfig | None
@@ -45,6 +47,8 @@ class Method:
     tuning: TuningConfig | None = None
     # Training environments, where the method's source says how many.
     num_envs: int | None = None
+    train_alone: Callable[..., Ran] | None = None
+    other: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -52,9 +56,7 @@ class Method:
             return {"engine": "filtered behaviour cloning", "tuning": draccus.encode(self.tuning)}
         noise = {"type": self.noise.type, **asdict(self.noise)}
         if self.rl is None:
-            from trimtab.recipes.bench.wrapper import SB3SACConfig
-
-            return {"engine": "stable-baselines3", "sac": asdict(SB3SACConfig()), "noise": noise}
+            return self.other | {"noise": noise}
         rl, train = {"type": self.rl.type, **asdict(self.rl)}, asdict(self.train.at_pace_of(self.rl))
         for name in ("env_steps", "log_every"):  # the bench's own
             train.pop(name)
@@ -119,7 +121,6 @@ METHODS: dict[str, Method] = {
     "dsrl_na_logistic": Method(DSRLNAConfig(critic_loss="logistic"), RepeatNoiseConfig()),
     "dsrl_na_full": Method(DSRLNAConfig()),
     "residual": Method(ResidualConfig()),
-    "sb3_sac": Method(None),
     "filtered_bc": Method(None, tuning=TuningConfig(method="full", learning_rate=5e-4)),
 }
 
@@ -160,15 +161,15 @@ class Setup:
         history = self.adapter.n_obs_steps
         return ChunkVectorEnv(self.env, count or self.num_envs, self.workers, history, keep_seen=keep_seen)
 
-    def measure(self, runner: PolicyRunner, source: NoiseSource, seeds: list[int], label: str) -> dict:
+    def measure(self, runner: PolicyRunner, policy: ChunkPolicy, seeds: list[int], label: str) -> dict:
         """Evaluate; whatever draws it makes, training goes on with its own."""
         with torch.random.fork_rng(devices=[]):
-            outcome = evaluate(runner, self.vec, source, seeds, label, progress=sys.stderr.isatty())
+            outcome = evaluate(runner, self.vec, policy, seeds, label, progress=sys.stderr.isatty())
         require_success(outcome)
         return outcome.summary()
 
 
-Policies = dict[str, tuple[PolicyRunner, NoiseSource]]
+Policies = dict[str, tuple[PolicyRunner, ChunkPolicy]]
 Ran = tuple["Recorder", dict[str, Any], Any]  # ..., more of the record, and what has learnt
 
 
@@ -239,11 +240,9 @@ def run_method(
     """
     started = time.perf_counter()
     cpu, all_cpu = time.process_time(), setup.cpu()
-    train = _run_trainer
+    train = _run_trainer if method.rl is None or method.rl.replays else _run_search
     if method.rl is None:
-        train = _run_sb3 if method.tuning is None else _run_filtered_bc
-    elif isinstance(method.rl, GoldenTicketConfig):
-        train = _run_ticket
+        train = method.train_alone or _run_filtered_bc
     recorder, found, learner = train(method, setup, seed, label)
     training = time.perf_counter() - started - recorder.seconds
     training_cpu = setup.cpu() - all_cpu - recorder.cpu_seconds
@@ -277,21 +276,7 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> Ran:
             on_metrics=lines.append,
             progress=False,
         )
-        algorithm = trainer.algorithm
-        policies: Policies = {"actor": (runner, steered_noise(algorithm.actor, deterministic=True))}
-        if algorithm.corrects:
-            correcting = CorrectingRunner(adapter, setup.env, algorithm.correct)
-            policies = {"actor": (correcting, own_noise(adapter.noise_spec))}
-        if algorithm.selects:
-
-            def select(features: Tensor, chunks: Tensor) -> Tensor:
-                return algorithm.select(features, chunks.flatten(2))
-
-            best = SelectingRunner(adapter, setup.env, select, algorithm.candidates)
-            proposed = algorithm.config.proposed
-            actor = algorithm.actor if proposed else None
-            source = candidate_noise(trainer.space, actor, deterministic=True, proposed=proposed)
-            policies["acting"] = (best, source)
+        policies = {name: (runner, policy) for name, policy in trainer.algorithm.policies().items()}
         recorder = Recorder(setup, label, lambda: policies)
         trainer.on_step = lambda ended: recorder(
             trainer.env_steps, [(episode.success, episode.steered) for episode in ended]
@@ -300,41 +285,30 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> Ran:
     return recorder, {"updates": trainer.updates, "metrics": lines}, trainer
 
 
-def _run_ticket(method: Method, setup: Setup, seed: int, label: str) -> Ran:
+def _run_search(method: Method, setup: Setup, seed: int, label: str) -> Ran:
     lines: list[dict[str, Any]] = []
     runner = PolicyRunner(setup.adapter, setup.env)
     with setup.training_environments(method.num_envs) as vec:
         own = PolicyRunner(setup.adapter, setup.env)
-        search = TicketSearch(own, vec, method.rl, method.noise, seed, lines.append, progress=False)
-        ticket = search.run()
-    policies: Policies = {"actor": (runner, steered_noise(ticket.actor, deterministic=True))}
+        search = method.rl.own_run(own, vec, method.noise, seed, on_metrics=lines.append, progress=False)
+        learnt = search.run()
+    policies = {name: (runner, policy) for name, policy in learnt.policies().items()}
     recorder = Recorder(setup, label, lambda: policies)
     point = {"grid": search.env_steps, "env_steps": search.env_steps}
     recorder.points.append(point | recorder.evaluate(setup.seeds, f"{label} at {search.env_steps}"))
-    return recorder, {"updates": 0, "search_episodes": search.episodes, "metrics": lines}, ticket
-
-
-def _run_sb3(method: Method, setup: Setup, seed: int, label: str) -> Ran:
-    from trimtab.recipes.bench.wrapper import NoiseVecEnv, SB3SACConfig, learn, make_sac, sb3_noise
-
-    config, adapter = SB3SACConfig(), setup.adapter
-    space = method.noise.build(adapter.noise_spec)
-    runner = PolicyRunner(adapter, setup.env)
-    with setup.training_environments() as vec:
-        train_runner = PolicyRunner(adapter, setup.env)
-        env = NoiseVecEnv(train_runner, vec, space, config.gamma, config.reward, training_seed(seed))
-        model = make_sac(config, env, adapter.chunk_shape[0], seed, device=adapter.device)
-        policies: Policies = {"actor": (runner, sb3_noise(model, space))}
-        recorder = Recorder(setup, label, lambda: policies)
-        learn(model, env, setup.env_steps, lambda step, ended: recorder(step, [(won, True) for won in ended]))
-    return recorder, {"updates": model._n_updates}, model
+    return recorder, {"updates": 0, "search_episodes": search.episodes, "metrics": lines}, learnt
 
 
 def _run_filtered_bc(method: Method, setup: Setup, seed: int, label: str) -> Ran:
-    with setup.training_environments(keep_seen=True) as vec:
-        policy = setup.policy or PolicyConfig(path=str(setup.folder), device="cpu")
-        learner = FilteredBC(policy, setup.folder, setup.env, vec, method.tuning, training_seed(seed), seed)
-        policies: Policies = {"actor": (PolicyRunner(learner.adapter, setup.env), base_noise)}
-        recorder = Recorder(setup, label, lambda: policies)
-        learner.learn(setup.env_steps, setup.grid, recorder)
-    return recorder, learner.result(), learner.tuner
+    options = setup.policy or PolicyConfig(path=str(setup.folder), device="cpu")
+    tuner = FineTuner(load_adapter(options), setup.folder, options, method.tuning)  # changes it in memory
+    runner = PolicyRunner(tuner.adapter, setup.env)
+    recorder = Recorder(setup, label, lambda: {"actor": (runner, base_noise)})
+    count = setup.env_steps // setup.grid
+    with setup.training_environments(keep_seen=True) as vec, TemporaryDirectory() as work:
+        rollouts = Rollouts(PolicyRunner(tuner.adapter, setup.env), vec, base_noise, training_seed(seed))
+        successes = SuccessRecorder(Path(work) / "successes", setup.env.fps)
+        progress = sys.stderr.isatty()
+        for done in rounds(tuner, rollouts, successes, count * setup.grid, count, seed, progress):
+            recorder(rollouts.env_steps, [(episode.success, True) for episode in done.episodes])
+    return recorder, {"updates": tuner.updates, "trained_parameters": tuner.trained_parameters}, tuner

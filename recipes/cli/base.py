@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trimtab.adapters import UserError
 from trimtab.recipes.embedded_base.base import BaseConfig, make_base
-from trimtab.recipes.support.session import MachineConfig
+from trimtab.recipes.support.shared_configs import MachineConfig
 from trimtab.rl.envs.metaworld import task_names
 
 

@@ -15,7 +15,8 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash, is_peft, is_server
+from trimtab.adapters.checkpoint.folder import is_peft, is_server
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.cli.bench import numbers, once
@@ -27,17 +28,11 @@ from trimtab.recipes.embedded_base.base import DEMONSTRATIONS as BASE_DATA
 from trimtab.recipes.embedded_base.dataset import REPO_ID
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.repeat import repeatable
-from trimtab.recipes.support.reporting import rate_text, write_json
-from trimtab.recipes.support.session import (
-    EVALUATION_SEED,
-    EpisodesConfig,
-    MachineConfig,
-    Session,
-    base_of,
-    read_json,
-)
-from trimtab.rl.budget import MAX_SEED
+from trimtab.recipes.support.reporting import rate_text, read_json, write_json
+from trimtab.recipes.support.session import Session, base_of
+from trimtab.recipes.support.shared_configs import EVALUATION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, task_names
+from trimtab.rl.seeds import MAX_SEED
 
 RECORD = "compare_config.json"
 ALL = "base,zero_noise,golden_ticket,steered,lora,lora_rollouts,residual,dsrl_sac_paper_short"

@@ -9,22 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.checkpoint.files import file_hash
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.recipes.cli.adapt import AdaptConfig, check_run, steer, untrained_line
 from trimtab.recipes.embedded_base.base import RECORD, BaseConfig, cached_base
 from trimtab.recipes.support.console import default_threads, new_output_dir
-from trimtab.recipes.support.reporting import table, write_json
-from trimtab.recipes.support.session import (
-    EvalConfig,
-    MachineConfig,
-    Session,
-    describe,
-    open_session,
-    read_json,
-    summaries,
-)
+from trimtab.recipes.support.reporting import read_json, summaries, table, write_json
+from trimtab.recipes.support.session import Session, describe, open_session
+from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, resolve_task

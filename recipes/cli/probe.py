@@ -23,16 +23,9 @@ from trimtab.policies.noise_samplers import base_noise, constant_noise, own_nois
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.diagnosis import as_json, judge
 from trimtab.recipes.support.probe_picture import plot_probe
-from trimtab.recipes.support.reporting import table, write_json
-from trimtab.recipes.support.session import (
-    SELECTION_SEED,
-    EpisodesConfig,
-    MachineConfig,
-    Session,
-    base_of,
-    describe,
-    summaries,
-)
+from trimtab.recipes.support.reporting import summaries, table, write_json
+from trimtab.recipes.support.session import Session, base_of, describe
+from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
 from trimtab.rl.runs.threads import machine_record
@@ -211,7 +204,6 @@ def _success(
             noise, rates = best_constant(
                 runner,
                 vec,
-                constant_noise,
                 config.eval.constant_candidates,
                 range(SELECTION_SEED, SELECTION_SEED + episodes),
                 config.seed,

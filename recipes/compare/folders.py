@@ -10,7 +10,7 @@ from typing import Any
 from trimtab.adapters import UserError
 from trimtab.adapters.checkpoint.files import CONFIG
 from trimtab.recipes.compare.methods import folder_bytes
-from trimtab.recipes.support.session import read_json
+from trimtab.recipes.support.reporting import read_json
 
 RESULTS, METRICS = "results.json", "metrics.jsonl"
 OPTION = "--runs"

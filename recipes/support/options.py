@@ -13,7 +13,7 @@ from typing import Any
 import draccus
 from lerobot.configs.parser import print_scoped_help
 
-from trimtab.adapters.checkpoint.files import is_server
+from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import UserError, reason
 from trimtab.recipes.cli import COMMANDS, REMOVED
 from trimtab.recipes.cli.recipes import LORA, RECIPES, config_of

@@ -78,6 +78,20 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:
+    """The JSON form of evaluations."""
+    return {name: evaluation.summary() for name, evaluation in evaluations.items()}
+
+
+def outcomes(evaluations: dict[str, Evaluation]) -> dict[str, str]:
+    """Each episode's outcome, 1 or 0, in the order of the seeds: what a paired test needs."""
+    return {name: "".join(str(int(won)) for won in e.successes) for name, e in evaluations.items()}
+
+
 def rate_text(summary: dict[str, Any]) -> str:
     """``49.0 % [42.2, 55.9] (98/200)``: a success rate with its 95 % interval and counts."""
     if summary["success_rate"] is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,12 +13,13 @@ from lerobot.envs.configs import EnvConfig
 from tqdm import tqdm
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import is_server, resolve_folder
+from trimtab.adapters.checkpoint.folder import is_server, resolve_folder
 from trimtab.adapters.errors import reason
-from trimtab.policies.noise_samplers import NoiseSource, constant_noise, own_noise, zero_noise
+from trimtab.policies.acting import ChunkPolicy
+from trimtab.policies.noise_samplers import NoiseSampler, constant_noise, own_noise, zero_noise
 from trimtab.policies.observe import ObserveConfig, build_observer
-from trimtab.recipes.support.console import default_threads
 from trimtab.recipes.support.reporting import write_grid_video
+from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.envs.contract import SUCCESS_KEYS
 from trimtab.rl.envs.hooks import check_base, check_buildable, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
@@ -28,74 +28,7 @@ from trimtab.rl.runner import Encoded, PolicyRunner
 from trimtab.rl.runs.faults import FaultsConfig
 from trimtab.rl.runs.processes import World
 
-SEED_LIMIT = 50_000_000  # from here on seeds belong to demonstrations and training
-EVALUATION_SEED = 1_000_000  # first episode seed of an evaluation
 ONE_TASK = "only adapt takes several tasks at once; name one, and run this once for each"
-SELECTION_SEED = 2_000_000  # first episode seed on which constant noises compete
-
-
-@dataclass
-class EpisodesConfig:
-    """Which episodes policies are evaluated on."""
-
-    # Episodes per policy; all policies get the same ones.
-    n_episodes: int = 200
-    # Environments that run at the same time.
-    batch_size: int = 40
-    # First episode seed.
-    seed: int = EVALUATION_SEED
-    # Random constant noises among which the best is sought (0 leaves this baseline out) ...
-    constant_candidates: int = 16
-    # ... and the episodes that each gets for it, on seeds of their own.
-    constant_episodes: int = 20
-    # Episodes to render to a video (0: none).
-    videos: int = 4
-
-    def __post_init__(self) -> None:
-        for name in ("n_episodes", "batch_size", "constant_episodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--eval.{name}", f"must be at least 1, got {getattr(self, name)}")
-        for name in ("constant_candidates", "videos", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--eval.{name}", f"cannot be negative, got {getattr(self, name)}")
-        last, selection = self.seed + self.n_episodes, SELECTION_SEED + self.constant_episodes
-        if self.constant_candidates and self.seed < selection and last > SELECTION_SEED:
-            raise UserError(
-                "--eval.seed", f"{SELECTION_SEED} to {selection} are the seeds on which constants are chosen"
-            )
-        if last > SEED_LIMIT:
-            raise UserError("--eval.seed", f"stay below {SEED_LIMIT}, where demonstrations start")
-
-    @property
-    def seeds(self) -> list[int]:
-        return list(range(self.seed, self.seed + self.n_episodes))
-
-
-@dataclass
-class EvalConfig(EpisodesConfig):
-    """How policies are evaluated."""
-
-    # Take the mean of the actor instead of a sample.
-    deterministic: bool = True
-
-
-@dataclass
-class MachineConfig:
-    """What of the machine a run may use."""
-
-    # Simulator processes (0 steps the environments in the main process).
-    workers: int = 1
-    # Threads of torch; default: what OMP_NUM_THREADS says, else the cores that the workers leave.
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise UserError("--machine.workers", f"cannot be negative, got {self.workers}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError("--machine.threads", f"must be at least 1, got {self.threads}")
-
-    def apply(self) -> None:
-        torch.set_num_threads(self.threads or default_threads(self.workers))
 
 
 @dataclass
@@ -257,18 +190,12 @@ class Session:
     def evaluate(
         self,
         vec: ChunkVectorEnv,
-        source: NoiseSource,
+        policy: ChunkPolicy,
         seeds: Sequence[int] | None = None,
         label: str = "",
-        runner: PolicyRunner | None = None,
     ) -> Evaluation:
-        """One episode for each seed (default: those of the evaluation), shared among the processes.
-
-        ``runner`` acts in the place of this session's.
-        """
-        return self._run(
-            runner or self.runner, vec, source, self.eval.seeds if seeds is None else seeds, label
-        )
+        """One episode for each seed (default: those of the evaluation), shared among the processes."""
+        return self._run(self.runner, vec, policy, self.eval.seeds if seeds is None else seeds, label)
 
     def _run(self, *arguments: Any, **named: Any) -> Evaluation:
         if self.world is None:
@@ -281,7 +208,7 @@ class Session:
         return max(self.machine.workers, 2) if self.machine.workers else 0
 
     @property
-    def own_noise(self) -> NoiseSource:
+    def own_noise(self) -> NoiseSampler:
         """What the base feeds itself."""
         return own_noise(self.adapter.noise_spec)
 
@@ -301,7 +228,6 @@ class Session:
             noise, rates = best_constant(
                 self.runner,
                 vec,
-                constant_noise,
                 self.eval.constant_candidates,
                 selection,
                 seed,
@@ -323,9 +249,9 @@ class Session:
                 f"too, but success is read from the first of {names} that is there"
             )
 
-    def record(self, source: NoiseSource, path: Path, label: str, runner: PolicyRunner | None = None) -> bool:
-        """Render the first evaluation episodes under ``source`` to an MP4. A machine that cannot render
-        gets a line saying so, and no video. ``runner`` acts in the place of this session's.
+    def record(self, policy: ChunkPolicy, path: Path, label: str) -> bool:
+        """Render the first evaluation episodes under ``policy`` to an MP4. A machine that cannot render
+        gets a line saying so, and no video.
         """
         seeds = self.eval.seeds[: self.eval.videos]
         if not seeds:
@@ -335,7 +261,7 @@ class Session:
             return False
         try:
             with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
-                outcome = evaluate(runner or self.runner, vec, source, seeds, label, record=seeds)
+                outcome = evaluate(self.runner, vec, policy, seeds, label, record=seeds)
             return write_grid_video(path, outcome, seeds, fps=20)
         except Exception as error:  # a picture is never worth a run
             print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")
@@ -372,16 +298,6 @@ def open_session(
     return Session(adapter, env, eval_config, machine, observe or ObserveConfig(), many), folder
 
 
-def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:
-    """The JSON form of evaluations."""
-    return {name: evaluation.summary() for name, evaluation in evaluations.items()}
-
-
-def outcomes(evaluations: dict[str, Evaluation]) -> dict[str, str]:
-    """Each episode's outcome, 1 or 0, in the order of the seeds: what a paired test needs."""
-    return {name: "".join(str(int(won)) for won in e.successes) for name, e in evaluations.items()}
-
-
 def describe(session: Session, base: Path | str) -> str:
     """Two lines about what is going to be steered."""
     spec, size = session.adapter.noise_spec, session.adapter.parameter_count
@@ -391,7 +307,3 @@ def describe(session: Session, base: Path | str) -> str:
         f"environment: {session.env.type}, {session.env.task}; noise {tuple(spec.shape)}, "
         f"{session.adapter.chunk_shape[0]} actions per chunk"
     )
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

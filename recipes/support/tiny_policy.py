@@ -123,7 +123,8 @@ def demonstrations(folder: Path, policy: dict[str, Any], world: dict[str, Any]) 
     from trimtab.adapters import PolicyConfig, load_adapter
     from trimtab.recipes.finetune.data import REPO_ID, Recorder
     from trimtab.recipes.finetune.rollouts import Rollouts
-    from trimtab.recipes.support.session import EpisodesConfig, MachineConfig, Session
+    from trimtab.recipes.support.session import Session
+    from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 
     root = folder / f"demonstrations-{world['type']}"
     with FileLock(f"{root}.lock"):

@@ -14,7 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from trimtab.adapters.checkpoint.files import CONFIG, is_server
+from trimtab.adapters.checkpoint.files import CONFIG
+from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import UserError
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli import COMMANDS

@@ -29,7 +29,8 @@ from trimtab.recipes.compare.summary import against, elsewhere, summarise
 from trimtab.recipes.embedded_base.base import BaseConfig, make_base
 from trimtab.recipes.embedded_base.cloning import CloningConfig
 from trimtab.recipes.embedded_base.dataset import REPO_ID
-from trimtab.recipes.support.session import EpisodesConfig, MachineConfig, Session
+from trimtab.recipes.support.session import Session
+from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.algorithms.golden_ticket import GoldenTicketConfig
 from trimtab.rl.algorithms.presets import PAPER

@@ -11,7 +11,8 @@ from torch import nn
 
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash, is_peft
+from trimtab.adapters.checkpoint.folder import is_peft
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.recipes.cli import main
 from trimtab.recipes.cli.lora import LoraConfig, means
 from trimtab.recipes.embedded_base.dataset import REPO_ID
@@ -20,9 +21,10 @@ from trimtab.recipes.finetune.lora_targets import as_pattern, default_targets
 from trimtab.recipes.finetune.rollouts import RolloutEpisode, Rollouts, as_recorded
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.options import parse
-from trimtab.recipes.support.session import EvalConfig, MachineConfig, Session
-from trimtab.rl.budget import training_seed
+from trimtab.recipes.support.session import Session
+from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
+from trimtab.rl.seeds import training_seed
 
 ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3", "--env.episode_length=100"]
 MACHINE = ["--policy.device=cpu", "--machine.workers=0", "--machine.threads=1"]

@@ -11,7 +11,8 @@ from tests.helpers.lane import LaneConfig, make_lane_policy
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.recipes.cli import main
 from trimtab.recipes.finetune.rollouts import Rollouts
-from trimtab.recipes.support.session import EvalConfig, MachineConfig, Session
+from trimtab.recipes.support.session import Session
+from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.rl.train import Trainer
 
 EVAL = [

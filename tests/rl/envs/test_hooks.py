@@ -6,7 +6,8 @@ import pytest
 from tests.helpers.lane import KNOWN, LaneConfig, LanesConfig, make_lane_policy
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.recipes.cli import main
-from trimtab.recipes.support.session import EpisodesConfig, MachineConfig, open_session
+from trimtab.recipes.support.session import open_session
+from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, own_form, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimtab.recipes.support import console, session
-from trimtab.recipes.support.session import MachineConfig
+from trimtab.recipes.support import console, shared_configs
+from trimtab.recipes.support.shared_configs import MachineConfig
 from trimtab.rl.runs.threads import machine_record, spin_briefly, threads_said
 
 # Ends the process where it imports torch, and tells how threads would wait.
@@ -31,7 +31,7 @@ sys.meta_path.insert(0, Spy())
 def plain(monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(session, "default_threads", console.default_threads)
+    monkeypatch.setattr(shared_configs, "default_threads", console.default_threads)
 
 
 @pytest.mark.parametrize(

@@ -1,36 +1,34 @@
-"""The frozen policy and its environments as one stable-baselines3 environment, whose action is the noise.
+"""stable-baselines3's SAC as one more method of ``trimtab compare``, and what it takes.
 
-The only module that imports stable-baselines3, a development dependency: import it when it is needed. Of it
-nothing is saved or loaded.
+    python -m tests.benchmarks.sb3 --methods=sb3_sac,dsrl_sac_as_sb3 ...
+
+The frozen policy and its environments are one environment to it, whose action is the noise.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from trimtab.adapters import UserError
-from trimtab.policies.noise_samplers import NoiseSource
+from trimtab.policies.noise_samplers import NoiseSampler
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.recipes.bench.methods import METHODS, Method, Recorder, Setup
+from trimtab.recipes.cli import main
 from trimtab.rl.data.returns import Returns
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
-
-try:
-    from stable_baselines3 import SAC
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.logger import Logger
-    from stable_baselines3.common.vec_env import VecEnv
-except ImportError as error:
-    raise UserError(
-        "stable-baselines3", f"cannot be imported ({error}); `pip install 'stable-baselines3>=2.9'`"
-    ) from error
+from trimtab.rl.seeds import training_seed
 
 
 @dataclass
@@ -126,7 +124,7 @@ class NoiseVecEnv(VecEnv):
 
     def _observe(self, observations: list) -> np.ndarray:
         self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
-        return self.runner.features(self._conditioning).numpy()
+        return self.runner.features(self._conditioning).cpu().numpy()
 
     def step_async(self, actions: np.ndarray) -> None:
         self._unused = None
@@ -152,7 +150,7 @@ class NoiseVecEnv(VecEnv):
             conditioning = self.runner.encode_finals(
                 {i: results[i] for i in ended}, self._lengths, self.vec.task_descriptions
             )
-            finals = self.runner.features(conditioning).numpy()
+            finals = self.runner.features(conditioning).cpu().numpy()
             for row, i in enumerate(ended):
                 infos[i]["terminal_observation"] = finals[row]
                 self.ended.append(self._success[i])
@@ -234,11 +232,36 @@ def learn(model: SAC, env: NoiseVecEnv, env_steps: int, on_step: Callable[[int, 
     model.learn(total_timesteps=env_steps, callback=_AfterStep(env, env_steps, on_step))
 
 
-def sb3_noise(model: SAC, space: NoiseSpace) -> NoiseSource:
+def sb3_noise(model: SAC, space: NoiseSpace) -> NoiseSampler:
     """What the mean of stable-baselines3's actor chooses."""
 
-    def source(features: Tensor | None, prior: Tensor) -> Tensor:
-        u, _ = model.predict(features.numpy(), deterministic=True)
-        return space.expand(torch.as_tensor(u), prior).to(prior)
+    def choose(features: Tensor | None, prior: Tensor) -> Tensor:
+        u, _ = model.predict(features.cpu().numpy(), deterministic=True)
+        return torch.as_tensor(u).to(prior)
 
-    return source
+    return NoiseSampler(choose, space)
+
+
+def run_sac(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recorder, dict[str, Any], SAC]:
+    """As ``trimtab.recipes.bench.methods`` runs the others."""
+    config, adapter = SB3SACConfig(), setup.adapter
+    space = method.noise.build(adapter.noise_spec)
+    runner = PolicyRunner(adapter, setup.env)
+    with setup.training_environments() as vec:
+        train_runner = PolicyRunner(adapter, setup.env)
+        env = NoiseVecEnv(train_runner, vec, space, config.gamma, config.reward, training_seed(seed))
+        model = make_sac(config, env, adapter.chunk_shape[0], seed, device=adapter.device)
+        policies = {"actor": (runner, sb3_noise(model, space))}
+        recorder = Recorder(setup, label, lambda: policies)
+        learn(model, env, setup.env_steps, lambda step, ended: recorder(step, [(won, True) for won in ended]))
+    return recorder, {"updates": model._n_updates}, model
+
+
+METHODS["sb3_sac"] = Method(
+    None,
+    train_alone=run_sac,
+    other={"engine": "stable-baselines3", "sac": asdict(SB3SACConfig())},
+)
+
+if __name__ == "__main__":
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -1,0 +1,78 @@
+"""Options that commands share: the episodes to evaluate policies on, and what of the machine to use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trimtab.adapters import UserError
+from trimtab.recipes.support.console import default_threads
+
+SEED_LIMIT = 50_000_000  # from here on seeds belong to demonstrations and training
+EVALUATION_SEED = 1_000_000  # first episode seed of an evaluation
+SELECTION_SEED = 2_000_000  # first episode seed on which constant noises compete
+
+
+@dataclass
+class EpisodesConfig:
+    """Which episodes policies are evaluated on."""
+
+    # Episodes per policy; all policies get the same ones.
+    n_episodes: int = 200
+    # Environments that run at the same time.
+    batch_size: int = 40
+    # First episode seed.
+    seed: int = EVALUATION_SEED
+    # Random constant noises among which the best is sought (0 leaves this baseline out) ...
+    constant_candidates: int = 16
+    # ... and the episodes that each gets for it, on seeds of their own.
+    constant_episodes: int = 20
+    # Episodes to render to a video (0: none).
+    videos: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("n_episodes", "batch_size", "constant_episodes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--eval.{name}", f"must be at least 1, got {getattr(self, name)}")
+        for name in ("constant_candidates", "videos", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--eval.{name}", f"cannot be negative, got {getattr(self, name)}")
+        last, selection = self.seed + self.n_episodes, SELECTION_SEED + self.constant_episodes
+        if self.constant_candidates and self.seed < selection and last > SELECTION_SEED:
+            raise UserError(
+                "--eval.seed", f"{SELECTION_SEED} to {selection} are the seeds on which constants are chosen"
+            )
+        if last > SEED_LIMIT:
+            raise UserError("--eval.seed", f"stay below {SEED_LIMIT}, where demonstrations start")
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(range(self.seed, self.seed + self.n_episodes))
+
+
+@dataclass
+class EvalConfig(EpisodesConfig):
+    """How policies are evaluated."""
+
+    # Take the mean of the actor instead of a sample.
+    deterministic: bool = True
+
+
+@dataclass
+class MachineConfig:
+    """What of the machine a run may use."""
+
+    # Simulator processes (0 steps the environments in the main process).
+    workers: int = 1
+    # Threads of torch; default: what OMP_NUM_THREADS says, else the cores that the workers leave.
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise UserError("--machine.workers", f"cannot be negative, got {self.workers}")
+        if self.threads is not None and self.threads < 1:
+            raise UserError("--machine.threads", f"must be at least 1, got {self.threads}")
+
+    def apply(self) -> None:
+        torch.set_num_threads(self.threads or default_threads(self.workers))
