@@ -7,7 +7,8 @@ import pytest
 from tests.helpers.lane import LaneConfig, LaneEnv
 from trimtab.adapters import UserError
 from trimtab.rl.envs.chunk import ChunkEnv, NotFinite
-from trimtab.rl.envs.contract import describe, examine, read_success
+from trimtab.rl.envs.contract import read_success
+from trimtab.rl.envs.examine import describe, examine
 from trimtab.rl.envs.hooks import make_single_env
 from trimtab.rl.envs.vector import ChunkVectorEnv
 
