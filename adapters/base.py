@@ -1,61 +1,28 @@
-"""The adapter contract: a frozen generative policy as a function (observation, noise) -> action chunk."""
+"""The base class of adapters: how a policy is loaded, what it is shown, what identifies it."""
 
 from __future__ import annotations
 
-import abc
-import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from trimtab.adapters import inputs, verification
-from trimtab.adapters.checkpoint.files import (
-    hash_files,
-    placement,
-    settings_hashes,
-    weights_files,
-    weights_hash,
-)
+from trimtab.adapters.checkpoint.identity import identity
 from trimtab.adapters.conditioning import Conditioning, repeat_rows
 from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters.contract import NoiseSpec, NoiseToChunk
+from trimtab.adapters.inputs import cameras_of, check_inputs, input_notes, required_inputs
+from trimtab.adapters.verification import verify
 
-
-@dataclass(frozen=True)
-class NoiseSpec:
-    """The noise that an adapter takes: standard normal in every entry, whatever the policy itself draws.
-
-    A policy that draws something else (evo1: uniform) gets it from a standard normal by a fixed map
-    (``PolicyAdapter.native_noise``), so that one prior serves every noise space and algorithm.
-
-    Attributes:
-        shape: shape of one sample, without the batch dimension.
-        distribution: what the policy itself feeds in: ``normal``, ``uniform``, or ``zero`` (act).
-        dtype: dtype that ``denoise`` takes.
-        live: boolean mask of ``shape``: entries that can change the executed actions; ``None`` = all.
-    """
-
-    shape: tuple[int, ...]
-    distribution: str = "normal"
-    dtype: torch.dtype = torch.float32
-    live: Tensor | None = None
-
-    @property
-    def size(self) -> int:
-        """Number of entries of one sample."""
-        return math.prod(self.shape)
-
+__all__ = ["NoiseSpec", "PolicyAdapter"]
 
 RELATIVE_STATE = "relative_state"  # raw state of each observation, for policies with relative actions
 
 
-Observing = Callable[[Conditioning, dict[str, Any], Sequence[str] | None], Tensor]
-
-
-class PolicyAdapter(abc.ABC):
+class PolicyAdapter(NoiseToChunk):
     """Wraps one frozen LeRobot policy and exposes its sampling noise as an input.
 
     A subclass sets ``noise_spec`` and ``chunk_shape`` and writes ``encode`` and ``denoise``; the rest has
@@ -67,18 +34,13 @@ class PolicyAdapter(abc.ABC):
         postprocessor: the policy's own saved output pipeline.
 
     Attributes:
-        policy_type: LeRobot's name of the policy type that the class adapts.
-        history: whether the policy takes a time axis, (B, n_obs_steps, ...).
-        remembers: whether a chunk depends on the episode before it, through ``follow``.
-        rounding: share of the noise's own effect by which chunks of the same noise may differ.
-        fills_missing_cameras: whether the policy does with fewer cameras than its config names.
-        stacks_cameras: whether the policy's cameras must be of one size.
-        reads_task: whether the policy is told what to do in words.
-        max_batch: most noises that the policy denoises in one batch; ``None`` = any number.
-        noise_spec: the noise that ``denoise`` takes.
-        chunk_shape: (steps executed per chunk, action dimension after un-padding); with ``remembers`` of
-            an episode's first chunk, for later ones may have other steps.
-        n_obs_steps: length of the observation history that ``preprocess`` expects.
+        steps_field: field of the config that ``--policy.num_inference_steps`` sets; ``None`` where
+            ``prepare_config`` takes the option.
+        dtype_field: field that ``--policy.dtype`` sets, where the config has it.
+        dtypes: the precisions that the policy runs in; empty = any.
+        backbone_fields: fields that ``--policy.backbone`` sets; empty where there is no such option.
+        takes_tokenizer: whether ``--policy.tokenizer`` has an effect.
+        tokenizer_step: (name of a preprocessor's step, its entry) that names the tokenizer.
         notes: lines to show the user about what was changed at load.
         weights_files: the files that the weights were loaded from; empty where a loader did not say.
         trainable: names of the parameters that the policy's own class leaves open to training.
@@ -86,18 +48,13 @@ class PolicyAdapter(abc.ABC):
             ``features``; ``None`` = the features.
     """
 
-    policy_type: ClassVar[str] = ""
-    history: ClassVar[bool] = False
-    remembers: ClassVar[bool] = False
-    fills_missing_cameras: ClassVar[bool] = False
-    stacks_cameras: ClassVar[bool] = False
-    reads_task: ClassVar[bool] = False
-    max_batch: ClassVar[int | None] = None
-    rounding: ClassVar[float] = 0.0
-    noise_spec: NoiseSpec
-    chunk_shape: tuple[int, int]
-    n_obs_steps: int = 1
-    observer: Observing | None = None
+    steps_field: ClassVar[str | None] = None
+    dtype_field: ClassVar[str] = "dtype"
+    dtypes: ClassVar[tuple[str, ...]] = ()
+    backbone_fields: ClassVar[tuple[str, ...]] = ()
+    takes_tokenizer: ClassVar[bool] = True
+    tokenizer_step: ClassVar[tuple[str, str]] = ("tokenizer_processor", "tokenizer_name")
+    observer: Callable[[Conditioning, dict[str, Any], Sequence[str] | None], Tensor] | None = None
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         self.policy = policy
@@ -113,7 +70,11 @@ class PolicyAdapter(abc.ABC):
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        """Change the policy's config before it is built; return a line for each change."""
+        """Change the policy's config, in which the options are set, before the policy is built.
+
+        Returns:
+            A line for each change that the user should know of.
+        """
         return []
 
     @classmethod
@@ -138,7 +99,7 @@ class PolicyAdapter(abc.ABC):
 
     @classmethod
     def cast(cls, policy: Any, dtype: torch.dtype) -> None:
-        """Change the precision of a loaded policy whose config has no ``dtype`` of its own.
+        """Change the precision of a loaded policy whose config has no ``dtype``.
 
         Everything that the weights file holds changes. Other buffers (rotary frequencies, position tables)
         keep theirs, for they are computed, not learnt.
@@ -148,17 +109,14 @@ class PolicyAdapter(abc.ABC):
                 tensor.data = tensor.data.to(dtype)
 
     @classmethod
-    def processor_overrides(
-        cls, config: Any, options: PolicyConfig
-    ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-        """Overrides for the saved (preprocessor, postprocessor), by step name, beside the device's."""
-        if options.tokenizer:
-            return {"tokenizer_processor": {"tokenizer_name": options.tokenizer}}, {}
-        return {}, {}
+    def processor_overrides(cls, config: Any, options: PolicyConfig) -> dict[str, dict[str, Any]]:
+        """Overrides for the saved preprocessor, by step name, beside the device's."""
+        name = options.tokenizer or (options.backbone if cls.backbone_fields else None)
+        step, entry = cls.tokenizer_step
+        return {step: {entry: name}} if name and cls.takes_tokenizer else {}
 
     @property
     def config(self) -> Any:
-        """The policy's LeRobot config."""
         return self.policy.config
 
     @property
@@ -167,23 +125,12 @@ class PolicyAdapter(abc.ABC):
         return sum(parameter.numel() for parameter in self.policy.parameters())
 
     def identity(self, base: Path | str) -> dict[str, Any]:
-        """What tells this base from any other, as JSON values.
+        """What tells this base from any other, as JSON values: see ``checkpoint.identity.identity``.
 
         Args:
             base: folder of the base, or address of its server.
-
-        Returns:
-            ``sha256`` of the weights' files; ``files``, the hashes of all else that makes the function
-            (``files.settings_hashes``); ``weights_sha256`` of the weights in memory, with their
-            ``weights_dtype`` and ``weights_device``.
         """
-        base, parts = Path(base), self.frozen_parts(self.policy)
-        return {
-            "sha256": hash_files(self.weights_files or weights_files(base)),
-            "files": settings_hashes(base, {name: folder for name, (_, folder) in parts.items()}),
-            "weights_sha256": weights_hash(self.policy, *(module for module, _ in parts.values())),
-            **placement(self.policy),
-        }
+        return identity(self.policy, Path(base), self.weights_files, self.frozen_parts(self.policy))
 
     def check_identity(self, identity: dict[str, Any], base: Path | str) -> None:
         """Raise where the base is no longer the one that ``identity`` described.
@@ -198,7 +145,7 @@ class PolicyAdapter(abc.ABC):
                 f"the base policy changed while it was steered ({odd}); this is a bug of trimtab"
             )
 
-    def close(self) -> None:  # noqa: B027 - most hold nothing
+    def close(self) -> None:
         """Let go of what the adapter holds outside this process."""
 
     # Observations.
@@ -236,25 +183,19 @@ class PolicyAdapter(abc.ABC):
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == lead[0] * lead[1]
         }
 
+    def _check_observation(self, observation: dict[str, Any]) -> None:
+        check_inputs(self, observation)
+
     def required_inputs(self, given: Collection[str]) -> dict[str, Any]:
         """The policy's input features that an observation with the renamed keys ``given`` must hold."""
-        return inputs.required_inputs(self, given)
-
-    def _check_observation(self, observation: dict[str, Any]) -> None:
-        inputs.check_inputs(self, observation)
+        return required_inputs(self, given)
 
     def input_notes(self, observation: dict[str, Any]) -> list[str]:
         """What the user should know of an observation that ``preprocess`` takes, a line each."""
-        return inputs.input_notes(self, observation)
+        return input_notes(self, observation)
 
     def cameras_used(self, given: Collection[str]) -> set[str]:
-        """Of the renamed keys ``given`` the cameras that the policy looks at."""
-        return set(inputs.cameras_of(self)).intersection(given)
-
-    @property
-    def resizes_images(self) -> bool:
-        """Whether the policy takes images of any size."""
-        return False
+        return set(cameras_of(self)).intersection(given)
 
     def renames(self) -> dict[str, str]:
         for step in getattr(self.preprocessor, "steps", ()):
@@ -299,66 +240,11 @@ class PolicyAdapter(abc.ABC):
         """Whether ``postprocess`` adds a chunk's actions to the state that it was made for."""
         return self._relative_step() is not None
 
-    def runner_notes(self) -> list[str]:
-        """Where LeRobot's own commands compute otherwise than the adapter, a line each."""
-        notes = []
-        if getattr(self.config, "use_amp", False):
-            notes.append(
-                "use_amp is on in config.json: lerobot-eval runs this policy under autocast, lerobot-rollout "
-                "on CUDA alone, the policy server nowhere; trimtab and what it exports compute in the "
-                "policy's own precision"
-            )
-        if self.relative_actions and self.chunk_shape[0] > 1:
-            notes.append(
-                "relative actions: trimtab adds a chunk to the state that it was made for, lerobot-eval and "
-                "lerobot-rollout add each action to the state at its own step"
-            )
-        return notes
-
     def _relative_step(self) -> Any:
         for step in getattr(self.postprocessor, "steps", ()):
             if getattr(step, "relative_step", None) is not None and step.enabled:
                 return step.relative_step
         return None
-
-    # The function (observation, noise) -> chunk.
-
-    @abc.abstractmethod
-    def encode(self, batch: dict[str, Any]) -> Conditioning:
-        """Run what depends on the observation alone. No gradient. ``batch`` is not changed."""
-
-    def follow(self, conditioning: Conditioning, chunk: Tensor, batch: dict[str, Any]) -> Conditioning:
-        """The conditioning of the next chunk of the same episodes. No argument is changed.
-
-        A policy that remembers its episode (``remembers``) keeps all its memory in the conditioning and
-        overrides this; for any other policy it is ``encode(batch)``.
-
-        Args:
-            conditioning: what ``chunk`` was denoised with, at the same chunk of all its episodes.
-            chunk: (B, steps, action_dim) from ``denoise``, executed to its end.
-            batch: as for ``encode``, after the chunk's last action.
-        """
-        return self.encode(batch)
-
-    @abc.abstractmethod
-    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        """Turn noise into an action chunk, deterministically. No gradient.
-
-        Args:
-            conditioning: from ``encode``, for B noises. It is not changed.
-            noise: (B, *noise_spec.shape) of ``noise_spec.dtype``.
-
-        Returns:
-            (B, steps, action_dim) in the policy's normalised space.
-        """
-
-    def native_noise(self, noise: Tensor) -> Tensor:
-        """What the policy itself would have drawn, for standard normal ``noise`` (B, *noise_spec.shape)."""
-        return noise
-
-    def executed(self, chunk: Tensor) -> Tensor:
-        """The part of the policy's chunk (B, T, D) that is executed: (B, *chunk_shape)."""
-        return chunk[:, : self.chunk_shape[0], : self.chunk_shape[1]]
 
     def postprocess(self, chunk: Tensor, conditioning: Conditioning | None = None) -> Tensor:
         """Un-normalise a chunk (B, steps, action_dim) to what the environment takes, on the CPU.
@@ -378,14 +264,9 @@ class PolicyAdapter(abc.ABC):
         finally:
             step._last_state = latest
 
-    def features(self, conditioning: Conditioning) -> Tensor | None:
-        """A backbone representation (B, d) that the noise actor may look at, or ``None``."""
-        return None
-
     # Verification.
 
     def example_observation(self, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
-        """A random observation within the policy's own statistics, with a task."""
         stats = {}
         for step in getattr(self.preprocessor, "steps", ()):
             stats = getattr(step, "_tensor_stats", None) or stats
@@ -412,21 +293,6 @@ class PolicyAdapter(abc.ABC):
         finally:
             self.observer = observer
 
-    def check_noise(self, conditioning: Conditioning, noise: Tensor) -> None:
-        """Refuse noise of the wrong shape or dtype in one clear line.
-
-        Raises:
-            ValueError: shape, dtype or device differ from what ``noise_spec``, the conditioning's batch size
-                and the policy ask for.
-        """
-        expected = (conditioning.batch_size, *self.noise_spec.shape)
-        if tuple(noise.shape) != expected:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, {self.policy_type} takes {expected}")
-        if noise.dtype != self.noise_spec.dtype:
-            raise ValueError(f"noise is {noise.dtype}, {self.policy_type} takes {self.noise_spec.dtype}")
-        if noise.device.type != self.device.type:
-            raise ValueError(f"noise is on {noise.device}, {self.policy_type} on {self.device}")
-
     def verify(self) -> None:
         """Check on the real weights that noise steers this policy, and steers it alone.
 
@@ -438,28 +304,4 @@ class PolicyAdapter(abc.ABC):
         Raises:
             UserError: one of these does not hold, with what it means.
         """
-        verification.verify(self)
-
-
-_REGISTRY: dict[str, Callable[[], type[PolicyAdapter]]] = {}
-
-
-def register_adapter(policy_type: str, loader: Callable[[], type[PolicyAdapter]]) -> None:
-    """Register an adapter class for a LeRobot policy type.
-
-    Args:
-        policy_type: the ``type`` in the policy's ``config.json``.
-        loader: returns the class; called on first use, so that listing adapters imports nothing.
-    """
-    _REGISTRY[policy_type] = loader
-
-
-def adapter_class(policy_type: str) -> type[PolicyAdapter] | None:
-    """The adapter registered for a policy type, or ``None``."""
-    loader = _REGISTRY.get(policy_type)
-    return loader() if loader else None
-
-
-def adapter_types() -> list[str]:
-    """The policy types that have an adapter."""
-    return sorted(_REGISTRY)
+        verify(self)

@@ -10,15 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lerobot.utils.constants import OBS_IMAGE, OBS_STR
 from torch import Tensor
 
+from trimtab.adapters.contract import NoiseToChunk
 from trimtab.adapters.errors import UserError
-
-if TYPE_CHECKING:
-    from trimtab.adapters.base import PolicyAdapter
 
 BRIGHTEST = 1.001  # of an image in [0, 1], with room for an interpolation's rounding
 
@@ -28,13 +26,13 @@ def filled(key: str) -> bool:
     return "empty_camera" in key
 
 
-def cameras_of(adapter: PolicyAdapter) -> list[str]:
+def cameras_of(adapter: NoiseToChunk) -> list[str]:
     """The cameras that the policy was trained on, by its own names."""
     features = adapter.config.input_features
     return [key for key, feature in features.items() if len(feature.shape) == 3 and not filled(key)]
 
 
-def required_inputs(adapter: PolicyAdapter, given: Collection[str]) -> dict[str, Any]:
+def required_inputs(adapter: NoiseToChunk, given: Collection[str]) -> dict[str, Any]:
     """The policy's input features that an observation with the renamed keys ``given`` must hold.
 
     A policy that fills missing cameras does without them where those there are are all its own. Where one has
@@ -47,12 +45,12 @@ def required_inputs(adapter: PolicyAdapter, given: Collection[str]) -> dict[str,
     return {key: feature for key, feature in features.items() if not filled(key) and key not in spare}
 
 
-def check_inputs(adapter: PolicyAdapter, observation: dict[str, Any]) -> None:
+def check_inputs(adapter: NoiseToChunk, observation: dict[str, Any]) -> None:
     """Refuse an observation that is not what the policy was trained on.
 
     Args:
         adapter: the policy.
-        observation: raw, as for ``PolicyAdapter.preprocess``.
+        observation: raw, as for ``observe``.
 
     Raises:
         UserError: an input is missing, or has another shape, layout or range.
@@ -89,7 +87,7 @@ def check_inputs(adapter: PolicyAdapter, observation: dict[str, Any]) -> None:
         )
 
 
-def _check_value(adapter: PolicyAdapter, key: str, wanted: tuple[int, ...], value: Tensor) -> None:
+def _check_value(adapter: NoiseToChunk, key: str, wanted: tuple[int, ...], value: Tensor) -> None:
     shape = tuple(value.shape[2:])
     image = len(wanted) == 3
     if image and len(shape) == 3 and shape[0] != wanted[0] == shape[2]:
@@ -115,7 +113,7 @@ def _check_value(adapter: PolicyAdapter, key: str, wanted: tuple[int, ...], valu
 
 
 def _lacking(
-    adapter: PolicyAdapter,
+    adapter: NoiseToChunk,
     observation: dict[str, Any],
     names: dict[str, str],
     missing: list[str],
@@ -150,12 +148,12 @@ def _fits(feature: Any, value: Any) -> bool:
     return bool(shape) and (len(shape) == len(wanted) == 3 or shape == wanted)
 
 
-def input_notes(adapter: PolicyAdapter, observation: dict[str, Any]) -> list[str]:
+def input_notes(adapter: NoiseToChunk, observation: dict[str, Any]) -> list[str]:
     """What the user should know of an observation that ``check_inputs`` let pass, a line each.
 
     Args:
         adapter: the policy.
-        observation: raw, as for ``PolicyAdapter.preprocess``.
+        observation: raw, as for ``observe``.
     """
     renames, notes = adapter.renames(), []
     names = {renames.get(key, key) for key in observation}

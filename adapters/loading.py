@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 
-from trimtab.adapters.base import PolicyAdapter, adapter_class, adapter_types
+from trimtab.adapters.base import PolicyAdapter
 from trimtab.adapters.checkpoint.files import (
     OLD_STATISTICS,
     OPTION,
-    PEFT_WEIGHTS,
     PREPROCESSOR,
+    processor_steps,
+    read_weights,
+)
+from trimtab.adapters.checkpoint.folder import (
     is_peft,
     is_server,
-    peft_base,
     read_policy_type,
-    read_processor_steps,
     resolve_folder,
+    weights_files,
 )
 from trimtab.adapters.checkpoint.legacy import is_legacy, statistics, take_statistics
 from trimtab.adapters.checkpoint.processors import (
@@ -31,7 +33,6 @@ from trimtab.adapters.checkpoint.processors import (
     renaming,
 )
 from trimtab.adapters.checkpoint.saved_config import read_config, set_to_act
-from trimtab.adapters.checkpoint.weight_files import whole_weights
 from trimtab.adapters.checkpoint.weights import (
     check_part,
     freeze,
@@ -39,10 +40,10 @@ from trimtab.adapters.checkpoint.weights import (
     load_weights,
     no_larger_than,
     plain_names,
-    read_tensors,
 )
 from trimtab.adapters.config import DTYPES, PolicyConfig
 from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.registry import adapter_class, adapter_types
 
 # Policies whose sampling has no continuous noise to steer.
 NO_NOISE = {
@@ -144,44 +145,35 @@ def _no_adapter(policy_type: str) -> str:
     )
 
 
-class _Watched(PolicyConfig):
-    """The user's options, and which of them the adapter asked for."""
-
-    asked: set[str]
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in ("tokenizer", "backbone"):
-            object.__getattribute__(self, "__dict__").setdefault("asked", set()).add(name)
-        return super().__getattribute__(name)
-
-
 def _build(
     cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, device: str, token: str | None
 ) -> PolicyAdapter:
     peft = is_peft(folder)
-    weights_folder = peft_base(folder, options.base_path, token) if peft else folder
-    files = whole_weights(weights_folder)
-    watched = _Watched(**vars(options))
-    watched.asked = set()
+    files = weights_files(folder, options.base_path, token)
+    base_files = files[1:] if peft else files
     config = read_config(folder)
     config.device = device
-    config.pretrained_path = weights_folder
-    if options.dtype and hasattr(config, "dtype"):
-        config.dtype = options.dtype
-    if options.n_action_steps is not None:
-        config.n_action_steps = executed_steps(config, options.n_action_steps)
-    notes = set_to_act(config) + list(cls.prepare_config(config, watched))
-    before, after = cls.processor_overrides(config, watched)
-    before |= renaming(folder, options)
-    _check_options(cls, folder, options, watched.asked, before)
-    saved = plain_names(read_tensors(files, unchecked=OLD_STATISTICS), files[0])
-    with quietly(), no_larger_than(saved, files[0]):
+    config.pretrained_path = base_files[0].parent
+    _apply(cls, config, options)
+    notes = set_to_act(config) + list(cls.prepare_config(config, options))
+    overrides = cls.processor_overrides(config, options) | renaming(folder, options)
+    taken = _taken(cls, options, folder, overrides)
+    saved = plain_names(read_weights(base_files, unchecked=OLD_STATISTICS), base_files[0])
+    with quietly(), no_larger_than(saved, base_files[0]):
         policy = cls.build(config)
     old = take_statistics(saved, policy.state_dict())
-    stats = statistics(old, config, files[0]) if is_legacy(folder) else None
-    if old:
-        notes.append(_about_statistics(len(old), stats is not None))
-    load_weights(policy, cls.prepare_weights(saved, policy), files[0])
+    stats = statistics(old, config, base_files[0]) if is_legacy(folder) else None
+    if stats is not None:
+        notes.append(
+            f"a checkpoint of LeRobot before 0.4: processors made of the {len(old)} statistics among its "
+            "weights"
+        )
+    elif old:
+        notes.append(
+            f"{len(old)} statistics of an older LeRobot lie among the weights: left out for the saved "
+            "processors'"
+        )
+    load_weights(policy, cls.prepare_weights(saved, policy), base_files[0])
     if peft:
         load_peft(policy, folder)
     policy.to(device)
@@ -189,38 +181,76 @@ def _build(
         cls.cast(policy, getattr(torch, options.dtype))
     trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
     freeze(policy)
-    for name, (part, place) in cls.frozen_parts(policy).items():
+    for part, where in cls.frozen_parts(policy).values():
         freeze(part)
-        check_part(part, place, name)
+        check_part(part, where)
     try:
-        pre, post = load_processors(config, folder, before, after, stats)
+        pre, post = load_processors(config, folder, overrides, stats)
     except Exception as error:
-        raise processor_error(error, folder, options, watched.asked) from error
-    check_processors(pre, post, config, folder, files[0])
+        raise processor_error(error, folder, options, taken) from error
+    notes += check_processors(pre, post, config, folder, base_files[0])
     adapter = cls(policy, pre, post)
-    if options.n_action_steps not in (None, adapter.chunk_shape[0]):
+    steps = adapter.chunk_shape[0]
+    if options.n_action_steps not in (None, steps):
         raise UserError(
             "--policy.n_action_steps",
-            f"this {config.type} policy executes {adapter.chunk_shape[0]} steps of each chunk; "
-            "drop the option",
+            f"this {config.type} policy executes {steps} steps of each chunk; drop the option",
         )
     if min(adapter.chunk_shape) < 1:  # of a horizon that ends before the last of the observations
         raise UserError(
-            OPTION,
-            f"by its config.json, of each chunk it executes {adapter.chunk_shape[0]} actions; it must be 1",
+            OPTION, f"by its config.json, of each chunk it executes {steps} actions; it must be 1"
         )
-    adapter.notes = [*notes, *adapter.runner_notes()]
+    adapter.notes = [*notes, *_runner_notes(adapter)]
     adapter.trainable = trainable
-    adapter.weights_files = [folder / PEFT_WEIGHTS, *files] if peft else files
+    adapter.weights_files = files
     return adapter
 
 
-def _about_statistics(count: int, used: bool) -> str:
-    if used:
-        return (
-            f"a checkpoint of LeRobot before 0.4: processors made of the {count} statistics among its weights"
+def _taken(
+    cls: type[PolicyAdapter], options: PolicyConfig, folder: Path, overrides: dict[str, Any]
+) -> set[str]:
+    """Which of ``tokenizer`` and ``backbone`` have an effect on this policy.
+
+    Raises:
+        UserError: one of them is named and has none.
+    """
+    taken = {"backbone"} if cls.backbone_fields else set()
+    if cls.takes_tokenizer:
+        taken.add("tokenizer")
+        if options.tokenizer and not is_legacy(folder):
+            steps = dict(processor_steps(folder / PREPROCESSOR))
+            if not overrides.keys() <= steps.keys():  # it was meant for a step that is not there
+                taken.remove("tokenizer")
+    for name in ("tokenizer", "backbone"):
+        if getattr(options, name) and name not in taken:
+            mend = "name --policy.backbone" if "backbone" in taken else "drop the option"
+            raise UserError(
+                f"--policy.{name}", f"a {cls.policy_type} policy has no {name} of its own to be named; {mend}"
+            )
+    return taken
+
+
+def _apply(cls: type[PolicyAdapter], config: Any, options: PolicyConfig) -> None:
+    """Set the options in the policy's config.
+
+    Raises:
+        UserError: the policy does not run with one of them.
+    """
+    dtype = options.dtype or getattr(config, "dtype", None)
+    if dtype and cls.dtypes and dtype not in cls.dtypes:
+        raise UserError(
+            "--policy.dtype", f"this {cls.policy_type} policy runs in {' or '.join(cls.dtypes)}, not {dtype}"
         )
-    return f"{count} statistics of an older LeRobot lie among the weights: left out for the saved processors'"
+    values = {field: options.backbone for field in cls.backbone_fields}
+    if hasattr(config, cls.dtype_field):
+        values[cls.dtype_field] = options.dtype
+    if cls.steps_field:
+        values[cls.steps_field] = options.num_inference_steps
+    if options.n_action_steps is not None:
+        values["n_action_steps"] = executed_steps(config, options.n_action_steps)
+    for field, value in values.items():
+        if value is not None:
+            setattr(config, field, value)
 
 
 def executed_steps(config: Any, steps: int) -> int:
@@ -241,23 +271,21 @@ def executed_steps(config: Any, steps: int) -> int:
     return steps
 
 
-def _check_options(
-    cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, asked: set[str], before: dict[str, Any]
-) -> None:
-    """Refuse a tokenizer or backbone for a policy that has none of its own to be named."""
-    taken = asked
-    if options.tokenizer and not is_legacy(folder) and not before.keys() <= _steps(folder):
-        taken = asked - {"tokenizer"}  # it was meant for a step that the saved preprocessor lacks
-    for name in ("tokenizer", "backbone"):
-        if getattr(options, name) and name not in taken:
-            raise UserError(
-                f"--policy.{name}",
-                f"a {cls.policy_type} policy has no {name} of its own to be named; drop the option",
-            )
-
-
-def _steps(folder: Path) -> set[str]:
-    return set(read_processor_steps(folder / PREPROCESSOR))
+def _runner_notes(adapter: PolicyAdapter) -> list[str]:
+    """Where LeRobot's own commands compute otherwise than the adapter, a line each."""
+    notes = []
+    if getattr(adapter.config, "use_amp", False):
+        notes.append(
+            "use_amp is on in config.json: lerobot-eval runs this policy under autocast, lerobot-rollout "
+            "on CUDA alone, the policy server nowhere; trimtab and what it exports compute in the "
+            "policy's own precision"
+        )
+    if adapter.relative_actions and adapter.chunk_shape[0] > 1:
+        notes.append(
+            "relative actions: trimtab adds a chunk to the state that it was made for, lerobot-eval and "
+            "lerobot-rollout add each action to the state at its own step"
+        )
+    return notes
 
 
 @contextmanager

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from trimtab.adapters.checkpoint.files import OPTION
+from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.contract import NoiseToChunk
 from trimtab.adapters.errors import UserError
 
-if TYPE_CHECKING:
-    from trimtab.adapters.base import PolicyAdapter
-    from trimtab.adapters.conditioning import Conditioning
-
-OPTION = "--policy.path"
 BLIND = 1e-6  # effect of the noise, relative to the chunk, that is no more than rounding
 INERT = 1e-3  # share of the noise's effect up to which what inert entries do counts as rounding
 MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ from the row alone
 
 
-def verify(adapter: PolicyAdapter) -> None:
+def verify(adapter: NoiseToChunk) -> None:
     """Check what ``PolicyAdapter.verify`` names, on two observations.
 
     Raises:
@@ -80,7 +76,7 @@ def verify(adapter: PolicyAdapter) -> None:
             )
 
 
-def check_produced(adapter: PolicyAdapter, chunk: Tensor, conditioning: Conditioning) -> None:
+def check_produced(adapter: NoiseToChunk, chunk: Tensor, conditioning: Conditioning) -> None:
     """Compare a chunk, its actions and the features beside it with what the adapter declares.
 
     Raises:

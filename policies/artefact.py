@@ -22,21 +22,12 @@ from lerobot.configs import PreTrainedConfig
 from safetensors.torch import save_file
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import (
-    CONFIG,
-    WEIGHTS,
-    commit_of,
-    file_hash,
-    is_server,
-    placement,
-    read_weights,
-    resolve_folder,
-    settings_hashes,
-    weights_hash,
-)
+from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS, read_weights
+from trimtab.adapters.checkpoint.folder import commit_of, is_server, resolve_folder
+from trimtab.adapters.checkpoint.identity import file_hash, placement, settings_hashes, weights_hash
+from trimtab.adapters.checkpoint.weights import load_weights
 from trimtab.adapters.config import RemoteConfig
 from trimtab.adapters.errors import reason
-from trimtab.adapters.loading import load_weights
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpaceConfig

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trimtab.adapters import NoiseSpec, UserError
 from trimtab.adapters.checkpoint.files import WEIGHTS, read_weights
-from trimtab.adapters.loading import load_weights
+from trimtab.adapters.checkpoint.weights import load_weights
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.artefact import is_artefact, read_config
 

@@ -18,14 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.adapters.checkpoint.files import OLD_STATISTICS, OPTION, POSTPROCESSOR, PREPROCESSOR
-from trimtab.adapters.checkpoint.weight_files import whole_weights
-from trimtab.adapters.checkpoint.weights import read_tensors
+from trimtab.adapters.checkpoint.files import (
+    OLD_STATISTICS,
+    OPTION,
+    POSTPROCESSOR,
+    PREPROCESSOR,
+    read_weights,
+    whole_weights,
+)
 from trimtab.adapters.errors import UserError
 
 # SmolVLA's had one set for each dataset that it was trained on (`normalize_inputs.so100-red_buffer_...`).
 BUFFER = re.compile(
-    r"(?P<place>\w+)\.(?:so\d+(?:-\w+?)?[_.])?buffer_(?P<feature>.+)\.(?P<statistic>mean|std|min|max)"
+    r"(?P<role>\w+)\.(?:so\d+(?:-\w+?)?[_.])?buffer_(?P<feature>.+)\.(?P<statistic>mean|std|min|max)"
 )
 TOKENIZER_STEP = "tokenizer_processor"
 EXECUTED = "unnormalize_outputs"  # made the actions; `normalize_targets` was for the loss
@@ -54,7 +59,7 @@ def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dic
         UserError: a buffer belongs to none of the config's features, or to several; two buffers contradict.
     """
     features = [*config.input_features, *config.output_features]
-    found: dict[str, dict[str, Tensor]] = {}
+    stats: dict[str, dict[str, Tensor]] = {}
     origin: dict[tuple[str, str], str] = {}
     for name, value in sorted(old.items(), key=lambda entry: entry[0].startswith(EXECUTED)):
         match = BUFFER.fullmatch(name)
@@ -66,16 +71,16 @@ def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dic
                 f"features in config.json ({', '.join(features)}); correct their names",
             )
         key, statistic = whose[0], match["statistic"]
-        known = found.setdefault(key, {})
-        replaces = match["place"] == EXECUTED and origin.get((key, statistic)) != EXECUTED
+        known = stats.setdefault(key, {})
+        replaces = match["role"] == EXECUTED and origin.get((key, statistic)) != EXECUTED
         if statistic in known and not replaces and not torch.equal(known[statistic], value):
             raise UserError(
                 OPTION,
                 f"{path} holds several statistics of '{key}' that differ (one is '{name}'): the policy was "
                 "trained on several datasets; fine-tune it on one",
             )
-        known[statistic], origin[key, statistic] = value, match["place"]
-    return found
+        known[statistic], origin[key, statistic] = value, match["role"]
+    return stats
 
 
 def make_processors(
@@ -115,7 +120,7 @@ def _factory(config: Any, tokenizer: dict[str, Any] | None) -> Callable[..., tup
 def read_statistics(config: Any, folder: Path) -> dict[str, dict[str, Tensor]]:
     """``statistics`` from a folder whose policy is not loaded here."""
     paths = whole_weights(folder)
-    saved = read_tensors(paths, unchecked=OLD_STATISTICS)
+    saved = read_weights(paths, unchecked=OLD_STATISTICS)
     return statistics(take_statistics(saved, {}), config, paths[0])
 
 

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.adapters.checkpoint.files import (
-    OPTION,
-    POSTPROCESSOR,
-    PREPROCESSOR,
-    raw_steps,
-    read_processor_steps,
-    step_name,
-)
+from trimtab.adapters.checkpoint.files import OPTION, POSTPROCESSOR, PREPROCESSOR, processor_steps
 from trimtab.adapters.checkpoint.legacy import is_legacy, make_processors, read_statistics
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError, reason
@@ -38,8 +32,7 @@ FAILED_STEP = re.compile(r"Failed to instantiate processor step '([^']+)'")
 def load_processors(
     config: Any,
     folder: Path,
-    before: dict[str, dict[str, Any]] | None = None,
-    after: dict[str, dict[str, Any]] | None = None,
+    overrides: dict[str, dict[str, Any]] | None = None,
     stats: dict[str, dict[str, Tensor]] | None = None,
 ) -> tuple[Any, Any]:
     """The policy's (pre-, post-) processor, as LeRobot loads it, or makes it of an old checkpoint.
@@ -47,20 +40,19 @@ def load_processors(
     Args:
         config: the policy's; it names the device.
         folder: the policy's.
-        before: overrides for steps of the preprocessor, by name.
-        after: the same of the postprocessor.
+        overrides: for steps of the preprocessor, by name.
         stats: what an old checkpoint's weights say; default: read from them.
     """
     from lerobot.policies.factory import make_pre_post_processors
 
     if is_legacy(folder):
         stats = stats if stats is not None else read_statistics(config, folder)
-        return make_processors(config, stats, before or {})
+        return make_processors(config, stats, overrides or {})
     return make_pre_post_processors(
         config,
         pretrained_path=str(folder),
-        preprocessor_overrides={DEVICE_STEP: {"device": config.device}, **(before or {})},
-        postprocessor_overrides=after or {},
+        preprocessor_overrides={DEVICE_STEP: {"device": config.device}, **(overrides or {})},
+        postprocessor_overrides={},
     )
 
 
@@ -72,75 +64,64 @@ def renaming(folder: Path, options: PolicyConfig) -> dict[str, dict[str, Any]]:
     """
     if not options.rename_map:
         return {}
-    if not is_legacy(folder) and RENAME_STEP not in read_processor_steps(folder / PREPROCESSOR):
+    if not is_legacy(folder) and RENAME_STEP not in dict(processor_steps(folder / PREPROCESSOR)):
         raise UserError(
             "--policy.rename_map", f"{folder / PREPROCESSOR} has no step that renames observations"
         )
     return {RENAME_STEP: {"rename_map": options.rename_map}}
 
 
-def processor_error(error: Exception, folder: Path, options: PolicyConfig, asked: set[str]) -> UserError:
+def processor_error(
+    error: Exception, folder: Path, options: PolicyConfig, taken: Collection[str]
+) -> UserError:
     """What to tell the user where LeRobot cannot build the processors.
 
     Args:
         error: LeRobot's.
         folder: the policy's.
         options: the user's.
-        asked: which of ``tokenizer`` and ``backbone`` the adapter has a use for.
+        taken: which of ``tokenizer`` and ``backbone`` the adapter has a use for.
     """
-    files = [folder / name for name in (PREPROCESSOR, POSTPROCESSOR) if (folder / name).is_file()]
+    from lerobot.processor import ProcessorStepRegistry
+
+    intro = f"the processors in {folder} cannot be loaded"
     try:
-        steps = {step_name(step): step.get("config") or {} for file in files for step in raw_steps(file)}
+        before, after = (processor_steps(folder / name) for name in (PREPROCESSOR, POSTPROCESSOR))
     except UserError as broken:
-        return UserError(OPTION, f"the processors in {folder} cannot be loaded: {broken.message}")
-    unknown = [_unknown_step(file) for file in files if _unknown_step(file)]
-    if unknown:
-        return UserError(OPTION, unknown[0])
+        return UserError(OPTION, f"{intro}: {broken.message}")
+    known = ProcessorStepRegistry.list()
+    for file, steps in ((PREPROCESSOR, before), (POSTPROCESSOR, after)):
+        unknown = [name for name, step in steps if step.get("registry_name") and name not in known]
+        if unknown:
+            return UserError(
+                OPTION,
+                f"{folder / file} has a step '{unknown[0]}', which LeRobot does not know; the code that it "
+                "was trained with registers it: name that package with --policy.discover_packages_path=",
+            )
     failed = FAILED_STEP.search(str(error))
     why = reason(error)
     if failed is not None:
         why = f"step '{failed[1]}': {reason(error.__cause__ or error)}"
-    elif isinstance(error, KeyError) and DEVICE_STEP not in (own := _own_steps(folder)) and own:
+    elif isinstance(error, KeyError) and before and DEVICE_STEP not in dict(before):
         why = (
-            f"{folder / PREPROCESSOR} has no step '{DEVICE_STEP}' (it has {', '.join(own) or 'none'}), and "
+            f"{folder / PREPROCESSOR} has no step '{DEVICE_STEP}' (it has {', '.join(dict(before))}), and "
             "LeRobot's own commands do not run without"
         )
-    message = f"the processors in {folder} cannot be loaded: {why}"
-    if isinstance(error.__cause__, TypeError):  # an option that the step does not have
-        return UserError(OPTION, message)
-    fetches = not FETCHED.isdisjoint(steps.get(failed[1], {})) if failed else is_legacy(folder)
-    if not fetches:
-        return UserError(OPTION, message)
-    for name in ("tokenizer", "backbone"):
-        if getattr(options, name):
-            return UserError(f"--policy.{name}", message)
-    hints = [f"--policy.{name}=FOLDER" for name in ("tokenizer", "backbone") if name in asked]
-    return UserError(
-        OPTION, f"{message}; name what cannot be fetched: {' or '.join(hints)}" if hints else message
-    )
+    settings = {name: step.get("config") or {} for name, step in (*before, *after)}
+    fetches = not FETCHED.isdisjoint(settings.get(failed[1], {})) if failed else is_legacy(folder)
+    option, hint = OPTION, ""
+    # A TypeError is about an option that the step does not have.
+    if fetches and not isinstance(error.__cause__, TypeError):
+        given = [name for name in ("tokenizer", "backbone") if getattr(options, name)]
+        hints = [f"--policy.{name}=FOLDER" for name in ("tokenizer", "backbone") if name in taken]
+        if given:
+            option = f"--policy.{given[0]}"
+        elif hints:
+            hint = f"; name what cannot be fetched: {' or '.join(hints)}"
+    return UserError(option, f"{intro}: {why}{hint}")
 
 
-def _own_steps(folder: Path) -> list[str]:
-    path = folder / PREPROCESSOR
-    return [step_name(step) for step in raw_steps(path)] if path.is_file() else []
-
-
-def _unknown_step(path: Path) -> str | None:
-    """What to say of a step that nobody has registered; ``None`` where all are known."""
-    from lerobot.processor import ProcessorStepRegistry
-
-    known = ProcessorStepRegistry.list()
-    for step in raw_steps(path):
-        name = step.get("registry_name")
-        if name is not None and name not in known:
-            return (
-                f"{path} has a step '{name}', which LeRobot does not know; the code that it was trained with "
-                "registers it: name that package with --policy.discover_packages_path="
-            )
-    return None
-
-
-def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Path) -> None:
+def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Path) -> list[str]:
     """Refuse processors that do not normalise what the policy was trained to see and to say.
 
     LeRobot's pass on unchanged what they have no statistics of: raw normalised actions would be executed.
@@ -152,18 +133,23 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
         folder: the policy's, for the messages.
         weights: where an old checkpoint has its statistics.
 
+    Returns:
+        A line for the user where config.json says otherwise than the processors.
+
     Raises:
         UserError: a (un)normaliser is missing; statistics are missing, or hold NaN or Inf.
     """
+    modes = getattr(config, "normalization_mapping", None) or {}
+    modes = {kind: mode.value for kind, mode in modes.items() if mode}
+    notes = []
     sides = (
         (pre, config.input_features, PREPROCESSOR, "normalises"),
         (post, config.output_features, POSTPROCESSOR, "un-normalises"),
     )
     for pipeline, features, name, does in sides:
         path = weights if is_legacy(folder) else folder / name
-        modes = getattr(config, "normalization_mapping", None) or {}
-        wanted = {f.type.value: modes.get(f.type.value) for f in features.values()}
-        wanted = {kind: mode.value for kind, mode in wanted.items() if mode and mode.value != "IDENTITY"}
+        kinds = [feature.type.value for feature in features.values()]
+        wanted = {kind: modes[kind] for kind in kinds if modes.get(kind, "IDENTITY") != "IDENTITY"}
         if wanted and not any(_may_normalise(step) for step in pipeline.steps):
             kind, mode = next(iter(wanted.items()))
             raise UserError(
@@ -173,7 +159,17 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
                 f"normalization_mapping.{kind} to IDENTITY if it was trained without",
             )
         for step in pipeline.steps:
-            _check_statistics(step, features, path)
+            stats = getattr(step, "_tensor_stats", None) or getattr(step, "stats", None) or {}
+            for key, feature in features.items():
+                mode = _normalisation(step, key, feature)
+                _check_statistics(stats, key, mode, _name(step), path)
+                said = modes.get(feature.type.value, "IDENTITY")
+                if mode and getattr(step, "norm_map", None) and mode != said:
+                    notes.append(
+                        f"config.json says normalization_mapping.{feature.type.value} {said}, {path.name} "
+                        f"{does} '{key}' by {mode}: the latter counts, as for LeRobot"
+                    )
+    return notes
 
 
 def _name(step: Any) -> str:
@@ -184,57 +180,6 @@ def _may_normalise(step: Any) -> bool:
     """Whether a step has statistics, or is not one of LeRobot's common ones, of which that is known."""
     common = type(step).__module__.startswith("lerobot.processor")
     return not common or bool(getattr(step, "norm_map", None))
-
-
-def _check_statistics(step: Any, features: dict[str, Any], path: Path) -> None:
-    stats = getattr(step, "_tensor_stats", None) or getattr(step, "stats", None) or {}
-    for key, feature in features.items():
-        mode = _normalisation(step, key, feature)
-        known = {name: torch.as_tensor(value) for name, value in stats.get(key, {}).items()}
-        bad = [
-            name
-            for name in STATISTICS.get(mode, ())
-            if name not in known or not known[name].numel() or not torch.isfinite(known[name]).all()
-        ]
-        if bad:
-            raise UserError(
-                OPTION,
-                f"{path} normalises '{key}' by {mode} but has no finite {' and '.join(bad)} of it; "
-                f"{_there(step, key, bad, known, stats, path)}",
-            )
-
-
-def _there(
-    step: Any, key: str, bad: list[str], known: dict[str, Tensor], stats: dict[str, Any], path: Path
-) -> str:
-    """What statistics there are instead, and the mend."""
-    if known and all(name in known for name in bad):
-        return "it was never filled: a base model gets its statistics when it is fine-tuned"
-    if known:
-        return f"there is its {', '.join(sorted(known))}"
-    if not stats:
-        saved = next((s for s in raw_steps(path) if step_name(s) == _name(step)), {}) if _json(path) else {}
-        beside = sorted(file.name for file in path.parent.glob(f"{path.stem}_step_*.safetensors"))
-        if "state_file" not in saved and beside:
-            return f"its step '{_name(step)}' names no state_file; {', '.join(beside)} lies beside it"
-        return "it has no statistics at all: a base model gets them when it is fine-tuned"
-    alike = [name for name in stats if name.replace(".", "_") == key.replace(".", "_")]
-    mend = (
-        f"'{alike[0]}' looks like it, as LeRobot's migration tool writes names with an underscore: rename it "
-        f"in {_state_file(step, path)}, or name the checkpoint as it was before, which loads as it is"
-        if alike
-        else "correct the names"
-    )
-    return f"there are statistics of {', '.join(stats)}; {mend}"
-
-
-def _json(path: Path) -> bool:
-    return path.suffix == ".json"
-
-
-def _state_file(step: Any, path: Path) -> str:
-    saved = next((s for s in raw_steps(path) if step_name(s) == _name(step)), {}) if _json(path) else {}
-    return str(saved.get("state_file", path.name))
 
 
 def _normalisation(step: Any, key: str, feature: Any) -> str | None:
@@ -250,3 +195,37 @@ def _normalisation(step: Any, key: str, feature: Any) -> str | None:
         return None  # left as it is, in training too
     mode = modes.get(feature.type)
     return mode.value if mode else None
+
+
+def _check_statistics(stats: dict[str, Any], key: str, mode: str | None, step: str, path: Path) -> None:
+    """Refuse a step named ``step`` that has not the statistics with which it is to normalise ``key``."""
+    known = {name: torch.as_tensor(value) for name, value in stats.get(key, {}).items()}
+    bad = [
+        name
+        for name in STATISTICS.get(mode or "", ())
+        if name not in known or not known[name].numel() or not torch.isfinite(known[name]).all()
+    ]
+    if not bad:
+        return
+    saved = dict(processor_steps(path)).get(step, {}) if path.suffix == ".json" else {}
+    beside = sorted(file.name for file in path.parent.glob(f"{path.stem}_step_*.safetensors"))
+    alike = [name for name in stats if name.replace(".", "_") == key.replace(".", "_")]
+    if known and all(name in known for name in bad):
+        there = "it was never filled: a base model gets its statistics when it is fine-tuned"
+    elif known:
+        there = f"there is its {', '.join(sorted(known))}"
+    elif not stats and "state_file" not in saved and beside:
+        there = f"its step '{step}' names no state_file; {', '.join(beside)} lies beside it"
+    elif not stats:
+        there = "it has no statistics at all: a base model gets them when it is fine-tuned"
+    elif alike:
+        there = (
+            f"there are statistics of {', '.join(stats)}; '{alike[0]}' looks like it, as LeRobot's migration "
+            f"tool writes names with an underscore: rename it in {saved.get('state_file', path.name)}, or "
+            "name the checkpoint as it was before, which loads as it is"
+        )
+    else:
+        there = f"there are statistics of {', '.join(stats)}; correct the names"
+    raise UserError(
+        OPTION, f"{path} normalises '{key}' by {mode} but has no finite {' and '.join(bad)} of it; {there}"
+    )

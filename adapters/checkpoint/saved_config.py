@@ -13,7 +13,7 @@ from trimtab.adapters.checkpoint.files import (
     OPTION,
     POSTPROCESSOR,
     PREPROCESSOR,
-    raw_steps,
+    processor_steps,
     read_json,
 )
 from trimtab.adapters.errors import UserError, reason
@@ -109,8 +109,8 @@ def _check(config: Any) -> None:
         for key, feature in getattr(config, side).items():
             _check_feature(f"{side}.{key}", feature)
     if config.action_feature is None:
-        held = ", ".join(f"{key} ({feature.type.value})" for key, feature in config.output_features.items())
-        raise _Senseless(f"its output_features hold {held}, but no '{ACTION}' of type ACTION")
+        keys = ", ".join(f"{key} ({feature.type.value})" for key, feature in config.output_features.items())
+        raise _Senseless(f"its output_features hold {keys}, but no '{ACTION}' of type ACTION")
 
 
 def _check_feature(name: str, feature: Any) -> None:
@@ -132,16 +132,16 @@ def _known(folder: Path, side: str) -> str:
     """What the saved (un)normaliser says of the features, as it is to be written."""
     known: dict[str, Any] = {}
     for file in (PREPROCESSOR, POSTPROCESSOR):
-        for step in raw_steps(folder / file) if (folder / file).is_file() else []:
-            said = (step.get("config") or {}).get("features")
-            known |= said if isinstance(said, dict) else {}
+        for _, step in processor_steps(folder / file):
+            features = (step.get("config") or {}).get("features")
+            known |= features if isinstance(features, dict) else {}
     outputs = side == "output_features"
-    mine = {
+    fitting = {
         key: feature
         for key, feature in known.items()
         if isinstance(feature, dict) and (feature.get("type") == "ACTION") == outputs
     }
-    return f", by its saved processors {json.dumps(mine)}" if mine else ""
+    return f", by its saved processors {json.dumps(fitting)}" if fitting else ""
 
 
 def _hint(error: Exception) -> str:

@@ -25,9 +25,14 @@ from trimtab.adapters.errors import UserError
 
 
 class ACTAdapter(PolicyAdapter):
-    """``encode`` is what enters the transformer, ``denoise`` the transformer with the latent as a token."""
+    """``encode`` is what enters the transformer, ``denoise`` the transformer with the latent as a token.
+
+    Features: mean of the tokens that enter the transformer (cameras and states), and the normalised states.
+    """
 
     policy_type: ClassVar[str] = "act"
+    takes_tokenizer = False
+    dtypes = ("float32",)  # LeRobot makes its latent in float32
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
@@ -59,8 +64,6 @@ class ACTAdapter(PolicyAdapter):
             raise UserError(
                 "--policy.num_inference_steps", "an act policy decodes in one step; drop the option"
             )
-        if options.dtype not in (None, "float32"):  # LeRobot makes its latent in float32
-            raise UserError("--policy.dtype", f"an act policy runs in float32, not {options.dtype}")
         # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
         config.pretrained_backbone_weights = None
         return []
@@ -104,10 +107,6 @@ class ACTAdapter(PolicyAdapter):
             decoder_pos_embed=queries,
         )
         return self.executed(model.action_head(hidden.transpose(0, 1)))
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of the tokens that enter the transformer (cameras and states), and the normalised states."""
-        return conditioning.rows("features")
 
 
 class _Enough(Exception):

@@ -2,7 +2,7 @@
 
 The policy's own checkpoint holds the backbone's weights, but LeRobot loads, or downloads, the original ones
 first. Beside an empty weights file it builds the same model with random ones, which the checkpoint replaces;
-``loading.load_weights`` then compares every tensor with the checkpoint.
+``checkpoint.weights`` then compares every tensor with the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS
-from trimtab.adapters.errors import UserError, reason
-
-SMALL_FILES = (".json", ".txt", ".model", ".jinja")
+from trimtab.adapters.checkpoint.files import BACKBONE, CONFIG, WEIGHTS
+from trimtab.adapters.checkpoint.folder import SMALL_FILES, find_folder
+from trimtab.adapters.errors import UserError
 
 
 def backbone_folder(name: str, revision: str | None = None) -> Path:
@@ -29,47 +29,36 @@ def backbone_folder(name: str, revision: str | None = None) -> Path:
     Raises:
         UserError: neither a folder nor a reachable Hub repository.
     """
-    from huggingface_hub import snapshot_download
-
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(
-            "--policy.backbone",
-            f"there is no folder {name}; name one with the backbone's config and processors",
-        )
-    try:
-        patterns = [f"*{suffix}" for suffix in SMALL_FILES]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the Hub client has a dozen exceptions for "not available"
-        raise UserError(
-            "--policy.backbone",
-            f"the backbone '{name}' that the policy names is neither a folder nor a reachable Hub repository "
-            f"({reason(error)}); name a folder with its config and processors",
-        ) from None
+    return find_folder(
+        name, BACKBONE, revision, mend="; name a folder with the backbone's config and processors"
+    )
 
 
 @contextmanager
-def without_weights(name: str) -> Iterator[str]:
-    """A temporary copy of a backbone's small files with an empty weights file, as a path.
-
-    Args:
-        name: folder, or ``owner/name`` on the Hub.
+def without_weights(config: Any, *fields: str) -> Iterator[None]:
+    """While entered, ``fields`` of a policy's config name copies of its backbones without weights.
 
     Raises:
-        UserError: the backbone has no config, or is not to be had.
+        UserError: a backbone has no config, or is not to be had.
     """
     from safetensors.torch import save_file
 
-    folder = backbone_folder(name)
-    if not (folder / CONFIG).is_file():
-        raise UserError(
-            "--policy.backbone", f"{folder} holds no {CONFIG}; name a folder with the backbone's config"
-        )
-    with TemporaryDirectory() as copy:
-        for file in folder.iterdir():
-            if file.suffix in SMALL_FILES and not file.name.endswith(".index.json"):
-                shutil.copy(file, copy)
-        save_file({}, Path(copy) / WEIGHTS, metadata={"format": "pt"})
-        yield copy
+    names = {field: getattr(config, field) for field in fields}
+    with TemporaryDirectory() as root:
+        try:
+            for field, name in names.items():
+                folder = backbone_folder(name)
+                if not (folder / CONFIG).is_file():
+                    raise UserError(
+                        BACKBONE, f"{folder} holds no {CONFIG}; name a folder with the backbone's config"
+                    )
+                copy = Path(root) / field
+                copy.mkdir()
+                for file in folder.iterdir():
+                    if file.suffix in SMALL_FILES and not file.name.endswith(".index.json"):
+                        shutil.copy(file, copy)
+                save_file({}, copy / WEIGHTS, metadata={"format": "pt"})
+                setattr(config, field, str(copy))
+            yield
+        finally:
+            vars(config).update(names)

@@ -72,25 +72,27 @@ def cap_steps(config: Any) -> list[str]:
 
 
 class DiffusionAdapter(PolicyAdapter):
-    """``encode`` is the observation encoder, ``denoise`` the whole DDIM loop."""
+    """``encode`` is the observation encoder, ``denoise`` the whole DDIM loop.
+
+    Features: the U-Net's global conditioning, which is the normalised states and the cameras' keypoints.
+    """
 
     policy_type: ClassVar[str] = "diffusion"
+    takes_tokenizer = False
+    dtypes = ("float32",)  # LeRobot gives its encoder float32 states
     history: ClassVar[bool] = True
     stacks_cameras = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
         config = policy.config
-        parameter = next(policy.parameters())
         action_dim = config.action_feature.shape[0]
-        self.noise_spec = NoiseSpec((config.horizon, action_dim), dtype=parameter.dtype)
+        self.noise_spec = NoiseSpec((config.horizon, action_dim), dtype=next(policy.parameters()).dtype)
         self.chunk_shape = (steps_to_horizon(config), action_dim)
         self.n_obs_steps = config.n_obs_steps
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        if options.dtype not in (None, "float32"):  # LeRobot gives its encoder float32 states
-            raise UserError("--policy.dtype", f"a diffusion policy runs in float32, not {options.dtype}")
         # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
         config.pretrained_backbone_weights = None
         return [*cap_steps(config), *use_ddim(config, options.num_inference_steps)]
@@ -105,17 +107,12 @@ class DiffusionAdapter(PolicyAdapter):
         batch = dict(batch)
         if self.policy.config.image_features:
             batch[OBS_IMAGES] = torch.stack([batch[key] for key in self.policy.config.image_features], dim=-4)
-        return Conditioning({"global": self.policy.diffusion._prepare_global_conditioning(batch)})
+        return Conditioning({"features": self.policy.diffusion._prepare_global_conditioning(batch)})
 
     @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
         self.check_noise(conditioning, noise)
         actions = self.policy.diffusion.conditional_sample(
-            conditioning.batch_size, global_cond=conditioning.rows("global"), noise=noise
+            conditioning.batch_size, global_cond=conditioning.rows("features"), noise=noise
         )
-        start = self.n_obs_steps - 1
-        return self.executed(actions[:, start:])
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """The U-Net's global conditioning: normalised states and, with cameras, the encoder's keypoints."""
-        return conditioning.rows("global")
+        return self.executed(actions[:, self.n_obs_steps - 1 :])

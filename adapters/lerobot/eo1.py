@@ -15,43 +15,38 @@ from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
+from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
-class EO1Adapter(PolicyAdapter):
-    """``encode`` is Qwen2.5-VL up to the action span, ``denoise`` the Euler loop of Qwen over the span."""
+class EO1Adapter(VLAAdapter):
+    """``encode`` is Qwen2.5-VL up to the action span, ``denoise`` the Euler loop of Qwen over the span.
+
+    Features: mean of Qwen's last hidden states before the action span, and the normalised, padded state.
+    """
 
     policy_type: ClassVar[str] = "eo1"
-    reads_task = True
-    resizes_images = True
+    backbone_fields = ("vlm_base",)
+    steps_field = "num_denoise_steps"
+    tokenizer_step = ("eo1_qwen_processor", "processor_name")
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
-        config = policy.config
-        live = torch.ones(config.chunk_size, config.max_action_dim, dtype=torch.bool)
-        live[config.n_action_steps :] = False
-        self.noise_spec = NoiseSpec(tuple(live.shape), live=None if live.all() else live)
-        self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
+        live = torch.ones(self.noise_spec.shape, dtype=torch.bool)
+        live[policy.config.n_action_steps :] = False
+        self.noise_spec = NoiseSpec(self.noise_spec.shape, live=None if live.all() else live)
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
         from transformers.utils import is_flash_attn_2_available
 
-        notes = []
-        if config.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
-            config.attn_implementation = None
-            notes.append("flash_attention_2 is not available here: attention as PyTorch has it")
-        config.vlm_base = options.backbone or config.vlm_base
-        config.num_denoise_steps = options.num_inference_steps or config.num_denoise_steps
-        return notes
-
-    @classmethod
-    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
-        name = options.tokenizer or options.backbone
-        return ({"eo1_qwen_processor": {"processor_name": name}} if name else {}), {}
+        if config.attn_implementation != "flash_attention_2" or is_flash_attn_2_available():
+            return []
+        config.attn_implementation = None
+        return ["flash_attention_2 is not available here: attention as PyTorch has it"]
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
@@ -116,7 +111,3 @@ class EO1Adapter(PolicyAdapter):
                 return model.action_out_proj(hidden.to(model.action_out_proj.dtype)).to(actions.dtype)
 
         return self.executed(euler_integrate(velocity, noise, self.config.num_denoise_steps)).float()
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of Qwen's last hidden states before the action span, and the normalised, padded state."""
-        return conditioning.rows("features")

@@ -14,40 +14,36 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
 from trimtab.adapters.lerobot.backbone import without_weights
-from trimtab.adapters.lerobot.injection import NoiseInjector
+from trimtab.adapters.lerobot.injection import injected
 from trimtab.adapters.lerobot.prefix import pooled
+from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
-class Evo1Adapter(PolicyAdapter):
-    """``encode`` is InternVL3, ``denoise`` LeRobot's own Euler loop over the action head."""
+class Evo1Adapter(VLAAdapter):
+    """``encode`` is InternVL3, ``denoise`` LeRobot's own Euler loop over the action head.
+
+    Features: mean of InternVL3's final tokens (or its one pooled token), and the padded state.
+    """
 
     policy_type: ClassVar[str] = "evo1"
-    reads_task = True
-    resizes_images = True
+    takes_tokenizer = False
+    backbone_fields = ("vlm_model_name",)
+    steps_field = "num_inference_timesteps"
+    dtype_field = "vlm_dtype"  # what the images are cast to
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
-        config = policy.config
-        shape = (config.chunk_size, config.max_action_dim)
+        shape = self.noise_spec.shape
         live = policy._prepare_inference_action_mask(1).cpu().expand(shape)
         self.noise_spec = NoiseSpec(shape, "uniform", live=None if live.all() else live)
-        self.chunk_shape = (config.n_action_steps, config.max_action_dim)
+        self.chunk_shape = (policy.config.n_action_steps, policy.config.max_action_dim)
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        if options.tokenizer:
-            raise UserError(
-                "--policy.tokenizer",
-                "evo1 takes its tokenizer from its backbone: name --policy.backbone",
-            )
-        config.vlm_model_name = options.backbone or config.vlm_model_name
-        config.vlm_dtype = options.dtype or config.vlm_dtype  # what the images are cast to
-        config.num_inference_timesteps = options.num_inference_steps or config.num_inference_timesteps
         config.enable_gradient_checkpointing = False  # nothing is trained
         half = config.vlm_dtype in ("bfloat16", "float16")
         config.use_flash_attn = config.use_flash_attn and half and str(config.device).startswith("cuda")
@@ -57,19 +53,10 @@ class Evo1Adapter(PolicyAdapter):
     def build(cls, config: Any) -> Any:
         from transformers import AutoTokenizer
 
-        name = config.vlm_model_name
-        with without_weights(name) as folder:
-            config.vlm_model_name = folder
-            try:
-                policy = super().build(config)
-            finally:
-                config.vlm_model_name = name
-        policy.model.embedder.tokenizer = AutoTokenizer.from_pretrained(name)
+        with without_weights(config, *cls.backbone_fields):
+            policy = super().build(config)
+        policy.model.embedder.tokenizer = AutoTokenizer.from_pretrained(config.vlm_model_name)
         return policy
-
-    @classmethod
-    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
-        return {}, {}  # the model tokenizes, not the preprocessor
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
@@ -93,7 +80,7 @@ class Evo1Adapter(PolicyAdapter):
         self.check_noise(conditioning, noise)
         policy = self.policy
         # The head draws from (0, 1) and stretches that to (-1, 1).
-        with policy._maybe_autocast(), NoiseInjector(self._drawn(noise), (torch.rand,)) as injector:
+        with policy._maybe_autocast(), injected(self, (self.native_noise(noise) + 1) / 2, (torch.rand,)):
             chunk = policy.model(
                 conditioning.rows("tokens"),
                 state=conditioning.rows("state"),
@@ -101,16 +88,8 @@ class Evo1Adapter(PolicyAdapter):
                 embodiment_ids=conditioning.rows("embodiments"),
                 context_mask=conditioning.rows("mask") if "mask" in conditioning.tensors else None,
             )
-        injector.check(self.policy_type)
         return self.executed(chunk.unflatten(1, self.noise_spec.shape).float())
-
-    def _drawn(self, noise: Tensor) -> Tensor:
-        return (self.native_noise(noise) + 1) / 2
 
     def native_noise(self, noise: Tensor) -> Tensor:
         """Uniform in (-1, 1), flat: (B, chunk_size * max_action_dim)."""
         return torch.erf(noise / math.sqrt(2)).flatten(1)  # 2 * Phi(noise) - 1
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of InternVL3's final tokens (or its one pooled token), and the padded state."""
-        return conditioning.rows("features")

@@ -14,7 +14,7 @@ name in its code; ``--policy.backbone`` names a folder with ``vae``, ``text_enco
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
@@ -24,13 +24,13 @@ import torch
 from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
-from trimtab.adapters.checkpoint.files import CONFIG, part_weights
+from trimtab.adapters.checkpoint.files import BACKBONE, CONFIG, part_weights
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.lerobot.prefix import PrefixRows, store_layers
+from trimtab.adapters.lerobot.vla import VLAAdapter
 
-BACKBONE = "--policy.backbone"
 OLD_BLOCK = re.compile(r"mixtures\.([^.]+)\.blocks\.(\d+)\.")
 WAN_HINT = (
     "The checkpoint holds neither Wan's VAE nor its text encoder: name a folder with 'vae', 'text_encoder' "
@@ -78,26 +78,22 @@ def wan_part_folder(source: str, part: str) -> Path:
     return Path(hf_hub_download(source, f"{part}/{CONFIG}", local_files_only=True)).parent
 
 
-class FastWAMAdapter(PolicyAdapter):
-    """``encode`` is the video expert's prefix, ``denoise`` the Euler loop of the action expert."""
+class FastWAMAdapter(VLAAdapter):
+    """``encode`` is the video expert's prefix, ``denoise`` the Euler loop of the action expert.
+
+    Features: mean of the video expert's last hidden states over the frame, and the normalised state.
+    """
 
     policy_type: ClassVar[str] = "fastwam"
-    reads_task = True
-    resizes_images = True
-
-    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
-        super().__init__(policy, preprocessor, postprocessor)
-        config = policy.config
-        self.noise_spec = NoiseSpec((config.action_horizon, config.action_dim))
-        self.chunk_shape = (config.n_action_steps, config.action_dim)
+    backbone_fields = ("text_encoder_model_id",)
+    steps_field = "num_inference_steps"
+    dtype_field = "torch_dtype"
+    noise_fields = ("action_horizon", "action_dim")
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        config.num_inference_steps = options.num_inference_steps or config.num_inference_steps
-        config.torch_dtype = options.dtype or config.torch_dtype
         if options.backbone:
             check_wan_folder(options.backbone)
-            config.text_encoder_model_id = options.backbone
             config.tokenizer_model_id = str(Path(options.backbone) / "tokenizer")
         config.tokenizer_model_id = options.tokenizer or config.tokenizer_model_id
         mode = config.video_dit_config.get("video_attention_mask_mode")
@@ -133,9 +129,9 @@ class FastWAMAdapter(PolicyAdapter):
             vae = AutoencoderKLWan.from_pretrained(vae_source, subfolder="vae", torch_dtype=torch_dtype)
             return WanVideoVAE38(dtype=torch_dtype, device=device, pretrained=vae)
 
-        def clear(part: str, place: str, load: Callable[..., Any]) -> Callable[..., Any]:
+        def clear(part: str, folder: str, load: Callable[..., Any]) -> Callable[..., Any]:
             def loaded(*args: Any, **kwargs: Any) -> Any:
-                with loading_wan(part, place):
+                with loading_wan(part, folder):
                     return load(*args, **kwargs)
 
             return loaded
@@ -180,8 +176,8 @@ class FastWAMAdapter(PolicyAdapter):
         return {OLD_BLOCK.sub(r"layers.\2.blocks.\1.", name): value for name, value in saved.items()}
 
     @classmethod
-    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
-        return {}, {}  # the tokenizer belongs to the model
+    def processor_overrides(cls, config: Any, options: PolicyConfig) -> dict[str, dict[str, Any]]:
+        return {}  # the tokenizer belongs to the model
 
     def cameras_used(self, given: Collection[str]) -> set[str]:
         """All there are: LeRobot puts every camera of the batch side by side."""
@@ -212,7 +208,8 @@ class FastWAMAdapter(PolicyAdapter):
         attention = model.video_expert.build_video_to_video_mask(
             hidden.shape[1], video["meta"]["tokens_per_frame"], hidden.device
         )
-        for index, layer in enumerate(model.mot.layers):
+        prefix = []
+        for layer in model.mot.layers:
             hidden, keys, values = layer(
                 mode="video_prefill",
                 x=hidden,
@@ -221,9 +218,9 @@ class FastWAMAdapter(PolicyAdapter):
                 context_payload={"context": video["context"], "mask": video["context_mask"]},
                 video_attention_mask=attention,
             )
-            tensors[f"keys.{index}"], tensors[f"values.{index}"] = keys, values
+            prefix.append((keys, values))
         features = [hidden.float().mean(1)] + ([] if state is None else [state.float()])
-        return Conditioning({"features": torch.cat(features, -1), **tensors})
+        return Conditioning({"features": torch.cat(features, -1), **tensors, **store_layers(prefix)})
 
     @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
@@ -243,20 +240,9 @@ class FastWAMAdapter(PolicyAdapter):
             chunk = model.infer_action_scheduler.step(velocity, step, chunk)
         return self.executed(chunk.float())
 
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of the video expert's last hidden states over the current frame, and the normalised state."""
-        return conditioning.rows("features")
 
-
-class _VideoCache(Sequence):
-    """The prefix as LeRobot wants it, with rows for K noises of one layer at a time only."""
-
-    def __init__(self, conditioning: Conditioning) -> None:
-        self.conditioning = conditioning
-
-    def __len__(self) -> int:
-        return sum(name.startswith("keys.") for name in self.conditioning.tensors)
+class _VideoCache(PrefixRows):
+    """The prefix as LeRobot's FastWAM wants it."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rows = self.conditioning.rows
-        return {"k": rows(f"keys.{index}"), "v": rows(f"values.{index}")}
+        return dict(zip("kv", super().__getitem__(index), strict=True))

@@ -17,10 +17,11 @@ from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 
 from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.checkpoint.files import BACKBONE
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError, reason
-from trimtab.adapters.lerobot.injection import NoiseInjector
+from trimtab.adapters.lerobot.injection import injected
 from trimtab.adapters.lerobot.prefix import pooled
 
 ENCODE_STEP = "groot_n1_7_vlm_encode_v1"  # LeRobot's name of the step that tokenizes
@@ -47,9 +48,15 @@ class _UnloadedGrootPolicy(GrootPolicy):
 
 
 class GrootAdapter(PolicyAdapter):
-    """``encode`` is everything up to the action head's loop, ``denoise`` the loop."""
+    """``encode`` is everything up to the action head's loop, ``denoise`` the loop.
+
+    Features: mean of the projected backbone tokens, and the normalised, padded state.
+    """
 
     policy_type: ClassVar[str] = "groot"
+    # The name stays as saved unless asked: LeRobot reads the horizon from the sidecars of a folder.
+    backbone_fields = ("base_model_path",)
+    steps_field = "num_inference_timesteps"
     reads_task = True
     resizes_images = True
 
@@ -63,29 +70,22 @@ class GrootAdapter(PolicyAdapter):
         self.chunk_shape = (steps, policy.config.output_features["action"].shape[0])
 
     @classmethod
-    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        # The name stays as saved unless asked: LeRobot reads the horizon from the sidecars of a folder.
-        config.base_model_path = options.backbone or config.base_model_path
-        config.num_inference_timesteps = options.num_inference_steps or config.num_inference_timesteps
-        return []
-
-    @classmethod
     def build(cls, config: Any) -> GrootPolicy:
         try:
             return _UnloadedGrootPolicy(config)
         except OSError as error:
             raise UserError(
-                "--policy.backbone",
+                BACKBONE,
                 f"the config of the GR00T model {config.base_model_path} cannot be read; name a folder that "
                 f"holds its config.json ({reason(error)})",
             ) from error
 
     @classmethod
-    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
+    def processor_overrides(cls, config: Any, options: PolicyConfig) -> dict[str, dict[str, Any]]:
         step = {"device": config.device}  # LeRobot's own override of the device leaves this step out
         if options.tokenizer:
             step["model_name"] = options.tokenizer
-        return {ENCODE_STEP: step}, {}
+        return {ENCODE_STEP: step}
 
     def cameras_used(self, given: Collection[str]) -> set[str]:
         """Those that the checkpoint names; all there are where it names none of these."""
@@ -175,16 +175,11 @@ class GrootAdapter(PolicyAdapter):
         inputs = {
             name: conditioning.rows(name) for name in ("backbone_features", "state_features", "embodiment_id")
         }
-        with self._autocast(), NoiseInjector(noise) as injector:
+        with self._autocast(), injected(self, noise):
             output = self.policy._groot_model.action_head.get_action_with_features(
                 **inputs, backbone_output=BatchFeature(masks), action_input=BatchFeature({})
             )
-        injector.check(self.policy_type)
         return self.executed(output["action_pred"])
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of the projected backbone tokens, and the normalised, padded state."""
-        return conditioning.rows("features")
 
 
 def _take(inputs: dict[str, Tensor], rows: Tensor, length: int) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ active, so nothing is patched and nothing stays behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,16 @@ class NoiseInjector(TorchFunctionMode):
             )
 
 
+@contextmanager
+def injected(
+    adapter: PolicyAdapter, noise: Tensor | Sequence[Tensor], functions: Sequence[Callable] = NORMAL_DRAWS
+) -> Iterator[None]:
+    """Replace the policy's draws by ``noise``, as ``NoiseInjector``, and ``check`` that it made them."""
+    with NoiseInjector(noise, functions) as injector:
+        yield
+    injector.check(adapter.policy_type)
+
+
 class InjectedAdapter(PolicyAdapter):
     """Runs the policy's own public path with the noise injected, for policies whose prefix cannot be kept.
 
@@ -85,7 +96,6 @@ class InjectedAdapter(PolicyAdapter):
         self.check_noise(conditioning, noise)
         batch = {key: conditioning.rows(key) for key in (*conditioning.tensors, *conditioning.lists)}
         self.policy.reset()
-        with NoiseInjector(self.native_noise(noise), self.draws) as injector:
+        with injected(self, self.native_noise(noise), self.draws):
             chunk = self.policy.predict_action_chunk(batch)
-        injector.check(self.policy_type)
         return self.executed(chunk)

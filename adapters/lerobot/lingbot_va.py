@@ -28,18 +28,23 @@ from torch import Tensor
 from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
 from trimtab.adapters.lerobot.fastwam import check_wan_folder, loading_wan, wan_part_folder
-from trimtab.adapters.lerobot.injection import NoiseInjector
+from trimtab.adapters.lerobot.injection import injected
 
 VIDEO_SEED = 0
 CACHE = "pos"  # LeRobot's name of its one cache
 
 
 class LingBotVAAdapter(PolicyAdapter):
-    """``encode`` and ``follow`` imagine the video, ``denoise`` is the action stream's loop."""
+    """``encode`` and ``follow`` imagine the video, ``denoise`` is the action stream's loop.
+
+    Features: mean of the last hidden states of the imagined video, and the state where the policy has one.
+    """
 
     policy_type: ClassVar[str] = "lingbot_va"
+    takes_tokenizer = False  # it lies beside the backbone
+    backbone_fields = ("wan_pretrained_path",)
+    steps_field = "action_num_inference_steps"
     reads_task = True
     history: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
@@ -63,13 +68,8 @@ class LingBotVAAdapter(PolicyAdapter):
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        steps = options.num_inference_steps
-        config.action_num_inference_steps = steps or config.action_num_inference_steps
         if options.backbone:
             check_wan_folder(options.backbone)
-            config.wan_pretrained_path = options.backbone
-        if options.tokenizer:
-            raise UserError("--policy.tokenizer", "lingbot_va reads it from 'tokenizer' in --policy.backbone")
         notes = ["lingbot_va: the noise of the imagined video is held fixed, that of the actions is steered"]
         if config.attn_mode != "torch":
             notes.append(f"attn_mode '{config.attn_mode}' is for training: switched to 'torch'")
@@ -92,10 +92,6 @@ class LingBotVAAdapter(PolicyAdapter):
             parts["vae_half"] = (loaded["streaming_vae_half"].vae, vae)
         return parts
 
-    @classmethod
-    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
-        return {}, {}  # the tokenizer belongs to the model
-
     def preprocess(self, observation: dict[str, Any]) -> dict[str, Any]:
         return {**super().preprocess(observation), "task": list(observation["task"])}
 
@@ -115,12 +111,7 @@ class LingBotVAAdapter(PolicyAdapter):
 
     @torch.no_grad()
     def follow(self, conditioning: Conditioning, chunk: Tensor, batch: dict[str, Any]) -> Conditioning:
-        """The conditioning of the next chunk of the same episodes. No argument is changed.
-
-        Args:
-            conditioning: what ``chunk`` was denoised with.
-            chunk: (B, steps, action_dim) from ``denoise``, executed to its end.
-            batch: as for ``encode``; its last ``steps`` observations are those after each action.
+        """As the base class; the last observations of ``batch`` are those after each action of ``chunk``.
 
         Raises:
             ValueError: the histories are shorter than the chunk.
@@ -145,7 +136,8 @@ class LingBotVAAdapter(PolicyAdapter):
         policy, chunks = self.policy, []
         for row, drawn in enumerate(self.native_noise(noise).split(1)):
             self._restore(conditioning, row)
-            with self._drawing(drawn), _changed(self.config, video_exec_step=0):  # no step of the video
+            only_actions = _changed(self.config, video_exec_step=0)
+            with injected(self, [self.video_noise, drawn]), only_actions:
                 actions, _ = policy._infer(None, policy._frame_st_id)
             actions = actions[:, self.config.used_action_channel_ids].squeeze(-1)
             if policy._frame_st_id == 0:
@@ -157,37 +149,27 @@ class LingBotVAAdapter(PolicyAdapter):
         """(B, action_dim, frame_chunk_size, action_per_frame, 1)"""
         return noise.transpose(1, 2).unflatten(2, (-1, self.config.action_per_frame)).unsqueeze(-1)
 
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of the last hidden states of the imagined video, and the state where the policy has one."""
-        return conditioning.rows("features")
-
     def _frames(self, batch: dict[str, Any], row: int, times: list[int]) -> list[dict[str, Tensor]]:
         return [{key: batch[key][row : row + 1, t] for key in self.config.obs_cam_keys} for t in times]
-
-    @contextmanager
-    def _drawing(self, actions: Tensor) -> Iterator[None]:
-        with NoiseInjector([self.video_noise, actions]) as injector:
-            yield
-        injector.check(self.policy_type)
 
     def _imagine(self, batch: dict[str, Any], row: int) -> Conditioning:
         """Run the video stream from the policy's present state, and keep that state."""
         policy, first = self.policy, self.policy._frame_st_id == 0
-        kept: dict[str, Tensor] = {}
+        seen: dict[str, Tensor] = {}
         hook = policy.transformer.proj_out.register_forward_pre_hook(
-            lambda _, inputs: kept.update(hidden=inputs[0])
+            lambda _, inputs: seen.update(hidden=inputs[0])
         )
         nothing = self.video_noise.new_zeros((1, *self.noise_spec.shape))
         # Without steps of its own, LeRobot still lets the action stream fill its place in the cache, which
         # may push out old entries, as it should; what it wrote is taken back.
         no_actions = _changed(self.config, action_num_inference_steps=0)
-        with hook, no_actions, self._drawing(self.native_noise(nothing)):
+        with hook, no_actions, injected(self, [self.video_noise, self.native_noise(nothing)]):
             policy._infer(policy._init_latent if first else None, policy._frame_st_id)
         for block in policy.transformer.blocks:
             cache = block.attn1.attn_caches[CACHE]
             newest = cache["id"][cache["mask"]].max()
             block.attn1.restore_cache(CACHE, cache["mask"] & (cache["id"] == newest))
-        features = [kept["hidden"][0].float().mean(0)]  # row 0: with the prompt
+        features = [seen["hidden"][0].float().mean(0)]  # row 0: with the prompt
         if OBS_STATE in self.config.input_features:
             features.append(batch[OBS_STATE][row, -1].float())
         return self._state(torch.cat(features))

@@ -7,7 +7,6 @@ through the VLM and projects its keys and values for the expert, once; ``denoise
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
 from trimtab.adapters.lerobot.backbone import backbone_folder
-from trimtab.adapters.lerobot.prefix import pooled
+from trimtab.adapters.lerobot.prefix import PrefixRows, pooled, store_layers
 
 PADDING = "action_dim_is_pad"
 
@@ -42,21 +41,17 @@ class _WithoutBackboneWeights(MolmoAct2Policy):
         self._override_loaded_max_action_horizon(self.config.chunk_size)
 
 
-class _Contexts:
-    """Each layer's keys and values for all noises; those of one layer exist at a time."""
-
-    def __init__(self, conditioning: Conditioning, layers: int) -> None:
-        self.conditioning, self.layers = conditioning, layers
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in range(self.layers):
-            yield self.conditioning.rows(f"keys.{index}"), self.conditioning.rows(f"values.{index}")
-
-
 class MolmoAct2Adapter(PolicyAdapter):
-    """``encode`` is the VLM and the expert's view of it, ``denoise`` the Euler loop of the action expert."""
+    """``encode`` is the VLM and the expert's view of it, ``denoise`` the Euler loop of the action expert.
+
+    Features: mean of the VLM's prefix tokens, and the normalised state.
+    """
 
     policy_type: ClassVar[str] = "molmoact2"
+    takes_tokenizer = False
+    backbone_fields = ("checkpoint_path",)
+    steps_field = "num_inference_steps"
+    dtype_field = "model_dtype"
     reads_task = True
     resizes_images = True
 
@@ -85,9 +80,7 @@ class MolmoAct2Adapter(PolicyAdapter):
                 "inference_action_mode 'continuous'",
             )
         config.inference_action_mode = "continuous"
-        config.num_inference_steps = options.num_inference_steps or config.num_inference_steps
-        config.model_dtype = options.dtype or config.model_dtype
-        folder = backbone_folder(options.backbone or config.checkpoint_path, config.checkpoint_revision)
+        folder = backbone_folder(config.checkpoint_path, config.checkpoint_revision)
         config.checkpoint_path, config.checkpoint_force_download = str(folder), False
         return []
 
@@ -96,14 +89,14 @@ class MolmoAct2Adapter(PolicyAdapter):
         return _WithoutBackboneWeights(config)
 
     @classmethod
-    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
+    def processor_overrides(cls, config: Any, options: PolicyConfig) -> dict[str, dict[str, Any]]:
         # Other modes load a tokenizer of actions, which is for training alone.
         pack = {
             "checkpoint_path": config.checkpoint_path,
             "checkpoint_force_download": False,
             "action_mode": "continuous",
         }
-        return {"molmoact2_pack_inputs": pack}, {}
+        return {"molmoact2_pack_inputs": pack}
 
     def _precision(self) -> AbstractContextManager:
         dtype = getattr(torch, self.config.model_dtype)
@@ -132,9 +125,7 @@ class MolmoAct2Adapter(PolicyAdapter):
             )
         features = torch.cat([pooled(outputs.last_hidden_state, mask), batch[OBS_STATE].float()], -1)
         tensors = {"features": features, "cross_mask": context.cross_mask, PADDING: batch[PADDING]}
-        for index, (keys, values) in enumerate(context.kv_contexts):
-            tensors[f"keys.{index}"], tensors[f"values.{index}"] = keys, values
-        return Conditioning(tensors)
+        return Conditioning({**tensors, **store_layers(context.kv_contexts)})
 
     @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
@@ -146,7 +137,7 @@ class MolmoAct2Adapter(PolicyAdapter):
         with self._precision():
             rope = expert.blocks[0].self_attn.rope
             context = ActionExpertContext(
-                kv_contexts=_Contexts(conditioning, len(expert.blocks)),
+                kv_contexts=PrefixRows(conditioning),
                 cross_mask=conditioning.rows("cross_mask"),
                 self_mask=expert._build_self_attention_mask(None, horizon, device, dtype),
                 valid_action=None,
@@ -162,7 +153,3 @@ class MolmoAct2Adapter(PolicyAdapter):
             inputs = _ActionFlowInputs(trajectory, context, modulations, padding)
             chunk = backbone._run_action_flow_loop(inputs, steps)
         return self.executed(chunk).float()
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of the VLM's prefix tokens, and the normalised state."""
-        return conditioning.rows("features")

@@ -17,16 +17,20 @@ from torch import Tensor
 from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
 from trimtab.adapters.lerobot.backbone import without_weights
 from trimtab.adapters.lerobot.diffusion import cap_steps, steps_to_horizon, use_ddim
-from trimtab.adapters.lerobot.injection import NoiseInjector
+from trimtab.adapters.lerobot.injection import injected
 
 
 class MultiTaskDiTAdapter(PolicyAdapter):
-    """``encode`` is the observation encoder, ``denoise`` the whole sampling loop."""
+    """``encode`` is the observation encoder, ``denoise`` the whole sampling loop.
+
+    Features, over the history: normalised states, CLIP's class token of each camera, the projected task.
+    """
 
     policy_type: ClassVar[str] = "multi_task_dit"
+    backbone_fields = ("vision_encoder_name", "text_encoder_name")
+    dtypes = ("float32",)  # LeRobot joins float32 states to CLIP's output
     reads_task = True
     history: ClassVar[bool] = True
     stacks_cameras = True
@@ -42,10 +46,6 @@ class MultiTaskDiTAdapter(PolicyAdapter):
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        if options.dtype not in (None, "float32"):  # LeRobot joins float32 states to CLIP's output
-            raise UserError("--policy.dtype", f"a multi_task_dit policy runs in float32, not {options.dtype}")
-        if options.backbone:
-            config.vision_encoder_name = config.text_encoder_name = options.backbone
         if config.is_diffusion:
             return [*cap_steps(config), *use_ddim(config, options.num_inference_steps)]
         config.num_integration_steps = options.num_inference_steps or config.num_integration_steps
@@ -58,18 +58,8 @@ class MultiTaskDiTAdapter(PolicyAdapter):
         Raises:
             UserError: CLIP's config is not to be had.
         """
-        names = config.vision_encoder_name, config.text_encoder_name
-        try:
-            with without_weights(names[0]) as vision, without_weights(names[1]) as text:
-                config.vision_encoder_name, config.text_encoder_name = vision, text
-                return super().build(config)
-        finally:
-            config.vision_encoder_name, config.text_encoder_name = names
-
-    @classmethod
-    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
-        name = options.tokenizer or options.backbone
-        return ({"tokenizer_processor": {"tokenizer_name": name}} if name else {}), {}
+        with without_weights(config, *cls.backbone_fields):
+            return super().build(config)
 
     @property
     def resizes_images(self) -> bool:
@@ -81,18 +71,13 @@ class MultiTaskDiTAdapter(PolicyAdapter):
         batch = self.policy._prepare_batch(dict(batch))
         for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
             batch[key] = batch[key][:, -1]  # one task for the whole history
-        return Conditioning({"vector": self.policy.observation_encoder.encode(batch)})
+        return Conditioning({"features": self.policy.observation_encoder.encode(batch)})
 
     @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
         self.check_noise(conditioning, noise)
-        with NoiseInjector(noise) as injector:
+        with injected(self, noise):
             actions = self.policy.objective.conditional_sample(
-                self.policy.noise_predictor, len(noise), conditioning.rows("vector")
+                self.policy.noise_predictor, len(noise), conditioning.rows("features")
             )
-        injector.check(self.policy_type)
         return self.executed(actions[:, self.n_obs_steps - 1 :])
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Over the history: normalised states, CLIP's class token of each camera, the projected task."""
-        return conditioning.rows("vector")

@@ -18,41 +18,28 @@ from lerobot.policies.common.vla_utils import make_att_2d_masks, pad_vector, pre
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
+from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
-class PiAdapter(PolicyAdapter):
+class PiAdapter(VLAAdapter):
     """``encode`` is PaliGemma over cameras and prompt, ``denoise`` the Euler loop of the action expert.
 
+    Features: mean of PaliGemma's last hidden states without padding, and the normalised, padded state.
     Nothing here reads a tensor's values, so it also runs on the meta device (to count operations).
     """
 
-    resizes_images = True
+    steps_field = "num_inference_steps"
+    dtypes = ("float32", "bfloat16")
     fills_missing_cameras = True
-    reads_task = True
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
-        config = policy.config
-        self.noise_spec = NoiseSpec((config.chunk_size, config.max_action_dim))
-        self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
         self._experts = policy.model.paligemma_with_expert
         # Only eager attention takes LeRobot's additive masks; LeRobot sets it at each call.
         for model in (self._experts.paligemma.model.language_model, self._experts.gemma_expert.model):
             model.config._attn_implementation = "eager"
-
-    @classmethod
-    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        if config.dtype not in ("float32", "bfloat16"):
-            raise UserError(
-                "--policy.dtype", f"{config.type} runs in float32 or bfloat16, not in {config.dtype}"
-            )
-        config.num_inference_steps = options.num_inference_steps or config.num_inference_steps
-        return []
 
     @classmethod
     def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
@@ -113,7 +100,3 @@ class PiAdapter(PolicyAdapter):
             return self.policy.model.action_out_proj(hidden[:, -actions.shape[1] :].float())
 
         return self.executed(euler_integrate(velocity, noise, self.config.num_inference_steps))
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of PaliGemma's last hidden states without padding, and the normalised, padded state."""
-        return conditioning.rows("features")

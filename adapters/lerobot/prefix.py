@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -52,22 +53,39 @@ class PrefixLayer(DynamicLayer):
         """Nothing was added, so nothing is to be removed."""
 
 
+class PrefixRows(Sequence):
+    """The (keys, values) of each layer with a row per noise; those of one layer exist at a time."""
+
+    def __init__(self, conditioning: Conditioning) -> None:
+        self.conditioning = conditioning
+        self._layers = sum(name.startswith("keys.") for name in conditioning.tensors)
+
+    def __len__(self) -> int:
+        return self._layers
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index >= self._layers:
+            raise IndexError(index)
+        return self.conditioning.rows(f"keys.{index}"), self.conditioning.rows(f"values.{index}")
+
+
+def store_layers(layers: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Keys and values of each layer as named tensors of a ``Conditioning``."""
+    tensors = {}
+    for index, (keys, values) in enumerate(layers):
+        tensors[f"keys.{index}"], tensors[f"values.{index}"] = keys, values
+    return tensors
+
+
 def store_prefix(cache: Cache) -> dict[str, Tensor]:
     """A filled cache as named tensors of a ``Conditioning``."""
-    tensors = {}
-    for index, layer in enumerate(cache.layers):
-        tensors[f"keys.{index}"], tensors[f"values.{index}"] = layer.keys, layer.values
-    return tensors
+    return store_layers((layer.keys, layer.values) for layer in cache.layers)
 
 
 def restore_prefix(conditioning: Conditioning) -> Cache:
     """The cache that ``store_prefix`` wrote, for ``conditioning.batch_size`` noises."""
-    layers = []
-    while f"keys.{len(layers)}" in conditioning.tensors:
-        index = len(layers)
-        keys, values = conditioning.tensors[f"keys.{index}"], conditioning.tensors[f"values.{index}"]
-        layers.append(PrefixLayer(keys, values, conditioning.repeats))
-    return Cache(layers=layers)
+    whole = PrefixRows(Conditioning(conditioning.tensors))  # one row per observation
+    return Cache(layers=[PrefixLayer(*layer, conditioning.repeats) for layer in whole])
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -14,36 +14,29 @@ from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
 from trimtab.adapters.lerobot.backbone import without_weights
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
+from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
-class SmolVLAAdapter(PolicyAdapter):
-    """``encode`` is the VLM prefix, ``denoise`` the Euler loop of the action expert."""
+class SmolVLAAdapter(VLAAdapter):
+    """``encode`` is the VLM prefix, ``denoise`` the Euler loop of the action expert.
+
+    Features: mean of the VLM's prefix tokens, and the normalised, padded state.
+    """
 
     policy_type: ClassVar[str] = "smolvla"
-    reads_task = True
-    resizes_images = True
+    backbone_fields = ("vlm_model_name",)
+    steps_field = "num_steps"
+    dtypes = ("float32", "bfloat16")
     fills_missing_cameras = True
-
-    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
-        super().__init__(policy, preprocessor, postprocessor)
-        config = policy.config
-        self.noise_spec = NoiseSpec((config.chunk_size, config.max_action_dim))
-        self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        if options.dtype not in (None, "float32", "bfloat16"):
-            raise UserError("--policy.dtype", f"smolvla runs in float32 or bfloat16, not in {options.dtype}")
         if options.dtype:
             config.load_vlm_weights = options.dtype == "bfloat16"
-        config.vlm_model_name = options.backbone or config.vlm_model_name
-        config.num_steps = options.num_inference_steps or config.num_steps
         if config.use_cache:
             return []
         config.use_cache = True
@@ -57,22 +50,12 @@ class SmolVLAAdapter(PolicyAdapter):
         """
         if not config.load_vlm_weights:
             return super().build(config)
-        name = config.vlm_model_name
-        with without_weights(name) as folder:
-            config.vlm_model_name = folder
-            try:
-                return super().build(config)
-            finally:
-                config.vlm_model_name = name
+        with without_weights(config, *cls.backbone_fields):
+            return super().build(config)
 
     @classmethod
     def cast(cls, policy: Any, dtype: torch.dtype) -> None:
         """Done in ``build``."""
-
-    @classmethod
-    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
-        name = options.tokenizer or options.backbone
-        return ({"tokenizer_processor": {"tokenizer_name": name}} if name else {}), {}
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
@@ -113,7 +96,3 @@ class SmolVLAAdapter(PolicyAdapter):
         if self.policy.config.adapt_to_pi_aloha:
             chunk = self.policy._pi_aloha_encode_actions(chunk)
         return chunk
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of the VLM's prefix tokens, and the normalised, padded state."""
-        return conditioning.rows("features")

@@ -13,37 +13,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.checkpoint.files import BACKBONE
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError, reason
 from trimtab.adapters.lerobot.backbone import without_weights
-from trimtab.adapters.lerobot.injection import NoiseInjector
+from trimtab.adapters.lerobot.injection import injected
+from trimtab.adapters.lerobot.vla import VLAAdapter
 
 WORLD_MODEL = ("model.video_encoder.", "model.video_predictor.")
 
 
-class VLAJEPAAdapter(PolicyAdapter):
-    """``encode`` is Qwen3-VL, ``denoise`` the Euler loop of the action head."""
+class VLAJEPAAdapter(VLAAdapter):
+    """``encode`` is Qwen3-VL, ``denoise`` the Euler loop of the action head.
+
+    Features: mean of the embodied-action tokens' hidden states, and the normalised state.
+    """
 
     policy_type: ClassVar[str] = "vla_jepa"
-    reads_task = True
-    resizes_images = True
-
-    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
-        super().__init__(policy, preprocessor, postprocessor)
-        config = policy.config
-        self.noise_spec = NoiseSpec((config.chunk_size, config.action_dim))
-        self.chunk_shape = (config.n_action_steps, config.action_dim)
+    takes_tokenizer = False
+    backbone_fields = ("qwen_model_name",)
+    steps_field = "num_inference_timesteps"
+    noise_fields = ("chunk_size", "action_dim")
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        if options.tokenizer:
-            raise UserError(
-                "--policy.tokenizer", "vla_jepa takes its tokenizer from its backbone: name --policy.backbone"
-            )
-        config.qwen_model_name = options.backbone or config.qwen_model_name
-        config.num_inference_timesteps = options.num_inference_steps or config.num_inference_timesteps
         if not config.enable_world_model:
             return []
         config.enable_world_model = False
@@ -52,20 +46,17 @@ class VLAJEPAAdapter(PolicyAdapter):
     @classmethod
     def build(cls, config: Any) -> Any:
         name = config.qwen_model_name
-        with without_weights(name) as folder:
-            config.qwen_model_name = folder
+        with without_weights(config, *cls.backbone_fields):
             try:
                 return super().build(config)
             except (OSError, ValueError) as error:
-                if isinstance(error, ValueError) and folder not in str(error):
+                if isinstance(error, ValueError) and config.qwen_model_name not in str(error):
                     raise  # about the policy's own numbers
                 raise UserError(
-                    "--policy.backbone",
+                    BACKBONE,
                     f"the config and processor of the backbone '{name}' cannot be loaded: {reason(error)}; "
                     "name a folder that holds them",
                 ) from error
-            finally:
-                config.qwen_model_name = name
 
     @classmethod
     def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
@@ -103,11 +94,6 @@ class VLAJEPAAdapter(PolicyAdapter):
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
         self.check_noise(conditioning, noise)
         state = conditioning.rows("state") if "state" in conditioning.tensors else None
-        with NoiseInjector(noise) as injector:
+        with injected(self, noise):
             chunk = self.policy.model.action_model.predict_action(conditioning.rows("tokens"), state)
-        injector.check(self.policy_type)
         return self.executed(chunk).float()
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of the embodied-action tokens' hidden states, and the normalised state."""
-        return conditioning.rows("features")

@@ -11,32 +11,28 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from lerobot.policies.wall_x.modeling_wall_x import WallXPolicy
 from torch import Tensor
 from torchdiffeq import odeint
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
 from trimtab.adapters.lerobot.backbone import backbone_folder, without_weights
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
+from trimtab.adapters.lerobot.vla import VLAAdapter
 
 STEPS = 10  # LeRobot's default; its config has no field for it
 
 
-class WallXAdapter(PolicyAdapter):
-    """``encode`` is the prompt's pass through the model, ``denoise`` the Euler loop of the action tokens."""
+class WallXAdapter(VLAAdapter):
+    """``encode`` is the prompt's pass through the model, ``denoise`` the Euler loop of the action tokens.
+
+    Features: mean of the prompt's tokens after the last layer, and the normalised, padded state.
+    """
 
     policy_type: ClassVar[str] = "wall_x"
-    reads_task = True
-    resizes_images = True
-
-    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
-        super().__init__(policy, preprocessor, postprocessor)
-        config = policy.config
-        self.noise_spec = NoiseSpec((config.chunk_size, config.max_action_dim))
-        self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
+    takes_tokenizer = False
+    backbone_fields = ("pretrained_name_or_path",)
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
@@ -46,26 +42,15 @@ class WallXAdapter(PolicyAdapter):
                 f"this wall_x policy writes action tokens (prediction_mode '{config.prediction_mode}') and "
                 "draws no noise; one trained with prediction_mode 'diffusion' can be steered",
             )
-        config.pretrained_name_or_path = str(
-            backbone_folder(options.backbone or config.pretrained_name_or_path)
-        )
+        config.pretrained_name_or_path = str(backbone_folder(config.pretrained_name_or_path))
         config.num_inference_steps = options.num_inference_steps or STEPS
         return []
 
     @classmethod
     def build(cls, config: Any) -> Any:
         """LeRobot's policy, built beside an empty weights file: the checkpoint holds all weights."""
-        folder = config.pretrained_name_or_path
-        with without_weights(folder) as copy:
-            config.pretrained_name_or_path = copy
-            try:
-                return WallXPolicy(config)
-            finally:
-                config.pretrained_name_or_path = folder
-
-    @classmethod
-    def processor_overrides(cls, config: Any, options: PolicyConfig) -> tuple[dict, dict]:
-        return {}, {}  # the tokenizer lies in the backbone's folder
+        with without_weights(config, *cls.backbone_fields):
+            return super().build(config)
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
@@ -80,15 +65,15 @@ class WallXAdapter(PolicyAdapter):
 
         embeddings = model.model.embed_tokens(ids)
         images = model.visual(inputs["pixel_values"].to(model.visual.dtype), grid_thw=grid).pooler_output
-        place = (ids == model.config.image_token_id).unsqueeze(-1)
-        embeddings = embeddings.masked_scatter(place, images.to(embeddings.dtype))
+        is_image = (ids == model.config.image_token_id).unsqueeze(-1)
+        embeddings = embeddings.masked_scatter(is_image, images.to(embeddings.dtype))
         states = model.action_preprocessor.proprioception_proj(
             state.to(embeddings.dtype), inputs["agent_pos_mask"].to(embeddings.dtype)
         )
-        place = (ids == model.action_token_id_set["propri_token_id"]).unsqueeze(-1)
+        is_state = (ids == model.action_token_id_set["propri_token_id"]).unsqueeze(-1)
         # LeRobot rounds the state's embedding to bfloat16 whatever the model's precision.
         states = states.to(torch.bfloat16).to(embeddings.dtype)
-        embeddings = embeddings.masked_scatter(place, states)
+        embeddings = embeddings.masked_scatter(is_state, states)
 
         output = model.model(
             inputs_embeds=embeddings[:, :length],
@@ -128,7 +113,3 @@ class WallXAdapter(PolicyAdapter):
 
         times = torch.linspace(0, 1, self.config.num_inference_steps + 1, device=noise.device)
         return self.executed(odeint(velocity, noise, times, method="euler")[-1])
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Mean of the prompt's tokens after the last layer, and the normalised, padded state."""
-        return conditioning.rows("features")

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
-from trimtab.adapters.lerobot.injection import NoiseInjector
+from trimtab.adapters.lerobot.injection import injected
 
 SHARED = "model.vlm.language_model.shared.weight"
 EMBEDDING = "model.vlm.language_model.encoder.embed_tokens.weight"
@@ -38,9 +36,14 @@ class _Encoded:
 
 
 class XVLAAdapter(PolicyAdapter):
-    """``encode`` is Florence-2, ``denoise`` LeRobot's own loop over the transformer."""
+    """``encode`` is Florence-2, ``denoise`` LeRobot's own loop over the transformer.
+
+    Features: means of Florence-2's tokens and of the further cameras' tokens, and the padded state.
+    """
 
     policy_type: ClassVar[str] = "xvla"
+    steps_field = "num_denoising_steps"
+    dtypes = ("float32", "bfloat16")
     reads_task = True
     fills_missing_cameras = True
 
@@ -54,13 +57,6 @@ class XVLAAdapter(PolicyAdapter):
         self.noise_spec = NoiseSpec(shape, live=None if live.all() else live)
         width = space.postprocess(torch.zeros(1, *shape)).shape[-1]
         self.chunk_shape = (config.n_action_steps, width)
-
-    @classmethod
-    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        if config.dtype not in ("float32", "bfloat16"):
-            raise UserError("--policy.dtype", f"xvla runs in float32 or bfloat16, got {config.dtype}")
-        config.num_denoising_steps = options.num_inference_steps or config.num_denoising_steps
-        return []
 
     @classmethod
     def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
@@ -86,8 +82,9 @@ class XVLAAdapter(PolicyAdapter):
         )
         means = [entry.float().mean(1) for entry in tokens.values() if entry.shape[1]]
         features = torch.cat([*means, inputs["proprio"].float()], -1)
-        kept = {name: inputs[name] for name in ("domain_id", "proprio")}
-        return Conditioning({"features": features, **tokens, **kept})
+        return Conditioning(
+            {"features": features, **tokens, "domain_id": inputs["domain_id"], "proprio": inputs["proprio"]}
+        )
 
     @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
@@ -95,7 +92,7 @@ class XVLAAdapter(PolicyAdapter):
         model = self.policy.model
         tokens = {name: conditioning.rows(name) for name in ("vlm_features", "aux_visual_inputs")}
         domain, state = conditioning.rows("domain_id"), conditioning.rows("proprio")
-        with NoiseInjector(noise) as injector:
+        with injected(self, noise):
             # Only the VLM reads token ids and images: the loop takes a length and a dtype from what stands
             # in for them.
             chunk = type(model).generate_actions(
@@ -107,14 +104,9 @@ class XVLAAdapter(PolicyAdapter):
                 proprio=state,
                 steps=self.config.num_denoising_steps,
             )
-        injector.check(self.policy_type)
         return self.executed(chunk).float()
 
     def postprocess(self, chunk: Tensor, conditioning: Conditioning | None = None) -> Tensor:
         # One of its saved steps (6D rotation to axis-angle) takes (B, action_dim) alone.
         actions = super().postprocess(chunk.flatten(0, -2), conditioning)
         return actions.unflatten(0, chunk.shape[:-1])
-
-    def features(self, conditioning: Conditioning) -> Tensor:
-        """Means of Florence-2's tokens and of the further cameras' tokens, and the padded state."""
-        return conditioning.rows("features")

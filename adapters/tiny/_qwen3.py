@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trimtab.adapters.tiny.parts import word_tokenizer
+from trimtab.adapters.tiny.parts import QWEN_VISION, TEXT, Sizes, token_ids, word_tokenizer
 
 SPECIAL = {
     "image_token": "<|image_pad|>",
@@ -22,38 +22,26 @@ CHAT_TEMPLATE = (
     "{% endfor %}{{ '<eos>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<bos> assistant ' }}{% endif %}"
 )
-
-
-NARROW: dict[str, dict[str, Any]] = {
-    "text": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "initializer_range": 0.2,  # 0.02 at this width: what it sees would hardly show
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [4, 2, 2],
-            "mrope_interleaved": True,
-        },
-    },
+ROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [4, 2, 2],
+    "mrope_interleaved": True,
+}
+WIDE_START = {"initializer_range": 0.2}  # 0.02 at this width: what it sees would hardly show
+NARROW: Sizes = {
+    "text": {**TEXT, **WIDE_START, "head_dim": 16, "rope_parameters": ROPE},
     "vision": {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
+        **QWEN_VISION,
+        **WIDE_START,
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0],
-        "initializer_range": 0.2,
     },
     "pixels": {"shortest_edge": 1024, "longest_edge": 16384},
 }
 
 
-def make_qwen3(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW, **text: Any) -> Any:
+def make_qwen3(folder: Path, sizes: Sizes = NARROW, **text: Any) -> Any:
     """Save config and processor of a Qwen3-VL without weights.
 
     Args:
@@ -67,14 +55,10 @@ def make_qwen3(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW, **text: 
     from transformers import Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     tokenizer = word_tokenizer(folder, SPECIAL)
-    ids = {name.removesuffix("_token"): tokenizer.convert_tokens_to_ids(SPECIAL[name]) for name in SPECIAL}
     values = {"vocab_size": len(tokenizer), "pad_token_id": 0, **sizes["text"], **text}
     vision = {"patch_size": 16, **sizes["vision"], "out_hidden_size": values["hidden_size"]}
     config = Qwen3VLConfig(
-        text_config=values,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        **{f"{name}_token_id": index for name, index in ids.items()},
+        text_config=values, vision_config=vision, tie_word_embeddings=True, **token_ids(tokenizer, SPECIAL)
     )
     config.save_pretrained(folder)
     pixels = {"patch_size": vision["patch_size"], "merge_size": 2, "size": sizes["pixels"]}

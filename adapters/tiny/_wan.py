@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from trimtab.adapters.tiny.parts import WORDS
+from trimtab.adapters.tiny.parts import WORDS, Sizes
 
 LATENT_CHANNELS = 48  # LeRobot's code names this number of Wan 2.2's VAE
 TEXT_DIM = 16
-
-NARROW: dict[str, dict[str, Any]] = {
+NARROW: Sizes = {
     "vae": {
         "base_dim": 4,
         "dim_mult": [1, 2, 2, 2],
@@ -24,7 +23,7 @@ NARROW: dict[str, dict[str, Any]] = {
 }
 
 
-def wan_parts(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW) -> tuple[Any, Any]:
+def wan_parts(folder: Path, sizes: Sizes = NARROW) -> tuple[Any, Any]:
     """Save the tokenizer in ``folder/tokenizer`` and return Wan's VAE and text encoder, random.
 
     The VAE compresses as the real one: 16 times in height and width, 4 times in time, to 48 channels.

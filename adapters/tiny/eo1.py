@@ -5,62 +5,51 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trimtab.adapters.tiny._qwen3 import CHAT_TEMPLATE, SPECIAL
-from trimtab.adapters.tiny.parts import camera_features, save, statistics, word_tokenizer
+from trimtab.adapters.tiny.parts import (
+    QWEN_VISION,
+    TEXT,
+    Sizes,
+    camera_features,
+    make_config,
+    save_policy,
+    save_processor,
+    token_ids,
+    word_tokenizer,
+)
 
 
 def build(folder: Path, **fields: Any) -> dict[str, Any]:
     """Save the policy; the processor of its backbone lies in ``folder/qwen``."""
-    from lerobot.policies.eo1.configuration_eo1 import EO1Config
-    from lerobot.policies.eo1.modeling_eo1 import EO1Policy
-    from lerobot.policies.factory import make_pre_post_processors
-
-    backbone = folder / "qwen"
-    values: dict[str, Any] = {
+    backbone = str(folder / "qwen")
+    config = make_config(
+        "eo1",
+        fields,
         **camera_features(cameras=2),
-        "device": "cpu",
-        "push_to_hub": False,
-        "pretrained_path": str(folder),  # else LeRobot fetches the backbone's weights
-        "vlm_base": str(backbone),
-        "vlm_config": make_qwen2_5(backbone),
-        "image_min_pixels": 4 * 28 * 28,
-        "image_max_pixels": 6 * 28 * 28,
-        "chunk_size": 6,
-        "n_action_steps": 4,
-        "max_state_dim": 8,
-        "max_action_dim": 6,
-        "num_denoise_steps": 4,
-    }
-    config = EO1Config(**{**values, **fields})
-    torch.manual_seed(0)
-    policy = EO1Policy(config)
-    save(folder, policy, *make_pre_post_processors(config, dataset_stats=statistics(config)))
-    return {"backbone": str(backbone)}
+        pretrained_path=str(folder),  # else LeRobot fetches the backbone's weights
+        vlm_base=backbone,
+        vlm_config=make_qwen2_5(Path(backbone)),
+        image_min_pixels=4 * 28 * 28,
+        image_max_pixels=6 * 28 * 28,
+        chunk_size=6,
+        n_action_steps=4,
+        max_state_dim=8,
+        max_action_dim=6,
+        num_denoise_steps=4,
+    )
+    save_policy(folder, config)
+    return {"backbone": backbone}
 
 
-NARROW: dict[str, dict[str, Any]] = {
-    "text": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
-    },
-    "vision": {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_heads": 2,
-        "fullatt_block_indexes": [1],
-    },
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
+NARROW: Sizes = {
+    "text": {**TEXT, "rope_parameters": ROPE},
+    "vision": {**QWEN_VISION, "fullatt_block_indexes": [1]},
     "model": {},
 }
 
 
-def make_qwen2_5(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW) -> dict[str, Any]:
+def make_qwen2_5(folder: Path, sizes: Sizes = NARROW) -> dict[str, Any]:
     """Save config and processor of a Qwen2.5-VL without weights; return the config, as a dictionary.
 
     Args:
@@ -68,29 +57,18 @@ def make_qwen2_5(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW) -> dic
         sizes: fields of the text, vision and whole config.
     """
     from lerobot.policies.eo1.processor_eo1 import EO1_SPECIAL_TOKENS
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+    from transformers import Qwen2_5_VLConfig
 
     tokenizer = word_tokenizer(folder, SPECIAL)
     text = {"vocab_size": len(tokenizer) + len(EO1_SPECIAL_TOKENS), **sizes["text"]}
-    vision = {**sizes["vision"], "out_hidden_size": text["hidden_size"]}
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()}
     config = Qwen2_5_VLConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config={**sizes["vision"], "out_hidden_size": text["hidden_size"]},
         dtype="float32",
-        **{f"{name}_id": index for name, index in ids.items()},
+        **token_ids(tokenizer, SPECIAL),
         **sizes["model"],
     )
     config.save_pretrained(folder)
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
+    processors = ("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor")
+    save_processor(folder, "Qwen2_5_VLProcessor", tokenizer, *processors, CHAT_TEMPLATE)
     return config.to_dict()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from trimtab.adapters.tiny._qwen3 import make_qwen3
-from trimtab.adapters.tiny.parts import ACTION_DIM, STATE_DIM, camera_features, save, statistics
+from trimtab.adapters.tiny.parts import ACTION_DIM, STATE_DIM, camera_features, make_config, save_policy
 
 TAG = "tiny_arm"
 HORIZON = 6  # of the model; the sidecars' is one less
@@ -27,34 +27,30 @@ def build(
         cameras: number of cameras.
         fields: fields of ``GrootConfig`` that shall differ.
     """
-    from lerobot.policies.factory import make_pre_post_processors
-    from lerobot.policies.groot.configuration_groot import GrootConfig
-    from lerobot.policies.groot.modeling_groot import GrootPolicy
-
     qwen, base = folder / "Qwen" / "Qwen3-VL-tiny", folder / "gr00t"
     make_base(base, qwen)
     if sidecars:
         write_sidecars(base, relative)
-    values: dict[str, Any] = {
+    config = make_config(
+        "groot",
+        fields,
         **camera_features(cameras),
-        "device": "cpu",
-        "push_to_hub": False,
-        "base_model_path": str(base),
-        "embodiment_tag": TAG if sidecars else "new_embodiment",
-        "chunk_size": 5,
-        "n_action_steps": 4,
-        "max_state_dim": 8,
-        "max_action_dim": 7,
-        "use_bf16": False,
-    }
-    config = GrootConfig(**{**values, **fields})
-    policy = GrootPolicy(config)
-    preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=statistics(config))
-    for step in preprocessor.steps:
-        if hasattr(step, "image_target_size"):
-            step.image_target_size, step.image_crop_size = [64, 64], [56, 56]  # 256 pixels by default
-            step.model_name = str(qwen)  # LeRobot names NVIDIA's Cosmos-Reason2-2B, whatever the model says
-    save(folder, policy, preprocessor, postprocessor)
+        base_model_path=str(base),
+        embodiment_tag=TAG if sidecars else "new_embodiment",
+        chunk_size=5,
+        n_action_steps=4,
+        max_state_dim=8,
+        max_action_dim=7,
+        use_bf16=False,
+    )
+
+    def shrink(preprocessor: Any) -> None:
+        for step in preprocessor.steps:
+            if hasattr(step, "image_target_size"):
+                step.image_target_size, step.image_crop_size = [64, 64], [56, 56]  # 256 pixels by default
+                step.model_name = str(qwen)  # LeRobot names NVIDIA's Cosmos-Reason2-2B, whatever the model
+
+    save_policy(folder, config, change=shrink)
     return {"backbone": str(base), "tokenizer": str(qwen)}
 
 

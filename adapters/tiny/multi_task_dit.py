@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trimtab.adapters.tiny.parts import camera_features, randomise, save, statistics, word_tokenizer
+from trimtab.adapters.tiny.parts import Sizes, camera_features, make_config, save_policy, word_tokenizer
 
 
 def build(folder: Path, cameras: int = 1, **fields: Any) -> dict[str, Any]:
@@ -18,39 +18,32 @@ def build(folder: Path, cameras: int = 1, **fields: Any) -> dict[str, Any]:
         cameras: how many it looks at.
         fields: fields of ``MultiTaskDiTConfig`` that shall differ.
     """
-    from lerobot.policies.factory import make_pre_post_processors
-    from lerobot.policies.multi_task_dit.configuration_multi_task_dit import MultiTaskDiTConfig
-    from lerobot.policies.multi_task_dit.modeling_multi_task_dit import MultiTaskDiTPolicy
     from transformers import CLIPModel
 
     clip = folder / "clip"  # LeRobot insists on "clip" in the path
-    config = make_clip(clip)
+    clip_config = make_clip(clip)
     torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(clip)
-    values: dict[str, Any] = {
+    CLIPModel(clip_config).save_pretrained(clip)
+    config = make_config(
+        "multi_task_dit",
+        fields,
         **camera_features(cameras),
-        "device": "cpu",
-        "push_to_hub": False,
-        "n_obs_steps": 2,
-        "horizon": 8,
-        "n_action_steps": 4,
-        "objective": "flow_matching",
-        "num_integration_steps": 3,
-        "num_train_timesteps": 20,
-        "hidden_dim": 32,
-        "num_layers": 2,
-        "num_heads": 2,
-        "timestep_embed_dim": 16,
-        "vision_encoder_name": str(clip),
-        "text_encoder_name": str(clip),
-        "image_crop_shape": (64, 64),
-        "tokenizer_max_length": 12,
-    }
-    config = MultiTaskDiTConfig(**{**values, **fields})
-    torch.manual_seed(0)
-    policy = MultiTaskDiTPolicy(config)
-    randomise(policy.noise_predictor)  # adaLN starts at zero: no observation would matter
-    save(folder, policy, *make_pre_post_processors(config, dataset_stats=statistics(config)))
+        n_obs_steps=2,
+        horizon=8,
+        n_action_steps=4,
+        objective="flow_matching",
+        num_integration_steps=3,
+        num_train_timesteps=20,
+        hidden_dim=32,
+        num_layers=2,
+        num_heads=2,
+        timestep_embed_dim=16,
+        vision_encoder_name=str(clip),
+        text_encoder_name=str(clip),
+        image_crop_shape=(64, 64),
+        tokenizer_max_length=12,
+    )
+    save_policy(folder, config, no_zeros=True)  # adaLN starts at zero: no observation would matter
     return {"backbone": str(clip)}
 
 
@@ -61,13 +54,13 @@ SIDE = {
     "num_attention_heads": 2,
     "projection_dim": 16,
 }
-NARROW: dict[str, dict[str, Any]] = {
+NARROW: Sizes = {
     "text": {**SIDE, "max_position_embeddings": 12},
     "vision": {**SIDE, "image_size": 64, "patch_size": 16},
 }
 
 
-def make_clip(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW) -> Any:
+def make_clip(folder: Path, sizes: Sizes = NARROW) -> Any:
     """Save config and tokenizer of a CLIP without weights.
 
     Args:

@@ -1,8 +1,8 @@
-"""What tiny instances share: features, statistics, a tokenizer, saving."""
+"""What tiny instances share: features, statistics, tokenizers, narrow widths, building and saving."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,20 @@ STATE_DIM, ACTION_DIM = 5, 3
 WORDS = ("pick", "up", "the", "red", "cube", "press", "button", "close", "drawer", "push", "to", "goal")
 # Of molmoact2's and wall_x's prompts: one token each, as for a real tokenizer.
 PROMPT_WORDS = (
-    "a",
-    "action",
-    "are",
-    "assistant",
-    "camera",
-    "complete",
-    "control",
-    "current",
-    "expected",
-    "helpful",
-    "in",
-    "is",
-    "mode",
-    "next",
-    "of",
-    "robot",
-    "setup",
-    "should",
-    "state",
-    "take",
-    "task",
-    "view",
-    "what",
+    "a action are assistant camera complete control current expected helpful in is mode next of robot setup "
+    "should state take task view what"
 )
+
+Sizes = dict[str, dict[str, Any]]  # fields of the configs of a backbone's parts
+# Narrow language models and vision towers: fields that most of them name alike.
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+QWEN_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2}
 
 
 def camera_features(
@@ -45,12 +35,20 @@ def camera_features(
     size: int | tuple[int, int] = 64,
     state_dim: int = STATE_DIM,
     action_dim: int = ACTION_DIM,
+    single: str = "observation.image",
 ) -> dict[str, dict[str, PolicyFeature]]:
-    """``input_features`` (state and cameras) and ``output_features`` of a policy config."""
+    """``input_features`` (state and cameras) and ``output_features`` of a policy config.
+
+    Args:
+        cameras: how many.
+        size: side of an image, or (height, width).
+        state_dim, action_dim: widths.
+        single: name of an only camera.
+    """
     inputs = {"observation.state": PolicyFeature(FeatureType.STATE, (state_dim,))}
     height, width = (size, size) if isinstance(size, int) else size
     for index in range(cameras):
-        name = "observation.image" if cameras == 1 else f"observation.images.camera{index + 1}"
+        name = single if cameras == 1 else f"observation.images.camera{index + 1}"
         inputs[name] = PolicyFeature(FeatureType.VISUAL, (3, height, width))
     outputs = {"action": PolicyFeature(FeatureType.ACTION, (action_dim,))}
     return {"input_features": inputs, "output_features": outputs}
@@ -74,11 +72,40 @@ def statistics(config: Any) -> dict[str, dict[str, Tensor]]:
     return stats
 
 
-def save(folder: Path, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
-    """Write the folder that `lerobot-train` would."""
-    policy.save_pretrained(folder)
-    preprocessor.save_pretrained(folder)
-    postprocessor.save_pretrained(folder)
+def make_config(policy_type: str, fields: dict[str, Any], **defaults: Any) -> Any:
+    """LeRobot's config of a policy type: ``defaults``, but for ``fields``."""
+    from lerobot.policies.factory import make_policy_config
+
+    return make_policy_config(policy_type, **{"device": "cpu", "push_to_hub": False, **defaults, **fields})
+
+
+def save_policy(
+    folder: Path,
+    config: Any,
+    build: Callable[[Any], Any] | None = None,
+    no_zeros: bool = False,
+    change: Callable[[Any], None] | None = None,
+) -> None:
+    """Build the policy of a config, random, and write the folder that `lerobot-train` would.
+
+    Args:
+        folder: where.
+        config: the policy's.
+        build: makes the policy; default: its class.
+        no_zeros: ``randomise`` it.
+        change: what to do with the preprocessor before it is saved.
+    """
+    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+    torch.manual_seed(0)
+    policy = (build or get_policy_class(config.type))(config)
+    if no_zeros:
+        randomise(policy)
+    preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=statistics(config))
+    if change:
+        change(preprocessor)
+    for saved in (policy, preprocessor, postprocessor):
+        saved.save_pretrained(folder)
 
 
 def randomise(policy: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
@@ -94,13 +121,39 @@ def randomise(policy: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> Non
                 parameter.copy_(values / parameter.shape[-1] ** 0.5)
 
 
-def word_tokenizer(folder: Path, special: dict[str, str] | None = None, **fields: Any) -> Any:
+def save_processor(
+    folder: Path, name: str, tokenizer: Any, image: str, video: str, template: str = "{{ messages }}"
+) -> None:
+    """Save a vision-language model's processor.
+
+    Args:
+        folder: where.
+        name: of its class in transformers.
+        tokenizer: its own.
+        image, video: classes of its image and video processor.
+        template: of a chat.
+    """
+    import transformers
+
+    getattr(transformers, name)(
+        image_processor=getattr(transformers, image)(),
+        tokenizer=tokenizer,
+        video_processor=getattr(transformers, video)(),
+        chat_template=template,
+    ).save_pretrained(folder)
+
+
+def token_ids(tokenizer: Any, tokens: dict[str, str]) -> dict[str, int]:
+    """The ids of special tokens, by the name of the config's field without ``_id``."""
+    return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+
+
+def word_tokenizer(folder: Path, special: dict[str, str] | None = None) -> Any:
     """Save a word-level tokenizer in ``folder`` and return it.
 
     Args:
         folder: where.
         special: extra special tokens by attribute name.
-        fields: further arguments of ``PreTrainedTokenizerFast``.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -109,33 +162,40 @@ def word_tokenizer(folder: Path, special: dict[str, str] | None = None, **fields
     vocabulary = {word: index for index, word in enumerate([*names, *WORDS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    base = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, extra_special_tokens=special or {}, **{**base, **fields}
+        tokenizer_object=raw,
+        extra_special_tokens=special or {},
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<eos>",
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
-def byte_tokenizer(folder: Path, tokens: Sequence[str], **fields: Any) -> Any:
+def byte_tokenizer(folder: Path, tokens: Sequence[str], padding_side: str = "left") -> Any:
     """Save a Qwen2 tokenizer that knows single bytes, the words of prompts and ``tokens``, and return it.
 
     Args:
         folder: where.
         tokens: special tokens; the last ids.
-        fields: further arguments of ``Qwen2Tokenizer``.
+        padding_side: where it pads shorter texts.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
     names, merges = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"], []
-    for word in sorted({*WORDS, *PROMPT_WORDS}):
+    for word in sorted({*WORDS, *PROMPT_WORDS.split()}):
         word = f"Ġ{word}"  # with the space before it
         for end in range(1, len(word)):
             merges.append((word[:end], word[end]))
             names.append(word[: end + 1])
-    vocabulary = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    merges = list(dict.fromkeys(merges))
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=list(tokens), **fields)
+    tokenizer = Qwen2Tokenizer(
+        vocab={name: index for index, name in enumerate(dict.fromkeys(names))},
+        merges=list(dict.fromkeys(merges)),
+        extra_special_tokens=list(tokens),
+        padding_side=padding_side,
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
-from trimtab.adapters.base import PolicyAdapter, adapter_class, register_adapter
-from trimtab.adapters.tiny.parts import camera_features, randomise, save, statistics, word_tokenizer
+from trimtab.adapters.registry import adapter_class, register_adapter
+from trimtab.adapters.tiny.parts import camera_features, make_config, save_policy, word_tokenizer
 
 MARK = "gemma_300m"
 VOCABULARY = 512
@@ -32,7 +30,6 @@ def build(folder: Path, **fields: Any) -> dict[str, Any]:
 
 def build_pi(policy_type: str, folder: Path, **fields: Any) -> dict[str, Any]:
     """``build`` for ``pi0`` and ``pi05``, whose classes differ in their module's name only."""
-    from lerobot.policies.factory import get_policy_class, make_policy_config, make_pre_post_processors
     from tokenizers import AddedToken
 
     tokenizer_folder = folder / "tokenizer"
@@ -40,24 +37,19 @@ def build_pi(policy_type: str, folder: Path, **fields: Any) -> dict[str, Any]:
     # pi05 writes the state into the prompt, as bins.
     tokenizer.add_tokens([AddedToken(str(number), single_word=True) for number in range(256)])
     tokenizer.save_pretrained(tokenizer_folder)
-    values: dict[str, Any] = {
+    config = make_config(
+        policy_type,
+        fields,
         **camera_features(),
-        "device": "cpu",
-        "push_to_hub": False,
-        "paligemma_variant": MARK,
-        "image_resolution": (28, 28),
-        "chunk_size": 8,
-        "n_action_steps": 4,
-        "max_state_dim": 8,
-        "max_action_dim": 6,
-        "num_inference_steps": 4,
-        "tokenizer_max_length": 12 if policy_type == "pi0" else 24,
-    }
-    config = make_policy_config(policy_type, **{**values, **fields})
-    torch.manual_seed(0)
-    with narrow(config):
-        policy = get_policy_class(policy_type)(config)
-    randomise(policy)
+        paligemma_variant=MARK,
+        image_resolution=(28, 28),
+        chunk_size=8,
+        n_action_steps=4,
+        max_state_dim=8,
+        max_action_dim=6,
+        num_inference_steps=4,
+        tokenizer_max_length=12 if policy_type == "pi0" else 24,
+    )
     processors = import_module(f"lerobot.policies.{policy_type}.processor_{policy_type}")
     step = processors.TokenizerProcessorStep
 
@@ -66,9 +58,9 @@ def build_pi(policy_type: str, folder: Path, **fields: Any) -> dict[str, Any]:
         made.tokenizer_name = tokenizer_name
         return made
 
-    with patch.object(processors, "TokenizerProcessorStep", local):  # it would fetch a gated repository
-        pipelines = make_pre_post_processors(config, dataset_stats=statistics(config))
-    save(folder, policy, *pipelines)
+    # The published tokenizer would be fetched from a gated repository.
+    with narrow(config), patch.object(processors, "TokenizerProcessorStep", local):
+        save_policy(folder, config, no_zeros=True)
     install(policy_type)
     return {"tokenizer": str(tokenizer_folder)}
 
@@ -95,33 +87,22 @@ def narrow(config: Any) -> Iterator[None]:
 
         return make
 
-    with patch.multiple(
-        module,
-        get_gemma_config=sizes.__getitem__,
-        PaliGemmaForConditionalGenerationWithPiGemma=resized(
-            module.PaliGemmaForConditionalGenerationWithPiGemma
-        ),
-        PiGemmaForCausalLM=resized(module.PiGemmaForCausalLM),
-    ):
+    classes = ("PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM")
+    narrowed = {name: resized(getattr(module, name)) for name in classes}
+    with patch.multiple(module, get_gemma_config=sizes.__getitem__, **narrowed):
         yield
 
 
 def install(policy_type: str) -> None:
     """Let ``load_adapter`` build tiny policies of this type in this process; real ones stay as they are."""
     plain: Any = adapter_class(policy_type)
-    if issubclass(plain, _Narrow):
+    if plain.__name__ == "TinyAdapter":
         return
 
-    class TinyAdapter(_Narrow, plain):
-        pass
+    class TinyAdapter(plain):
+        @classmethod
+        def build(cls, config: Any) -> Any:
+            with narrow(config):
+                return super().build(config)
 
     register_adapter(policy_type, lambda: TinyAdapter)
-
-
-class _Narrow(PolicyAdapter):
-    """Builds tiny policies too."""
-
-    @classmethod
-    def build(cls, config: Any) -> Any:
-        with narrow(config):
-            return super().build(config)

@@ -7,39 +7,39 @@ from typing import Any
 
 import torch
 
-from trimtab.adapters.tiny.parts import camera_features, save, statistics, word_tokenizer
+from trimtab.adapters.tiny.parts import (
+    Sizes,
+    camera_features,
+    make_config,
+    save_policy,
+    save_processor,
+    word_tokenizer,
+)
 
 
 def build(folder: Path, **fields: Any) -> dict[str, Any]:
     """Save the policy; its backbone's config and processor lie in ``folder/vlm``."""
-    from lerobot.policies.factory import make_pre_post_processors
-    from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-
     vlm = make_vlm(folder / "vlm", weights=fields.get("load_vlm_weights", False))
-    values: dict[str, Any] = {
+    config = make_config(
+        "smolvla",
+        fields,
         **camera_features(),
-        "device": "cpu",
-        "push_to_hub": False,
-        "vlm_model_name": str(vlm),
-        "load_vlm_weights": False,
-        "num_vlm_layers": 4,
-        "resize_imgs_with_padding": (64, 64),
-        "chunk_size": 8,
-        "n_action_steps": 4,
-        "max_state_dim": 8,
-        "max_action_dim": 6,
-        "num_steps": 4,
-        "tokenizer_max_length": 12,
-    }
-    config = SmolVLAConfig(**{**values, **fields})
-    torch.manual_seed(0)
-    policy = SmolVLAPolicy(config)
-    save(folder, policy, *make_pre_post_processors(config, dataset_stats=statistics(config)))
+        vlm_model_name=str(vlm),
+        load_vlm_weights=False,
+        num_vlm_layers=4,
+        resize_imgs_with_padding=(64, 64),
+        chunk_size=8,
+        n_action_steps=4,
+        max_state_dim=8,
+        max_action_dim=6,
+        num_steps=4,
+        tokenizer_max_length=12,
+    )
+    save_policy(folder, config)
     return {"backbone": str(vlm)}
 
 
-NARROW: dict[str, dict[str, Any]] = {
+NARROW: Sizes = {
     "text": {
         "hidden_size": 48,
         "intermediate_size": 64,
@@ -60,7 +60,7 @@ NARROW: dict[str, dict[str, Any]] = {
 }
 
 
-def make_vlm(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW, weights: bool = False) -> Path:
+def make_vlm(folder: Path, sizes: Sizes = NARROW, weights: bool = False) -> Path:
     """Config and processor of a SmolVLM.
 
     Args:
@@ -68,13 +68,7 @@ def make_vlm(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW, weights: b
         sizes: fields of the text, vision and whole config.
         weights: save random weights too, for LeRobot to load.
     """
-    from transformers import (
-        SmolVLMConfig,
-        SmolVLMForConditionalGeneration,
-        SmolVLMImageProcessor,
-        SmolVLMProcessor,
-        SmolVLMVideoProcessor,
-    )
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
     special = {
         "fake_image_token": "<fake_token_around_image>",
@@ -83,23 +77,15 @@ def make_vlm(folder: Path, sizes: dict[str, dict[str, Any]] = NARROW, weights: b
         "end_of_utterance_token": "<end_of_utterance>",
     }
     tokenizer = word_tokenizer(folder, special)
-    text = {
-        "model_type": "llama",
-        "vocab_size": len(tokenizer),
-        "pad_token_id": 0,
-        **sizes["text"],
-    }
     config = SmolVLMConfig(
-        text_config=text, vision_config=sizes["vision"], image_token_id=5, **sizes["model"]
+        text_config={"model_type": "llama", "vocab_size": len(tokenizer), "pad_token_id": 0, **sizes["text"]},
+        vision_config=sizes["vision"],
+        image_token_id=5,
+        **sizes["model"],
     )
     config.save_pretrained(folder)
     if weights:
         torch.manual_seed(0)
         SmolVLMForConditionalGeneration(config).save_pretrained(folder)
-    SmolVLMProcessor(
-        image_processor=SmolVLMImageProcessor(),
-        tokenizer=tokenizer,
-        video_processor=SmolVLMVideoProcessor(),
-        chat_template="{{ messages }}",
-    ).save_pretrained(folder)
+    save_processor(folder, "SmolVLMProcessor", tokenizer, "SmolVLMImageProcessor", "SmolVLMVideoProcessor")
     return folder

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from trimtab.adapters.tiny._qwen3 import make_qwen3
-from trimtab.adapters.tiny.parts import camera_features, save, statistics
+from trimtab.adapters.tiny.parts import camera_features, make_config, save_policy
 
 
 def build(folder: Path, cameras: int = 1, **fields: Any) -> dict[str, Any]:
@@ -19,39 +19,34 @@ def build(folder: Path, cameras: int = 1, **fields: Any) -> dict[str, Any]:
         cameras: number of cameras.
         fields: fields of ``VLAJEPAConfig`` that shall differ.
     """
-    from lerobot.policies.factory import make_pre_post_processors
-    from lerobot.policies.vla_jepa.configuration_vla_jepa import VLAJEPAConfig
-    from lerobot.policies.vla_jepa.modeling_vla_jepa import VLAJEPAPolicy
     from transformers import Qwen3VLForConditionalGeneration
 
     torch.manual_seed(0)
     qwen = folder / "qwen"
     Qwen3VLForConditionalGeneration(make_qwen3(qwen)).save_pretrained(qwen)
-    values: dict[str, Any] = {
+    config = make_config(
+        "vla_jepa",
+        fields,
         **camera_features(cameras),
-        "device": "cpu",
-        "push_to_hub": False,
-        "qwen_model_name": str(qwen),
-        "jepa_encoder_name": str(folder / "vjepa"),
-        "enable_world_model": False,
-        "torch_dtype": "float32",
-        "chunk_size": 5,
-        "n_action_steps": 3,
-        "num_inference_timesteps": 4,
-        "num_embodied_action_tokens_per_instruction": 4,
-        "num_action_tokens_per_timestep": 2,
-        "action_model_type": "DiT-test",
-        "action_num_layers": 2,
-        "action_hidden_size": 16,
-        "predictor_depth": 1,
-        "predictor_num_heads": 2,
-        "gripper_dim": 2,
-    }
-    config = VLAJEPAConfig(**{**values, **fields})
+        qwen_model_name=str(qwen),
+        jepa_encoder_name=str(folder / "vjepa"),
+        enable_world_model=False,
+        torch_dtype="float32",
+        chunk_size=5,
+        n_action_steps=3,
+        num_inference_timesteps=4,
+        num_embodied_action_tokens_per_instruction=4,
+        num_action_tokens_per_timestep=2,
+        action_model_type="DiT-test",
+        action_num_layers=2,
+        action_hidden_size=16,
+        predictor_depth=1,
+        predictor_num_heads=2,
+        gripper_dim=2,
+    )
     if config.enable_world_model:
         make_vjepa(folder / "vjepa")
-    policy = VLAJEPAPolicy(config)
-    save(folder, policy, *make_pre_post_processors(config, dataset_stats=statistics(config)))
+    save_policy(folder, config)
     return {"backbone": str(qwen)}
 
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from trimtab.adapters.tiny.parts import byte_tokenizer, camera_features, randomise, save, statistics
-
-TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|propri|>",
-    "<|action|>",
-    "<|action_fast|>",
+from trimtab.adapters.tiny._qwen3 import SPECIAL, WIDE_START
+from trimtab.adapters.tiny.parts import (
+    QWEN_VISION,
+    TEXT,
+    Sizes,
+    byte_tokenizer,
+    camera_features,
+    make_config,
+    save_policy,
+    save_processor,
+    token_ids,
 )
+
+TOKENS = ("<|im_start|>", "<|im_end|>", *SPECIAL.values(), "<|propri|>", "<|action|>", "<|action_fast|>")
 
 
 def build(
@@ -38,62 +37,44 @@ def build(
         dtype: precision to load the policy with; ``None`` for LeRobot's own mix of bfloat16 and float32.
         fields: fields of ``WallXConfig`` that shall differ.
     """
-    from lerobot.policies.factory import make_pre_post_processors
-    from lerobot.policies.wall_x.configuration_wall_x import WallXConfig
-
     from trimtab.adapters.lerobot.wall_x import WallXAdapter
 
-    values: dict[str, Any] = {
+    backbone = folder / "backbone"
+    config = make_config(
+        "wall_x",
+        fields,
         **camera_features(cameras),
-        "device": "cpu",
-        "push_to_hub": False,
-        "chunk_size": 6,
-        "n_action_steps": 4,
-        "max_state_dim": 8,
-        "max_action_dim": 6,
-    }
-    config = WallXConfig(**{**values, **fields})
-    backbone = make_backbone(folder / "backbone", padding_side, config.max_action_dim, config.max_state_dim)
-    config.pretrained_name_or_path = str(backbone)
-    torch.manual_seed(0)
-    policy = WallXAdapter.build(config)
-    randomise(policy)
-    save(folder, policy, *make_pre_post_processors(config, dataset_stats=statistics(config)))
+        pretrained_name_or_path=str(backbone),
+        chunk_size=6,
+        n_action_steps=4,
+        max_state_dim=8,
+        max_action_dim=6,
+    )
+    make_backbone(backbone, padding_side, config.max_action_dim, config.max_state_dim)
+    save_policy(folder, config, WallXAdapter.build, no_zeros=True)
     return {"backbone": str(backbone), "dtype": dtype}
 
 
-NARROW: dict[str, dict[str, Any]] = {
+NARROW: Sizes = {
     "text": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
+        **TEXT,
+        **WIDE_START,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 1024,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-        "initializer_range": 0.2,
         "experts": [{"hidden_size": 32, "intermediate_size": 48, "hidden_act": "silu"}] * 2,
     },
-    "vision": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "depth": 2,
-        "num_heads": 2,
-        "fullatt_block_indexes": [1],
-        "initializer_range": 0.2,
-    },
+    "vision": {**QWEN_VISION, **WIDE_START, "fullatt_block_indexes": [1]},
     "model": {"tie_word_embeddings": False},
 }
 
 
 def make_backbone(
-    folder: Path,
-    padding_side: str,
-    action_dim: int,
-    state_dim: int,
-    sizes: dict[str, dict[str, Any]] = NARROW,
-) -> Path:
-    """Config and processor of a Wall-X model, without weights.
+    folder: Path, padding_side: str, action_dim: int, state_dim: int, sizes: Sizes = NARROW
+) -> None:
+    """Save config and processor of a Wall-X model, without weights.
 
     Args:
         folder: where.
@@ -103,9 +84,8 @@ def make_backbone(
         sizes: fields of the text, vision and whole config.
     """
     from lerobot.policies.wall_x.qwen_model import Qwen2_5_VLConfig
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    tokenizer = byte_tokenizer(folder, TOKENS, padding_side=padding_side)
+    tokenizer = byte_tokenizer(folder, TOKENS, padding_side)
     width, experts = sizes["text"]["hidden_size"], sizes["text"]["experts"]
     text = {
         "vocab_size": len(tokenizer),
@@ -115,24 +95,12 @@ def make_backbone(
         "dof_config": {"arm": action_dim},
         **sizes["text"],
     }
-    vision = {**sizes["vision"], "out_hidden_size": width}
-    ids = {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    }
     Qwen2_5_VLConfig(
         text_config=text,
-        vision_config=vision,
+        vision_config={**sizes["vision"], "out_hidden_size": width},
         agent_pos_config={"arm": state_dim},
         **sizes["model"],
-        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+        **token_ids(tokenizer, SPECIAL),
     ).save_pretrained(folder)
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template="{{ messages }}",
-    ).save_pretrained(folder)
-    return folder
+    processors = ("Qwen2VLImageProcessor", "Qwen2VLVideoProcessor")
+    save_processor(folder, "Qwen2_5_VLProcessor", tokenizer, *processors)

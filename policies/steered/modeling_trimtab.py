@@ -12,7 +12,8 @@ from lerobot.utils.constants import OBS_STR
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, PolicyConfig, UserError
-from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS, resolve_folder
+from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS
+from trimtab.adapters.checkpoint.folder import resolve_folder
 from trimtab.policies.artefact import (
     CRITIC,
     Steered,

@@ -25,7 +25,8 @@ from lerobot.processor import (
 )
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError
-from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, is_server, state_files
+from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
+from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.checkpoint.legacy import processor_files
 from trimtab.adapters.checkpoint.processors import RENAME_STEP, load_processors
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
@@ -127,7 +128,7 @@ def write_processors(
     overrides = type(adapter).processor_overrides(adapter.config, replace(options, **here))
     looks = getattr(adapter.observer, "config", None)
     keep_task = looks is not None and "task" in (looks.inputs or ())
-    named = dict(zip((PREPROCESSOR, POSTPROCESSOR), overrides, strict=True))
+    named = {PREPROCESSOR: overrides, POSTPROCESSOR: {}}
     with processor_files(adapter, Path(base_folder)) as source:
         _write_changed(folder, source, named, adapter.renames(), keep_task)
 

@@ -36,7 +36,7 @@ from trimtab.rl.train import Trainer
 @dataclass(frozen=True)
 class Method:
     """Settings of ``trimtab adapt``; without ``rl``, of ``trimtab lora --from_rollouts`` (``tuning``), or
-    else stable-baselines3's SAC (``wrapper.py``).
+    else a run of its own (``train_alone``, of which ``other`` are the settings).
     """
 
     rl: AlgorithmConfig | None
@@ -45,6 +45,8 @@ class Method:
     tuning: TuningConfig | None = None
     # Training environments, where the method's source says how many.
     num_envs: int | None = None
+    train_alone: Callable[..., Ran] | None = None
+    other: dict[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -52,9 +54,7 @@ class Method:
             return {"engine": "filtered behaviour cloning", "tuning": draccus.encode(self.tuning)}
         noise = {"type": self.noise.type, **asdict(self.noise)}
         if self.rl is None:
-            from trimtab.recipes.bench.wrapper import SB3SACConfig
-
-            return {"engine": "stable-baselines3", "sac": asdict(SB3SACConfig()), "noise": noise}
+            return self.other | {"noise": noise}
         rl, train = {"type": self.rl.type, **asdict(self.rl)}, asdict(self.train.at_pace_of(self.rl))
         for name in ("env_steps", "log_every"):  # the bench's own
             train.pop(name)
@@ -119,7 +119,6 @@ METHODS: dict[str, Method] = {
     "dsrl_na_logistic": Method(DSRLNAConfig(critic_loss="logistic"), RepeatNoiseConfig()),
     "dsrl_na_full": Method(DSRLNAConfig()),
     "residual": Method(ResidualConfig()),
-    "sb3_sac": Method(None),
     "filtered_bc": Method(None, tuning=TuningConfig(method="full", learning_rate=5e-4)),
 }
 
@@ -241,7 +240,7 @@ def run_method(
     cpu, all_cpu = time.process_time(), setup.cpu()
     train = _run_trainer
     if method.rl is None:
-        train = _run_sb3 if method.tuning is None else _run_filtered_bc
+        train = method.train_alone or _run_filtered_bc
     elif isinstance(method.rl, GoldenTicketConfig):
         train = _run_ticket
     recorder, found, learner = train(method, setup, seed, label)
@@ -312,22 +311,6 @@ def _run_ticket(method: Method, setup: Setup, seed: int, label: str) -> Ran:
     point = {"grid": search.env_steps, "env_steps": search.env_steps}
     recorder.points.append(point | recorder.evaluate(setup.seeds, f"{label} at {search.env_steps}"))
     return recorder, {"updates": 0, "search_episodes": search.episodes, "metrics": lines}, ticket
-
-
-def _run_sb3(method: Method, setup: Setup, seed: int, label: str) -> Ran:
-    from trimtab.recipes.bench.wrapper import NoiseVecEnv, SB3SACConfig, learn, make_sac, sb3_noise
-
-    config, adapter = SB3SACConfig(), setup.adapter
-    space = method.noise.build(adapter.noise_spec)
-    runner = PolicyRunner(adapter, setup.env)
-    with setup.training_environments() as vec:
-        train_runner = PolicyRunner(adapter, setup.env)
-        env = NoiseVecEnv(train_runner, vec, space, config.gamma, config.reward, training_seed(seed))
-        model = make_sac(config, env, adapter.chunk_shape[0], seed, device=adapter.device)
-        policies: Policies = {"actor": (runner, sb3_noise(model, space))}
-        recorder = Recorder(setup, label, lambda: policies)
-        learn(model, env, setup.env_steps, lambda step, ended: recorder(step, [(won, True) for won in ended]))
-    return recorder, {"updates": model._n_updates}, model
 
 
 def _run_filtered_bc(method: Method, setup: Setup, seed: int, label: str) -> Ran:

@@ -139,40 +139,6 @@ def _steps(steps: float | None, env_steps: int) -> str:
     return f"> {env_steps}" if steps is None else f"{steps:.0f}"
 
 
-def median_and_range(row: dict[str, Any]) -> str:
-    """Of a row's ``ratios``."""
-    return f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
-
-
-def engine_table(found: dict[str, Any]) -> str:
-    """Markdown."""
-    speed = f"updates per second of {found['setting']['seconds']}"
-    lines = [
-        f"| width | learner | {speed} | by stable-baselines3's: median (range) of turns |",
-        "|---|---|---|---|",
-    ]
-    for width, rows in found["widths"].items():
-        for name, row in rows.items():
-            ratio = median_and_range(row) if "ratio" in row else "1"
-            lines.append(f"| {found['setting']['layers']}x{width} | {name} | {row['median']:.0f} | {ratio} |")
-    return "\n".join(lines)
-
-
-def overhead_table(found: dict[str, Any]) -> str:
-    """Markdown."""
-    lines = [
-        "| per chunk | base | steered | steered / base | of neighbours: median (quartiles) |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in (("with processors", found), ("policy alone", found["policy_alone"])):
-        low, high = row["quartiles"]
-        lines.append(
-            f"| {name} | {row['base_ms']:.2f} ms | {row['steered_ms']:.2f} ms | {row['ratio']:.3f} | "
-            f"{row['paired_ratio']:.3f} ({low:.3f} to {high:.3f}) |"
-        )
-    return "\n".join(lines)
-
-
 def plot(path: Path, runs: Sequence[dict[str, Any]], bases: dict[str, dict[str, Any]]) -> None:
     """Success against environment steps: a panel per task, a thin line per seed, a thick one of medians."""
     import matplotlib

@@ -14,25 +14,18 @@ import torch
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash, resolve_folder
-from trimtab.recipes.bench.compiled import compiled_table, run_compiled
-from trimtab.recipes.bench.engine import run_engine
+from trimtab.adapters.checkpoint.folder import resolve_folder
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.recipes.bench.methods import METHODS, Setup, run_base, run_method
-from trimtab.recipes.bench.overhead import run_overhead
-from trimtab.recipes.bench.processes import Job, processes_table, run_processes
-from trimtab.recipes.bench.report import engine_table, overhead_table, write_samples
-from trimtab.recipes.bench.updates import run_updates, updates_table
+from trimtab.recipes.bench.report import write_samples
 from trimtab.recipes.support.console import new_output_dir, parse
 from trimtab.recipes.support.reporting import read_json, write_json
 from trimtab.recipes.support.shared_configs import EVALUATION_SEED
-from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.budget import MAX_SEED
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, check_episode_length, split_tasks
 from trimtab.rl.envs.vector import ChunkVectorEnv
 
 RECORD = "bench.json"
-WHAT = ("samples", "engine", "overhead", "updates", "compile", "processes")
-ON_GPU = ("samples", "engine", "updates")
 DEVICES = ("cpu", "cuda")
 
 
@@ -40,18 +33,14 @@ DEVICES = ("cpu", "cuda")
 class BenchConfig:
     """``trimtab bench``."""
 
-    # samples: success against environment steps; engine: updates per second; overhead: time per chunk of a
-    # steered policy over its base's; updates: time of an update of each algorithm; compile: the same with
-    # --rl.engine=compile and without; processes: environment steps per second of two processes and of one.
-    what: str = "samples"
     # Folder of a base policy that `trimtab base` or `trimtab demo` made.
     base: str = ""
     tasks: str = "button-press-topdown,hammer"
     # Comma-separated names; recipes/bench/README.md lists them.
-    methods: str = "best_of_n,dsrl_sac_full,sb3_sac"
+    methods: str = "best_of_n,dsrl_sac_full"
     # Comma-separated training seeds.
     seeds: str = "0,1,2,3,4"
-    # Samples, engine, updates: where base and learners are, cpu or cuda.
+    # Where base and learners are, cpu or cuda.
     device: str = "cpu"
     # Environment steps of each run.
     env_steps: int = 20_000
@@ -69,52 +58,24 @@ class BenchConfig:
     episode_length: int = 160
     # Simulator processes of training and of evaluation (0: none).
     workers: int = 1
-    # Engine: widths of the networks, turns of each learner, updates in a turn, transitions in the replay.
-    widths: str = "128,256"
-    repetitions: int = 7
-    updates: int = 100
-    transitions: int = 2_000
-    # Processes: the algorithm, with its defaults, and its updates per transition of each process.
-    algorithm: str = "dsrl_sac"
-    updates_per_transition: float = 2.0
-    # Overhead: folder of the artefact that `trimtab adapt` wrote, and chunks of each policy.
-    artefact: Path | None = None
-    chunks: int = 300
     # An earlier one's finished runs are kept. Default: outputs/bench/<date>/<time>.
     output_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.what not in WHAT:
-            raise UserError("--what", f"'{self.what}' is none of {', '.join(WHAT)}")
-        if self.chunks < 2:
-            raise UserError("--chunks", f"must be at least 2, got {self.chunks}")
-        for name in (
-            *("env_steps", "grid", "n_episodes", "base_episodes", "batch_size", "num_envs"),
-            *("repetitions", "updates", "transitions"),
-        ):
+        for name in (*("env_steps", "grid", "n_episodes", "base_episodes", "batch_size", "num_envs"),):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}", f"must be at least 1, got {getattr(self, name)}")
         for name in ("final_episodes", "workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name}", f"cannot be negative, got {getattr(self, name)}")
-        if self.what == "samples" and self.grid > self.env_steps:
+        if self.grid > self.env_steps:
             raise UserError("--grid", f"{self.grid} leaves no point within --env_steps={self.env_steps}")
         check_episode_length(self.episode_length, "--episode_length")
-        known = [name for name in AlgorithmConfig.get_known_choices() if name != "golden_ticket"]
-        if self.algorithm not in known:
-            raise UserError("--algorithm", f"'{self.algorithm}' is none of {', '.join(known)}")
-        if not self.updates_per_transition > 0:
-            raise UserError(
-                "--updates_per_transition", f"must be positive, got {self.updates_per_transition}"
-            )
         if self.device not in DEVICES:
             raise UserError("--device", f"'{self.device}' is none of {', '.join(DEVICES)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device", "'cuda' is not usable here; leave it out")
-        if self.device == "cuda" and self.what not in ON_GPU:
-            raise UserError("--device", f"'cuda' is for --what={', '.join(ON_GPU)}")
         self.method_list()
-        numbers(self.widths, "--widths", 1, 8192)
         numbers(self.seeds, "--seeds", 0, MAX_SEED)
 
     def method_list(self) -> list[str]:
@@ -140,12 +101,6 @@ def numbers(text: str, option: str, low: int, high: int) -> list[int]:
 
 def main(args: list[str]) -> None:
     config = parse(BenchConfig, "bench", args)
-    if config.what == "overhead":
-        overhead(config)
-        return
-    if config.what in ("updates", "compile"):
-        updates(config)
-        return
     if not config.base:
         raise UserError("--base", "name the folder of a base policy; `trimtab base` makes one")
     torch.set_num_threads(1)
@@ -154,14 +109,8 @@ def main(args: list[str]) -> None:
     for task in tasks:
         MetaworldStateConfig(task=task).check_base(folder)
     output = _output(config.output_dir)
-    if config.what == "processes":
-        processes(config, folder, tasks[0], output)
-        return
     adapter = load_adapter(PolicyConfig(path=str(folder), device=config.device))
-    if config.what == "engine":
-        engine(config, adapter, tasks[0], output)
-    else:
-        samples(config, adapter, folder, tasks, output)
+    samples(config, adapter, folder, tasks, output)
 
 
 def _output(path: Path | None) -> Path:
@@ -174,70 +123,6 @@ def _output(path: Path | None) -> Path:
 
 def _env(config: BenchConfig, task: str) -> EnvConfig:
     return MetaworldStateConfig(task=task, episode_length=config.episode_length)
-
-
-def engine(config: BenchConfig, adapter: PolicyAdapter, task: str, output: Path) -> None:
-    """Measure updates per second; write engine.json and engine.md."""
-    widths = numbers(config.widths, "--widths", 1, 8192)
-    found = run_engine(
-        adapter,
-        _env(config, task),
-        widths,
-        config.repetitions,
-        config.updates,
-        config.transitions,
-        config.num_envs,
-        config.workers,
-        torch.device(config.device),
-    )
-    _write(output, "engine", found, engine_table(found))
-
-
-def overhead(config: BenchConfig) -> None:
-    """Measure what steering costs at inference; write overhead.json."""
-    if config.artefact is None:
-        raise UserError("--artefact", "name the artefact that `trimtab adapt` wrote")
-    torch.set_num_threads(1)
-    found = run_overhead(config.artefact.expanduser(), config.chunks)
-    output = _output(config.output_dir)
-    write_json(output / "overhead.json", found)
-    print(f"{overhead_table(found)}\n\nall in {output}")
-
-
-def updates(config: BenchConfig) -> None:
-    """Measure what an update takes, of each algorithm or compiled and not; write updates.json and .md."""
-    torch.set_num_threads(1)
-    measured = numbers(config.widths, "--widths", 1, 8192), config.repetitions, config.updates
-    if config.what == "compile":
-        found = run_compiled(*measured)
-        text = compiled_table(found)
-    else:
-        device = torch.device(config.device)
-        found = run_updates(*measured, device)
-        text = updates_table(found, device)
-    _write(_output(config.output_dir), config.what, found, text)
-
-
-def processes(config: BenchConfig, folder: Path, task: str, output: Path) -> None:
-    """Measure what a second process gains; write processes.json and processes.md."""
-    job = Job(
-        base=str(folder),
-        task=task,
-        episode_length=config.episode_length,
-        algorithm=config.algorithm,
-        num_envs=config.num_envs,
-        env_steps=config.env_steps,
-        updates_per_transition=config.updates_per_transition,
-        output=str(output / "process.json"),
-    )
-    found = run_processes(job, config.repetitions)
-    _write(output, "processes", found, processes_table(found))
-
-
-def _write(output: Path, name: str, found: dict[str, Any], text: str) -> None:
-    write_json(output / f"{name}.json", found)
-    (output / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    print(f"{text}\n\nall in {output}")
 
 
 def samples(

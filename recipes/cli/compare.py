@@ -15,7 +15,8 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash, is_peft, is_server
+from trimtab.adapters.checkpoint.folder import is_peft, is_server
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.cli.bench import numbers, once

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.checkpoint.files import file_hash
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.recipes.cli.adapt import AdaptConfig, check_run, steer, untrained_line, with_default_noise

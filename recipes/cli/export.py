@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.checkpoint.files import CONFIG, is_server
+from trimtab.adapters.checkpoint.files import CONFIG
+from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, save_artefact
 from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS

@@ -14,7 +14,7 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import is_peft, is_server, resolve_folder
+from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli.adapt import check_run
 from trimtab.recipes.finetune.data import REPO_ID, Recorder

@@ -17,13 +17,8 @@ from lerobot.configs.default import DatasetConfig, PeftConfig
 from lerobot.configs.train import TrainPipelineConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import (
-    POSTPROCESSOR,
-    PREPROCESSOR,
-    hash_files,
-    settings_hashes,
-    state_files,
-)
+from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
+from trimtab.adapters.checkpoint.identity import hash_files, settings_hashes
 from trimtab.adapters.checkpoint.legacy import processor_files
 from trimtab.adapters.errors import reason
 from trimtab.recipes.finetune.data import batches, check_features, open_dataset

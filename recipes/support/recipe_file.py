@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trimtab.adapters.checkpoint.files import is_server
+from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.recipes.cli.recipes import LORA, RECIPES, config_of
 from trimtab.recipes.compare.from_recipe import comparison, is_recipe
 from trimtab.recipes.support.console import say

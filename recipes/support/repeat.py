@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trimtab.adapters.checkpoint.files import is_server
+from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import UserError
 from trimtab.rl.algorithms.presets import flatten
 

@@ -13,7 +13,7 @@ from lerobot.envs.configs import EnvConfig
 from tqdm import tqdm
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import is_server, resolve_folder
+from trimtab.adapters.checkpoint.folder import is_server, resolve_folder
 from trimtab.adapters.errors import reason
 from trimtab.policies.noise_samplers import NoiseSource, constant_noise, own_noise, zero_noise
 from trimtab.policies.observe import ObserveConfig, build_observer

@@ -66,7 +66,7 @@ def shrink(content: dict[str, Any], command: str) -> None:
 
 def _small_methods(content: dict[str, Any]) -> list[str]:
     """Of the comparison's methods those that a few chunks suffice for; what is no method is left in."""
-    from trimtab.adapters.checkpoint.files import is_server
+    from trimtab.adapters.checkpoint.folder import is_server
     from trimtab.recipes.compare.methods import METHODS
 
     known = [*LEARN_NOTHING_NEW, *(() if is_server(content["policy"]["path"]) else (FINE_TUNED,))]

@@ -109,7 +109,8 @@ def kind_of(path: str) -> str:
     Raises:
         UserError: it cannot.
     """
-    from trimtab.adapters.checkpoint.files import CONFIG, is_server
+    from trimtab.adapters.checkpoint.files import CONFIG
+    from trimtab.adapters.checkpoint.folder import is_server
 
     if is_server(path):
         return "remote"
@@ -148,7 +149,7 @@ def _on_run(args: list[str], output: Path) -> list[str]:
 
 def _on_artefact(stack: ExitStack, args: list[str], command: str, artefact: Path) -> list[str]:
     """Evaluate or export an artefact of a tiny run: its base again, on a server again where it was on one."""
-    from trimtab.adapters.checkpoint.files import is_server
+    from trimtab.adapters.checkpoint.folder import is_server
 
     saved = read_options(artefact / "config.json") or {}
     base = saved.get("base") or {}

@@ -33,7 +33,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from trimtab.adapters import UserError
-from trimtab.adapters.checkpoint.files import hash_files
+from trimtab.adapters.checkpoint.identity import hash_files
 from trimtab.adapters.errors import reason
 from trimtab.rl.data.replay import Batch, ReplayBuffer
 from trimtab.rl.runs.processes import World

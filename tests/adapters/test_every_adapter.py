@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers.adapter_cases import all_cases, noise_like
 from trimtab.adapters import load_adapter
-from trimtab.adapters.checkpoint.files import weights_hash
+from trimtab.adapters.checkpoint.identity import weights_hash
 from trimtab.adapters.tiny import make_tiny
 
 BACKBONE_FIRST = ("fastwam", "molmoact2", "wall_x")

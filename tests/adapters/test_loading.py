@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash, settings_hashes, weights_hash
+from trimtab.adapters.checkpoint.identity import file_hash, settings_hashes, weights_hash
 from trimtab.adapters.tiny import make_tiny
 
 

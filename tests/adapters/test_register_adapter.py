@@ -10,8 +10,9 @@ from lerobot.policies.factory import make_pre_post_processors
 
 import trimtab.adapters
 from tests.helpers.my_flow import MyFlowConfig, MyFlowPolicy, features
-from trimtab.adapters import NoiseSpec, UserError, adapter_types, base, register_adapter
+from trimtab.adapters import NoiseSpec, UserError, adapter_types, register_adapter
 from trimtab.adapters.lerobot.injection import InjectedAdapter, NoiseInjector
+from trimtab.adapters.registry import _REGISTRY, adapter_class
 
 SECTION = "## A policy of your own"
 
@@ -25,10 +26,10 @@ def code_blocks():
 
 @pytest.fixture
 def registry():
-    before = dict(base._REGISTRY)
+    before = dict(_REGISTRY)
     yield
-    base._REGISTRY.clear()
-    base._REGISTRY.update(before)
+    _REGISTRY.clear()
+    _REGISTRY.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -159,4 +160,4 @@ def test_commands_find_it_in_a_package(workplace, monkeypatch):
     monkeypatch.syspath_prepend(workplace)
     assert load_plugins(["--policy.discover_packages_path=my_package", "--seed=1"], None) == ["--seed=1"]
     sys.modules.pop("my_package")
-    assert base.adapter_class("my_flow").__name__ == "MyFlowAdapter"
+    assert adapter_class("my_flow").__name__ == "MyFlowAdapter"

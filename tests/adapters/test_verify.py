@@ -27,7 +27,7 @@ def sound(self, conditioning, noise):
 
 def draws_while_looking(self, batch):
     found = DiffusionAdapter.encode(self, batch)
-    found.tensors["global"] = found.tensors["global"] + 0.1 * torch.randn_like(found.tensors["global"])
+    found.tensors["features"] = found.tensors["features"] + 0.1 * torch.randn_like(found.tensors["features"])
     return found
 
 
@@ -94,7 +94,7 @@ def nan_features(self, conditioning):
 
 def longer_history(self, batch):
     found = DiffusionAdapter.encode(self, batch)
-    found.tensors["global"] = found.tensors["global"].repeat(2, 1)
+    found.tensors["features"] = found.tensors["features"].repeat(2, 1)
     return found
 
 
@@ -171,5 +171,5 @@ def test_sound_adapter_passes(adapter):
 
 def test_a_policy_that_loads_but_does_not_run(tmp_path):
     folder = make_diffusion(tmp_path / "p")
-    with pytest.raises(UserError, match=r"--policy.dtype: a diffusion policy runs in float32"):
+    with pytest.raises(UserError, match=r"--policy.dtype: this diffusion policy runs in float32"):
         open_adapter(PolicyConfig(path=str(folder), device="cpu", dtype="bfloat16"))

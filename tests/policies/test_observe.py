@@ -10,7 +10,7 @@ from tests.helpers.pixels import CAMERA, SIDE, PixelPointAdapter
 from tests.helpers.point import PointAdapter
 from tests.policies.test_steered_policy import load, observations, processors
 from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.base import adapter_class, adapter_types
+from trimtab.adapters.registry import adapter_class, adapter_types
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import load_artefact, read_config, save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from lerobot.envs.utils import preprocess_observation
 
+from tests.benchmarks.full_size import FULL_SIZE, full_size
 from trimtab.recipes.cli import COMMANDS, main
 from trimtab.recipes.cli.adapt import AdaptConfig, with_default_noise
 from trimtab.recipes.cli.base import MakeBaseConfig
@@ -26,7 +27,6 @@ from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
 from trimtab.recipes.compare.methods import customised
 from trimtab.recipes.finetune.lora_targets import LAYERS, default_targets
 from trimtab.recipes.finetune.training import TuningConfig
-from trimtab.recipes.full_size import FULL_SIZE, full_size
 from trimtab.recipes.support.console import parse
 from trimtab.recipes.support.presets import expand_preset
 from trimtab.recipes.support.recipe_file import ADAPT_ONLY, LEFT, with_recipe
@@ -244,7 +244,7 @@ def test_what_probe_and_eval_leave_is_adapts_alone():
 
 def test_resume_of_a_tiny_run(tmp_path):
     """A tiny pi0 loads only where its narrow classes are; `--tiny` sees to that in a new process, too."""
-    from trimtab.adapters.base import register_adapter
+    from trimtab.adapters import register_adapter
     from trimtab.adapters.lerobot.pi0 import PI0Adapter
 
     argv = ["adapt", "--tiny=true", f"--output_dir={tmp_path}"]

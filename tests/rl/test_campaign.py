@@ -1,6 +1,6 @@
-"""The fault campaign of `python -m tests.faults`, shortened."""
+"""The fault campaign of `python -m tests.benchmarks.faults`, shortened."""
 
-from tests.faults import Run, campaign_kills, differences
+from tests.benchmarks.faults import Run, campaign_kills, differences
 
 
 def test_killed_at_random_instants_a_run_is_the_run_that_was_not(tmp_path):

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash, weights_hash
+from trimtab.adapters.checkpoint.identity import file_hash, weights_hash
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_samplers import base_noise, constant_noise, steered_noise, zero_noise

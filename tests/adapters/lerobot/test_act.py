@@ -54,7 +54,7 @@ REFUSED = {
         r"--policy.path: .*temporal_ensemble_coeff=0.01.*set temporal_ensemble_coeff to null .*at most 8",
     ),
     "steps": ({}, {"num_inference_steps": 5}, r"--policy.num_inference_steps: .* one step"),
-    "half precision": ({}, {"dtype": "bfloat16"}, r"--policy.dtype: an act policy runs in float32"),
+    "half precision": ({}, {"dtype": "bfloat16"}, r"--policy.dtype: this act policy runs in float32"),
 }
 
 

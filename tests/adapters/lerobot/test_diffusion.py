@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import weights_hash
+from trimtab.adapters.checkpoint.identity import weights_hash
 from trimtab.adapters.lerobot.diffusion import DiffusionAdapter
 
 
@@ -85,7 +85,7 @@ def test_wrong_noise_is_a_clear_error(adapter):
 def test_features_are_the_global_conditioning(adapter):
     conditioning = adapter.encode(adapter.preprocess(observation(adapter)))
     assert adapter.features(conditioning).shape[0] == 3
-    assert torch.equal(adapter.features(conditioning), conditioning.tensors["global"])
+    assert torch.equal(adapter.features(conditioning), conditioning.tensors["features"])
 
 
 def test_missing_input_names_the_environment(adapter):

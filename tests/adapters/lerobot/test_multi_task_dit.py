@@ -88,7 +88,7 @@ def test_number_of_integration_steps(options, adapter):
 def test_half_precision_is_refused(tmp_path):
     options = make_tiny("multi_task_dit", tmp_path / "policy")
     options.dtype = "bfloat16"
-    with pytest.raises(UserError, match=r"--policy.dtype: a multi_task_dit policy runs in float32"):
+    with pytest.raises(UserError, match=r"--policy.dtype: this multi_task_dit policy runs in float32"):
         load_adapter(options)
 
 

@@ -5,13 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.benchmarks.full_size import full_size
 from tests.helpers.adapter_cases import noise_like
 from trimtab.adapters import UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
 from trimtab.adapters.tiny import make_tiny
 from trimtab.adapters.tiny.parts import camera_features
 from trimtab.adapters.tiny.pi0 import MARK
-from trimtab.recipes.full_size import full_size
 
 PALIGEMMA = "paligemma_with_expert.paligemma."
 EMBEDDING = f"{PALIGEMMA}model.language_model.embed_tokens.weight"
@@ -120,7 +120,7 @@ def test_bfloat16(saved, policy_type):
     public = rough.executed(rough.policy.predict_action_chunk(dict(batch), noise=noise))
     assert torch.allclose(near, public, atol=1e-5)
     options.dtype = "float16"
-    with pytest.raises(UserError, match=f"{policy_type} runs in float32 or bfloat16"):
+    with pytest.raises(UserError, match=f"{policy_type} policy runs in float32 or bfloat16"):
         load_adapter(options)
 
 

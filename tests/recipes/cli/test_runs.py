@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, file_hash, state_files
+from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.artefact import is_artefact, load_artefact
 from trimtab.recipes.cli import main
 

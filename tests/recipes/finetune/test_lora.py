@@ -11,7 +11,8 @@ from torch import nn
 
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash, is_peft
+from trimtab.adapters.checkpoint.folder import is_peft
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.recipes.cli import main
 from trimtab.recipes.cli.lora import LoraConfig, means
 from trimtab.recipes.embedded_base.dataset import REPO_ID

@@ -16,7 +16,7 @@ from tests.helpers.two_processes import TRAIN, make_trainer
 ROOT = Path(__file__).parents[3]
 LAUNCH = [
     *(sys.executable, "-m", "trimtab.rl.launch"),  # accelerate launch, but for signals
-    *("--config_file", str(ROOT / "recipes" / "accelerate" / "cpu_2_processes.yaml"), "-m"),
+    *("--config_file", str(ROOT / "recipes" / "configs" / "accelerate" / "cpu_2_processes.yaml"), "-m"),
 ]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

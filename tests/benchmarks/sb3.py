@@ -1,36 +1,34 @@
-"""The frozen policy and its environments as one stable-baselines3 environment, whose action is the noise.
+"""stable-baselines3's SAC as one more method of ``trimtab compare``, and what it takes.
 
-The only module that imports stable-baselines3, a development dependency: import it when it is needed. Of it
-nothing is saved or loaded.
+    python -m tests.benchmarks.sb3 --methods=sb3_sac,dsrl_sac_as_sb3 ...
+
+The frozen policy and its environments are one environment to it, whose action is the noise.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from trimtab.adapters import UserError
 from trimtab.policies.noise_samplers import NoiseSource
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.recipes.bench.methods import METHODS, Method, Recorder, Setup
+from trimtab.recipes.cli import main
+from trimtab.rl.budget import training_seed
 from trimtab.rl.data.returns import Returns
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
-
-try:
-    from stable_baselines3 import SAC
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.logger import Logger
-    from stable_baselines3.common.vec_env import VecEnv
-except ImportError as error:
-    raise UserError(
-        "stable-baselines3", f"cannot be imported ({error}); `pip install 'stable-baselines3>=2.9'`"
-    ) from error
 
 
 @dataclass
@@ -242,3 +240,28 @@ def sb3_noise(model: SAC, space: NoiseSpace) -> NoiseSource:
         return space.expand(torch.as_tensor(u), prior).to(prior)
 
     return source
+
+
+def run_sac(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recorder, dict[str, Any], SAC]:
+    """As ``trimtab.recipes.bench.methods`` runs the others."""
+    config, adapter = SB3SACConfig(), setup.adapter
+    space = method.noise.build(adapter.noise_spec)
+    runner = PolicyRunner(adapter, setup.env)
+    with setup.training_environments() as vec:
+        train_runner = PolicyRunner(adapter, setup.env)
+        env = NoiseVecEnv(train_runner, vec, space, config.gamma, config.reward, training_seed(seed))
+        model = make_sac(config, env, adapter.chunk_shape[0], seed, device=adapter.device)
+        policies = {"actor": (runner, sb3_noise(model, space))}
+        recorder = Recorder(setup, label, lambda: policies)
+        learn(model, env, setup.env_steps, lambda step, ended: recorder(step, [(won, True) for won in ended]))
+    return recorder, {"updates": model._n_updates}, model
+
+
+METHODS["sb3_sac"] = Method(
+    None,
+    train_alone=run_sac,
+    other={"engine": "stable-baselines3", "sac": asdict(SB3SACConfig())},
+)
+
+if __name__ == "__main__":
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -1,10 +1,12 @@
-"""What steering costs at inference: time per executed chunk of a steered policy over its base's own."""
+"""What steering costs at inference: time per executed chunk of a steered policy over its base's own.
+
+python -m tests.benchmarks.overhead outputs/adapt/.../artefact
+"""
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 
-from trimtab.adapters import UserError
-from trimtab.policies.artefact import is_artefact
+from tests.benchmarks.updates import wall_clock_of
 from trimtab.policies.steered.modeling_trimtab import TrimtabPolicy
+from trimtab.recipes.support.reporting import write_json
 
 OBSERVATIONS = 8  # different ones, in turn
 WARM_UP = 10  # chunks of each policy that do not count
@@ -34,16 +36,10 @@ def run_overhead(folder: Path, chunks: int) -> dict[str, Any]:
         ``base_ms`` and ``steered_ms``: medians per chunk; ``ratio`` of these; ``paired_ratio``: the median of
         the ratios of neighbours in time, with its ``quartiles``; the same of the policies alone (without
         the processors) under ``policy_alone``; and the ``setting``.
-
-    Raises:
-        UserError: there is no artefact, or its base runs on a server.
     """
-    if not is_artefact(str(folder)):
-        raise UserError("--artefact", f"{folder} is no artefact; name one that `trimtab adapt` wrote")
     config = PreTrainedConfig.from_pretrained(folder)
     steered = TrimtabPolicy.from_pretrained(folder, config=config)
-    if steered.base is None:
-        raise UserError("--artefact", "its base runs on a policy server, whose time is not ours to measure")
+    assert steered.base is not None, "its base runs on a policy server, whose time is not ours to measure"
     steps = config.n_action_steps
     before, after = make_pre_post_processors(config, pretrained_path=str(folder))
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +60,7 @@ def run_overhead(folder: Path, chunks: int) -> dict[str, Any]:
             after(action)
         return clock() - begun, alone
 
-    clock = _clock(steered.adapter.device)
+    clock = wall_clock_of(steered.adapter.device)
     times: dict[str, list[tuple[float, float]]] = {"base": [], "steered": []}
     policies = {"base": steered.base, "steered": steered}
     with torch.inference_mode():
@@ -86,15 +82,6 @@ def run_overhead(folder: Path, chunks: int) -> dict[str, Any]:
     return {**compare(whole), "policy_alone": compare(alone), "setting": setting}
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
-    def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
-
-
 def compare(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """Medians, their ratio, and the ratios of pairs, of ``base`` and ``steered``."""
     base, steered = (statistics.median(seconds[name]) for name in ("base", "steered"))
@@ -107,3 +94,35 @@ def compare(seconds: dict[str, list[float]]) -> dict[str, Any]:
         "paired_ratio": round(middle, 4),
         "quartiles": [round(low, 4), round(high, 4)],
     }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [
+        "| per chunk | base | steered | steered / base | of neighbours: median (quartiles) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in (("with processors", found), ("policy alone", found["policy_alone"])):
+        low, high = row["quartiles"]
+        lines.append(
+            f"| {name} | {row['base_ms']:.2f} ms | {row['steered_ms']:.2f} ms | {row['ratio']:.3f} | "
+            f"{row['paired_ratio']:.3f} ({low:.3f} to {high:.3f}) |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.overhead", description=__doc__)
+    parser.add_argument("artefact", type=Path, help="folder that `trimtab adapt` wrote")
+    parser.add_argument("--chunks", type=int, default=300, help="of each policy")
+    parser.add_argument("--output", type=Path, help="JSON")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    found = run_overhead(options.artefact, options.chunks)
+    print(table(found))
+    if options.output:
+        write_json(options.output, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 """Environment steps per second of two processes beside one, each on one thread, started as a user would.
 
+    python -m tests.benchmarks.processes --base=outputs/base --task=button-press-topdown-v3
+
 ``accelerate launch`` runs this module; its first process writes what it has timed. Timed is from the first
 chunk after learning has begun to the end: collecting, denoising, learning and waiting for each other, not the
 start of the program.
@@ -7,21 +9,22 @@ start of the program.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.errors import reason
-from trimtab.recipes.bench.report import median_and_range
+from trimtab.adapters import PolicyConfig, load_adapter
+from trimtab.recipes.support.reporting import write_json
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
@@ -96,23 +99,18 @@ def work(job: Job) -> None:
 
 
 def launch(job: Job, processes: int) -> dict[str, Any]:
-    """Run ``job`` in so many processes by ``accelerate launch``; what the first one found.
-
-    Raises:
-        UserError: it failed.
-    """
+    """Run ``job`` in so many processes by ``accelerate launch``; what the first one found."""
     kind = ["--multi_gpu"] if processes > 1 else ["--cpu"]  # without a GPU that is torchrun and gloo
     command = [
         *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *kind),
         *("--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"),
         *("--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"),
-        *("-m", __name__, json.dumps(asdict(job))),
+        *("-m", "tests.benchmarks.processes", "--job", json.dumps(asdict(job))),
     ]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=one_thread)
     if done.returncode:
-        why = reason(RuntimeError(done.stderr), last=True)
-        raise UserError("--what=processes", f"a run in {processes} processes failed ({why})")
+        raise SystemExit(f"a run in {processes} processes failed:\n{done.stderr}")
     return json.loads(Path(job.output).read_text(encoding="utf-8"))
 
 
@@ -128,8 +126,7 @@ def run_processes(job: Job, repetitions: int) -> dict[str, Any]:
     runs: dict[int, list[dict[str, Any]]] = {count: [] for count in COUNTS}
     for turn in range(repetitions):
         for count in COUNTS if turn % 2 == 0 else reversed(COUNTS):
-            mine = Job(**{**asdict(job), "env_steps": job.env_steps * count})
-            runs[count].append(launch(mine, count))
+            runs[count].append(launch(replace(job, env_steps=job.env_steps * count), count))
             speed = runs[count][-1]["env_steps_per_second"]
             print(
                 f"turn {turn + 1}, {count} process(es): {speed:.1f} environment steps per second", flush=True
@@ -149,14 +146,38 @@ def run_processes(job: Job, repetitions: int) -> dict[str, Any]:
     return {"processes": found, **ratio, "setting": asdict(job), "cores": os.cpu_count()}
 
 
-def processes_table(found: dict[str, Any]) -> str:
+def table(found: dict[str, Any]) -> str:
     """Markdown."""
     lines = ["| processes | environment steps per second | by one process: median (range) |", "|---|---|---|"]
+    ratios = found["ratios"]
     for count, row in found["processes"].items():
-        ratio = median_and_range(found) if count != "1" else "1"
+        ratio = "1" if count == "1" else f"{found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         lines.append(f"| {count} | {row['median']:.0f} | {ratio} |")
     return "\n".join(lines)
 
 
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.processes", description=__doc__)
+    parser.add_argument("--job", help="what one process does; the launcher's")
+    parser.add_argument("--base", help="folder of a base policy that `trimtab base` made")
+    parser.add_argument("--task", default="button-press-topdown-v3")
+    parser.add_argument("--episode-length", type=int, default=160)
+    parser.add_argument("--algorithm", default="dsrl_sac", help="with its defaults")
+    parser.add_argument("--num-envs", type=int, default=8, help="of each process")
+    parser.add_argument("--env-steps", type=int, default=3000, help="of one process; of two, twice as many")
+    parser.add_argument("--updates-per-transition", type=float, default=2.0)
+    parser.add_argument("--repetitions", type=int, default=5, help="pairs of runs")
+    parser.add_argument("--output", type=Path, help="JSON")
+    options = vars(parser.parse_args(argv))
+    if options["job"]:
+        return work(Job(**json.loads(options["job"])))
+    output, repetitions, _ = options.pop("output"), options.pop("repetitions"), options.pop("job")
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_processes(Job(**options, output=str(Path(folder) / "process.json")), repetitions)
+    print(table(found))
+    if output:
+        write_json(output, found)
+
+
 if __name__ == "__main__":
-    work(Job(**json.loads(sys.argv[1])))
+    main()

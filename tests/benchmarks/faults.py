@@ -1,4 +1,4 @@
-"""The fault campaign: `python -m tests.faults`. Runs are killed at random instants, and resumed.
+"""The fault campaign: `python -m tests.benchmarks.faults`. Runs are killed at random instants, and resumed.
 
 Every child is a fork of this warm process, so that a kill costs a fraction of a second. It trains on the
 small problem of `tests/helpers/point.py` with the real trainer, checkpoints and metrics. It gets SIGKILL at a
@@ -305,7 +305,7 @@ def campaign_full_disk(root: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults")
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.faults")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)

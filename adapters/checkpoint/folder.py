@@ -1,0 +1,226 @@
+"""Where a policy lies: a local folder, the Hub, or a server; and whether a folder holds a whole policy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from trimtab.adapters.checkpoint.files import (
+    CONFIG,
+    OLD_STATISTICS,
+    OPTION,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    POSTPROCESSOR,
+    PREPROCESSOR,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    has_weights,
+    open_weights,
+    read_json,
+    whole_weights,
+)
+from trimtab.adapters.errors import UserError, reason
+
+REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name on the Hub
+SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # configs, tokenizers and processors
+
+
+def is_server(path: str | Path | None) -> bool:
+    """Whether a policy's path is the address of a policy server."""
+    return isinstance(path, str) and path.startswith(("ws://", "wss://"))
+
+
+def find_folder(
+    name: str,
+    option: str,
+    revision: str | None = None,
+    token: str | None = None,
+    suffixes: tuple[str, ...] = SMALL_FILES,
+    mend: str = "",
+) -> Path:
+    """A local folder, or the Hub's copy of a repository.
+
+    Args:
+        name: folder, or ``owner/name`` on the Hub.
+        option: what named it.
+        revision: branch, tag or commit on the Hub.
+        token: for private repositories; default: the Hub's own (``HF_TOKEN``, ``hf auth login``).
+        suffixes: of the files that are fetched.
+        mend: what else to say where there is nothing.
+
+    Raises:
+        UserError: neither a folder nor a reachable Hub repository.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists():
+        return folder
+    if not REPOSITORY.fullmatch(name):
+        if "://" in name:
+            mend = "; name a folder, a Hub repository as owner/name, or a policy server as ws://host:port"
+        elif REPOSITORY.fullmatch(name.partition("@")[0]):
+            mend = f"; name the Hub repository {name.partition('@')[0]}, its branch, tag or commit apart"
+            mend += f" (--policy.revision={name.partition('@')[2]})"
+        raise UserError(option, f"there is no folder {name}{mend}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [f"*{suffix}" for suffix in suffixes]
+        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+    except Exception as error:  # the Hub client has a dozen exceptions for "not available"
+        wanted = f"{name} at revision {revision}" if revision else name
+        raise UserError(
+            option,
+            f"neither a folder nor a reachable Hub repository: {wanted} "
+            f"({type(error).__name__}: {reason(error)}){mend}",
+        ) from None
+
+
+def resolve_folder(path: str, revision: str | None = None, token: str | None = None) -> Path:
+    """The local folder of a whole policy, fetched from the Hub where ``path`` is a repository.
+
+    Args:
+        path, revision, token: as for ``find_folder``.
+
+    Raises:
+        UserError: nothing there, or the folder lacks a file that a saved policy has.
+    """
+    folder = find_folder(path, OPTION, revision, token, (*SMALL_FILES, ".safetensors"))
+    if not folder.is_dir():
+        raise UserError(OPTION, f"{path} is a file; name the folder that holds {CONFIG}")
+    nested = folder / "pretrained_model"
+    if not (folder / CONFIG).exists() and (nested / CONFIG).exists():
+        folder = nested  # a checkpoint folder of lerobot-train
+    _check_whole(folder)
+    return folder
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a folder that lacks a file which a saved policy has, and say what is there instead."""
+    missing = [] if (folder / CONFIG).is_file() else [CONFIG]
+    if not missing and is_peft(folder):
+        missing += [name for name in (PEFT_CONFIG, PEFT_WEIGHTS) if not (folder / name).is_file()]
+        if missing and has_weights(folder):
+            raise UserError(
+                OPTION,
+                f"{folder / CONFIG} says use_peft, but {' and '.join(missing)} is not there, only "
+                "whole weights; if the LoRA has been merged into them, set use_peft to false",
+            )
+    elif not has_weights(folder):
+        missing.append(WEIGHTS)
+    processors = [name for name in (PREPROCESSOR, POSTPROCESSOR) if not (folder / name).is_file()]
+    if len(processors) < 2 or missing or not _holds_statistics(folder):
+        missing += processors
+    if not missing:
+        return
+    there = sorted(file.name for file in folder.iterdir()) or ["nothing"]
+    inside = sorted(folder.glob(f"checkpoints/*/pretrained_model/{CONFIG}"))
+    if inside:
+        hint = f"its last checkpoint is {inside[-1].parent}"
+    elif WEIGHTS in missing and any(folder.glob("model-*-of-*.safetensors")):
+        hint = f"{WEIGHTS_INDEX}, which says what lies in which shard, was not copied"
+    elif missing == processors:
+        hint = (
+            "LeRobot has written them since 0.4; a checkpoint from before holds its statistics among the "
+            "weights, and this one holds none there"
+        )
+    else:
+        hint = "`lerobot-train` writes one under checkpoints/<step>/pretrained_model"
+    shown = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
+    raise UserError(
+        OPTION,
+        f"{folder} is not a whole policy folder, it lacks {', '.join(missing)} (it holds {shown}); {hint}",
+    )
+
+
+def _holds_statistics(folder: Path) -> bool:
+    """Whether the statistics lie among the weights, as LeRobot kept them before it saved processors (0.4)."""
+    if not has_weights(folder) or is_peft(folder):
+        return False
+    for path in whole_weights(folder):
+        with open_weights(path) as file:
+            if any(name.startswith(OLD_STATISTICS) for name in list(file.keys())):
+                return True
+    return False
+
+
+def commit_of(folder: Path | str) -> str | None:
+    """The commit whose files a folder in the Hub's cache holds; ``None`` of any other folder."""
+    known = isinstance(folder, Path) and folder.parent.name == "snapshots"
+    return folder.name if known else None
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether the folder's weights are those of a PEFT (LoRA) adapter: by ``use_peft``, as for LeRobot.
+
+    Raises:
+        UserError: it holds an adapter and whole weights, and its config does not say which counts.
+    """
+    use_peft = read_json(folder / CONFIG).get("use_peft") if (folder / CONFIG).is_file() else None
+    adapter = (folder / PEFT_CONFIG).is_file() or (folder / PEFT_WEIGHTS).is_file()
+    if not has_weights(folder):
+        return use_peft is True or adapter
+    if adapter and not isinstance(use_peft, bool):
+        raise UserError(
+            OPTION,
+            f"{folder} holds whole weights and a LoRA ({PEFT_WEIGHTS}), and its {CONFIG} does not say which "
+            "counts: set use_peft to true (the LoRA, on its base) or to false (the whole weights)",
+        )
+    return use_peft is True
+
+
+def peft_base(folder: Path, base_path: str | None, token: str | None = None) -> Path:
+    """The folder of the policy that a PEFT checkpoint adapts.
+
+    Args:
+        folder: the PEFT checkpoint.
+        base_path: where the base lies now; default: what the checkpoint says.
+        token: as for ``find_folder``.
+
+    Raises:
+        UserError: no base is named, or none is there.
+    """
+    saved = read_json(folder / PEFT_CONFIG)
+    named = base_path or saved.get("base_model_name_or_path")
+    if not named:
+        raise UserError(OPTION, f"{folder / PEFT_CONFIG} names no base policy; add --policy.base_path=")
+    option = "--policy.base_path"
+    try:
+        base = resolve_folder(named, None if base_path else saved.get("revision"), token)
+    except UserError as error:
+        raise UserError(
+            option, f"the base policy of the LoRA checkpoint {folder} was not found: {error.message}"
+        ) from None
+    if is_peft(base):
+        raise UserError(option, f"{base} is a LoRA checkpoint itself; name the policy below both, merged")
+    return base
+
+
+def weights_files(folder: Path, base_path: str | None = None, token: str | None = None) -> list[Path]:
+    """The files with a policy's weights; of a PEFT checkpoint the adapter's and then its base's.
+
+    Raises:
+        UserError: the base of a PEFT checkpoint is not there; what counts cannot be told.
+    """
+    if is_peft(folder):
+        return [folder / PEFT_WEIGHTS, *whole_weights(peft_base(folder, base_path, token))]
+    return whole_weights(folder)
+
+
+def read_policy_type(folder: Path) -> str:
+    """The ``type`` in a policy folder's config.json.
+
+    Raises:
+        UserError: not JSON, or no type.
+    """
+    raw = read_json(folder / CONFIG)
+    policy_type = raw.get("type")
+    if isinstance(policy_type, str):
+        return policy_type
+    keys = ", ".join(list(raw)[:8]) or "nothing"
+    whose = "it is not the config of a LeRobot policy"
+    if isinstance(raw.get("model_type"), str):
+        whose = f"it is the config of another library's '{raw['model_type']}' model"
+    elif "input_shapes" in raw:
+        whose = "LeRobot wrote such configs before 2025, and reads them no more"
+    raise UserError(OPTION, f"{folder / CONFIG} has no 'type' (it holds {keys}): {whose}")
