@@ -25,11 +25,11 @@ from trimtab.recipes.support.repeat import repeatable
 from trimtab.recipes.support.reporting import MetricsWriter, outcomes, rate_text, summaries, table, write_json
 from trimtab.recipes.support.session import Session, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
-from trimtab.rl.budget import training_seed
 from trimtab.rl.data.demonstration_data import rate_warning
 from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import Evaluation, evaluate, require_success
 from trimtab.rl.runs.threads import machine_record
+from trimtab.rl.seeds import training_seed
 
 DATASET_STEPS, ROUND_STEPS = 20_000, 800  # gradient steps by default
 LOG_EVERY = 100  # gradient steps behind one number of the loss curve
