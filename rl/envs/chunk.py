@@ -97,26 +97,23 @@ class ChunkEnv:
     Args:
         env: the environment; what it must do is in ``contract.py``.
         n_obs_steps: length of the observation history.
-        frame_every: where rendering is asked for, keep a frame every so many steps.
         keep_seen: return every step's observation, to record what was done.
         limit: steps of an episode, where the environment itself names no time limit.
 
     Attributes:
+        render: whether frames are kept.
         limit: the time limit in steps, or ``None``.
         seed: that of the running episode.
         layout: shape and dtype of each entry of the first observation; empty before it.
     """
 
+    frame_every = 2  # steps from one kept frame to the next
+
     def __init__(
-        self,
-        env: gym.Env,
-        n_obs_steps: int = 1,
-        frame_every: int = 2,
-        keep_seen: bool = False,
-        limit: int | None = None,
+        self, env: gym.Env, n_obs_steps: int = 1, keep_seen: bool = False, limit: int | None = None
     ) -> None:
         self.env = env
-        self.n_obs_steps, self.frame_every, self.keep_seen = n_obs_steps, frame_every, keep_seen
+        self.n_obs_steps, self.keep_seen = n_obs_steps, keep_seen
         self.limit = _time_limit(env) or limit or None
         self.layout: Layout = {}
         self.seed = -1

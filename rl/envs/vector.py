@@ -170,7 +170,6 @@ class ChunkVectorEnv:
         num_envs: number of environments.
         num_workers: processes; 0 steps them in this process.
         n_obs_steps: observation history that the policy looks at.
-        frame_every: keep a rendered frame every so many steps, where rendering is on.
         keep_seen: return every step's observation in ``ChunkResult.seen``.
         task: run this task of the config in every environment.
         tolerant: an episode in which the simulator crashes or hangs, or NaN or Inf appears, is lost
@@ -191,7 +190,6 @@ class ChunkVectorEnv:
         num_envs: int,
         num_workers: int = 1,
         n_obs_steps: int = 1,
-        frame_every: int = 2,
         keep_seen: bool = False,
         task: int | None = None,
         tolerant: bool = False,
@@ -199,7 +197,7 @@ class ChunkVectorEnv:
     ) -> None:
         self.num_envs = num_envs
         self._tolerant, self._timeout = tolerant, timeout
-        options = {"n_obs_steps": n_obs_steps, "frame_every": frame_every, "keep_seen": keep_seen}
+        options = {"n_obs_steps": n_obs_steps, "keep_seen": keep_seen}
         self._config, self._settings = config, (task, tolerant, options)
         self._workers: list[_Worker] = []
         # By worker: the command that it works on, and each environment's arguments.
