@@ -7,28 +7,30 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import draccus
 import torch
 from lerobot.envs.configs import EnvConfig
-from torch import Tensor
 
-from trimtab.adapters import PolicyAdapter, PolicyConfig
+from trimtab.adapters import PolicyAdapter, PolicyConfig, load_adapter
+from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
-from trimtab.policies.noise_samplers import NoiseSource, base_noise, candidate_noise, own_noise, steered_noise
+from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig, RepeatNoiseConfig
-from trimtab.recipes.finetune.filtered_bc import FilteredBC
-from trimtab.recipes.finetune.training import TuningConfig
+from trimtab.recipes.finetune.data import Recorder as SuccessRecorder
+from trimtab.recipes.finetune.filtered_bc import rounds
+from trimtab.recipes.finetune.rollouts import Rollouts
+from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
-from trimtab.rl.algorithms.golden_ticket import GoldenTicketConfig, TicketSearch
 from trimtab.rl.algorithms.presets import PAPER
-from trimtab.rl.budget import TrainConfig, training_seed
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate, require_success
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.selection import CorrectingRunner, SelectingRunner
+from trimtab.rl.seeds import training_seed
 from trimtab.rl.takeover import GateConfig
 from trimtab.rl.train import Trainer
 
@@ -159,15 +161,15 @@ class Setup:
         history = self.adapter.n_obs_steps
         return ChunkVectorEnv(self.env, count or self.num_envs, self.workers, history, keep_seen=keep_seen)
 
-    def measure(self, runner: PolicyRunner, source: NoiseSource, seeds: list[int], label: str) -> dict:
+    def measure(self, runner: PolicyRunner, policy: ChunkPolicy, seeds: list[int], label: str) -> dict:
         """Evaluate; whatever draws it makes, training goes on with its own."""
         with torch.random.fork_rng(devices=[]):
-            outcome = evaluate(runner, self.vec, source, seeds, label, progress=sys.stderr.isatty())
+            outcome = evaluate(runner, self.vec, policy, seeds, label, progress=sys.stderr.isatty())
         require_success(outcome)
         return outcome.summary()
 
 
-Policies = dict[str, tuple[PolicyRunner, NoiseSource]]
+Policies = dict[str, tuple[PolicyRunner, ChunkPolicy]]
 Ran = tuple["Recorder", dict[str, Any], Any]  # ..., more of the record, and what has learnt
 
 
@@ -238,11 +240,9 @@ def run_method(
     """
     started = time.perf_counter()
     cpu, all_cpu = time.process_time(), setup.cpu()
-    train = _run_trainer
+    train = _run_trainer if method.rl is None or method.rl.replays else _run_search
     if method.rl is None:
         train = method.train_alone or _run_filtered_bc
-    elif isinstance(method.rl, GoldenTicketConfig):
-        train = _run_ticket
     recorder, found, learner = train(method, setup, seed, label)
     training = time.perf_counter() - started - recorder.seconds
     training_cpu = setup.cpu() - all_cpu - recorder.cpu_seconds
@@ -276,21 +276,7 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> Ran:
             on_metrics=lines.append,
             progress=False,
         )
-        algorithm = trainer.algorithm
-        policies: Policies = {"actor": (runner, steered_noise(algorithm.actor, deterministic=True))}
-        if algorithm.corrects:
-            correcting = CorrectingRunner(adapter, setup.env, algorithm.correct)
-            policies = {"actor": (correcting, own_noise(adapter.noise_spec))}
-        if algorithm.selects:
-
-            def select(features: Tensor, chunks: Tensor) -> Tensor:
-                return algorithm.select(features, chunks.flatten(2))
-
-            best = SelectingRunner(adapter, setup.env, select, algorithm.candidates)
-            proposed = algorithm.config.proposed
-            actor = algorithm.actor if proposed else None
-            source = candidate_noise(trainer.space, actor, deterministic=True, proposed=proposed)
-            policies["acting"] = (best, source)
+        policies = {name: (runner, policy) for name, policy in trainer.algorithm.policies().items()}
         recorder = Recorder(setup, label, lambda: policies)
         trainer.on_step = lambda ended: recorder(
             trainer.env_steps, [(episode.success, episode.steered) for episode in ended]
@@ -299,25 +285,30 @@ def _run_trainer(method: Method, setup: Setup, seed: int, label: str) -> Ran:
     return recorder, {"updates": trainer.updates, "metrics": lines}, trainer
 
 
-def _run_ticket(method: Method, setup: Setup, seed: int, label: str) -> Ran:
+def _run_search(method: Method, setup: Setup, seed: int, label: str) -> Ran:
     lines: list[dict[str, Any]] = []
     runner = PolicyRunner(setup.adapter, setup.env)
     with setup.training_environments(method.num_envs) as vec:
         own = PolicyRunner(setup.adapter, setup.env)
-        search = TicketSearch(own, vec, method.rl, method.noise, seed, lines.append, progress=False)
-        ticket = search.run()
-    policies: Policies = {"actor": (runner, steered_noise(ticket.actor, deterministic=True))}
+        search = method.rl.own_run(own, vec, method.noise, seed, on_metrics=lines.append, progress=False)
+        learnt = search.run()
+    policies = {name: (runner, policy) for name, policy in learnt.policies().items()}
     recorder = Recorder(setup, label, lambda: policies)
     point = {"grid": search.env_steps, "env_steps": search.env_steps}
     recorder.points.append(point | recorder.evaluate(setup.seeds, f"{label} at {search.env_steps}"))
-    return recorder, {"updates": 0, "search_episodes": search.episodes, "metrics": lines}, ticket
+    return recorder, {"updates": 0, "search_episodes": search.episodes, "metrics": lines}, learnt
 
 
 def _run_filtered_bc(method: Method, setup: Setup, seed: int, label: str) -> Ran:
-    with setup.training_environments(keep_seen=True) as vec:
-        policy = setup.policy or PolicyConfig(path=str(setup.folder), device="cpu")
-        learner = FilteredBC(policy, setup.folder, setup.env, vec, method.tuning, training_seed(seed), seed)
-        policies: Policies = {"actor": (PolicyRunner(learner.adapter, setup.env), base_noise)}
-        recorder = Recorder(setup, label, lambda: policies)
-        learner.learn(setup.env_steps, setup.grid, recorder)
-    return recorder, learner.result(), learner.tuner
+    options = setup.policy or PolicyConfig(path=str(setup.folder), device="cpu")
+    tuner = FineTuner(load_adapter(options), setup.folder, options, method.tuning)  # changes it in memory
+    runner = PolicyRunner(tuner.adapter, setup.env)
+    recorder = Recorder(setup, label, lambda: {"actor": (runner, base_noise)})
+    count = setup.env_steps // setup.grid
+    with setup.training_environments(keep_seen=True) as vec, TemporaryDirectory() as work:
+        rollouts = Rollouts(PolicyRunner(tuner.adapter, setup.env), vec, base_noise, training_seed(seed))
+        successes = SuccessRecorder(Path(work) / "successes", setup.env.fps)
+        progress = sys.stderr.isatty()
+        for done in rounds(tuner, rollouts, successes, count * setup.grid, count, seed, progress):
+            recorder(rollouts.env_steps, [(episode.success, True) for episode in done.episodes])
+    return recorder, {"updates": tuner.updates, "trained_parameters": tuner.trained_parameters}, tuner

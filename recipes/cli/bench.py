@@ -21,9 +21,9 @@ from trimtab.recipes.bench.report import write_samples
 from trimtab.recipes.support.console import new_output_dir, parse
 from trimtab.recipes.support.reporting import read_json, write_json
 from trimtab.recipes.support.shared_configs import EVALUATION_SEED
-from trimtab.rl.budget import MAX_SEED
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, check_episode_length, split_tasks
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.seeds import MAX_SEED
 
 RECORD = "bench.json"
 DEVICES = ("cpu", "cuda")

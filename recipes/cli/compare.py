@@ -31,8 +31,8 @@ from trimtab.recipes.support.repeat import repeatable
 from trimtab.recipes.support.reporting import rate_text, read_json, write_json
 from trimtab.recipes.support.session import Session, base_of
 from trimtab.recipes.support.shared_configs import EVALUATION_SEED, EpisodesConfig, MachineConfig
-from trimtab.rl.budget import MAX_SEED
 from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, task_names
+from trimtab.rl.seeds import MAX_SEED
 
 RECORD = "compare_config.json"
 ALL = "base,zero_noise,golden_ticket,steered,lora,lora_rollouts,residual,dsrl_sac_paper_short"

@@ -205,7 +205,6 @@ def _success(
             noise, rates = best_constant(
                 runner,
                 vec,
-                constant_noise,
                 config.eval.constant_candidates,
                 range(SELECTION_SEED, SELECTION_SEED + episodes),
                 config.seed,

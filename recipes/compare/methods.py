@@ -17,8 +17,8 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.policies.artefact import save_artefact
-from trimtab.policies.noise_samplers import NoiseSource, zero_noise
+from trimtab.policies.acting import ChunkPolicy
+from trimtab.policies.noise_samplers import zero_noise
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpaceConfig
 from trimtab.recipes.bench.methods import METHODS as BENCH
 from trimtab.recipes.bench.methods import Method, Policies, Recorder, Setup, run_method
@@ -26,8 +26,8 @@ from trimtab.recipes.cli.lora import DATASET_STEPS
 from trimtab.recipes.compare.meter import Meter
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.session import Session
-from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
-from trimtab.rl.algorithms.golden_ticket import GoldenTicketConfig, sizes
+from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, GoldenTicketConfig
+from trimtab.rl.algorithms.acting import Learnt, LoadedBase
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.evaluation import Evaluation, evaluate, require_success
@@ -92,7 +92,7 @@ def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def check_budget(name: str, method: Method | None, env_steps: int, chunk_steps: int) -> None:
     """Refuse a budget within which a method would not begin to learn."""
-    if method is None or method.rl is None or isinstance(method.rl, GoldenTicketConfig):
+    if method is None or method.rl is None or not method.rl.replays:
         return
     train = method.train.at_pace_of(method.rl)
     needed = max(train.first_update, train.warmup_transitions)
@@ -114,10 +114,10 @@ def with_outcomes(outcome: Evaluation) -> dict[str, Any]:
 class PairedSetup(Setup):
     """A setup whose measurements keep the outcome of each episode."""
 
-    def measure(self, runner: PolicyRunner, source: NoiseSource, seeds: list[int], label: str) -> dict:
+    def measure(self, runner: PolicyRunner, policy: ChunkPolicy, seeds: list[int], label: str) -> dict:
         """As ``Setup.measure``, with outcomes."""
         with torch.random.fork_rng(devices=[]):
-            outcome = evaluate(runner, self.vec, source, seeds, label, progress=sys.stderr.isatty())
+            outcome = evaluate(runner, self.vec, policy, seeds, label, progress=sys.stderr.isatty())
         return with_outcomes(outcome)
 
 
@@ -233,8 +233,8 @@ class Bout:
             if self.frozen(learner):
                 found["base_elsewhere"] = self.elsewhere(self.own(), f"{label}, base")
             if seed == self.filmed:
-                runner, source = policies.get("acting") or policies["actor"]
-                self.session.record(source, place.with_suffix(".mp4"), f"video: {label}", runner)
+                _, policy = policies.get("acting") or policies["actor"]
+                self.session.record(policy, place.with_suffix(".mp4"), f"video: {label}")
             return found
 
         identity = self.adapter.identity(self.folder)
@@ -242,8 +242,9 @@ class Bout:
             if name == DEMONSTRATIONS:
                 record = self._demonstrations(method, setup, seed, label, after)
             else:
-                if isinstance(method.rl, GoldenTicketConfig):
-                    method = replace(method, rl=self.ticket(method.rl, setup))
+                if method.rl is not None:
+                    rl = method.rl.within(self.env_steps, lambda: self.longest(setup))
+                    method = replace(method, rl=rl)
                 record = run_method(method, setup, seed, label, after)
         self.adapter.check_identity(identity, self.folder)
         seconds = record["seconds"]
@@ -254,16 +255,11 @@ class Bout:
         """Whether the base's weights stayed as they were in what is deployed."""
         return not isinstance(learner, FineTuner)
 
-    def ticket(self, rl: GoldenTicketConfig, setup: Setup) -> GoldenTicketConfig:
-        """The search with as many episodes as ``env_steps`` hold, were all as long as the base's longest."""
-        outcome = evaluate(
-            self.session.runner, setup.vec, self.session.own_noise, setup.seeds[:8], progress=False
-        )
-        budget = max(2, self.env_steps // int(outcome.steps.max()))
-        candidates = rl.candidates
-        while candidates > 2 and 2 * sum(sizes(candidates, rl.keep)) > budget:
-            candidates //= 2
-        return replace(rl, budget=budget, candidates=candidates)
+    def longest(self, setup: Setup) -> int:
+        """Steps of the base's longest episode, of a few."""
+        seeds = setup.seeds[:8]
+        outcome = evaluate(self.session.runner, setup.vec, self.session.own_noise, seeds, progress=False)
+        return int(outcome.steps.max())
 
     def save(self, learner: Any, method: Method, seed: int, place: Path) -> int:
         """Write what is deployed under ``place``; its bytes."""
@@ -271,12 +267,8 @@ class Bout:
             learner.save(place / "policy")
             return folder_bytes(place / "policy")
         learnt = learner.algorithm if isinstance(learner, Trainer) else learner
-        if getattr(learnt, "corrects", False):
-            learnt.actor.write(place / "residual")
-            return folder_bytes(place / "residual")
-        if not hasattr(learnt, "actor") or not hasattr(learnt, "selects"):  # the rivals' own engine
+        if not isinstance(learnt, Learnt):  # an engine of another library
             return 0
-        critic = (learnt.critic, method.rl.critic) if learnt.selects else None
         training = {
             "env": draccus.encode(self.session.env, EnvConfig),
             "seed": seed,
@@ -284,11 +276,8 @@ class Bout:
             "deterministic": True,
             "algorithm": method.rl.type,
         }
-        folder = place / "artefact"
-        save_artefact(
-            folder, learnt.actor, method.noise, self.adapter, self.policy, self.folder, training, critic
-        )
-        return folder_bytes(folder)
+        base = LoadedBase(self.adapter, self.policy, self.folder)
+        return folder_bytes(learnt.save(place, base, method.noise, training))
 
     def _demonstrations(
         self,
@@ -343,14 +332,9 @@ def trained(learner: Any, policies: Policies) -> dict[str, int]:
     if isinstance(learner, FineTuner):
         return dict.fromkeys(policies, learner.trained_parameters)
     learnt = learner.algorithm if isinstance(learner, Trainer) else learner
-    actor = getattr(learnt, "actor", None)
-    parts = {"actor": [actor.encoder, actor.net]} if hasattr(actor, "net") else {}
-    if getattr(learnt, "selects", False):
-        parts["acting"] = [learnt.critic, *(parts["actor"] if learnt.config.proposed else ())]
-    weights = {n: sum(p.numel() for part in found for p in part.parameters()) for n, found in parts.items()}
-    if not parts:  # stable-baselines3
-        weights["actor"] = sum(p.numel() for p in actor.parameters()) if actor is not None else 0
-    return {name: weights[name] for name in policies}
+    if isinstance(learnt, Learnt):
+        return learnt.trained_parameters()
+    return {name: sum(p.numel() for p in learnt.actor.parameters()) for name in policies}
 
 
 def folder_bytes(folder: Path) -> int:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.folder import is_server, resolve_folder
 from trimtab.adapters.errors import reason
-from trimtab.policies.noise_samplers import NoiseSource, constant_noise, own_noise, zero_noise
+from trimtab.policies.acting import ChunkPolicy
+from trimtab.policies.noise_samplers import NoiseSampler, constant_noise, own_noise, zero_noise
 from trimtab.policies.observe import ObserveConfig, build_observer
 from trimtab.recipes.support.reporting import write_grid_video
 from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
@@ -189,18 +190,12 @@ class Session:
     def evaluate(
         self,
         vec: ChunkVectorEnv,
-        source: NoiseSource,
+        policy: ChunkPolicy,
         seeds: Sequence[int] | None = None,
         label: str = "",
-        runner: PolicyRunner | None = None,
     ) -> Evaluation:
-        """One episode for each seed (default: those of the evaluation), shared among the processes.
-
-        ``runner`` acts in the place of this session's.
-        """
-        return self._run(
-            runner or self.runner, vec, source, self.eval.seeds if seeds is None else seeds, label
-        )
+        """One episode for each seed (default: those of the evaluation), shared among the processes."""
+        return self._run(self.runner, vec, policy, self.eval.seeds if seeds is None else seeds, label)
 
     def _run(self, *arguments: Any, **named: Any) -> Evaluation:
         if self.world is None:
@@ -213,7 +208,7 @@ class Session:
         return max(self.machine.workers, 2) if self.machine.workers else 0
 
     @property
-    def own_noise(self) -> NoiseSource:
+    def own_noise(self) -> NoiseSampler:
         """What the base feeds itself."""
         return own_noise(self.adapter.noise_spec)
 
@@ -233,7 +228,6 @@ class Session:
             noise, rates = best_constant(
                 self.runner,
                 vec,
-                constant_noise,
                 self.eval.constant_candidates,
                 selection,
                 seed,
@@ -255,9 +249,9 @@ class Session:
                 f"too, but success is read from the first of {names} that is there"
             )
 
-    def record(self, source: NoiseSource, path: Path, label: str, runner: PolicyRunner | None = None) -> bool:
-        """Render the first evaluation episodes under ``source`` to an MP4. A machine that cannot render
-        gets a line saying so, and no video. ``runner`` acts in the place of this session's.
+    def record(self, policy: ChunkPolicy, path: Path, label: str) -> bool:
+        """Render the first evaluation episodes under ``policy`` to an MP4. A machine that cannot render
+        gets a line saying so, and no video.
         """
         seeds = self.eval.seeds[: self.eval.videos]
         if not seeds:
@@ -267,7 +261,7 @@ class Session:
             return False
         try:
             with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
-                outcome = evaluate(runner or self.runner, vec, source, seeds, label, record=seeds)
+                outcome = evaluate(self.runner, vec, policy, seeds, label, record=seeds)
             return write_grid_video(path, outcome, seeds, fps=20)
         except Exception as error:  # a picture is never worth a run
             print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")

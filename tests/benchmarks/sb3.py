@@ -21,14 +21,14 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from trimtab.policies.noise_samplers import NoiseSource
+from trimtab.policies.noise_samplers import NoiseSampler
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.recipes.bench.methods import METHODS, Method, Recorder, Setup
 from trimtab.recipes.cli import main
-from trimtab.rl.budget import training_seed
 from trimtab.rl.data.returns import Returns
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.seeds import training_seed
 
 
 @dataclass
@@ -124,7 +124,7 @@ class NoiseVecEnv(VecEnv):
 
     def _observe(self, observations: list) -> np.ndarray:
         self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
-        return self.runner.features(self._conditioning).numpy()
+        return self.runner.features(self._conditioning).cpu().numpy()
 
     def step_async(self, actions: np.ndarray) -> None:
         self._unused = None
@@ -150,7 +150,7 @@ class NoiseVecEnv(VecEnv):
             conditioning = self.runner.encode_finals(
                 {i: results[i] for i in ended}, self._lengths, self.vec.task_descriptions
             )
-            finals = self.runner.features(conditioning).numpy()
+            finals = self.runner.features(conditioning).cpu().numpy()
             for row, i in enumerate(ended):
                 infos[i]["terminal_observation"] = finals[row]
                 self.ended.append(self._success[i])
@@ -232,14 +232,14 @@ def learn(model: SAC, env: NoiseVecEnv, env_steps: int, on_step: Callable[[int, 
     model.learn(total_timesteps=env_steps, callback=_AfterStep(env, env_steps, on_step))
 
 
-def sb3_noise(model: SAC, space: NoiseSpace) -> NoiseSource:
+def sb3_noise(model: SAC, space: NoiseSpace) -> NoiseSampler:
     """What the mean of stable-baselines3's actor chooses."""
 
-    def source(features: Tensor | None, prior: Tensor) -> Tensor:
-        u, _ = model.predict(features.numpy(), deterministic=True)
-        return space.expand(torch.as_tensor(u), prior).to(prior)
+    def choose(features: Tensor | None, prior: Tensor) -> Tensor:
+        u, _ = model.predict(features.cpu().numpy(), deterministic=True)
+        return torch.as_tensor(u).to(prior)
 
-    return source
+    return NoiseSampler(choose, space)
 
 
 def run_sac(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recorder, dict[str, Any], SAC]:

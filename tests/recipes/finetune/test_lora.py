@@ -23,8 +23,8 @@ from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.console import parse
 from trimtab.recipes.support.session import Session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
-from trimtab.rl.budget import training_seed
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
+from trimtab.rl.seeds import training_seed
 
 ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3", "--env.episode_length=100"]
 MACHINE = ["--policy.device=cpu", "--machine.workers=0", "--machine.threads=1"]
