@@ -212,7 +212,7 @@ def _steer(
         with writer(output, keep, session.world) as lines:
             trainer.on_metrics = lambda line: (lines(line), tracked(line))
             if run.checkpoints:
-                run.checkpoints.beside = lambda: {"metrics": lines.place(), "repeatable": vec.repeatable}
+                run.checkpoints.beside = lambda: {"metrics": lines.offset(), "repeatable": vec.repeatable}
             for note in trainer.resume(found) if found else ():
                 print(note)
             signals.kept = found is not None
