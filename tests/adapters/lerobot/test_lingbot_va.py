@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.adapters.lerobot.test_fastwam import a_third, poisoned, spoilt
 from tests.helpers.adapter_cases import noise_like
 from tests.helpers.adapter_cases.lingbot_va import ROBOTWIN, first_chunk
+from tests.helpers.wan import a_third, poisoned, spoilt
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
 from trimtab.adapters.tiny import make_tiny
