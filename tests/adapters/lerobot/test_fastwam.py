@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapter_cases import noise_like
-from tests.helpers.wan import a_third, poisoned, spoilt
+from tests.helpers.broken_weights import a_third, poisoned, spoilt
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
 from trimtab.adapters.tiny import make_tiny

@@ -1,4 +1,4 @@
-"""Copies of Wan's frozen parts with other weights, for the policies that keep them outside a checkpoint."""
+"""Frozen parts beside a checkpoint (Wan's) whose weights are broken."""
 
 import shutil
 from pathlib import Path
