@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter, UserError
 from trimtab.adapters.errors import reason
+from trimtab.adapters.inputs import required_inputs
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.envs.chunk import ChunkResult
 
@@ -258,7 +259,7 @@ def read_demonstrations(
     dataset = open_dataset(config)
     features, notes = dataset.features, []
     names = {adapter.renames().get(key, key): key for key in features if key.startswith("observation")}
-    required = adapter.required_inputs(names)
+    required = required_inputs(adapter, names)
     missing = [key for key in required if key not in names]
     if missing or "action" not in features:
         raise UserError(
