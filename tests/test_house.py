@@ -22,12 +22,12 @@ STILL_IN_CIRCLES = {
 }
 STILL_ASK = {
     *("recipes.bench.methods", "recipes.cli.adapt", "recipes.cli.bench", "recipes.compare.from_recipe"),
-    *("recipes.compare.methods", "recipes.support.repeat", "recipes.support.tiny_budget"),
+    "recipes.compare.methods",
 }
 STILL_SHARE = {
     *("adapters/lerobot/test_lingbot_va.py", "policies/test_lerobot_engines.py", "policies/test_observe.py"),
     *("policies/test_parity.py", "policies/test_steered_policy.py", "recipes/cli/test_export.py"),
-    *("recipes/cli/test_push.py", "recipes/cli/test_remote_runs.py", "recipes/support/test_repeat.py"),
+    *("recipes/cli/test_push.py", "recipes/cli/test_remote_runs.py"),
     *("rl/algorithms/test_dsrl_sac.py", "rl/algorithms/test_optimizer.py", "rl/runs/test_resume.py"),
 }
 
