@@ -47,13 +47,12 @@ class DemoConfig:
     # The task to steer; any of the base's tasks.
     task: str = "button-press-topdown-v3"
     base: BaseConfig = field(default_factory=BaseConfig)
-    # As `trimtab adapt` does it unless told otherwise.
+    # The default of `trimtab adapt`.
     rl: AlgorithmConfig = field(default_factory=BestOfNConfig)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=6_000))
     eval: EvalConfig = field(default_factory=EvalConfig)
-    # Its threads are all cores unless told otherwise (here or by OMP_NUM_THREADS): the simulators take a
-    # fraction of the learner's time.
+    # Default of threads: OMP_NUM_THREADS, else all cores, because simulators take a fraction of the time.
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Episodes of each of the base's other tasks, before and after.
     other_task_episodes: int = 40
