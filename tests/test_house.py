@@ -18,7 +18,6 @@ STILL_LONG = {
 STILL_IN_CIRCLES = {"rl.algorithms.base", "rl.algorithms.capture", "rl.runs.resume", "rl.train"}
 STILL_ASK = {
     *("recipes.cli.adapt", "recipes.compare.from_recipe", "recipes.compare.methods"),
-    *("recipes.support.repeat", "recipes.support.tiny_budget"),
 }
 STILL_SHARE = {"rl/algorithms/test_dsrl_sac.py", "rl/algorithms/test_optimizer.py"}
 

@@ -214,7 +214,7 @@ def test_the_list_is_instant_and_complete(capsys):
     out = capsys.readouterr().out
     assert str(FOLDER / "pi0_libero" / ADAPT) in out and "trimtab adapt --config_path=pi0_libero" in out
     assert main(["recipes", "pi1_libero"]) == 2
-    assert "no recipe 'pi1_libero'; there are metaworld," in capsys.readouterr().err
+    assert "no recipe 'pi1_libero'; there are diffusion_pusht, " in capsys.readouterr().err
     assert main(["recipes", "--help"]) == 0
 
 
