@@ -264,62 +264,12 @@ def summary(won):
     return {"successes": count, "episodes": len(won), "success_rate": count / len(won), "won": won}
 
 
-def test_gains_are_paired():
-    found = against(summary("1100"), [summary("1111"), summary("0011")])
-    assert found["by_seed"] == [0.5, 0.0] and found["difference"] == 0.25 and found["ci95"] is None
-    assert found["p"] == [0.5, 1.0]  # two of two: 2 / 2^2; two of four
-    assert against(summary("1100"), [summary("111")]) is None
-    before = {"a": {"policy": summary("11")}, "b": {"policy": summary("10")}}
-    after = [{"a": {"x": summary("11")}, "b": {"x": summary("01")}}]
-    found = elsewhere(before, after, "x")
-    assert found["change"] == 0.0 and found["flipped"] == 2 and found["episodes"] == 4
-    after = [{"a": {"x": summary("01")}, "b": {"x": summary("10")}}]
-    found = elsewhere(before, after, "x")
-    assert found["change"] == pytest.approx(-0.25) and found["by_task"] == {"a": -0.5, "b": 0.0}
 
 
-def record(seed, rates, won):
-    points = [
-        {"grid": 100 * k, "env_steps": 100 * k + 8, "actor": summary("1" * r + "0" * (10 - r))}
-        for k, r in enumerate(rates, 1)
-    ]
-    return {
-        "task": "t",
-        "method": "m",
-        "seed": seed,
-        "points": points,
-        "episodes": [[50, 0, 1], [100, 1, 1], [180, 1, 1], [290, 1, 1]],
-        "final": {"actor": summary(won)},
-        "cost": {"cpu_seconds": 10.0 + seed, "artefact_bytes": 2_000_000},
-    }
 
 
-def test_levels_and_rows():
-    base = {"task": "t", "method": "base", "seed": None, "points": [], "episodes": [], "cost": {}}
-    base["final"] = {"policy": summary("1000")}
-    runs = [base, record(0, [6, 9, 9], "1111"), record(1, [9, 5, 8], "1110"), record(2, [1, 2, 3], "1110")]
-    entry = next(row for row in summarise(runs) if row["method"] == "m")
-    assert entry["to_level"]["50"]["steps"] == [100, 100, None]
-    assert entry["to_level"]["80"]["steps"] == [200, 300, None]  # a fall below it begins anew
-    assert entry["to_level"]["80"]["steps_median"] == 300
-    assert entry["to_level"]["80"]["episodes"] == [3, 4, None]
-    assert entry["to_level"]["90"]["steps_median"] is None
-    assert entry["success"]["successes"] == 10 and entry["success"]["episodes"] == 12
-    assert entry["cpu_seconds"] == 11.0 and entry["artefact_mb"] == 2.0
-    row = cells(entry)
-    assert row[4:7] == ["100 (2)", "300 (4)", "> 308"] and row[3] == "0.5000"
-    assert "| m |" in markdown("x", [], [entry]) and "+58.3 points" in row[2]
 
 
-def test_the_median_of_two_seeds_is_the_later():
-    runs = [record(0, [6, 9, 9], "11"), record(1, [9, 5, 8], "10"), record(2, [1, 2, 3], "10")]
-    (entry,) = summarise(runs[:2])
-    assert entry["to_level"]["80"]["steps"] == [200, 300] and entry["to_level"]["80"]["steps_median"] == 300
-    assert entry["to_level"]["80"]["episodes_median"] == 4
-    runs[2]["points"][-1]["env_steps"] = 320
-    (entry,) = summarise([runs[0], runs[2]])
-    assert cells(entry)[5] == "> 320"  # not within what either has spent
-    assert entry["to_level"]["80"]["steps"] == [200, None] and entry["to_level"]["80"]["steps_median"] is None
 
 
 def test_a_search_gets_the_episodes_that_fit_were_all_as_long_as_the_longest(tmp_path):
