@@ -176,22 +176,33 @@ class NoiseActor(nn.Module):
         return ActorOutput(*squashed.draw(raw, eps))
 
     @torch.no_grad()
-    def act(self, features: Tensor, prior: Tensor, deterministic: bool = False) -> Tensor:
-        """Noise (B, *spec.shape) for the policy.
+    def encode(self, observations: Tensor) -> Tensor:
+        """Observations as they come -> what the networks look at, on their device."""
+        return self.encoder(observations.to(self.normalizer.mean.device))
+
+    @torch.no_grad()
+    def choose(self, features: Tensor, prior: Tensor, deterministic: bool = False) -> Tensor:
+        """``u`` (B, dim).
 
         Args:
             features: (B, feature_dim), packed observations where images are looked at.
             prior: (B, *spec.shape) fresh draw from the policy's noise distribution. The actor's randomness
-                is made of it too (``NoiseSpace.draw``): one stream of draws decides an episode.
+                is made of it (``NoiseSpace.draw``): one stream of draws decides an episode.
             deterministic: take the mean.
         """
+        features = features.to(self.normalizer.mean.device)
         seen = self.encoder(features) if self.space.uses_features else features
         if deterministic and self._compiled_call_impl is None:  # a small base's chunk takes few milliseconds
             z = self._head(seen)[0]
         else:
             mean, log_std = self(seen)
             z = mean if deterministic else mean + log_std.exp() * self.space.draw(prior).to(mean)
-        return self.space.expand(self.space.squash(z), prior)
+        return self.space.squash(z)
+
+    def act(self, features: Tensor, prior: Tensor, deterministic: bool = False) -> Tensor:
+        """Noise (B, *spec.shape) for the policy; arguments as for ``choose``."""
+        u = self.choose(features, prior, deterministic)
+        return self.space.expand(u, prior.to(u.device))
 
 
 def kl_to_prior(mean: Tensor, log_std: Tensor, prior_std: float = 1.0) -> Tensor:

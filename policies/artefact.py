@@ -28,8 +28,10 @@ from trimtab.adapters.checkpoint.identity import file_hash, placement, settings_
 from trimtab.adapters.checkpoint.weights import load_weights
 from trimtab.adapters.config import RemoteConfig
 from trimtab.adapters.errors import reason
+from trimtab.policies.acting import BestOfCandidates, ChunkPolicy, by_critic
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
+from trimtab.policies.noise_samplers import steered_noise
 from trimtab.policies.noise_space import NoiseSpaceConfig
 from trimtab.policies.observe import Observer
 from trimtab.policies.steered.configuration_trimtab import FORMAT, TYPE, BaseReference, TrimtabConfig
@@ -65,6 +67,19 @@ class Steered:
     config: TrimtabConfig
     critic: CriticEnsemble | None
     base: PolicyConfig
+
+    def policy(self, deterministic: bool = True, num_candidates: int = 1) -> ChunkPolicy:
+        """How it acts.
+
+        Args:
+            deterministic: by the actor's mean.
+            num_candidates: more than 1: the actor's chunk and so many less one of the base's are decoded,
+                and the best by the critic is executed.
+        """
+        if num_candidates == 1:
+            return steered_noise(self.actor, deterministic)
+        select = by_critic(self.actor, self.critic)
+        return BestOfCandidates(self.actor.space, num_candidates, select, self.actor, 1, deterministic)
 
 
 def save_artefact(

@@ -1,112 +1,80 @@
-"""Noise sources: who chooses the noise that a policy is fed. Each is a policy to compare."""
+"""Noise samplers: who chooses the noise that the frozen policy is fed. Each is a policy to compare."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from trimtab.adapters import NoiseSpec
+from trimtab.policies.acting import Choice, Denoise
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import NoiseSpace
 
 
-class NoiseSource(Protocol):
-    """Chooses noise for a batch of observations."""
+@dataclass(frozen=True)
+class NoiseSampler:
+    """A ``ChunkPolicy`` that chooses one noise for each observation.
+
+    Attributes:
+        choose: observations (B, d), a draw (B, *noise_shape) -> noise like the draw; with ``space``, ``u``.
+        space: the noise space of what ``choose`` gives.
+    """
+
+    choose: Callable[[Tensor | None, Tensor], Tensor]
+    space: NoiseSpace | None = None
+    draws: ClassVar[int] = 1
 
     def __call__(self, features: Tensor | None, prior: Tensor) -> Tensor:
-        """Noise like ``prior`` (B, *spec.shape), which is a fresh draw from the policy's distribution."""
-        ...
+        """The noise (B, *noise_shape)."""
+        return self._expand(self.choose(features, prior), prior)
+
+    def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
+        prior = prior[:, 0]
+        chosen = self.choose(features, prior)
+        chunks = denoise(self._expand(chosen, prior).unsqueeze(1))
+        return Choice(chunks[:, 0], None if self.space is None else chosen)
+
+    def _expand(self, chosen: Tensor, prior: Tensor) -> Tensor:
+        return chosen if self.space is None else self.space.expand(chosen, prior)
 
 
-def base_noise(features: Tensor | None, prior: Tensor) -> Tensor:
-    """The policy's own noise: the base policy as it is."""
-    return prior
+# A draw from the policy's noise distribution as it is; no noise at all; that of one step, repeated.
+base_noise = NoiseSampler(lambda features, prior: prior)
+zero_noise = NoiseSampler(lambda features, prior: torch.zeros_like(prior))
+repeated_noise = NoiseSampler(lambda features, prior: prior[:, :1].expand_as(prior))
 
 
-def zero_noise(features: Tensor | None, prior: Tensor) -> Tensor:
-    """No noise at all."""
-    return torch.zeros_like(prior)
-
-
-def repeated_noise(features: Tensor | None, prior: Tensor) -> Tensor:
-    """The policy's own noise of one step, repeated over the chunk."""
-    return prior[:, :1].expand_as(prior)
-
-
-def own_noise(spec: NoiseSpec) -> NoiseSource:
+def own_noise(spec: NoiseSpec) -> NoiseSampler:
     """What the policy feeds itself: a draw from its prior, or zero where that is how it decodes (act)."""
     return zero_noise if spec.distribution == "zero" else base_noise
 
 
-def constant_noise(noise: Tensor) -> Callable[[Tensor | None, Tensor], Tensor]:
-    """The same ``noise`` (*spec.shape) for every observation."""
-
-    def source(features: Tensor | None, prior: Tensor) -> Tensor:
-        return noise.to(prior).expand_as(prior)
-
-    return source
+def constant_noise(noise: Tensor) -> NoiseSampler:
+    """The same ``noise`` (*noise_shape) for every observation."""
+    return NoiseSampler(lambda features, prior: noise.to(prior).expand_as(prior))
 
 
-def steered_noise(
-    actor: NoiseActor, deterministic: bool = False
-) -> Callable[[Tensor | None, Tensor], Tensor]:
+def steered_noise(actor: NoiseActor, deterministic: bool = False) -> NoiseSampler:
     """What the noise actor chooses; ``deterministic`` takes its mean."""
-
-    def source(features: Tensor | None, prior: Tensor) -> Tensor:
-        device = actor.normalizer.mean.device
-        return actor.act(features.to(device), prior.to(device), deterministic).to(prior)
-
-    return source
+    return NoiseSampler(
+        lambda features, prior: actor.choose(features, prior, deterministic).to(prior), actor.space
+    )
 
 
-def proposed_noise(actor: NoiseActor, mean: bool = True) -> Callable[[Tensor | None, Tensor], Tensor]:
-    """Several choices of the noise actor for each observation, (B, P, *spec.shape).
+def prior_noise(space: NoiseSpace, mean: Tensor | None = None) -> NoiseSampler:
+    """What an untrained actor draws: the policy's own noise, squashed into the noise space.
 
     Args:
-        actor: chooses.
-        mean: the first choice is the actor's mean, which is what is deployed, and the others lie around it
-            ever farther, with 1 / (P - 1), 2 / (P - 1), ... of its deviation. In many dimensions no draw of
-            all of it comes near the mean, so that what is there would never be seen, judged or learnt.
+        space: noise space.
+        mean: (dim,) of the actor's Gaussian before squashing, where that begins elsewhere than at 0.
     """
-    source = steered_noise(actor)
 
-    def propose(features: Tensor | None, prior: Tensor) -> Tensor:
-        count = prior.shape[1]
-        if mean:  # the actor's randomness is made of the prior's
-            prior = prior * torch.linspace(0.0, 1.0, count).to(prior).view(count, *[1] * (prior.dim() - 2))
-        seen = features.repeat_interleave(count, 0)
-        return source(seen, prior.flatten(0, 1)).unflatten(0, tuple(prior.shape[:2]))
+    def choose(features: Tensor | None, prior: Tensor) -> Tensor:
+        z = space.initial_std * space.draw(prior)
+        return space.squash(z if mean is None else z + mean.to(z))
 
-    return propose
-
-
-def candidate_noise(
-    space: NoiseSpace, actor: NoiseActor | None = None, deterministic: bool = False, proposed: int = 1
-) -> Callable[[Tensor | None, Tensor], Tensor]:
-    """K noises for each observation, to choose among: what an untrained actor draws, and the first
-    ``proposed`` of them the actor's own where there is one (``deterministic``: its mean comes first).
-
-    Its source takes and returns (B, K, *spec.shape), one fresh draw for each candidate.
-    """
-    drawn = prior_noise(space)
-
-    def source(features: Tensor | None, prior: Tensor) -> Tensor:
-        noise = drawn(None, prior.flatten(0, 1)).unflatten(0, tuple(prior.shape[:2]))
-        if actor is None:
-            return noise
-        own = proposed_noise(actor, deterministic)(features, prior[:, :proposed])
-        return torch.cat([own, noise[:, proposed:]], 1)
-
-    return source
-
-
-def prior_noise(space: NoiseSpace) -> Callable[[Tensor | None, Tensor], Tensor]:
-    """What an untrained actor draws: the policy's own noise, squashed into the noise space."""
-
-    def source(features: Tensor | None, prior: Tensor) -> Tensor:
-        return space.expand(space.squash(space.initial_std * space.draw(prior)), prior)
-
-    return source
+    return NoiseSampler(choose, space)

@@ -9,8 +9,6 @@ from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.returns import REWARDS
 from trimtab.rl.takeover import GateConfig
 
-MAX_SEED = 20_000  # keeps environment seeds below 2^31
-
 
 @dataclass
 class TrainConfig:
@@ -65,8 +63,3 @@ class TrainConfig:
         """
         own = asdict(rl.pace)
         return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
-
-
-def training_seed(seed: int) -> int:
-    """First environment seed of a run: far from those of evaluation, demonstration and other runs."""
-    return 100_000_000 + seed * 100_000

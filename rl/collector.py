@@ -7,17 +7,18 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.adapters import UserError
-from trimtab.policies.noise_samplers import NoiseSource, own_noise, prior_noise
-from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.acting import Candidates, Choice, Denoise
+from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.returns import NStepAccumulator, Returns, Transition
+from trimtab.rl.data.rows import observation_rows
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import Encoded, PolicyRunner
@@ -33,7 +34,7 @@ class Episode:
         steps: environment steps.
         terminated: ended in a terminal state, not at the time limit.
         features, u: what was seen and chosen at each chunk, (chunks, d) and (chunks, dim).
-        chunks: what was executed, (chunks, steps * action_dim), normalised; empty where it is not kept.
+        chunks: what was executed, (chunks, steps * action_dim), normalised.
         rewards, discounts: of each chunk.
         steered: whether the learner's policy acted in it, from start to end.
         task: its name, where the environment has one.
@@ -47,36 +48,44 @@ class Episode:
     u: np.ndarray
     rewards: np.ndarray
     discounts: np.ndarray
+    chunks: np.ndarray
     steered: bool = True
     task: str = ""
-    chunks: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     # Undiscounted sum of the environment's own rewards.
     total: float = 0.0
 
 
-@dataclass
-class Candidates:
-    """Noises drawn for each of B observations, and what the policy makes of them.
+class Learner(Protocol):
+    """Who acts in training episodes: an ``Algorithm`` (``rl/algorithms/acting.py`` says what each does)."""
 
-    Attributes:
-        u: (B, K, dim) in the noise space.
-        chunks: (B, K, steps, action_dim), normalised.
-    """
+    draws: int
 
-    u: np.ndarray
-    chunks: Tensor
+    def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates: ...
 
-    def row(self, i: int) -> dict[str, np.ndarray]:
-        """Those of observation ``i``, as the replay keeps them."""
-        return {"candidates": self.chunks[i].flatten(1).numpy(), "candidates_u": self.u[i]}
+    def act(
+        self,
+        features: Tensor,
+        prior: Tensor,
+        denoise: Denoise,
+        candidates: Candidates | None,
+        steered: Tensor,
+    ) -> Choice: ...
 
 
-class Acting(Protocol):
-    """Chooses among candidate chunks."""
+@dataclass(frozen=True)
+class _AmongCandidates:
+    """A learner at observations whose candidates are known, as a ``ChunkPolicy``."""
 
-    def __call__(self, features: Tensor, chunks: Tensor) -> Tensor:
-        """(B, d), (B, K, steps * action_dim) -> (B,) index of the chunk to execute."""
-        ...
+    learner: Learner
+    candidates: Candidates | None
+    steered: Tensor
+
+    @property
+    def draws(self) -> int:
+        return self.learner.draws
+
+    def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
+        return self.learner.act(features, prior, denoise, self.candidates, self.steered)
 
 
 @dataclass
@@ -93,209 +102,128 @@ class _Running:
     # What it takes to come here again: see ``resume.return_to``.
     seed: int = -1
     actions: list[np.ndarray] = field(default_factory=list)
-    noise: list[Tensor] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
 
 
 class Collector:
     """Steps all environments by one chunk at a time.
 
-    ``begin`` chooses noise, denoises and sets the simulators going; ``finish`` waits for them. What is
-    done in between (learning) overlaps with the simulation. The noise of each environment comes from its
-    own generator and its episodes from its own seeds, so a run repeats exactly.
+    ``begin`` lets the learner act and sets the simulators going; ``finish`` waits for them. What is done in
+    between (learning) overlaps with the simulation. The noise of each environment comes from its own
+    generator and its episodes from its own seeds, so a run repeats exactly.
 
     Args:
         runner: the frozen policy.
         vec: environments.
-        space: noise space of the actor.
-        gamma: discount per environment step.
-        n_step: chunks per transition.
+        rl: the algorithm's config: discount, length of returns, candidates, and what the replay keeps.
         reward: ``sparse`` or ``env`` (see ``returns.Returns``).
         seed: first of the training seeds; environment i takes seed + i, seed + i + num_envs, ...
-        candidates: noises that are decoded for every observation beside the one that acts; they share its
-            encoding. What they become is stored with the transitions: ``chunk``, ``candidates`` (K, A) and
-            ``candidates_u`` (K, dim), A = steps * action_dim.
-        proposed: how many of them ``proposer`` chooses, once there is one.
-        discount_per: ``step`` or ``chunk`` (see ``returns.chunk_return``).
-        bootstrap_at_time_limit: whether what follows a time limit has a value.
-        conditioning: store ``chunk`` and each observation's conditioning with the transitions (see
-            ``decoder.ConditioningSpec``).
-        place: (rank, processes) of a run in several; their episodes have different seeds.
+        rank, processes: of a run in several; their episodes have different seeds.
         record: note what it takes to come back to the middle of the running episodes.
-        own: whether candidates are made of the noise that the base feeds itself, not of the noise space's.
 
     Attributes:
-        spec: of the conditioning, where that is stored.
+        spec: of the conditioning, where the replay keeps that.
         lost: faults since the last ``finish``, which each lost an episode: kind, and what was said.
         reported: whether an environment has reported success or failure so far.
+        assign: asked when an episode starts: whether what is learnt acts in it.
     """
 
     def __init__(
         self,
         runner: PolicyRunner,
         vec: ChunkVectorEnv,
-        space: NoiseSpace,
-        gamma: float,
-        n_step: int,
+        rl: AlgorithmConfig,
         reward: str,
         seed: int,
-        candidates: int = 0,
-        proposed: int = 0,
-        discount_per: str = "step",
-        bootstrap_at_time_limit: bool = True,
-        conditioning: bool = False,
-        place: tuple[int, int] = (0, 1),
+        rank: int = 0,
+        processes: int = 1,
         record: bool = False,
-        own: bool = False,
     ) -> None:
-        self.place, self.record = place, record
+        self.runner, self.vec, self.rl, self.record = runner, vec, rl, record
+        self.rank, self.processes = rank, processes
+        steps = runner.adapter.chunk_shape[0]
+        self.returns = Returns(reward, rl.gamma, rl.discount_per, steps, rl.bootstrap_at_time_limit)
         self.lost: list[tuple[str, str]] = []
         self.reported = False
-        self.candidates = candidates
-        steps = runner.adapter.chunk_shape[0]
-        self.returns = Returns(reward, gamma, discount_per, steps, bootstrap_at_time_limit)
-        self._draw_candidates = own_noise(runner.adapter.noise_spec) if own else prior_noise(space)
-        # Who chooses the last ``proposed`` candidates of each observation, (B, proposed, *spec.shape) of as
-        # many draws; ``None``: they are drawn like the others.
-        self.proposer: NoiseSource | None = None
-        self.proposed = proposed
-        self.runner, self.vec, self.space = runner, vec, space
         self.env_steps = 0
         self.seconds = {"denoise": 0.0, "env_wait": 0.0, "env_busy": 0.0, "env_idle": 0.0}
         self._envs = list(range(vec.num_envs))
-        self.seed, first = seed, seed + place[0] * vec.num_envs
+        self.seed, first = seed, seed + rank * vec.num_envs
         self._next_seed = {i: first + i for i in self._envs}
         self._generators = [torch.Generator().manual_seed(first + i) for i in self._envs]
-        self._accumulators = [NStepAccumulator(n_step) for _ in self._envs]
-        # Asked when an episode starts: whether the learner's policy acts in it.
+        self._accumulators = [NStepAccumulator(rl.n_step) for _ in self._envs]
         self.assign: Callable[[], bool] = lambda: True
         self._running = [_Running() for _ in self._envs]
+        self._steering = False
         for i in self._envs:
             runner.forget(i)
         taken = self._take_seeds(self._envs)
         observations = vec.reset(taken)
-        self._observe([observations[i] for i in self._envs])
+        self._look([observations[i] for i in self._envs])
         for i in self._envs:
             self._running[i].seed = taken[i]
             self._note_observation(i, observations[i])
         self.feature_dim = self._features.shape[1]
-        self.spec = ConditioningSpec.of(runner.adapter, self._conditioning) if conditioning else None
-        self._u: np.ndarray | None = None
+        keeps = "conditioning" in rl.replayed
+        self.spec = ConditioningSpec.of(runner.adapter, self._conditioning) if keeps else None
+
+    def start(self, learner: Learner) -> None:
+        """Let ``learner`` act from here on."""
+        self.learner = learner
+        self._candidates = self._propose(self._conditioning, self._features, self._generators)
 
     def unsteer(self) -> None:
-        """Leave the episodes that run now to the untrained actor."""
+        """Leave the episodes that run now to the untrained policy."""
         for running in self._running:
             running.steered = False
 
     def _take_seeds(self, envs: list[int]) -> dict[int, int]:
         taken = {i: self._next_seed[i] for i in envs}
         for i in envs:
-            self._next_seed[i] += self.vec.num_envs * self.place[1]
+            self._next_seed[i] += self.vec.num_envs * self.processes
         return taken
 
     def _note_observation(self, i: int, observation: RawObservation) -> None:
         if self.record:
             self._running[i].digests.append(digest(observation))
 
-    def _observe(self, observations: list) -> None:
+    def _look(self, observations: list) -> None:
         self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
         self._features = self.runner.features(self._conditioning)
-        self._candidates = None
-        if self.candidates:
-            self._candidates = self._propose(self._conditioning, self._features, self._generators)
 
     def _propose(
         self, conditioning: Encoded, features: Tensor, generators: list[torch.Generator]
-    ) -> Candidates:
-        """Draw and decode candidates of each observation."""
-        prior = torch.stack([self.runner.prior(self.candidates, generator) for generator in generators])
-        noise = self._draw_candidates(None, prior.flatten(0, 1))
-        if self.proposer is not None and self.proposed:
-            own = self.proposer(features, prior[:, -self.proposed :])
-            noise = noise.unflatten(0, prior.shape[:2])
-            noise[:, -self.proposed :] = own
-            noise = noise.flatten(0, 1)
-        u = self.space.project(noise, prior.flatten(0, 1)).float().cpu().unflatten(0, prior.shape[:2])
-        chunks = self.runner.candidates(conditioning, noise.unflatten(0, prior.shape[:2]))
-        return Candidates(u.numpy(), chunks)
+    ) -> Candidates | None:
+        """Draw and decode candidates of each observation, where the algorithm learns from them."""
+        if not self.rl.candidates:
+            return None
+        prior = self.runner.priors(self.rl.candidates, generators)
+        return self.learner.propose(
+            features, prior, partial(self.runner.denoise, conditioning), self._steering
+        )
 
-    def begin(self, source: NoiseSource, untrained: NoiseSource | None = None) -> None:
-        """Choose noise with ``source``, denoise, and start stepping the chunks.
+    def begin(self, steering: bool = True) -> None:
+        """Let the learner act, and start stepping the chunks.
 
         Args:
-            source: the learner's policy.
-            untrained: acts instead in the episodes that are not steered; default: ``source``.
+            steering: whether what has been learnt acts, in the episodes that are steered; else the untrained
+                policy acts everywhere.
         """
         started = time.perf_counter()
-        prior = torch.cat([self.runner.prior(1, generator) for generator in self._generators])
-        noise = source(self._features, prior)
-        steered = torch.tensor([running.steered for running in self._running])
-        if untrained is not None and not steered.all():
-            noise[~steered] = untrained(self._features, prior)[~steered]
-        if not torch.isfinite(noise).all():
-            raise UserError("--rl.learning_rate", "the noise actor has diverged to NaN or Inf; lower it")
-        self._u = self.space.project(noise, prior).float().cpu().numpy()
-        # What is stored of the chunk is what the policy made, not what the robot gets.
-        if self.candidates or self.spec:
-            chunks = self.runner.candidates(self._conditioning, noise.unsqueeze(1))[:, 0]
-            self._start(chunks, started)
-            return
-        actions = self.runner.decode(self._conditioning, noise, self._envs)
-        if self.record and self.runner.adapter.remembers:
-            for i in self._envs:
-                self._running[i].noise.append(noise[i].clone())
-        self._lengths = [len(actions[i]) for i in self._envs]
-        self._send(actions, started)
-
-    def begin_among(self, choose: Acting | None) -> None:
-        """Execute one of the candidates of each observation, and start stepping the chunks.
-
-        Args:
-            choose: the learner's choice. In episodes that are not steered, and where it is ``None``, the
-                first candidate acts: a draw from the prior like any other.
-        """
-        started = time.perf_counter()
-        index = torch.zeros(len(self._envs), dtype=torch.long)
-        if choose is not None:
-            steered = torch.tensor([running.steered for running in self._running])
-            chosen = choose(self._features, self._candidates.chunks.flatten(2)).cpu()
-            index = torch.where(steered, chosen, index)
-        rows = torch.arange(len(self._envs))
-        self._u = self._candidates.u[rows, index]
-        self._start(self._candidates.chunks[rows, index], started)
-
-    def begin_corrected(self, correct: Callable[[Tensor, Tensor], Tensor] | None) -> None:
-        """Execute the base's own chunk with the learner's correction, and start stepping the chunks.
-
-        Args:
-            correct: features and chunks -> what is executed. In episodes that are not steered, and where it
-                is ``None``, the base acts.
-        """
-        started = time.perf_counter()
-        chunks = self._candidates.chunks[:, 0]
-        if correct is not None:
-            steered = torch.tensor([running.steered for running in self._running])
-            chunks = torch.where(steered[:, None, None], correct(self._features, chunks), chunks)
-            if not torch.isfinite(chunks).all():
-                raise UserError(
-                    "--rl.learning_rate", "the residual actor has diverged to NaN or Inf; lower it"
-                )
-        self._u = self._candidates.u[:, 0]
-        self._start(chunks, started)
-
-    def _start(self, chunks: Tensor, started: float) -> None:
-        self._chunks = chunks.flatten(1).numpy()
-        actions = self.runner.executable(chunks, self._conditioning)
-        self._lengths = [len(actions[i]) for i in self._envs]
-        self._send(actions, started)
-
-    def _send(self, actions: Any, started: float) -> None:
+        self._steering = steering
+        prior = self.runner.priors(self.learner.draws, self._generators)
+        steered = torch.tensor([steering and running.steered for running in self._running])
+        acting = _AmongCandidates(self.learner, self._candidates, steered)
+        choice, actions = self.runner.act(acting, self._conditioning, self._features, prior, self._envs)
+        self._u = choice.u.float().cpu().numpy()
+        self._chunks = choice.chunk.float().flatten(1).cpu().numpy()
+        self._lengths = [len(action) for action in actions]
         self.seconds["denoise"] += time.perf_counter() - started
         if self.record:
             for i in self._envs:
                 self._running[i].actions.append(np.array(actions[i]))
         started = time.perf_counter()  # without workers, sending is stepping
-        self.vec.send({i: actions[i] for i in self._envs}, dict(self._next_seed))
+        self.vec.send(dict(enumerate(actions)), dict(self._next_seed))
         self.seconds["env_wait"] += time.perf_counter() - started
 
     def finish(self) -> tuple[list[Transition], list[Episode]]:
@@ -306,29 +234,25 @@ class Collector:
         self.seconds["env_busy"] += self.vec.busy
         self.seconds["env_idle"] += self.vec.idle
         started = time.perf_counter()
-        before, proposed_before = self._features.numpy(), self._candidates
-        conditioned_before = self._conditioning
+        before = observation_rows(self._features, self._candidates, self._conditioning, self.spec)
         ended = [i for i in self._envs if results[i].ended]
         lost = [i for i in self._envs if results[i].lost]
         taken = self._take_seeds([*ended, *lost])
         for i in lost:
             self._drop(i, *results[i].lost)
-        finals: dict[int, np.ndarray] = {}
-        final_extra: dict[int, dict[str, np.ndarray]] = {}
+        finals = []
         if ended:
             conditioning = self.runner.encode_finals(
                 {i: results[i] for i in ended}, self._lengths, self.vec.task_descriptions
             )
             features = self.runner.features(conditioning)
-            finals = dict(zip(ended, features.numpy(), strict=True))
-            if self.candidates:
-                proposed = self._propose(conditioning, features, [self._generators[i] for i in ended])
-                final_extra = {i: proposed.row(row) for row, i in enumerate(ended)}
-            if self.spec:
-                for row, i in enumerate(ended):
-                    final_extra[i] = final_extra.get(i, {}) | self.spec.row(conditioning, row)
-        self._observe([results[i].observation for i in self._envs])
-        after = self._features.numpy()
+            proposed = self._propose(conditioning, features, [self._generators[i] for i in ended])
+            finals = observation_rows(features, proposed, conditioning, self.spec)
+        self._look([results[i].observation for i in self._envs])
+        self._candidates = self._propose(self._conditioning, self._features, self._generators)
+        following = observation_rows(self._features, self._candidates, self._conditioning, self.spec)
+        for i, row in zip(ended, finals, strict=True):
+            following[i] = row
         transitions: list[Transition] = []
         episodes: list[Episode] = []
         for i in self._envs:
@@ -338,23 +262,12 @@ class Collector:
             running = self._running[i]
             running.success |= bool(result.successes.any())
             reward, discount = self.returns.of(result, running.success)
-            following = finals[i] if result.ended else after[i]
-            kept: dict[str, np.ndarray] = {}
-            next_kept: dict[str, np.ndarray] = {}
-            if self.candidates or self.spec:
-                kept["chunk"] = self._chunks[i]
-            if self.candidates:
-                kept |= proposed_before.row(i)
-                next_kept |= {} if result.ended else self._candidates.row(i)
-            if self.spec:
-                kept |= self.spec.row(conditioned_before, i)
-                next_kept |= {} if result.ended else self.spec.row(self._conditioning, i)
-            if result.ended:
-                next_kept |= final_extra.get(i, {})
+            (features, kept), (next_features, next_kept) = before[i], following[i]
+            kept["chunk"] = self._chunks[i]
             transitions += self._accumulators[i].add(
-                before[i], self._u[i], reward, discount, following, result.ended, kept, next_kept
+                features, self._u[i], reward, discount, next_features, result.ended, kept, next_kept
             )
-            self._note(i, before[i], reward, discount, result)
+            self._note(i, features, reward, discount, result)
             if result.ended:
                 episodes.append(self._close_episode(i, result))
             self.env_steps += result.steps
@@ -377,8 +290,7 @@ class Collector:
         running = self._running[i]
         running.features.append(features)
         running.u.append(self._u[i])
-        if self.candidates or self.spec:
-            running.chunks.append(self._chunks[i])
+        running.chunks.append(self._chunks[i])
         running.rewards.append(reward)
         running.discounts.append(discount)
         running.steps += result.steps
@@ -398,7 +310,7 @@ class Collector:
             discounts=np.asarray(running.discounts),
             steered=running.steered,
             task=self.vec.task_names[i],
-            chunks=np.stack(running.chunks) if running.chunks else np.zeros((0, 0), np.float32),
+            chunks=np.stack(running.chunks),
             total=running.total,
         )
 

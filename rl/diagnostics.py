@@ -40,12 +40,8 @@ def calibration(algorithm: Algorithm, episodes: Sequence[Episode]) -> dict[str, 
     values, returns = [], []
     for episode in episodes:
         device = next(algorithm.parameters()).device
-        judged = episode.chunks if algorithm.judges_chunks else episode.u
-        if len(judged) < len(episode.rewards):  # of a checkpoint from before chunks were kept
-            continue
-        value = algorithm.value(
-            torch.as_tensor(episode.features).to(device), torch.as_tensor(judged).to(device)
-        )
+        seen = (episode.features, episode.u, episode.chunks)
+        value = algorithm.value(*(torch.as_tensor(array).to(device) for array in seen))
         value = value.cpu().numpy()
         values.append(value)
         returns.append(returns_to_go(episode, float(value[-1])))

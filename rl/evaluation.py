@@ -1,4 +1,4 @@
-"""Paired, vectorised evaluation of noise sources on the same frozen policy and seeds."""
+"""Paired, vectorised evaluation of policies on the same frozen base and seeds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import UserError
-from trimtab.policies.noise_samplers import NoiseSource
+from trimtab.policies.acting import ChunkPolicy
+from trimtab.policies.noise_samplers import NoiseSampler, constant_noise
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.runner import Encoded, PolicyRunner
+from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.processes import World
 from trimtab.rl.runs.progress import Progress
 from trimtab.rl.statistics import bootstrap_interval, wilson_interval
@@ -66,7 +67,7 @@ class Evaluation:
 def evaluate(
     runner: PolicyRunner,
     vec: ChunkVectorEnv,
-    source: NoiseSource | Sequence[NoiseSource],
+    policy: ChunkPolicy | Sequence[NoiseSampler],
     seeds: Sequence[int],
     label: str = "evaluation",
     record: Sequence[int] = (),
@@ -75,19 +76,19 @@ def evaluate(
     """Run one episode for each seed.
 
     The prior noise of an episode comes from its own generator, seeded by the episode's seed: what
-    happens in it depends neither on the number of environments nor on their order, and two sources meet
+    happens in it depends neither on the number of environments nor on their order, and two policies meet
     the same start and the same draws.
 
     Args:
         runner: the frozen policy.
         vec: environments; each takes the next seed as it finishes.
-        source: who chooses the noise; or one source per seed, to compare many in one sweep.
+        policy: acts; or a noise sampler for each seed, to compare many in one sweep.
         seeds: episode seeds.
         label: shown on the progress bar with the running success rate.
         record: seeds whose episodes are rendered (each must run first in its environment).
         progress: show the bar.
     """
-    sources: list[NoiseSource] = [source] * len(seeds) if callable(source) else list(source)
+    samplers = list(policy) if isinstance(policy, Sequence) else None
     total = len(seeds)
     successes, steps = np.zeros(total, dtype=bool), np.zeros(total, dtype=np.int64)
     returns, reported, info_keys = np.zeros(total), False, set()
@@ -106,9 +107,9 @@ def evaluate(
         conditioning = runner.encode(
             [observations[i] for i in active], [vec.task_descriptions[i] for i in active], active
         )
-        prior = torch.cat([runner.prior(1, generators[episode[i]]) for i in active])
-        noise = _choose(runner, conditioning, prior, [sources[episode[i]] for i in active])
-        actions = runner.decode(conditioning, noise, active)
+        acting = policy if samplers is None else _mixed([samplers[episode[i]] for i in active])
+        prior = runner.priors(acting.draws, [generators[episode[i]] for i in active])
+        _, actions = runner.act(acting, conditioning, runner.features(conditioning), prior, active)
         following = {i: int(seeds[k]) if (k := reserved[i]) is not None else None for i in active}
         vec.send({i: actions[row] for row, i in enumerate(active)}, following)
         for i, result in vec.receive().items():
@@ -141,7 +142,7 @@ def evaluate_together(
     world: World,
     runner: PolicyRunner,
     vec: ChunkVectorEnv,
-    source: NoiseSource | Sequence[NoiseSource],
+    policy: ChunkPolicy | Sequence[NoiseSampler],
     seeds: Sequence[int],
     label: str = "evaluation",
     progress: bool = True,
@@ -151,10 +152,10 @@ def evaluate_together(
     What happens in an episode does not depend on the process that runs it.
     """
     if world.size == 1:
-        return evaluate(runner, vec, source, seeds, label, progress=progress)
+        return evaluate(runner, vec, policy, seeds, label, progress=progress)
     mine = list(range(world.rank, len(seeds), world.size))
-    sources = source if callable(source) else [source[k] for k in mine]
-    here = evaluate(runner, vec, sources, [seeds[k] for k in mine], label, (), progress and world.main)
+    here_policy = [policy[k] for k in mine] if isinstance(policy, Sequence) else policy
+    here = evaluate(runner, vec, here_policy, [seeds[k] for k in mine], label, (), progress and world.main)
     whole = Evaluation(
         [int(s) for s in seeds],
         np.zeros(len(seeds), dtype=bool),
@@ -204,20 +205,22 @@ def require_success(evaluation: Evaluation) -> None:
         raise UserError("--env.type", f"{unreported(evaluation)}; this counts successes alone")
 
 
-def _choose(runner: PolicyRunner, conditioning: Encoded, prior: Tensor, sources: list[NoiseSource]) -> Tensor:
-    """Ask each row's source for its noise, one call per distinct source."""
-    features = runner.features(conditioning)
-    noise = torch.empty_like(prior)
-    for source in {id(s): s for s in sources}.values():
-        rows = [row for row, other in enumerate(sources) if other is source]
-        noise[rows] = source(features[rows], prior[rows])
-    return noise
+def _mixed(samplers: list[NoiseSampler]) -> NoiseSampler:
+    """A sampler for each row as one: the policy is asked once for all."""
+
+    def choose(features: Tensor | None, prior: Tensor) -> Tensor:
+        noise = torch.empty_like(prior)
+        for sampler in {id(s): s for s in samplers}.values():
+            rows = [row for row, other in enumerate(samplers) if other is sampler]
+            noise[rows] = sampler(features[rows], prior[rows]).to(noise)
+        return noise
+
+    return NoiseSampler(choose)
 
 
 def best_constant(
     runner: PolicyRunner,
     vec: ChunkVectorEnv,
-    make_source: Callable[[Tensor], NoiseSource],
     candidates: int,
     seeds: Sequence[int],
     seed: int,
@@ -229,7 +232,6 @@ def best_constant(
     Args:
         runner: the frozen policy.
         vec: environments.
-        make_source: noise (*spec.shape) -> source.
         candidates: how many to draw from the prior.
         seeds: selection episodes of each candidate; evaluate the winner on others.
         seed: seeds the draw.
@@ -240,11 +242,11 @@ def best_constant(
         success, its mean return, which then decides)
     """
     noises = runner.prior(candidates, torch.Generator().manual_seed(seed))
-    sources = [make_source(noise) for noise in noises]
+    samplers = [constant_noise(noise) for noise in noises]
     outcome = run(
         runner,
         vec,
-        [source for source in sources for _ in seeds],
+        [sampler for sampler in samplers for _ in seeds],
         list(seeds) * candidates,
         f"searching {candidates} constant noises",
         progress=progress,

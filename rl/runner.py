@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION
 from torch import Tensor
+from torch.nn.functional import pad
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
+from trimtab.policies.acting import Choice, ChunkPolicy
+from trimtab.policies.noise_samplers import base_noise
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
 from trimtab.rl.envs.hooks import env_processors
 
@@ -27,8 +31,8 @@ class PolicyRunner:
     Action: denoise, policy postprocessor, environment postprocessor.
 
     A policy that remembers its episode (``adapter.remembers``) does so where ``slots`` name the
-    environments: ``decode`` keeps each one's conditioning and chunk, and the next ``encode`` follows on from
-    them, until ``forget``. Only ``decode`` and ``forget`` change what is kept, so ``encode`` may look at any
+    environments: ``act`` keeps each one's conditioning and chunk, and the next ``encode`` follows on from
+    them, until ``forget``. Only ``act`` and ``forget`` change what is kept, so ``encode`` may look at any
     observation. A runner remembers one set of environments at a time. Other policies ignore ``slots``.
 
     Args:
@@ -45,6 +49,10 @@ class PolicyRunner:
     def forget(self, slot: int) -> None:
         """Call before an episode starts in the environment ``slot``."""
         self._memory.pop(slot, None)
+
+    def remember(self, slot: int, conditioning: Conditioning, chunk: Tensor) -> None:
+        """Take ``chunk`` (1, steps, action_dim) as what the environment ``slot`` executes from here on."""
+        self._memory[slot] = (conditioning, chunk)
 
     def encode(
         self, observations: list[RawObservation], tasks: list[str], slots: Sequence[int] | None = None
@@ -113,7 +121,7 @@ class PolicyRunner:
         return history
 
     def features(self, conditioning: Encoded) -> Tensor:
-        """What the noise actor looks at, (B, d) float32 on the CPU: features, or packed observations.
+        """What the noise actor looks at, (B, d) float32: features, or packed observations.
 
         Raises:
             UserError: the adapter offers no features.
@@ -125,63 +133,84 @@ class PolicyRunner:
             raise UserError(
                 "--policy.path", f"the {self.adapter.policy_type} adapter offers no features to steer by"
             )
-        return features.float().cpu()
+        return features.float()
 
-    def decode(
-        self, conditioning: Encoded, noise: Tensor, slots: Sequence[int] | None = None
-    ) -> np.ndarray | list[np.ndarray]:
-        """Executable actions for ``noise`` (B, *noise_spec.shape).
+    def denoise(self, conditioning: Encoded, noise: Tensor, lengths: list[int] | None = None) -> Tensor:
+        """Normalised chunks (B, K, steps, action_dim) for noise (B, K, *noise_shape).
 
-        Args:
-            conditioning: from ``encode``.
-            noise: one for each row.
-            slots: as for ``encode``; a policy that remembers keeps the chunks as theirs.
+        Of a policy that remembers, chunks may be of different lengths: ``lengths`` takes them, the rest of a
+        chunk is zero.
 
-        Returns:
-            (B, steps, action_dim); for a list of conditionings, a list of B arrays (steps, action_dim),
-            whose steps may differ.
+        Raises:
+            UserError: several noises of a policy that denoises one sample at a time from a memory of its own.
         """
         noise = noise.to(self.adapter.device, self.adapter.noise_spec.dtype)
         if not isinstance(conditioning, list):
-            return self._executable(self.adapter.denoise(conditioning, noise), conditioning)
-        actions = []
-        for row, (one, drawn) in enumerate(zip(conditioning, noise.split(1), strict=True)):
-            chunk = self.adapter.denoise(one, drawn)
-            if slots is not None:
-                self._memory[slots[row]] = (one, chunk)
-            actions.append(self._executable(chunk, one)[0])
-        return actions
-
-    def candidates(self, conditioning: Encoded, noise: Tensor) -> Tensor:
-        """Chunks (B, K, steps, action_dim) for K noises per observation, normalised, float32 on the CPU.
-
-        Args:
-            conditioning: from ``encode``, of B observations; they are not encoded again.
-            noise: (B, K, *noise_spec.shape).
-
-        Raises:
-            UserError: the policy denoises one sample at a time from a memory of its own.
-        """
-        if isinstance(conditioning, list):
+            chunks = self.adapter.denoise(conditioning.repeat_interleave(noise.shape[1]), noise.flatten(0, 1))
+            return chunks.unflatten(0, tuple(noise.shape[:2]))
+        if noise.shape[1] > 1:
             raise UserError(
                 "--rl.type", f"a {self.adapter.policy_type} policy offers no candidates; use dsrl_sac"
             )
-        noise = noise.to(self.adapter.device, self.adapter.noise_spec.dtype)
-        chunks = self.adapter.denoise(conditioning.repeat_interleave(noise.shape[1]), noise.flatten(0, 1))
-        return chunks.float().cpu().unflatten(0, tuple(noise.shape[:2]))
+        rows = [self.adapter.denoise(*pair)[0] for pair in zip(conditioning, noise.unbind(0), strict=True)]
+        if lengths is not None:
+            lengths[:] = [len(row) for row in rows]
+        steps = self.adapter.chunk_shape[0]
+        return torch.stack([pad(row, (0, 0, 0, steps - len(row))) for row in rows]).unsqueeze(1)
+
+    def act(
+        self,
+        policy: ChunkPolicy,
+        conditioning: Encoded,
+        features: Tensor | None,
+        prior: Tensor,
+        slots: Sequence[int] | None = None,
+    ) -> tuple[Choice, list[np.ndarray]]:
+        """What ``policy`` chooses, and the actions that the environments get for it.
+
+        Args:
+            policy: acts.
+            conditioning, features: of B observations, from ``encode`` and ``features``; a policy that does
+                not look takes ``None``.
+            prior: (B, policy.draws, *noise_shape) draws.
+            slots: as for ``encode``; a policy that remembers keeps the chunks as theirs.
+
+        Returns:
+            (the choice, B arrays (steps, action_dim))
+        """
+        lengths: list[int] = []
+        denoise = partial(self.denoise, conditioning, lengths=lengths)
+        choice = policy.act(features, prior.to(self.adapter.device), denoise)
+        if not isinstance(conditioning, list):
+            return choice, list(self.executable(choice.chunk, conditioning))
+        actions = []
+        for row, (one, length) in enumerate(zip(conditioning, lengths, strict=True)):
+            chunk = choice.chunk[row : row + 1, :length]
+            if slots is not None:
+                self.remember(slots[row], one, chunk)
+            actions.append(self.executable(chunk, one)[0])
+        return choice, actions
+
+    def decode(
+        self, conditioning: Encoded, noise: Tensor, slots: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
+        """The actions for one ``noise`` (B, *noise_shape) of each observation, as ``act`` gives them."""
+        return self.act(base_noise, conditioning, None, noise.unsqueeze(1), slots)[1]
 
     def executable(self, chunk: Tensor, conditioning: Conditioning) -> np.ndarray:
         """What the environment gets for normalised chunks (B, steps, action_dim)."""
-        return self._executable(chunk.to(self.adapter.device), conditioning)
-
-    def _executable(self, chunk: Tensor, conditioning: Conditioning) -> np.ndarray:
         actions = self.adapter.postprocess(chunk, conditioning)
         actions = self.env_postprocessor({ACTION: actions})[ACTION]
         return actions.float().cpu().numpy()
 
-    def prior(self, batch: int, generator: torch.Generator) -> Tensor:
-        """A fresh draw (batch, *noise_spec.shape) from the policy's noise distribution."""
-        return torch.randn((batch, *self.adapter.noise_spec.shape), generator=generator)
+    def prior(self, count: int, generator: torch.Generator) -> Tensor:
+        """Fresh draws (count, *noise_shape) from the policy's noise distribution, on the CPU."""
+        return torch.randn((count, *self.adapter.noise_spec.shape), generator=generator)
+
+    def priors(self, count: int, generators: Sequence[torch.Generator]) -> Tensor:
+        """``count`` draws from each generator, (B, count, *noise_shape), where the policy computes."""
+        draws = [self.prior(count, generator) for generator in generators]
+        return torch.stack(draws).to(self.adapter.device)
 
 
 def _flatten(observation: Any) -> Any:

@@ -7,7 +7,6 @@ if __name__ == "__main__":  # before torch is imported
 
     spin_briefly()
 
-import copy
 import sys
 import time
 from collections import deque
@@ -21,11 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trimtab.adapters import UserError
-from trimtab.policies.actor import NoiseActor
-from trimtab.policies.noise_samplers import prior_noise, proposed_noise, steered_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig, Problem
-from trimtab.rl.budget import TrainConfig, training_seed
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector, Episode, SuccessWindow
 from trimtab.rl.data.decoder import ConditioningSpec, Decoder
 from trimtab.rl.data.demonstration_data import DemosConfig, rate_warning, read_demonstrations
@@ -40,8 +37,9 @@ from trimtab.rl.runs.faults import KINDS, FaultLog, FaultsConfig, Stopped, StopS
 from trimtab.rl.runs.processes import StepGuard, World, count_outcomes, list_outcomes
 from trimtab.rl.runs.progress import Progress
 from trimtab.rl.runs.resume import load_trainer, trainer_state
+from trimtab.rl.seeds import training_seed
 from trimtab.rl.takeover import Gate
-from trimtab.rl.warm_start import begin_at, read_constant
+from trimtab.rl.warm_start import read_constant
 
 WINDOW = 50  # episodes in the running success rate
 
@@ -90,19 +88,12 @@ class Trainer:
         self.collector = Collector(
             self.runner,
             self.vec,
-            self.space,
-            self.rl.gamma,
-            self.rl.n_step,
+            self.rl,
             self.train.reward,
-            seed=training_seed(self.seed),
-            candidates=self.rl.candidates,
-            proposed=self.rl.proposed,
-            discount_per=self.rl.discount_per,
-            bootstrap_at_time_limit=self.rl.bootstrap_at_time_limit,
-            conditioning="conditioning" in self.rl.replayed,
-            place=(rank, size),
+            training_seed(self.seed),
+            rank,
+            size,
             record=self.checkpoints is not None,
-            own=self.rl.own_candidates,
         )
         self.gate = Gate(self.train.gate, self.seed + rank)
         if self.train.gate.enabled:
@@ -136,13 +127,10 @@ class Trainer:
         check_replay(self.train.replay_capacity, **kept)
         stored = kept | {"seed": self.seed + rank, "device": self.accelerator.device}
         self.replay = ReplayBuffer(-(-self.train.replay_capacity // size), **stored)
+        self.collector.start(self.algorithm)
         self.demonstrations = self._demonstrate(stored) if self.demos.enabled else None
-        self.untrained: NoiseActor | None = None
         if self.train.warm_start:
-            noise = read_constant(self.train.warm_start, self.runner.adapter.noise_spec)
-            begin_at(self.algorithm.actor, noise)
-            # The untrained actor as it is now: it goes on to learn while this acts.
-            self.untrained = copy.deepcopy(self.algorithm.actor)
+            self.algorithm.warm_start(read_constant(self.train.warm_start, self.runner.adapter.noise_spec))
         self.world.share(self.algorithm)
         self.guard = StepGuard(self.world, self.train.clip_norm)
         self.guard.attach(self.algorithm)
@@ -181,7 +169,7 @@ class Trainer:
         task, adapter = self.vec.task_descriptions[0], self.runner.adapter
         data = read_demonstrations(self.demos, adapter, self.train.reward, task)
         spec, size = self.collector.spec, self.demos.batch_size
-        make = TransitionMaker(self.runner, self.space, self.rl, self.train.reward, spec, self.seed, size)
+        make = TransitionMaker(self.runner, self.algorithm, self.train.reward, spec, self.seed, size)
         found = Demonstrations(self.demos, make(data, self.progress), **stored)
         won = sum(episode.succeeded for episode in data.episodes)
         count = f"demonstrations: {len(data.episodes)} episodes, {won} succeed; {len(found)} transitions; "
@@ -198,8 +186,6 @@ class Trainer:
             Stopped: a signal ended it, after a checkpoint.
             UserError: more faults than the limit, after a checkpoint; or the checkpoint cannot be written.
         """
-        warmup = prior_noise(self.space) if self.untrained is None else steered_noise(self.untrained)
-        actor, proposer = steered_noise(self.algorithm.actor), proposed_noise(self.algorithm.actor)
         bar = Progress(
             total=self.train.env_steps,
             initial=min(self.env_steps, self.train.env_steps),
@@ -211,15 +197,7 @@ class Trainer:
         while self.env_steps < self.train.env_steps:
             warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
             self._warming = warming
-            self.collector.proposer = proposer if self.updates else None
-            if self.algorithm.selects:
-                self.collector.begin_among(None if warming or not self.updates else self.algorithm.select)
-            elif self.algorithm.corrects:
-                self.collector.begin_corrected(
-                    None if warming or not self.updates else self.algorithm.explore
-                )
-            else:
-                self.collector.begin(warmup if warming else actor, warmup)
+            self.collector.begin(steering=self.updates > 0 and not warming)
             self._learn()
             before = self.collector.env_steps
             transitions, episodes = self.collector.finish()

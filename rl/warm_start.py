@@ -62,8 +62,11 @@ def _check_shape(place: Path, shape: tuple[int, ...], spec: NoiseSpec) -> None:
 
 
 @torch.no_grad()
-def begin_at(actor: NoiseActor, noise: Tensor) -> None:
+def begin_at(actor: NoiseActor, noise: Tensor) -> Tensor:
     """Make ``noise`` (*spec.shape) the mean of an untrained actor, whatever it sees; its deviation stays.
+
+    Returns:
+        (dim,) that mean, before squashing
 
     Raises:
         UserError: the actor's noise space cannot express it.
@@ -84,4 +87,6 @@ def begin_at(actor: NoiseActor, noise: Tensor) -> None:
                 f"{1.05 * largest:.2f}",
             )
         raise UserError("--noise.type", "this noise space cannot make the noise of the warm start; use full")
-    actor.net[-1].bias[: space.dim] = space.unsquash(u[0]).to(actor.net[-1].bias)
+    mean = space.unsquash(u[0]).to(actor.net[-1].bias)
+    actor.net[-1].bias[: space.dim] = mean
+    return mean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from trimtab.policies.artefact import (
     write_config,
     write_weights,
 )
-from trimtab.policies.critic import best_candidate
-from trimtab.policies.noise_samplers import own_noise, prior_noise
+from trimtab.policies.noise_samplers import NoiseSampler, own_noise, steered_noise
 from trimtab.policies.steered.configuration_trimtab import TYPE, TrimtabConfig
 from trimtab.policies.steered.processor_trimtab import RAW_TASK, check_processors, write_processors
 
@@ -256,39 +256,31 @@ class TrimtabPolicy(PreTrainedPolicy):
             return torch.zeros(conditioning.batch_size, 0)
         return self.adapter.seen(conditioning).float()
 
-    def _steer(self, conditioning: Conditioning, noise: Tensor | None) -> Tensor:
-        """The noise (B, *noise_shape) that the actor chooses, as the base takes it."""
-        prior = self._prior(conditioning.batch_size, noise)
-        features = self._seen(conditioning).to(prior)
-        if not self.config.use_actor:  # on a server, whose own draw is out of reach
-            chosen = own_noise(self.adapter.noise_spec)(features, prior)
-        else:
-            chosen = self.actor.act(features, prior, self.config.deterministic)
-        return chosen.to(self.adapter.device, self.adapter.noise_spec.dtype)
+    def _sampler(self) -> NoiseSampler:
+        """Who chooses a single noise; a server's own draw where no actor is used, which is out of reach."""
+        if not self.config.use_actor:
+            return own_noise(self.adapter.noise_spec)
+        return steered_noise(self.actor, self.config.deterministic)
 
     def _chunk(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
         conditioning = self._encode(batch)
-        chosen = self._steer(conditioning, noise)
+        count, policy = conditioning.batch_size, self._sampler()
+        prior = self._prior(count, noise).unsqueeze(1)
         if self.config.num_candidates > 1 and self.config.use_actor:
-            chunk = self._best(conditioning, chosen)
-        else:
-            chunk = self.adapter.denoise(conditioning, chosen)
+            policy = self.steered.policy(self.config.deterministic, self.config.num_candidates)
+            others = self._prior(count * (policy.draws - 1), None).unflatten(0, (count, -1))
+            prior = torch.cat([others, prior], 1)  # the actor's draw is the last
+        chunk = policy.act(
+            self._seen(conditioning).to(prior), prior, partial(self._denoise, conditioning)
+        ).chunk
         if self.adapter.remembers:
             self._before = (conditioning, chunk)
         return self.adapter.postprocess(chunk, conditioning) if self.base is None else chunk
 
-    def _best(self, conditioning: Conditioning, chosen: Tensor) -> Tensor:
-        """Of the actor's chunk and ``num_candidates - 1`` of the base, the one of the best mean value."""
-        count, others = len(chosen), self.config.num_candidates - 1
-        drawn = self._prior(count * others, None)
-        drawn = prior_noise(self.actor.space)(None, drawn).unflatten(0, (count, others))
-        noises = torch.cat([chosen.unsqueeze(1), drawn.to(chosen)], 1)
-        chunks = self.adapter.denoise(conditioning.repeat_interleave(others + 1), noises.flatten(0, 1))
-        chunks = chunks.unflatten(0, (count, others + 1))
-        critic = self._critic[0]
-        features = self.actor.encoder(self._seen(conditioning).to(critic.normalizer.mean.device))
-        best = best_candidate(critic, features, chunks)
-        return chunks[torch.arange(count, device=chunks.device), best]
+    def _denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        noise = noise.to(self.adapter.device, self.adapter.noise_spec.dtype)
+        chunks = self.adapter.denoise(conditioning.repeat_interleave(noise.shape[1]), noise.flatten(0, 1))
+        return chunks.unflatten(0, tuple(noise.shape[:2]))
 
     def _real_time_chunk(self, batch: dict[str, Any], noise: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         if not self.supports_rtc():
@@ -296,7 +288,11 @@ class TrimtabPolicy(PreTrainedPolicy):
                 "--inference.type",
                 f"a steered {self.adapter.policy_type} policy does no real-time chunking; use sync",
             )
-        return self.base.predict_action_chunk(batch, noise=self._steer(self._encode(batch), noise), **kwargs)
+        conditioning = self._encode(batch)
+        prior = self._prior(conditioning.batch_size, noise)
+        chosen = self._sampler()(self._seen(conditioning).to(prior), prior)
+        chosen = chosen.to(self.adapter.device, self.adapter.noise_spec.dtype)
+        return self.base.predict_action_chunk(batch, noise=chosen, **kwargs)
 
 
 def _given(noise: Tensor | None) -> dict[str, Tensor]:

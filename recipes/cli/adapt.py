@@ -14,13 +14,12 @@ from lerobot.envs.configs import EnvConfig
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.errors import reason
 from trimtab.policies.actor import NoiseActor
-from trimtab.policies.artefact import is_artefact, save_artefact
-from trimtab.policies.noise_samplers import prior_noise, steered_noise
+from trimtab.policies.artefact import is_artefact
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.launched import launched_processes, make_accelerator
-from trimtab.recipes.support.presets import expand_preset, noise_said, value_of
+from trimtab.recipes.support.layers import flatten
 from trimtab.recipes.support.repeat import loaded_plugins
 from trimtab.recipes.support.reporting import (
     NAMES,
@@ -32,14 +31,13 @@ from trimtab.recipes.support.reporting import (
     table,
     write_json,
 )
-from trimtab.recipes.support.run_folder import METRICS, RunFolder, disk_errors, resumed_args
+from trimtab.recipes.support.run_folder import METRICS, RunFolder, disk_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.recipes.support.trackers import Trackers, check_trackers
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
-from trimtab.rl.algorithms.golden_ticket import GoldenTicketConfig, TicketSearch
-from trimtab.rl.algorithms.presets import flatten
-from trimtab.rl.budget import MAX_SEED, TrainConfig
+from trimtab.rl.algorithms.acting import Learnt, LoadedBase, RunRequest
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.data.memory import check_replay
@@ -49,7 +47,7 @@ from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.runs.processes import World
 from trimtab.rl.runs.threads import machine_record
-from trimtab.rl.selection import CorrectingRunner
+from trimtab.rl.seeds import MAX_SEED
 from trimtab.rl.train import Trainer, replay_extra
 from trimtab.rl.warm_start import begin_at, read_constant
 
@@ -94,14 +92,6 @@ def check_run(seed: int, num_envs: int) -> None:
         raise UserError("--seed", f"must be between 0 and {MAX_SEED}, got {seed}")
 
 
-RESIDUAL = "residual"
-
-
-def saved_as(config: AdaptConfig) -> str:
-    """Name of the folder in which what was learnt is kept."""
-    return RESIDUAL if config.rl.type == "residual" else "artefact"
-
-
 @dataclass
 class Outcome:
     """What a steering run found."""
@@ -116,14 +106,11 @@ class Outcome:
     by_task: dict[str, dict[str, Evaluation]]
 
 
-def main(args: list[str]) -> None:
-    args, going_on = resumed_args(args)
-    config = parse(AdaptConfig, "adapt", with_default_noise(expand_preset(args)))
-    config.resume = going_on
+def main(config: AdaptConfig) -> None:
     if is_artefact(config.policy.path):
         raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
     processes = make_accelerator(config.policy.device) if launched_processes() > 1 else None
-    output = config.output_dir if going_on else new_output_dir(config.output_dir, "adapt")
+    output = config.output_dir if config.resume else new_output_dir(config.output_dir, "adapt")
     if processes:  # the first one's clock names the folder
         output = World(processes).gather(output)[0]
     session, folder = open_session(
@@ -152,15 +139,6 @@ def main(args: list[str]) -> None:
     for line in waits(outcome.lines):
         say(line)
     say(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
-
-
-def with_default_noise(args: list[str]) -> list[str]:
-    """``args`` with the constant noise space that golden_ticket seeks in, unless they name one themselves."""
-    algorithm = value_of(args, "rl.type")
-    if algorithm != "golden_ticket" or noise_said(args, algorithm):
-        return args
-    print("golden_ticket seeks one noise for all observations: --noise.type=constant")
-    return ["--noise.type=constant", *args]
 
 
 def untrained_line(summary: dict[str, Any], noise: str) -> str:
@@ -234,43 +212,38 @@ def _steer(
         with writer(output, keep, session.world) as lines:
             trainer.on_metrics = lambda line: (lines(line), tracked(line))
             if run.checkpoints:
-                run.checkpoints.beside = lambda: {"metrics": lines.place(), "repeatable": vec.repeatable}
+                run.checkpoints.beside = lambda: {"metrics": lines.offset(), "repeatable": vec.repeatable}
             for note in trainer.resume(found) if found else ():
                 print(note)
             signals.kept = found is not None
-            signals.deferred = run.checkpoints is not None and isinstance(trainer, Trainer)
+            signals.deferred = run.checkpoints is not None and config.rl.replays
             learnt = trainer.run()
             signals.kept, signals.deferred = signals.deferred, False
             if signals():
                 raise Stopped(signals.name)
     tracked.close()
-    actor = learnt.actor.eval()
+    learnt.actor.eval()
     seconds["steering"] = clock() - started
     started = clock()
-    steered, runner = steered_noise(actor, config.eval.deterministic), session.runner
-    if config.rl.type == "residual":
-        steered = session.own_noise
-        runner = CorrectingRunner(session.adapter, session.env, learnt.correct)
+    steered = learnt.deployed_policy(config.eval.deterministic)
     for task, vec in session.evaluations_by_task():
-        measured[task]["steered"] = session.evaluate(vec, steered, label="steered", runner=runner)
+        measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
     seconds["steered_evaluation"] = clock() - started
     session.adapter.check_identity(identity, folder)
     untrained = pooled([held.pop("untrained") for held in measured.values()])
     names = next(iter(measured.values()))
     evaluations = {name: pooled([held[name] for held in measured.values()]) for name in names}
-    parameters = sum(parameter.numel() for parameter in actor.parameters())
-    outcome = Outcome(
-        evaluations, untrained, known, output / saved_as(config), lines.lines, parameters, seconds, measured
-    )
+    parameters = learnt.trained_parameters()["actor"]
+    outcome = Outcome(evaluations, untrained, known, output, lines.lines, parameters, seconds, measured)
     if session.world.main:
         started = clock()
-        save(session, folder, config, output, trainer, learnt, outcome)
+        outcome.artefact = save(session, folder, config, output, trainer, learnt, outcome)
         write_results(output, outcome, config, trainer, identity)
         run.write_config()
         title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
         plot_curve(output / "curve.png", lines.lines, summaries(evaluations), title)
         session.record(session.own_noise, output / "before.mp4", "video: base policy")
-        session.record(steered, output / "after.mp4", "video: steered", runner)
+        session.record(steered, output / "after.mp4", "video: steered")
         seconds["pictures"] = clock() - started
         write_results(output, outcome, config, trainer, identity)  # once more, with the last time in it
     return outcome
@@ -287,13 +260,13 @@ def measure(
     found: dict[str, dict[str, Evaluation]] = {}
     details: dict[str, Any] = {}
     for task, vec in session.evaluations_by_task():
-        if not found and not isinstance(config.rl, GoldenTicketConfig):
+        if not found and config.rl.replays:
             announce_memory(session, config, space)
         found[task], said = session.baselines(vec, config.seed)
-        if config.rl.own_candidates:  # what is learnt begins as the base
-            found[task]["untrained"] = found[task]["base"]
-        else:
-            found[task]["untrained"] = session.evaluate(vec, prior_noise(space), label="untrained actor")
+        untrained = config.rl.untrained(space)
+        found[task]["untrained"] = (
+            session.evaluate(vec, untrained, label="untrained actor") if untrained else found[task]["base"]
+        )
         details[task] = said
     return found, next(iter(details.values())) if len(details) == 1 else details
 
@@ -308,18 +281,17 @@ def check_reward(config: AdaptConfig, measured: dict[str, dict[str, Evaluation]]
     Raises:
         UserError: names what the environment's ``info`` holds instead.
     """
-    ticket = isinstance(config.rl, GoldenTicketConfig)
+    problem = config.rl.without_success(config.train.reward)
     for task, found in measured.items():
         base = found["base"]
-        if base.reported or (config.train.reward == "env" and not ticket):
+        if base.reported or problem is None:
             continue
         episodes = sum(len(one.seeds) for one in found.values())
-        mend = "golden_ticket counts successes; take another --rl.type, with --train.reward=env"
+        option, mend = problem
         raise UserError(
-            "--rl.type" if ticket else "--train.reward",
+            option,
             f"the environment never reported success in {episodes} episodes of {task} (its info held: "
-            f"{', '.join(base.info_keys) or 'nothing'}), so there is nothing to learn from; "
-            + (mend if ticket else "--train.reward=env learns from its own reward"),
+            f"{', '.join(base.info_keys) or 'nothing'}), so there is nothing to learn from; {mend}",
         )
 
 
@@ -352,34 +324,23 @@ def save(
     folder: Path | str,
     config: AdaptConfig,
     output: Path,
-    trainer: Trainer | TicketSearch,
-    learnt: Any,
+    trainer: Any,
+    learnt: Learnt,
     outcome: Outcome,
-) -> None:
-    """Write the artefact; of a residual policy, which chooses no noise, its weights alone."""
-    if config.rl.type == "residual":
-        learnt.actor.write(output / RESIDUAL)
-        return
-    save_artefact(
-        output / "artefact",
-        learnt.actor,
-        config.noise,
-        session.adapter,
-        config.policy,
-        folder,
-        {
-            "env": draccus.encode(config.env, EnvConfig),
-            "seed": config.seed,
-            "env_steps": trainer.env_steps,
-            "episodes": trainer.episodes,
-            "deterministic": config.eval.deterministic,
-            "success": {name: entry for name, entry in summaries(outcome.evaluations).items()},
-            "algorithm": config.rl.type,
-            "plugins": loaded_plugins(),
-        },
-        # What chose among candidates while learning can do so for the deployed policy.
-        (learnt.critic, config.rl.critic) if learnt.selects else None,
-    )
+) -> Path:
+    """Write what is deployed; returns its folder."""
+    training = {
+        "env": draccus.encode(config.env, EnvConfig),
+        "seed": config.seed,
+        "env_steps": trainer.env_steps,
+        "episodes": trainer.episodes,
+        "deterministic": config.eval.deterministic,
+        "success": {name: entry for name, entry in summaries(outcome.evaluations).items()},
+        "algorithm": config.rl.type,
+        "plugins": loaded_plugins(),
+    }
+    base = LoadedBase(session.adapter, config.policy, folder)
+    return learnt.save(output, base, config.noise, training)
 
 
 def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
@@ -389,30 +350,19 @@ def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> No
         UserError: the algorithm cannot learn in this noise space or from demonstrations, or the dataset or
             the warm start is not there or does not fit the policy.
     """
-    config.rl.check(space)
+    processes = session.world.size if session.world else 1
+    warm_start = config.train.warm_start
+    config.rl.check(space, RunRequest(len(session.tasks), processes, config.resume, bool(warm_start)))
     config.demos.check(config.rl)
-    if config.rl.type == "residual" and config.train.warm_start:
-        raise UserError("--train.warm_start", "a residual policy chooses no noise; leave it out")
     if len(session.tasks) > 1:
-        if isinstance(config.rl, GoldenTicketConfig):
-            raise UserError("--env.task", "golden_ticket seeks a noise for one task at a time; name one")
         if config.demos.enabled:
             raise UserError("--env.task", "demonstrations are of one task; name one")
         if config.num_envs < len(session.tasks):
             raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
-    if isinstance(config.rl, GoldenTicketConfig):
-        if session.world is not None and session.world.size > 1:
-            raise UserError(
-                "--rl.type", "golden_ticket runs in one process; launch it with --num_processes=1"
-            )
-        if config.resume:
-            raise UserError("--resume", "golden_ticket keeps no checkpoints; begin it anew")
     if config.demos.enabled:
         read_demonstrations(config.demos, session.adapter, config.train.reward, config.env.task or "")
-    if config.train.warm_start:
-        if isinstance(config.rl, GoldenTicketConfig):
-            raise UserError("--train.warm_start", "golden_ticket draws all of its constants itself")
-        noise = read_constant(config.train.warm_start, session.adapter.noise_spec)
+    if warm_start:
+        noise = read_constant(warm_start, session.adapter.noise_spec)
         begin_at(NoiseActor(1, space, config.rl.actor), noise)
 
 
@@ -423,11 +373,9 @@ def make_trainer(
     config: AdaptConfig,
     checkpoints: Checkpoints | None = None,
     signals: StopSignals | None = None,
-) -> Trainer | TicketSearch:
-    """What runs ``config.rl``."""
-    if isinstance(config.rl, GoldenTicketConfig):
-        return TicketSearch(session.runner, vec, config.rl, config.noise, config.seed)
-    return Trainer(
+) -> Any:
+    """What runs ``config.rl``: a ``Trainer``, or the algorithm's own."""
+    return config.rl.own_run(session.runner, vec, config.noise, config.seed) or Trainer(
         session.runner,
         vec,
         accelerator,
@@ -446,7 +394,7 @@ def write_results(
     output: Path,
     outcome: Outcome,
     config: AdaptConfig,
-    trainer: Trainer | TicketSearch,
+    trainer: Any,
     identity: dict[str, Any],
 ) -> None:
     """Write results.json: the table and how it came about."""

@@ -6,21 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lerobot.envs.configs import EnvConfig
-from torch import Tensor
 
 from trimtab.adapters import PolicyConfig, UserError
+from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact
-from trimtab.policies.critic import best_candidate
-from trimtab.policies.noise_samplers import NoiseSource, candidate_noise, steered_noise
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.reporting import outcomes, summaries, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base
-from trimtab.rl.evaluation import evaluate
-from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.threads import machine_record
-from trimtab.rl.selection import SelectingRunner
 
 
 @dataclass
@@ -70,8 +65,7 @@ class EvaluateConfig:
     output_dir: Path | None = None
 
 
-def main(args: list[str]) -> None:
-    config = parse(EvaluateConfig, "eval", args)
+def main(config: EvaluateConfig) -> None:
     output = new_output_dir(config.output_dir, "eval")
     steered = None
     if is_artefact(config.policy.path):
@@ -83,13 +77,13 @@ def main(args: list[str]) -> None:
     else:
         session, folder = open_session(config.policy, config.env, config.eval, config.machine)
     config.eval.complete(steered)
-    runner, source = acting(session, steered)
+    policy = acting(session, steered)
     print(describe(session, folder))
     with session.evaluation_environments() as vec:
         evaluations, details = session.baselines(vec, config.seed)
         if steered is not None:
-            evaluations["steered"] = evaluate(runner, vec, source, config.eval.seeds, "steered")
-    session.record(source, output / "rollouts.mp4", "video", runner)
+            evaluations["steered"] = session.evaluate(vec, policy, label="steered")
+    session.record(policy, output / "rollouts.mp4", "video")
     write_json(
         output / "results.json",
         {
@@ -107,22 +101,13 @@ def main(args: list[str]) -> None:
     print(f"\n{table(summaries(evaluations))}\n\nall in {output}")
 
 
-def acting(session: Session, steered: Steered | None) -> tuple[PolicyRunner, NoiseSource]:
+def acting(session: Session, steered: Steered | None) -> ChunkPolicy:
     """What acts, as `lerobot-eval` of the same policy lets it act; the base where nothing steers it.
 
     Args:
         session: its ``eval`` is a complete ``SteeredEvalConfig``.
         steered: the artefact.
     """
-    config = session.eval
     if steered is None:
-        return session.runner, session.own_noise
-    if config.num_candidates == 1:
-        return session.runner, steered_noise(steered.actor, config.deterministic)
-
-    def select(features: Tensor, chunks: Tensor) -> Tensor:
-        seen = steered.actor.encoder(features.to(steered.critic.normalizer.mean.device))
-        return best_candidate(steered.critic, seen, chunks)
-
-    runner = SelectingRunner(session.adapter, session.env, select, config.num_candidates)
-    return runner, candidate_noise(steered.actor.space, steered.actor, config.deterministic)
+        return session.own_noise
+    return steered.policy(session.eval.deterministic, session.eval.num_candidates)

@@ -20,7 +20,7 @@ from trimtab.adapters.loading import open_adapter
 from trimtab.adapters.steerability import MANY, Steerability, measure
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.noise_samplers import base_noise, constant_noise, own_noise, repeated_noise, zero_noise
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.diagnosis import as_json, judge
 from trimtab.recipes.support.probe_picture import plot_probe
 from trimtab.recipes.support.reporting import summaries, table, write_json
@@ -73,8 +73,7 @@ class ProbeConfig:
                 raise UserError(f"--{name}", f"must be at least {least}, got {getattr(self, name)}")
 
 
-def main(args: list[str]) -> None:
-    config = parse(ProbeConfig, "probe", args)
+def main(config: ProbeConfig) -> None:
     if is_artefact(config.policy.path):
         raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
     output = new_output_dir(config.output_dir, "probe")
@@ -205,7 +204,6 @@ def _success(
             noise, rates = best_constant(
                 runner,
                 vec,
-                constant_noise,
                 config.eval.constant_candidates,
                 range(SELECTION_SEED, SELECTION_SEED + episodes),
                 config.seed,

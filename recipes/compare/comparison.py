@@ -15,7 +15,8 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import UserError, load_adapter
-from trimtab.adapters.checkpoint.files import file_hash, is_peft, is_server
+from trimtab.adapters.checkpoint.folder import is_peft, is_server
+from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.compare.config import CompareConfig
 from trimtab.recipes.compare.methods import customised
@@ -82,12 +83,20 @@ class Comparison:
             if "dataset" in method.uses and self.dataset is None:
                 raise UserError(
                     "--dataset.repo_id",
-                    f"'{name}' learns from demonstrations: name a LeRobotDataset, or leave it out of --methods",
+                    f"'{name}' learns from demonstrations: name a LeRobotDataset, or leave it out of "
+                    "--methods",
                 )
         config.machine.apply()
         self.base = LoadedBase(load_adapter(config.policy), config.policy, folder)
+        steps = self.base.adapter.chunk_shape[0]
         for name, method in self.methods.items():
-            method.check_budget(name, config.env_steps, self.base.adapter.chunk_shape[0])
+            chunks = method.chunks_before_learning()
+            if chunks and chunks * steps >= config.env_steps:
+                raise UserError(
+                    "--env_steps",
+                    f"{name} begins to learn after {chunks} chunks of {steps} steps; more than "
+                    f"{chunks * steps} are needed, or leave it out of --methods",
+                )
         # A server shows no weights.
         self.base_sha256 = None if self.server else file_hash(folder)
         output = config.output_dir

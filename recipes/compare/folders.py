@@ -96,9 +96,7 @@ def _records(folder: Path, results: dict[str, Any], config: dict[str, Any], task
         made: Record = {"task": task, "method": method, "seed": seed, "final": {policy: final}}
         return made | {"points": [], "episodes": [], "cost": {}} | more
 
-    found = [
-        record(method, "policy", name) for name, method in FIXED.items() if name in results["policies"]
-    ]
+    found = [record(method, "policy", name) for name, method in FIXED.items() if name in results["policies"]]
     path, seconds = folder / METRICS, results.get("seconds", {})
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     lines = [json.loads(line) for line in text.splitlines() if line]

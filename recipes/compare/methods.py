@@ -5,7 +5,10 @@ A package that `--env.discover_packages_path` names may add its own to ``METHODS
 
 from __future__ import annotations
 
+import sys
+import tempfile
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import draccus
@@ -26,7 +29,9 @@ from trimtab.policies.noise_space import (
 )
 from trimtab.recipes.cli.lora import DATASET_STEPS
 from trimtab.recipes.compare.runs import Method, Run, Task
-from trimtab.recipes.finetune.filtered_bc import FilteredBC
+from trimtab.recipes.finetune.data import Recorder
+from trimtab.recipes.finetune.filtered_bc import rounds
+from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.layers import merge
 from trimtab.rl.algorithms import (
@@ -102,17 +107,9 @@ class Steering(Method):
         }
         return found if self.num_envs is None else found | {"num_envs": self.num_envs}
 
-    def check_budget(self, name: str, env_steps: int, chunk_steps: int) -> None:
-        if not self.rl.replays:
-            return
+    def chunks_before_learning(self) -> int:
         train = self.train.at_pace_of(self.rl)
-        needed = max(train.first_update, train.warmup_transitions)
-        if needed * chunk_steps >= env_steps:
-            raise UserError(
-                "--env_steps",
-                f"{name} begins to learn after {needed} chunks of {chunk_steps} steps; more than "
-                f"{needed * chunk_steps} are needed, or leave it out of --methods",
-            )
+        return max(train.first_update, train.warmup_transitions) if self.rl.replays else 0
 
     def learn(self, run: Run) -> dict[str, Any]:
         task, lines = run.task, []
@@ -163,15 +160,20 @@ class FilteredCloning(Method):
         return {"tuning": draccus.encode(self.tuning)}
 
     def learn(self, run: Run) -> dict[str, Any]:
-        task, base = run.task, run.task.base
-        first = training_seed(run.seed)
-        with run.training_environments(keep_seen=True) as vec:
-            learner = FilteredBC(
-                base.options, base.folder, task.session.env, vec, self.tuning, first, run.seed
-            )
-            take_tuned(run, learner.tuner)
-            learner.learn(task.env_steps, task.grid, run.note)
-        return learner.result()
+        task, session = run.task, run.task.session
+        tuner = make_tuner(run, self.tuning)
+        count = task.env_steps // task.grid
+        with (
+            run.training_environments(keep_seen=True) as vec,
+            tempfile.TemporaryDirectory(prefix="trimtab-successes-") as folder,
+        ):
+            runner = PolicyRunner(tuner.adapter, session.env)
+            rollouts = Rollouts(runner, vec, session.own_noise, training_seed(run.seed))
+            recorder = Recorder(Path(folder) / "successes", session.env.fps)
+            shown = sys.stderr.isatty()
+            for done in rounds(tuner, rollouts, recorder, task.env_steps, count, run.seed, shown):
+                run.note(rollouts.env_steps, [(episode.success, True) for episode in done.episodes])
+        return {"updates": tuner.updates}
 
 
 @dataclass(frozen=True)
@@ -187,26 +189,27 @@ class Demonstrations(Method):
         return {"tuning": draccus.encode(self.tuning)}
 
     def learn(self, run: Run) -> dict[str, Any]:
-        base = run.task.base
         dataset, count = good_demonstrations(run.task)
-        tuner = FineTuner(load_adapter(base.options), base.folder, base.options, self.tuning)
-        losses = tuner.fit(dataset, self.tuning.steps or DATASET_STEPS, run.seed, run.label)
-        take_tuned(run, tuner)
+        losses = make_tuner(run, self.tuning).fit(
+            dataset, self.tuning.steps or DATASET_STEPS, run.seed, run.label
+        )
         run.add_point(0, 0)
         return {"demonstrations": count, "updates": len(losses), "loss": losses[-1]}
 
 
-def take_tuned(run: Run, tuner: FineTuner) -> None:
-    """Let the fine-tuned policy act in the place of the base."""
-    run.runner = PolicyRunner(tuner.adapter, run.task.session.env)
-    run.policies = {"actor": run.task.session.own_noise}
-    run.trained = {"actor": tuner.trained_parameters}
+def make_tuner(run: Run, tuning: TuningConfig) -> FineTuner:
+    """A copy of the base to be fine-tuned, which acts in its place."""
+    base, session = run.task.base, run.task.session
+    tuner = FineTuner(load_adapter(base.options), base.folder, base.options, tuning)
+    run.runner = PolicyRunner(tuner.adapter, session.env)
+    run.policies, run.trained = {"actor": session.own_noise}, {"actor": tuner.trained_parameters}
 
-    def save(folder: Any, facts: dict[str, Any]) -> Any:
+    def save(folder: Path, facts: dict[str, Any]) -> Path:
         tuner.save(folder / "policy")
         return folder / "policy"
 
     run.save = save
+    return tuner
 
 
 def good_demonstrations(task: Task) -> tuple[DatasetConfig, int]:

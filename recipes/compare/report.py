@@ -39,23 +39,23 @@ LEARNING_HEADER = [
     f"lowest window of {WINDOW} training episodes, each seed",
     "windows below the base",
 ]
-NOTES = (
-    "Success: counts over all seeds with the 95 % Wilson interval. Seeds share episodes, so it is about these "
-    "episodes and seeds. Gain: mean over the seeds on the same episodes as the base (with one seed, the 95 % "
-    "interval of Bonett and Price). p: McNemar's exact test, two-sided, the largest of the seeds'. Steps to a "
-    "level: environment steps to the first evaluation from which this and all later ones reach it, and training "
-    "episodes until then; median of the seeds. Memory, wall-clock and CPU: means over the seeds. Times are of "
-    "training alone; memory is the main process' peak, the base and its libraries included. Other tasks: change "
-    "of success on tasks that were not trained, on the same episodes before and after: when what was learnt "
-    "acts there, and when the base acts without it. (A LoRA adapter can be taken off as well, if something "
-    "tells the task; that is the base itself, and was not run again.)"
-)
+NOTES_TEXT = """
+Success: counts over all seeds with the 95 % Wilson interval. Seeds share episodes, so it is about these
+episodes and seeds. Gain: mean over the seeds on the same episodes as the base (with one seed, the 95 %
+interval of Bonett and Price). p: McNemar's exact test, two-sided, the largest of the seeds'. Steps to a
+level: environment steps to the first evaluation from which this and all later ones reach it, and training
+episodes until then; median of the seeds. Memory, wall-clock and CPU: means over the seeds. Times are of
+training alone; memory is the main process' peak, the base and its libraries included. Other tasks: change
+of success on tasks that were not trained, on the same episodes before and after: when what was learnt acts
+there, and when the base acts without it. (A LoRA adapter can be taken off as well, if something tells the
+task; that is the base itself, and was not run again.)
+
+While learning: windows are 50 consecutive training episodes within the first 10,000 environment steps. They
+overlap. Below the base: significantly so by Fisher's exact test, one-sided 95 %, each window for itself, so
+that a few of many are to be expected even without a dip.
+"""
+NOTES = [" ".join(text.split()) for text in NOTES_TEXT.split("\n\n")]
 CURVE_TITLE = "success against environment steps"
-LEARNING_NOTES = (
-    f"While learning: windows are {WINDOW} consecutive training episodes within the first 10,000 environment "
-    "steps. They overlap. Below the base: significantly so by Fisher's exact test, one-sided 95 %, each window "
-    "for itself, so that a few of many are to be expected even without a dip."
-)
 
 
 def label(entry: dict[str, Any]) -> str:
@@ -149,10 +149,7 @@ def markdown(title: str, facts: Sequence[str], entries: Sequence[dict[str, Any]]
         lines += [f"## {task}", ""]
         for header, *rows in found:
             lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
-    return "\n".join([*lines, NOTES, "", LEARNING_NOTES, "", f"![{CURVE_TITLE}](curve.png)", ""])
-
-
-
+    return "\n\n".join(["\n".join(lines).rstrip(), *NOTES, f"![{CURVE_TITLE}](curve.png)\n"])
 
 
 def plot(path: Path, runs: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
@@ -256,7 +253,7 @@ def page(
             parts.append("</tr></thead><tbody>")
             parts += ["<tr>" + "".join(element("td", cell) for cell in row) + "</tr>" for row in rows]
             parts.append("</tbody></table></div>")
-    parts += [f"<p class='notes'>{html.escape(text)}</p>" for text in (NOTES, LEARNING_NOTES)]
+    parts += [f"<p class='notes'>{html.escape(text)}</p>" for text in NOTES]
     parts.append(element("h2", CURVE_TITLE.capitalize()))
     parts.append(f"<img alt='{CURVE_TITLE}' src='{_embedded(curve, 'image/png')}'>")
     if videos:

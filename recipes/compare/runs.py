@@ -47,12 +47,9 @@ class Method(ABC):
     def learn(self, run: Run) -> dict[str, Any]:
         """Learn, and tell ``run`` what can be evaluated; returns what else the record is to hold."""
 
-    def check_budget(self, name: str, env_steps: int, chunk_steps: int) -> None:
-        """Refuse a budget within which it would not begin to learn.
-
-        Raises:
-            UserError: says how much is needed.
-        """
+    def chunks_before_learning(self) -> int:
+        """How many are collected before it begins to learn."""
+        return 0
 
 
 @dataclass
@@ -124,7 +121,10 @@ class Task:
                 found["base_elsewhere"] = self._elsewhere(run.runner, own, f"{label}, base")
             if seed in (None, self.filmed):
                 policy = list(run.policies.values())[-1]
-                self.session.record(policy, path.with_suffix(".mp4"), f"video: {label}", run.runner)
+                session, acting = self.session, run.runner.adapter
+                if acting is not adapter:
+                    session = Session(acting, session.env, session.eval, session.machine)
+                session.record(policy, path.with_suffix(".mp4"), f"video: {label}")
         adapter.check_identity(identity, self.base.folder)
         return found
 

@@ -10,7 +10,7 @@ import torch
 from lerobot.utils.constants import OBS_PREFIX
 from torch import Tensor
 
-from trimtab.policies.noise_samplers import NoiseSource
+from trimtab.policies.acting import ChunkPolicy
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
@@ -58,12 +58,12 @@ class Rollouts:
     Args:
         runner: the policy; its weights may change between instalments.
         vec: environments that return every step's observation (``keep_seen``).
-        source: who chooses the noise.
+        policy: acts, without a look at features.
         seed: first of the seeds; environment i takes seed + i, seed + i + num_envs, ... (as in steering).
     """
 
-    def __init__(self, runner: PolicyRunner, vec: ChunkVectorEnv, source: NoiseSource, seed: int) -> None:
-        self.runner, self.vec, self.source = runner, vec, source
+    def __init__(self, runner: PolicyRunner, vec: ChunkVectorEnv, policy: ChunkPolicy, seed: int) -> None:
+        self.runner, self.vec, self.policy = runner, vec, policy
         self.env_steps = 0
         self._next_seed = [seed + i + vec.num_envs for i in range(vec.num_envs)]
         self._running = [_Running() for _ in range(vec.num_envs)]
@@ -91,11 +91,9 @@ class Rollouts:
         active = list(quota)
         tasks = [self.vec.task_descriptions[i] for i in active]
         conditioning = self.runner.encode([self._observations[i] for i in active], tasks)
-        prior = torch.cat([self.runner.prior(1, self._generators[i]) for i in active])
-        noise = self.source(None, prior).to(self.runner.adapter.device, self.runner.adapter.noise_spec.dtype)
-        chunk = self.runner.adapter.denoise(conditioning, noise)
-        executed = self.runner.executable(chunk, conditioning)
-        recorded = self.runner.adapter.postprocess(chunk, conditioning).float().cpu().numpy()
+        prior = self.runner.priors(self.policy.draws, [self._generators[i] for i in active])
+        choice, executed = self.runner.act(self.policy, conditioning, None, prior)
+        recorded = self.runner.adapter.postprocess(choice.chunk, conditioning).float().cpu().numpy()
         following = {i: self._next_seed[i] for i in active}
         self.vec.send({i: executed[row][: quota[i]] for row, i in enumerate(active)}, following)
         finished = []

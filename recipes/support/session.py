@@ -1,4 +1,4 @@
-"""What `adapt`, `eval` and `demo` share: the configs of a session and its loaded parts."""
+"""A frozen policy in an environment: opened, examined, evaluated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tqdm import tqdm
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.folder import is_server, resolve_folder
 from trimtab.adapters.errors import reason
-from trimtab.policies.noise_samplers import NoiseSource, constant_noise, own_noise, zero_noise
+from trimtab.policies.acting import ChunkPolicy
+from trimtab.policies.noise_samplers import NoiseSampler, constant_noise, own_noise, zero_noise
 from trimtab.policies.observe import ObserveConfig, build_observer
 from trimtab.recipes.support.reporting import write_grid_video
 from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
@@ -111,10 +112,10 @@ class Session:
 
     def _preflight(self, vec: ChunkVectorEnv) -> None:
         """What can be known before any long work, so that what does not fit shows at once."""
-        names = list(dict.fromkeys(vec.task_names))
-        self.tasks = self.tasks or (names if len(names) > 1 else [names[0] or self.env.task or self.env.type])
-        if len(set(vec.task_names)) > 1 and not self.many:
+        names = dict.fromkeys(vec.task_names)
+        if len(names) > 1 and not self.many:
             raise UserError("--env.task", ONE_TASK)
+        self.tasks = self.tasks or [name or self.env.task or self.env.type for name in names]
         vec.on_success_key = self._name_success
         if not self._examined:
             if self.adapter.observer is None:
@@ -151,15 +152,14 @@ class Session:
         vec.check_actions(chunk)
         self.first = conditioning
         if free:
-            found = vec.examine(chunk)
-            self.repeatable = found.repeatable
-            self._warn(found.warnings)
-            if found.success_key:
-                self._name_success(found.success_key)
+            findings = vec.examine(chunk)
+            self.repeatable = findings.repeatable
+            self._warn(findings.warnings)
+            self._name_success(findings.success_key)
 
-    def _name_success(self, key: str) -> None:
-        """Say once where success is read, if it is not LeRobot's own place."""
-        if key != "is_success" and key not in self._success_keys:
+    def _name_success(self, key: str | None) -> None:
+        """Say once where success is read, if it is not where LeRobot reads it."""
+        if key not in (None, "is_success", *self._success_keys):
             self._success_keys.add(key)
             self._say(f"note: success is read from info['{key}']")
 
@@ -189,18 +189,12 @@ class Session:
     def evaluate(
         self,
         vec: ChunkVectorEnv,
-        source: NoiseSource,
+        policy: ChunkPolicy,
         seeds: Sequence[int] | None = None,
         label: str = "",
-        runner: PolicyRunner | None = None,
     ) -> Evaluation:
-        """One episode for each seed (default: those of the evaluation), shared among the processes.
-
-        ``runner`` acts in the place of this session's.
-        """
-        return self._run(
-            runner or self.runner, vec, source, self.eval.seeds if seeds is None else seeds, label
-        )
+        """One episode for each seed (default: those of the evaluation), shared among the processes."""
+        return self._run(self.runner, vec, policy, self.eval.seeds if seeds is None else seeds, label)
 
     def _run(self, *arguments: Any, **named: Any) -> Evaluation:
         if self.world is None:
@@ -213,7 +207,7 @@ class Session:
         return max(self.machine.workers, 2) if self.machine.workers else 0
 
     @property
-    def own_noise(self) -> NoiseSource:
+    def own_noise(self) -> NoiseSampler:
         """What the base feeds itself."""
         return own_noise(self.adapter.noise_spec)
 
@@ -223,26 +217,19 @@ class Session:
         Returns:
             (evaluations by name, details of the search for a constant)
         """
-        found = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
-        self.note_success(found["base"])
+        results = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
+        self.note_success(results["base"])
         if self.own_noise is not zero_noise:
-            found["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
+            results["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
         details: dict[str, Any] = {}
         if self.eval.constant_candidates:
-            selection = range(SELECTION_SEED, SELECTION_SEED + self.eval.constant_episodes)
-            noise, rates = best_constant(
-                self.runner,
-                vec,
-                constant_noise,
-                self.eval.constant_candidates,
-                selection,
-                seed,
-                run=self._run,
-            )
-            found["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
-            what = "selection_success" if found["base"].reported else "selection_return"
-            details = {what: rates, "selection_episodes": self.eval.constant_episodes}
-        return found, details
+            count, episodes = self.eval.constant_candidates, self.eval.constant_episodes
+            selection = range(SELECTION_SEED, SELECTION_SEED + episodes)
+            noise, rates = best_constant(self.runner, vec, count, selection, seed, run=self._run)
+            results["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
+            measure = "selection_success" if results["base"].reported else "selection_return"
+            details = {measure: rates, "selection_episodes": episodes}
+        return results, details
 
     def note_success(self, base: Evaluation) -> None:
         """Say what ``info`` held where success was not in it, or never true: another name may hold it."""
@@ -255,10 +242,8 @@ class Session:
                 f"too, but success is read from the first of {names} that is there"
             )
 
-    def record(self, source: NoiseSource, path: Path, label: str, runner: PolicyRunner | None = None) -> bool:
-        """Render the first evaluation episodes under ``source`` to an MP4. A machine that cannot render
-        gets a line saying so, and no video. ``runner`` acts in the place of this session's.
-        """
+    def record(self, policy: ChunkPolicy, path: Path, label: str) -> bool:
+        """Render the first evaluation episodes under ``policy`` to an MP4, or say why it cannot be done."""
         seeds = self.eval.seeds[: self.eval.videos]
         if not seeds:
             return False
@@ -267,7 +252,7 @@ class Session:
             return False
         try:
             with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
-                outcome = evaluate(runner or self.runner, vec, source, seeds, label, record=seeds)
+                outcome = evaluate(self.runner, vec, policy, seeds, label, record=seeds)
             return write_grid_video(path, outcome, seeds, fps=20)
         except Exception as error:  # a picture is never worth a run
             print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")

@@ -4,6 +4,7 @@ from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, Problem
 from trimtab.rl.algorithms.best_of_n import BestOfN, BestOfNConfig
 from trimtab.rl.algorithms.dsrl_na import DSRLNA, DSRLNAConfig
 from trimtab.rl.algorithms.dsrl_sac import DSRLSAC, DSRLSACConfig
+from trimtab.rl.algorithms.golden_ticket import GoldenTicketConfig
 from trimtab.rl.algorithms.residual import Residual, ResidualConfig
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "BestOfNConfig",
     "DSRLNAConfig",
     "DSRLSACConfig",
+    "GoldenTicketConfig",
     "Problem",
     "Residual",
     "ResidualConfig",

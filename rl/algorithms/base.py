@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import draccus
 import torch
@@ -17,12 +17,14 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
-from trimtab.policies.actor import NoiseActor
+from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.compiling import CompiledPasses
-from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.noise_samplers import prior_noise
+from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.policies.passes import matmuls_in, passes_by
 from trimtab.policies.precision import matmul_dtype, require_precision
+from trimtab.rl.algorithms.acting import PLAIN_RUN, Acting, RunRequest
 from trimtab.rl.algorithms.capture import CapturedUpdate, why_not_captured
 from trimtab.rl.algorithms.optimizer import FusedAdam
 from trimtab.rl.data.replay import Batch
@@ -110,16 +112,6 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         return 0
 
     @property
-    def proposed(self) -> int:
-        """Candidates that the actor chooses, once it has begun to learn; the rest is the prior's."""
-        return 0
-
-    @property
-    def own_candidates(self) -> bool:
-        """Whether candidates are made of the base's own noise, instead of what the noise space draws."""
-        return False
-
-    @property
     def replayed(self) -> tuple[str, ...]:
         """What the replay keeps for it, beside the transition: see ``train.replay_extra``."""
         return ("chunk", "candidates", "candidates_u", "next_candidates") if self.candidates else ()
@@ -128,8 +120,33 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     def type(self) -> str:
         return self.get_choice_name(self.__class__)
 
-    def check(self, space: NoiseSpace) -> None:
-        """Raise a UserError where the algorithm cannot learn in ``space``; asked before any long work."""
+    # Whether it learns from a replay of transitions; one that does not runs itself (``own_run``).
+    replays: ClassVar[bool] = True
+
+    def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
+        """Raise a UserError where the algorithm cannot do what is asked; asked before any long work.
+
+        Args:
+            space: that it is to learn in.
+            run: what else is asked of it.
+        """
+
+    def untrained(self, space: NoiseSpace) -> ChunkPolicy | None:
+        """What acts before anything is learnt; ``None``: the base as it is."""
+        return prior_noise(space)
+
+    def without_success(self, reward: str) -> tuple[str, str] | None:
+        """Option and mend, where it cannot learn from ``reward`` and no success is reported."""
+        mend = "--train.reward", "--train.reward=env learns from its own reward"
+        return None if reward == "env" else mend
+
+    def within(self, env_steps: int, episode_steps: Callable[[], int]) -> Self:
+        """This config, its budget cut to ``env_steps`` of episodes of at most ``episode_steps()``."""
+        return self
+
+    def own_run(self, runner: Any, vec: Any, noise: NoiseSpaceConfig, seed: int, **options: Any) -> Any:
+        """What runs the algorithm in the place of ``Trainer``, if anything."""
+        return None
 
     @abc.abstractmethod
     def build(self, problem: Problem) -> Algorithm:
@@ -144,10 +161,10 @@ def require_positive(config: Any, *names: str) -> None:
             raise UserError(f"--rl.{name}", f"must be positive, got {value}")
 
 
-class Algorithm(nn.Module, abc.ABC):
-    """Trains a noise actor from replayed transitions.
+class Algorithm(nn.Module, Acting, abc.ABC):
+    """Learns from replayed transitions how to act on a frozen policy.
 
-    What comes from outside (``select``, ``update``, ``value``) holds observations as they are replayed,
+    What comes from outside (``act``, ``update``, ``value``) holds observations as they are replayed,
     images packed; the losses take a batch after ``look``.
 
     Args:
@@ -155,11 +172,6 @@ class Algorithm(nn.Module, abc.ABC):
         problem: what it learns for.
 
     Attributes:
-        actor: what is deployed, and what acts while learning unless ``selects``.
-        candidates: noises per observation that the collector has to decode and keep.
-        selects: whether ``select`` acts while learning, choosing among the candidates.
-        corrects: whether what is learnt is added to the base's own chunk, instead of choosing its noise.
-        judges_chunks: whether ``value`` is of chunks, instead of noise.
         decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
         matmul_dtype: of hidden layers within ``update``, see ``passes.matmuls_in``.
         learning_rate_end: see ``progress``.
@@ -167,12 +179,7 @@ class Algorithm(nn.Module, abc.ABC):
         updates: made so far.
     """
 
-    actor: NoiseActor
     accelerator: Any
-    candidates: int = 0
-    selects: bool = False
-    corrects: bool = False
-    judges_chunks: bool = False
     decode: Callable[..., Tensor] | None = None
     matmul_dtype: torch.dtype | None = None
     obstacle: str = ""
@@ -184,7 +191,8 @@ class Algorithm(nn.Module, abc.ABC):
 
     def __init__(self, config: AlgorithmConfig, problem: Problem) -> None:
         super().__init__()
-        self.config, self.accelerator, self.updates = config, problem.accelerator, 0
+        self.config, self.space, self.accelerator = config, problem.space, problem.accelerator
+        self.updates = 0
         self.learning_rate_end, self._rates = config.learning_rate_end, []
 
     def _set_up(self) -> None:
@@ -201,18 +209,6 @@ class Algorithm(nn.Module, abc.ABC):
                 print(f"{option}: {why_not}; updates run as they are", file=sys.stderr)
             else:
                 self._captured = CapturedUpdate(option, accelerator.device)
-
-    def select(self, features: Tensor, chunks: Tensor) -> Tensor:
-        """Which candidate acts: (B, d), (B, K, steps * action_dim) -> (B,)."""
-        raise NotImplementedError
-
-    def correct(self, features: Tensor, chunks: Tensor) -> Tensor:
-        """What is executed in the place of the base's chunks (B, steps, action_dim)."""
-        raise NotImplementedError
-
-    def explore(self, features: Tensor, chunks: Tensor) -> Tensor:
-        """``correct`` while learning."""
-        return self.correct(features, chunks)
 
     def look(self, batch: Batch) -> Batch:
         """The batch with its observations encoded, images shifted at random; as it is without images.
@@ -236,12 +232,13 @@ class Algorithm(nn.Module, abc.ABC):
         """One gradient step. Metrics come back as detached scalars, not yet synchronised."""
 
     @abc.abstractmethod
-    def value(self, features: Tensor, judged: Tensor) -> Tensor:
+    def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
         """The critic's estimate (B,) of the return, for diagnostics.
 
         Args:
             features: (B, d).
-            judged: ``u`` (B, dim), or with ``judges_chunks`` what was executed, (B, steps * action_dim).
+            u: (B, dim) noises, and
+            chunks: (B, steps * action_dim) what was executed; it looks at either.
         """
 
     @abc.abstractmethod

@@ -20,9 +20,19 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import UserError
+from trimtab.policies.acting import (
+    BestOfCandidates,
+    Candidates,
+    Choice,
+    ChunkPolicy,
+    Denoise,
+    by_critic,
+    draw_candidates,
+)
 from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
-from trimtab.policies.critic import CriticConfig, CriticEnsemble, best_candidate, require_critic_loss
+from trimtab.policies.critic import CriticConfig, CriticEnsemble, require_critic_loss
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, count_parameters
 from trimtab.rl.algorithms.base import (
     MEASURED_EVERY,
     RANKED_EVERY,
@@ -136,6 +146,7 @@ class BestOfNConfig(AlgorithmConfig):
 
     @property
     def proposed(self) -> int:
+        """Candidates that the actor proposes, once it has begun to learn."""
         # Half of a single candidate is none.
         return self.num_candidates // 2 if self.actor_candidates is None else self.actor_candidates
 
@@ -149,7 +160,7 @@ class BestOfNConfig(AlgorithmConfig):
         """Pairs of a state in the distillation."""
         return self._or_part(self.distilled_pairs, 4)
 
-    def check(self, space: NoiseSpace) -> None:
+    def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         check_pairs(space, "best_of_n")
 
     def build(self, problem: Problem) -> BestOfN:
@@ -159,7 +170,7 @@ class BestOfNConfig(AlgorithmConfig):
 class BestOfN(Algorithm):
     """See the module's docstring."""
 
-    judges_chunks = True
+    draws = 0  # it acts by its candidates
 
     def __init__(self, config: BestOfNConfig, problem: Problem) -> None:
         super().__init__(config, problem)
@@ -168,7 +179,6 @@ class BestOfN(Algorithm):
         # What the critics cannot leave.
         within = problem.bounds if config.critic_loss == "logistic" else None
         self.bounds = problem.bounds if config.clip_targets else within
-        self.candidates, self.selects = config.num_candidates, True
         self.actor = NoiseActor(problem.feature_dim, space, config.actor, problem.observe)
         feature_dim = self.actor.encoder.dim
         self.critic = CriticEnsemble(feature_dim, problem.chunk_size, config.critic, within)
@@ -284,17 +294,44 @@ class BestOfN(Algorithm):
         self.updates += 1
         return metrics
 
+    def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:
+        proposed = self.config.proposed if steering else 0
+        return draw_candidates(self.space, prior, denoise, features, self.actor, proposed)
+
+    def act(
+        self,
+        features: Tensor,
+        prior: Tensor,
+        denoise: Denoise,
+        candidates: Candidates | None,
+        steered: Tensor,
+    ) -> Choice:
+        index = torch.zeros(len(features), dtype=torch.long)  # a draw from the prior like any other
+        if steered.any():
+            index = torch.where(steered, self.select(features, candidates.chunks).cpu(), index)
+        return candidates.take(index)
+
+    def policies(self) -> dict[str, ChunkPolicy]:
+        count, proposed = self.config.num_candidates, self.config.proposed
+        acting = BestOfCandidates(self.space, count, self.select, self.actor, proposed)
+        return {**super().policies(), "acting": acting}
+
+    def trained_parameters(self) -> dict[str, int]:
+        parts = [self.critic, self.actor] if self.config.proposed else [self.critic]
+        return {**super().trained_parameters(), "acting": count_parameters(*parts)}
+
+    def selecting_critic(self) -> tuple[CriticEnsemble, CriticConfig]:
+        return self.critic, self.config.critic
+
     @torch.no_grad()
     def select(self, features: Tensor, chunks: Tensor) -> Tensor:
-        """Which candidate acts: (B, d), (B, K, A) -> (B,)."""
-        device = self.actor.normalizer.mean.device
-        features = self.actor.encoder(features.to(device))
+        """Which candidate acts: (B, d), (B, K, steps, action_dim) -> (B,)."""
         if self.config.acting == "argmax":
-            return best_candidate(self.critic, features, chunks)
-        values = self.critic(features, chunks.to(device))
+            return by_critic(self.actor, self.critic)(features, chunks)
+        values = self.critic(self.actor.encode(features), chunks.flatten(2).to(self.accelerator.device))
         if self.config.acting == "thompson":
-            member = torch.randint(len(values), (values.shape[1],), device=device)
-            return values[member, torch.arange(values.shape[1], device=device)].argmax(1)
+            member = torch.randint(len(values), (values.shape[1],), device=values.device)
+            return values[member, torch.arange(values.shape[1], device=values.device)].argmax(1)
         return torch.multinomial(torch.softmax(values.mean(0) / self.config.temperature, 1), 1).squeeze(1)
 
     def rank_correlation(self, batch: Batch) -> Tensor:
@@ -303,8 +340,8 @@ class BestOfN(Algorithm):
         return rank_correlation(self.noise_critic, self.critic, batch["features"], *pairs)
 
     @torch.no_grad()
-    def value(self, features: Tensor, judged: Tensor) -> Tensor:
-        return self.critic(self.actor.encoder(features), judged).mean(0)
+    def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
+        return self.critic(self.actor.encoder(features), chunks).mean(0)
 
     def fit_normalizer(self, features: Tensor) -> None:
         features = features.to(self.actor.normalizer.mean.device)

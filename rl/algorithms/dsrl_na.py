@@ -29,6 +29,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorOutput, kl_to_prior
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest
 from trimtab.rl.algorithms.base import (
     RANKED_EVERY,
     AlgorithmConfig,
@@ -107,7 +108,7 @@ class DSRLNAConfig(SoftConfig):
         following = ("next_candidates", "next_candidates_u") if self.bootstrap == "importance" else ()
         return "chunk", "candidates", "candidates_u", *following
 
-    def check(self, space: NoiseSpace) -> None:
+    def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         check_pairs(space, "dsrl_na")
 
     def build(self, problem: Problem) -> DSRLNA:
@@ -126,7 +127,6 @@ class DSRLNA(SoftActorCritic):
     def __init__(self, config: DSRLNAConfig, problem: Problem) -> None:
         super().__init__(config, problem, "chunk", problem.chunk_size)
         config.check(problem.space)
-        self.candidates = config.candidates
         self.noise_critic = CriticEnsemble(
             self.actor.encoder.dim, problem.space.dim, config.critic, self.critic.bounds
         )

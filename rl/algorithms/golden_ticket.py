@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
@@ -22,14 +22,13 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
 from trimtab.policies.noise_samplers import constant_noise
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
-from trimtab.rl.algorithms import AlgorithmConfig
-from trimtab.rl.budget import training_seed
+from trimtab.rl.algorithms.acting import PLAIN_RUN, Learnt, RunRequest
+from trimtab.rl.algorithms.base import AlgorithmConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.seeds import SEEDS_PER_RUN, training_seed
 from trimtab.rl.statistics import wilson_interval
-
-MAX_BUDGET = 100_000  # training seeds that a run has to itself
 
 
 @AlgorithmConfig.register_subclass("golden_ticket")
@@ -51,8 +50,8 @@ class GoldenTicketConfig(AlgorithmConfig):
             raise UserError("--rl.candidates", f"must be at least 2, got {self.candidates}")
         if not 0.0 < self.keep < 1.0:
             raise UserError("--rl.keep", f"is a share, above 0 and below 1, got {self.keep}")
-        if self.budget > MAX_BUDGET:
-            raise UserError("--rl.budget", f"must be at most {MAX_BUDGET}, got {self.budget}")
+        if self.budget > SEEDS_PER_RUN:
+            raise UserError("--rl.budget", f"must be at most {SEEDS_PER_RUN}, got {self.budget}")
         least = sum(sizes(self.candidates, self.keep))
         if self.budget < least:
             raise UserError(
@@ -65,11 +64,36 @@ class GoldenTicketConfig(AlgorithmConfig):
     def replayed(self) -> tuple[str, ...]:
         return ()
 
-    def check(self, space: NoiseSpace) -> None:
-        if space.uses_features:
-            raise UserError(
-                "--noise.type", "golden_ticket seeks one noise for all observations; use constant"
-            )
+    replays: ClassVar[bool] = False
+
+    def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
+        refused = (
+            (space.uses_features, "--noise.type", "seeks one noise for all observations; use constant"),
+            (run.tasks > 1, "--env.task", "seeks a noise for one task at a time; name one"),
+            (run.processes > 1, "--rl.type", "runs in one process; launch it with --num_processes=1"),
+            (run.resume, "--resume", "keeps no checkpoints; begin it anew"),
+            (run.warm_start, "--train.warm_start", "draws all of its constants itself"),
+        )
+        for asked, option, why in refused:
+            if asked:
+                raise UserError(option, f"golden_ticket {why}")
+
+    def without_success(self, reward: str) -> tuple[str, str] | None:
+        return (
+            "--rl.type",
+            "golden_ticket counts successes; take another --rl.type, with --train.reward=env",
+        )
+
+    def within(self, env_steps: int, episode_steps: Callable[[], int]) -> GoldenTicketConfig:
+        budget, candidates = max(2, env_steps // episode_steps()), self.candidates
+        while candidates > 2 and 2 * sum(sizes(candidates, self.keep)) > budget:
+            candidates //= 2
+        return replace(self, budget=budget, candidates=candidates)
+
+    def own_run(
+        self, runner: PolicyRunner, vec: ChunkVectorEnv, noise: NoiseSpaceConfig, seed: int, **options: Any
+    ) -> TicketSearch:
+        return TicketSearch(runner, vec, self, noise, seed, **options)
 
     def build(self, *arguments: Any, **named: Any) -> NoReturn:
         """It has no critic and no gradient: ``TicketSearch`` runs it, not ``Trainer``."""
@@ -100,7 +124,7 @@ def episodes_each(counts: list[int], budget: int) -> list[int]:
 
 
 @dataclass
-class Ticket:
+class Ticket(Learnt):
     """What a search found.
 
     Attributes:
@@ -108,14 +132,12 @@ class Ticket:
         noise: that constant, (*spec.shape).
         successes, episodes: of every candidate in the search, (candidates,). The winner's rate is biased
             upwards, for it is the best of many: evaluate it on other episodes.
-        selects: nothing is chosen among candidates while acting.
     """
 
     actor: NoiseActor
     noise: Tensor
     successes: np.ndarray
     episodes: np.ndarray
-    selects: ClassVar[bool] = False
 
 
 @dataclass

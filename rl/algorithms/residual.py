@@ -15,14 +15,20 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.adapters import UserError
+from trimtab.policies.acting import Candidates, Choice, ChunkPolicy, CorrectedChunk, Denoise
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
+from trimtab.policies.noise_samplers import own_noise
+from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.residual import ResidualActor
+from trimtab.rl.algorithms.acting import PLAIN_RUN, LoadedBase, RunRequest
 from trimtab.rl.algorithms.base import (
     MEASURED_EVERY,
     Algorithm,
@@ -73,9 +79,12 @@ class ResidualConfig(AlgorithmConfig):
     def candidates(self) -> int:
         return 1  # the base's own chunk
 
-    @property
-    def own_candidates(self) -> bool:
-        return True
+    def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
+        if run.warm_start:
+            raise UserError("--train.warm_start", "a residual policy chooses no noise; leave it out")
+
+    def untrained(self, space: NoiseSpace) -> ChunkPolicy | None:
+        return None
 
     @property
     def replayed(self) -> tuple[str, ...]:
@@ -89,10 +98,7 @@ class Residual(Algorithm):
     """See the module's docstring."""
 
     actor: ResidualActor
-    candidates = 1
-    corrects = True
-
-    judges_chunks = True
+    draws = 0  # it acts by its one candidate, the base's own chunk
 
     def __init__(self, config: ResidualConfig, problem: Problem) -> None:
         super().__init__(config, problem)
@@ -160,15 +166,38 @@ class Residual(Algorithm):
         self.updates += 1
         return metrics
 
-    def correct(self, features: Tensor, chunks: Tensor) -> Tensor:
-        return self.actor.correct(features, chunks)
+    def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:
+        flat = prior.flatten(0, 1)
+        noise = own_noise(self.space.spec)(None, flat)
+        u = self.space.project(noise, flat).float().unflatten(0, prior.shape[:2])
+        return Candidates(u, denoise(noise.unflatten(0, prior.shape[:2])).float())
 
-    def explore(self, features: Tensor, chunks: Tensor) -> Tensor:
-        return self.actor.correct(features, chunks, self.config.exploration * self.config.scale)
+    def act(
+        self,
+        features: Tensor,
+        prior: Tensor,
+        denoise: Denoise,
+        candidates: Candidates | None,
+        steered: Tensor,
+    ) -> Choice:
+        u, chunks = candidates.u[:, 0], candidates.chunks[:, 0]
+        if steered.any():
+            noise = self.config.exploration * self.config.scale
+            corrected = self.actor.correct(features, chunks, noise)
+            chunks = torch.where(steered.to(chunks.device)[:, None, None], corrected, chunks)
+        if not torch.isfinite(chunks).all():
+            raise UserError("--rl.learning_rate", "the residual actor has diverged to NaN or Inf; lower it")
+        return Choice(chunks, u)
+
+    def deployed_policy(self, deterministic: bool = True) -> ChunkPolicy:
+        return CorrectedChunk(own_noise(self.space.spec), self.actor.correct)
+
+    def save(self, output: Path, base: LoadedBase, noise: NoiseSpaceConfig, training: dict[str, Any]) -> Path:
+        return self.actor.write(output / "residual")
 
     @torch.no_grad()
-    def value(self, features: Tensor, judged: Tensor) -> Tensor:
-        return self.critic(self.actor.encoder(features), judged).mean(0)
+    def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
+        return self.critic(self.actor.encoder(features), chunks).mean(0)
 
     def fit_normalizer(self, features: Tensor) -> None:
         features = features.to(self.actor.normalizer.mean.device)

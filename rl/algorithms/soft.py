@@ -154,8 +154,8 @@ class SoftActorCritic(Algorithm):
         return metrics
 
     @torch.no_grad()
-    def value(self, features: Tensor, judged: Tensor) -> Tensor:
-        return self.climbed(self.actor.encoder(features), judged).min(0).values
+    def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
+        return self.climbed(self.actor.encoder(features), u).min(0).values
 
     def fit_normalizer(self, features: Tensor) -> None:
         features = features.to(self.log_alpha.device)

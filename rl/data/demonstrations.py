@@ -7,6 +7,7 @@ what the policy itself makes of noise: candidates are decoded for every state of
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,12 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
-from trimtab.policies.noise_samplers import own_noise, prior_noise
-from trimtab.policies.noise_space import NoiseSpace
-from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.algorithms import Algorithm
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import OPTION, DemonstrationData, DemosConfig, Episode
 from trimtab.rl.data.replay import Batch, ReplayBuffer
 from trimtab.rl.data.returns import NStepAccumulator, Returns, Transition
+from trimtab.rl.data.rows import Row, observation_rows
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.progress import Progress
 
@@ -67,8 +67,7 @@ class TransitionMaker:
 
     Args:
         runner: the frozen policy.
-        space: noise space in which candidates are drawn.
-        rl: says what the replay keeps, the discount and ``n_step``.
+        algorithm: proposes candidates; its config says what the replay keeps, the discount and ``n_step``.
         reward: ``sparse`` or ``env`` (see ``returns.Returns``).
         spec: of the conditioning, where that is kept.
         seed: of the candidates' draws.
@@ -78,25 +77,24 @@ class TransitionMaker:
     def __init__(
         self,
         runner: PolicyRunner,
-        space: NoiseSpace,
-        rl: AlgorithmConfig,
+        algorithm: Algorithm,
         reward: str,
         spec: ConditioningSpec | None,
         seed: int,
         batch_size: int = 64,
     ) -> None:
-        self.runner, self.space, self.rl, self.spec = runner, space, rl, spec
+        self.runner, self.algorithm, self.spec = runner, algorithm, spec
+        self.rl = rl = algorithm.config
         steps = runner.adapter.chunk_shape[0]
         self.returns = Returns(reward, rl.gamma, rl.discount_per, steps, rl.bootstrap_at_time_limit)
         self.batch_size = min(batch_size, runner.adapter.max_batch or batch_size)
-        self._draw = own_noise(runner.adapter.noise_spec) if rl.own_candidates else prior_noise(space)
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, data: DemonstrationData, progress: bool = True) -> list[Transition]:
         """All transitions of ``data``, episode by episode, in order."""
         steps = self.runner.adapter.chunk_shape[0]
         rows = [row for episode in data.episodes for row in episode.states(steps)]
-        states: dict[int, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
+        states: dict[int, Row] = {}
         bar = Progress(total=len(rows), desc="demonstrations", unit="state", disable=not progress)
         for start in range(0, len(rows), self.batch_size):
             some = rows[start : start + self.batch_size]
@@ -105,33 +103,28 @@ class TransitionMaker:
         bar.close()
         return [transition for episode in data.episodes for transition in self._episode(episode, states)]
 
-    def _look(
-        self, data: DemonstrationData, rows: list[int]
-    ) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    def _look(self, data: DemonstrationData, rows: list[int]) -> list[Row]:
         """Features of the states ``rows``, and what the replay keeps of each."""
         adapter, history = self.runner.adapter, data.history(rows)
         actions = torch.from_numpy(np.stack([data.actions(row, adapter.chunk_shape[0]) for row in rows]))
         chunks = normalised(adapter, history, actions)
         conditioning = adapter.observe(history)
         check_round_trip(adapter, chunks, conditioning, actions)
-        features = self.runner.features(conditioning).numpy()
-        kept: list[dict[str, np.ndarray]] = [{"chunk": chunk} for chunk in chunks.flatten(1).numpy()]
+        features, candidates = self.runner.features(conditioning), None
         if self.rl.candidates:
             prior = self.runner.prior(len(rows) * self.rl.candidates, self._generator)
-            noise = self._draw(None, prior)
-            u = self.space.project(noise, prior).float().cpu().unflatten(0, (len(rows), -1))
-            decoded = self.runner.candidates(conditioning, noise.unflatten(0, (len(rows), -1))).flatten(2)
-            for entry, one, several in zip(kept, u.numpy(), decoded.numpy(), strict=True):
-                entry |= {"candidates": several, "candidates_u": one}
-        if self.spec:
-            for index, entry in enumerate(kept):
-                entry |= self.spec.row(conditioning, index)
-        return list(zip(features, kept, strict=True))
+            prior = prior.to(adapter.device).unflatten(0, (len(rows), -1))
+            denoise = partial(self.runner.denoise, conditioning)
+            candidates = self.algorithm.propose(features, prior, denoise, steering=False)
+        found = observation_rows(features, candidates, conditioning, self.spec)
+        return [
+            (seen, kept | {"chunk": chunk}) for (seen, kept), chunk in zip(found, chunks.flatten(1).numpy())
+        ]
 
     def _episode(self, episode: Episode, states: dict) -> list[Transition]:
         steps = self.runner.adapter.chunk_shape[0]
         accumulator, done = NStepAccumulator(self.rl.n_step), []
-        unknown = np.zeros(self.space.dim, dtype=np.float32)
+        unknown = np.zeros(self.algorithm.space.dim, dtype=np.float32)
         for row, result, following in episode.chunks(steps):
             reward, discount = self.returns.of(result, episode.succeeded)
             (features, kept), (next_features, next_kept) = states[row], states[following]

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import UserError
+from trimtab.policies.acting import Candidates
 from trimtab.rl.algorithms import Algorithm
-from trimtab.rl.collector import Candidates, Collector, Episode, _Running, digest
+from trimtab.rl.collector import Collector, Episode, _Running, digest
 from trimtab.rl.runs.checkpoint import LEARNER, Checkpoint
 from trimtab.rl.runs.processes import optimizers
 
@@ -148,15 +149,16 @@ def load_collector(collector: Collector, state: dict[str, Any], envs: list[dict[
     observations |= collector.vec.reset(taken) if taken else {}
     for i in begun:
         collector._note_observation(i, observations[i])
-    collector._observe([observations[i] for i in collector._envs])
+    collector._look([observations[i] for i in collector._envs])
+    collector.start(collector.learner)
     for i, held in saved.items():
         if i in lost:
             continue
-        collector._generators[i].set_state(held["generator"])  # `_observe` has drawn candidates
+        collector._generators[i].set_state(held["generator"])  # drawing candidates has moved it
         if held["candidates"] is not None:
             drawn: Candidates = collector._candidates
-            drawn.u[i] = held["candidates"]["u"]
-            drawn.chunks[i] = held["candidates"]["chunks"]
+            drawn.u[i] = held["candidates"]["u"].to(drawn.u)
+            drawn.chunks[i] = held["candidates"]["chunks"].to(drawn.chunks)
     return len(lost)
 
 
@@ -172,9 +174,7 @@ def begin_anew(collector: Collector, saved: dict[int, dict[str, Any]]) -> int:
     for i, held in saved.items():
         collector._next_seed[i] = held["next_seed"]
         collector._generators[i].set_state(held["generator"])
-    if collector.candidates:
-        looked = collector._conditioning, collector._features
-        collector._candidates = collector._propose(*looked, collector._generators)
+    collector.start(collector.learner)
     return sum(bool(held["running"]["actions"]) for held in saved.values())
 
 
@@ -195,8 +195,10 @@ def return_to(collector: Collector, saved: dict[int, dict[str, Any]]) -> tuple[d
             break
         if runner.adapter.remembers:  # what it remembers comes of the chunks it has made
             for i in going:
-                encoded = runner.encode([observations[i]], [vec.task_descriptions[i]], [i])
-                runner.decode(encoded, running[i].noise[step].unsqueeze(0), [i])
+                (encoded,) = runner.encode([observations[i]], [vec.task_descriptions[i]], [i])
+                chunk = torch.as_tensor(running[i].chunks[step]).view(runner.adapter.chunk_shape)
+                chunk = chunk[: len(running[i].actions[step])].to(runner.adapter.device)
+                runner.remember(i, encoded, chunk.unsqueeze(0))
         vec.send({i: running[i].actions[step] for i in going}, dict.fromkeys(going))
         for i, result in vec.receive().items():
             if result.ended or result.lost or digest(result.observation) != running[i].digests[step + 1]:
@@ -215,7 +217,6 @@ def trainer_state(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "returns": list(trainer.returns),
         "window": {name: list(window.state_dict()) for name, window in trainer.windows.items()},
         "algorithm": algorithm_state(trainer.algorithm),
-        "untrained": trainer.untrained.state_dict() if trainer.untrained is not None else {},
     }
     device, demos = trainer.accelerator.device, trainer.demonstrations
     own = {
@@ -272,8 +273,6 @@ def _load_trainer(trainer: Trainer, checkpoint: Checkpoint) -> list[str]:
     trainer.reported = shared.get("reported", True)  # checkpoints of older versions do not say
     trainer.returns.extend(shared.get("returns", ()))
     load_algorithm(trainer.algorithm, shared["algorithm"])
-    if trainer.untrained is not None:
-        trainer.untrained.load_state_dict(shared["untrained"])
     rank, size, before = trainer.world.rank, trainer.world.size, checkpoint.processes
     owns = {r: checkpoint.read(f"process-{r}") for r in range(before)} if before != size else {}
     own = owns[min(rank, before - 1)] if owns else checkpoint.read(f"process-{rank}")

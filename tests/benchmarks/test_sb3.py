@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from tests.benchmarks.sb3 import NoiseVecEnv, PriorBox, SB3SACConfig, learn, make_sac, sb3_noise
+from tests.helpers.acting import Acts
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
@@ -27,10 +29,12 @@ def test_the_rivals_environment_makes_the_collectors_transitions(brink):
     config, adapter = PointConfig(brink=brink), PointAdapter()
     space = FullNoiseConfig().build(adapter.noise_spec)
     with ChunkVectorEnv(config, 3, 0) as vec:
-        collector = Collector(PolicyRunner(adapter, config), vec, space, GAMMA, 1, "sparse", seed=5)
+        rl = DSRLSACConfig(gamma=GAMMA, n_step=1)
+        collector = Collector(PolicyRunner(adapter, config), vec, rl, "sparse", seed=5)
+        collector.start(Acts(space, lambda features, prior: choose(features)))
         ours, episodes = [], []
         for _ in range(40):
-            collector.begin(lambda features, prior: space.expand(choose(features), prior))
+            collector.begin()
             transitions, ended = collector.finish()
             ours += transitions
             episodes += [episode.success for episode in ended]

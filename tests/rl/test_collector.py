@@ -1,17 +1,17 @@
 """The collector: true last observations, no transition across episodes, exact book-keeping."""
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from tests.helpers.acting import Acts
 from tests.helpers.faulty import FaultyConfig
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, load_adapter
-from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.collector import Collector, SuccessWindow
 from trimtab.rl.diagnostics import calibration, returns_to_go
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
@@ -23,10 +23,12 @@ def collect(adapter, config, steps, n_step=1, envs=3, gamma=0.9, workers=0, tole
     runner = PolicyRunner(adapter, config)
     with ChunkVectorEnv(config, envs, workers, adapter.n_obs_steps, tolerant=tolerant) as vec:
         space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)
-        collector = Collector(runner, vec, space, gamma, n_step, "sparse", seed=5, **settings)
+        rl = DSRLSACConfig(gamma=gamma, n_step=n_step, **settings)
+        collector = Collector(runner, vec, rl, "sparse", seed=5)
+        collector.start(Acts(space))
         transitions, episodes = [], []
         for _ in range(steps):
-            collector.begin(base_noise)
+            collector.begin()
             more, ended = collector.finish()
             transitions += more
             episodes += ended
@@ -128,14 +130,19 @@ def test_the_untrained_actor_acts_where_an_episode_is_not_steered():
     adapter, config = PointAdapter(), PointConfig()
     space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)
     with ChunkVectorEnv(config, 3, 0) as vec:
-        collector = Collector(PolicyRunner(adapter, config), vec, space, 0.9, 1, "sparse", seed=5)
+        rl = DSRLSACConfig(gamma=0.9, n_step=1)
+        collector = Collector(PolicyRunner(adapter, config), vec, rl, "sparse", seed=5)
+        collector.start(
+            Acts(
+                space,
+                lambda features, prior: 10.0 + features[:, 1:].expand(-1, 2),
+                lambda features, prior: features[:, 1:].expand(-1, 2),
+            )
+        )
         collector.assign = itertools.cycle([False, True, True, False]).__next__
         episodes = []
         for _ in range(40):
-            collector.begin(
-                lambda features, prior: 10.0 + features[:, 1:, None].expand_as(prior),
-                lambda features, prior: features[:, 1:, None].expand_as(prior),
-            )
+            collector.begin()
             episodes += collector.finish()[1]
     assert {episode.steered for episode in episodes} == {True, False}
     for episode in episodes:
@@ -177,18 +184,14 @@ def test_returns_to_go_and_calibration():
     assert np.allclose(returns_to_go(won, tail=-123.0), by_hand)
 
     class Oracle(torch.nn.Module):
-        def __init__(self, judges_chunks=False):
+        def __init__(self):
             super().__init__()
-            self.judges_chunks = judges_chunks
             self.parameter = torch.nn.Parameter(torch.zeros(1))
 
-        def value(self, features, judged):
-            assert judged.shape == ((len(won.u), 7) if self.judges_chunks else won.u.shape)
+        def value(self, features, u, chunks):
+            assert u.shape == won.u.shape and chunks.shape == (len(won.u), 2)
             return torch.as_tensor(by_hand) + 2.0
 
-    assert calibration(Oracle(judges_chunks=True), [won]) == {}  # it was collected without them
-    kept = replace(won, chunks=np.zeros((len(won.u), 7), np.float32))
-    assert calibration(Oracle(judges_chunks=True), [won, kept]) == calibration(Oracle(), [won])
     found = calibration(Oracle(), [won])
     assert found["calibration_bias"] == pytest.approx(2.0)
     assert found["calibration_rmse"] == pytest.approx(2.0)

@@ -51,7 +51,7 @@ def test_best_constant_is_the_best_on_its_selection_seeds():
     config = PointConfig()
     runner = PolicyRunner(PointAdapter(), config)
     with ChunkVectorEnv(config, 6, 0) as vec:
-        noise, rates = best_constant(runner, vec, constant_noise, 8, range(10), 3, progress=False)
+        noise, rates = best_constant(runner, vec, 8, range(10), 3, progress=False)
         again = evaluate(runner, vec, constant_noise(noise), range(10), progress=False)
     assert len(rates) == 8 and max(rates) == again.success_rate
 

@@ -107,7 +107,7 @@ def test_replayed_images_are_shifted_each_time_and_those_to_value_are_not():
     first, again = algorithm.look(batch)["features"], algorithm.look(batch)["features"]
     assert torch.equal(first[:, :VECTOR], batch["features"][:, :VECTOR])
     assert not torch.equal(first, again)
-    values = [algorithm.value(batch["features"], batch["u"]) for _ in range(2)]
+    values = [algorithm.value(batch["features"], batch["u"], None) for _ in range(2)]
     assert torch.equal(*values)
     x = algorithm.actor.encoder(batch["features"])
     assert torch.equal(values[0], algorithm.critic(x, batch["u"]).min(0).values)

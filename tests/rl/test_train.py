@@ -52,7 +52,7 @@ def test_sac_solves_a_noise_space_problem():
     with ChunkVectorEnv(config, 8, 0) as vec:
         base = evaluate(runner, vec, base_noise, seeds, progress=False)
         zero = evaluate(runner, vec, zero_noise, seeds, progress=False)
-        ticket, _ = best_constant(runner, vec, constant_noise, 16, range(2000, 2010), 0, progress=False)
+        ticket, _ = best_constant(runner, vec, 16, range(2000, 2010), 0, progress=False)
         constant = evaluate(runner, vec, constant_noise(ticket), seeds, progress=False)
         algorithm, lines, _ = train(runner, vec, env_steps=6000, warmup_transitions=300, first_update=100)
         steered = evaluate(runner, vec, steered_noise(algorithm.actor, True), seeds, progress=False)
@@ -203,4 +203,4 @@ def test_a_diverged_actor_is_named():
         trainer = Trainer(PolicyRunner(PointAdapter(), config), vec, Accelerator(cpu=True), progress=False)
         torch.nn.init.constant_(trainer.algorithm.actor.net[-1].bias, float("nan"))
         with pytest.raises(UserError, match=r"--rl.learning_rate: the noise actor has diverged"):
-            trainer.collector.begin(steered_noise(trainer.algorithm.actor))
+            trainer.collector.begin()

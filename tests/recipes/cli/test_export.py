@@ -151,16 +151,16 @@ def test_trimtab_eval_acts_by_candidates_too(run, tmp_path, capsys):
     env = MetaworldStateConfig(task="drawer-close-v3", episode_length=8)
     eval_config = SteeredEvalConfig(num_candidates=5, deterministic=True)
     session = Session(steered.adapter, env, eval_config, MachineConfig(workers=0))
-    runner, source = acting(session, steered)
+    policy, runner = acting(session, steered), session.runner
     conditioning = steered.adapter.example_conditioning(6, torch.Generator().manual_seed(0))
     features = runner.features(conditioning)
-    prior = runner.prior(6, torch.Generator().manual_seed(1))
+    prior = runner.priors(policy.draws, [torch.Generator().manual_seed(row) for row in range(6)])
     assert prior.shape[:2] == (6, 5)
-    actions, chosen = runner.decode(conditioning, source(features, prior)), set()
+    actions, chosen = runner.act(policy, conditioning, features, prior)[1], set()
     for row in range(6):
-        own = steered.actor.act(features[row : row + 1], prior[row, :1], True)
-        noises = torch.cat([own, prior_noise(steered.actor.space)(None, prior[row, 1:])])
-        chunks = session.runner.candidates(conditioning[row], noises.unsqueeze(0))[0]
+        own = steered.actor.act(features[row : row + 1], prior[row, -1:], True)
+        noises = torch.cat([prior_noise(steered.actor.space)(None, prior[row, :-1]), own])
+        chunks = runner.denoise(conditioning[row], noises.unsqueeze(0))[0]
         with torch.no_grad():
             values = steered.critic(features[row].expand(5, -1), chunks.flatten(1)).mean(0)
         chosen.add(int(values.argmax()))

@@ -24,8 +24,7 @@ from trimtab.recipes.compare.folders import read_runs
 from trimtab.recipes.compare.from_recipe import comparison
 from trimtab.recipes.compare.meter import Meter
 from trimtab.recipes.compare.methods import METHODS, Bout, customised, trained
-from trimtab.recipes.compare.report import cells, label, markdown
-from trimtab.recipes.compare.summary import against, elsewhere, summarise
+from trimtab.recipes.compare.report import label
 from trimtab.recipes.embedded_base.base import BaseConfig, make_base
 from trimtab.recipes.embedded_base.cloning import CloningConfig
 from trimtab.recipes.embedded_base.dataset import REPO_ID
@@ -262,14 +261,6 @@ def test_names_and_seeds():
 def summary(won):
     count = won.count("1")
     return {"successes": count, "episodes": len(won), "success_rate": count / len(won), "won": won}
-
-
-
-
-
-
-
-
 
 
 def test_a_search_gets_the_episodes_that_fit_were_all_as_long_as_the_longest(tmp_path):

@@ -149,7 +149,9 @@ def test_dip_against_every_window_by_hand():
 def test_the_stored_comparison_makes_its_page():
     """The figures of recipes/configs/metaworld/comparison: compare.md is made of compare.json."""
     stored = json.loads((STORED / "compare.json").read_text())
-    assert markdown(stored["title"], stored["facts"], stored["methods"]) == (STORED / "compare.md").read_text()
+    assert (
+        markdown(stored["title"], stored["facts"], stored["methods"]) == (STORED / "compare.md").read_text()
+    )
 
 
 def test_what_happened_while_learning():

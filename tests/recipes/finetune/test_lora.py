@@ -20,11 +20,11 @@ from trimtab.recipes.finetune.data import ColumnWindows, Recorder, batches
 from trimtab.recipes.finetune.lora_targets import as_pattern, default_targets
 from trimtab.recipes.finetune.rollouts import RolloutEpisode, Rollouts, as_recorded
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
-from trimtab.recipes.support.console import parse
+from trimtab.recipes.support.options import parse
 from trimtab.recipes.support.session import Session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
-from trimtab.rl.budget import training_seed
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
+from trimtab.rl.seeds import training_seed
 
 ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3", "--env.episode_length=100"]
 MACHINE = ["--policy.device=cpu", "--machine.workers=0", "--machine.threads=1"]

@@ -1,5 +1,7 @@
 """Best-of-N: each loss against a hand-written reference, and a small problem that it must solve."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -108,10 +110,12 @@ def test_target_from_stored_candidates_equals_fresh_ones():
     rl = BestOfNConfig(num_candidates=K, target_members=3, clip_targets=False, **SMALL)
     space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)  # clips no draw
     with ChunkVectorEnv(config, 2, 0) as vec:
-        collector = Collector(PolicyRunner(adapter, config), vec, space, 0.9, 1, "sparse", 7, candidates=K)
+        short = replace(rl, gamma=0.9, n_step=1)
+        collector = Collector(PolicyRunner(adapter, config), vec, short, "sparse", 7)
+        collector.start(short.build(problem(2, space, 2, None)))
         transitions = []
         for _ in range(10):
-            collector.begin_among(None)
+            collector.begin(steering=False)
             transitions += collector.finish()[0]
     replay = ReplayBuffer(50, 2, space.dim, 0, extra=replay_extra(rl, 2, space.dim))
     for transition in transitions:
@@ -246,7 +250,7 @@ def test_regression_loss():
 def test_selection():
     data = batch()
     algorithm = build(acting="argmax")
-    chosen = algorithm.select(data["features"], data["candidates"])
+    chosen = algorithm.select(data["features"], data["candidates"].unsqueeze(2))
     for row in range(B):
         values = [
             algorithm.critic(data["features"][row][None], data["candidates"][row, k][None]).mean().item()
@@ -255,7 +259,9 @@ def test_selection():
         assert int(chosen[row]) == int(np.argmax(values))
     for acting in ("softmax", "thompson"):
         algorithm = build(acting=acting)
-        picks = torch.stack([algorithm.select(data["features"], data["candidates"]) for _ in range(50)])
+        picks = torch.stack(
+            [algorithm.select(data["features"], data["candidates"].unsqueeze(2)) for _ in range(50)]
+        )
         assert picks.min() >= 0 and picks.max() < K and len(picks.unique()) > 1
 
 
@@ -301,10 +307,14 @@ def test_collector_keeps_what_was_decoded():
     adapter, config = PointAdapter(), PointConfig()
     space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)  # a bound so wide that nothing is clipped
     with ChunkVectorEnv(config, 3, 0) as vec:
-        collector = Collector(PolicyRunner(adapter, config), vec, space, 0.95, 1, "sparse", 7, candidates=4)
+        rl = BestOfNConfig(gamma=0.95, n_step=1, num_candidates=4, actor_candidates=0)
+        collector = Collector(PolicyRunner(adapter, config), vec, rl, "sparse", 7)
+        algorithm = rl.build(problem(2, space, 2, None))
+        algorithm.select = lambda features, chunks: torch.tensor([3, 1, 2])
+        collector.start(algorithm)
         rounds = []
         for _ in range(6):
-            collector.begin_among(lambda features, chunks: torch.tensor([3, 1, 2]))
+            collector.begin()
             transitions, episodes = collector.finish()
             rounds.append((transitions, {episode.seed for episode in episodes}))
     for transitions, _ in rounds:
@@ -330,16 +340,16 @@ def test_the_actor_proposes_some_of_the_candidates():
     found = {}
     for proposes in (False, True):
         with ChunkVectorEnv(config, 3, 0) as vec:
-            collector = Collector(
-                PolicyRunner(adapter, config), vec, space, 0.95, 1, "sparse", 7, candidates=5, proposed=2
-            )
-            if proposes:
-                collector.proposer = lambda features, prior: torch.stack(
-                    [space.expand(choose(features), draws) for draws in prior.unbind(1)], 1
-                )
+            rl = BestOfNConfig(gamma=0.95, n_step=1, num_candidates=5, actor_candidates=2)
+            collector = Collector(PolicyRunner(adapter, config), vec, rl, "sparse", 7)
+            algorithm = rl.build(problem(2, space, 2, None))
+            algorithm.actor.choose = lambda features, prior: choose(features)
+            collector.start(algorithm)
+            collector.assign = lambda: False
+            collector.unsteer()
             rounds = []
             for _ in range(20):
-                collector.begin_among(None)  # as in episodes that are not steered: a draw of the prior acts
+                collector.begin(steering=proposes)  # no episode is steered: a draw of the prior acts
                 rounds += collector.finish()[0]
             found[proposes] = rounds
     later = 0
@@ -349,7 +359,7 @@ def test_the_actor_proposes_some_of_the_candidates():
         wanted = choose(torch.as_tensor(own.features)[None])[0].numpy()
         chosen = [np.allclose(row, wanted, atol=1e-5) for row in own.extra["candidates_u"]]
         later += chosen == [False, False, False, True, True]
-    assert later == 3 * 19  # all but those of the first observation, which came before there was a proposer
+    assert later == 3 * 19  # all but those of the first observation, which came before it proposed
 
 
 def choose(features):
@@ -397,9 +407,10 @@ def test_solves_a_noise_space_problem():
     base, steered, lines, trainer = train(seed=0, gate=False, steps=2500)
     rates = [group["lr"] for group in trainer.algorithm.critic_optimizer.param_groups]
     assert rates == [pytest.approx(1e-4, rel=0.2)]  # they have fallen, but for the last chunk's steps
-    collector, actor = trainer.collector, trainer.algorithm.actor
-    features, draws = collector._features, torch.randn(8, collector.proposed, 2, 1)
-    proposed, mean = collector.proposer(features, draws), actor.act(features, draws[:, 0], deterministic=True)
+    algorithm, features = trainer.algorithm, trainer.collector._features
+    draws, count = torch.randn(8, algorithm.config.candidates, 2, 1), algorithm.config.proposed
+    proposed = algorithm.propose(features, draws, lambda noise: noise, steering=True).u[:, -count:]
+    mean = algorithm.actor.choose(features, draws[:, 0], deterministic=True)
     assert torch.allclose(proposed[:, 0], mean, atol=1e-6)  # what is deployed is judged while learning
     assert not torch.allclose(proposed[:, 1], mean, atol=1e-2)
     assert 0.2 < base.success_rate < 0.5

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import distributions as D
 
+from tests.helpers.acting import Acts
 from tests.helpers.point import PointAdapter, PointConfig
 from tests.helpers.problem import problem
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyConfig, UserError, load_adapter
@@ -393,14 +394,16 @@ def test_replayed_conditioning_decodes_to_what_was_executed(pusht_policy):
     steps, action_dim = adapter.chunk_shape
     with ChunkVectorEnv(config, 2, 0, adapter.n_obs_steps) as vec:
         runner = PolicyRunner(adapter, config)
-        collector = Collector(runner, vec, space, 0.9, 1, "sparse", 5, conditioning=True)
-        extra = replay_extra(DSRLNAConfig(mode="exact"), steps * action_dim, space.dim, collector.spec)
+        rl = DSRLNAConfig(mode="exact", gamma=0.9, n_step=1)
+        collector = Collector(runner, vec, rl, "sparse", 5)
+        collector.start(Acts(space, prior_noise(space).choose))
+        extra = replay_extra(rl, steps * action_dim, space.dim, collector.spec)
         replay = ReplayBuffer(
             50, collector.feature_dim, space.dim, 0, extra=extra, precise=collector.spec.replayed
         )
         transitions, ended = [], 0
         for _ in range(6):
-            collector.begin(prior_noise(space))
+            collector.begin()
             more, episodes = collector.finish()
             transitions += more
             ended += len(episodes)

@@ -24,10 +24,11 @@ from trimtab.policies.noise_space import (
 from trimtab.recipes.cli import main
 from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.algorithms.golden_ticket import GoldenTicketConfig, TicketSearch, episodes_each, sizes
-from trimtab.rl.budget import TrainConfig, training_seed
+from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.seeds import training_seed
 from trimtab.rl.train import Trainer
 from trimtab.rl.warm_start import begin_at, read_constant
 

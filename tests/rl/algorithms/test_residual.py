@@ -23,7 +23,6 @@ from trimtab.rl.collector import Collector
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.selection import CorrectingRunner
 from trimtab.rl.train import Trainer
 
 B, A, D = 6, 4, 3
@@ -146,13 +145,15 @@ def test_the_collector_executes_the_corrected_chunk_and_keeps_both():
     adapter, config = PointAdapter(), PointConfig()
     space = FullNoiseConfig(bound=0.1).build(adapter.noise_spec)  # has no say in what the base draws
     with ChunkVectorEnv(config, 3, 0) as vec:
-        collector = Collector(
-            PolicyRunner(adapter, config), vec, space, 0.95, 1, "sparse", 7, candidates=1, own=True
-        )
+        rl = ResidualConfig(gamma=0.95, n_step=1)
+        collector = Collector(PolicyRunner(adapter, config), vec, rl, "sparse", 7)
+        algorithm = rl.build(problem(2, space, 2))
+        algorithm.actor.correct = lambda features, chunks, noise: chunks * 0.0 + 1.0
+        collector.start(algorithm)
         seen = []
         for _ in range(4):
             before = collector._features.clone()
-            collector.begin_corrected(lambda features, chunks: chunks * 0.0 + 1.0)
+            collector.begin()
             transitions, episodes = collector.finish()
             seen.append((before, transitions, {episode.seed for episode in episodes}))
     largest = 0.0
@@ -175,8 +176,8 @@ def test_an_untrained_correction_leaves_evaluation_alone():
     learner = algorithm.build(problem(2, FullNoiseConfig().build(adapter.noise_spec), 2, None))
     with ChunkVectorEnv(config, 4, 0) as vec:
         plain = evaluate(PolicyRunner(adapter, config), vec, base_noise, range(20), progress=False)
-        runner = CorrectingRunner(adapter, config, learner.correct)
-        corrected = evaluate(runner, vec, base_noise, range(20), progress=False)
+        runner = PolicyRunner(adapter, config)
+        corrected = evaluate(runner, vec, learner.deployed_policy(), range(20), progress=False)
     assert np.array_equal(plain.successes, corrected.successes)
     assert np.array_equal(plain.steps, corrected.steps)
 
@@ -193,8 +194,7 @@ def test_solves_the_point():
         )
         algorithm = trainer.run()
         base = evaluate(runner, vec, base_noise, range(1000, 1100), progress=False)
-        correcting = CorrectingRunner(adapter, config, algorithm.correct)
-        steered = evaluate(correcting, vec, base_noise, range(1000, 1100), progress=False)
+        steered = evaluate(runner, vec, algorithm.deployed_policy(), range(1000, 1100), progress=False)
     assert 0.2 < base.success_rate < 0.5 and steered.success_rate > 0.95
     assert lines[-1]["correction_rms"] > 0.1 and lines[-1]["calibration_correlation"] > 0.5
 

@@ -1,6 +1,7 @@
 """Demonstrations: transitions of a recorded dataset against hand-made ones, and their part in learning."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from tests.conftest import make_diffusion
 from tests.helpers.point import PointAdapter, PointConfig
+from tests.helpers.problem import problem
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
@@ -53,7 +55,8 @@ def made(root, adapter, rl=None, reward="sparse", **settings):
     task = MetaworldStateEnv(TASK).task_description
     data = read_demonstrations(DemosConfig(root=str(root), **settings), adapter, reward, task)
     space = FullNoiseConfig().build(adapter.noise_spec)
-    maker = TransitionMaker(PolicyRunner(adapter, MetaworldStateConfig()), space, rl, reward, None, 5, 7)
+    algorithm = rl.build(problem(4, space, math.prod(adapter.chunk_shape)))  # of features it sees none
+    maker = TransitionMaker(PolicyRunner(adapter, MetaworldStateConfig()), algorithm, reward, None, 5, 7)
     return data, maker(data, progress=False), maker
 
 

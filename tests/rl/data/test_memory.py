@@ -10,6 +10,7 @@ import torch
 from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import preprocess_observation
 
+from tests.helpers.acting import Acts
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
@@ -17,6 +18,7 @@ from trimtab.adapters.lerobot.lingbot_va import LingBotVAAdapter
 from trimtab.adapters.tiny import make_tiny
 from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
@@ -162,10 +164,11 @@ def test_a_collector_equals_lerobots_loop(adapter):
     transitions, episodes = [], []
     with ChunkVectorEnv(config, 2, 0, adapter.n_obs_steps) as vec:
         space = FullNoiseConfig(bound=50.0).build(adapter.noise_spec)
-        collector = Collector(runner, vec, space, gamma, 1, "sparse", seed=20)
+        collector = Collector(runner, vec, DSRLSACConfig(gamma=gamma, n_step=1), "sparse", seed=20)
+        collector.start(Acts(space))
         generators = [torch.Generator().manual_seed(20 + env) for env in range(2)]
         while len(episodes) < 6:  # environment 0: 20, 22, ...; environment 1: 21, 23, ...
-            collector.begin(base_noise)
+            collector.begin()
             more, ended = collector.finish()
             transitions += more
             episodes += ended

@@ -1,0 +1,159 @@
+"""How a policy acts: from an observation and fresh draws of noise to the action chunk that is executed.
+
+Everything that acts is a ``ChunkPolicy``: a noise sampler (``noise_samplers.py``), the best of several
+candidates, a corrected chunk. Evaluation, rollouts, videos and artefacts take any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from trimtab.policies.actor import NoiseActor
+from trimtab.policies.critic import CriticEnsemble, best_candidate
+from trimtab.policies.noise_space import NoiseSpace
+
+# The frozen policy at B observations: noise (B, K, *noise_shape) -> normalised chunks (B, K, steps, dim).
+Denoise = Callable[[Tensor], Tensor]
+# Observations (B, d) and chunks (B, K, steps, action_dim) -> (B,) index of the chunk to execute.
+Select = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Choice:
+    """What is executed at B observations.
+
+    Attributes:
+        chunk: (B, steps, action_dim), normalised.
+        u: (B, dim) the noise it came from, in the noise space of whoever chose it; ``None`` if in none.
+    """
+
+    chunk: Tensor
+    u: Tensor | None = None
+
+
+@dataclass
+class Candidates:
+    """K noises for each of B observations, and what the frozen policy makes of them.
+
+    Attributes:
+        u: (B, K, dim) in the noise space.
+        chunks: (B, K, steps, action_dim), normalised, float32.
+    """
+
+    u: Tensor
+    chunks: Tensor
+
+    def take(self, index: Tensor) -> Choice:
+        """The candidate ``index`` (B,) of each observation."""
+        index = index.to(self.chunks.device)
+        rows = torch.arange(len(index), device=index.device)
+        return Choice(self.chunks[rows, index], self.u[rows, index])
+
+
+class ChunkPolicy(Protocol):
+    """How a policy acts.
+
+    Attributes:
+        draws: draws from the policy's noise distribution that it needs for each observation.
+    """
+
+    draws: int
+
+    def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
+        """Choose a chunk for each of B observations.
+
+        Args:
+            features: (B, d) what the noise actor looks at.
+            prior: (B, draws, *noise_shape) fresh draws.
+            denoise: the frozen policy at these observations.
+        """
+        ...
+
+
+def draw_candidates(
+    space: NoiseSpace,
+    prior: Tensor,
+    denoise: Denoise,
+    features: Tensor | None = None,
+    actor: NoiseActor | None = None,
+    proposed: int = 0,
+    mean: bool = True,
+) -> Candidates:
+    """Candidates that an untrained actor would draw; the last ``proposed`` of them are the actor's own.
+
+    Args:
+        space: noise space.
+        prior: (B, K, *noise_shape) fresh draws.
+        denoise: the frozen policy.
+        features, actor: who proposes, and what it looks at (B, d).
+        proposed: how many.
+        mean: the actor's first proposal is its mean, which is what is deployed, and the others lie around it
+            ever farther, with 1 / (P - 1), 2 / (P - 1), ... of its deviation. In many dimensions no plain
+            draw comes near the mean, so that it would never be seen, judged or learnt.
+    """
+    flat, lead = prior.flatten(0, 1), prior.shape[:2]
+    u = space.squash(space.initial_std * space.draw(flat)).unflatten(0, lead)
+    if actor is not None and proposed:
+        own = prior[:, -proposed:]
+        if mean:  # the actor's randomness is made of the prior's
+            own = own * torch.linspace(0.0, 1.0, proposed).to(own).view(proposed, *[1] * (own.dim() - 2))
+        seen = features.repeat_interleave(proposed, 0)
+        u[:, -proposed:] = actor.choose(seen, own.flatten(0, 1)).to(u).unflatten(0, (len(u), proposed))
+    noise = space.expand(u.flatten(0, 1), flat).unflatten(0, lead)
+    return Candidates(u, denoise(noise).float())
+
+
+@dataclass(frozen=True)
+class BestOfCandidates:
+    """Decodes ``draws`` candidates for each observation and executes the one that ``select`` takes.
+
+    ``actor``, ``proposed`` and ``mean`` are those of ``draw_candidates``.
+    """
+
+    space: NoiseSpace
+    draws: int
+    select: Select
+    actor: NoiseActor | None = None
+    proposed: int = 0
+    mean: bool = True
+
+    def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
+        candidates = draw_candidates(
+            self.space, prior, denoise, features, self.actor, self.proposed, self.mean
+        )
+        return candidates.take(self.select(features, candidates.chunks))
+
+
+def by_critic(actor: NoiseActor, critic: CriticEnsemble) -> Select:
+    """Take the candidate whose mean value by ``critic`` is largest; ``actor`` holds the encoder."""
+
+    def select(features: Tensor, chunks: Tensor) -> Tensor:
+        return best_candidate(critic, actor.encode(features), chunks)
+
+    return select
+
+
+@dataclass(frozen=True)
+class CorrectedChunk:
+    """Executes another policy's chunk with a correction.
+
+    Args:
+        base: whose chunk.
+        correct: observations (B, d), chunks (B, steps, action_dim) -> what is executed, of the same shape.
+    """
+
+    base: ChunkPolicy
+    correct: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def draws(self) -> int:
+        return self.base.draws
+
+    def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
+        made = self.base.act(features, prior, denoise)
+        return Choice(self.correct(features, made.chunk), made.u)
