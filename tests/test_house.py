@@ -14,15 +14,14 @@ ENVIRONMENTS = {"metaworld_state", "libero", "libero_chunks"}
 STILL_LONG = {
     *("adapters.base", "adapters.checkpoint.files", "adapters.remote.adapter", "policies.artefact"),
     *("rl.collector", "rl.data.demonstration_data", "rl.runs.checkpoint", "rl.runs.resume", "rl.train"),
-    *("recipes.cli.adapt", "recipes.cli.compare", "recipes.compare.methods"),
+    "recipes.cli.adapt",
 }
 STILL_IN_CIRCLES = {
     *("adapters.base", "adapters.inputs", "adapters.verification"),
     *("rl.algorithms.base", "rl.algorithms.capture", "rl.runs.resume", "rl.train"),
 }
 STILL_ASK = {
-    *("recipes.bench.methods", "recipes.cli.adapt", "recipes.cli.bench", "recipes.compare.from_recipe"),
-    *("recipes.compare.methods", "recipes.support.repeat", "recipes.support.tiny_budget"),
+    *("recipes.cli.adapt", "recipes.support.repeat", "recipes.support.tiny_budget"),
 }
 STILL_SHARE = {
     *("adapters/lerobot/test_lingbot_va.py", "policies/test_lerobot_engines.py", "policies/test_observe.py"),
