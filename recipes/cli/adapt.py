@@ -262,7 +262,7 @@ def measure(
     for task, vec in session.evaluations_by_task():
         if not found and config.rl.replays:
             announce_memory(session, config, space)
-        found[task], said = session.baselines(vec, config.seed)
+        found[task], said, _ = session.baselines(vec, config.seed)
         untrained = config.rl.untrained(space)
         found[task]["untrained"] = (
             session.evaluate(vec, untrained, label="untrained actor") if untrained else found[task]["base"]

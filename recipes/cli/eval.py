@@ -80,7 +80,7 @@ def main(config: EvaluateConfig) -> None:
     policy = acting(session, steered)
     print(describe(session, folder))
     with session.evaluation_environments() as vec:
-        evaluations, details = session.baselines(vec, config.seed)
+        evaluations, details, _ = session.baselines(vec, config.seed)
         if steered is not None:
             evaluations["steered"] = session.evaluate(vec, policy, label="steered")
     session.record(policy, output / "rollouts.mp4", "video")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lerobot.envs.configs import EnvConfig
+from torch import Tensor
 from tqdm import tqdm
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
@@ -211,17 +212,20 @@ class Session:
         """What the base feeds itself."""
         return own_noise(self.adapter.noise_spec)
 
-    def baselines(self, vec: ChunkVectorEnv, seed: int) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    def baselines(
+        self, vec: ChunkVectorEnv, seed: int
+    ) -> tuple[dict[str, Evaluation], dict[str, Any], Tensor | None]:
         """Evaluate the base under its own noise, zero noise and the best constant noise.
 
         Returns:
-            (evaluations by name, details of the search for a constant)
+            (evaluations by name, details of the search for a constant, the constant)
         """
         results = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
         self.note_success(results["base"])
         if self.own_noise is not zero_noise:
             results["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
         details: dict[str, Any] = {}
+        noise = None
         if self.eval.constant_candidates:
             count, episodes = self.eval.constant_candidates, self.eval.constant_episodes
             selection = range(SELECTION_SEED, SELECTION_SEED + episodes)
@@ -229,7 +233,7 @@ class Session:
             results["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
             measure = "selection_success" if results["base"].reported else "selection_return"
             details = {measure: rates, "selection_episodes": episodes}
-        return results, details
+        return results, details, noise
 
     def note_success(self, base: Evaluation) -> None:
         """Say what ``info`` held where success was not in it, or never true: another name may hold it."""

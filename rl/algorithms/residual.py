@@ -34,7 +34,6 @@ from trimtab.rl.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
     Problem,
-    as_set_up,
     frozen,
     polyak,
     require_positive,
@@ -110,9 +109,8 @@ class Residual(Algorithm):
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = CriticEnsemble(self.actor.encoder.dim, chunk_size, config.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self._set_up()
-        self.critic_optimizer = self._adam(config.learning_rate, self.critic, self.actor.encoder)
-        self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
+        self.critic_optimizer = self._adam(self.critic, self.actor.encoder)
+        self.actor_optimizer = self._adam(self.actor.net)
 
     @torch.no_grad()
     def td_target(self, batch: Batch, eps: Tensor | None = None) -> Tensor:
@@ -140,16 +138,15 @@ class Residual(Algorithm):
         """``E[penalty * mean((r / scale)^2) - mean_e Q_e(s, a_base + r)]``, ``r = r(s, a_base)``."""
         features, base = batch["features"].detach(), batch["candidates"][:, 0]
         correction = self.actor(features, base)
-        with frozen(self.critic.parameters()):
+        with frozen(self.critic):
             value = self.critic(features, base + correction).mean(0)
         cost = (correction / self.config.scale).square().mean(1)
         return (self.config.penalty * cost - value).mean(), correction
 
-    def turn(self) -> tuple[int, ...]:
+    def phase(self) -> tuple[int, ...]:
         return self.updates % self.config.actor_every == 0, self.updates % MEASURED_EVERY == 0
 
-    @as_set_up
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
         batch = self.look(batch)
         loss, values = self.critic_loss(batch, self.td_target(batch))
         self._step(self.critic_optimizer, loss)
@@ -163,7 +160,6 @@ class Residual(Algorithm):
             }
         polyak(self.target_critic, self.critic, self.config.tau)
         polyak(self.target_actor, self.actor, self.config.tau)
-        self.updates += 1
         return metrics
 
     def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:

@@ -15,6 +15,7 @@ from trimtab.rl.envs.contract import (
     Layout,
     check_images,
     check_layout,
+    flat,
     layout,
     read_reset,
     read_step,
@@ -237,7 +238,13 @@ class ChunkEnv:
 
     def _keep(self, observation: RawObservation, times: int = 1) -> None:
         """Take an observation into the history."""
-        check_finite(observation)
+        for path, array in flat(observation).items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise NotFinite(
+                    "observation",
+                    "--env.type",
+                    f"the environment returned NaN or Inf in its observation '{path}'",
+                )
         now = layout(observation)
         if not self.layout:
             check_images(now)
@@ -271,16 +278,3 @@ def stack_observations(observations: list[RawObservation]) -> RawObservation:
         entries = [observation[key] for observation in observations]
         stacked[key] = stack_observations(entries) if isinstance(first, dict) else np.stack(entries)
     return stacked
-
-
-def check_finite(observation: RawObservation) -> None:
-    """Raise ``NotFinite`` where a floating-point entry of the observation is NaN or Inf."""
-    for key, value in observation.items():
-        if isinstance(value, dict):
-            check_finite(value)
-        elif np.issubdtype(np.asarray(value).dtype, np.floating) and not np.isfinite(value).all():
-            raise NotFinite(
-                "observation",
-                "--env.type",
-                f"the environment returned NaN or Inf in its observation '{key}'",
-            )

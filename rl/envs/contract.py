@@ -81,15 +81,18 @@ def _read_entries(observation: Mapping[str, Any], path: str = "") -> dict[str, A
     return entries
 
 
-def layout(observation: Mapping[str, Any], path: str = "") -> Layout:
-    """Shapes and dtypes of an observation that ``read_observation`` has read."""
-    entries: Layout = {}
+def flat(observation: Mapping[str, Any], path: str = "") -> dict[str, np.ndarray]:
+    """The arrays of an observation that ``read_observation`` has read, nested ones by path."""
+    arrays: dict[str, np.ndarray] = {}
     for key, value in observation.items():
-        if isinstance(value, dict):
-            entries |= layout(value, f"{path}{key}/")
-        else:
-            entries[f"{path}{key}"] = value.shape, value.dtype
-    return entries
+        nested = isinstance(value, dict)
+        arrays |= flat(value, f"{path}{key}/") if nested else {f"{path}{key}": value}
+    return arrays
+
+
+def layout(observation: Mapping[str, Any]) -> Layout:
+    """Shapes and dtypes of an observation."""
+    return {path: (array.shape, array.dtype) for path, array in flat(observation).items()}
 
 
 def check_images(entries: Layout) -> None:

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from trimtab.rl.envs.chunk import ChunkEnv
-from trimtab.rl.envs.contract import layout, read_observation
+from trimtab.rl.envs.contract import flat, layout, read_observation
 
 
 @dataclass
@@ -113,10 +113,8 @@ def examine(env: ChunkEnv, chunk: np.ndarray) -> Findings:
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """Names of the entries that differ between two observations of one layout."""
-    names = []
-    for key, value in first.items():
-        nested = isinstance(value, dict)
-        if _differing(value, second[key]) if nested else not np.array_equal(value, second[key]):
-            names.append(f"'{key}'")
-    return ", ".join(names)
+    """Paths of the entries that differ between two observations of one layout."""
+    other = flat(second)
+    return ", ".join(
+        f"'{path}'" for path, array in flat(first).items() if not np.array_equal(array, other[path])
+    )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import tests.helpers.lane as lane
+from tests.helpers.lane import SMALL, TRAIN
 from trimtab.adapters import PolicyConfig, load_adapter
 from trimtab.policies.noise_samplers import own_noise
 from trimtab.recipes.cli import main
@@ -14,16 +15,6 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import Evaluation, evaluate, pooled, require_success
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.statistics import bootstrap_interval
-
-SMALL = [
-    *("--env.type=test_lane", "--policy.device=cpu", "--machine.workers=0"),
-    *("--eval.n_episodes=4", "--eval.batch_size=4", "--eval.constant_candidates=2", "--eval.videos=0"),
-    "--eval.constant_episodes=2",
-]
-TRAIN = [
-    *("--train.env_steps=240", "--train.first_update=16", "--train.warmup_transitions=16", "--num_envs=2"),
-    *("--train.log_every=80", "--rl.type=dsrl_sac", "--rl.batch_size=16"),
-]
 
 
 @pytest.fixture(scope="module")
