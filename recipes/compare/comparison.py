@@ -19,7 +19,7 @@ from trimtab.adapters.checkpoint.folder import is_peft, is_server
 from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.compare.config import CompareConfig
-from trimtab.recipes.compare.methods import customised
+from trimtab.recipes.compare.methods import make_method
 from trimtab.recipes.compare.report import write_report
 from trimtab.recipes.compare.runs import Task
 from trimtab.recipes.compare.summary import summarise
@@ -48,7 +48,7 @@ class Comparison:
 
     def __init__(self, config: CompareConfig) -> None:
         self.config = config
-        self.methods = {name: customised(name, config.settings.get(name)) for name in config.names()}
+        self.methods = {name: make_method(name, config.settings.get(name)) for name in config.names()}
         path = config.policy.path
         self.server = is_server(path)
         if self.server and (tuned := [name for name, method in self.methods.items() if method.tunes]):

@@ -12,36 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import draccus
+import yaml
 from accelerate import Accelerator
 from draccus.utils import DecodingError
 from lerobot.configs.default import DatasetConfig
 
 from trimtab.adapters import UserError, load_adapter
 from trimtab.policies.acting import ChunkPolicy
-from trimtab.policies.actor import ActorConfig
-from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_samplers import zero_noise
-from trimtab.policies.noise_space import (
-    ConstantNoiseConfig,
-    FullNoiseConfig,
-    NoiseSpaceConfig,
-    RepeatNoiseConfig,
-)
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.recipes.cli.lora import DATASET_STEPS
 from trimtab.recipes.compare.runs import Method, Run, Task
 from trimtab.recipes.finetune.data import Recorder
 from trimtab.recipes.finetune.filtered_bc import rounds
 from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
-from trimtab.recipes.support.layers import merge
-from trimtab.rl.algorithms import (
-    AlgorithmConfig,
-    BestOfNConfig,
-    DSRLNAConfig,
-    DSRLSACConfig,
-    GoldenTicketConfig,
-    ResidualConfig,
-)
+from trimtab.recipes.support.layers import Options, merge
+from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.algorithms.acting import Learnt
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.budget import TrainConfig
@@ -49,7 +36,6 @@ from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.seeds import training_seed
-from trimtab.rl.takeover import GateConfig
 from trimtab.rl.train import Trainer
 
 # Types of a method's parts, where `--settings` may change them.
@@ -234,96 +220,39 @@ def good_demonstrations(task: Task) -> tuple[DatasetConfig, int]:
     return replace(named, episodes=sorted(good)), len(good)
 
 
-def paper(algorithm: str, **train: Any) -> Steering:
-    """``--rl.preset=paper``."""
-    settings = PAPER[algorithm]
-    rl = draccus.decode(AlgorithmConfig, {"type": algorithm, **settings["rl"]})
-    noise = draccus.decode(NoiseSpaceConfig, settings["noise"])
-    return Steering(rl, noise, TrainConfig(**(settings["train"] | train)), settings["num_envs"])
-
-
-def as_sb3() -> Steering:
-    """Our DSRL-SAC with the settings that stable-baselines3's SAC has in tests/benchmarks/sb3.py."""
-    network = {"hidden": 128, "layers": 3}
-    rl = DSRLSACConfig(
-        n_step=1,
-        actor=ActorConfig(**network, log_std_min=-20.0, log_std_max=2.0, mean_limit=1.0),
-        critic=CriticConfig(**network, layer_norm=False),
-        actor_every=1,
-        initial_temperature=0.01,
-        backup_entropy=True,
-        clip_targets=False,
-    )
-    return Steering(rl, train=TrainConfig(first_update=800, catch_up=False, updates_per_transition=1.0))
-
-
-REPEAT = RepeatNoiseConfig()
-METHODS: dict[str, Method] = {
-    "base": Base(),
-    "zero_noise": ZeroNoise(),
-    "golden_ticket": Steering(GoldenTicketConfig(candidates=16, budget=100), ConstantNoiseConfig()),
-    "steered": Steering(BestOfNConfig()),  # the defaults of `trimtab adapt`
-    "best_of_k": Steering(BestOfNConfig()),
-    "residual": Steering(ResidualConfig()),
-    "lora": Demonstrations(),
-    "lora_rollouts": FilteredCloning(),
-    "filtered_bc": FilteredCloning(TuningConfig(method="full", learning_rate=5e-4)),
-    "best_of_n": Steering(BestOfNConfig()),
-    # The actor climbs at draws alone, not at its mean too.
-    "best_of_n_draws": Steering(BestOfNConfig(mean_share=0.0)),
-    # Every member in a target instead of two of them.
-    "best_of_n_all_members": Steering(BestOfNConfig(target_members=5)),
-    # What it was with two critics; it made up for them by more updates.
-    "best_of_n_two_critics": Steering(
-        BestOfNConfig(critic=CriticConfig(members=2), distilled_pairs=8, mean_share=0.0),
-        train=TrainConfig(updates_per_transition=3.0),
-    ),
-    # What its defaults change, one by one: proposals of the actor, cross-entropy, ten-chunk returns, ...
-    "best_of_n_prior": Steering(BestOfNConfig(actor_candidates=0)),
-    "best_of_n_squared": Steering(BestOfNConfig(critic_loss="squared")),
-    "best_of_n_short": Steering(BestOfNConfig(n_step=3)),
-    "best_of_n_regression": Steering(BestOfNConfig(distillation="regression")),
-    "best_of_n_repeat": Steering(BestOfNConfig(), REPEAT),
-    "best_of_n_gate": Steering(BestOfNConfig(), train=TrainConfig(gate=GateConfig(enabled=True))),
-    "best_of_n_bf16": Steering(BestOfNConfig(precision="bfloat16")),
-    "dsrl_sac": Steering(DSRLSACConfig(), REPEAT),
-    "dsrl_sac_bf16": Steering(DSRLSACConfig(precision="bfloat16"), REPEAT),
-    "dsrl_sac_full": Steering(DSRLSACConfig()),
-    "dsrl_sac_full_bf16": Steering(DSRLSACConfig(precision="bfloat16")),
-    "dsrl_sac_logistic": Steering(DSRLSACConfig(critic_loss="logistic"), REPEAT),
-    "dsrl_sac_paper": paper("dsrl_sac"),
-    # The same without its 24,000 environment steps of warm-up, to show that they are not what decides.
-    "dsrl_sac_paper_short": paper("dsrl_sac", warmup_transitions=800, first_update=800),
-    "dsrl_sac_as_sb3": as_sb3(),
-    "dsrl_na": Steering(DSRLNAConfig(), REPEAT),
-    "dsrl_na_exact": Steering(DSRLNAConfig(mode="exact"), REPEAT),
-    "dsrl_na_logistic": Steering(DSRLNAConfig(critic_loss="logistic"), REPEAT),
-    "dsrl_na_full": Steering(DSRLNAConfig()),
+# Kinds of methods, and the methods by name: options as in methods.yaml, which says what each is.
+KINDS: dict[str, type[Method]] = {
+    "base": Base,
+    "zero_noise": ZeroNoise,
+    "steering": Steering,
+    "own_successes": FilteredCloning,
+    "demonstrations": Demonstrations,
 }
+METHODS: dict[str, Options] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
-def customised(name: str, changes: dict[str, Any] | None) -> Method:
-    """The method ``name`` with ``changes`` to its fields: ``{"noise": {"type": "repeat"}}``.
+def make_method(name: str, changes: Options | None = None) -> Method:
+    """The method ``name`` with ``changes`` to its options: ``{"noise": {"type": "repeat"}}``.
 
     Raises:
-        UserError: no such setting, or a value that it cannot have.
+        UserError: no such option, or a value that it cannot have.
     """
-    method, option = METHODS[name], f"--settings.{name}"
-    known = [one.name for one in fields(method)]
+    options, option = dict(METHODS[name]), f"--settings.{name}"
+    kind = KINDS[options.pop("kind", "steering")]
+    if options.pop("preset", None):  # --rl.preset=paper
+        options = merge(PAPER[options["rl"]["type"]], options)
+    options = merge({"noise": {"type": "full"}} if kind is Steering else {}, options)
+    known = [one.name for one in fields(kind)]
     found: dict[str, Any] = {}
-    for part, values in (changes or {}).items():
+    for part, values in merge(options, changes or {}).items():
         if part not in known or isinstance(values, dict) != (part in PARTS):
             raise UserError(
                 option, f"'{part}' is none of {', '.join(known) or 'anything: it has no settings'}"
             )
-        found[part] = values
-        if part in PARTS:
-            kind = PARTS[part]
-            wanted = merge(draccus.encode(getattr(method, part), kind), values)
-            try:
-                found[part] = draccus.decode(kind, wanted)
-            except DecodingError as error:
-                if isinstance(error.__cause__, UserError):
-                    raise error.__cause__ from None
-                raise UserError(f"{option}.{part}", str(getattr(error, "message", error))) from None
-    return replace(method, **found)
+        try:
+            found[part] = draccus.decode(PARTS[part], values) if part in PARTS else values
+        except DecodingError as error:
+            if isinstance(error.__cause__, UserError):
+                raise error.__cause__ from None
+            raise UserError(f"{option}.{part}", str(getattr(error, "message", error))) from None
+    return kind(**found)

@@ -25,7 +25,7 @@ from torch import Tensor
 from trimtab.policies.noise_samplers import NoiseSampler
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.recipes.cli import main
-from trimtab.recipes.compare.methods import METHODS, Steering
+from trimtab.recipes.compare.methods import KINDS, METHODS, Steering
 from trimtab.recipes.compare.runs import Method, Run
 from trimtab.rl.data.returns import Returns
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -275,7 +275,8 @@ def steered(ended: list[bool]) -> list[tuple[bool, bool]]:
     return [(won, True) for won in ended]
 
 
-METHODS["sb3_sac"] = SB3SAC()
+KINDS["sb3"] = SB3SAC
+METHODS["sb3_sac"] = {"kind": "sb3"}
 
 if __name__ == "__main__":
     # By its own name: what each run's process loads, too.

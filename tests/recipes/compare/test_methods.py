@@ -16,9 +16,9 @@ from trimtab.recipes.compare.methods import (
     Demonstrations,
     FilteredCloning,
     Steering,
-    customised,
     good_demonstrations,
     longest_episode,
+    make_method,
 )
 from trimtab.recipes.compare.report import label
 from trimtab.recipes.compare.runs import Task
@@ -93,7 +93,7 @@ def test_filtered_behaviour_cloning_trains_a_copy_of_the_base(drawer_base):
 
 def test_methods_are_what_their_names_say():
     """The paper's settings, and those that make our SAC stable-baselines3's."""
-    paper, short = METHODS["dsrl_sac_paper"], METHODS["dsrl_sac_paper_short"]
+    paper, short = make_method("dsrl_sac_paper"), make_method("dsrl_sac_paper_short")
     for name, value in PAPER["dsrl_sac"]["rl"].items():
         have = getattr(paper.rl, name)
         if isinstance(value, dict):
@@ -105,7 +105,7 @@ def test_methods_are_what_their_names_say():
     assert short.rl.gamma == PAPER["dsrl_sac"]["rl"]["gamma"] and short.rl.backup_entropy
     row = label({"method": "dsrl_sac_paper_short", "policy": "actor"})
     assert row == "DSRL-SAC, paper's settings, short warm-up"  # 800 of 6004 chunks: not the paper's budget
-    ours, theirs = METHODS["dsrl_sac_as_sb3"], SB3SACConfig()
+    ours, theirs = make_method("dsrl_sac_as_sb3"), SB3SACConfig()
     for name in ("learning_rate", "batch_size", "gamma", "tau", "initial_temperature"):
         assert getattr(ours.rl, name) == getattr(theirs, name)
     assert ours.rl.actor.hidden == ours.rl.critic.hidden == theirs.hidden
@@ -115,18 +115,19 @@ def test_methods_are_what_their_names_say():
     for name in ("warmup_transitions", "updates_per_transition", "replay_capacity"):
         assert ours.settings()["train"][name] == getattr(theirs, name)
     small = {"first_update": 64, "warmup_transitions": 0, "updates_per_transition": 2.0}
-    assert METHODS["best_of_n"].settings()["train"].items() >= small.items()
+    assert make_method("best_of_n").settings()["train"].items() >= small.items()
+    methods = {name: make_method(name) for name in METHODS}
     same = {"steered", "best_of_k"}  # further names of best_of_n
-    told = {json.dumps([m.settings(), m.uses]) for name, m in METHODS.items() if name not in same}
-    assert len(told) == len(METHODS) - len(same)
+    told = {json.dumps([m.settings(), m.uses]) for name, m in methods.items() if name not in same}
+    assert len(told) == len(methods) - len(same)
 
 
 def test_a_method_can_be_changed_by_its_name():
-    other = customised("steered", {"noise": {"type": "repeat"}, "rl": {"actor": {"hidden": 7}}})
+    other = make_method("steered", {"noise": {"type": "repeat"}, "rl": {"actor": {"hidden": 7}}})
     assert other.noise.type == "repeat" and other.rl.actor.hidden == 7
-    assert other.rl.critic == METHODS["steered"].rl.critic
-    assert customised("steered", {"num_envs": 3}).num_envs == 3
-    assert customised("base", None) == METHODS["base"]
+    assert other.rl.critic == make_method("steered").rl.critic
+    assert make_method("steered", {"num_envs": 3}).num_envs == 3
+    assert make_method("base", None) == make_method("base")
 
 
 def test_a_search_gets_the_episodes_that_fit_were_all_as_long_as_the_longest(tmp_path):
