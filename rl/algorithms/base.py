@@ -66,14 +66,14 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     gamma: float = 0.99
     # step: a chunk of k steps is discounted by gamma^k; chunk: by gamma, and its rewards are summed.
     discount_per: str = "step"
-    # Whether what follows a time limit has a value, as what follows a terminal state has not.
+    # Whether the value of what follows counts after a time limit. After a terminal state it never does.
     bootstrap_at_time_limit: bool = True
     # Chunks in an n-step return.
     n_step: int = 3
     batch_size: int = 256
-    # Share of the learning rates that is left at the end of --train.env_steps, to which they fall linearly.
+    # Share of the learning rates that is left at the end of --train.env_steps; they fall linearly.
     learning_rate_end: float = 1.0
-    # In what the networks' hidden layers are multiplied while learning: float32 or bfloat16.
+    # Precision of the hidden layers' products while learning: float32 or bfloat16.
     precision: str = "float32"
     # How updates run: eager; compile: networks through torch.compile; cuda_graph: recorded and replayed.
     engine: str = "eager"

@@ -69,7 +69,7 @@ def trimtab_eval(steered, episodes):
         while steps < STEPS:
             conditioning = runner.encode(seen, [""] * len(seeds))
             prior = runner.prior(len(seeds), torch.Generator().manual_seed(0))
-            chunk = runner.decode(conditioning, source(runner.features(conditioning), prior))
+            chunk = np.stack(runner.decode(conditioning, source(runner.features(conditioning), prior)))
             results = [env.step_chunk(one, None) for env, one in zip(envs, chunk)]
             executed = min(result.steps for result in results)
             actions.append(chunk[:, :executed])
