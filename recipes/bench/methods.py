@@ -7,20 +7,23 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import draccus
 import torch
 from lerobot.envs.configs import EnvConfig
 
-from trimtab.adapters import PolicyAdapter, PolicyConfig
+from trimtab.adapters import PolicyAdapter, PolicyConfig, load_adapter
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig, RepeatNoiseConfig
-from trimtab.recipes.finetune.filtered_bc import FilteredBC
-from trimtab.recipes.finetune.training import TuningConfig
+from trimtab.recipes.finetune.data import Recorder as SuccessRecorder
+from trimtab.recipes.finetune.filtered_bc import rounds
+from trimtab.recipes.finetune.rollouts import Rollouts
+from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.budget import TrainConfig
@@ -297,10 +300,15 @@ def _run_search(method: Method, setup: Setup, seed: int, label: str) -> Ran:
 
 
 def _run_filtered_bc(method: Method, setup: Setup, seed: int, label: str) -> Ran:
-    with setup.training_environments(keep_seen=True) as vec:
-        policy = setup.policy or PolicyConfig(path=str(setup.folder), device="cpu")
-        learner = FilteredBC(policy, setup.folder, setup.env, vec, method.tuning, training_seed(seed), seed)
-        policies: Policies = {"actor": (PolicyRunner(learner.adapter, setup.env), base_noise)}
-        recorder = Recorder(setup, label, lambda: policies)
-        learner.learn(setup.env_steps, setup.grid, recorder)
-    return recorder, learner.result(), learner.tuner
+    options = setup.policy or PolicyConfig(path=str(setup.folder), device="cpu")
+    tuner = FineTuner(load_adapter(options), setup.folder, options, method.tuning)  # changes it in memory
+    runner = PolicyRunner(tuner.adapter, setup.env)
+    recorder = Recorder(setup, label, lambda: {"actor": (runner, base_noise)})
+    count = setup.env_steps // setup.grid
+    with setup.training_environments(keep_seen=True) as vec, TemporaryDirectory() as work:
+        rollouts = Rollouts(PolicyRunner(tuner.adapter, setup.env), vec, base_noise, training_seed(seed))
+        successes = SuccessRecorder(Path(work) / "successes", setup.env.fps)
+        progress = sys.stderr.isatty()
+        for done in rounds(tuner, rollouts, successes, count * setup.grid, count, seed, progress):
+            recorder(rollouts.env_steps, [(episode.success, True) for episode in done.episodes])
+    return recorder, {"updates": tuner.updates, "trained_parameters": tuner.trained_parameters}, tuner

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean as mean
 from typing import Any
 
 import draccus
@@ -18,6 +18,7 @@ from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folde
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli.adapt import check_run
 from trimtab.recipes.finetune.data import REPO_ID, Recorder
+from trimtab.recipes.finetune.filtered_bc import rounds
 from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.console import new_output_dir, parse
@@ -27,11 +28,11 @@ from trimtab.recipes.support.session import Session, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.data.demonstration_data import rate_warning
 from trimtab.rl.envs.hooks import check_base
-from trimtab.rl.evaluation import Evaluation, evaluate, require_success
+from trimtab.rl.evaluation import Evaluation, require_success
 from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.seeds import training_seed
 
-DATASET_STEPS, ROUND_STEPS = 20_000, 800  # gradient steps by default
+DATASET_STEPS = 20_000  # gradient steps by default
 LOG_EVERY = 100  # gradient steps behind one number of the loss curve
 
 
@@ -111,7 +112,10 @@ def main(args: list[str]) -> None:
         print(describe(session, folder))
     run = Run(config, tuner, session, output)
     print(f"{config.method}: {tuner.trained_parameters:,} weights to train")
-    (run.from_rollouts if config.from_rollouts else run.from_dataset)()
+    if config.dataset is not None:
+        run.from_dataset(config.dataset)
+    elif session is not None:
+        run.from_rollouts(session)
     run.finish()
     if run.evaluations:
         print(f"\n{table(summaries(run.evaluations))}\n")
@@ -156,58 +160,75 @@ class Run:
         self.name = "LoRA adapter" if config.method == "lora" else "policy"
         self.saved = output / "policy"
         self.evaluations: dict[str, Evaluation] = {}
-        self.rounds: list[dict[str, Any]] = []
         self.details: dict[str, Any] = {}
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
 
-    def from_dataset(self) -> None:
+    def from_dataset(self, dataset: DatasetConfig) -> None:
         """Fine-tune on the user's dataset."""
-        config = self.config
-        assert config.dataset is not None
-        steps = config.steps or DATASET_STEPS
-        with self._timed("base_evaluation"):
-            self._evaluate("base", "base policy")
-        with self._metrics() as metrics, self._timed("training"):
+        steps = self.config.steps or DATASET_STEPS
+        if self.session is not None:
+            self._evaluate(self.session, "base", "base policy")
+        with MetricsWriter(self.output / "metrics.jsonl") as metrics:
             recent: list[float] = []
 
             def on_step(step: int, loss: float, seconds: float) -> None:
                 recent.append(loss)
                 if step % LOG_EVERY == 0 or step == steps:
-                    mean = sum(recent) / len(recent)
-                    metrics({"step": step, "loss": mean, "seconds_total": round(seconds, 3)})
+                    metrics({"step": step, "loss": mean(recent), "seconds_total": round(seconds, 3)})
                     recent.clear()
 
-            losses = self.tuner.fit(config.dataset, steps, config.seed, on_step=on_step)
+            started = time.perf_counter()
+            losses = self.tuner.fit(dataset, steps, self.config.seed, on_step=on_step)
+            self.seconds["training"] = time.perf_counter() - started
         self.details = {"losses": means(losses)}
-        with self._timed("evaluation"):
-            self._evaluate("fine_tuned", "fine-tuned")
+        if self.session is not None:
+            self._evaluate(self.session, "fine_tuned", "fine-tuned")
 
-    def from_rollouts(self) -> None:
-        """Filtered behaviour cloning: rounds of rolling out, and of fine-tuning on all successes so far.
+    def from_rollouts(self, session: Session) -> None:
+        """Filtered behaviour cloning, the policy evaluated after each round.
 
         Raises:
             UserError: no episode of any round succeeded.
         """
-        config, session = self.config, self._session()
-        with self._timed("base_evaluation"):
-            self._evaluate("base", "base policy")
-        require_success(self.evaluations["base"])
-        recorder = Recorder(self.output / "successes", session.env.fps)
+        config = self.config
+        last = self._evaluate(session, "base", "base policy")
+        require_success(last)
+        recorder, lines = Recorder(self.output / "successes", session.env.fps), []
         with (
-            self._metrics() as metrics,
+            MetricsWriter(self.output / "metrics.jsonl") as metrics,
             session.environments(config.num_envs, keep_seen=True) as vec,
         ):
-            metrics({"round": 0, "env_steps": 0, "eval": self.evaluations["base"].summary()})
+            metrics({"round": 0, "env_steps": 0, "eval": last.summary()})
             rollouts = Rollouts(session.runner, vec, session.own_noise, training_seed(config.seed))
-            for number in range(1, config.rounds + 1):
-                line = self._round(number, rollouts, recorder)
-                self.rounds.append(line)
-                metrics(line)
+            for done in rounds(self.tuner, rollouts, recorder, config.env_steps, config.rounds, config.seed):
+                for part, seconds in done.seconds.items():
+                    self.seconds[part] += seconds
+                total, spent = len(done.episodes), rollouts.env_steps
+                line: dict[str, Any] = {
+                    "round": done.number,
+                    "env_steps": spent,
+                    "episodes": total,
+                    "successes": done.successes,
+                    "success_rate": done.successes / total if total else None,
+                    "updates": self.tuner.updates,
+                }
+                report = f"round {done.number}: {spent} steps, {done.successes}/{total} episodes succeeded"
+                if done.losses:
+                    label = f"round {done.number}/{config.rounds}: evaluation"
+                    last = self._evaluate(session, "fine_tuned", label)
+                    line["dataset_episodes"], line["dataset_frames"] = recorder.episodes, recorder.frames
+                    line["losses"] = means(done.losses)
+                    print(f"{report}; now {rate_text(last.summary())}")
+                else:
+                    line["skipped"] = True
+                    print(f"{report}; skipped, for there is nothing new to learn from")
+                lines.append(line | {"eval": last.summary()})
+                metrics(lines[-1])
         self.details = {
             "env_steps": rollouts.env_steps,
-            "training_episodes": sum(line["episodes"] for line in self.rounds),
+            "training_episodes": sum(line["episodes"] for line in lines),
             "dataset": {"repo_id": REPO_ID, "episodes": recorder.episodes, "frames": recorder.frames},
-            "rounds": self.rounds,
+            "rounds": lines,
         }
         if not recorder.episodes:
             raise UserError(
@@ -215,49 +236,6 @@ class Run:
                 f"none of {self.details['training_episodes']} episodes in {rollouts.env_steps} steps "
                 "succeeded: nothing to clone; raise it, or start from a policy that succeeds at times",
             )
-
-    def _round(self, number: int, rollouts: Rollouts, recorder: Recorder) -> dict[str, Any]:
-        config = self.config
-        share = config.env_steps * number // config.rounds - config.env_steps * (number - 1) // config.rounds
-        with self._timed("rollouts"):
-            episodes = rollouts.collect(share, f"round {number}/{config.rounds}: rollouts")
-        successes = [episode for episode in episodes if episode.success]
-        line: dict[str, Any] = {
-            "round": number,
-            "env_steps": rollouts.env_steps,
-            "episodes": len(episodes),
-            "successes": len(successes),
-            "success_rate": len(successes) / len(episodes) if episodes else None,
-        }
-        tag = (
-            f"round {number}: {rollouts.env_steps} steps, {len(successes)}/{len(episodes)} episodes succeeded"
-        )
-        if not successes:
-            print(f"{tag}; skipped, for there is nothing new to learn from")
-            last = self.evaluations.get("fine_tuned", self.evaluations["base"])
-            return {**line, "skipped": True, "updates": self.tuner.updates, "eval": last.summary()}
-        with self._timed("recording"):
-            recorder.add(successes)
-        with self._timed("training"):
-            dataset = DatasetConfig(REPO_ID, root=str(recorder.root))
-            losses = self.tuner.fit(
-                dataset,
-                config.steps or ROUND_STEPS,
-                config.seed + number,
-                f"round {number}/{config.rounds}: fine-tuning",
-            )
-        with self._timed("evaluation"):
-            self._evaluate("fine_tuned", f"round {number}/{config.rounds}: evaluation")
-        summary = self.evaluations["fine_tuned"].summary()
-        print(f"{tag}; now {rate_text(summary)}")
-        return {
-            **line,
-            "dataset_episodes": recorder.episodes,
-            "dataset_frames": recorder.frames,
-            "updates": self.tuner.updates,
-            "losses": means(losses),
-            "eval": summary,
-        }
 
     def finish(self) -> None:
         """Save the result and write results.json, config.json and videos."""
@@ -289,31 +267,15 @@ class Run:
             after = Session(saved, self.session.env, config.eval, config.machine)
             after.record(after.own_noise, self.output / "after.mp4", "video: fine-tuned")
 
-    def _session(self) -> Session:
-        if self.session is None:
-            raise RuntimeError("no environment")  # LoraConfig has seen to that
-        return self.session
-
-    def _evaluate(self, name: str, label: str) -> None:
-        session = self.session
-        if session is None:
-            return
-        with session.evaluation_environments() as vec:
-            self.evaluations[name] = evaluate(
-                session.runner, vec, session.own_noise, session.eval.seeds, label
-            )
-
-    def _metrics(self) -> MetricsWriter:
-        return MetricsWriter(self.output / "metrics.jsonl")
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _evaluate(self, session: Session, name: str, label: str) -> Evaluation:
         started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        with session.evaluation_environments() as vec:
+            self.evaluations[name] = session.evaluate(vec, session.own_noise, label=label)
+        part = "base_evaluation" if name == "base" else "evaluation"
+        self.seconds[part] += time.perf_counter() - started
+        return self.evaluations[name]
 
 
 def means(losses: list[float]) -> list[float]:
     """The loss curve: the mean of every ``LOG_EVERY`` steps."""
-    parts = [losses[start : start + LOG_EVERY] for start in range(0, len(losses), LOG_EVERY)]
-    return [sum(part) / len(part) for part in parts]
+    return [mean(losses[start : start + LOG_EVERY]) for start in range(0, len(losses), LOG_EVERY)]

@@ -48,27 +48,24 @@ def check_features(dataset: Any, adapter: PolicyAdapter, rename_map: dict[str, s
     """
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
-    config = adapter.config
+    config, where = adapter.config, f"the dataset {dataset.repo_id}"
     given = {rename_map.get(k, k): f for k, f in dataset_to_policy_features(dataset.meta.features).items()}
-    wanted = {**config.input_features, **config.output_features}
     required = {**adapter.required_inputs(given), **config.output_features}
-    missing = [key for key in required if key not in given]
-    where = f"the dataset {dataset.repo_id}"
-    if missing:
+    if missing := [key for key in required if key not in given]:
         raise UserError(
             "--dataset.repo_id",
             f"{where} has no {', '.join(missing)}, which the policy needs; it has {', '.join(sorted(given))} "
             "(--policy.rename_map gives observations other names)",
         )
-    pads = hasattr(config, "max_action_dim")
-    for key, feature in wanted.items():
-        if key not in given or feature.type is FeatureType.VISUAL or pads:
+    if hasattr(config, "max_action_dim"):  # pads states and actions of any size
+        return
+    for key, feature in {**config.input_features, **config.output_features}.items():
+        if key not in given or feature.type is FeatureType.VISUAL:
             continue
-        if tuple(given[key].shape) != tuple(feature.shape):
+        shape, expected = tuple(given[key].shape), tuple(feature.shape)
+        if shape != expected:
             raise UserError(
-                "--dataset.repo_id",
-                f"'{key}' has shape {tuple(given[key].shape)} in {where}, "
-                f"the policy takes {tuple(feature.shape)}",
+                "--dataset.repo_id", f"'{key}' has shape {shape} in {where}, the policy takes {expected}"
             )
 
 
@@ -80,7 +77,7 @@ class ColumnWindows(torch.utils.data.Dataset):
     marked in ``<key>_is_pad``, as LeRobot does.
 
     Args:
-        dataset: a LeRobotDataset with delta timestamps and numbers only (``fits``).
+        dataset: a LeRobotDataset with delta timestamps, whose features all are numbers.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -92,37 +89,30 @@ class ColumnWindows(torch.utils.data.Dataset):
             for key in rows.column_names
             if key in dataset.features
         }
-        self._deltas = {
-            key: torch.tensor(deltas)
-            for key, deltas in get_delta_indices(dataset.delta_timestamps or {}, dataset.fps).items()
-        }
-        episode = self._columns["episode_index"]
-        starts = torch.nonzero(torch.diff(episode, prepend=episode[:1] - 1)).squeeze(1)
-        number = torch.searchsorted(starts, torch.arange(len(episode)), right=True) - 1
-        self._first = starts[number]
-        self._last = torch.cat([starts[1:], torch.tensor([len(episode)])])[number] - 1
+        deltas = get_delta_indices(dataset.delta_timestamps or {}, dataset.fps)
+        self._deltas = {key: torch.tensor(steps) for key, steps in deltas.items()}
+        _, episode, lengths = torch.unique_consecutive(
+            self._columns["episode_index"], return_inverse=True, return_counts=True
+        )
+        self._last = (lengths.cumsum(0) - 1)[episode]
+        self._first = self._last - lengths[episode] + 1
         self._tasks = [str(name) for name in dataset.meta.tasks.index]
-
-    @staticmethod
-    def fits(dataset: Any) -> bool:
-        """Whether all of the dataset's features are numbers."""
-        return all(str(feature["dtype"]).startswith(NUMERIC) for feature in dataset.features.values())
 
     def __len__(self) -> int:
         return len(self._first)
 
     def __getitem__(self, index: Sequence[int]) -> dict[str, Any]:
         """The collated batch of the frames ``index``."""
-        at = torch.as_tensor(index)
+        rows = torch.as_tensor(index)
+        first, last = self._first[rows][:, None], self._last[rows][:, None]
         batch: dict[str, Any] = {}
         for key, column in self._columns.items():
-            if key not in self._deltas:
-                batch[key] = column[at]
-                continue
-            wanted = at[:, None] + self._deltas[key]
-            first, last = self._first[at][:, None], self._last[at][:, None]
-            batch[key] = column[wanted.clamp(first, last)]
-            batch[f"{key}_is_pad"] = (wanted < first) | (wanted > last)
+            if key in self._deltas:
+                window = rows[:, None] + self._deltas[key]
+                batch[key] = column[window.clamp(first, last)]
+                batch[f"{key}_is_pad"] = (window < first) | (window > last)
+            else:
+                batch[key] = column[rows]
         batch["task"] = [self._tasks[number] for number in batch["task_index"].tolist()]
         return batch
 
@@ -160,12 +150,11 @@ def batches(
         )
     except ValueError:
         raise UserError("--drop_last_frames", f"no episode has more than {drop} frames; lower it") from None
-    if ColumnWindows.fits(dataset):
-        loader = DataLoader(
-            ColumnWindows(dataset), sampler=BatchSampler(sampler, batch_size, False), batch_size=None
-        )
-    else:
-        loader = DataLoader(
+    if all(str(feature["dtype"]).startswith(NUMERIC) for feature in dataset.features.values()):
+        chunks = BatchSampler(sampler, batch_size, drop_last=False)
+        return cycle(DataLoader(ColumnWindows(dataset), sampler=chunks, batch_size=None))
+    return cycle(
+        DataLoader(
             dataset,
             sampler=sampler,
             batch_size=batch_size,
@@ -173,7 +162,7 @@ def batches(
             multiprocessing_context="spawn" if workers else None,
             persistent_workers=workers > 0,
         )
-    return cycle(loader)
+    )
 
 
 class Recorder:
@@ -191,47 +180,41 @@ class Recorder:
         """Record ``episodes``, at least one."""
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+        columns = [_columns(episode) for episode in episodes]
         if self.episodes:
             dataset = LeRobotDataset.resume(REPO_ID, root=self.root)
         else:
-            dataset = LeRobotDataset.create(
-                REPO_ID, self.fps, _features(episodes[0]), root=self.root, use_videos=False
-            )
-        cameras = any(values.dtype == np.uint8 for values in episodes[0].observations.values())
+            features = {key: _feature(values) for key, values in columns[0].items()}
+            dataset = LeRobotDataset.create(REPO_ID, self.fps, features, root=self.root, use_videos=False)
+        cameras = any(values.dtype == np.uint8 for values in columns[0].values())
         with nullcontext() if cameras else no_image_embedding():
-            for episode in episodes:
-                for frame in _frames(episode):
-                    dataset.add_frame(frame)
+            for episode, values in zip(episodes, columns):
+                for step in range(len(episode.actions)):
+                    dataset.add_frame(
+                        {k: column[step] for k, column in values.items()} | {"task": episode.task}
+                    )
                 dataset.save_episode()
         dataset.finalize()
         self.episodes += len(episodes)
         self.frames += sum(len(episode.actions) for episode in episodes)
 
 
-def _features(episode: RolloutEpisode) -> dict[str, dict[str, Any]]:
-    features: dict[str, dict[str, Any]] = {}
-    for key, values in episode.observations.items():
-        camera = values.dtype == np.uint8
-        features[key] = {
-            "dtype": "image" if camera else "float32",
-            "shape": values.shape[1:],
-            "names": ["height", "width", "channels"] if camera else None,
-        }
-    features[ACTION] = {"dtype": "float32", "shape": episode.actions.shape[1:], "names": None}
-    features["next.reward"] = {"dtype": "float32", "shape": (1,), "names": None}
-    features["next.success"] = {"dtype": "bool", "shape": (1,), "names": None}
-    features["next.done"] = {"dtype": "bool", "shape": (1,), "names": None}
-    return features
+def _columns(episode: RolloutEpisode) -> dict[str, np.ndarray]:
+    """What the dataset holds of an episode's T steps, (T, ...) each."""
+    steps = len(episode.actions)
+    return {
+        **episode.observations,
+        ACTION: episode.actions,
+        "next.reward": episode.rewards[:, None],
+        "next.success": episode.successes[:, None],
+        "next.done": np.arange(1, steps + 1)[:, None] == steps,
+    }
 
 
-def _frames(episode: RolloutEpisode) -> Iterator[dict[str, Any]]:
-    length = len(episode.actions)
-    for t in range(length):
-        yield {
-            **{key: values[t] for key, values in episode.observations.items()},
-            ACTION: episode.actions[t],
-            "next.reward": episode.rewards[t : t + 1],
-            "next.success": episode.successes[t : t + 1],
-            "next.done": np.array([t == length - 1]),
-            "task": episode.task,
-        }
+def _feature(values: np.ndarray) -> dict[str, Any]:
+    camera = values.dtype == np.uint8
+    return {
+        "dtype": "image" if camera else str(values.dtype),
+        "shape": values.shape[1:],
+        "names": ["height", "width", "channels"] if camera else None,
+    }

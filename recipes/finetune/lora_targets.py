@@ -25,17 +25,13 @@ def default_targets(policy: nn.Module, policy_type: str, trainable: set[str]) ->
     Only those whose weights the policy leaves open to training, in the part that ``TRUNKS`` names. Layers
     inside PyTorch's own attention are left out, for it reads their weights and never runs them.
     """
-    trunk = TRUNKS.get(policy_type, "")
-    closed = [
-        f"{name}." for name, module in policy.named_modules() if isinstance(module, nn.MultiheadAttention)
-    ]
+    modules = dict(policy.named_modules())
+    attention = tuple(f"{name}." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
     return [
         name
-        for name, module in policy.named_modules()
-        if isinstance(module, LAYERS)
-        and name.startswith(trunk)
-        and f"{name}.weight" in trainable
-        and not name.startswith(tuple(closed))
+        for name, module in modules.items()
+        if isinstance(module, LAYERS) and f"{name}.weight" in trainable
+        if name.startswith(TRUNKS.get(policy_type, "")) and not name.startswith(attention)
     ]
 
 
@@ -45,9 +41,9 @@ def as_pattern(chosen: list[str], names: Iterable[str]) -> str:
     patterns: dict[str, None] = {}
     for name in chosen:
         exact = re.escape(name)
-        general = re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact)  # any number for a layer's
-        matched = {other for other in everything if re.fullmatch(general, other)}
-        patterns[general if matched <= wanted else exact] = None
+        any_number = re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact)
+        matched = {other for other in everything if re.fullmatch(any_number, other)}
+        patterns[any_number if matched <= wanted else exact] = None
     return "|".join(patterns)
 
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,17 +54,16 @@ class TuningConfig:
             raise UserError("--method", f"must be lora or full, got {self.method}")
         if self.peft.method_type.upper() != "LORA":
             raise UserError("--peft.method_type", f"only LORA is trained here, got {self.peft.method_type}")
-        for name, value in (("r", self.peft.r), ("lora_alpha", self.peft.lora_alpha)):
-            if value is not None and value < 1:
-                raise UserError(f"--peft.{name}", f"must be at least 1, got {value}")
-        for name in ("steps", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}", f"must be at least 1, got {value}")
-        for name in ("drop_last_frames", "num_workers"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"--{name}", f"cannot be negative, got {value}")
+        for name, value, least in (
+            ("peft.r", self.peft.r, 1),
+            ("peft.lora_alpha", self.peft.lora_alpha, 1),
+            ("steps", self.steps, 1),
+            ("batch_size", self.batch_size, 1),
+            ("drop_last_frames", self.drop_last_frames, 0),
+            ("num_workers", self.num_workers, 0),
+        ):
+            if value is not None and value < least:
+                raise UserError(f"--{name}", f"must be at least {least}, got {value}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise UserError("--learning_rate", f"must be between 0 and 1, got {self.learning_rate}")
 
@@ -74,7 +74,7 @@ class FineTuner:
     Args:
         adapter: the loaded base policy; its weights are trained in place (LoRA: layers are put in).
         folder: the base's folder; never written to.
-        policy: how the base was loaded.
+        options: how the base was loaded.
         config: how to train.
 
     Attributes:
@@ -82,11 +82,11 @@ class FineTuner:
         updates: gradient steps taken.
 
     Raises:
-        UserError: no layer of the policy matches the LoRA targets.
+        UserError: no layer of the policy matches the LoRA targets; several processes were launched.
     """
 
     def __init__(
-        self, adapter: PolicyAdapter, folder: Path, policy: PolicyConfig, config: TuningConfig
+        self, adapter: PolicyAdapter, folder: Path, options: PolicyConfig, config: TuningConfig
     ) -> None:
         from accelerate import Accelerator
 
@@ -96,13 +96,16 @@ class FineTuner:
                 "trimtab lora runs in one process, and WORLD_SIZE says there are more; unset it, or for many "
                 "GPUs take `lerobot-train --peft...`",
             )
-        self.folder, self.options, self.config = folder.resolve(), policy, config
+        self.folder, self.options, self.config = folder.resolve(), options, config
+        self.adapter, self.policy, self.updates = adapter, adapter.policy, 0
         self.base_files = adapter.weights_files
         self.base_hashes = self._hashes()
-        self.updates = 0
-        self.policy = adapter.policy
-        self.adapter = adapter
-        self.model: Any = self._opened(adapter) if config.method == "full" else self._wrapped(adapter)
+        self.model: Any = self.policy
+        if config.method == "lora":
+            self._add_lora()
+        else:
+            for name, parameter in self.policy.named_parameters():
+                parameter.requires_grad_(name in adapter.trainable)
         precision = {"bfloat16": "bf16", "float16": "fp16"}.get(getattr(adapter.config, "dtype", None) or "")
         self.accelerator = Accelerator(
             cpu=adapter.device.type == "cpu",
@@ -111,47 +114,41 @@ class FineTuner:
         )
         self.prepared = self.accelerator.prepare(self.model)
 
+    def _add_lora(self) -> None:
+        """Put LoRA layers into the policy, and act through them."""
+        base = self.adapter
+        self.policy.config.pretrained_path = self.folder
+        self.model = put_lora(self.policy, base.policy_type, base.trainable, self.config.peft)
+        if not Path(self.options.path or "").expanduser().exists():  # on the Hub: name it, not its cache
+            saved = self.model.peft_config[self.model.active_adapter]
+            saved.base_model_name_or_path, saved.revision = self.options.path, self.options.revision
+        self.adapter = type(base)(self.policy, base.preprocessor, base.postprocessor)
+        for name in ("notes", "weights_files", "trainable"):
+            setattr(self.adapter, name, getattr(base, name))
+
     @property
     def trained_parameters(self) -> int:
         """Number of weights that training changes."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    def _opened(self, adapter: PolicyAdapter) -> Any:
-        for name, parameter in self.policy.named_parameters():
-            parameter.requires_grad_(name in adapter.trainable)
-        return self.policy
-
-    def _wrapped(self, adapter: PolicyAdapter) -> Any:
-        self.policy.config.pretrained_path = self.folder
-        wrapped = put_lora(self.policy, adapter.policy_type, adapter.trainable, self.config.peft)
-        if not Path(self.options.path or "").expanduser().exists():  # on the Hub: name it, not its cache
-            saved = wrapped.peft_config[wrapped.active_adapter]
-            saved.base_model_name_or_path, saved.revision = self.options.path, self.options.revision
-        acting = type(adapter)(self.policy, adapter.preprocessor, adapter.postprocessor)
-        acting.notes, acting.weights_files = adapter.notes, adapter.weights_files
-        acting.trainable = adapter.trainable
-        self.adapter = acting
-        return wrapped
-
     def pipeline(self, dataset: DatasetConfig, steps: int, seed: int) -> TrainPipelineConfig:
         """The same training as LeRobot's own config."""
         from lerobot.optim.schedulers import DiffuserSchedulerConfig
 
+        config, lora = self.config, self.config.method == "lora"
         preset = self.policy.config.get_optimizer_preset()
-        rate = self.config.learning_rate
-        if rate is None:
-            rate = preset.lr * (LORA_RATE if self.config.method == "lora" else 1.0)
+        rate = config.learning_rate or preset.lr * (LORA_RATE if lora else 1.0)
         return TrainPipelineConfig(
             dataset=dataset,
             policy=self.policy.config,
             seed=seed,
-            batch_size=self.config.batch_size,
+            batch_size=config.batch_size,
             steps=steps,
-            num_workers=self.config.num_workers,
+            num_workers=config.num_workers,
             optimizer=replace(preset, lr=rate),
             # The presets' schedules are made for runs of many thousand steps.
             scheduler=DiffuserSchedulerConfig(name="cosine", num_warmup_steps=steps // 20),
-            peft=self.config.peft if self.config.method == "lora" else None,
+            peft=config.peft if lora else None,
         )
 
     def fit(
@@ -181,7 +178,7 @@ class FineTuner:
 
         pipeline = self.pipeline(dataset, steps, seed)
         set_seed(seed)
-        data, source = self._opened_data(pipeline, self.config.num_workers)
+        data, source = self._open(pipeline, self.config.num_workers)
         optimizer, scheduler = make_optimizer_and_scheduler(pipeline, self.model)
         optimizer, scheduler = self.accelerator.prepare(optimizer, scheduler)
         meters = {name: AverageMeter(name) for name in ("loss", "grad_norm", "lr", "update_s", "gpu_mem_gb")}
@@ -190,35 +187,28 @@ class FineTuner:
         )
         losses: list[float] = []
         started = time.perf_counter()
-        bar = Progress(range(steps), desc=label, unit="step", leave=False)
+        bar = Progress(range(1, steps + 1), desc=label, unit="step", leave=False)
         for step in bar:
-            batch = self._preprocessed(next(source), data, first=step == 0)
-            try:
+            batch = next(source)
+            with _blaming_dataset(first=step == 1):
                 update_policy(
                     tracker,
                     self.prepared,
-                    batch,
+                    self._preprocess(batch, data),
                     optimizer,
                     pipeline.optimizer.grad_clip_norm,
                     accelerator=self.accelerator,
                     lr_scheduler=scheduler,
                 )
-            except (RuntimeError, ValueError, KeyError) as error:
-                if step or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                raise UserError(
-                    "--dataset.repo_id", f"the dataset does not fit the policy: {reason(error)}"
-                ) from error
             loss = tracker.metrics["loss"].val
             if not math.isfinite(loss):
                 raise UserError(
-                    "--learning_rate",
-                    f"the loss became {loss} at step {step + 1}; nothing was saved; lower it",
+                    "--learning_rate", f"the loss became {loss} at step {step}; nothing was saved; lower it"
                 )
             losses.append(loss)
             self.updates += 1
-            on_step(step + 1, loss, time.perf_counter() - started)
-            if step % 50 == 0:
+            on_step(step, loss, time.perf_counter() - started)
+            if step % 50 == 1:
                 bar.set_postfix_str(f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}")
         self.policy.eval()
         return losses
@@ -229,29 +219,23 @@ class FineTuner:
         Raises:
             UserError: it does not fit the policy.
         """
-        data, source = self._opened_data(self.pipeline(dataset, 1, 0), 0)
-        self._preprocessed(next(source), data, first=True)
+        data, source = self._open(self.pipeline(dataset, 1, 0), 0)
+        batch = next(source)
+        with _blaming_dataset(first=True):
+            self._preprocess(batch, data)
         return data
 
-    def _opened_data(self, pipeline: TrainPipelineConfig, workers: int) -> tuple[Any, Iterator[dict]]:
-        data = open_dataset(pipeline)
+    def _open(self, pipeline: TrainPipelineConfig, workers: int) -> tuple[Any, Iterator[dict[str, Any]]]:
+        data, config = open_dataset(pipeline), self.policy.config
         check_features(data, self.adapter, self.options.rename_map)
         drop = self.config.drop_last_frames
-        config = self.policy.config
         return data, batches(data, config, pipeline.batch_size, pipeline.seed or 0, workers, drop)
 
-    def _preprocessed(self, batch: dict[str, Any], data: Any, first: bool) -> dict[str, Any]:
+    def _preprocess(self, batch: dict[str, Any], data: Any) -> dict[str, Any]:
         for key in data.meta.camera_keys:  # as lerobot-train does
             if key in batch and batch[key].dtype == torch.uint8:
                 batch[key] = batch[key].float() / 255.0
-        try:
-            return self.adapter.preprocessor(batch)
-        except (RuntimeError, ValueError, KeyError) as error:
-            if not first:
-                raise
-            raise UserError(
-                "--dataset.repo_id", f"the dataset does not fit the policy's preprocessor: {reason(error)}"
-            ) from error
+        return self.adapter.preprocessor(batch)
 
     def save(self, folder: Path) -> PolicyAdapter:
         """Write the result, whole or not at all: a PEFT adapter folder, or a policy folder.
@@ -286,17 +270,31 @@ class FineTuner:
                 "the base policy's files changed while it was fine-tuned; this is a bug of trimtab"
             )
         saved = load_adapter(replace(self.options, path=str(folder), revision=None))
-        self._compare(saved)
-        return saved
-
-    def _compare(self, saved: PolicyAdapter) -> None:
         generator = torch.Generator().manual_seed(0)
         observation = self.adapter.example_observation(2, generator)
         noise = torch.randn((2, *saved.noise_spec.shape), generator=generator)
         noise = noise.to(saved.device, saved.noise_spec.dtype)
-        here, there = (a.denoise(a.observe(observation), noise) for a in (self.adapter, saved))
-        if not torch.allclose(here.float(), there.float(), rtol=1e-3, atol=1e-4):
+        here, there = (a.denoise(a.observe(observation), noise).float() for a in (self.adapter, saved))
+        if not torch.allclose(here, there, rtol=1e-3, atol=1e-4):
             raise RuntimeError("the saved policy does not act as the trained one; this is a bug of trimtab")
+        return saved
 
     def _hashes(self) -> dict[str, str]:
         return {"weights": hash_files(self.base_files), **settings_hashes(self.folder)}
+
+
+@contextmanager
+def _blaming_dataset(first: bool) -> Iterator[None]:
+    """What the policy raises on the first batch is the dataset's fault; later it is a bug.
+
+    Raises:
+        UserError: in place of what the policy raised.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        if not first or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            "--dataset.repo_id", f"the dataset does not fit the policy: {reason(error)}"
+        ) from error

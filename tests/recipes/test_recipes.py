@@ -335,7 +335,7 @@ def test_what_the_droid_page_says_a_robot_gives_is_what_the_server_is_sent(droid
 
 # The READMEs.
 
-PAGES = [*(FOLDER / name / "README.md" for name in RECIPES), FOLDER / "LORA.md"]
+PAGES = [*(FOLDER / name / "README.md" for name in RECIPES), FOLDER.parent / "finetune" / "README.md"]
 
 
 def commands(text):
@@ -356,7 +356,7 @@ def test_readmes(page, droid, capsys):
     assert found
     for argv in found:
         if argv[0] == "accelerate":
-            assert argv[2] == "--config_file" and (FOLDER.parent / argv[3]).is_file()
+            assert argv[2] == "--config_file" and (FOLDER.parents[1] / argv[3]).is_file()
             start = argv.index("trimtab.rl.train")
             argv = ["trimtab", "adapt", *argv[start + 1 :]]
         command, args = argv[1], [arg for arg in argv[2:] if not arg.startswith("--tiny=")]
@@ -366,7 +366,7 @@ def test_readmes(page, droid, capsys):
             assert main(argv[1:]) == 0
         elif not {"--list_tasks=true", "--resume=true"} & set(args):
             parsed(command, *args)
-    assert page.parent.name == "recipes" or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
+    assert page.parent.name == "finetune" or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
 
 
 @pytest.mark.parametrize("name", RECIPES)
