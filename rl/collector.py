@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -316,27 +315,3 @@ class Collector:
                 self._candidates.chunks[i] = saved[i]["candidates"]["chunks"]
         interrupted = [i for i in saved if saved[i]["rollout"]["trace"]["actions"] or self.vec.repeatable]
         return sum(i not in back for i in interrupted)
-
-
-class SuccessWindow:
-    """Success rate over the last ``size`` episodes."""
-
-    def __init__(self, size: int) -> None:
-        self._recent: deque[bool] = deque(maxlen=size)
-
-    def add(self, success: bool) -> None:
-        self._recent.append(success)
-
-    @property
-    def rate(self) -> float:
-        return float(np.mean(self._recent)) if self._recent else 0.0
-
-    def __len__(self) -> int:
-        return len(self._recent)
-
-    def state_dict(self) -> list[bool]:
-        return list(self._recent)
-
-    def load_state_dict(self, state: list[bool]) -> None:
-        self._recent.clear()
-        self._recent.extend(state)

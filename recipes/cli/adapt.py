@@ -41,7 +41,7 @@ from trimtab.rl.algorithms.presets import flatten
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
-from trimtab.rl.data.memory import check_replay
+from trimtab.rl.data.memory import check_replay, replay_layout
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
 from trimtab.rl.evaluation import Evaluation, pooled
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
@@ -49,7 +49,7 @@ from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.runs.processes import World
 from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.seeds import MAX_SEED
-from trimtab.rl.train import Trainer, replay_extra
+from trimtab.rl.trainer import Trainer
 from trimtab.rl.warm_start import begin_at, read_constant
 
 
@@ -312,17 +312,11 @@ def announce_memory(session: Session, config: AdaptConfig, space: NoiseSpace) ->
     """Say what the replay will take, or refuse it, before the long work, once an observation is known."""
     if session.first is None:
         return
-    steps, action_dim = session.adapter.chunk_shape
-    wants, observer = "conditioning" in config.rl.replayed, session.adapter.observer
-    spec = ConditioningSpec.of(session.adapter, session.first) if wants else None
-    line = check_replay(
-        config.train.replay_capacity,
-        session.runner.features(session.first).shape[1],
-        space.dim,
-        replay_extra(config.rl, steps * action_dim, space.dim, spec),
-        spec.replayed if spec else (),
-        observer.config.pixels if observer else 0,
-    )
+    keeps = "conditioning" in config.rl.replayed
+    spec = ConditioningSpec.of(session.adapter, session.first) if keeps else None
+    feature_dim = session.runner.features(session.first).shape[1]
+    layout = replay_layout(config.rl, session.adapter, space, feature_dim, spec)
+    line = check_replay(config.train.replay_capacity, **layout)
     if session.world is None or session.world.main:
         print(line)
 

@@ -29,10 +29,13 @@ from trimtab.rl.algorithms.capture import CapturedUpdate, why_not_captured
 from trimtab.rl.algorithms.optimizer import FusedAdam
 from trimtab.rl.data.replay import Batch
 from trimtab.rl.data.returns import DISCOUNT_PER
+from trimtab.rl.runs.processes import optimizers
 
 MEASURED_EVERY = 10  # updates; what metrics take part in no loss
 RANKED_EVERY = 50  # updates; metrics that cost as much as a step
 ENGINES = ("eager", "compile", "cuda_graph")
+# Of an optimiser's groups: its weights are the algorithm's, its rate follows from the steps of the run.
+UNSAVED = "params", "lr"
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -260,6 +263,29 @@ class Algorithm(nn.Module, Acting, abc.ABC):
                     group["lr"].fill_(factor * rate)
                 else:
                     group["lr"] = factor * rate
+
+    def training_state(self) -> dict[str, Any]:
+        """Networks, temperature, normalisers, counters and optimisers, to go on learning from."""
+        counters = {name: value for name, value in vars(self).items() if type(value) is int}
+        states: dict[str, Any] = {}
+        for name, optimizer in optimizers(self).items():
+            state = optimizer.state_dict()
+            groups = [{k: v for k, v in group.items() if k not in UNSAVED} for group in state["param_groups"]]
+            states[name] = {"state": state["state"], "groups": groups}
+        return {"tensors": self.state_dict(), "counters": counters, "optimizers": states}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """The inverse of ``training_state``."""
+        self.load_state_dict(state["tensors"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        for name, optimizer in optimizers(self).items():
+            saved, now = state["optimizers"][name], optimizer.state_dict()
+            for group, settings in zip(now["param_groups"], saved["groups"], strict=True):
+                # A tuple (Adam's betas) comes back as a list.
+                group |= {k: tuple(v) if isinstance(group[k], tuple) else v for k, v in settings.items()}
+            by_index = {int(index): dict(entry) for index, entry in saved["state"].items()}
+            optimizer.load_state_dict({"state": by_index, "param_groups": now["param_groups"]})
 
     def _adam(self, learning_rate: float, *parts: nn.Module | nn.Parameter) -> Any:
         """A fused Adam over the parameters of ``parts``, prepared by the accelerator."""

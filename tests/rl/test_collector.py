@@ -12,10 +12,11 @@ from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, load_adapter
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.rl.algorithms import DSRLSACConfig
-from trimtab.rl.collector import Collector, SuccessWindow
+from trimtab.rl.collector import Collector
 from trimtab.rl.diagnostics import calibration, returns_to_go
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.metrics import SuccessWindow
 from trimtab.rl.runner import PolicyRunner
 
 
