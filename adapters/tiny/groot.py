@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from trimtab.adapters.tiny._qwen3 import make_qwen3
+from trimtab.adapters.tiny.backbones import make_qwen3
 from trimtab.adapters.tiny.parts import ACTION_DIM, STATE_DIM, camera_features, make_config, save_policy
 
 TAG = "tiny_arm"
 HORIZON = 6  # of the model; the sidecars' is one less
 
 
-def build(
+def groot(
     folder: Path, sidecars: bool = False, relative: bool = False, cameras: int = 1, **fields: Any
 ) -> dict[str, Any]:
     """Save the policy; the GR00T model that it names lies in ``folder/gr00t``, its Qwen3-VL beside.
@@ -27,6 +27,8 @@ def build(
         cameras: number of cameras.
         fields: fields of ``GrootConfig`` that shall differ.
     """
+    from lerobot.policies.groot.modeling_groot import GrootPolicy
+
     qwen, base = folder / "Qwen" / "Qwen3-VL-tiny", folder / "gr00t"
     make_base(base, qwen)
     if sidecars:
@@ -37,11 +39,6 @@ def build(
         **camera_features(cameras),
         base_model_path=str(base),
         embodiment_tag=TAG if sidecars else "new_embodiment",
-        chunk_size=5,
-        n_action_steps=4,
-        max_state_dim=8,
-        max_action_dim=7,
-        use_bf16=False,
     )
 
     def shrink(preprocessor: Any) -> None:
@@ -50,7 +47,7 @@ def build(
                 step.image_target_size, step.image_crop_size = [64, 64], [56, 56]  # 256 pixels by default
                 step.model_name = str(qwen)  # LeRobot names NVIDIA's Cosmos-Reason2-2B, whatever the model
 
-    save_policy(folder, config, change=shrink)
+    save_policy(folder, config, GrootPolicy, change=shrink)
     return {"backbone": str(base), "tokenizer": str(qwen)}
 
 

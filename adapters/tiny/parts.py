@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
+
+from trimtab.adapters.registry import adapter_class
 
 STATE_DIM, ACTION_DIM = 5, 3
 WORDS = ("pick", "up", "the", "red", "cube", "press", "button", "close", "drawer", "push", "to", "goal")
@@ -19,15 +22,8 @@ PROMPT_WORDS = (
 )
 
 Sizes = dict[str, dict[str, Any]]  # fields of the configs of a backbone's parts
-# Narrow language models and vision towers: fields that most of them name alike.
-TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-QWEN_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2}
+# Narrow sizes: the fields of each policy type's config, and those of the backbones.
+SIZES: dict[str, Any] = json.loads(Path(__file__).with_name("sizes.json").read_text(encoding="utf-8"))
 
 
 def camera_features(
@@ -73,10 +69,12 @@ def statistics(config: Any) -> dict[str, dict[str, Tensor]]:
 
 
 def make_config(policy_type: str, fields: dict[str, Any], **defaults: Any) -> Any:
-    """LeRobot's config of a policy type: ``defaults``, but for ``fields``."""
+    """LeRobot's config of a policy type: its narrow sizes and ``defaults``, but for ``fields``."""
     from lerobot.policies.factory import make_policy_config
 
-    return make_policy_config(policy_type, **{"device": "cpu", "push_to_hub": False, **defaults, **fields})
+    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in SIZES["policies"][policy_type].items()}
+    values = {"device": "cpu", "push_to_hub": False, **sizes, **defaults, **fields}
+    return make_policy_config(policy_type, **values)
 
 
 def save_policy(
@@ -91,14 +89,15 @@ def save_policy(
     Args:
         folder: where.
         config: the policy's.
-        build: makes the policy; default: its class.
+        build: makes the policy; default: its adapter, which reads no weights of the backbone.
         no_zeros: ``randomise`` it.
         change: what to do with the preprocessor before it is saved.
     """
-    from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+    from lerobot.policies.factory import make_pre_post_processors
 
+    adapter: Any = adapter_class(config.type)
     torch.manual_seed(0)
-    policy = (build or get_policy_class(config.type))(config)
+    policy = (build or adapter.build)(config)
     if no_zeros:
         randomise(policy)
     preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=statistics(config))
@@ -119,28 +118,6 @@ def randomise(policy: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> Non
             if parameter.ndim > 1 and not parameter.any():
                 values = torch.randn(parameter.shape, generator=generator) * scale
                 parameter.copy_(values / parameter.shape[-1] ** 0.5)
-
-
-def save_processor(
-    folder: Path, name: str, tokenizer: Any, image: str, video: str, template: str = "{{ messages }}"
-) -> None:
-    """Save a vision-language model's processor.
-
-    Args:
-        folder: where.
-        name: of its class in transformers.
-        tokenizer: its own.
-        image, video: classes of its image and video processor.
-        template: of a chat.
-    """
-    import transformers
-
-    getattr(transformers, name)(
-        image_processor=getattr(transformers, image)(),
-        tokenizer=tokenizer,
-        video_processor=getattr(transformers, video)(),
-        chat_template=template,
-    ).save_pretrained(folder)
 
 
 def token_ids(tokenizer: Any, tokens: dict[str, str]) -> dict[str, int]:

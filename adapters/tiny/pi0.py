@@ -1,4 +1,4 @@
-"""A pi0 of 0.3 M weights: the real PaliGemma and Gemma classes, narrow.
+"""A pi0 or pi05 of 0.3 M weights: the real PaliGemma and Gemma classes, narrow.
 
 LeRobot fixes their sizes in code and lets a config name only ``gemma_2b`` or ``gemma_300m``. A tiny config
 names ``gemma_300m`` as the vision-language model, which LeRobot accepts but cannot run (its image embeddings
@@ -23,13 +23,8 @@ MARK = "gemma_300m"
 VOCABULARY = 512
 
 
-def build(folder: Path, **fields: Any) -> dict[str, Any]:
-    """Save the policy, and its tokenizer beside it; the saved processor names the published one."""
-    return build_pi("pi0", folder, **fields)
-
-
-def build_pi(policy_type: str, folder: Path, **fields: Any) -> dict[str, Any]:
-    """``build`` for ``pi0`` and ``pi05``, whose classes differ in their module's name only."""
+def pi(policy_type: str, folder: Path, **fields: Any) -> dict[str, Any]:
+    """Save a pi0 or pi05, and its tokenizer beside it; the saved processor names the published one."""
     from tokenizers import AddedToken
 
     tokenizer_folder = folder / "tokenizer"
@@ -37,19 +32,7 @@ def build_pi(policy_type: str, folder: Path, **fields: Any) -> dict[str, Any]:
     # pi05 writes the state into the prompt, as bins.
     tokenizer.add_tokens([AddedToken(str(number), single_word=True) for number in range(256)])
     tokenizer.save_pretrained(tokenizer_folder)
-    config = make_config(
-        policy_type,
-        fields,
-        **camera_features(),
-        paligemma_variant=MARK,
-        image_resolution=(28, 28),
-        chunk_size=8,
-        n_action_steps=4,
-        max_state_dim=8,
-        max_action_dim=6,
-        num_inference_steps=4,
-        tokenizer_max_length=12 if policy_type == "pi0" else 24,
-    )
+    config = make_config(policy_type, fields, **camera_features(), paligemma_variant=MARK)
     processors = import_module(f"lerobot.policies.{policy_type}.processor_{policy_type}")
     step = processors.TokenizerProcessorStep
 

@@ -5,38 +5,47 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import typing
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": (
-        "trimtab.recipes.cli.demo",
-        "make a base policy, steer it, and compare: all in minutes",
+
+class Command(NamedTuple):
+    """A command: its module here has a ``main`` that takes the config it declares.
+
+    Attributes:
+        text: what it does.
+        launched: takes part in what a launcher has begun.
+        tiny: also runs on a random tiny policy.
+        light: takes arguments instead of a config, needs no policy, and says itself what is wrong.
+    """
+
+    text: str
+    launched: bool = False
+    tiny: bool = False
+    light: bool = False
+
+
+COMMANDS = {
+    "demo": Command("make a base policy, steer it, and compare: all in minutes", launched=True),
+    "adapt": Command("steer a LeRobot policy in an environment by noise-space RL", launched=True, tiny=True),
+    "eval": Command("compare base, zero noise, constant noise and steered on paired seeds", tiny=True),
+    "export": Command("a run as a LeRobot policy, with a model card; to the Hub", tiny=True),
+    "lora": Command(
+        "the rival: fine-tune by LoRA on a dataset, or on the policy's successes", launched=True, tiny=True
     ),
-    "adapt": ("trimtab.recipes.cli.adapt", "steer a LeRobot policy in an environment by noise-space RL"),
-    "eval": (
-        "trimtab.recipes.cli.eval",
-        "compare base, zero noise, constant noise and steered on paired seeds",
+    "compare": Command(
+        "steering beside LoRA and other rivals: table, figure, HTML report", launched=True, tiny=True
     ),
-    "export": (
-        "trimtab.recipes.cli.export",
-        "a run as a LeRobot policy, with a model card; to the Hub",
-    ),
-    "lora": (
-        "trimtab.recipes.cli.lora",
-        "the rival: fine-tune by LoRA on a dataset, or on the policy's successes",
-    ),
-    "compare": (
-        "trimtab.recipes.cli.compare",
-        "steering beside LoRA and other rivals: table, figure, HTML report",
-    ),
-    "probe": ("trimtab.recipes.cli.probe", "can this policy be steered, and in which noise space?"),
-    "policies": ("trimtab.recipes.cli.policies", "table of the policy types: their noise, and what it costs"),
-    "recipes": ("trimtab.recipes.cli.recipes", "the recipes for known generalists: files, commands, needs"),
-    "bench": ("trimtab.recipes.cli.bench", "sample efficiency and engine speed beside other methods"),
-    "base": ("trimtab.recipes.cli.base", "make an embedded base policy for any of Meta-World's 50 tasks"),
+    "probe": Command("can this policy be steered, and in which noise space?", tiny=True),
+    "policies": Command("table of the policy types: their noise, and what it costs"),
+    "recipes": Command("the recipes for known generalists: files, commands, needs", light=True),
+    "bench": Command("sample efficiency and engine speed beside other methods", launched=True),
+    "base": Command("make an embedded base policy for any of Meta-World's 50 tasks"),
 }
-LEARN = ("adapt", "demo", "lora", "compare", "bench")  # these take part in what a launcher has begun
-LIGHT = ("recipes",)  # these need no policy and say themselves what is wrong
+# What is gone ("COMMAND" or "COMMAND --option"), and what to use instead.
+REMOVED: dict[str, str] = {}
 
 USAGE = """usage: trimtab COMMAND [--option=value ...]
 
@@ -52,7 +61,7 @@ Options are LeRobot's: --policy.path=, --env.type=, --env.task=, --config_path=;
 
 def usage() -> str:
     """The text of `trimtab --help`."""
-    return USAGE.format(commands="\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()))
+    return USAGE.format(commands="\n".join(f"  {name:<8} {one.text}" for name, one in COMMANDS.items()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,15 +70,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0
-    if args[0] not in COMMANDS:
-        print(f"trimtab: error: no command '{args[0]}'; there are {', '.join(COMMANDS)}", file=sys.stderr)
+    name = args.pop(0)
+    if name not in COMMANDS:
+        said = f"is gone: {REMOVED[name]}" if name in REMOVED else f"there are {', '.join(COMMANDS)}"
+        print(f"trimtab: error: no command '{name}'; {said}", file=sys.stderr)
         return 2
-    if args[0] in LIGHT:
-        return importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
-    return _run(COMMANDS[args[0]][0], args[0], args[1:])
+    if COMMANDS[name].light:
+        return entry(name)(args)
+    return _run(name, args)
 
 
-def _run(module: str, command: str, args: list[str]) -> int:
+def entry(command: str) -> Callable[..., Any]:
+    """The function that runs a command."""
+    return importlib.import_module(f"{__name__}.{command}").main
+
+
+def config_class(command: str) -> type:
+    """The dataclass of a command's options: what its function takes."""
+    return typing.get_type_hints(entry(command))["config"]
+
+
+def _run(command: str, args: list[str]) -> int:
     from trimtab.recipes.support.console import quiet, start_worker_server
     from trimtab.rl.runs.threads import spin_briefly
 
@@ -81,14 +102,12 @@ def _run(module: str, command: str, args: list[str]) -> int:
 
     try:
         from trimtab.recipes.support.launched import check_launch
-        from trimtab.recipes.support.recipe_file import with_recipe
-        from trimtab.recipes.support.tiny_run import tiny
+        from trimtab.recipes.support.options import parse
 
-        run: Callable[[list[str]], None] = importlib.import_module(module).main
-        if command in LEARN:
+        if COMMANDS[command].launched:
             check_launch()
-        with tiny(with_recipe(args, command), command) as arguments:
-            run(arguments)
+        with ExitStack() as stack:
+            entry(command)(parse(config_class(command), command, args, stack))
     except UserError as error:
         rank = os.environ.get("RANK", "0")  # of an `accelerate launch`
         where = "" if rank == "0" else f" (process {rank})"

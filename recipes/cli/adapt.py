@@ -17,9 +17,9 @@ from trimtab.policies.actor import NoiseActor
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.launched import launched_processes, make_accelerator
-from trimtab.recipes.support.presets import expand_preset, noise_said, value_of
+from trimtab.recipes.support.layers import flatten
 from trimtab.recipes.support.repeat import loaded_plugins
 from trimtab.recipes.support.reporting import (
     NAMES,
@@ -31,13 +31,12 @@ from trimtab.recipes.support.reporting import (
     table,
     write_json,
 )
-from trimtab.recipes.support.run_folder import METRICS, RunFolder, disk_errors, resumed_args
+from trimtab.recipes.support.run_folder import METRICS, RunFolder, disk_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.recipes.support.trackers import Trackers, check_trackers
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.algorithms.acting import Learnt, LoadedBase, RunRequest
-from trimtab.rl.algorithms.presets import flatten
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
@@ -107,14 +106,11 @@ class Outcome:
     by_task: dict[str, dict[str, Evaluation]]
 
 
-def main(args: list[str]) -> None:
-    args, going_on = resumed_args(args)
-    config = parse(AdaptConfig, "adapt", with_default_noise(expand_preset(args)))
-    config.resume = going_on
+def main(config: AdaptConfig) -> None:
     if is_artefact(config.policy.path):
         raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
     processes = make_accelerator(config.policy.device) if launched_processes() > 1 else None
-    output = config.output_dir if going_on else new_output_dir(config.output_dir, "adapt")
+    output = config.output_dir if config.resume else new_output_dir(config.output_dir, "adapt")
     if processes:  # the first one's clock names the folder
         output = World(processes).gather(output)[0]
     session, folder = open_session(
@@ -143,15 +139,6 @@ def main(args: list[str]) -> None:
     for line in waits(outcome.lines):
         say(line)
     say(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
-
-
-def with_default_noise(args: list[str]) -> list[str]:
-    """``args`` with the constant noise space that golden_ticket seeks in, unless they name one themselves."""
-    algorithm = value_of(args, "rl.type")
-    if algorithm != "golden_ticket" or noise_said(args, algorithm):
-        return args
-    print("golden_ticket seeks one noise for all observations: --noise.type=constant")
-    return ["--noise.type=constant", *args]
 
 
 def untrained_line(summary: dict[str, Any], noise: str) -> str:
@@ -225,7 +212,7 @@ def _steer(
         with writer(output, keep, session.world) as lines:
             trainer.on_metrics = lambda line: (lines(line), tracked(line))
             if run.checkpoints:
-                run.checkpoints.beside = lambda: {"metrics": lines.place(), "repeatable": vec.repeatable}
+                run.checkpoints.beside = lambda: {"metrics": lines.offset(), "repeatable": vec.repeatable}
             for note in trainer.resume(found) if found else ():
                 print(note)
             signals.kept = found is not None
@@ -275,7 +262,7 @@ def measure(
     for task, vec in session.evaluations_by_task():
         if not found and config.rl.replays:
             announce_memory(session, config, space)
-        found[task], said = session.baselines(vec, config.seed)
+        found[task], said, _ = session.baselines(vec, config.seed)
         untrained = config.rl.untrained(space)
         found[task]["untrained"] = (
             session.evaluate(vec, untrained, label="untrained actor") if untrained else found[task]["base"]

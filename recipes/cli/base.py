@@ -7,7 +7,6 @@ from pathlib import Path
 
 from trimtab.adapters import UserError
 from trimtab.recipes.embedded_base.base import BaseConfig, make_base
-from trimtab.recipes.support.console import parse
 from trimtab.recipes.support.shared_configs import MachineConfig
 from trimtab.rl.envs.metaworld import task_names
 
@@ -24,8 +23,7 @@ class MakeBaseConfig(BaseConfig):
     threads: int | None = None
 
 
-def main(args: list[str]) -> None:
-    config = parse(MakeBaseConfig, "base", args)
+def main(config: MakeBaseConfig) -> None:
     if config.list_tasks:
         print("\n".join(task_names()))
         return

@@ -18,7 +18,7 @@ from trimtab.adapters.checkpoint.folder import resolve_folder
 from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.recipes.bench.methods import METHODS, Setup, run_base, run_method
 from trimtab.recipes.bench.report import write_samples
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.reporting import read_json, write_json
 from trimtab.recipes.support.shared_configs import EVALUATION_SEED
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, check_episode_length, split_tasks
@@ -99,8 +99,7 @@ def numbers(text: str, option: str, low: int, high: int) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def main(args: list[str]) -> None:
-    config = parse(BenchConfig, "bench", args)
+def main(config: BenchConfig) -> None:
     if not config.base:
         raise UserError("--base", "name the folder of a base policy; `trimtab base` makes one")
     torch.set_num_threads(1)

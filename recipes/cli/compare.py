@@ -26,7 +26,7 @@ from trimtab.recipes.compare.report import write_report
 from trimtab.recipes.compare.summary import summarise
 from trimtab.recipes.embedded_base.base import DEMONSTRATIONS as BASE_DATA
 from trimtab.recipes.embedded_base.dataset import REPO_ID
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.repeat import repeatable
 from trimtab.recipes.support.reporting import rate_text, read_json, write_json
 from trimtab.recipes.support.session import Session, base_of
@@ -121,8 +121,7 @@ class CompareConfig:
         return numbers(self.seeds, "--seeds", 0, MAX_SEED)
 
 
-def main(args: list[str]) -> None:
-    config = parse(CompareConfig, "compare", args)
+def main(config: CompareConfig) -> None:
     if config.runs:
         report_folders(config)
         return

@@ -12,9 +12,9 @@ from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
-from trimtab.recipes.cli.adapt import AdaptConfig, check_run, steer, untrained_line, with_default_noise
+from trimtab.recipes.cli.adapt import AdaptConfig, check_run, steer, untrained_line
 from trimtab.recipes.embedded_base.base import RECORD, BaseConfig, cached_base
-from trimtab.recipes.support.console import default_threads, new_output_dir, parse
+from trimtab.recipes.support.console import default_threads, new_output_dir
 from trimtab.recipes.support.reporting import read_json, summaries, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
@@ -58,9 +58,8 @@ class DemoConfig:
         check_run(self.seed, self.num_envs)
 
 
-def main(args: list[str]) -> None:
+def main(config: DemoConfig) -> None:
     started = time.perf_counter()
-    config = parse(DemoConfig, "demo", with_default_noise(args))
     config.task = resolve_task(config.task, "--task")
     base = config.base.resolved()
     if config.task not in base.tasks.split(","):

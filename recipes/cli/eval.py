@@ -10,7 +10,7 @@ from lerobot.envs.configs import EnvConfig
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.reporting import outcomes, summaries, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
@@ -65,8 +65,7 @@ class EvaluateConfig:
     output_dir: Path | None = None
 
 
-def main(args: list[str]) -> None:
-    config = parse(EvaluateConfig, "eval", args)
+def main(config: EvaluateConfig) -> None:
     output = new_output_dir(config.output_dir, "eval")
     steered = None
     if is_artefact(config.policy.path):
@@ -81,7 +80,7 @@ def main(args: list[str]) -> None:
     policy = acting(session, steered)
     print(describe(session, folder))
     with session.evaluation_environments() as vec:
-        evaluations, details = session.baselines(vec, config.seed)
+        evaluations, details, _ = session.baselines(vec, config.seed)
         if steered is not None:
             evaluations["steered"] = session.evaluate(vec, policy, label="steered")
     session.record(policy, output / "rollouts.mp4", "video")

@@ -14,7 +14,6 @@ from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, save_artefact
 from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
-from trimtab.recipes.support.console import parse
 from trimtab.recipes.support.export_check import check_runners
 from trimtab.recipes.support.reporting import NAMES, return_text
 
@@ -40,8 +39,7 @@ class ExportConfig:
     private: bool = False
 
 
-def main(args: list[str]) -> None:
-    config = parse(ExportConfig, "export", args)
+def main(config: ExportConfig) -> None:
     artefact = find_artefact(config.run)
     output = config.output_dir or artefact.parent / "export"
     if output.exists() and not is_artefact(str(output)) and (output.is_file() or any(output.iterdir())):

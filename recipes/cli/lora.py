@@ -21,7 +21,7 @@ from trimtab.recipes.finetune.data import REPO_ID, Recorder
 from trimtab.recipes.finetune.filtered_bc import rounds
 from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
-from trimtab.recipes.support.console import new_output_dir, parse
+from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.repeat import repeatable
 from trimtab.recipes.support.reporting import MetricsWriter, outcomes, rate_text, summaries, table, write_json
 from trimtab.recipes.support.session import Session, describe
@@ -96,8 +96,7 @@ class LoraConfig(TuningConfig):
             raise UserError(f"--dataset.{name}", "not supported here; `lerobot-train --peft...` is")
 
 
-def main(args: list[str]) -> None:
-    config = parse(LoraConfig, "lora", args)
+def main(config: LoraConfig) -> None:
     output = new_output_dir(config.output_dir, "lora")
     config.machine.apply()
     adapter, folder = open_base(config)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import UserError
-from trimtab.recipes.support.console import parse
 from trimtab.recipes.support.reporting import write_json
 
 ROWS = Path(__file__).with_suffix(".json")
@@ -33,8 +32,7 @@ class PoliciesConfig:
     output: Path | None = None
 
 
-def main(args: list[str]) -> None:
-    config = parse(PoliciesConfig, "policies", args)
+def main(config: PoliciesConfig) -> None:
     rows = {row["type"]: row for row in json.loads(ROWS.read_text(encoding="utf-8"))}
     names = [name for name in map(str.strip, config.types.split(",")) if name] or list(rows)
     unknown = [name for name in names if name not in rows]

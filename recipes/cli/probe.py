@@ -19,15 +19,15 @@ from trimtab.adapters.errors import reason
 from trimtab.adapters.loading import open_adapter
 from trimtab.adapters.steerability import MANY, Steerability, measure
 from trimtab.policies.artefact import is_artefact
-from trimtab.policies.noise_samplers import base_noise, constant_noise, own_noise, repeated_noise, zero_noise
-from trimtab.recipes.support.console import new_output_dir, parse
-from trimtab.recipes.support.diagnosis import as_json, judge
+from trimtab.policies.noise_samplers import base_noise, repeated_noise
+from trimtab.recipes.support.console import new_output_dir
+from trimtab.recipes.support.diagnosis import as_json, diagnose
 from trimtab.recipes.support.probe_picture import plot_probe
-from trimtab.recipes.support.reporting import summaries, table, write_json
+from trimtab.recipes.support.reporting import NAMES, summaries, table, write_json
 from trimtab.recipes.support.session import Session, base_of, describe
-from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
+from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base
-from trimtab.rl.evaluation import Evaluation, best_constant, evaluate
+from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.statistics import wilson_interval
 
@@ -73,8 +73,7 @@ class ProbeConfig:
                 raise UserError(f"--{name}", f"must be at least {least}, got {getattr(self, name)}")
 
 
-def main(args: list[str]) -> None:
-    config = parse(ProbeConfig, "probe", args)
+def main(config: ProbeConfig) -> None:
     if is_artefact(config.policy.path):
         raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
     output = new_output_dir(config.output_dir, "probe")
@@ -105,11 +104,17 @@ def _running(path: str) -> Iterator[None]:
 def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
     for note in adapter.notes:
         print(f"note: {note}")
-    path, session = config.policy.path, None
+    path, session = str(config.policy.path), None
     if config.env is not None:
         check_base(config.env, base_of(config.policy))
         session = Session(adapter, config.env, config.eval, config.machine)
-    print(describe(session, path) if session else describe_policy(adapter, path))
+        print(describe(session, path))
+    else:
+        steps, width = adapter.chunk_shape
+        print(
+            f"policy: {path} ({adapter.policy_type}), noise {tuple(adapter.noise_spec.shape)}, "
+            f"{steps} actions of {width} per chunk; random inputs (no --env.type)"
+        )
     with _running(path):
         observations, again = _observations(adapter, session, config)
         measured = measure(adapter, observations, config.noises, config.seed, config.repeats, again)
@@ -120,16 +125,16 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
         with _running(path):
             evaluations, constants, best = _success(session, config)
         print(f"\n{table(summaries(evaluations))}")
-        print(describe_constants(constants))
+        if constants:
+            print(describe_constants(constants))
         if best is not None:
             output.mkdir(parents=True, exist_ok=True)
             save_file({"noise": best.contiguous()}, str(output / "best_constant.safetensors"))
         session.record(session.own_noise, output / "base.mp4", "video: base policy")
-    verdict = judge(measured, adapter.policy_type, evaluations, constants)
-    name = Path(path).name
-    plot_probe(
-        output / "probe.png", measured, summaries(evaluations), constants, f"{name}: {verdict.headline}"
-    )
+    success = summaries(evaluations)
+    diagnosis = diagnose(measured, adapter.policy_type, evaluations, constants)
+    title = f"{Path(path).name}: {diagnosis.headline}"
+    plot_probe(output / "probe.png", measured, success, constants, title)
     write_json(
         output / "probe.json",
         {
@@ -138,14 +143,14 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
             "noise_shape": list(adapter.noise_spec.shape),
             "chunk_shape": list(adapter.chunk_shape),
             "notes": adapter.notes,
-            **as_json(measured, verdict),
-            "success": summaries(evaluations),
+            **as_json(measured, diagnosis),
+            "success": success,
             "constants": constants,
             "machine": machine_record(),
         },
     )
-    print(f"\nverdict: {verdict.headline}")
-    for line in verdict.lines:
+    print(f"\ndiagnosis: {diagnosis.headline}")
+    for line in diagnosis.lines:
         print(f"  - {line}")
     print(f"\nall in {output}")
 
@@ -153,114 +158,77 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
 def _observations(
     adapter: PolicyAdapter, session: Session | None, config: ProbeConfig
 ) -> tuple[list[Conditioning], Any]:
-    """Encoded observations, and a function that encodes one of them again."""
+    """Encoded observations, and a function that encodes the first of them again."""
     if session is None:
         generator = torch.Generator().manual_seed(config.seed)
-        raw = [adapter.example_observation(1, generator) for _ in range(config.observations)]
-        return [adapter.observe(observation) for observation in raw], lambda: adapter.observe(raw[0])
-    seen: list[Any] = []
-    per_episode = -(-config.observations // 4)
-    source = session.own_noise
+        examples = [adapter.example_observation(1, generator) for _ in range(config.observations)]
+        return [adapter.observe(example) for example in examples], lambda: adapter.observe(examples[0])
+    runner, seen = session.runner, []
     with session.environments(1) as vec:
         tasks = vec.task_descriptions[:1]
         for seed in itertools.count(config.eval.seed):  # the base acts, so that later states are there too
-            session.runner.forget(0)
+            runner.forget(0)
             observation, generator = vec.reset({0: seed})[0], torch.Generator().manual_seed(seed)
-            for _ in range(per_episode):
+            for _ in range(-(-config.observations // 4)):
                 seen.append(observation)
-                encoded = session.runner.encode([observation], tasks, [0])
-                features = session.runner.features(encoded)
-                noise = source(features, session.runner.prior(1, generator))
-                vec.send({0: session.runner.decode(encoded, noise, [0])[0]}, {0: None})
+                encoded = runner.encode([observation], tasks, [0])
+                _, actions = runner.act(session.own_noise, encoded, None, runner.priors(1, [generator]), [0])
+                vec.send({0: actions[0]}, {0: None})
                 result = vec.receive()[0]
                 if result.ended:
                     break
                 observation = result.observation
             if len(seen) >= config.observations:
                 break
-        session.runner.forget(0)
-    encoded = [session.runner.encode([observation], tasks) for observation in seen[: config.observations]]
-    return encoded, lambda: session.runner.encode(seen[:1], tasks)
+        runner.forget(0)
+    encoded = [runner.encode([observation], tasks) for observation in seen[: config.observations]]
+    return encoded, lambda: runner.encode(seen[:1], tasks)
 
 
 def _success(
     session: Session, config: ProbeConfig
 ) -> tuple[dict[str, Evaluation], list[dict[str, Any]], Tensor | None]:
     """Success under own, repeated, zero and constant noise; of each constant tried; and the best of these."""
-    runner, seeds, spec = session.runner, config.eval.seeds, session.adapter.noise_spec
-    found: dict[str, Evaluation] = {}
-    constants: list[dict[str, Any]] = []
-    noise: Tensor | None = None
+    spec, episodes = session.adapter.noise_spec, config.eval.constant_episodes
+    others = {"repeated_noise": repeated_noise} if len(spec.shape) == 2 else {}
+    if spec.distribution == "zero":  # the base is zero noise already
+        others["prior_noise"] = base_noise
     with session.evaluation_environments() as vec:
-        found["base"] = evaluate(runner, vec, own_noise(spec), seeds, "base policy")
-        session.note_success(found["base"])
-        if len(spec.shape) == 2:
-            found["repeated_noise"] = evaluate(runner, vec, repeated_noise, seeds, "repeated noise")
-        if spec.distribution == "zero":  # the base is zero noise already
-            found["prior_noise"] = evaluate(runner, vec, base_noise, seeds, "prior draws")
-        else:
-            found["zero_noise"] = evaluate(runner, vec, zero_noise, seeds, "zero noise")
-        if config.eval.constant_candidates:
-            episodes = config.eval.constant_episodes
-            noise, rates = best_constant(
-                runner,
-                vec,
-                config.eval.constant_candidates,
-                range(SELECTION_SEED, SELECTION_SEED + episodes),
-                config.seed,
-            )
-            for rate in rates if found["base"].reported else ():
-                count = round(rate * episodes)
-                constants.append(
-                    {"successes": count, "episodes": episodes, "ci95": list(wilson_interval(count, episodes))}
-                )
-            found["constant_noise"] = evaluate(runner, vec, constant_noise(noise), seeds, "best constant")
-    return found, constants, noise
-
-
-def describe_policy(adapter: PolicyAdapter, path: str) -> str:
-    """One line about a policy without an environment."""
-    return (
-        f"policy: {path} ({adapter.policy_type}), noise {tuple(adapter.noise_spec.shape)}, "
-        f"{adapter.chunk_shape[0]} actions of {adapter.chunk_shape[1]} per chunk; "
-        "random inputs (no --env.type)"
-    )
+        found, search, constant = session.baselines(vec, config.seed)
+        found |= {name: session.evaluate(vec, noise, label=NAMES[name]) for name, noise in others.items()}
+    counts = [round(rate * episodes) for rate in search.get("selection_success", ())]
+    constants = [
+        {"successes": count, "episodes": episodes, "ci95": list(wilson_interval(count, episodes))}
+        for count in counts
+    ]
+    return {name: found[name] for name in NAMES if name in found}, constants, constant
 
 
 def describe_measured(measured: Steerability, adapter: PolicyAdapter) -> str:
     """The measurements as a few aligned lines."""
     by_step = measured.spread.square().mean(-1).sqrt()
     live = adapter.noise_spec.size - measured.declared_inert
-    lines = [
-        ("same noise twice", f"chunks differ by {measured.repeat_difference:.3g}"),
-        ("different noises", f"chunks differ by up to {measured.noise_difference:.3g}"),
-        (
-            "spread over noises",
-            f"{by_step[0]:.3g} at the chunk's first step, {by_step[-1]:.3g} at its last (the policy's units)",
-        ),
-        ("noise entries", f"{live} live, {measured.declared_inert} declared inert"),
-    ]
+    lines = {
+        "same noise twice": f"chunks differ by {measured.repeat_difference:.3g}",
+        "different noises": f"chunks differ by up to {measured.noise_difference:.3g}",
+        "spread over noises": f"{by_step[0]:.3g} at the chunk's first step, {by_step[-1]:.3g} at its last "
+        "(the policy's units)",
+        "noise entries": f"{live} live, {measured.declared_inert} declared inert",
+    }
     if measured.declared_inert:
-        lines.append(("inert entries anew", f"chunks differ by {measured.inert_difference:.3g}"))
-    if measured.seconds:
-        for name, said in (
-            ("encode", "encode"),
-            ("denoise_1", "denoise one noise"),
-            (f"denoise_{MANY}", f"denoise {MANY}"),
-        ):
-            middle, least, most = (1e3 * seconds for seconds in measured.seconds[name])
-            lines.append((said, f"{middle:.3g} ms (median; {least:.3g} to {most:.3g})"))
-    return "\n".join(f"{name:<20} {value}" for name, value in lines)
+        lines["inert entries anew"] = f"chunks differ by {measured.inert_difference:.3g}"
+    names = {"encode": "encode", "denoise_1": "denoise one noise", f"denoise_{MANY}": f"denoise {MANY}"}
+    for name, times in measured.seconds.items():
+        middle, least, most = (1e3 * seconds for seconds in times)
+        lines[names[name]] = f"{middle:.3g} ms (median; {least:.3g} to {most:.3g})"
+    return "\n".join(f"{name:<20} {value}" for name, value in lines.items())
 
 
 def describe_constants(constants: list[dict[str, Any]]) -> str:
     """The success of each constant noise that was tried."""
-    if not constants:
-        return ""
     tried = ", ".join(f"{c['successes']}/{c['episodes']}" for c in constants)
-    low = min(constants, key=lambda c: c["successes"])["ci95"]
-    high = max(constants, key=lambda c: c["successes"])["ci95"]
-    return (
-        f"constants tried: {tried}; 95 % interval of the worst {100 * low[0]:.0f} - {100 * low[1]:.0f} %, "
-        f"of the best {100 * high[0]:.0f} - {100 * high[1]:.0f} %"
+    worst, best = (
+        f"{100 * low:.0f} - {100 * high:.0f} %"
+        for low, high in (pick(constants, key=lambda c: c["successes"])["ci95"] for pick in (min, max))
     )
+    return f"constants tried: {tried}; 95 % interval of the worst {worst}, of the best {best}"

@@ -12,8 +12,10 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
+from trimtab.adapters import UserError
 from trimtab.rl.runs.progress import Progress
 
+COLUMNS = (OBS_STATE, OBS_ENV_STATE, ACTION)
 NARROW = 1e-3  # a coordinate that moved less than this in all demonstrations counts as constant
 
 
@@ -38,6 +40,19 @@ class CloningConfig:
     horizon: int = 8
     n_action_steps: int = 4
     num_inference_steps: int = 5
+
+    def check(self) -> None:
+        """Raise a ``UserError`` for a number out of range."""
+        for name in ("steps", "batch_size", "num_inference_steps", "n_action_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--cloning.{name}", f"must be at least 1, got {getattr(self, name)}")
+        if self.n_action_steps > self.horizon:
+            raise UserError("--cloning.n_action_steps", f"cannot exceed --cloning.horizon={self.horizon}")
+        dims, factor = self.down_dims, 2 ** len(self.down_dims)
+        if not dims or any(dim < 8 or dim % 8 for dim in dims):
+            raise UserError("--cloning.down_dims", f"needs positive multiples of 8, got {list(dims)}")
+        if self.horizon % factor:
+            raise UserError("--cloning.horizon", f"must be a multiple of {factor} (2 per down_dims entry)")
 
 
 @dataclass
@@ -76,15 +91,12 @@ def widened(stats: dict[str, dict[str, Any]]) -> dict[str, dict[str, np.ndarray]
     LeRobot divides by max - min. A coordinate that stood still to the micrometre would turn a
     harmless deviation at run time into an input in the thousands.
     """
-    out = {
-        key: {name: np.asarray(value).copy() for name, value in entry.items()} for key, entry in stats.items()
-    }
-    for key in (OBS_STATE, OBS_ENV_STATE, ACTION):
-        low, high = out[key]["min"], out[key]["max"]
-        narrow = (high - low) < NARROW
-        low[narrow] -= 0.5
-        high[narrow] += 0.5
-    return out
+    wide = {key: {name: np.array(value) for name, value in entry.items()} for key, entry in stats.items()}
+    for key in COLUMNS:
+        narrow = (wide[key]["max"] - wide[key]["min"]) < NARROW
+        wide[key]["min"][narrow] -= 0.5
+        wide[key]["max"][narrow] += 0.5
+    return wide
 
 
 def make_policy(dataset_meta: Any, config: CloningConfig) -> tuple[Any, Any, Any]:
@@ -99,6 +111,7 @@ def make_policy(dataset_meta: Any, config: CloningConfig) -> tuple[Any, Any, Any
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
     features = dataset_to_policy_features(dataset_meta.features)
+    by_range = NormalizationMode.MIN_MAX
     policy_config = DiffusionConfig(
         input_features={k: f for k, f in features.items() if f.type is not FeatureType.ACTION},
         output_features={k: f for k, f in features.items() if f.type is FeatureType.ACTION},
@@ -115,11 +128,7 @@ def make_policy(dataset_meta: Any, config: CloningConfig) -> tuple[Any, Any, Any
         num_inference_steps=config.num_inference_steps,
         prediction_type="sample",
         # LeRobot's default mapping has no ENV entry and would leave the environment state raw.
-        normalization_mapping={
-            "STATE": NormalizationMode.MIN_MAX,
-            "ENV": NormalizationMode.MIN_MAX,
-            "ACTION": NormalizationMode.MIN_MAX,
-        },
+        normalization_mapping={"STATE": by_range, "ENV": by_range, "ACTION": by_range},
     )
     policy = DiffusionPolicy(policy_config)
     pre, post = make_pre_post_processors(policy_config, dataset_stats=widened(dataset_meta.stats))
@@ -129,11 +138,8 @@ def make_policy(dataset_meta: Any, config: CloningConfig) -> tuple[Any, Any, Any
 def make_sampler(dataset: Any, preprocessor: Any, horizon: int) -> WindowSampler:
     """Read the dataset's columns once, normalise them with the policy's own preprocessor."""
     columns = dataset.hf_dataset.with_format("numpy")
-    raw = {
-        key: torch.from_numpy(np.asarray(columns[key][:], dtype=np.float32))
-        for key in (OBS_STATE, OBS_ENV_STATE, ACTION)
-    }
-    normalised = preprocessor(dict(raw))
+    raw = {key: torch.from_numpy(np.asarray(columns[key][:], dtype=np.float32)) for key in COLUMNS}
+    normalised = preprocessor(raw)
     episode = torch.from_numpy(np.asarray(columns["episode_index"][:]).reshape(-1))
     ends = torch.nonzero(torch.diff(episode, append=episode[-1:] + 1)).squeeze(1)
     return WindowSampler(

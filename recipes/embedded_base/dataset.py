@@ -16,8 +16,7 @@ from trimtab.recipes.embedded_base.demonstrators import OBJECT, Demonstrator, Op
 from trimtab.rl.envs.metaworld import (
     ACTION_DIM,
     AGENT_DIM,
-    NUM_TASKS,
-    STATE_DIM,
+    ENV_DIM,
     MetaworldStateConfig,
     MetaworldStateEnv,
 )
@@ -28,7 +27,7 @@ SEED_OFFSET = 50_000_000  # demonstrations never start where training or evaluat
 
 FEATURES: dict[str, dict[str, Any]] = {
     OBS_STATE: {"dtype": "float32", "shape": (AGENT_DIM,), "names": None},
-    OBS_ENV_STATE: {"dtype": "float32", "shape": (STATE_DIM - AGENT_DIM + NUM_TASKS,), "names": None},
+    OBS_ENV_STATE: {"dtype": "float32", "shape": (ENV_DIM,), "names": None},
     ACTION: {"dtype": "float32", "shape": (ACTION_DIM,), "names": None},
     "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
     "next.success": {"dtype": "bool", "shape": (1,), "names": None},
@@ -41,7 +40,7 @@ def start_center(env: MetaworldStateEnv, episodes: int = 64) -> float:
     xs = []
     for seed in range(SEED_OFFSET, SEED_OFFSET + episodes):
         env.reset(seed=seed)
-        xs.append(float(env.state[OBJECT][0]))
+        xs.append(env.state[OBJECT][0])
     return float(np.median(xs))
 
 
@@ -70,14 +69,14 @@ def demonstrate(env: MetaworldStateEnv, operator: Operator, seed: int) -> Iterat
 
 def with_centers(operators: dict[str, Operator]) -> dict[str, Operator]:
     """The same operators, with a ``center`` measured for each blind spot that leaves it open."""
-    found = {}
+    centered = {}
     for task, operator in operators.items():
         if operator.kind == "blind_spot" and operator.center is None:
             env = MetaworldStateEnv(task)
             operator = replace(operator, center=start_center(env))
             env.close()
-        found[task] = operator
-    return found
+        centered[task] = operator
+    return centered
 
 
 @contextmanager
@@ -122,12 +121,11 @@ def record(
         operator = operators.get(task, Operator())
         successes = 0
         for episode in range(episodes):
-            frames = list(demonstrate(env, operator, SEED_OFFSET + seed * 100_000 + episode))
-            for frame in frames:
+            for frame in demonstrate(env, operator, SEED_OFFSET + seed * 100_000 + episode):
                 dataset.add_frame(frame)
             with no_image_embedding():
                 dataset.save_episode()
-            successes += bool(frames[-1]["next.success"][0])
+            successes += bool(frame["next.success"][0])
             progress.update()
             progress.set_postfix_str(f"{task} success {successes / (episode + 1):.2f}")
         env.close()

@@ -26,53 +26,47 @@ def plot_probe(
     columns = 4 if success else 3
     figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns, 3.8), layout="constrained")
     figure.suptitle(fill(title, 40 * columns))
-    axis = axes[0]
-    for dim in range(measured.spread.shape[1]):
-        label = f"action {dim}" if measured.spread.shape[1] <= 8 else None
-        axis.plot(measured.spread[:, dim], linewidth=1.2, alpha=0.8, label=label)
+    axis, dims = axes[0], measured.spread.shape[1]
+    lines = axis.plot(measured.spread, linewidth=1.2, alpha=0.8)
     axis.set(xlabel="step of the chunk", ylabel="standard deviation over noises", title="spread of actions")
     axis.set_ylim(bottom=0)
-    if measured.spread.shape[1] <= 8:
-        axis.legend(fontsize=7)
+    if dims <= 8:
+        axis.legend(lines, [f"action {dim}" for dim in range(dims)], fontsize=7)
     axis = axes[1]
     if len(measured.row_effect):
-        last = measured.row_blocks[-1]
-        extent = (-0.5, measured.row_effect.shape[1] - 0.5, last - 0.5, -0.5)
+        extent = (-0.5, measured.row_effect.shape[1] - 0.5, measured.row_blocks[-1] - 0.5, -0.5)
         image = axis.imshow(measured.row_effect, aspect="auto", extent=extent, cmap="viridis")
         figure.colorbar(image, ax=axis, label="change of the action")
         axis.set(xlabel="step of the chunk", ylabel="noise row", title="which noise row moves which step")
     else:
         axis.text(0.5, 0.5, "the noise has no rows", ha="center", va="center")
         axis.set_axis_off()
-    axis = axes[2]
-    effect, inert = measured.column_effect, set(measured.inert_columns)
-    colours = ["tab:red" if dim in inert else "tab:blue" for dim in range(len(effect))]
+    axis, effect = axes[2], measured.column_effect
+    colours = ["tab:red" if dim in measured.inert_columns else "tab:blue" for dim in range(len(effect))]
     axis.bar(range(len(effect)), effect, color=colours)
     axis.set(
         xlabel="noise dimension (red: no effect)", ylabel="change of the chunk", title="noise dimensions"
     )
     if success:
-        _success(axes[3], success, constants)
+        _plot_success(axes[3], success, constants)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _success(axis: Any, success: dict[str, dict[str, Any]], constants: list[dict[str, Any]]) -> None:
-    told = all(entry["success_rate"] is not None for entry in success.values())
-    value, interval = ("success_rate", "ci95") if told else ("return_mean", "return_ci95")
+def _plot_success(axis: Any, success: dict[str, dict[str, Any]], constants: list[dict[str, Any]]) -> None:
+    reported = all(entry["success_rate"] is not None for entry in success.values())
+    value, interval = ("success_rate", "ci95") if reported else ("return_mean", "return_ci95")
     bars = [(NAMES.get(name, name), entry[value], entry[interval]) for name, entry in success.items()]
-    for index, entry in enumerate(constants):
-        rate = entry["successes"] / entry["episodes"]
-        bars.append((f"constant {index + 1}", rate, entry["ci95"]))
-    positions = range(len(bars))
-    rates = [rate for _, rate, _ in bars]
-    errors = [[max(rate - ci[0], 0) for _, rate, ci in bars], [max(ci[1] - rate, 0) for _, rate, ci in bars]]
+    for number, entry in enumerate(constants, 1):
+        bars.append((f"constant {number}", entry["successes"] / entry["episodes"], entry["ci95"]))
+    names, means, intervals = zip(*bars)
+    errors = [[max(m - low, 0), max(high - m, 0)] for m, (low, high) in zip(means, intervals)]
     colours = ["tab:green"] * len(success) + ["tab:gray"] * len(constants)
-    axis.barh(positions, rates, xerr=errors, color=colours, alpha=0.8, capsize=2)
-    axis.set_yticks(positions, [name for name, _, _ in bars], fontsize=7)
+    axis.barh(range(len(bars)), means, xerr=list(zip(*errors)), color=colours, alpha=0.8, capsize=2)
+    axis.set_yticks(range(len(bars)), names, fontsize=7)
     axis.invert_yaxis()
-    what = "success rate" if told else "return"
+    what = "success rate" if reported else "return"
     axis.set(xlabel=f"{what} (95 % interval)", title=f"{what} by noise")
-    if told:
+    if reported:
         axis.set_xlim(0, 1)

@@ -19,17 +19,8 @@ from typing import Any
 
 import draccus
 
-COMMANDS = {
-    "adapt": "trimtab.recipes.cli.adapt.AdaptConfig",
-    "eval": "trimtab.recipes.cli.eval.EvaluateConfig",
-    "compare": "trimtab.recipes.cli.compare.CompareConfig",
-    "lora": "trimtab.recipes.cli.lora.LoraConfig",
-    "probe": "trimtab.recipes.cli.probe.ProbeConfig",
-    "export": "trimtab.recipes.cli.export.ExportConfig",
-    "demo": "trimtab.recipes.cli.demo.DemoConfig",
-    "base": "trimtab.recipes.cli.base.MakeBaseConfig",
-    "bench": "trimtab.recipes.cli.bench.BenchConfig",
-}
+from trimtab.recipes.cli import COMMANDS, config_class
+
 HEAD = """\
 # Configuration reference
 
@@ -161,9 +152,10 @@ def reference() -> str:
                     seen.add(part)
                     waiting.append(part)
 
-    for command, place in COMMANDS.items():
-        module, _, name = place.rpartition(".")
-        cls = getattr(importlib.import_module(module), name)
+    for command, entry in COMMANDS.items():
+        if entry.light:
+            continue
+        cls = config_class(command)
         lines += [f"## trimtab {command}", "", *rows(cls), ""]
         look(cls)
     for cls in waiting:  # which grows meanwhile

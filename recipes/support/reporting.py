@@ -27,8 +27,12 @@ METHOD_NAMES = {
     "dsrl_sac_paper": "DSRL-SAC, paper's settings",
     "dsrl_sac_paper_short": "DSRL-SAC, paper's settings, short warm-up",
 }
-
-
+COLOURS = {
+    "base": "tab:gray",
+    "zero_noise": "tab:olive",
+    "constant_noise": "tab:brown",
+    "steered": "tab:green",
+}
 NOT_REPORTED = "not reported"
 MIN_WINDOW = 15  # episodes behind a point of the success curve
 
@@ -46,15 +50,14 @@ class MetricsWriter:
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines: list[dict[str, Any]] = []
-        held = path.read_bytes()[:keep] if keep and path.is_file() else b""
-        self.lines = [json.loads(line) for line in held.decode("utf-8", "replace").splitlines() if line]
-        if held:
-            os.truncate(path, len(held))
-        self._file = open(path, "a" if held else "w", encoding="utf-8")  # noqa: SIM115 - `__exit__` closes it
+        kept = path.read_bytes()[:keep] if keep and path.is_file() else b""
+        self.lines = [json.loads(line) for line in kept.decode("utf-8", "replace").splitlines() if line]
+        if kept:
+            os.truncate(path, len(kept))
+        self._file = open(path, "a" if kept else "w", encoding="utf-8")  # noqa: SIM115 - `__exit__` closes it
 
-    def place(self) -> int:
-        """Length of the file, which now is on the disk."""
+    def offset(self) -> int:
+        """Length of the file in bytes, which now is on the disk."""
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
@@ -119,33 +122,40 @@ def table(results: dict[str, dict[str, Any]], returns: bool = False) -> str:
         returns: show the environment's own return, too; it always is where success is not reported.
     """
     returns = returns or any(entry["success_rate"] is None for entry in results.values())
-    rows = [["policy", "success", "95 % interval", "episodes", "mean steps"]]
-    rows[0] += ["return [95 % interval]"] if returns else []
+    rows = [["policy", "success", "95 % interval", "episodes", "mean steps", "return [95 % interval]"]]
     for name, entry in results.items():
-        if entry["success_rate"] is None:
-            success = [NOT_REPORTED, "", f"{entry['episodes']}"]
-        else:
+        success = [NOT_REPORTED, "", f"{entry['episodes']}"]
+        if entry["success_rate"] is not None:
             low, high = entry["ci95"]
             success = [
                 f"{100 * entry['success_rate']:.1f} %",
                 f"{100 * low:.1f} - {100 * high:.1f} %",
                 f"{entry['successes']}/{entry['episodes']}",
             ]
-        more = [return_text(entry)] if returns else []
-        rows.append([NAMES.get(name, name), *success, f"{entry['mean_steps']:.0f}", *more])
+        rows.append([NAMES.get(name, name), *success, f"{entry['mean_steps']:.0f}", return_text(entry)])
+    if not returns:
+        rows = [row[:-1] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    rows.insert(1, ["-" * width for width in widths])
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
         for row in rows
     ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 
 
 def plot_curve(
     path: Path, lines: Sequence[dict[str, Any]], results: dict[str, dict[str, Any]], title: str
 ) -> None:
-    """Draw success while learning, with the evaluated policies as levels, and the critic's calibration."""
+    """Draw success while learning, with the evaluated policies as levels, and the critic's calibration.
+
+    Where success is not reported, the return is drawn in its place.
+
+    Args:
+        path: PNG to write.
+        lines: the run's metrics.
+        results: summaries by policy.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -154,67 +164,36 @@ def plot_curve(
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(7.2, 6.0), sharex=True, height_ratios=(3, 1.2), layout="constrained"
     )
+    reported = all(entry["success_rate"] is not None for entry in results.values())
+    measure = "success_rate" if reported else "return_mean"
     # The first episodes to end are the short ones, which are the successes: leave those lines out.
-    whole = [line for line in lines if line["success_window"] >= MIN_WINDOW] or list(lines)
-    told = all(entry["success_rate"] is not None for entry in results.values())
-    shown = "success_rate" if told else "return_mean"
-    whole = [line for line in whole if line.get(shown) is not None]
-    steps = np.array([line["env_steps"] for line in whole])
-    rate = np.array([line[shown] for line in whole])
-    count = np.array([line["success_window"] for line in whole])
-    if told and whole:
-        band = np.array(
-            [wilson_interval(round(r * n), n) if n else (0.0, 1.0) for r, n in zip(rate, count, strict=True)]
-        )
-        top.fill_between(steps, band[:, 0], band[:, 1], color="tab:blue", alpha=0.15, linewidth=0)
-    top.plot(
-        steps,
-        rate,
-        color="tab:blue",
-        linewidth=2,
-        label=f"while learning (last {max(count, default=0)} episodes)",
-    )
-    colours = {
-        "base": "tab:gray",
-        "zero_noise": "tab:olive",
-        "constant_noise": "tab:brown",
-        "steered": "tab:green",
-    }
+    drawn = [line for line in lines if line["success_window"] >= MIN_WINDOW] or list(lines)
+    drawn = [line for line in drawn if line.get(measure) is not None]
+    steps, rates, counts = ([line[key] for line in drawn] for key in ("env_steps", measure, "success_window"))
+    if reported and drawn:
+        bands = [wilson_interval(round(r * n), n) if n else (0.0, 1.0) for r, n in zip(rates, counts)]
+        top.fill_between(steps, *zip(*bands), color="tab:blue", alpha=0.15, linewidth=0)
+    label = f"while learning (last {max(counts, default=0)} episodes)"
+    top.plot(steps, rates, color="tab:blue", linewidth=2, label=label)
     for name, entry in results.items():
-        if entry.get(shown) is None:
-            continue
-        level = f"{100 * entry[shown]:.1f} % of" if told else f"{entry[shown]:.4g}, mean of"
-        top.axhline(
-            entry[shown],
-            color=colours.get(name, "black"),
-            linestyle="--",
-            linewidth=1.4,
-            label=f"{NAMES.get(name, name)}: {level} {entry['episodes']}",
-        )
+        if entry.get(measure) is not None:
+            level = f"{100 * entry[measure]:.1f} % of" if reported else f"{entry[measure]:.4g}, mean of"
+            label = f"{NAMES.get(name, name)}: {level} {entry['episodes']}"
+            colour = COLOURS.get(name, "black")
+            top.axhline(entry[measure], color=colour, linestyle="--", linewidth=1.4, label=label)
     warm = [line["env_steps"] for line in lines if line["acting"] == "untrained"]
     if warm:
         for axis in (top, bottom):
             axis.axvspan(0, warm[-1], color="black", alpha=0.05, linewidth=0)
-        place = {"ha": "center", "va": "bottom", "transform": top.get_xaxis_transform()}
-        top.text(warm[-1] / 2, 0.935, "untrained", fontsize=8, **place)
-    top.set(ylabel="success rate" if told else "return", title=title)
-    if told:
+        where = {"ha": "center", "va": "bottom", "transform": top.get_xaxis_transform()}
+        top.text(warm[-1] / 2, 0.935, "untrained", fontsize=8, **where)
+    top.set(ylabel="success rate" if reported else "return", title=title)
+    if reported:
         top.set_ylim(0, 1.08)
     top.legend(loc="center right", fontsize=8)
-    learnt = [line for line in lines if "q_mean" in line]
-    bottom.plot(
-        [line["env_steps"] for line in learnt],
-        [line["q_mean"] for line in learnt],
-        label="mean Q",
-        color="C1",
-    )
-    calibrated = [line for line in lines if "calibration_bias" in line]
-    bottom.plot(
-        [line["env_steps"] for line in calibrated],
-        [line["calibration_bias"] for line in calibrated],
-        label="Q minus return",
-        color="C3",
-    )
+    for key, label, colour in (("q_mean", "mean Q", "C1"), ("calibration_bias", "Q minus return", "C3")):
+        points = [(line["env_steps"], line[key]) for line in lines if key in line]
+        bottom.plot(*np.reshape(points, (-1, 2)).T, label=label, color=colour)
     bottom.axhline(0, color="black", linewidth=0.6)
     bottom.set(xlabel="environment steps", ylabel="critic")
     bottom.legend(loc="lower right", fontsize=8)
@@ -231,25 +210,23 @@ def write_grid_video(path: Path, evaluation: Evaluation, seeds: Sequence[int], f
     """
     from lerobot.utils.io_utils import write_video
 
-    recorded = [(seed, evaluation.frames.get(seed, [])) for seed in seeds]
-    recorded = [(seed, frames) for seed, frames in recorded if frames]
+    recorded = [(seed, frames) for seed in seeds if (frames := evaluation.frames.get(seed))]
     if not recorded:
         return False
     success = dict(zip(evaluation.seeds, evaluation.successes, strict=True))
-    length = max(len(frames) for _, frames in recorded)
     columns = min(4, len(recorded))
     rows = -(-len(recorded) // columns)
     height, width = recorded[0][1][0].shape[:2]
     video = []
-    for t in range(length + fps // 2):
+    for t in range(max(len(frames) for _, frames in recorded) + fps // 2):
         canvas = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
         for index, (seed, frames) in enumerate(recorded):
-            tile = frames[min(t, len(frames) - 1)].copy()
+            y, x = divmod(index, columns)
+            tile = canvas[y * height : (y + 1) * height, x * width : (x + 1) * width]
+            tile[:] = frames[min(t, len(frames) - 1)]
             if t >= len(frames) - 1 and evaluation.reported:
                 colour = (40, 180, 60) if success[seed] else (200, 50, 40)
                 tile[:6], tile[-6:], tile[:, :6], tile[:, -6:] = colour, colour, colour, colour
-            y, x = divmod(index, columns)
-            canvas[y * height : (y + 1) * height, x * width : (x + 1) * width] = tile
         video.append(canvas)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, video, fps)

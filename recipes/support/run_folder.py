@@ -15,10 +15,9 @@ from safetensors import SafetensorError
 
 from trimtab.adapters import UserError
 from trimtab.adapters.errors import reason
-from trimtab.recipes.support.presets import value_of
+from trimtab.recipes.support.layers import Options, flatten, merge, read_options, value_at
 from trimtab.recipes.support.repeat import absolute, repeatable, without_plugins
 from trimtab.recipes.support.reporting import write_json
-from trimtab.rl.algorithms.presets import flatten
 from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.runs.checkpoint import Checkpoint, CheckpointConfig, Checkpoints
 from trimtab.rl.runs.processes import World
@@ -38,39 +37,41 @@ FREE = (
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
-def resumed_args(args: list[str]) -> tuple[list[str], bool]:
-    """The options of a run to go on with, and whether there is one.
+def resumed(given: Options, path: Path | None) -> Path | None:
+    """The file with the options of the run that ``--resume=true`` goes on with, if it does.
 
-    ``--resume=true`` with ``--output_dir``, or with the ``--config_path`` of a config.json in the run's
-    folder or in one of its checkpoints, as with lerobot-train. Options that are not given are the run's own.
-    A folder that does not exist yet, with all options given, begins a run: a job that is started again and
-    again needs but one command.
+    ``--output_dir`` names the run, or the ``--config_path`` of a config.json in its folder or in one of its
+    checkpoints, as with lerobot-train. Options that are not given are the run's own. A folder that does not
+    exist yet, with all options given, begins a run: a job that is started again and again needs but one
+    command.
+
+    Args:
+        given: options of the command line; gets ``output_dir``, and whether there is a run in ``resume``.
+        path: of ``--config_path``.
 
     Raises:
         UserError: there is no such run.
     """
-    if str(value_of(args, "resume")).lower() != "true":
-        return args, False
-    given, path = value_of(args, "output_dir"), value_of(args, "config_path")
-    folder = Path(given).expanduser() if given else None
+    said = merge(read_options(path) if path else {}, given)
+    if str(said.get("resume")).lower() != "true":
+        return path
+    folder = Path(said["output_dir"]).expanduser() if said.get("output_dir") else None
     if folder is None and path:
-        place = Path(path).expanduser().absolute().parent
-        known = [up for up in (place, place.parent.parent) if (up / CHECKPOINTS).is_dir()]
-        folder = known[0] if known else None
+        parent = path.expanduser().absolute().parent
+        folder = next((up for up in (parent, parent.parent.parent) if (up / CHECKPOINTS).is_dir()), None)
     if folder is None:
         raise UserError(
             "--resume", "name the run to go on with: --output_dir=, or --config_path= in its folder"
         )
-    saved = folder / CONFIG
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if empty and value_of(args, "env.type") is not None:
+    if empty and value_at(said, "env.type") is not None:
         print(f"{folder} holds no run yet: it begins")
-        return args, False
-    if not saved.is_file():
+        given["resume"] = False
+        return path
+    if not (folder / CONFIG).is_file():
         raise UserError("--resume", f"{folder} holds no run to go on with, it lacks {CONFIG}")
-    if path is None:
-        args = [f"--config_path={saved}", *args]
-    return [*args, f"--output_dir={folder}"], True
+    given |= {"resume": True, "output_dir": str(folder)}
+    return path or folder / CONFIG
 
 
 class RunFolder:

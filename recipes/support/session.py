@@ -1,4 +1,4 @@
-"""What `adapt`, `eval` and `demo` share: the configs of a session and its loaded parts."""
+"""A frozen policy in an environment: opened, examined, evaluated."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lerobot.envs.configs import EnvConfig
+from torch import Tensor
 from tqdm import tqdm
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
@@ -112,10 +113,10 @@ class Session:
 
     def _preflight(self, vec: ChunkVectorEnv) -> None:
         """What can be known before any long work, so that what does not fit shows at once."""
-        names = list(dict.fromkeys(vec.task_names))
-        self.tasks = self.tasks or (names if len(names) > 1 else [names[0] or self.env.task or self.env.type])
-        if len(set(vec.task_names)) > 1 and not self.many:
+        names = dict.fromkeys(vec.task_names)
+        if len(names) > 1 and not self.many:
             raise UserError("--env.task", ONE_TASK)
+        self.tasks = self.tasks or [name or self.env.task or self.env.type for name in names]
         vec.on_success_key = self._name_success
         if not self._examined:
             if self.adapter.observer is None:
@@ -152,15 +153,14 @@ class Session:
         vec.check_actions(chunk)
         self.first = conditioning
         if free:
-            found = vec.examine(chunk)
-            self.repeatable = found.repeatable
-            self._warn(found.warnings)
-            if found.success_key:
-                self._name_success(found.success_key)
+            findings = vec.examine(chunk)
+            self.repeatable = findings.repeatable
+            self._warn(findings.warnings)
+            self._name_success(findings.success_key)
 
-    def _name_success(self, key: str) -> None:
-        """Say once where success is read, if it is not LeRobot's own place."""
-        if key != "is_success" and key not in self._success_keys:
+    def _name_success(self, key: str | None) -> None:
+        """Say once where success is read, if it is not where LeRobot reads it."""
+        if key not in (None, "is_success", *self._success_keys):
             self._success_keys.add(key)
             self._say(f"note: success is read from info['{key}']")
 
@@ -212,31 +212,28 @@ class Session:
         """What the base feeds itself."""
         return own_noise(self.adapter.noise_spec)
 
-    def baselines(self, vec: ChunkVectorEnv, seed: int) -> tuple[dict[str, Evaluation], dict[str, Any]]:
+    def baselines(
+        self, vec: ChunkVectorEnv, seed: int
+    ) -> tuple[dict[str, Evaluation], dict[str, Any], Tensor | None]:
         """Evaluate the base under its own noise, zero noise and the best constant noise.
 
         Returns:
-            (evaluations by name, details of the search for a constant)
+            (evaluations by name, details of the search for a constant, the constant)
         """
-        found = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
-        self.note_success(found["base"])
+        results = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
+        self.note_success(results["base"])
         if self.own_noise is not zero_noise:
-            found["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
+            results["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
         details: dict[str, Any] = {}
+        noise = None
         if self.eval.constant_candidates:
-            selection = range(SELECTION_SEED, SELECTION_SEED + self.eval.constant_episodes)
-            noise, rates = best_constant(
-                self.runner,
-                vec,
-                self.eval.constant_candidates,
-                selection,
-                seed,
-                run=self._run,
-            )
-            found["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
-            what = "selection_success" if found["base"].reported else "selection_return"
-            details = {what: rates, "selection_episodes": self.eval.constant_episodes}
-        return found, details
+            count, episodes = self.eval.constant_candidates, self.eval.constant_episodes
+            selection = range(SELECTION_SEED, SELECTION_SEED + episodes)
+            noise, rates = best_constant(self.runner, vec, count, selection, seed, run=self._run)
+            results["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
+            measure = "selection_success" if results["base"].reported else "selection_return"
+            details = {measure: rates, "selection_episodes": episodes}
+        return results, details, noise
 
     def note_success(self, base: Evaluation) -> None:
         """Say what ``info`` held where success was not in it, or never true: another name may hold it."""
@@ -250,9 +247,7 @@ class Session:
             )
 
     def record(self, policy: ChunkPolicy, path: Path, label: str) -> bool:
-        """Render the first evaluation episodes under ``policy`` to an MP4. A machine that cannot render
-        gets a line saying so, and no video.
-        """
+        """Render the first evaluation episodes under ``policy`` to an MP4, or say why it cannot be done."""
         seeds = self.eval.seeds[: self.eval.videos]
         if not seeds:
             return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
+from trimtab.recipes.support.layers import merge
 
 STEPS = 24  # of an episode
 EVAL = {"n_episodes": 2, "batch_size": 2, "constant_candidates": 1, "constant_episodes": 1, "videos": 1}
@@ -33,18 +34,9 @@ NARROW = {"hidden": 16}
 RL = {"batch_size": 8, "num_candidates": 2, "target_candidates": 2}
 
 
-def merge(content: dict[str, Any], changes: dict[str, Any]) -> None:
-    for name, value in changes.items():
-        if isinstance(value, dict):
-            content[name] = dict(content.get(name) or {})
-            merge(content[name], value)
-        else:
-            content[name] = value
-
-
 def shrink(content: dict[str, Any], command: str) -> None:
     """Budgets and sizes of seconds, in the place of the recipe's."""
-    merge(content, BUDGETS[command])
+    content |= merge(content, BUDGETS[command])
     if command == "lora":
         _shrink_tuning(content)
     if command == "adapt":
@@ -85,8 +77,7 @@ def _shrink_steering(content: dict[str, Any]) -> None:
         for name, most in RL.items():
             if name == "batch_size" or rl["type"] in ("best_of_n", "dsrl_na"):
                 rl[name] = min(most, rl.get(name, most))
-        merge(rl, {"actor": NARROW, "critic": NARROW})
-        content["rl"] = rl
+        content["rl"] = merge(rl, {"actor": NARROW, "critic": NARROW})
 
 
 def _shrink_tuning(content: dict[str, Any]) -> None:

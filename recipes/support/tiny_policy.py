@@ -64,7 +64,7 @@ def _version() -> str:
     import trimtab.adapters.tiny as builders
 
     digest = hashlib.sha256(f"{lerobot.__version__} {torch.__version__}".encode())
-    for source in (*sorted(Path(builders.__file__).parent.glob("*.py")), Path(__file__)):
+    for source in (*sorted(Path(builders.__file__).parent.glob("*.[pj]*")), Path(__file__)):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -8,99 +8,96 @@ recipe runs, not that it works.
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import copy
+import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from trimtab.adapters.checkpoint.files import CONFIG
+from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import UserError
+from trimtab.policies.artefact import is_artefact
+from trimtab.recipes.cli import COMMANDS
 from trimtab.recipes.cli.recipes import type_of
-from trimtab.recipes.support.console import TINY
-from trimtab.recipes.support.recipe_file import OPTION as CONFIG_PATH
-from trimtab.recipes.support.recipe_file import file_options, kept, read_options, split_options, write_options
-from trimtab.recipes.support.tiny_budget import BUDGETS, MACHINE, STEPS, merge, shrink
-from trimtab.recipes.support.tiny_policy import OPTION, SERVED, demonstrations, install, made, say, serve
+from trimtab.recipes.support.console import say
+from trimtab.recipes.support.layers import CONFIG_PATH, Options, merge, value_at
+from trimtab.recipes.support.tiny_budget import BUDGETS, MACHINE, STEPS, shrink
+from trimtab.recipes.support.tiny_policy import OPTION, SERVED, demonstrations, install, made, serve
 
-PATH = "--policy.path"
-# What is replaced, and so not taken from the command line.
-REPLACED = ("--policy.", "--env.", "--dataset.")
+REPLACED = ("policy", "env", "dataset")  # whatever the command line says of them
 STATE_ENV = "metaworld_state"
 TYPES = ("diffusion", "groot", "multi_task_dit", "pi0", "pi05", "smolvla", "xvla")
 EXECUTED = 2  # of a chunk, where the recipe says how many
 
 
-@contextmanager
-def tiny(args: list[str], command: str) -> Iterator[list[str]]:
-    """The arguments that run ``command`` tiny, where ``--tiny`` asks for that; else ``args``.
+def tiny_options(stack: ExitStack, values: Options, given: Options, command: str, kind: str) -> Options:
+    """The options of ``command`` run tiny.
+
+    Args:
+        stack: closes what is started.
+        values: the options of the run that is asked for.
+        given: those of them that stand on the command line, which win over the tiny ones.
+        command: its name.
+        kind: type of the policy; ``true`` for that of its checkpoint.
 
     Raises:
         UserError: the command has no tiny form, or the policy's type is unknown.
     """
-    said, rest = _taken(args)
-    if said in (None, "false") or {"-h", "--help"} & set(args):
-        yield rest
-        return
-    if command not in TINY:
-        raise UserError(OPTION, f"has no effect on {command}; {', '.join(TINY)} have a tiny form")
-    with ExitStack() as stack:
-        yield _tiny(stack, rest, command, None if said == "true" else said)
-
-
-def _taken(args: list[str]) -> tuple[str | None, list[str]]:
-    """What ``--tiny`` says (lower case), and the other arguments."""
-    found, rest = None, []
-    for option, value, said in split_options(args):
-        if option == OPTION:
-            found = value.lower() or "true"
-        else:
-            rest += said
-    return found, rest
-
-
-def _tiny(stack: ExitStack, args: list[str], command: str, kind: str | None) -> list[str]:
-    from trimtab.policies.artefact import is_artefact
-
-    named = {option: value for option, value, _ in split_options(args)}
-    content = kept(file_options(args, say) or {}, command, named.get(CONFIG_PATH))
-    path = named.get(PATH) or (content.get("policy") or {}).get("path")
-    if command == "adapt" and named.get("--resume", "false").lower() != "false":
-        return _on_run(args, Path(named.get("--output_dir", "")))
-    artefact = _artefact(named, path, command)
-    if artefact is not None:
-        return _on_artefact(stack, args, command, artefact)
+    if not COMMANDS[command].tiny:
+        able = ", ".join(name for name, one in COMMANDS.items() if one.tiny)
+        raise UserError(OPTION, f"has no effect on {command}; {able} have a tiny form")
+    path = value_at(values, "policy.path")
+    if values.get("resume") is True:  # a tiny run's config.json holds what it was made of
+        kind = kind_of(path) if path else ""
+        if kind == "remote":
+            raise UserError(OPTION, "the policy server of a tiny run ended with it; begin the run anew")
+        install(kind)
+        return values
+    if command == "export":
+        run = Path(str(values.get("run", ""))).expanduser()
+        artefact = next((folder for folder in (run / "artefact", run) if is_artefact(str(folder))), run)
+        return merge(values, _of_artefact(stack, artefact))
+    own = {name: value for name, value in given.items() if name not in REPLACED}
     if is_artefact(path):
-        return args  # the command says what is wrong
-    if path is None and kind is None:
-        raise UserError(PATH, f"name a recipe with {CONFIG_PATH}, or the type with {OPTION}=TYPE")
-    kind = kind or kind_of(path or "")
+        if command != "eval":
+            return values  # the command says what is wrong
+        artefact = Path(path).expanduser()
+        env = value_at(_read(artefact), "training.env") or {}
+        base = merge({"policy": {"path": path, "device": "cpu"}}, _of_artefact(stack, artefact))
+        return merge({**base, "env": env, "machine": MACHINE, **BUDGETS[command]}, own)
+    if path is None and kind == "true":
+        raise UserError("--policy.path", f"name a recipe with {CONFIG_PATH}, or the type with {OPTION}=TYPE")
+    return merge(_of_recipe(stack, values, given, command, kind_of(path) if kind == "true" else kind), own)
+
+
+def _of_recipe(stack: ExitStack, values: Options, given: Options, command: str, kind: str) -> Options:
+    """``values`` with a tiny policy of type ``kind``, an environment for it, and budgets of seconds."""
     known = TYPES if command == "lora" else (*TYPES, "remote")
     if kind not in known:
         raise UserError(OPTION, f"no tiny run of a '{kind}' policy; there is one of {', '.join(known)}")
-    said = {name: named[f"--env.{name}"] for name in ("type", "task") if f"--env.{name}" in named}
-    env = (content.get("env") or {}) | said
+    values = copy.deepcopy(values)
+    path, env = value_at(values, "policy.path"), values.get("env") or {}
     stateful = env.get("type") == STATE_ENV and kind == "diffusion"
     folder, policy = made(SERVED if kind == "remote" else kind, stateful)
-    world = _world(stateful, env, policy)
     if kind == "remote":
         policy = serve(stack, folder, policy)
-    elif (content.get("policy") or {}).get("n_action_steps"):
+    elif value_at(values, "policy.n_action_steps"):
         policy["n_action_steps"] = EXECUTED
-    named_env = env.get("task") or env.get("type") or "no environment"
+    world = {"type": "pusht", "obs_type": "pixels_agent_pos", "episode_length": STEPS}
+    if stateful:
+        task = env.get("task") or "button-press-topdown-v3"
+        world = {"type": STATE_ENV, "task": task, "episode_length": STEPS}
+    name = f"{SERVED} on a policy server" if kind == "remote" else kind
     say(
-        f"tiny: a random {policy_name(kind)} in {world['type']}, in the place of {path or 'a checkpoint'} in "
-        f"{named_env}; budgets of seconds"
+        f"tiny: a random {name} in {world['type']}, in the place of {path or 'a checkpoint'} in "
+        f"{env.get('task') or env.get('type') or 'no environment'}; budgets of seconds"
     )
-    content |= {"policy": policy, "env": world, "machine": MACHINE}
-    shrink(content, command)
-    rollouts = named.get("--from_rollouts", "").lower() == "true"
-    if command == "lora" and not rollouts:
-        content |= {"dataset": demonstrations(folder, policy, world), "from_rollouts": False}
-    return _with_file(stack, content, args)
-
-
-def policy_name(kind: str) -> str:
-    return f"{SERVED} on a policy server" if kind == "remote" else kind
+    values |= {"policy": policy, "env": world, "machine": MACHINE}
+    shrink(values, command)
+    if command == "lora" and str(given.get("from_rollouts")).lower() != "true":
+        values |= {"dataset": demonstrations(folder, policy, world), "from_rollouts": False}
+    return values
 
 
 def kind_of(path: str) -> str:
@@ -109,14 +106,11 @@ def kind_of(path: str) -> str:
     Raises:
         UserError: it cannot.
     """
-    from trimtab.adapters.checkpoint.files import CONFIG
-    from trimtab.adapters.checkpoint.folder import is_server
-
     if is_server(path):
         return "remote"
     for folder in (Path(path).expanduser(), Path(path).expanduser() / "pretrained_model"):
         if (folder / CONFIG).is_file():
-            return str((read_options(folder / CONFIG) or {}).get("type"))
+            return str(_read(folder).get("type"))
     kind = type_of(path)
     if kind is None:
         raise UserError(
@@ -125,62 +119,19 @@ def kind_of(path: str) -> str:
     return kind
 
 
-def _artefact(named: dict[str, str], path: str | None, command: str) -> Path | None:
-    """The artefact that the command works on, where there is one: its base has been made already."""
-    from trimtab.policies.artefact import is_artefact
-
-    if command == "export":
-        run = Path(named.get("--run", "")).expanduser()
-        return next((f for f in (run / "artefact", run) if is_artefact(str(f))), run)
-    if command == "eval" and is_artefact(path):
-        return Path(path or "").expanduser()
-    return None
+def _of_artefact(stack: ExitStack, artefact: Path) -> Options:
+    """What loads the base of a tiny run's artefact: on a server again where it was on one."""
+    base = _read(artefact).get("base") or {}
+    install(str(base.get("policy_type")))
+    if not is_server(base.get("path")):
+        return {}
+    return {"policy": {"base_path": serve(stack, *made(SERVED, False))["path"]}}
 
 
-def _on_run(args: list[str], output: Path) -> list[str]:
-    """Go on with a tiny run: its config.json holds what it was made of."""
-    base = (read_options(output / "config.json") or {}).get("policy") or {}
-    kind = kind_of(base["path"]) if base.get("path") else ""
-    if kind == "remote":
-        raise UserError(OPTION, "the policy server of a tiny run ended with it; begin the run anew")
-    install(kind)
-    return args
-
-
-def _on_artefact(stack: ExitStack, args: list[str], command: str, artefact: Path) -> list[str]:
-    """Evaluate or export an artefact of a tiny run: its base again, on a server again where it was on one."""
-    from trimtab.adapters.checkpoint.folder import is_server
-
-    saved = read_options(artefact / "config.json") or {}
-    base = saved.get("base") or {}
-    if base.get("policy_type") in ("pi0", "pi05"):
-        install(base["policy_type"])
-    again = []
-    if is_server(base.get("path")):
-        folder, policy = made(SERVED, False)
-        again = [f"--policy.base_path={serve(stack, folder, policy)['path']}"]
-    if command == "export":
-        return [*args, *again]
-    env = (saved.get("training") or {}).get("env") or {}
-    loading = {"path": str(artefact), "device": "cpu"}
-    content: dict[str, Any] = {"env": env, "policy": loading, "machine": MACHINE}
-    merge(content, BUDGETS[command])
-    return [*_with_file(stack, content, args), *again]
-
-
-def _with_file(stack: ExitStack, content: dict[str, Any], args: list[str]) -> list[str]:
-    """Arguments that name a file with ``content``; of the command line, what it does not replace."""
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    rest: list[str] = []
-    for option, _, said in split_options(args):
-        if option != CONFIG_PATH and not option.startswith(REPLACED):
-            rest += said
-    return [f"{CONFIG_PATH}={write_options(folder / 'tiny.yaml', content)}", *rest]
-
-
-def _world(stateful: bool, env: dict[str, Any], policy: dict[str, Any]) -> dict[str, Any]:
-    """The environment of a tiny run."""
-    if stateful:
-        task = env.get("task") or "button-press-topdown-v3"
-        return {"type": STATE_ENV, "task": task, "episode_length": STEPS}
-    return {"type": "pusht", "obs_type": "pixels_agent_pos", "episode_length": STEPS}
+def _read(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder; empty where there is none that can be read, which loading then says."""
+    try:
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -57,13 +57,5 @@ PAPER: dict[str, dict[str, Any]] = {
     "dsrl_na": {**SHARED, "rl": {**SHARED["rl"], **NA}},
 }
 
-
-def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names: ``{"rl": {"gamma": 1}}`` -> ``{"rl.gamma": 1}``."""
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+# What goes with an algorithm unless it is said otherwise: a golden ticket is one noise for all observations.
+UNSAID: dict[str, dict[str, Any]] = {"golden_ticket": {"noise": {"type": "constant"}}}

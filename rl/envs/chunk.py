@@ -53,7 +53,7 @@ class ChunkResult:
         seed: the seed that the running episode was reset with.
         frames: rendered frames of this chunk, where asked for.
         seen: (k) the raw observation before each of these steps, where asked for.
-        lost: the kind of fault that lost the episode, and what was said; the rest is then empty, but
+        lost: the kind of fault that lost the episode, and its message; the rest is then empty, but
             for the observation of the next episode.
         success_key: the name in ``info`` under which this environment has said so far whether it succeeded;
             ``None``: it never has.
@@ -97,50 +97,41 @@ class ChunkEnv:
     Args:
         env: the environment; what it must do is in ``contract.py``.
         n_obs_steps: length of the observation history.
-        frame_every: where rendering is asked for, keep a frame every so many steps.
         keep_seen: return every step's observation, to record what was done.
         limit: steps of an episode, where the environment itself names no time limit.
 
     Attributes:
+        render: whether frames are kept.
         limit: the time limit in steps, or ``None``.
         seed: that of the running episode.
         layout: shape and dtype of each entry of the first observation; empty before it.
     """
 
+    frame_every = 2  # steps from one kept frame to the next
+
     def __init__(
-        self,
-        env: gym.Env,
-        n_obs_steps: int = 1,
-        frame_every: int = 2,
-        keep_seen: bool = False,
-        limit: int | None = None,
+        self, env: gym.Env, n_obs_steps: int = 1, keep_seen: bool = False, limit: int | None = None
     ) -> None:
         self.env = env
-        self.n_obs_steps = n_obs_steps
+        self.n_obs_steps, self.keep_seen = n_obs_steps, keep_seen
         self.limit = _time_limit(env) or limit or None
         self.layout: Layout = {}
         self.seed = -1
-        self.frame_every = frame_every
-        self.keep_seen = keep_seen
         self.render = False
         self._history: deque[RawObservation] = deque(maxlen=n_obs_steps)
         self._step = 0
         self._running = False
         self._success_key: str | None = None
-        self._frames: list[np.ndarray] = []
         self._info_keys: set[str] = set()
+        self._frames: list[np.ndarray] = []
         # An environment may leave out what is slow to see (``libero.py``): all but what is handed on.
         self._watch: Callable[[bool], None] | None = getattr(env.unwrapped, "watch", None)
 
     @property
     def task_description(self) -> str:
         """The language instruction, as ``lerobot-eval`` finds it; empty where there is none."""
-        unwrapped = self.env.unwrapped
-        for name in ("task_description", "task"):
-            value = getattr(unwrapped, name, None)
-            if isinstance(value, str) and value:
-                return value
-        return ""
+        named = (getattr(self.env.unwrapped, name, None) for name in ("task_description", "task"))
+        return next((text for text in named if isinstance(text, str) and text), "")
 
     def reset(self, seed: int) -> RawObservation:
         """Start the episode of ``seed`` and return its observation history."""
@@ -186,7 +177,8 @@ class ChunkEnv:
             if self.limit is not None and self._step >= self.limit:
                 # As in lerobot-eval: some of LeRobot's environments leave their time limit to the caller.
                 terminated = terminated and succeeded
-                truncated = truncated or not terminated
+                truncated = True
+            truncated = truncated and not terminated  # success in the very last step is no time limit
             rewards.append(reward)
             successes.append(succeeded)
             ended = terminated or truncated
@@ -194,15 +186,14 @@ class ChunkEnv:
                 self._frames.append(np.array(self.env.render()))
             if ended:
                 break
-        frames, self._frames = self._frames, []
+        history, frames, self._frames = self.history(), self._frames, []
         result = ChunkResult(
-            observation=None,
+            observation=history,
             final_observation=None,
             rewards=np.asarray(rewards),
             successes=np.asarray(successes),
             terminated=terminated,
-            # An episode that succeeds in its very last step has terminated, not run out of time.
-            truncated=truncated and not terminated,
+            truncated=truncated,
             seed=self.seed,
             frames=frames,
             seen=seen,
@@ -211,11 +202,8 @@ class ChunkEnv:
         )
         if result.ended:
             self._running = False
-            result.final_observation = self.history()
-            if next_seed is not None:
-                result.observation = self.reset(next_seed)
-        else:
-            result.observation = self.history()
+            result.final_observation = history
+            result.observation = None if next_seed is None else self.reset(next_seed)
         return result
 
     def close(self) -> None:
@@ -245,7 +233,7 @@ class ChunkEnv:
 
     def history(self) -> RawObservation:
         """The last ``n_obs_steps`` observations, entries (n_obs_steps, ...)."""
-        return _stack(list(self._history))
+        return stack_observations(list(self._history))
 
     def _keep(self, observation: RawObservation, times: int = 1) -> None:
         """Take an observation into the history."""
@@ -276,16 +264,13 @@ def _time_limit(env: gym.Env) -> int | None:
     return int(limit) if limit and limit > 0 else None
 
 
-def _stack(items: list[Any]) -> Any:
-    """Stack a list of (nested) dicts of arrays along a new first axis."""
-    if isinstance(items[0], dict):
-        return {key: _stack([item[key] for item in items]) for key in items[0]}
-    return np.stack(items)
-
-
 def stack_observations(observations: list[RawObservation]) -> RawObservation:
-    """Batch observation histories: entries (n_obs_steps, ...) become (B, n_obs_steps, ...)."""
-    return _stack(observations)
+    """Stack observations along a new first axis: entries (...) become (B, ...), nested ones too."""
+    stacked: RawObservation = {}
+    for key, first in observations[0].items():
+        entries = [observation[key] for observation in observations]
+        stacked[key] = stack_observations(entries) if isinstance(first, dict) else np.stack(entries)
+    return stacked
 
 
 def check_finite(observation: RawObservation) -> None:

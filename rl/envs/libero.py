@@ -14,7 +14,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,13 @@ class LiberoChunksConfig(LiberoConfig):
             UserError: LIBERO or its meshes are not installed.
         """
         prepare()
-        found = super().create_envs(n_envs, use_async_envs)
-        for vec in [vec for by_task in found.values() for vec in by_task.values()]:
-            for env in getattr(vec, "envs", ()):
-                watched(env.unwrapped, self.shadows)
-        return found
+        suites = super().create_envs(n_envs, use_async_envs)
+        for by_task in suites.values():
+            for vec in by_task.values():
+                for env in getattr(vec, "envs", ()):
+                    env.unwrapped.__class__ = _watched_class()
+                    env.unwrapped.shadows, env.unwrapped._watching = self.shadows, True
+        return suites
 
 
 def prepare(link: bool = False) -> Path:
@@ -70,13 +72,12 @@ def prepare(link: bool = False) -> Path:
     assets = root / "assets"
     if not assets.exists():
         package = importlib.util.find_spec(ASSETS)
-        place = Path(next(iter(package.submodule_search_locations or ()), "")) if package else None
-        parts = [place / f"part_{number}.py" for number in range(1, 6)] if place else []
-        if not parts or not all(part.is_file() for part in parts):
+        meshes = Path(next(iter((package and package.submodule_search_locations) or ()), "absent"))
+        if not all((meshes / f"part_{number}.py").is_file() for number in range(1, 6)):
             raise UserError("--env.type", f"LIBERO's meshes are not installed: {INSTALL}")
         if link:
-            assets.symlink_to(place / "assets", target_is_directory=True)
-        assets = place / "assets"
+            assets.symlink_to(meshes / "assets", target_is_directory=True)
+        assets = meshes / "assets"
     choose_gl_backend()
     _write_config(root)
     try:
@@ -92,7 +93,7 @@ def _write_config(root: Path) -> None:
     folder = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero"))
     if (folder / "config.yaml").exists():
         return
-    places = {
+    folders = {
         "benchmark_root": root,
         "bddl_files": root / "bddl_files",
         "init_states": root / "init_files",
@@ -102,9 +103,8 @@ def _write_config(root: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f"config.{os.getpid()}"
-        unfinished.write_text(
-            "".join(f"{name}: {place}\n" for name, place in places.items()), encoding="utf-8"
-        )
+        lines = [f"{name}: {path}\n" for name, path in folders.items()]
+        unfinished.write_text("".join(lines), encoding="utf-8")
         unfinished.replace(folder / "config.yaml")
     except OSError as error:
         raise UserError(
@@ -113,19 +113,9 @@ def _write_config(root: Path) -> None:
         ) from error
 
 
-def watched(env: Any, shadows: bool = True) -> Any:
-    """Turn a ``LiberoEnv`` of LeRobot into one that renders what is watched."""
-    env.__class__ = _watched_class()
-    env.shadows, env._watching = shadows, True
-    return env
-
-
+@cache
 def _watched_class() -> type:
     from lerobot.envs.libero import LiberoEnv, get_libero_dummy_action
-
-    global _WATCHED
-    if _WATCHED is not None:
-        return _WATCHED
 
     class WatchedLibero(LiberoEnv):
         """LeRobot's, whose cameras can be off: what they would see is then what they saw last.
@@ -192,11 +182,7 @@ def _watched_class() -> type:
             sensor = self._env.env._observables[self.camera_name[0]]._sensor
             return sensor.__wrapped__({})[::-1, ::-1]
 
-    _WATCHED = WatchedLibero
-    return _WATCHED
-
-
-_WATCHED: type | None = None
+    return WatchedLibero
 
 
 if __name__ == "__main__":

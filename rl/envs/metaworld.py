@@ -6,9 +6,13 @@ This one returns the state, renders on request only, and resets from a cached po
 
 from __future__ import annotations
 
+import copy
+import difflib
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +29,14 @@ STATE_DIM = 39
 AGENT_DIM = 4
 ACTION_DIM = 4
 NUM_TASKS = 50
+ENV_DIM = STATE_DIM - AGENT_DIM + NUM_TASKS
 MAX_EPISODE_LENGTH = 500  # Meta-World raises at step 501
 RENDER_SIZE = 256
 RECORD = "base.json"  # in the folder of an embedded base: what it was made of
 
 
 def task_names() -> list[str]:
-    """The 50 tasks of MT50 in Meta-World's order; a task's place is its one-hot index.
+    """The 50 tasks of MT50 in Meta-World's order, which is that of their one-hot.
 
     Raises:
         UserError: the simulator cannot be loaded, for instance with a MUJOCO_GL that it does not know.
@@ -50,10 +55,7 @@ def resolve_task(name: str, option: str = "--env.task") -> str:
     Raises:
         UserError: no such task; the message names the closest ones.
     """
-    import difflib
-
-    names = task_names()
-    full = name if name.endswith("-v3") else f"{name}-v3"
+    names, full = task_names(), name if name.endswith("-v3") else f"{name}-v3"
     if full in names:
         return full
     close = difflib.get_close_matches(full, names, n=3, cutoff=0.4)
@@ -63,18 +65,14 @@ def resolve_task(name: str, option: str = "--env.task") -> str:
 
 def split_tasks(tasks: str | None, option: str = "--env.task") -> list[str]:
     """Split a comma-separated list of task names and resolve each."""
-    found = [resolve_task(part.strip(), option) for part in (tasks or "").split(",") if part.strip()]
-    if not found:
+    names = [resolve_task(part.strip(), option) for part in (tasks or "").split(",") if part.strip()]
+    if not names:
         raise UserError(option, "name at least one Meta-World task, for instance hammer-v3")
-    return found
+    return names
 
 
 def check_episode_length(steps: int, option: str = "--env.episode_length") -> None:
-    """Refuse a time limit that Meta-World's own limit of 500 steps would cut short.
-
-    Raises:
-        UserError: outside 1 to 500.
-    """
+    """Raise a ``UserError`` for a time limit that Meta-World's own, of 500 steps, would cut short."""
     if not 1 <= steps <= MAX_EPISODE_LENGTH:
         raise UserError(option, f"must be between 1 and {MAX_EPISODE_LENGTH} steps, got {steps}")
 
@@ -101,9 +99,7 @@ def make_simulator(task: str) -> Any:
     return sim
 
 
-_CACHED_RESET: type | None = None
-
-
+@functools.cache
 def _cached_reset_class() -> type:
     """A class between a task and ``SawyerXYZEnv`` whose resets are fast and free of history.
 
@@ -112,12 +108,6 @@ def _cached_reset_class() -> type:
     hand motion is always the same and its result can be copied instead of simulated. Meta-World's
     draws are untouched: a seed places the objects as it does in LeRobot's wrapper.
     """
-    global _CACHED_RESET
-    if _CACHED_RESET is not None:
-        return _CACHED_RESET
-
-    import copy
-
     import mujoco
     from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
@@ -156,7 +146,6 @@ def _cached_reset_class() -> type:
             mujoco.mj_copyData(self.data, self.model, data)
             self.init_tcp = init_tcp.copy()
 
-    _CACHED_RESET = CachedReset
     return CachedReset
 
 
@@ -191,9 +180,7 @@ class MetaworldStateEnv(gym.Env):
         self.observation_space = gym.spaces.Dict(
             {
                 "agent_pos": gym.spaces.Box(-np.inf, np.inf, (AGENT_DIM,), np.float64),
-                "environment_state": gym.spaces.Box(
-                    -np.inf, np.inf, (STATE_DIM - AGENT_DIM + NUM_TASKS,), np.float64
-                ),
+                "environment_state": gym.spaces.Box(-np.inf, np.inf, (ENV_DIM,), np.float64),
             }
         )
         self.action_space = gym.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
@@ -234,12 +221,10 @@ class MetaworldStateEnv(gym.Env):
         return np.ascontiguousarray(self._renderer.render()[::-1, ::-1])  # `corner2` hangs upside down
 
     def close(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
-        if self._sim is not None:
-            self._sim.close()
-            self._sim = None
+        for part in (self._renderer, self._sim):
+            if part is not None:
+                part.close()
+        self._renderer = self._sim = None
 
     def _observation(self) -> dict[str, np.ndarray]:
         return {
@@ -260,30 +245,20 @@ class MetaworldStateConfig(EnvConfig):
     render_mode: str = "rgb_array"
     features: dict[str, PolicyFeature] = field(
         default_factory=lambda: {
-            ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(ACTION_DIM,)),
-            "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(AGENT_DIM,)),
-            "environment_state": PolicyFeature(
-                type=FeatureType.ENV, shape=(STATE_DIM - AGENT_DIM + NUM_TASKS,)
-            ),
+            ACTION: PolicyFeature(FeatureType.ACTION, (ACTION_DIM,)),
+            "agent_pos": PolicyFeature(FeatureType.STATE, (AGENT_DIM,)),
+            "environment_state": PolicyFeature(FeatureType.ENV, (ENV_DIM,)),
         }
     )
     features_map: dict[str, str] = field(
-        default_factory=lambda: {
-            ACTION: ACTION,
-            "agent_pos": OBS_STATE,
-            "environment_state": OBS_ENV_STATE,
-        }
+        default_factory=lambda: {ACTION: ACTION, "agent_pos": OBS_STATE, "environment_state": OBS_ENV_STATE}
     )
 
     def __post_init__(self) -> None:
         check_episode_length(self.episode_length)
 
     def task_names(self) -> list[str]:
-        """The tasks that ``task`` lists, with their full names.
-
-        Raises:
-            UserError: there is no such task.
-        """
+        """The tasks that ``task`` lists, with their full names; a ``UserError`` where one is unknown."""
         return split_tasks(self.task)
 
     def base_tasks(self, folder: Path) -> list[str]:
@@ -323,22 +298,14 @@ class MetaworldStateConfig(EnvConfig):
         self, n_envs: int, use_async_envs: bool = False
     ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
         """LeRobot's form: ``{"metaworld_state": {task_id: vector environment}}``, one entry per task."""
-        asynchronous = use_async_envs and n_envs > 1
-        cls = gym.vector.AsyncVectorEnv if asynchronous else gym.vector.SyncVectorEnv
-        extra = {"context": "forkserver"} if asynchronous else {}
-        out: dict[int, gym.vector.VectorEnv] = {}
-        for index, task in enumerate(split_tasks(self.task)):
-            factories = [_EnvFactory(task, self.gym_kwargs) for _ in range(n_envs)]
-            out[index] = cls(factories, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP, **extra)
-        return {self.type: out}
-
-
-@dataclass
-class _EnvFactory:
-    """A picklable ``() -> environment`` for vector environments in other processes."""
-
-    task: str
-    kwargs: dict
-
-    def __call__(self) -> MetaworldStateEnv:
-        return MetaworldStateEnv(self.task, **self.kwargs)
+        vectorised: Callable[..., gym.vector.VectorEnv] = gym.vector.SyncVectorEnv
+        if use_async_envs and n_envs > 1:
+            vectorised = functools.partial(gym.vector.AsyncVectorEnv, context="forkserver")
+        by_task = {
+            index: vectorised(
+                [functools.partial(MetaworldStateEnv, task, **self.gym_kwargs)] * n_envs,
+                autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+            )
+            for index, task in enumerate(self.task_names())
+        }
+        return {self.type: by_task}

@@ -9,16 +9,20 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters.errors import UserError, reason
-from trimtab.rl.envs.chunk import ChunkResult, NotFinite, RawObservation, lost_episode
-from trimtab.rl.envs.contract import Description, Findings, describe, examine
+from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, NotFinite, RawObservation, lost_episode
+from trimtab.rl.envs.examine import Description, Findings, describe, examine
 from trimtab.rl.envs.hooks import make_chunk_env
 
+# By environment: the arguments of a command. The last one of `reset` and `step` is the next episode's seed.
+Arguments = dict[int, tuple[Any, ...]]
 BUILDING = 5  # a simulator may take so many times longer to be built than to step a chunk
 
 
@@ -36,48 +40,51 @@ class WorkerLost(RuntimeError):
 
 
 class _Group:
-    """The environments of one worker (or of this process)."""
+    """The environments of one worker. A command goes to some of them, each with its arguments."""
 
-    def __init__(
-        self, config: EnvConfig, indices: list[int], task: int | None, tolerant: bool, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, config: EnvConfig, task: int | None, tolerant: bool, options: dict[str, Any]) -> None:
         self._make = lambda i: make_chunk_env(config, i if task is None else task, **options)
-        self.tolerant, self._fps = tolerant, getattr(config, "fps", None)
-        self.envs = {i: self._make(i) for i in indices}
+        self._tolerant, self._fps = tolerant, getattr(config, "fps", None)
+        self.envs: dict[int, ChunkEnv] = {}
 
-    def describe(self) -> dict[int, Description]:
-        return {i: describe(env, self._fps) for i, env in self.envs.items()}
+    def answer(self, command: str, arguments: Arguments) -> tuple[str, Any, float]:
+        """What became of a command, what it returned by environment, and the seconds that it took."""
+        started = time.perf_counter()
+        try:
+            answers = {i: getattr(self, command)(i, *values) for i, values in arguments.items()}
+            return "ok", answers, time.perf_counter() - started
+        except UserError as error:
+            return "user_error", (error.option, error.message), 0.0
+        except Exception:  # whatever a simulator raises
+            return "error", traceback.format_exc(), 0.0
 
-    def examine(self, chunks: dict[int, np.ndarray], _: dict[int, Any]) -> dict[int, Findings]:
-        return {i: examine(self.envs[i], chunk) for i, chunk in chunks.items()}
+    def build(self, i: int) -> Description:
+        self.envs[i] = self._make(i)
+        return describe(self.envs[i], self._fps)
 
-    def check_actions(self, chunks: dict[int, np.ndarray], _: dict[int, Any]) -> dict[int, None]:
-        return {i: self.envs[i].check_actions(chunk) for i, chunk in chunks.items()}
+    def examine(self, i: int, chunk: np.ndarray) -> Findings:
+        return examine(self.envs[i], chunk)
 
-    def reset(self, seeds: dict[int, int], render: dict[int, bool]) -> dict[int, RawObservation]:
-        for i in seeds:
-            self.envs[i].render = render.get(i, False)
-        return {i: self.envs[i].reset(seed) for i, seed in seeds.items()}
+    def check_actions(self, i: int, chunk: np.ndarray) -> None:
+        self.envs[i].check_actions(chunk)
 
-    def step(
-        self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]
-    ) -> dict[int, ChunkResult]:
-        return {i: self._step(i, chunk, next_seeds[i]) for i, chunk in chunks.items()}
+    def reset(self, i: int, render: bool, seed: int) -> RawObservation:
+        self.envs[i].render = render
+        return self.envs[i].reset(seed)
 
-    def _step(self, i: int, chunk: np.ndarray, next_seed: int | None) -> ChunkResult:
-        if not self.tolerant:
-            return self.envs[i].step_chunk(chunk, next_seed)
+    def step(self, i: int, chunk: np.ndarray, next_seed: int | None) -> ChunkResult:
         try:
             return self.envs[i].step_chunk(chunk, next_seed)
-        except NotFinite as error:
-            kind, message = error.kind, str(error)
-        except UserError:
-            raise
         except Exception as error:  # whatever a simulator raises
-            kind, message = "crash", f"--env.type: the simulator failed: {reason(error, last=True)}"
-            with contextlib.suppress(Exception):
-                self.envs[i].close()
-            self.envs[i] = self._make(i)
+            if not self._tolerant or (isinstance(error, UserError) and not isinstance(error, NotFinite)):
+                raise
+            if isinstance(error, NotFinite):
+                kind, message = error.kind, str(error)
+            else:
+                kind, message = "crash", f"--env.type: the simulator failed: {reason(error, last=True)}"
+                with contextlib.suppress(Exception):
+                    self.envs[i].close()
+                self.build(i)
         return lost_episode(kind, message, None if next_seed is None else self.envs[i].reset(next_seed))
 
     def close(self) -> None:
@@ -86,35 +93,70 @@ class _Group:
                 env.close()
 
 
-def _worker(connection: Any, config: EnvConfig, indices: list[int], *options: Any) -> None:
-    """Serve one group of environments over a pipe until told to stop."""
-    import torch
+class _Here:
+    """In the place of a pipe: the environments of this process, which work while they are being told to."""
 
+    def __init__(self, group: _Group) -> None:
+        self._group = group
+
+    def send(self, message: tuple[str, Arguments]) -> None:
+        self._answer = self._group.answer(*message)
+
+    def recv(self) -> tuple[str, Any, float]:
+        return self._answer
+
+    def poll(self, timeout: float) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._group.close()
+
+
+def _serve(connection: Any, config: EnvConfig, settings: tuple[Any, ...]) -> None:
+    """Answer for one group of environments over a pipe until told to stop."""
     # A terminal and SLURM signal the whole group: the run decides when its simulators end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)  # the cores belong to the learner
-    group: _Group | None = None
-    try:
-        group = _Group(config, indices, *options)
-        connection.send(("ok", group.describe(), 0.0))
-        while True:
-            command, args = connection.recv()
-            if command == "close":
-                break
-            started = time.perf_counter()
-            answer = getattr(group, command)(*args)
-            connection.send(("ok", answer, time.perf_counter() - started))
-    except UserError as error:
-        connection.send(("user_error", (error.option, error.message), 0.0))
-    except (EOFError, KeyboardInterrupt, BrokenPipeError):
-        pass
-    except BaseException:
-        with contextlib.suppress(OSError):
-            connection.send(("error", traceback.format_exc(), 0.0))
-    finally:
-        if group is not None:
-            group.close()
+    group = _Group(config, *settings)
+    with contextlib.suppress(EOFError, OSError):
+        while (message := connection.recv())[0] != "close":
+            connection.send(group.answer(*message))
+    group.close()
+
+
+@dataclass
+class _Worker:
+    """Some environments, and how to reach them; ``process`` is ``None`` where they are in this one."""
+
+    members: list[int]
+    connection: Any
+    process: Any
+
+    def receive(self, timeout: float) -> tuple[dict[int, Any], float]:
+        """The answers, and for how many seconds the environments worked on them; timeout 0: any time."""
+        name = f"the worker of environments {self.members[0]}-{self.members[-1]}"
+        try:
+            if timeout and not self.connection.poll(timeout):
+                raise WorkerLost("hang", f"{name} did not answer for {timeout:g} s")
+            status, payload, seconds = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join(1)
+            raise WorkerLost("crash", f"{name} died with exit code {self.process.exitcode}") from None
+        if status == "user_error":
+            raise UserError(*payload)
+        if status == "error":
+            raise WorkerLost("crash", f"an environment worker failed:\n{payload}")
+        return payload, seconds
+
+    def join(self, patience: float) -> None:
+        """Wait for the end, which comes after ``patience`` seconds at the latest."""
+        self.connection.close()  # frees one that is still writing an answer
+        if self.process is not None:
+            self.process.join(patience)
+            if self.process.is_alive():
+                self.process.kill()
+                self.process.join()
 
 
 class ChunkVectorEnv:
@@ -128,7 +170,6 @@ class ChunkVectorEnv:
         num_envs: number of environments.
         num_workers: processes; 0 steps them in this process.
         n_obs_steps: observation history that the policy looks at.
-        frame_every: keep a rendered frame every so many steps, where rendering is on.
         keep_seen: return every step's observation in ``ChunkResult.seen``.
         task: run this task of the config in every environment.
         tolerant: an episode in which the simulator crashes or hangs, or NaN or Inf appears, is lost
@@ -149,7 +190,6 @@ class ChunkVectorEnv:
         num_envs: int,
         num_workers: int = 1,
         n_obs_steps: int = 1,
-        frame_every: int = 2,
         keep_seen: bool = False,
         task: int | None = None,
         tolerant: bool = False,
@@ -157,60 +197,52 @@ class ChunkVectorEnv:
     ) -> None:
         self.num_envs = num_envs
         self._tolerant, self._timeout = tolerant, timeout
-        options = {"n_obs_steps": n_obs_steps, "frame_every": frame_every, "keep_seen": keep_seen}
-        self._arguments = (task, tolerant, options)
-        self._config = config
-        self._local: _Group | None = None
-        self._workers: list[tuple[Any, Any, list[int]]] = []
-        self._pending: dict[int, Any] = {}
-        self._sent = self._seconds = self.busy = self.idle = 0.0
-        indices = list(range(num_envs))
-        if num_workers <= 0:
-            self._local = _Group(config, indices, *self._arguments)
-            described = self._local.describe()
-        else:
-            described = self._start(indices, num_workers)
-        self.descriptions = [described[i] for i in indices]
+        options = {"n_obs_steps": n_obs_steps, "keep_seen": keep_seen}
+        self._config, self._settings = config, (task, tolerant, options)
+        self._workers: list[_Worker] = []
+        # By worker: the command that it works on, and each environment's arguments.
+        self._pending: dict[int, tuple[str, Arguments]] = {}
+        self._sent = self.busy = self.idle = 0.0
+        described: dict[int, Description] = {}
+        self._local = num_workers <= 0
+        try:
+            for part in np.array_split(np.arange(num_envs), max(1, min(num_workers, num_envs))):
+                self._workers.append(self._start(part.tolist()))
+            for worker in self._workers:
+                described |= worker.receive(BUILDING * timeout)[0]
+        except BaseException:
+            self.close()
+            raise
+        self.descriptions = [described[i] for i in range(num_envs)]
         self.task_descriptions = [one.instruction for one in self.descriptions]
         self.task_names = [one.task for one in self.descriptions]
         self.repeatable = all(one.repeatable for one in self.descriptions)
         self.on_success_key: Callable[[str], None] = lambda key: None
         self._success_keys: set[str] = set()
 
-    def _start(self, indices: list[int], num_workers: int) -> dict[int, Description]:
-        described: dict[int, Description] = {}
-        for part in np.array_split(indices, min(num_workers, len(indices))):
-            self._workers.append(self._start_worker([int(i) for i in part]))
-        try:
-            for worker in self._workers:
-                described.update(self._receive_from(worker, BUILDING))
-        except BaseException:
-            self.close()
-            raise
-        return described
-
-    def _start_worker(self, members: list[int]) -> tuple[Any, Any, list[int]]:
-        # A forked copy of a process that runs torch threads can deadlock: fork from a clean server.
-        context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-        if sys.platform != "win32":
-            context.set_forkserver_preload(["trimtab.rl.envs.vector", type(self._config).__module__])
-        ours, theirs = context.Pipe()
-        arguments = (theirs, self._config, members, *self._arguments)
-        process = context.Process(target=_worker, args=arguments, daemon=True)
-        process.start()
-        theirs.close()
-        return process, ours, members
+    def _start(self, members: list[int]) -> _Worker:
+        """A worker that is building its environments."""
+        if self._local:
+            worker = _Worker(members, _Here(_Group(self._config, *self._settings)), None)
+        else:
+            # A forked copy of a process that runs torch threads can deadlock: fork from a clean server.
+            context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+            if sys.platform != "win32":
+                context.set_forkserver_preload(["trimtab.rl.envs.vector", type(self._config).__module__])
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, self._config, self._settings), daemon=True)
+            process.start()
+            theirs.close()
+            worker = _Worker(members, ours, process)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `receive` says that it is lost
+            worker.connection.send(("build", {i: () for i in members}))
+        return worker
 
     def reset(
         self, seeds: dict[int, int], render: dict[int, bool] | None = None
     ) -> dict[int, RawObservation]:
         """Reset the environments named in ``seeds`` and return their observation histories."""
-        self._dispatch("reset", seeds, render or {})
-        return self.receive()
-
-    def send(self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]) -> None:
-        """Start stepping ``chunks`` (each (T, action_dim)); ``next_seeds`` as in ``ChunkEnv.step_chunk``."""
-        self._dispatch("step", chunks, next_seeds)
+        return self._ask("reset", {i: ((render or {}).get(i, False), seed) for i, seed in seeds.items()})
 
     def examine(self, chunk: np.ndarray) -> Findings:
         """Ask the first environment, which has just been reset, whether it does what it must.
@@ -218,121 +250,81 @@ class ChunkVectorEnv:
         Args:
             chunk: (T, action_dim), to be stepped.
         """
-        self._dispatch("examine", {0: chunk}, {})
-        return self._received()[0]
+        return self._ask("examine", {0: (chunk,)})[0]
 
     def check_actions(self, chunk: np.ndarray) -> None:
         """Refuse actions (T, action_dim) that the first environment cannot take; nothing moves."""
-        self._dispatch("check_actions", {0: chunk}, {})
-        self._received()
+        self._ask("check_actions", {0: (chunk,)})
 
-    def receive(self) -> dict[int, Any]:
-        """Wait for what ``send`` started: a ``ChunkResult`` for each environment."""
-        found = self._received()
-        for result in found.values():
-            key = getattr(result, "success_key", None)
-            if key and key not in self._success_keys:
-                self._success_keys.add(key)
-                self.on_success_key(key)
-        return found
+    def send(self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]) -> None:
+        """Start stepping ``chunks`` (each (T, action_dim)); ``next_seeds`` as in ``ChunkEnv.step_chunk``."""
+        self._send("step", {i: (chunk, next_seeds[i]) for i, chunk in chunks.items()})
 
-    def _received(self) -> dict[int, Any]:
-        asked = time.perf_counter()
-        self.busy = self.idle = 0.0
-        if self._local is not None:
-            results, self._pending = self._pending, {}
-            self._account(asked, 1)
-            return results
-        merged: dict[int, Any] = {}
-        count = len(self._pending)
-        for number in list(self._pending):
-            try:
-                merged.update(self._receive_from(self._workers[number]))
-                self._account(asked, count)
-            except WorkerLost as lost:
-                if not self._tolerant or self._pending[number][1] not in ("reset", "step"):
-                    raise
-                merged.update(self._restart(number, lost))
-            del self._pending[number]
-        return dict(sorted(merged.items()))
+    def receive(self) -> dict[int, ChunkResult]:
+        """Wait for what ``send`` started."""
+        results = self._receive()
+        for key in {result.success_key for result in results.values()} - {None, *self._success_keys}:
+            self._success_keys.add(key)
+            self.on_success_key(key)
+        return results
 
-    def _account(self, asked: float, workers: int) -> None:
-        """Add one of ``workers`` to ``busy`` and ``idle``."""
-        self.busy += self._seconds / workers
-        self.idle += max(0.0, asked - self._sent - self._seconds) / workers
+    def _ask(self, command: str, arguments: Arguments) -> dict[int, Any]:
+        self._send(command, arguments)
+        return self._receive()
 
-    def _dispatch(self, command: str, per_env: dict[int, Any], extra: dict[int, Any]) -> None:
+    def _send(self, command: str, arguments: Arguments) -> None:
         if self._pending:
             raise RuntimeError("the environments are still stepping: call receive() first")
         self._sent = time.perf_counter()
-        if self._local is not None:
-            try:
-                self._pending = getattr(self._local, command)(per_env, extra)
-            except UserError:
-                raise
-            except Exception as error:  # whatever a simulator raises
-                raise WorkerLost("crash", f"{type(error).__name__}: {reason(error, last=True)}") from error
-            self._seconds = time.perf_counter() - self._sent
-            return
         for number, worker in enumerate(self._workers):
-            mine = {i: per_env[i] for i in worker[2] if i in per_env}
-            if mine:
-                beside = {i: extra[i] for i in mine if i in extra}
-                try:
-                    worker[1].send((command, (mine, beside)))
-                except (BrokenPipeError, ConnectionResetError):
-                    if not self._tolerant:
-                        self._receive_from(worker)  # raises with what the worker said last
-                # Should the worker be lost: the episodes to start in its place.
-                self._pending[number] = mine if command == "reset" else beside, command
+            mine = {i: arguments[i] for i in worker.members if i in arguments}
+            if not mine:
+                continue
+            try:
+                worker.connection.send((command, mine))
+            except (BrokenPipeError, ConnectionResetError):
+                if not self._tolerant:
+                    worker.receive(self._timeout)  # raises with its last words
+            self._pending[number] = command, mine
 
-    def _receive_from(self, worker: tuple[Any, Any, list[int]], patience: float = 1.0) -> dict[int, Any]:
-        process, connection, members = worker
-        name = f"the worker of environments {members[0]}-{members[-1]}"
-        try:
-            if self._timeout and not connection.poll(self._timeout * patience):
-                raise WorkerLost("hang", f"{name} did not answer for {self._timeout * patience:g} s")
-            status, payload, self._seconds = connection.recv()
-        except (EOFError, ConnectionResetError):
-            process.join(1)
-            raise WorkerLost("crash", f"{name} died with exit code {process.exitcode}") from None
-        if status == "ok":
-            return payload
-        if status == "user_error":
-            raise UserError(*payload)
-        raise WorkerLost("crash", f"an environment worker failed:\n{payload}")
+    def _receive(self) -> dict[int, Any]:
+        asked, count = time.perf_counter(), len(self._pending)
+        self.busy = self.idle = 0.0
+        merged: dict[int, Any] = {}
+        for number, (command, arguments) in list(self._pending.items()):
+            try:
+                answer, seconds = self._workers[number].receive(self._timeout)
+                self.busy += seconds / count
+                self.idle += max(0.0, asked - self._sent - seconds) / count
+            except WorkerLost as lost:
+                if not self._tolerant or command not in ("reset", "step"):
+                    raise
+                answer = self._restart(number, command, arguments, lost)
+            merged |= answer
+            del self._pending[number]
+        return dict(sorted(merged.items()))
 
-    def _restart(self, number: int, lost: WorkerLost) -> dict[int, Any]:
+    def _restart(self, number: int, command: str, arguments: Arguments, lost: WorkerLost) -> dict[int, Any]:
         """Start a lost worker anew, and in it the episodes that would have followed."""
-        process, connection, members = self._workers[number]
-        process.kill()
-        process.join()
-        connection.close()
-        self._workers[number] = worker = self._start_worker(members)
-        self._receive_from(worker, BUILDING)
-        seeds, command = self._pending[number]
-        seeds = {i: seed for i, seed in seeds.items() if seed is not None}
-        worker[1].send(("reset", (seeds, {})))
-        observations = self._receive_from(worker, BUILDING)
+        self._workers[number].join(0)
+        self._workers[number] = worker = self._start(self._workers[number].members)
+        worker.receive(BUILDING * self._timeout)
+        seeds = {i: values[-1] for i, values in arguments.items()}
+        running = {i: (False, seed) for i, seed in seeds.items() if seed is not None}
+        worker.connection.send(("reset", running))
+        observations, _ = worker.receive(BUILDING * self._timeout)
         if command == "reset":
             return observations
         message = f"--env.type: {reason(lost, last=True)}"
-        pending = self._pending[number][0]
-        return {i: lost_episode(lost.kind, message, observations.get(i)) for i in pending}
+        return {i: lost_episode(lost.kind, message, observations.get(i)) for i in seeds}
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice."""
-        if self._local is not None:
-            self._local.close()
-        for _, connection, _ in self._workers:
+        for worker in self._workers:
             with contextlib.suppress(OSError):
-                connection.send(("close", ()))
-        for _, connection, _ in self._workers:
-            connection.close()  # frees a worker that is still writing an answer
-        for process, _, _ in self._workers:
-            process.join(5)
-            if process.is_alive():
-                process.kill()
+                worker.connection.send(("close", {}))
+        for worker in self._workers:
+            worker.join(5)
         self._workers, self._pending = [], {}
 
     def __enter__(self) -> ChunkVectorEnv:

@@ -158,6 +158,7 @@ def test_commands_find_it_in_a_package(workplace, monkeypatch):
     (workplace / "my_package").mkdir()
     (workplace / "my_package" / "__init__.py").write_text(code_blocks()[0])
     monkeypatch.syspath_prepend(workplace)
-    assert load_plugins(["--policy.discover_packages_path=my_package", "--seed=1"], None) == ["--seed=1"]
+    given = {"policy": {"discover_packages_path": "my_package"}, "seed": 1}
+    assert load_plugins(given) == [{"policy": {}, "seed": 1}]
     sys.modules.pop("my_package")
     assert adapter_class("my_flow").__name__ == "MyFlowAdapter"

@@ -102,7 +102,7 @@ class Run:
         if found:
             notes += trainer.resume(found)
         metrics = MetricsWriter(self.folder / "metrics.jsonl", found.beside["metrics"] if found else 0)
-        checkpoints.beside = lambda: {"metrics": metrics.place()}
+        checkpoints.beside = lambda: {"metrics": metrics.offset()}
         trainer.on_metrics = metrics
         return trainer, notes
 

@@ -19,6 +19,7 @@ from trimtab.adapters.base import PolicyAdapter
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.loading import quietly
 from trimtab.adapters.registry import adapter_class
+from trimtab.adapters.tiny import backbones
 from trimtab.adapters.tiny.parts import camera_features, statistics, word_tokenizer
 
 Built = tuple[PolicyAdapter, dict[str, Any]]
@@ -135,9 +136,8 @@ def pi(policy_type: str) -> Callable[[str, int, Path], Built]:
 
 def smolvla(device: str, cameras: int, folder: Path) -> Built:
     """lerobot/smolvla_base; its vision tower looks at values, so it has some also where only counted."""
-    from trimtab.adapters.tiny.smolvla import make_vlm
-
-    vlm = str(make_vlm(folder, SIZES["smolvlm_500m"]))
+    vlm = str(folder)
+    backbones.make_smolvlm(folder, SIZES["smolvlm_500m"])
     where = "cpu" if device == "meta" else device
     config = make_config("smolvla", features(cameras, 6), where, vlm_model_name=vlm, load_vlm_weights=False)
     if device == "meta":
@@ -147,17 +147,13 @@ def smolvla(device: str, cameras: int, folder: Path) -> Built:
 
 def evo1(device: str, cameras: int, folder: Path) -> Built:
     """LeRobot's default head on the first 14 layers of InternVL3-1B; images of 448 pixels."""
-    from trimtab.adapters.tiny.evo1 import make_vlm
-
-    make_vlm(folder, SIZES["internvl3_1b"])
+    backbones.make_internvl(folder, SIZES["internvl3_1b"])
     return assemble_weightless(make_config("evo1", features(cameras), vlm_model_name=str(folder)))
 
 
 def molmoact2(device: str, cameras: int, folder: Path) -> Built:
     """LeRobot's default chunk."""
-    from trimtab.adapters.tiny.molmoact2 import STATE_LEVELS, make_backbone
-
-    make_backbone(folder / "backbone", SIZES["molmoact2"])
+    backbones.make_molmo(folder / "backbone", SIZES["molmoact2"])
     word_tokenizer(folder / "fast")
     config = make_config(
         "molmoact2",
@@ -165,7 +161,7 @@ def molmoact2(device: str, cameras: int, folder: Path) -> Built:
         checkpoint_path=str(folder / "backbone"),
         discrete_action_tokenizer=str(folder / "fast"),
         inference_action_mode="continuous",
-        num_state_tokens=STATE_LEVELS,
+        num_state_tokens=backbones.STATE_LEVELS,
         max_sequence_length=4096,
     )
     return assemble_weightless(config)
@@ -173,23 +169,18 @@ def molmoact2(device: str, cameras: int, folder: Path) -> Built:
 
 def multi_task_dit(device: str, cameras: int, folder: Path) -> Built:
     """LeRobot's default sizes on CLIP ViT-B/16; the default objective, so DDIM."""
-    from trimtab.adapters.tiny.multi_task_dit import make_clip
-
     clip = str(folder / "clip")  # LeRobot insists on "clip" in the path
-    make_clip(Path(clip), SIZES["clip_b16"])
+    backbones.make_clip(Path(clip), SIZES["clip_b16"])
     names = {"vision_encoder_name": clip, "text_encoder_name": clip}
     return assemble_weightless(make_config("multi_task_dit", features(cameras), **names))
 
 
 def xvla(device: str, cameras: int, folder: Path) -> Built:
     """LeRobot's default transformer on Florence-2-large; images of 224 pixels, as in its checkpoints."""
-    from trimtab.adapters.tiny.xvla import florence
-
-    word_tokenizer(folder)
     config = make_config(
         "xvla",
         features(cameras, 20),
-        florence_config=florence(SIZES["florence_2_large"], 51289),  # its vocabulary
+        florence_config=backbones.make_florence(folder, SIZES["florence_2_large"], 51289),  # its vocabulary
         tokenizer_name=str(folder),
         resize_imgs_with_padding=(224, 224),
     )
@@ -198,9 +189,7 @@ def xvla(device: str, cameras: int, folder: Path) -> Built:
 
 def eo1(device: str, cameras: int, folder: Path) -> Built:
     """LeRobot's default head on Qwen2.5-VL-3B, as the config's ``vlm_base`` says."""
-    from trimtab.adapters.tiny.eo1 import make_qwen2_5
-
-    model, base = make_qwen2_5(folder, SIZES["qwen2_5_vl_3b"]), str(folder)
+    model, base = backbones.make_qwen2_5(folder, SIZES["qwen2_5_vl_3b"]), str(folder)
     config = make_config("eo1", features(cameras), pretrained_path=base, vlm_base=base, vlm_config=model)
     return assemble_weightless(config)
 
@@ -211,15 +200,13 @@ def wall_x(device: str, cameras: int, folder: Path) -> Built:
     Its second expert, for action tokens: workspace/models_config/qwen2_5_moe_flash.json in
     X-Square-Robot/wall-x; the first has the sizes of Qwen2.5-VL-3B.
     """
-    from trimtab.adapters.tiny.wall_x import make_backbone
-
     qwen = SIZES["qwen2_5_vl_3b"]
     experts = [
         {"hidden_size": 2048, "intermediate_size": size, "hidden_act": "silu"} for size in (11008, 2048)
     ]
     config = make_config("wall_x", features(cameras), pretrained_name_or_path=str(folder))
     sizes = {**qwen, "text": {**qwen["text"], "experts": experts}}
-    make_backbone(folder, "left", config.max_action_dim, config.max_state_dim, sizes)
+    backbones.make_wall_x(folder, "left", config.max_action_dim, config.max_state_dim, sizes)
     return assemble_weightless(config, words=qwen["text"]["vocab_size"])
 
 
@@ -227,10 +214,8 @@ def groot(device: str, cameras: int, folder: Path) -> Built:
     """GR00T N1.7 with the sizes that LeRobot gives as its defaults, on Cosmos-Reason2-2B."""
     from lerobot.policies.groot.groot_n1_7 import GR00TN17Config
 
-    from trimtab.adapters.tiny._qwen3 import make_qwen3
-
     base, qwen = folder / "gr00t", folder / "Qwen" / "Qwen3-VL-2B"
-    make_qwen3(qwen, SIZES["qwen3_vl_2b"])
+    backbones.make_qwen3(qwen, SIZES["qwen3_vl_2b"])
     GR00TN17Config(model_name=str(qwen)).save_pretrained(base)
 
     def local(preprocessor: Any) -> None:
@@ -243,9 +228,7 @@ def groot(device: str, cameras: int, folder: Path) -> Built:
 
 def vla_jepa(device: str, cameras: int, folder: Path) -> Built:
     """LeRobot's default sizes on LIBERO's 7 actions; it does not shrink the images."""
-    from trimtab.adapters.tiny._qwen3 import make_qwen3
-
-    make_qwen3(folder, SIZES["qwen3_vl_2b"])
+    backbones.make_qwen3(folder, SIZES["qwen3_vl_2b"])
     config = make_config("vla_jepa", features(cameras, 7, 8), qwen_model_name=str(folder))
     return assemble_weightless(config)
 
@@ -255,11 +238,9 @@ def fastwam(device: str, cameras: int, folder: Path) -> Built:
     from diffusers.utils import logging
     from safetensors.torch import save_file
 
-    from trimtab.adapters.tiny._wan import wan_parts
-
     logging.set_verbosity_error()  # it would name each weight that the empty file lacks
     with WithoutMemory():
-        vae, text_encoder = wan_parts(folder, SIZES["wan_2_2"])
+        vae, text_encoder = backbones.make_wan(folder, SIZES["wan_2_2"])
     vae.save_config(folder / "vae")
     text_encoder.config.save_pretrained(folder / "text_encoder")
     for file in ("vae/diffusion_pytorch_model", "text_encoder/model"):

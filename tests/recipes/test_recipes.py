@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from lerobot.envs.utils import preprocess_observation
 
 from tests.benchmarks.full_size import FULL_SIZE, full_size
 from trimtab.recipes.cli import COMMANDS, main
-from trimtab.recipes.cli.adapt import AdaptConfig, with_default_noise
+from trimtab.recipes.cli.adapt import AdaptConfig
 from trimtab.recipes.cli.base import MakeBaseConfig
 from trimtab.recipes.cli.compare import CompareConfig
 from trimtab.recipes.cli.eval import EvaluateConfig
@@ -27,9 +28,7 @@ from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
 from trimtab.recipes.compare.methods import customised
 from trimtab.recipes.finetune.lora_targets import LAYERS, default_targets
 from trimtab.recipes.finetune.training import TuningConfig
-from trimtab.recipes.support.console import parse
-from trimtab.recipes.support.presets import expand_preset
-from trimtab.recipes.support.recipe_file import ADAPT_ONLY, LEFT, with_recipe
+from trimtab.recipes.support.options import config_file, parse
 from trimtab.recipes.support.shared_configs import SELECTION_SEED
 
 CONFIGS = {
@@ -58,10 +57,7 @@ def read(path):
 
 
 def parsed(command, *args):
-    args = with_recipe(list(args), command)
-    if command == "adapt":
-        args = with_default_noise(expand_preset(args))
-    return parse(CONFIGS[command], command, args)
+    return parse(CONFIGS[command], command, list(args))
 
 
 @pytest.fixture(scope="module")
@@ -226,20 +222,11 @@ def test_a_name_stands_for_its_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     where = FOLDER / "smolvla_libero"
     for command, file in (("adapt", ADAPT), ("eval", ADAPT), ("lora", LORA)):
-        assert with_recipe(["--config_path=smolvla_libero"], command) == [f"--config_path={where / file}"]
+        assert config_file("smolvla_libero", command) == where / file
     path = "recipes/configs/metaworld/paper_na.yaml"
-    assert with_recipe(["--config_path", path], "adapt") == [
-        f"--config_path={FOLDER / 'metaworld/paper_na.yaml'}"
-    ]
+    assert config_file(path, "adapt") == FOLDER / "metaworld/paper_na.yaml"
     (tmp_path / "smolvla_libero").write_text("seed: 3\n")  # a file of that name comes first
-    assert with_recipe(["--config_path=smolvla_libero"], "adapt") == ["--config_path=smolvla_libero"]
-
-
-def test_what_probe_and_eval_leave_is_adapts_alone():
-    fields = {command: set(CONFIGS[command].__dataclass_fields__) for command in ("adapt", "probe", "eval")}
-    assert set(ADAPT_ONLY) == fields["adapt"] - (fields["probe"] | fields["eval"])
-    for command, left in LEFT.items():
-        assert fields["adapt"] - set(left) <= fields[command]
+    assert config_file("smolvla_libero", "adapt") == Path("smolvla_libero")
 
 
 def test_resume_of_a_tiny_run(tmp_path):
@@ -289,7 +276,7 @@ def test_a_recipe_with_an_unknown_field(command, capsys, tmp_path, monkeypatch):
     for tiny in ([], ["--tiny=true"]):
         assert main([command, "--config_path=mine.yaml", *tiny]) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-        assert len(errors) == 1 and "`sped`" in errors[0], errors
+        assert len(errors) == 1 and "--sped: no such option" in errors[0] and "mine.yaml" in errors[0], errors
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
 
 

@@ -52,7 +52,7 @@ ERRORS = {
     "no knots": (["adapt", POINT, "--noise.type=knots", "--noise.knots=0"], "error: --noise.knots: must be"),
     "knots elsewhere": (
         ["adapt", POINT, "--noise.type=full", "--noise.knots=4"],
-        "--noise: The fields `knots`",
+        "--noise.knots: no such option of --noise.type=full",
     ),
     "base 60": (
         ["adapt", POINT, "--noise.type=masked", "--noise.rows=1:8"],

@@ -35,9 +35,9 @@ def test_embedded_generalist(tiny_base, tmp_path, capsys):
     assert len(report["constants"]) == 3 and all(c["episodes"] == 2 for c in report["constants"])
     # Cloned for thirty steps, it never succeeds: right is to say that there is nothing to learn from.
     assert report["success"]["base"]["successes"] == 0
-    assert not report["steerable"] and "nothing seen to learn from" in report["verdict"]
-    assert "no success in 22 episodes" in report["verdict"]
-    assert "verdict: nothing seen" in capsys.readouterr().out
+    assert not report["steerable"] and "nothing seen to learn from" in report["diagnosis"]
+    assert "no success in 22 episodes" in report["diagnosis"]
+    assert "diagnosis: nothing seen" in capsys.readouterr().out
 
 
 def test_embedded_generalist_without_an_environment(tiny_base, tmp_path):
@@ -59,7 +59,7 @@ def test_act_is_steered_through_its_latent(tmp_path, capsys):
     assert report["steerable"] and report["row_effect"] == []
     assert len(report["noise_shape"]) == 1
     assert len(report["column_effect"]) == report["noise_shape"][0]
-    assert "verdict: can be steered" in capsys.readouterr().out
+    assert "diagnosis: can be steered" in capsys.readouterr().out
 
 
 def test_collapsed_act_latent(tmp_path):
@@ -71,7 +71,7 @@ def test_collapsed_act_latent(tmp_path):
     )
     save_file(state, weights)
     report = probe(options.path, tmp_path / "out")
-    assert not report["steerable"] and "ignores its noise" in report["verdict"]
+    assert not report["steerable"] and "ignores its noise" in report["diagnosis"]
     assert "kl_weight" in report["lines"][0]
 
 
@@ -84,7 +84,7 @@ def test_noise_blind_policy(tmp_path):
         state[key] = torch.zeros_like(state[key])
     save_file(state, folder / "model.safetensors")
     report = probe(folder, tmp_path / "out", *PUSHT)
-    assert not report["steerable"] and "ignores its noise" in report["verdict"]
+    assert not report["steerable"] and "ignores its noise" in report["diagnosis"]
     assert report["noise_difference"] <= report["rounding_floor"]
     assert report["success"] == {}  # no episode is spent on a policy that cannot be steered
 

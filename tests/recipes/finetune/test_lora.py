@@ -20,7 +20,7 @@ from trimtab.recipes.finetune.data import ColumnWindows, Recorder, batches
 from trimtab.recipes.finetune.lora_targets import as_pattern, default_targets
 from trimtab.recipes.finetune.rollouts import RolloutEpisode, Rollouts, as_recorded
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
-from trimtab.recipes.support.console import parse
+from trimtab.recipes.support.options import parse
 from trimtab.recipes.support.session import Session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv

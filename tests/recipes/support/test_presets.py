@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import UserError
 from trimtab.recipes.cli.adapt import AdaptConfig
-from trimtab.recipes.support.console import parse
-from trimtab.recipes.support.presets import expand_preset
-from trimtab.rl.algorithms.presets import PAPER, flatten
+from trimtab.recipes.support.layers import flatten
+from trimtab.recipes.support.options import parse
+from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.trainer import Trainer
@@ -23,7 +23,7 @@ ENV = ["--env.type=metaworld_state", "--env.task=button-press-topdown-v3"]
 
 
 def read(*args):
-    return parse(AdaptConfig, "adapt", expand_preset(list(args)))
+    return parse(AdaptConfig, "adapt", list(args))
 
 
 def settings(config):

@@ -13,11 +13,9 @@ import tests.helpers.lane as lane
 from tests.recipes.support.test_returns import SMALL, TRAIN
 from trimtab.adapters import UserError
 from trimtab.recipes.cli import main
-from trimtab.recipes.cli.adapt import AdaptConfig, with_default_noise
-from trimtab.recipes.support.console import parse
-from trimtab.recipes.support.presets import expand_preset
-from trimtab.recipes.support.recipe_file import with_recipe
-from trimtab.recipes.support.repeat import absolute, loaded_plugins, repeatable, retyped, without_plugins
+from trimtab.recipes.cli.adapt import AdaptConfig
+from trimtab.recipes.support.options import layered, parse
+from trimtab.recipes.support.repeat import absolute, loaded_plugins, repeatable, without_plugins
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.algorithms.presets import PAPER
 
@@ -133,8 +131,7 @@ def test_plugins_of_both_kinds_are_kept(tmp_path, monkeypatch):
 
 def read(*args):
     """As `adapt` reads its options."""
-    args = with_recipe(list(args), "adapt")
-    return parse(AdaptConfig, "adapt", with_default_noise(expand_preset(args)))
+    return parse(AdaptConfig, "adapt", list(args))
 
 
 def test_another_algorithm_over_a_recipe(capsys):
@@ -159,13 +156,17 @@ def test_another_algorithm_over_the_config_of_a_run(run):
     assert saved == DSRLSACConfig().pace.updates_per_transition
 
 
-def test_other_noise_environment_and_preset(run, capsys):
+def test_other_noise_environment_and_preset(run, tmp_path, capsys):
     path = f"--config_path={run / 'config.json'}"
     config = read(path, "--noise.type=knots", "--noise.knots=2")
     assert (config.noise.type, config.noise.knots) == ("knots", 2)
-    assert "--noise.type=knots takes its own defaults; of the file's full, left out: noise.bound" in (
-        capsys.readouterr().out
-    )
+    assert "left out" not in capsys.readouterr().out, "the run had all of its defaults"
+    chosen = json.loads((run / "config.json").read_text())
+    chosen["noise"]["bound"] = 2.25
+    (tmp_path / "chosen.json").write_text(json.dumps(chosen))
+    assert read(f"--config_path={tmp_path / 'chosen.json'}", "--noise.type=knots").noise.type == "knots"
+    said = capsys.readouterr().out
+    assert said.endswith("takes its own defaults; of the file's full, left out: noise.bound\n")
     assert read(path, "--env.type=pusht").env.type == "pusht"
     config = read(path, "--rl.type=dsrl_na", "--rl.preset=paper")
     assert config.rl.gamma == PAPER["dsrl_na"]["rl"]["gamma"] and config.rl.mode == "exact"
@@ -175,11 +176,16 @@ def test_other_noise_environment_and_preset(run, capsys):
 
 def test_a_golden_tickets_noise_goes_with_it():
     content = {"rl": {"type": "golden_ticket"}, "noise": {"type": "constant"}, "train": {"env_steps": 5}}
-    found, (line,) = retyped(content, {"--rl.type": "best_of_n"})
-    assert found == {"rl": {"type": "best_of_n"}, "train": {"env_steps": 5}} and "noise" in line
-    assert retyped(content, {"--rl.type": "golden_ticket"}) == (content, [])
-    assert retyped({"rl": {"gamma": 0.9}}, {"--rl.type": "best_of_n"}) == ({"rl": {"gamma": 0.9}}, [])
-    assert retyped(None, {"--rl.type": "best_of_n"}) == (None, [])
+    best = {"rl": {"type": "best_of_n"}}
+    assert layered(content, best, []) == {**best, "train": {"env_steps": 5}}
+    assert layered(content, {"rl": {"type": "golden_ticket"}}, []) == content
+    assert layered({"rl": {"gamma": 0.9}}, best, []) == {"rl": {"gamma": 0.9, "type": "best_of_n"}}
+    assert layered({}, best, []) == best
+    noise = {"noise": {"type": "full"}}
+    assert layered({**content, **noise}, {"rl": {"type": "golden_ticket"}}, [])["noise"] == noise["noise"]
+    assert layered(noise, {"rl": {"type": "golden_ticket"}}, [])["noise"] == noise["noise"]
+    assert layered({**best, **noise}, {"rl": {"type": "golden_ticket"}}, [])["noise"] == {"type": "constant"}
+    assert layered(content, {**best, "noise": {"type": "full"}}, [])["noise"] == noise["noise"]
 
 
 @pytest.mark.parametrize("text", ["noise: full\n", "rl: best\nenv: 3\n", "1: {2: 3}\n", "policy: []\n"])

@@ -7,7 +7,8 @@ import pytest
 from tests.helpers.lane import LaneConfig, LaneEnv
 from trimtab.adapters import UserError
 from trimtab.rl.envs.chunk import ChunkEnv, NotFinite
-from trimtab.rl.envs.contract import describe, examine, read_success
+from trimtab.rl.envs.contract import read_success
+from trimtab.rl.envs.examine import describe, examine
 from trimtab.rl.envs.hooks import make_single_env
 from trimtab.rl.envs.vector import ChunkVectorEnv
 
@@ -148,7 +149,8 @@ def test_observations_frames_and_actions_are_kept_as_they_were():
             self.frame[:] = int(20 * (self.state[0] + 1))
             return self.frame
 
-    env = ChunkEnv(Reuses("in_place"), n_obs_steps=2, frame_every=1, keep_seen=True)
+    env = ChunkEnv(Reuses("in_place"), n_obs_steps=2, keep_seen=True)
+    env.frame_every = 1
     env.render = True
     start = env.reset(3)["agent_pos"][-1, 0]
     actions = RIGHT.copy()

@@ -143,7 +143,7 @@ def test_errors_reach_the_parent():
 def test_a_dead_worker_is_named():
     with ChunkVectorEnv(MetaworldStateConfig(task="hammer-v3"), 2, 1) as vec:
         vec.reset({0: 1, 1: 2})
-        vec._workers[0][0].kill()
+        vec._workers[0].process.kill()
         with pytest.raises(RuntimeError, match="the worker of environments 0-1 died"):
             vec.send({0: np.zeros((4, 4)), 1: np.zeros((4, 4))}, {0: None, 1: None})
             vec.receive()

@@ -1,4 +1,4 @@
-"""From measurements to words."""
+"""What `trimtab probe` concludes from its measurements."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from trimtab.adapters.steerability import Steerability
-from trimtab.recipes.support.diagnosis import as_json, judge, percent
+from trimtab.recipes.support.diagnosis import as_json, diagnose, percent
 from trimtab.rl.evaluation import Evaluation
 
 
@@ -46,20 +46,20 @@ def outcome(successes, total=100, seed=0):
         ({"authority": 0.01}, "hardly worth steering"),
     ],
 )
-def test_what_cannot_be_steered(fields, said):
-    verdict = judge(measured(**fields), "smolvla")
-    assert not verdict.steerable and said in verdict.headline
+def test_a_policy_that_cannot_be_steered_is_named_so_with_the_cause(fields, said):
+    diagnosis = diagnose(measured(**fields), "smolvla")
+    assert not diagnosis.steerable and said in diagnosis.headline
 
 
-def test_a_collapsed_latent_gets_its_own_hint():
-    verdict = judge(measured(noise_difference=0.0), "act")
-    assert "kl_weight" in verdict.lines[0]
+def test_a_collapsed_act_latent_is_told_to_be_retrained():
+    diagnosis = diagnose(measured(noise_difference=0.0), "act")
+    assert "kl_weight" in diagnosis.lines[0]
 
 
-def test_without_an_environment():
-    verdict = judge(measured(column_effect=torch.tensor([0.3, 0.0])), "pi0")
-    assert verdict.steerable and verdict.noise is None
-    assert any("dimensions that change nothing: 1" in line for line in verdict.lines)
+def test_without_an_environment_the_inert_dimensions_are_listed_and_no_noise_space_is_named():
+    diagnosis = diagnose(measured(column_effect=torch.tensor([0.3, 0.0])), "pi0")
+    assert diagnosis.steerable and diagnosis.noise is None
+    assert any("dimensions that change nothing: 1" in line for line in diagnosis.lines)
 
 
 CASES = {
@@ -82,14 +82,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_with_success_rates(name):
+def test_the_noise_space_follows_from_the_success_rates(name):
     rates, total, steerable, noise = CASES[name]
-    verdict = judge(measured(), "diffusion", {key: outcome(n, total) for key, n in rates.items()})
-    assert (verdict.steerable, verdict.noise) == (steerable, noise)
-    said = " ".join([verdict.headline, *verdict.lines])
+    diagnosis = diagnose(measured(), "diffusion", {key: outcome(n, total) for key, n in rates.items()})
+    assert (diagnosis.steerable, diagnosis.noise) == (steerable, noise)
+    said = " ".join([diagnosis.headline, *diagnosis.lines])
     if noise in ("repeat", "full"):
         assert (
-            f"--noise.type={noise}" in verdict.headline and f"({rates['base']}/{total})" in verdict.headline
+            f"--noise.type={noise}" in diagnosis.headline
+            and f"({rates['base']}/{total})" in diagnosis.headline
         )
     if name in ("repeat loses what there is", "too few to tell"):
         assert "keeps the base's success is open" in said or "costs success" in said
@@ -97,16 +98,16 @@ def test_with_success_rates(name):
         assert "repeated noise" not in said
 
 
-def test_a_constant_that_succeeded_while_it_was_chosen_counts():
+def test_successes_of_a_constant_during_its_selection_count_as_seen():
     evaluations = {"base": outcome(0, 10), "zero_noise": outcome(0, 10)}
     constants = [{"successes": 12, "episodes": 20}]
-    assert judge(measured(), "diffusion", evaluations, constants).steerable
+    assert diagnose(measured(), "diffusion", evaluations, constants).steerable
 
 
-def test_act_whose_prior_destroys_it():
+def test_act_whose_success_drops_under_prior_noise_is_told_to_bound_it():
     evaluations = {"base": outcome(40, 50), "prior_noise": outcome(0, 50)}
-    verdict = judge(measured(), "act", evaluations)
-    assert verdict.noise == "full" and any("--noise.bound" in line for line in verdict.lines)
+    diagnosis = diagnose(measured(), "act", evaluations)
+    assert diagnosis.noise == "full" and any("--noise.bound" in line for line in diagnosis.lines)
 
 
 def test_repeat_is_rarely_recommended_where_it_costs():
@@ -114,7 +115,7 @@ def test_repeat_is_rarely_recommended_where_it_costs():
     rng, wrong = np.random.default_rng(0), 0
     for _ in range(300):
         base, repeated = (Evaluation([0] * 50, rng.random(50) < p, np.ones(50)) for p in (0.5, 0.2))
-        wrong += judge(measured(), "x", {"base": base, "repeated_noise": repeated}).noise == "repeat"
+        wrong += diagnose(measured(), "x", {"base": base, "repeated_noise": repeated}).noise == "repeat"
     assert wrong < 15
 
 
@@ -127,14 +128,14 @@ def test_percent_has_no_powers_of_ten(share, said):
     assert percent(share) == said
 
 
-def test_percents_of_a_verdict_are_plain():
-    lines = judge(measured(authority=1.0), "x").lines
+def test_a_diagnosis_shows_no_powers_of_ten():
+    lines = diagnose(measured(authority=1.0), "x").lines
     assert "the noise makes up 100 % of the spread" in lines[0]
-    verdict = judge(measured(), "x", {"base": outcome(0, 4)})
-    assert "(95 %: at most 49 %)" in verdict.headline
-    assert "e+" not in verdict.headline + "".join([*lines, *verdict.lines])
+    diagnosis = diagnose(measured(), "x", {"base": outcome(0, 4)})
+    assert "(95 %: at most 49 %)" in diagnosis.headline
+    assert "e+" not in diagnosis.headline + "".join([*lines, *diagnosis.lines])
 
 
-def test_json_has_no_nan():
+def test_the_json_of_a_broken_policy_has_no_nan():
     broken = measured(finite=False, repeat_difference=float("nan"), spread=torch.full((4, 2), float("nan")))
-    json.dumps(as_json(broken, judge(broken, "x")), allow_nan=False)
+    json.dumps(as_json(broken, diagnose(broken, "x")), allow_nan=False)

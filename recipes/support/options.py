@@ -1,0 +1,304 @@
+"""The options of a command: preset < file < command line, merged as data and decoded once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import draccus
+from lerobot.configs.parser import print_scoped_help
+
+from trimtab.adapters.checkpoint.folder import is_server
+from trimtab.adapters.errors import UserError, reason
+from trimtab.recipes.cli import COMMANDS, REMOVED
+from trimtab.recipes.cli.recipes import LORA, RECIPES, config_of
+from trimtab.recipes.compare.from_recipe import comparison, is_recipe
+from trimtab.recipes.support.console import say
+from trimtab.recipes.support.layers import (
+    CONFIG_PATH,
+    Flag,
+    Options,
+    flatten,
+    merge,
+    read_arguments,
+    read_options,
+    value_at,
+)
+from trimtab.recipes.support.repeat import load_plugins
+from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.algorithms.presets import PAPER, UNSAID
+
+HELP = ("-h", "--help")
+PRESET = "--rl.preset"
+TINY_HELP = """
+--tiny=true: a random tiny policy of the same type in the place of the checkpoint, in an environment that is
+installed, with budgets of seconds (--tiny=TYPE says which type).
+--config_path=FILE or the name of a recipe (`trimtab recipes`)."""
+# Commands that also take adapt's file, and what of it they leave beside the options that they lack.
+TAKES_ADAPTS = {"eval": (), "probe": ("eval", "seed")}
+
+
+def parse[Config](
+    config_class: type[Config], command: str, args: list[str], stack: ExitStack | None = None
+) -> Config:
+    """The config that a command line asks for.
+
+    Args:
+        config_class: dataclass of the command.
+        command: its name.
+        args: ``--option=value`` arguments; ``--config_path`` names a file or a recipe.
+        stack: closes, after the command, what a tiny run has started.
+
+    Raises:
+        UserError: an unknown option or a value that does not fit, named.
+        SystemExit: after printing help.
+    """
+    given = read_arguments([arg for arg in args if arg not in HELP])
+    tiny = str(given.pop("tiny", "false")).lower()
+    path = config_file(given.pop("config_path", None), command)
+    names = {field.name for field in dataclasses.fields(config_class)}
+    if "resume" in names:
+        from trimtab.recipes.support.run_folder import resumed
+
+        path = resumed(given, path)
+    content, given = load_plugins(read_options(path) if path else {}, given)
+    content = fitted(content, command, names, path)
+    replaced: list[tuple[str, Options, str]] = []
+    values = (layered if "rl" in names else merge)(content, given, replaced)
+    if set(HELP) & set(args):
+        print_help(config_class, command, values)
+        raise SystemExit(0)
+    for line in left_out(config_class, replaced):
+        say(line)
+    if tiny != "false":
+        from trimtab.recipes.support.tiny_run import tiny_options
+
+        values = tiny_options(stack or ExitStack(), values, given, command, tiny)
+    return decode(config_class, command, values, given, path)
+
+
+def config_file(name: Any, command: str) -> Path | None:
+    """The file that ``--config_path`` names, itself or by a recipe.
+
+    Raises:
+        UserError: neither a file nor a recipe.
+    """
+    if name is None or Path(str(name)).is_file():
+        return name and Path(str(name))
+    path = config_of(str(name), command)
+    if path is None:
+        raise UserError(
+            CONFIG_PATH, f"there is no file {name}, and no such recipe; there are {', '.join(RECIPES)}"
+        )
+    return path
+
+
+def fitted(content: Options, command: str, names: set[str], path: Path | None) -> Options:
+    """What ``command``, whose options are ``names``, takes of a file: of adapt's what concerns it."""
+    if path and command == "compare" and is_recipe(content):
+        beside = path.with_name(LORA)
+        lora = read_options(beside) if beside.is_file() else None
+        return comparison(content, lora, is_server(value_at(content, "policy.path")))
+    if not content or command not in TAKES_ADAPTS:
+        return content
+    from trimtab.recipes.cli.adapt import AdaptConfig
+
+    others = {field.name for field in dataclasses.fields(AdaptConfig)} - names
+    if others & set(content):
+        others |= set(TAKES_ADAPTS[command])
+    return {name: value for name, value in content.items() if name not in others}
+
+
+def layered(content: Options, given: Options, replaced: list[tuple[str, Options, str]]) -> Options:
+    """The options of a command that learns: preset < file < command line.
+
+    What goes with an algorithm unless said otherwise (``UNSAID``) is a preset too. Where the command line
+    names another algorithm than the file, it is above the file's, which was for the other one.
+
+    Raises:
+        UserError: an unknown preset, or an algorithm without it.
+    """
+    before, now = value_at(content, "rl.type"), value_at(given, "rl.type")
+    rl = given.get("rl")
+    preset = rl.pop("preset", "default") if isinstance(rl, dict) else "default"
+    if rl == {}:
+        del given["rl"]
+    algorithm = str(now or before or "dsrl_sac")
+    if preset not in ("default", "paper"):
+        raise UserError(PRESET, f"'{preset}' is none of default, paper")
+    if preset == "paper" and algorithm not in PAPER:
+        raise UserError(PRESET, f"{algorithm} has no paper preset; {', '.join(PAPER)} have")
+    below = (
+        PAPER[algorithm] | {"rl": {"type": algorithm, **PAPER[algorithm]["rl"]}} if preset == "paper" else {}
+    )
+    unsaid = UNSAID.get(algorithm, {})
+    said = given
+    if None not in (before, now) and before != now:
+        content, given = without_unsaid(content, str(before)), merge(unsaid, given)
+    else:
+        below, said = merge(below, unsaid), merge(content, given)
+    for name, value in flatten(unsaid).items():
+        if value_at(said, name) is None:
+            say(f"{algorithm} takes --{name}={value} unless another is named")
+    return merge(below, merge(content, given, replaced))
+
+
+def without_unsaid(content: Options, algorithm: str) -> Options:
+    """A file's options without those outside of ``rl`` that are the algorithm's own: its pace, its noise."""
+    own = dict(UNSAID.get(algorithm, {}))
+    if algorithm in AlgorithmConfig.get_known_choices():
+        own["train"] = dataclasses.asdict(AlgorithmConfig.get_choice_class(algorithm)().pace)
+    found = dict(content)
+    for part, values in own.items():
+        if isinstance(found.get(part), dict):
+            same = {name for name, value in values.items() if found[part].get(name) == value}
+            found[part] = {n: v for n, v in found[part].items() if n not in same and "type" not in same}
+            if not found[part]:
+                del found[part]
+    return found
+
+
+def left_out(config_class: type, replaced: list[tuple[str, Options, str]]) -> list[str]:
+    """A line for each part of a file that gets another type, about what differed from its type's defaults."""
+    lines = []
+    for name, options, kind in replaced:
+        before = options["type"]
+        registry = members(typing.get_type_hints(config_class).get(name))
+        choices = registry[0].get_known_choices() if registry and is_choices(registry[0]) else {}
+        try:
+            defaults = flatten(draccus.encode(choices[before]()))
+        except (KeyError, TypeError):  # unknown, or with required options
+            defaults = {}
+        odd = [
+            f"{name}.{n}"
+            for n, v in flatten(options).items()
+            if n != "type" and (n, v) not in defaults.items()
+        ]
+        if odd:
+            lines.append(
+                f"--{name}.type={kind} takes its own defaults; of the file's {before}, left out: "
+                + ", ".join(odd)
+            )
+    return lines
+
+
+def decode[Config](
+    config_class: type[Config], command: str, values: Options, given: Options, path: Path | None
+) -> Config:
+    """The config that ``values`` make.
+
+    Args:
+        given: what the command line says.
+        path: the file that says the rest.
+
+    Raises:
+        UserError: the first option that does not fit.
+    """
+    try:
+        check_names(config_class, values, (), command)
+        return draccus.decode(config_class, values)
+    except UserError as error:
+        found = error
+    except (draccus.utils.ParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
+        found = _user_error(error, path)
+    name = found.option.removeprefix("--")
+    if path and value_at(given, name) is None and value_at(values, name) is not None:
+        raise UserError(found.option, f"{found.message} (in {path})")
+    raise found
+
+
+def _user_error(error: Exception, path: Path | None) -> UserError:
+    """What draccus raised, as the option that it is about; what a config says of its own fields, as it is."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__
+    keys = [str(part) for part in getattr(error, "key_path", ())]
+    if keys:
+        return UserError(f"--{'.'.join(keys)}", error.message)
+    return UserError(f"{CONFIG_PATH}={path}" if path else "options", reason(error))
+
+
+def check_names(cls: type, values: Options, path: tuple[str, ...], command: str) -> None:
+    """Refuse options that ``cls`` does not have, and the lack of one that it needs.
+
+    Raises:
+        UserError: names the option.
+    """
+    where = "".join(f"{part}." for part in path)
+    kind = None
+    if is_choices(cls):
+        kind, choices = values.get("type", cls.default_choice_name()), cls.get_known_choices()
+        if kind is None:
+            raise UserError(
+                f"--{where}{next(iter(flatten(values)))}",
+                f"which options there are depends on --{where}type; name that too",
+            )
+        if kind not in choices:
+            known = ", ".join(sorted(choices))
+            raise UserError(f"--{where}type", f"invalid choice: '{kind}' (choose from {known})")
+        cls, values = choices[kind], {name: value for name, value in values.items() if name != "type"}
+    known, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    for name, value in values.items():
+        if name not in known:
+            whole = next(iter(flatten({str(name): value})), str(name))
+            of = f" of --{where}type={kind}" if kind else ""
+            raise UserError(f"--{where}{whole}", unknown(f"{where}{name}", where, list(known), of, command))
+        types_ = members(hints[name])
+        if isinstance(value, Flag) and bool not in types_:
+            raise UserError(f"--{where}{name}", "expects a value")
+        parts = [one for one in types_ if dataclasses.is_dataclass(one) or is_choices(one)]
+        if len(parts) != 1 or value is None or (isinstance(value, dict) and not value):
+            continue
+        if isinstance(value, dict):
+            check_names(parts[0], value, (*path, name), command)
+        elif len(types_) == 1 or types.NoneType in types_:
+            raise UserError(f"--{where}{name}", f"is a group of options, --{where}{name}.NAME=; got {value}")
+    for name, field in known.items():
+        if (
+            field.init
+            and field.default is field.default_factory is dataclasses.MISSING
+            and values.get(name, {}) == {}
+        ):
+            if name == "env":
+                raise UserError(
+                    "--env.type",
+                    "name the environment, for instance --env.type=metaworld_state or --env.type=pusht",
+                )
+            raise UserError(f"--{where}{name}", "this option is required")
+
+
+def unknown(name: str, where: str, known: list[str], of: str, command: str) -> str:
+    """What to say of an option that is not there."""
+    replacement = REMOVED.get(f"{command} --{name}")
+    if replacement:
+        return f"is gone: {replacement}"
+    close = difflib.get_close_matches(name.removeprefix(where), known, 1)
+    meant = f"; did you mean --{where}{close[0]}?" if close else ""
+    return f"no such option{of}{meant}; `trimtab {command} --help` lists them"
+
+
+def members(hint: Any) -> tuple[Any, ...]:
+    """The types that a union names; of another hint itself."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def is_choices(cls: Any) -> bool:
+    """Whether a class stands for those that are registered with it."""
+    return isinstance(cls, type) and draccus.ChoiceRegistry in cls.__bases__
+
+
+def print_help(config_class: type, command: str, values: Options) -> None:
+    """Print the options of a command, those of a type where ``values`` name it."""
+    print(f"usage: trimtab {command} [--option=value ...]")
+    if COMMANDS[command].tiny:
+        print(TINY_HELP)
+    kinds = {name: value for name, value in flatten(values).items() if name.endswith(".type")}
+    print_scoped_help(config_class, [f"--{name}={value}" for name, value in kinds.items()])

@@ -1,0 +1,122 @@
+"""What an environment says of itself, and what one examination of it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from trimtab.rl.envs.chunk import ChunkEnv
+from trimtab.rl.envs.contract import layout, read_observation
+
+
+@dataclass
+class Description:
+    """What an environment says of itself; nothing has moved for it.
+
+    Attributes:
+        instruction, task: what to do in words, and the task's name; empty where there is none.
+        repeatable: false where its metadata says that it cannot repeat an episode.
+        warnings: about a time limit or a frame rate.
+        blank: where it cannot repeat: an observation history of zeros as it declares it, if it does.
+    """
+
+    instruction: str
+    task: str
+    repeatable: bool
+    warnings: list[str]
+    blank: dict[str, Any] | None
+
+
+@dataclass
+class Findings:
+    """What ``examine`` has found.
+
+    Attributes:
+        repeatable: two resets with one seed agree, to the bit.
+        success_key: the name by which success was reported, if it was.
+        warnings: rules that do not hold.
+    """
+
+    repeatable: bool
+    success_key: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def describe(env: ChunkEnv, fps: float | None) -> Description:
+    """What ``env`` says of itself, beside the frame rate ``fps`` of its config. It does not move."""
+    repeatable = all(_metadata(env.env, "repeatable"))
+    warnings = []
+    if env.limit is None:
+        warnings.append(
+            "the environment names no time limit (_max_episode_steps, its spec's, or episode_length in its "
+            "config): an episode that it does not end itself goes on for ever"
+        )
+    rendered = next(
+        (rate for rate in _metadata(env.env, "render_fps") if isinstance(rate, int | float)), None
+    )
+    if fps and rendered and round(rendered) != round(fps):
+        warnings.append(
+            f"--env.fps is {fps:g}, its render_fps is {rendered:g}; what is recorded here says {fps:g}"
+        )
+    space = getattr(env.env, "observation_space", None)
+    blank = None
+    if not repeatable and isinstance(space, gym.spaces.Dict):
+        blank = read_observation(gym.vector.utils.create_empty_array(space, env.n_obs_steps, np.zeros))
+    task = str(getattr(env.env.unwrapped, "task", "") or "")
+    return Description(env.task_description, task, repeatable, warnings, blank)
+
+
+def _metadata(env: gym.Env, name: str) -> list[Any]:
+    """What the metadata of an environment and of those in it say, from outside in."""
+    chain = [env]
+    while isinstance(chain[-1], gym.Wrapper):
+        chain.append(chain[-1].env)
+    metadata = [getattr(one, "metadata", None) for one in (*chain, env.unwrapped)]
+    return [one[name] for one in metadata if isinstance(one, Mapping) and one.get(name) is not None]
+
+
+def examine(env: ChunkEnv, chunk: np.ndarray) -> Findings:
+    """Step a chunk (T, action_dim) in an environment that has just been reset, and reset it twice more.
+
+    Raises:
+        UserError: a rule without which nothing can be right is broken.
+    """
+    seed, first, after_reset = env.seed, env.history(), env.layout
+    result = env.step_chunk(chunk, None)
+    findings = Findings(True, result.success_key)
+    warn = findings.warnings.append
+    for key, (_, dtype) in layout(result.final_observation or result.observation).items():
+        if dtype != after_reset[key][1]:
+            warn(f"the observation's '{key}' is {after_reset[key][1]} after a reset and {dtype} after a step")
+    space = env.env.action_space
+    if isinstance(space, gym.spaces.Box) and np.mean((chunk < space.low) | (chunk > space.high)) > 0.5:
+        warn(
+            f"most of the policy's first actions ({chunk.min():.3g} to {chunk.max():.3g}) are out of the "
+            f"environment's bounds ({space.low.min():.3g} to {space.high.max():.3g}): are the units the same?"
+        )
+    if odd := _differing(first, env.reset(seed)):
+        findings.repeatable = False
+        warn(
+            f"the environment does not repeat: two resets with seed {seed} differ in {odd}. So policies are "
+            "not compared on the same episodes, and --resume=true drops the interrupted ones"
+        )
+    elif not _differing(first, env.reset(seed + 1)):
+        warn(
+            f"the environment starts the same with the seeds {seed} and {seed + 1}: if it does with all, "
+            "episodes differ in their noise only, and results say nothing about other starts"
+        )
+    return findings
+
+
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """Names of the entries that differ between two observations of one layout."""
+    names = []
+    for key, value in first.items():
+        nested = isinstance(value, dict)
+        if _differing(value, second[key]) if nested else not np.array_equal(value, second[key]):
+            names.append(f"'{key}'")
+    return ", ".join(names)
