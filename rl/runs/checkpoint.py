@@ -320,8 +320,8 @@ def check(folder: Path) -> dict[str, Any]:
     if manifest["format"] != FORMAT:
         raise UserError(
             "--resume",
-            f"{folder} was written by another version (format {manifest['format']}, this one reads {FORMAT}); "
-            "begin the run anew in another --output_dir",
+            f"{folder} was written by another version (format {manifest['format']}, this one reads "
+            f"{FORMAT}); begin the run anew in another --output_dir",
         )
     for name in ("env_steps", "processes", "belongs", "beside"):
         manifest[name]
