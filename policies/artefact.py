@@ -269,14 +269,6 @@ def read_config(folder: Path) -> TrimtabConfig:
         ) from None
 
 
-def base_place(base: BaseReference, folder: Path) -> str:
-    """Where the base of the artefact in ``folder`` lies: a folder, a Hub repository or a server's address."""
-    if base.path is None:
-        raise UserError("--policy.base.path", f"the artefact {folder} names no base policy")
-    candidate = folder / Path(base.path).expanduser()
-    return str(candidate.resolve()) if not is_server(base.path) and candidate.exists() else base.path
-
-
 def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) -> Steered:
     """Load an artefact and the base it refers to.
 
@@ -289,7 +281,7 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
     """
     folder = Path(options.path).expanduser().resolve()
     saved = config or read_config(folder)
-    base, place = saved.base, base_place(saved.base, folder)
+    base, place = saved.base, saved.base.place(folder)
     if is_server(base.path):
         base_folder: Path | str = options.base_path or place
         loading, adapter = _served_base(base_folder, base, options)
