@@ -33,7 +33,8 @@ class Episode:
         steps: environment steps.
         terminated: ended in a terminal state, not at the time limit.
         features, u: what was seen and chosen at each chunk, (chunks, d) and (chunks, dim).
-        chunks: what was executed, (chunks, steps * action_dim), normalised.
+        chunks: what was executed, (chunks, steps * action_dim), normalised; (chunks, 0) where the replay does
+            not keep it.
         rewards, discounts: of each chunk.
         steered: whether the learner's policy acted in it, from start to end.
         task: its name, where the environment has one.
@@ -245,7 +246,8 @@ class Collector:
         reward, discount = self.returns.of(result, running.success)
         running.features.append(features)
         running.u.append(self._u[i])
-        running.chunks.append(self._chunks[i])
+        if "chunk" in self.rl.replayed:  # else nothing judges them, and some policies' differ in length
+            running.chunks.append(self._chunks[i])
         running.rewards.append(reward)
         running.discounts.append(discount)
         running.steps += result.steps
@@ -269,7 +271,7 @@ class Collector:
             discounts=np.asarray(running.discounts),
             steered=running.steered,
             task=self.vec.task_names[i],
-            chunks=np.stack(running.chunks),
+            chunks=np.stack(running.chunks) if running.chunks else np.zeros((len(running.u), 0), np.float32),
             total=running.total,
         )
 

@@ -25,7 +25,7 @@ class Trace:
     Attributes:
         digests: hashes of the observations, from the first on.
         actions: of each executed chunk, as the environment got them.
-        chunks: of each (steps * action_dim,) normalised, where the policy remembers them.
+        chunks: of each (steps, action_dim) normalised, where the policy remembers them.
     """
 
     digests: list[str] = field(default_factory=list)
@@ -138,8 +138,8 @@ class Rollout:
         prior = self.prior(policy.draws)
         choice, actions = self.runner.act(policy, self.encoded, self.features, prior, self.envs)
         if self.record and self.runner.adapter.remembers:
-            for i, chunk in zip(self.envs, choice.chunk.float().flatten(1).cpu().numpy(), strict=True):
-                self.traces[i].chunks.append(chunk)
+            for i, chunk, one in zip(self.envs, choice.chunk.float().cpu().numpy(), actions, strict=True):
+                self.traces[i].chunks.append(chunk[: len(one)])
         self.seconds["denoise"] += time.perf_counter() - started
         self.send({i: a[: (limits or {}).get(i)] for i, a in zip(self.envs, actions, strict=True)})
         return choice
@@ -240,9 +240,8 @@ class Rollout:
                 break
             for i in going if runner.adapter.remembers else ():
                 (encoded,) = runner.encode([observations[i]], [vec.task_descriptions[i]], [i])
-                chunk = torch.as_tensor(traces[i].chunks[step]).view(1, *runner.adapter.chunk_shape)
-                chunk = chunk[:, : len(traces[i].actions[step])].to(runner.adapter.device)
-                runner.remember(i, encoded, chunk)
+                chunk = torch.as_tensor(traces[i].chunks[step]).unsqueeze(0)
+                runner.remember(i, encoded, chunk.to(runner.adapter.device))
             vec.send({i: traces[i].actions[step] for i in going}, dict.fromkeys(going))
             for i, result in vec.receive().items():
                 ended = result.ended or result.lost

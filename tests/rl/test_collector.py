@@ -190,7 +190,7 @@ def test_returns_to_go_and_calibration():
             self.parameter = torch.nn.Parameter(torch.zeros(1))
 
         def value(self, features, u, chunks):
-            assert u.shape == won.u.shape and chunks.shape == (len(won.u), 2)
+            assert u.shape == won.u.shape and chunks.shape == (len(won.u), 0)
             return torch.as_tensor(by_hand) + 2.0
 
     found = calibration(Oracle(), [won])
