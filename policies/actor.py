@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 from trimtab.adapters import UserError
 from trimtab.policies.encoders import ObservationEncoder
-from trimtab.policies.gaussian import Limited, Squashed
-from trimtab.policies.networks import FeatureNormalizer, NoFeatures, Offset, mlp, require_activation
+from trimtab.policies.networks import (
+    FeatureNormalizer,
+    Limited,
+    NoFeatures,
+    Offset,
+    mlp,
+    require_activation,
+)
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
 
@@ -61,11 +67,6 @@ class ActorOutput:
     log_prob: Tensor
     mean: Tensor
     log_std: Tensor
-
-
-def _clamp(x: Tensor, limit: float) -> Tensor:
-    """What ``Limited`` gives, without its cost, where there is no gradient."""
-    return x.clamp(-limit, limit)
 
 
 class NoiseActor(nn.Module):
@@ -123,43 +124,28 @@ class NoiseActor(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, feature_dim) -> mean and log_std before squashing, each (B, dim)."""
-        mean, raw = self._head(features)
-        return mean, self._bounded_log_std(raw)
-
-    def _head(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean, and what becomes log_std."""
         mean, raw = self.net(self.normalizer(features)).chunk(2, dim=-1)
-        if self.limit is not None:
-            limited = Limited.apply if torch.is_grad_enabled() else _clamp
-            mean = limited(mean, self.limit)
-        return mean, raw
-
-    def _log_std_range(self) -> tuple[float, float, tuple[float, float] | None]:
-        """Its ends, and offset and slope of the tanh that leads there; ``None``: it is clamped."""
+        mean = mean if self.limit is None else Limited.apply(mean, self.limit)
         low, high = self.config.log_std_min, self.config.log_std_max
         if self.config.log_std_clamp:
-            return low, high, None
-        offset = math.atanh(-(high + low) / (high - low))  # raw = 0 -> log_std = 0
-        # The factor makes the slope at 0 one, whatever the range.
-        slope = 0.5 * (high - low) * (1.0 - math.tanh(offset) ** 2)
-        return low, high, (offset, slope)
+            return mean, raw.clamp(low, high)
+        offset, slope = self._log_std_curve()
+        return mean, low + 0.5 * (high - low) * (torch.tanh(raw / slope + offset) + 1.0)
 
-    def _bounded_log_std(self, raw: Tensor) -> Tensor:
-        """Into [log_std_min, log_std_max], with 0 at 0."""
-        low, high, curve = self._log_std_range()
-        if curve is None:
-            return raw.clamp(low, high)
-        offset, slope = curve
-        return low + 0.5 * (high - low) * (torch.tanh(raw / slope + offset) + 1.0)
+    def _log_std_curve(self) -> tuple[float, float]:
+        """Offset and slope of the tanh that leads log_std into its range: 0 at 0, with slope 1."""
+        low, high = self.config.log_std_min, self.config.log_std_max
+        offset = math.atanh(-(high + low) / (high - low))
+        return offset, 0.5 * (high - low) * (1.0 - math.tanh(offset) ** 2)
 
     def _raw_log_std(self, log_std: float) -> float:
-        """The inverse of ``_bounded_log_std``."""
-        low, high, curve = self._log_std_range()
+        """What ``forward`` makes ``log_std`` of."""
+        low, high = self.config.log_std_min, self.config.log_std_max
         if not low < log_std < high:
             raise UserError("--rl.actor.log_std_min", f"{low} leaves no room for a start at {log_std:.2f}")
-        if curve is None:
+        if self.config.log_std_clamp:
             return log_std
-        offset, slope = curve
+        offset, slope = self._log_std_curve()
         return slope * (math.atanh(2.0 * (log_std - low) / (high - low) - 1.0) - offset)
 
     def sample(self, features: Tensor, eps: Tensor | None = None) -> ActorOutput:
@@ -169,11 +155,12 @@ class NoiseActor(nn.Module):
             features: (B, feature_dim).
             eps: (B, dim) standard normal draw; made here where ``None``.
         """
-        raw = self.net(self.normalizer(features))
-        if eps is None:
-            eps = torch.randn(len(raw), self.space.dim, dtype=raw.dtype, device=raw.device)
-        squashed = Squashed(self.space.bound, self.limit, *self._log_std_range())
-        return ActorOutput(*squashed.draw(raw, eps))
+        mean, log_std = self(features)
+        eps = torch.randn_like(mean) if eps is None else eps
+        z = mean + log_std.exp() * eps
+        density = -0.5 * eps.square() - log_std - self.space.log_slope(z)
+        log_prob = density.sum(1) - 0.5 * math.log(2.0 * math.pi) * self.space.dim
+        return ActorOutput(self.space.squash(z), log_prob, mean, log_std)
 
     @torch.no_grad()
     def encode(self, observations: Tensor) -> Tensor:
@@ -192,11 +179,8 @@ class NoiseActor(nn.Module):
         """
         features = features.to(self.normalizer.mean.device)
         seen = self.encoder(features) if self.space.uses_features else features
-        if deterministic and self._compiled_call_impl is None:  # a small base's chunk takes few milliseconds
-            z = self._head(seen)[0]
-        else:
-            mean, log_std = self(seen)
-            z = mean if deterministic else mean + log_std.exp() * self.space.draw(prior).to(mean)
+        mean, log_std = self(seen)
+        z = mean if deterministic else mean + log_std.exp() * self.space.draw(prior).to(mean)
         return self.space.squash(z)
 
     def act(self, features: Tensor, prior: Tensor, deterministic: bool = False) -> Tensor:

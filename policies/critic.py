@@ -64,7 +64,6 @@ class CriticEnsemble(nn.Module):
         self.net = EnsembleMLP(
             config.members,
             feature_dim + action_dim,
-            1,
             config.hidden,
             config.layers,
             config.layer_norm,
@@ -101,13 +100,12 @@ class CriticEnsemble(nn.Module):
             errors = (outputs - target).square()
         else:
             low, high = self.bounds
-            place = ((target - low) / (high - low)).expand_as(outputs)
-            errors = binary_cross_entropy_with_logits(outputs, place, reduction="none")
+            probability = ((target - low) / (high - low)).expand_as(outputs)
+            errors = binary_cross_entropy_with_logits(outputs, probability, reduction="none")
         return errors.flatten(1).mean(1).sum(), self._values(outputs.detach())
 
     def _outputs(self, features: Tensor, u: Tensor, members: Tensor | None = None) -> Tensor:
-        own = u.squeeze(1) if u.dim() == 3 and u.shape[1] == 1 else u  # of a single action nothing is shared
-        return self.net(self.normalizer(features), own, members).view(-1, *u.shape[:-1])
+        return self.net(self.normalizer(features), u, members)
 
     def _values(self, outputs: Tensor) -> Tensor:
         if self.bounds is None:

@@ -1,15 +1,20 @@
-"""Multilayer perceptrons, singly and as ensembles evaluated by one batched matmul per layer."""
+"""Multilayer perceptrons, singly and as ensembles evaluated by one batched matmul per layer.
+
+Under ``torch.autocast`` (``--rl.precision=bfloat16``) hidden layers are multiplied in bfloat16. The last
+layer stays in float32: a value of -90 would be rounded to a multiple of 0.5.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from trimtab.adapters.errors import UserError
-from trimtab.policies import passes
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -21,11 +26,11 @@ def require_activation(option: str, name: str) -> None:
 
 
 class EnsembleMLP(nn.Module):
-    """``members`` independent networks with LayerNorm, as one batched matmul per layer.
+    """``members`` independent networks of a state and an action, with one output each.
 
     Args:
         members: ensemble size E.
-        in_dim, out_dim: sizes per member.
+        in_dim: length of a state and an action together.
         hidden: width of the hidden layers.
         layers: number of hidden layers.
         layer_norm: normalise before each activation (no learnt affine part).
@@ -33,60 +38,54 @@ class EnsembleMLP(nn.Module):
     """
 
     def __init__(
-        self,
-        members: int,
-        in_dim: int,
-        out_dim: int,
-        hidden: int,
-        layers: int,
-        layer_norm: bool = True,
-        activation: str = "relu",
+        self, members: int, in_dim: int, hidden: int, layers: int, layer_norm: bool, activation: str
     ) -> None:
         super().__init__()
-        self.passed = passes.Layers(False, layer_norm, activation)
-        sizes = [in_dim] + [hidden] * layers + [out_dim]
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for fan_in, fan_out in itertools.pairwise(sizes):
+        self.layer_norm = layer_norm
+        self.activate = torch.relu_ if activation == "relu" else torch.tanh_
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in itertools.pairwise([in_dim] + [hidden] * layers + [1]):
             scale = 1.0 / math.sqrt(fan_in)  # the default of nn.Linear
             self.weights.append(nn.Parameter(torch.empty(members, fan_in, fan_out).uniform_(-scale, scale)))
             self.biases.append(nn.Parameter(torch.empty(members, 1, fan_out).uniform_(-scale, scale)))
 
-    def forward(self, x: Tensor, own: Tensor | None = None, members: Tensor | None = None) -> Tensor:
-        """(B, in_dim) or (E, B, in_dim) -> (E, B, out_dim).
+    def forward(self, x: Tensor, u: Tensor, members: Tensor | None = None) -> Tensor:
+        """States (B, d) and actions (B, a) -> (E, B); with m actions to a state, (B, m, a) -> (E, B, m).
 
-        With ``own`` the input is ``x`` (B, d) beside ``own`` (B, in_dim - d); or beside each of ``own``
-        (B, m, in_dim - d), and the output (E, B * m, out_dim). With ``members`` (n,), where no gradient is
-        recorded, only those are asked: (n, ..., out_dim).
+        With ``members`` (n,), only those are asked: (n, ...).
         """
-        # Straight from the dictionaries: what ParameterList does around them takes as long as a small matmul.
-        pairs = zip(self.weights._parameters.values(), self.biases._parameters.values(), strict=True)
-        return passes.run(self.passed, x, own, [p for pair in pairs for p in pair], members)
+        weights, biases = list(self.weights), list(self.biases)
+        if members is not None:
+            weights, biases = ([part[members] for part in parts] for parts in (weights, biases))
+        count, width = len(weights[0]), x.shape[1]
+        actions = u.flatten(0, -2)
+        if len(actions) == len(x):
+            h = torch.baddbmm(biases[0], torch.cat([x, actions], 1).expand(count, -1, -1), weights[0])
+        else:  # the state's share of the first layer is computed once for all of its actions
+            h = torch.bmm(actions.expand(count, -1, -1), weights[0][:, width:])
+            shared = torch.baddbmm(biases[0], x.expand(count, -1, -1), weights[0][:, :width])
+            h = (h.unflatten(1, (len(x), -1)) + shared.unsqueeze(2)).flatten(1, 2)
+        for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
+            h = torch.baddbmm(bias, self._activate(h), weight)
+        h = self._activate(h)
+        with torch.autocast(h.device.type, enabled=False):
+            return torch.baddbmm(biases[-1], h.to(weights[-1].dtype), weights[-1]).view(-1, *u.shape[:-1])
+
+    def _activate(self, h: Tensor) -> Tensor:
+        return self.activate(layer_norm(h, h.shape[-1:]) if self.layer_norm else h)
 
 
-class MLP(nn.Sequential):
-    """A plain network: ``nn.Linear`` layers, ``LayerNorm`` without an affine part, activations.
-
-    Args:
-        passed: says which, for the pass that is made by hand (``passes.py``).
-        modules: the layers.
-    """
-
-    def __init__(self, passed: passes.Layers, *modules: nn.Module) -> None:
-        super().__init__(*modules)
-        self.passed = passed
+class Head(nn.Linear):
+    """A last layer: in its own precision under ``torch.autocast``, too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_dim) -> (B, out_dim)."""
-        if not torch.is_grad_enabled() and passes.in_own_dtype():  # who acts: the layers themselves take less
-            return super().forward(x)
-        linear = (module for module in self if isinstance(module, nn.Linear))
-        return passes.run(self.passed, x, None, [p for m in linear for p in (m.weight, m.bias)]).squeeze(0)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 def mlp(
     in_dim: int, out_dim: int, hidden: int, layers: int, activation: str = "relu", layer_norm: bool = False
-) -> MLP:
+) -> nn.Sequential:
     """A plain network with ``layers`` hidden layers; ``layer_norm`` as in ``EnsembleMLP``."""
     modules: list[nn.Module] = []
     for index in range(layers):
@@ -94,8 +93,30 @@ def mlp(
         if layer_norm:
             modules.append(nn.LayerNorm(hidden, elementwise_affine=False))
         modules.append(ACTIVATIONS[activation]())
-    modules.append(nn.Linear(hidden, out_dim))
-    return MLP(passes.Layers(True, layer_norm, activation), *modules)
+    return nn.Sequential(*modules, Head(hidden, out_dim))
+
+
+class Limited(torch.autograd.Function):
+    """``clamp(x, -limit, limit)`` whose gradient leads back in; inside, the identity.
+
+    The gradient of a clamp is zero beyond its limit, that of a tanh nearly so: what got there stays. Here a
+    gradient passes whole where descending it does not lead farther out; where it does, it is turned round in
+    proportion to how far out ``x`` already is ("inverting gradients", Hausknecht and Stone, arXiv
+    1511.04143, beyond the limit only).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.limit = limit
+        return x.clamp(-limit, limit)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        far = x.abs()
+        turned = grad * (1.0 - far / ctx.limit).clamp(-1.0, 0.0)
+        return torch.where((far >= ctx.limit) & (grad * x < 0), turned, grad), None
 
 
 class FeatureNormalizer(nn.Module):

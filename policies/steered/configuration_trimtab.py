@@ -89,7 +89,7 @@ class TrimtabConfig(PreTrainedConfig):
     deterministic: bool = True
     # False: the plain base under its own noise.
     use_actor: bool = True
-    # More than 1: decode the actor's noise and so many less one of the base's, take the best by the critic.
+    # N > 1: decode the actor's noise and N - 1 of the base's, and take the best by the critic.
     num_candidates: int = 1
     # Run the actor through torch.compile (`lerobot-rollout --use_torch_compile` sets it).
     compile_model: bool = False

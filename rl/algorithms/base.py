@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import abc
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, ClassVar, Self
 
 import draccus
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
 from trimtab.policies.acting import ChunkPolicy
-from trimtab.policies.compiling import CompiledPasses
 from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
-from trimtab.policies.passes import matmuls_in, passes_by
-from trimtab.policies.precision import matmul_dtype, require_precision
 from trimtab.rl.algorithms.acting import PLAIN_RUN, Acting, RunRequest
-from trimtab.rl.algorithms.capture import CapturedUpdate, why_not_captured
-from trimtab.rl.algorithms.optimizer import FusedAdam
+from trimtab.rl.algorithms.engines import ENGINES, PRECISIONS, Captured, make_engine, use_bfloat16
 from trimtab.rl.data.replay import Batch
 from trimtab.rl.data.returns import DISCOUNT_PER
 from trimtab.rl.runs.processes import optimizers
 
 MEASURED_EVERY = 10  # updates; what metrics take part in no loss
 RANKED_EVERY = 50  # updates; metrics that cost as much as a step
-ENGINES = ("eager", "compile", "cuda_graph")
 # Of an optimiser's groups: its weights are the algorithm's, its rate follows from the steps of the run.
 UNSAVED = "params", "lr"
-PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 @dataclass(frozen=True)
@@ -77,14 +68,14 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     gamma: float = 0.99
     # step: a chunk of k steps is discounted by gamma^k; chunk: by gamma, and its rewards are summed.
     discount_per: str = "step"
-    # Whether what follows a time limit has a value, as what follows a terminal state has not.
+    # Whether the value of what follows counts after a time limit. After a terminal state it never does.
     bootstrap_at_time_limit: bool = True
     # Chunks in an n-step return.
     n_step: int = 3
     batch_size: int = 256
-    # Share of the learning rates that is left at the end of --train.env_steps, to which they fall linearly.
+    # Share of the learning rates that is left at the end of --train.env_steps; they fall linearly.
     learning_rate_end: float = 1.0
-    # In what the networks' hidden layers are multiplied while learning: float32 or bfloat16.
+    # Precision of the hidden layers' products while learning: float32 or bfloat16.
     precision: str = "float32"
     # How updates run: eager; compile: networks through torch.compile; cuda_graph: recorded and replayed.
     engine: str = "eager"
@@ -100,9 +91,9 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
             raise UserError(
                 "--rl.learning_rate_end", f"is a share above 0 and at most 1, got {self.learning_rate_end}"
             )
-        require_precision("--rl.precision", self.precision)
-        if self.engine not in ENGINES:
-            raise UserError("--rl.engine", f"'{self.engine}' is none of {', '.join(ENGINES)}")
+        for name, known in (("precision", PRECISIONS), ("engine", ENGINES)):
+            if getattr(self, name) not in known:
+                raise UserError(f"--rl.{name}", f"'{getattr(self, name)}' is none of {', '.join(known)}")
 
     @property
     def pace(self) -> Pace:
@@ -176,42 +167,21 @@ class Algorithm(nn.Module, Acting, abc.ABC):
 
     Attributes:
         decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
-        matmul_dtype: of hidden layers within ``update``, see ``passes.matmuls_in``.
-        learning_rate_end: see ``progress``.
         obstacle: why updates cannot be recorded as CUDA graphs, if so.
         updates: made so far.
     """
 
     accelerator: Any
     decode: Callable[..., Tensor] | None = None
-    matmul_dtype: torch.dtype | None = None
     obstacle: str = ""
     updates: int
-    learning_rate_end: float = 1.0
-    _rates: list[tuple[FusedAdam, float]]
-    _compiled: CompiledPasses | None = None
-    _captured: CapturedUpdate | None = None
 
     def __init__(self, config: AlgorithmConfig, problem: Problem) -> None:
         super().__init__()
         self.config, self.space, self.accelerator = config, problem.space, problem.accelerator
         self.updates = 0
-        self.learning_rate_end, self._rates = config.learning_rate_end, []
-
-    def _set_up(self) -> None:
-        """Move what has been built to the device, and settle in what it multiplies."""
-        config, accelerator = self.config, self.accelerator
-        self.to(accelerator.device)
-        self.matmul_dtype = matmul_dtype("--rl.precision", config.precision, accelerator.device)
-        option = f"--rl.engine={config.engine}"
-        if config.engine == "compile":
-            self._compiled = CompiledPasses(option)
-        elif config.engine == "cuda_graph":
-            why_not = why_not_captured(accelerator, self.obstacle)
-            if why_not:
-                print(f"{option}: {why_not}; updates run as they are", file=sys.stderr)
-            else:
-                self._captured = CapturedUpdate(option, accelerator.device)
+        self._bfloat16 = use_bfloat16(config.precision, problem.accelerator.device)
+        self._engine = make_engine(config.engine, self, problem.accelerator, self.obstacle)
 
     def look(self, batch: Batch) -> Batch:
         """The batch with its observations encoded, images shifted at random; as it is without images.
@@ -226,13 +196,26 @@ class Algorithm(nn.Module, Acting, abc.ABC):
             following = encoder(batch["next_features"], augment=True)
         return batch | {"features": encoder(batch["features"], augment=True), "next_features": following}
 
-    @abc.abstractmethod
-    def turn(self) -> tuple[int, ...]:
-        """What the coming update does: those of equal turns run the same operations."""
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """``learn``, in the config's precision and by its engine; who acts does so in float32, eagerly."""
+        # Without the cache: weights change within an update.
+        with torch.autocast(
+            self.accelerator.device.type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False
+        ):
+            if self._engine is None:
+                metrics = self.learn(batch)
+            else:
+                metrics = self._engine(self.learn, batch, self.phase())
+        self.updates += 1
+        return metrics
 
     @abc.abstractmethod
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step. Metrics come back as detached scalars, not yet synchronised."""
+    def phase(self) -> tuple[int, ...]:
+        """What the coming update does: those of equal phases run the same operations."""
+
+    @abc.abstractmethod
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
+        """One update of all that learns. Metrics are detached scalars, not yet synchronised."""
 
     @abc.abstractmethod
     def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
@@ -254,15 +237,12 @@ class Algorithm(nn.Module, Acting, abc.ABC):
         Args:
             share: of the run's environment steps that have been made; more than all of them count as all.
         """
-        if self.learning_rate_end == 1.0:
-            return
-        factor = 1.0 - min(share, 1.0) * (1.0 - self.learning_rate_end)
-        for optimizer, rate in self._rates:
-            for group in optimizer.param_groups:
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(factor * rate)
-                else:
-                    group["lr"] = factor * rate
+        rate = self.config.learning_rate * (1.0 - min(share, 1.0) * (1.0 - self.config.learning_rate_end))
+        for group in (group for optimizer in optimizers(self).values() for group in optimizer.param_groups):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def training_state(self) -> dict[str, Any]:
         """Networks, temperature, normalisers, counters and optimisers, to go on learning from."""
@@ -287,60 +267,33 @@ class Algorithm(nn.Module, Acting, abc.ABC):
             by_index = {int(index): dict(entry) for index, entry in saved["state"].items()}
             optimizer.load_state_dict({"state": by_index, "param_groups": now["param_groups"]})
 
-    def _adam(self, learning_rate: float, *parts: nn.Module | nn.Parameter) -> Any:
-        """A fused Adam over the parameters of ``parts``, prepared by the accelerator."""
+    def _adam(self, *parts: nn.Module | nn.Parameter) -> torch.optim.Adam:
+        """A fused Adam over the parameters of ``parts``, which are moved to the learner's device."""
+        self.to(self.accelerator.device)
         parameters = [
-            parameter
-            for part in parts
-            for parameter in (part.parameters() if isinstance(part, nn.Module) else (part,))
+            p for part in parts for p in (part.parameters() if isinstance(part, nn.Module) else (part,))
         ]
-        rate: float | Tensor = learning_rate
-        if self._captured is not None and self.learning_rate_end != 1.0:
-            # A graph keeps a number as it was recorded, and reads a tensor anew.
-            rate = torch.tensor(learning_rate, device=self.accelerator.device)
-        optimizer = FusedAdam(parameters, rate)
-        self._rates.append((optimizer, learning_rate))
-        return self.accelerator.prepare_optimizer(optimizer)
+        rate: float | Tensor = self.config.learning_rate
+        captured = isinstance(self._engine, Captured)
+        if captured:  # a graph keeps a number as it was recorded, and reads a tensor anew
+            rate = torch.tensor(rate, device=self.accelerator.device)
+        return torch.optim.Adam(parameters, rate, fused=True, capturable=captured)
 
-    def _step(self, optimizer: Any, loss: Tensor) -> None:
-        """One step down ``loss``.
-
-        Where no gradient is scaled and no other engine takes over, Accelerate's wrappers of backward and step
-        add nothing but a look for a package on the disk each time: there they are left out.
-        """
-        accelerator = self.accelerator
-        plain = accelerator.scaler is None and accelerator.distributed_type in PLAIN
-        plain = plain and accelerator.gradient_accumulation_steps == 1
-        optimizer = optimizer.optimizer if plain else optimizer
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward() if plain else accelerator.backward(loss)
+    def _step(self, optimizer: torch.optim.Adam, loss: Tensor) -> None:
+        """One step down ``loss``."""
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
 
 
-def as_set_up(
-    update: Callable[[Any, Batch], dict[str, Tensor]],
-) -> Callable[[Any, Batch], dict[str, Tensor]]:
-    """An ``update`` in the algorithm's precision and by its engine; who acts does so in float32, eagerly."""
-
-    @wraps(update)
-    def within(self: Algorithm, batch: Batch) -> dict[str, Tensor]:
-        with matmuls_in(self.matmul_dtype), passes_by(self._compiled):
-            return update(self, batch) if self._captured is None else self._captured(self, update, batch)
-
-    return within
-
-
 @contextmanager
-def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Within, no gradient reaches ``parameters``; it passes through what they compute."""
-    held = list(parameters)
-    for parameter in held:
-        parameter.requires_grad_(False)
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Within, no gradient reaches the parameters of ``network``; it passes through what they compute."""
+    network.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in held:
-            parameter.requires_grad_(True)
+        network.requires_grad_(True)
 
 
 def spread(values: Tensor, updates: int) -> dict[str, Tensor]:

@@ -40,7 +40,6 @@ from trimtab.rl.algorithms.base import (
     AlgorithmConfig,
     Pace,
     Problem,
-    as_set_up,
     frozen,
     polyak,
     require_positive,
@@ -66,19 +65,19 @@ class BestOfNConfig(AlgorithmConfig):
     # Members of the action critic, drawn anew at each update, of whose values the smallest counts in the
     # target; at most all of them.
     target_members: int = 2
-    # How both are regressed. logistic: by cross-entropy of where the value lies between the smallest and the
-    # largest possible return, where the reward tells them; squared: by the squared error of the value.
+    # Loss of both. logistic: cross-entropy of the value, scaled to [0, 1] between the smallest and largest
+    # possible return (squared, if the reward has no bounds); squared: squared error of the value.
     critic_loss: str = "logistic"
     learning_rate: float = 1e-3
-    # Share of it that is left at the end of --train.env_steps, to which it falls linearly.
+    # Share of the learning rate that is left at the end of --train.env_steps; it falls linearly.
     learning_rate_end: float = 0.1
-    # Returns over many chunks make the acting policy good sooner: see rl/algorithms/best_of_n.md.
+    # Chunks in an n-step return. Many make the acting policy good sooner: see rl/algorithms/best_of_n.md.
     n_step: int = 10
     # Share of the online critic that its target takes over at each update.
     tau: float = 0.005
     # Candidates decoded for each observation, of which the acting policy takes one.
     num_candidates: int = 16
-    # How many of them the actor proposes; the others are draws of what the base draws. Default: half.
+    # How many of them the actor proposes; the others are draws of the base's own noise. Default: half.
     actor_candidates: int | None = None
     # Stored candidates of the next state among which the TD target looks. Default: half.
     target_candidates: int | None = None
@@ -96,7 +95,7 @@ class BestOfNConfig(AlgorithmConfig):
     regression_temperature: float = 0.3
     # Weight of KL(actor || prior) against the noise critic's value, in units of return per nat.
     prior_weight: float = 0.25
-    # Share of the states in which the actor climbs at its mean, which is what is deployed, and not at a draw.
+    # Share of the states in which the actor is trained at its mean (which is deployed), and not at a draw.
     mean_share: float = 0.5
     # Critic updates per actor update.
     actor_every: int = 2
@@ -184,10 +183,9 @@ class BestOfN(Algorithm):
         self.critic = CriticEnsemble(feature_dim, problem.chunk_size, config.critic, within)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic, within)
-        self._set_up()
         critics = self.critic, self.noise_critic, self.actor.encoder
-        self.critic_optimizer = self._adam(config.learning_rate, *critics)
-        self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
+        self.critic_optimizer = self._adam(*critics)
+        self.actor_optimizer = self._adam(self.actor.net)
 
     @torch.no_grad()
     def td_target(self, batch: Batch, index: Tensor) -> Tensor:
@@ -239,7 +237,7 @@ class BestOfN(Algorithm):
         row = torch.arange(len(features) + 1, device=features.device)
         at_mean = (row * self.config.mean_share).floor().diff() > 0
         drawn = self.actor.sample(features, eps.masked_fill(at_mean.unsqueeze(1), 0.0))
-        with frozen(self.noise_critic.parameters()):
+        with frozen(self.noise_critic):
             value = self.noise_critic(features, drawn.u).mean(0)
         divergence = kl_to_prior(drawn.mean, drawn.log_std, self.actor.space.initial_std)
         return (self.config.prior_weight * divergence - value).mean(), divergence, drawn.u
@@ -261,12 +259,11 @@ class BestOfN(Algorithm):
         divergence = kl_to_prior(mean, log_std, space.initial_std)
         return (weights * loss).sum(1).mean(), divergence, space.squash(mean)
 
-    def turn(self) -> tuple[int, ...]:
+    def phase(self) -> tuple[int, ...]:
         periods = self.config.actor_every, MEASURED_EVERY, RANKED_EVERY
         return tuple(self.updates % every == 0 for every in periods)
 
-    @as_set_up
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
         batch_size, device = len(batch["reward"]), batch["reward"].device
         batch = self.look(batch)
         order = torch.rand(batch_size, self.config.num_candidates, device=device).argsort(1)
@@ -291,7 +288,6 @@ class BestOfN(Algorithm):
         if self.updates % RANKED_EVERY == 0:
             metrics["rank_correlation"] = self.rank_correlation(batch)
         polyak(self.target_critic, self.critic, self.config.tau)
-        self.updates += 1
         return metrics
 
     def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:

@@ -35,7 +35,6 @@ from trimtab.rl.algorithms.base import (
     AlgorithmConfig,
     Pace,
     Problem,
-    as_set_up,
     polyak,
     require_positive,
 )
@@ -69,9 +68,9 @@ class DSRLNAConfig(SoftConfig):
     distilled_pairs: int = 1
     # exact: MiB that the conditioning in the replay may take.
     conditioning_limit: float = 4096.0
-    # What the actor pays for: prior, its divergence from what the base draws; entropy, as in SAC.
+    # Penalty of the actor: prior (its divergence from the base's noise) or entropy (as in SAC).
     regularizer: str = "prior"
-    # In units of return per nat, and fixed: a temperature that falls lets the actor exploit the noise critic.
+    # Its weight in units of return per nat. Fixed: if it falls, the actor exploits the noise critic.
     initial_temperature: float = 0.03
     learn_temperature: bool = False
 
@@ -130,8 +129,7 @@ class DSRLNA(SoftActorCritic):
         self.noise_critic = CriticEnsemble(
             self.actor.encoder.dim, problem.space.dim, config.critic, self.critic.bounds
         )
-        self.noise_critic.to(problem.accelerator.device)
-        self.noise_optimizer = self._adam(config.learning_rate, self.noise_critic)
+        self.noise_optimizer = self._adam(self.noise_critic)
         self.by_noise_critic = config.mode == "stored" and config.bootstrap == "noise_critic"
         if self.by_noise_critic:
             self.target_noise_critic = copy.deepcopy(self.noise_critic).requires_grad_(False)
@@ -238,16 +236,15 @@ class DSRLNA(SoftActorCritic):
             loss = loss + (self.alpha.detach() * (divergence - drawn.log_prob)).mean()
         return loss, drawn
 
-    def turn(self) -> tuple[int, ...]:
-        return *super().turn(), self._distillations(), self.updates % RANKED_EVERY == 0
+    def phase(self) -> tuple[int, ...]:
+        return *super().phase(), self._distillations(), self.updates % RANKED_EVERY == 0
 
     def _distillations(self) -> int:
         """Steps of the distillation in the coming update."""
         rate = self.config.distillation_steps
         return math.floor((self.updates + 1) * rate) - math.floor(self.updates * rate)
 
-    @as_set_up
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
         calls, batch = self.base_calls, self.look(batch)
         metrics = self._update_critic(batch, self.td_target(batch))
         for _ in range(self._distillations()):
@@ -261,7 +258,6 @@ class DSRLNA(SoftActorCritic):
         polyak(self.target_critic, self.critic, self.config.tau)
         if self.by_noise_critic:
             polyak(self.target_noise_critic, self.noise_critic, self.config.tau)
-        self.updates += 1
         return metrics
 
     @torch.no_grad()

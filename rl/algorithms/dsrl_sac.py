@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.rl.algorithms.base import AlgorithmConfig, Problem, as_set_up, polyak
+from trimtab.rl.algorithms.base import AlgorithmConfig, Problem, polyak
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.data.replay import Batch
 
@@ -43,11 +43,9 @@ class DSRLSAC(SoftActorCritic):
         value = self.target_critic(batch["next_features"], following.u).min(0).values
         return self._backup(batch, value, following.log_prob)
 
-    @as_set_up
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
         batch = self.look(batch)
         metrics = self._update_critic(batch, self.td_target(batch))
         metrics |= self._update_actor(batch)
         polyak(self.target_critic, self.critic, self.config.tau)
-        self.updates += 1
         return metrics

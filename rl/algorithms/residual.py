@@ -34,7 +34,6 @@ from trimtab.rl.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
     Problem,
-    as_set_up,
     frozen,
     polyak,
     require_positive,
@@ -48,7 +47,7 @@ from trimtab.rl.data.replay import Batch
 class ResidualConfig(AlgorithmConfig):
     """Settings of the residual policy. The noise space has no part in it: the base's noise is its own."""
 
-    # Of the actor, size and activation count.
+    # Size and activation of the actor; its other settings have no effect.
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     learning_rate: float = 1e-3
@@ -56,9 +55,9 @@ class ResidualConfig(AlgorithmConfig):
     tau: float = 0.005
     # Largest correction of an entry of the chunk, in the policy's normalised actions (mostly -1 to 1).
     scale: float = 0.5
-    # Deviation of the noise added while learning acts, as a share of scale ...
+    # Deviation of the exploration noise, as a share of scale.
     exploration: float = 0.1
-    # ... and of that in the TD target, and where the latter is clipped.
+    # Deviation of the noise in the TD target, and where that noise is clipped, as shares of scale.
     target_noise: float = 0.2
     target_clip: float = 0.5
     # Weight of the mean squared correction (as a share of scale), in units of return.
@@ -110,9 +109,8 @@ class Residual(Algorithm):
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = CriticEnsemble(self.actor.encoder.dim, chunk_size, config.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self._set_up()
-        self.critic_optimizer = self._adam(config.learning_rate, self.critic, self.actor.encoder)
-        self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
+        self.critic_optimizer = self._adam(self.critic, self.actor.encoder)
+        self.actor_optimizer = self._adam(self.actor.net)
 
     @torch.no_grad()
     def td_target(self, batch: Batch, eps: Tensor | None = None) -> Tensor:
@@ -140,16 +138,15 @@ class Residual(Algorithm):
         """``E[penalty * mean((r / scale)^2) - mean_e Q_e(s, a_base + r)]``, ``r = r(s, a_base)``."""
         features, base = batch["features"].detach(), batch["candidates"][:, 0]
         correction = self.actor(features, base)
-        with frozen(self.critic.parameters()):
+        with frozen(self.critic):
             value = self.critic(features, base + correction).mean(0)
         cost = (correction / self.config.scale).square().mean(1)
         return (self.config.penalty * cost - value).mean(), correction
 
-    def turn(self) -> tuple[int, ...]:
+    def phase(self) -> tuple[int, ...]:
         return self.updates % self.config.actor_every == 0, self.updates % MEASURED_EVERY == 0
 
-    @as_set_up
-    def update(self, batch: Batch) -> dict[str, Tensor]:
+    def learn(self, batch: Batch) -> dict[str, Tensor]:
         batch = self.look(batch)
         loss, values = self.critic_loss(batch, self.td_target(batch))
         self._step(self.critic_optimizer, loss)
@@ -163,7 +160,6 @@ class Residual(Algorithm):
             }
         polyak(self.target_critic, self.critic, self.config.tau)
         polyak(self.target_actor, self.actor, self.config.tau)
-        self.updates += 1
         return metrics
 
     def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:

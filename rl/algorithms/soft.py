@@ -85,10 +85,9 @@ class SoftActorCritic(Algorithm):
         self.critic = CriticEnsemble(self.actor.encoder.dim, action_dim, config.critic, within)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.nn.Parameter(torch.tensor(math.log(config.initial_temperature)))
-        self._set_up()
-        self.critic_optimizer = self._adam(config.learning_rate, self.critic, self.actor.encoder)
-        self.actor_optimizer = self._adam(config.learning_rate, self.actor.net)
-        self.alpha_optimizer = self._adam(config.learning_rate, self.log_alpha)
+        self.critic_optimizer = self._adam(self.critic, self.actor.encoder)
+        self.actor_optimizer = self._adam(self.actor.net)
+        self.alpha_optimizer = self._adam(self.log_alpha)
 
     @property
     def alpha(self) -> Tensor:
@@ -100,7 +99,7 @@ class SoftActorCritic(Algorithm):
         """The critic of (features, u) that the actor climbs."""
         return self.critic
 
-    def turn(self) -> tuple[int, ...]:
+    def phase(self) -> tuple[int, ...]:
         return self.updates % self.config.actor_every == 0, self.updates % MEASURED_EVERY == 0
 
     def _backup(self, batch: Batch, value: Tensor, log_prob: Tensor) -> Tensor:
@@ -118,7 +117,7 @@ class SoftActorCritic(Algorithm):
         """``E[alpha * log pi(u | s) - min_e Q_e(s, u)]``; its gradient reaches the actor alone."""
         features = batch["features"].detach()
         drawn = self.actor.sample(features)
-        with frozen(self.climbed.parameters()):
+        with frozen(self.climbed):
             value = self.climbed(features, drawn.u).min(0).values
         return (self.alpha.detach() * drawn.log_prob - value).mean(), drawn
 

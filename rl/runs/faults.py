@@ -19,7 +19,7 @@ KINDS = ("crash", "hang", "observation", "reward", "chunk", "transition", "loss"
 class FaultsConfig:
     """``--faults.*``: how much may go wrong before a run stops."""
 
-    # Faults in all past which the run stops, with a checkpoint: simulators that crash or hang, NaN or Inf.
+    # Number of faults after which the run stops with a checkpoint: simulators that crash or hang, NaN or Inf.
     limit: int = 50
     # Seconds that a simulator worker may take for one chunk before it is restarted (0: any time).
     timeout: float = 300.0

@@ -15,7 +15,7 @@ from tests.helpers.point import PointAdapter
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.rl.algorithms import DSRLSACConfig
+from trimtab.rl.algorithms import DSRLSACConfig, Problem
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
@@ -50,8 +50,9 @@ def gradient_gap(accelerator):
     own, the average, and the average clipped to half and to twice its norm.
     """
     world, gap = World(accelerator), {}
+    space = FullNoiseConfig().build(PointAdapter().noise_spec)
     torch.manual_seed(0)
-    algorithm = RL.build(3, FullNoiseConfig().build(PointAdapter().noise_spec), accelerator, None).double()
+    algorithm = RL.build(Problem(3, space, accelerator, None)).double()
     rows, dim = 16, algorithm.actor.space.dim
     union = {
         "features": torch.randn(rows, 3).double(),
@@ -85,7 +86,7 @@ def gradient_gap(accelerator):
             for parameter, gradient in zip(parameters, own, strict=True):
                 parameter.grad = gradient.clone()
             if guard is not None:
-                guard(optimizer.optimizer, (), {})
+                guard(optimizer, (), {})
             gap[name].append(off(scale))
     return gap
 

@@ -7,7 +7,8 @@ import torch
 from torch import distributions as D
 
 from trimtab.adapters import NoiseSpec
-from trimtab.policies.actor import ActorConfig, Limited, NoiseActor, constant_actor, kl_to_prior
+from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor, kl_to_prior
+from trimtab.policies.networks import Limited
 from trimtab.policies.noise_samplers import base_noise, constant_noise, prior_noise, steered_noise, zero_noise
 from trimtab.policies.noise_space import (
     ConstantNoiseConfig,
@@ -35,6 +36,41 @@ def test_log_prob_against_torch_distributions():
     scale = D.AffineTransform(0.0, 1 / 1.3)
     squashed = D.TransformedDistribution(base, [scale, D.TanhTransform(), D.AffineTransform(0.0, 1.3)])
     assert torch.allclose(drawn.log_prob, squashed.log_prob(drawn.u).sum(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("mean_limit, clamp", [(0.9, False), (1.0, False), (1.0, True)])
+def test_gradients_of_a_draw_against_torch_distributions(mean_limit, clamp):
+    """Some means are beyond the limit, some deviations beyond their range."""
+    torch.manual_seed(0)
+    space = FullNoiseConfig(bound=1.3).build(SPEC)
+    config = ActorConfig(hidden=8, layers=1, mean_limit=mean_limit, log_std_clamp=clamp)
+    actor = NoiseActor(3, space, config).double()
+    torch.nn.init.normal_(actor.net[-1].weight, std=2.0)
+    features, eps = torch.randn(40, 3).double(), torch.randn(40, 8).double()
+    drawn = actor.sample(features, eps)
+    mean, raw = actor.net(features).chunk(2, 1)
+    if mean_limit < 1.0:
+        assert (mean.abs() > actor.limit).any()
+        mean = Limited.apply(mean, actor.limit)
+    log_std = drawn.log_std
+    if clamp:
+        assert (raw > 1.0).any() and (raw < -5.0).any()
+        log_std = raw.clamp(-5.0, 1.0)
+    scale = D.AffineTransform(0.0, 1 / 1.3)
+    squash = D.ComposeTransform([scale, D.TanhTransform(cache_size=1), D.AffineTransform(0.0, 1.3)])
+    z = mean + log_std.exp() * eps
+    density = D.Normal(mean, log_std.exp()).log_prob(z) - squash.log_abs_det_jacobian(z, squash(z))
+    expected, weight = (squash(z), density.sum(1)), torch.randn(40, 1).double()
+    for one, other in zip((drawn.u, drawn.log_prob), expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-8)
+        found = torch.autograd.grad(
+            (one.reshape(40, -1) * weight).sum(), actor.net.parameters(), retain_graph=True
+        )
+        wanted = torch.autograd.grad(
+            (other.reshape(40, -1) * weight).sum(), actor.net.parameters(), retain_graph=True
+        )
+        for gradient, by_hand in zip(found, wanted, strict=True):
+            assert torch.allclose(gradient, by_hand, rtol=1e-7, atol=1e-9)
 
 
 def test_starts_like_the_base():

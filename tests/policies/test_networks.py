@@ -4,51 +4,71 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers.ensemble import member
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
-from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer, mlp
-from trimtab.policies.passes import matmuls_in
+from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer, Head, mlp
 
 
-def member(net, index):
-    """Member ``index`` of an ensemble, rebuilt from torch's own layers."""
-    modules = []
-    for layer, (weight, bias) in enumerate(zip(net.weights, net.biases, strict=True)):
-        linear = nn.Linear(weight.shape[1], weight.shape[2])
-        linear.weight.data, linear.bias.data = weight[index].T.clone(), bias[index, 0].clone()
-        modules.append(linear)
-        if layer < len(net.weights) - 1:
-            modules += [nn.LayerNorm(weight.shape[2], elementwise_affine=False), nn.ReLU()]
-    return nn.Sequential(*modules)
-
-
-def test_ensemble_equals_separate_networks():
+@pytest.mark.parametrize("actions", [None, 1, 6], ids=["one", "one_of_many", "many"])
+@pytest.mark.parametrize("activation, layer_norm", [("relu", True), ("relu", False), ("tanh", True)])
+def test_an_ensemble_is_its_members_in_values_and_gradients(actions, activation, layer_norm):
     torch.manual_seed(0)
-    net, x = EnsembleMLP(3, 5, 2, 16, 2), torch.randn(7, 5)
-    out = net(x)
-    assert out.shape == (3, 7, 2)
-    for index in range(3):
-        assert torch.allclose(out[index], member(net, index)(x), atol=1e-5)
-    apart = torch.randn(3, 7, 5)
-    assert torch.allclose(net(apart)[1], member(net, 1)(apart[1]), atol=1e-5)
+    net = EnsembleMLP(3, 7, 16, 3, layer_norm, activation).double()
+    x = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    shape = (5, 3) if actions is None else (5, actions, 3)
+    u = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    values, weight = net(x, u), torch.randn(3, *shape[:-1]).double()
+    assert values.shape == weight.shape
+    found = torch.autograd.grad((values * weight).sum(), [x, u, net.weights[0], net.weights[2]])
+    states = x.repeat_interleave(actions or 1, 0)
+    activate = nn.ReLU if activation == "relu" else nn.Tanh
+    members = [member(net, index, layer_norm, activate) for index in range(3)]
+    expected = torch.stack([one(torch.cat([states, u.flatten(0, -2)], 1)) for one in members])
+    expected = expected.view(weight.shape)
+    assert torch.allclose(values, expected, atol=1e-12)
+    gradients = torch.autograd.grad((expected * weight).sum(), [x, u], retain_graph=True)
+    layers = [[layer for layer in one if isinstance(layer, nn.Linear)] for one in members]
+    for index in (0, 2):
+        parts = [layer[index].weight for layer in layers]
+        parts = torch.autograd.grad((expected * weight).sum(), parts, retain_graph=True)
+        gradients += (torch.stack([part.T for part in parts]),)
+    for one, other in zip(found, gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-10)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_some_members_alone_give_what_they_give_among_all(dtype):
+def test_some_members_alone_give_what_they_give_among_all():
     torch.manual_seed(0)
     critic = CriticEnsemble(4, 3, CriticConfig(members=5, hidden=16, layers=2), (-20.0, 0.0))
     features, one, several = torch.randn(6, 4), torch.randn(6, 3), torch.randn(6, 2, 3)
     chosen = torch.tensor([4, 1])
-    with torch.no_grad(), matmuls_in(dtype):
-        for u in (one, several):
-            everyone = critic._outputs(features, u)
-            assert torch.allclose(critic._outputs(features, u, chosen), everyone[chosen], atol=1e-6)
-            # Copies in bfloat16 are still those of all.
-            assert torch.equal(critic._outputs(features, u), everyone)
-            assert torch.equal(critic.smallest(features, u, 5), critic(features, u).min(0).values)
-    with pytest.raises(ValueError, match="members can be chosen where no gradient"):
-        critic._outputs(features, one, chosen)
+    for u in (one, several):
+        everyone = critic.net(features, u)
+        assert torch.allclose(critic.net(features, u, chosen), everyone[chosen], atol=1e-6)
+        assert torch.equal(critic.smallest(features, u, 5), critic(features, u).min(0).values)
+
+
+def test_under_autocast_the_last_layer_stays_in_float32_and_weights_are_read_anew():
+    torch.manual_seed(0)
+    net, x, u = EnsembleMLP(2, 6, 64, 3, True, "relu"), torch.randn(50, 4), torch.randn(50, 2)
+    exact = net(x, u)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        rough = net(x, u)
+        found = torch.autograd.grad(rough.sum(), list(net.parameters()))
+        head = mlp(4, 2, 8, 1)(x)
+        with torch.no_grad():
+            net.weights[1].mul_(-1.0)
+        moved = net(x, u)
+    for out in (rough, head):
+        assert out.dtype == torch.float32 and not torch.equal(out, out.bfloat16().float())
+    assert not torch.equal(rough, exact) and (rough - exact).norm() < 0.02 * exact.norm()
+    assert (moved - moved.mean()).sub(rough - rough.mean()).norm() > 0.1 * rough.std()
+    with torch.no_grad():
+        net.weights[1].mul_(-1.0)
+    expected = torch.autograd.grad(net(x, u).sum(), list(net.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and (one - other).norm() < 0.05 * other.norm()
 
 
 def test_members_start_different():
@@ -71,19 +91,15 @@ def test_normalizer_standardises_and_does_not_blow_up_constants():
     assert normalizer(torch.full((1, 3), 1e9)).max() == 10
 
 
-def test_tanh_and_layer_norm():
+def test_plain_networks():
     torch.manual_seed(0)
     x = torch.randn(7, 5)
-    net = EnsembleMLP(2, 5, 1, 8, 2, activation="tanh")
-    for index in range(2):
-        rebuilt = [nn.Tanh() if isinstance(layer, nn.ReLU) else layer for layer in member(net, index)]
-        assert torch.allclose(net(x)[index], nn.Sequential(*rebuilt)(x), atol=1e-6)
     first, norm, activation, *_ = modules = list(mlp(5, 3, 8, 2, "tanh", layer_norm=True))
-    assert [type(m) for m in modules] == [nn.Linear, nn.LayerNorm, nn.Tanh] * 2 + [nn.Linear]
+    assert [type(m) for m in modules] == [nn.Linear, nn.LayerNorm, nn.Tanh] * 2 + [Head]
     h = first(x)
     scaled = (h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
     assert torch.allclose(activation(norm(h)), torch.tanh(scaled), atol=1e-6)
-    assert [type(m) for m in mlp(5, 3, 8, 1)] == [nn.Linear, nn.ReLU, nn.Linear]
+    assert [type(m) for m in mlp(5, 3, 8, 1)] == [nn.Linear, nn.ReLU, Head]
     for config, option in ((ActorConfig, "--rl.actor.activation"), (CriticConfig, "--rl.critic.activation")):
         with pytest.raises(UserError, match=option):
             config(activation="gelu")

@@ -13,7 +13,7 @@ import torch
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
-from tests.policies.test_steered_policy import assert_no_pickle
+from tests.helpers.steered import assert_no_pickle
 from trimtab.adapters import PolicyConfig, load_adapter
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import load_artefact, read_config, save_artefact

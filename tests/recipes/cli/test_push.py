@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
 from tests.helpers.small_hub import small_hub
-from tests.policies.test_steered_policy import artefact_of, observations
+from tests.helpers.steered import artefact_of, observations
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.recipes.cli import main
 

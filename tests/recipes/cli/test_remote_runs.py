@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from tests.recipes.cli.test_runs import POLICIES, SMALL, check_results
+from tests.helpers.small_runs import POLICIES, SMALL, check_results
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.policies.artefact import load_artefact
 from trimtab.recipes.cli import main

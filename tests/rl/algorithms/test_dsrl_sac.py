@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import distributions as D
 
+from tests.helpers.ensemble import member
 from tests.helpers.problem import problem
-from tests.policies.test_networks import member
 from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig

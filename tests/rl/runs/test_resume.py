@@ -9,8 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from tests.helpers.point import PointAdapter, PointConfig, PointEnv
-from tests.rl.data.test_demonstrations import point_dataset
+from tests.helpers.point import PointAdapter, PointConfig, PointEnv, point_dataset
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
