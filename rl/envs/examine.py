@@ -79,12 +79,18 @@ def _metadata(env: gym.Env, name: str) -> list[Any]:
     return [one[name] for one in metadata if isinstance(one, Mapping) and one.get(name) is not None]
 
 
-def examine(env: ChunkEnv, chunk: np.ndarray) -> Findings:
+def examine(env: ChunkEnv, chunk: np.ndarray, move: bool = True) -> Findings:
     """Step a chunk (T, action_dim) in an environment that has just been reset, and reset it twice more.
+
+    Args:
+        move: else nothing moves: only the chunk is looked at.
 
     Raises:
         UserError: a rule without which nothing can be right is broken.
     """
+    env.check_actions(chunk)
+    if not move:
+        return Findings(repeatable=False)
     seed, first, after_reset = env.seed, env.history(), env.layout
     result = env.step_chunk(chunk, None)
     findings = Findings(True, result.success_key)
