@@ -36,7 +36,7 @@ from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.seeds import training_seed
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 # Types of a method's parts, where `--settings` may change them.
 PARTS = {"rl": AlgorithmConfig, "noise": NoiseSpaceConfig, "train": TrainConfig, "tuning": TuningConfig}
