@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from trimtab.adapters.base import PolicyAdapter
 from trimtab.adapters.checkpoint.files import (
     OLD_STATISTICS,
     OPTION,
@@ -43,6 +42,7 @@ from trimtab.adapters.checkpoint.weights import (
 )
 from trimtab.adapters.config import DTYPES, PolicyConfig
 from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_class, adapter_types
 
 # Policies whose sampling has no continuous noise to steer.

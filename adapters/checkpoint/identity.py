@@ -44,8 +44,7 @@ def identity(
     """What identifies a loaded policy, as JSON values.
 
     Args:
-        policy: in memory.
-        folder: the policy's.
+        policy, folder: in memory, and where it was loaded from.
         files: those that its weights were loaded from; empty: those that ``folder`` says.
         parts: frozen parts outside the checkpoint and their folders, by name.
 
@@ -85,10 +84,6 @@ def settings_hashes(folder: Path, parts: Mapping[str, Path] | None = None) -> di
     without what may differ on another machine: devices, entries about the Hub (``ELSEWHERE``), and every
     string that is a path or the name of a Hub repository (it holds a slash and no space). Tokenizers are
     not covered.
-
-    Args:
-        folder: the policy's.
-        parts: folders of the frozen parts, by name.
     """
     names = [CONFIG, PREPROCESSOR, POSTPROCESSOR, *([PEFT_CONFIG] if is_peft(folder) else [])]
     paths = {name: folder / name for name in (*names, *state_files(folder))}

@@ -20,15 +20,7 @@ from trimtab.adapters.errors import UserError
 
 
 def backbone_folder(name: str, revision: str | None = None) -> Path:
-    """The folder with a backbone's config, tokenizer and processors; its weights are not fetched.
-
-    Args:
-        name: folder, or ``owner/name`` on the Hub.
-        revision: branch, tag or commit on the Hub.
-
-    Raises:
-        UserError: neither a folder nor a reachable Hub repository.
-    """
+    """The folder with a backbone's config, tokenizer and processors; its weights are not fetched."""
     return find_folder(
         name, BACKBONE, revision, mend="; name a folder with the backbone's config and processors"
     )

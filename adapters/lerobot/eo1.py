@@ -37,7 +37,7 @@ class EO1Adapter(VLAAdapter):
         super().__init__(policy, preprocessor, postprocessor)
         live = torch.ones(self.noise_spec.shape, dtype=torch.bool)
         live[policy.config.n_action_steps :] = False
-        self.noise_spec = NoiseSpec(self.noise_spec.shape, live=None if live.all() else live)
+        self.noise_spec = NoiseSpec(self.noise_spec.shape, live=live)
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
@@ -48,7 +48,6 @@ class EO1Adapter(VLAAdapter):
         config.attn_implementation = None
         return ["flash_attention_2 is not available here: attention as PyTorch has it"]
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         model, qwen = self.policy.model, self.policy.model.vlm_backbone.model
         state = self.policy.prepare_state(batch[OBS_STATE])
@@ -91,9 +90,7 @@ class EO1Adapter(VLAAdapter):
             )
         return span
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         model, qwen = self.policy.model, self.policy.model.vlm_backbone.model
         cache, mask = restore_prefix(conditioning), conditioning.rows("mask")
         position_ids = conditioning.rows("positions").transpose(0, 1)

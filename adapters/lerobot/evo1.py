@@ -39,7 +39,7 @@ class Evo1Adapter(VLAAdapter):
         super().__init__(policy, preprocessor, postprocessor)
         shape = self.noise_spec.shape
         live = policy._prepare_inference_action_mask(1).cpu().expand(shape)
-        self.noise_spec = NoiseSpec(shape, "uniform", live=None if live.all() else live)
+        self.noise_spec = NoiseSpec(shape, "uniform", live=live)
         self.chunk_shape = (policy.config.n_action_steps, policy.config.max_action_dim)
 
     @classmethod
@@ -58,7 +58,6 @@ class Evo1Adapter(VLAAdapter):
         policy.model.embedder.tokenizer = AutoTokenizer.from_pretrained(config.vlm_model_name)
         return policy
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         policy = self.policy
         images, image_masks = policy._collect_image_batches(batch)
@@ -69,15 +68,13 @@ class Evo1Adapter(VLAAdapter):
                 policy._normalize_task_batch(batch), images, image_masks
             )
         mean = tokens.float() if mask is None else pooled(tokens, mask)  # no mask: one token, (B, dim)
-        kept = {} if mask is None else {"mask": mask}
+        masked = {} if mask is None else {"mask": mask}
         features = torch.cat([mean, state.float()], -1)
         return Conditioning(
-            {"features": features, "tokens": tokens, "state": state, "embodiments": embodiments, **kept}
+            {"features": features, "tokens": tokens, "state": state, "embodiments": embodiments, **masked}
         )
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         policy = self.policy
         # The head draws from (0, 1) and stretches that to (-1, 1).
         with policy._maybe_autocast(), injected(self, (self.native_noise(noise) + 1) / 2, (torch.rand,)):

@@ -57,7 +57,6 @@ class SmolVLAAdapter(VLAAdapter):
     def cast(cls, policy: Any, dtype: torch.dtype) -> None:
         """Done in ``build``."""
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         from lerobot.policies.smolvla.modeling_smolvla import make_att_2d_masks
 
@@ -83,9 +82,7 @@ class SmolVLAAdapter(VLAAdapter):
         features = torch.cat([pooled(hidden, pad_mask), state.float()], -1)
         return Conditioning({"features": features, "pad_mask": pad_mask, **store_prefix(cache)})
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         cache, pad_mask = restore_prefix(conditioning), conditioning.rows("pad_mask")
         chunk = euler_integrate(
             lambda x, time: self.policy.model.denoise_step(pad_mask, cache, x, time),

@@ -75,7 +75,6 @@ class VLAJEPAAdapter(VLAAdapter):
                 )
         return {name: tensor for name, tensor in saved.items() if not name.startswith(WORLD_MODEL)}
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         model = self.policy.model
         inputs = self.policy._prepare_model_inputs(batch, training=False)
@@ -90,9 +89,7 @@ class VLAJEPAAdapter(VLAAdapter):
             tensors["features"] = torch.cat([tensors["features"], inputs["state"].flatten(1)], -1)
         return Conditioning(tensors)
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         state = conditioning.rows("state") if "state" in conditioning.tensors else None
         with injected(self, noise):
             chunk = self.policy.model.action_model.predict_action(conditioning.rows("tokens"), state)

@@ -52,7 +52,6 @@ class WallXAdapter(VLAAdapter):
         with without_weights(config, *cls.backbone_fields):
             return super().build(config)
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         model = self.policy.model
         inputs = self.policy.preprocess_inputs(batch)
@@ -90,9 +89,7 @@ class WallXAdapter(VLAAdapter):
         }
         return Conditioning({**tensors, **store_prefix(output.past_key_values)})
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         model, head = self.policy.model.model, self.policy.model.action_preprocessor
         cache, dof_mask = restore_prefix(conditioning), conditioning.rows("dof_mask")
         mask, positions = conditioning.rows("mask"), conditioning.rows("positions").transpose(0, 1)

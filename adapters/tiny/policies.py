@@ -92,11 +92,13 @@ def fastwam(folder: Path, **fields: Any) -> Options:
 
 def lingbot_va(folder: Path, **fields: Any) -> Options:
     """Two cameras, or three: the real dual-stream transformer, VAE and text encoder."""
+    from lerobot.policies.lingbot_va.modeling_lingbot_va import LingBotVAPolicy
+
     wan = str(backbones.save_wan(folder / "wan"))
     features = camera_features(3 if fields.get("camera_layout") == "robotwin_tshape" else 2, size=32)
     names = [key for key in features["input_features"] if "images" in key]
     config = make_config("lingbot_va", fields, **features, wan_pretrained_path=wan, obs_cam_keys=names)
-    save_policy(folder, config, no_zeros=True)
+    save_policy(folder, config, LingBotVAPolicy, no_zeros=True)
     return {"backbone": wan}
 
 

@@ -214,7 +214,7 @@ def test_the_list_is_instant_and_complete(capsys):
     out = capsys.readouterr().out
     assert str(FOLDER / "pi0_libero" / ADAPT) in out and "trimtab adapt --config_path=pi0_libero" in out
     assert main(["recipes", "pi1_libero"]) == 2
-    assert "no recipe 'pi1_libero'; there are metaworld," in capsys.readouterr().err
+    assert "no recipe 'pi1_libero'; there are diffusion_pusht, " in capsys.readouterr().err
     assert main(["recipes", "--help"]) == 0
 
 
@@ -232,7 +232,7 @@ def test_a_name_stands_for_its_files(tmp_path, monkeypatch):
 def test_resume_of_a_tiny_run(tmp_path):
     """A tiny pi0 loads only where its narrow classes are; `--tiny` sees to that in a new process, too."""
     from trimtab.adapters import register_adapter
-    from trimtab.adapters.lerobot.pi0 import PI0Adapter
+    from trimtab.adapters.lerobot.pi import PI0Adapter
 
     argv = ["adapt", "--tiny=true", f"--output_dir={tmp_path}"]
     assert main([*argv, "--config_path=pi0_libero", "--checkpoint.every=32", *ALONE]) == 0
