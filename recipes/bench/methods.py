@@ -32,7 +32,7 @@ from trimtab.rl.evaluation import evaluate, require_success
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.seeds import training_seed
 from trimtab.rl.takeover import GateConfig
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.evaluation import Evaluation, evaluate, require_success
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 # These learn nothing: one run of them serves all seeds.
 FIXED = ("base", "zero_noise")

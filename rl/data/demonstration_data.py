@@ -163,6 +163,18 @@ class DemonstrationData:
             self._first[rows] = episode.first
             self._last[rows] = episode.first + max(len(episode.rewards) - 1, 0)
 
+    def summary(self, transitions: int, env_fps: float | None) -> list[str]:
+        """Lines about what joins the replay.
+
+        Args:
+            transitions: how many these are.
+            env_fps: steps a second of the environment.
+        """
+        won = sum(episode.succeeded for episode in self.episodes)
+        count = f"demonstrations: {len(self.episodes)} episodes, {won} succeed; {transitions} transitions; "
+        told = f"success told by {self.rule}" + ("" if won else " (else: --demos.success=end)")
+        return [*self.notes, count + told, *rate_warning(self.dataset, env_fps)]
+
     def actions(self, row: int, steps: int) -> np.ndarray:
         """(steps, action_dim) executed from ``row``, as recorded; past the episode's end the last repeats."""
         return self._actions[np.minimum(np.arange(row, row + steps), self._last[row])]

@@ -30,7 +30,7 @@ from trimtab.rl.data.returns import Transition
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 FEW = {"num_candidates": 2, "target_candidates": 1, "distilled_pairs": 1}
 TASK, GAMMA, LIMIT = "drawer-close-v3", 0.9, 100
