@@ -1,11 +1,11 @@
 """Adapters: frozen LeRobot policies as functions (observation, noise) -> action chunk."""
 
-from trimtab.adapters.base import PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.contract import NoiseSpec
 from trimtab.adapters.errors import UserError
 from trimtab.adapters.loading import load_adapter
+from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_types, register_adapter
 
 __all__ = [

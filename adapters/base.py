@@ -1,152 +1,118 @@
-"""The base class of adapters: how a policy is loaded, what it is shown, what identifies it."""
+"""What an adapter is: a frozen generative policy as a function (observation, noise) -> action chunk."""
 
 from __future__ import annotations
 
+import abc
+import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from trimtab.adapters.checkpoint.identity import identity
 from trimtab.adapters.conditioning import Conditioning, repeat_rows
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.contract import NoiseSpec, NoiseToChunk
-from trimtab.adapters.inputs import cameras_of, check_inputs, input_notes, required_inputs
-from trimtab.adapters.verification import verify
-
-__all__ = ["NoiseSpec", "PolicyAdapter"]
 
 RELATIVE_STATE = "relative_state"  # raw state of each observation, for policies with relative actions
 
 
-class PolicyAdapter(NoiseToChunk):
-    """Wraps one frozen LeRobot policy and exposes its sampling noise as an input.
+@dataclass(frozen=True)
+class NoiseSpec:
+    """The noise that an adapter takes: standard normal in every entry, whatever the policy itself draws.
 
-    A subclass sets ``noise_spec`` and ``chunk_shape`` and writes ``encode`` and ``denoise``; the rest has
-    defaults that suit a policy which looks at one observation and takes its batch as (B, ...).
+    A policy that draws something else (evo1: uniform) gets it from a standard normal by a fixed map
+    (``native_noise``), so that one prior serves every noise space and algorithm.
+
+    Attributes:
+        shape: shape of one sample, without the batch dimension.
+        distribution: what the policy itself feeds in: ``normal``, ``uniform``, or ``zero`` (act).
+        dtype: dtype that ``denoise`` takes.
+        live: boolean mask of ``shape``: entries that can change the executed actions; ``None`` = all.
+    """
+
+    shape: tuple[int, ...]
+    distribution: str = "normal"
+    dtype: torch.dtype = torch.float32
+    live: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.live is not None and self.live.all():
+            object.__setattr__(self, "live", None)
+
+    @property
+    def size(self) -> int:
+        """Number of entries of one sample."""
+        return math.prod(self.shape)
+
+
+def _checked(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(denoise)
+    def checked(self: NoiseToChunk, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        self.check_noise(conditioning, noise)
+        return denoise(self, conditioning, noise)
+
+    return checked
+
+
+class NoiseToChunk(abc.ABC):
+    """The function of a loaded policy: ``postprocess(denoise(observe(observation), noise))``.
+
+    A subclass's ``encode``, ``follow`` and ``denoise`` run without gradients, and ``denoise`` checks its
+    noise first (``check_noise``).
 
     Args:
         policy: a loaded LeRobot policy in eval mode, without gradients.
-        preprocessor: the policy's own saved input pipeline.
-        postprocessor: the policy's own saved output pipeline.
+        preprocessor, postprocessor: the policy's own saved pipelines.
 
     Attributes:
-        steps_field: field of the config that ``--policy.num_inference_steps`` sets; ``None`` where
-            ``prepare_config`` takes the option.
-        dtype_field: field that ``--policy.dtype`` sets, where the config has it.
-        dtypes: the precisions that the policy runs in; empty = any.
-        backbone_fields: fields that ``--policy.backbone`` sets; empty where there is no such option.
-        takes_tokenizer: whether ``--policy.tokenizer`` has an effect.
-        tokenizer_step: (name of a preprocessor's step, its entry) that names the tokenizer.
-        notes: lines to show the user about what was changed at load.
-        weights_files: the files that the weights were loaded from; empty where a loader did not say.
-        trainable: names of the parameters that the policy's own class leaves open to training.
+        policy_type: LeRobot's name of the policy type.
+        history: whether the policy takes a time axis, (B, n_obs_steps, ...).
+        remembers: whether a chunk depends on the episode before it, through ``follow``.
+        rounding: share of the noise's effect by which chunks of the same noise may differ.
+        fills_missing_cameras: whether the policy runs with fewer cameras than its config names.
+        stacks_cameras: whether the policy's cameras must be of one size.
+        resizes_images: whether the policy takes images of any size.
+        reads_task: whether the policy reads an instruction.
+        max_batch: most noises that the policy denoises in one batch; ``None`` = any number.
+        noise_spec: the noise that ``denoise`` takes.
+        chunk_shape: (steps executed per chunk, action dimension after un-padding); with ``remembers`` of
+            an episode's first chunk, for later ones may have other steps.
+        n_obs_steps: length of the observation history that ``preprocess`` expects.
         observer: (conditioning, batch, tasks) -> (B, d), what a noise actor is to see in the place of
             ``features``; ``None`` = the features.
     """
 
-    steps_field: ClassVar[str | None] = None
-    dtype_field: ClassVar[str] = "dtype"
-    dtypes: ClassVar[tuple[str, ...]] = ()
-    backbone_fields: ClassVar[tuple[str, ...]] = ()
-    takes_tokenizer: ClassVar[bool] = True
-    tokenizer_step: ClassVar[tuple[str, str]] = ("tokenizer_processor", "tokenizer_name")
+    policy_type: ClassVar[str] = ""
+    history: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
+    rounding: ClassVar[float] = 0.0
+    fills_missing_cameras: ClassVar[bool] = False
+    stacks_cameras: ClassVar[bool] = False
+    resizes_images: bool = False
+    reads_task: ClassVar[bool] = False
+    max_batch: ClassVar[int | None] = None
+    noise_spec: NoiseSpec
+    chunk_shape: tuple[int, int]
+    n_obs_steps: int = 1
     observer: Callable[[Conditioning, dict[str, Any], Sequence[str] | None], Tensor] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in {"encode", "follow", "denoise"} & vars(cls).keys():
+            method = vars(cls)[name]
+            setattr(cls, name, torch.no_grad()(_checked(method) if name == "denoise" else method))
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         self.policy = policy
         self.preprocessor = preprocessor
         self.postprocessor = postprocessor
         self.device = next(policy.parameters()).device
-        self.notes: list[str] = []
-        self.weights_files: list[Path] = []
-        self.trainable: set[str] = set()
-
-    # Loading: what differs between policies. LeRobot's own `from_pretrained` is not used, for some of
-    # them return random weights where a file is missing.
-
-    @classmethod
-    def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        """Change the policy's config, in which the options are set, before the policy is built.
-
-        Returns:
-            A line for each change that the user should know of.
-        """
-        return []
-
-    @classmethod
-    def build(cls, config: Any) -> Any:
-        """The policy that ``config`` describes, with any weights."""
-        from lerobot.policies.factory import get_policy_class
-
-        return get_policy_class(config.type)(config)
-
-    @classmethod
-    def frozen_parts(cls, policy: Any) -> dict[str, tuple[torch.nn.Module, Path]]:
-        """Models that the policy runs but its checkpoint does not hold, by name, with their folders.
-
-        Loading compares them with their files, and ``identity`` covers them. All have been built.
-        """
-        return {}
-
-    @classmethod
-    def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
-        """Rename tensors of older files as LeRobot's own loader does."""
-        return saved
-
-    @classmethod
-    def cast(cls, policy: Any, dtype: torch.dtype) -> None:
-        """Change the precision of a loaded policy whose config has no ``dtype``.
-
-        Everything that the weights file holds changes. Other buffers (rotary frequencies, position tables)
-        keep theirs, for they are computed, not learnt.
-        """
-        for tensor in policy.state_dict(keep_vars=True).values():
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(dtype)
-
-    @classmethod
-    def processor_overrides(cls, config: Any, options: PolicyConfig) -> dict[str, dict[str, Any]]:
-        """Overrides for the saved preprocessor, by step name, beside the device's."""
-        name = options.tokenizer or (options.backbone if cls.backbone_fields else None)
-        step, entry = cls.tokenizer_step
-        return {step: {entry: name}} if name and cls.takes_tokenizer else {}
 
     @property
     def config(self) -> Any:
+        """The policy's LeRobot config."""
         return self.policy.config
-
-    @property
-    def parameter_count(self) -> int | None:
-        """Number of the policy's parameters; ``None`` where they are out of sight."""
-        return sum(parameter.numel() for parameter in self.policy.parameters())
-
-    def identity(self, base: Path | str) -> dict[str, Any]:
-        """What tells this base from any other, as JSON values: see ``checkpoint.identity.identity``.
-
-        Args:
-            base: folder of the base, or address of its server.
-        """
-        return identity(self.policy, Path(base), self.weights_files, self.frozen_parts(self.policy))
-
-    def check_identity(self, identity: dict[str, Any], base: Path | str) -> None:
-        """Raise where the base is no longer the one that ``identity`` described.
-
-        Raises:
-            RuntimeError: a file or the weights in memory have changed.
-        """
-        now = self.identity(base)
-        if now != identity:
-            odd = ", ".join(sorted(k for k in now.keys() | identity.keys() if now.get(k) != identity.get(k)))
-            raise RuntimeError(
-                f"the base policy changed while it was steered ({odd}); this is a bug of trimtab"
-            )
-
-    def close(self) -> None:
-        """Let go of what the adapter holds outside this process."""
 
     # Observations.
 
@@ -162,17 +128,15 @@ class PolicyAdapter(NoiseToChunk):
         Raises:
             UserError: the policy needs an input that the environment does not give.
         """
-        self._check_observation(observation)
-        flat, lead = {}, (0, 1)
+        self.check_observation(observation)
+        lead = next((tuple(v.shape[:2]) for v in observation.values() if isinstance(v, Tensor)), (0, 1))
+        flat: dict[str, Any] = {}
         for key, value in observation.items():
             if isinstance(value, str):
                 raise ValueError(f"'{key}' is one string; give a list with one for each observation")
-        for key, value in observation.items():
             if isinstance(value, Tensor):
-                lead = tuple(value.shape[:2])
                 flat[key] = value.flatten(0, 1)
-        for key, value in observation.items():
-            if not isinstance(value, Tensor):  # one string per environment: repeat over the history
+            else:  # one string per environment: repeat over the history
                 flat[key] = [item for item in value for _ in range(lead[1])]
         batch = self.preprocessor(flat)
         if not self.history:
@@ -183,25 +147,25 @@ class PolicyAdapter(NoiseToChunk):
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == lead[0] * lead[1]
         }
 
-    def _check_observation(self, observation: dict[str, Any]) -> None:
-        check_inputs(self, observation)
-
-    def required_inputs(self, given: Collection[str]) -> dict[str, Any]:
-        """The policy's input features that an observation with the renamed keys ``given`` must hold."""
-        return required_inputs(self, given)
-
-    def input_notes(self, observation: dict[str, Any]) -> list[str]:
-        """What the user should know of an observation that ``preprocess`` takes, a line each."""
-        return input_notes(self, observation)
-
-    def cameras_used(self, given: Collection[str]) -> set[str]:
-        return set(cameras_of(self)).intersection(given)
+    @abc.abstractmethod
+    def check_observation(self, observation: dict[str, Any]) -> None:
+        """Refuse an observation that is not what the policy was trained on."""
 
     def renames(self) -> dict[str, str]:
+        """Other names that the preprocessor gives to observations."""
         for step in getattr(self.preprocessor, "steps", ()):
             if hasattr(step, "rename_map"):
                 return step.rename_map
         return {}
+
+    def cameras(self) -> list[str]:
+        """The cameras that the policy was trained on, by its own names; not those that LeRobot fills."""
+        features = self.config.input_features.items()
+        return [key for key, feature in features if len(feature.shape) == 3 and "empty_camera" not in key]
+
+    def cameras_used(self, given: Collection[str]) -> set[str]:
+        """Of the renamed keys ``given`` the cameras that the policy looks at."""
+        return set(self.cameras()).intersection(given)
 
     def observe(
         self, observation: dict[str, Any], before: tuple[Conditioning, Tensor] | None = None
@@ -235,6 +199,88 @@ class PolicyAdapter(NoiseToChunk):
             return repeat_rows(conditioning.observed, conditioning.repeats)
         return self.features(conditioning)
 
+    def example_observation(self, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
+        """A random observation within the policy's own statistics, with a task."""
+        stats = {}
+        for step in getattr(self.preprocessor, "steps", ()):
+            stats = getattr(step, "_tensor_stats", None) or stats
+        originals = {new: old for old, new in self.renames().items()}
+        observation: dict[str, Any] = {}
+        for key, feature in self.config.input_features.items():
+            if "empty_camera" in key:
+                continue  # LeRobot fills these itself
+            value = torch.rand((batch_size, self.n_obs_steps, *feature.shape), generator=generator)
+            known = stats.get(key, {})
+            if len(feature.shape) < 3 and "min" in known and "max" in known:
+                width = feature.shape[-1]  # evo1 pads its statistics
+                low, high = (known[name].cpu().float()[..., :width] for name in ("min", "max"))
+                value = low + (high - low) * value
+            observation[originals.get(key, key)] = value
+        observation["task"] = ["pick up the red cube"] * batch_size
+        return observation
+
+    def example_conditioning(self, batch_size: int, generator: torch.Generator) -> Conditioning:
+        """A conditioning from random inputs; the observer does not see them."""
+        observer, self.observer = self.observer, None  # it may know other tasks than the example's
+        try:
+            return self.observe(self.example_observation(batch_size, generator))
+        finally:
+            self.observer = observer
+
+    # The function (observation, noise) -> chunk.
+
+    @abc.abstractmethod
+    def encode(self, batch: dict[str, Any]) -> Conditioning:
+        """Run what depends on the observation alone. ``batch`` is not changed."""
+
+    def follow(self, conditioning: Conditioning, chunk: Tensor, batch: dict[str, Any]) -> Conditioning:
+        """The conditioning of the next chunk of the same episodes. No argument is changed.
+
+        A policy that remembers its episode (``remembers``) keeps all its memory in the conditioning and
+        overrides this; for any other policy it is ``encode(batch)``.
+
+        Args:
+            conditioning: what ``chunk`` was denoised with, at the same chunk of all its episodes.
+            chunk: (B, steps, action_dim) from ``denoise``, executed to its end.
+            batch: as for ``encode``, after the chunk's last action.
+        """
+        return self.encode(batch)
+
+    @abc.abstractmethod
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        """Turn noise into an action chunk, deterministically.
+
+        Args:
+            conditioning: from ``encode``, for B noises. It is not changed.
+            noise: (B, *noise_spec.shape) of ``noise_spec.dtype``.
+
+        Returns:
+            (B, steps, action_dim) in the policy's normalised space.
+        """
+
+    def check_noise(self, conditioning: Conditioning, noise: Tensor) -> None:
+        """Refuse noise of the wrong shape or dtype in one clear line.
+
+        Raises:
+            ValueError: shape, dtype or device differ from what ``noise_spec``, the conditioning's batch size
+                and the policy ask for.
+        """
+        expected = (conditioning.batch_size, *self.noise_spec.shape)
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, {self.policy_type} takes {expected}")
+        if noise.dtype != self.noise_spec.dtype:
+            raise ValueError(f"noise is {noise.dtype}, {self.policy_type} takes {self.noise_spec.dtype}")
+        if noise.device.type != self.device.type:
+            raise ValueError(f"noise is on {noise.device}, {self.policy_type} on {self.device}")
+
+    def native_noise(self, noise: Tensor) -> Tensor:
+        """What the policy itself would have drawn, for standard normal ``noise`` (B, *noise_spec.shape)."""
+        return noise
+
+    def executed(self, chunk: Tensor) -> Tensor:
+        """The part of the policy's chunk (B, T, D) that is executed: (B, *chunk_shape)."""
+        return chunk[:, : self.chunk_shape[0], : self.chunk_shape[1]]
+
     @property
     def relative_actions(self) -> bool:
         """Whether ``postprocess`` adds a chunk's actions to the state that it was made for."""
@@ -264,44 +310,6 @@ class PolicyAdapter(NoiseToChunk):
         finally:
             step._last_state = latest
 
-    # Verification.
-
-    def example_observation(self, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
-        stats = {}
-        for step in getattr(self.preprocessor, "steps", ()):
-            stats = getattr(step, "_tensor_stats", None) or stats
-        originals = {new: old for old, new in self.renames().items()}
-        observation: dict[str, Any] = {}
-        for key, feature in self.config.input_features.items():
-            if "empty_camera" in key:
-                continue  # LeRobot fills these itself
-            value = torch.rand((batch_size, self.n_obs_steps, *feature.shape), generator=generator)
-            known = stats.get(key, {})
-            if len(feature.shape) < 3 and "min" in known and "max" in known:
-                width = feature.shape[-1]  # evo1 pads its statistics
-                low, high = (known[name].cpu().float()[..., :width] for name in ("min", "max"))
-                value = low + (high - low) * value
-            observation[originals.get(key, key)] = value
-        observation["task"] = ["pick up the red cube"] * batch_size
-        return observation
-
-    def example_conditioning(self, batch_size: int, generator: torch.Generator) -> Conditioning:
-        """A conditioning from random inputs, for ``verify``; the observer does not see them."""
-        observer, self.observer = self.observer, None  # it may know other tasks than the example's
-        try:
-            return self.observe(self.example_observation(batch_size, generator))
-        finally:
-            self.observer = observer
-
-    def verify(self) -> None:
-        """Check on the real weights that noise steers this policy, and steers it alone.
-
-        On two observations, each alone and both together: chunks and actions have the declared shapes and are
-        finite, features too; the same observation and noise give the same chunk, encoded twice; another noise
-        gives each row another chunk, and in entries that are declared inert the same; a row does not depend
-        on the rows beside it.
-
-        Raises:
-            UserError: one of these does not hold, with what it means.
-        """
-        verify(self)
+    def features(self, conditioning: Conditioning) -> Tensor | None:
+        """A backbone representation (B, d) that the noise actor may look at: the entry ``features``."""
+        return conditioning.rows("features") if "features" in conditioning.tensors else None

@@ -63,26 +63,26 @@ class Conditioning:
             return self._take(slice(0, 0))
         first, last = int(picked[0]) // self.repeats, int(picked[-1]) // self.repeats
         consecutive = torch.equal(picked, rows[int(picked[0]) : int(picked[0]) + len(picked)])
-        if consecutive and first == last:
-            return replace(self._take(slice(first, first + 1)), repeats=len(picked))
-        if consecutive and len(picked) == (last - first + 1) * self.repeats:
-            return replace(self._take(slice(first, last + 1)), repeats=self.repeats)
+        count = last - first + 1  # of observations
+        if consecutive and (count == 1 or len(picked) == count * self.repeats):
+            return replace(self._take(slice(first, last + 1)), repeats=len(picked) // count)
         return self._take(picked // self.repeats)
 
     def _take(self, chosen: Tensor | slice) -> Conditioning:
         """Observations, each used once."""
-        tensors = {
-            key: value[chosen if isinstance(chosen, slice) else chosen.to(value.device)]
-            for key, value in self.tensors.items()
-        }
-        lists = {
-            key: value[chosen] if isinstance(chosen, slice) else [value[i] for i in chosen.tolist()]
-            for key, value in self.lists.items()
-        }
-        observed = self.observed
-        if observed is not None:
-            observed = observed[chosen if isinstance(chosen, slice) else chosen.to(observed.device)]
-        return Conditioning(tensors, lists, observed=observed)
+
+        def part(value: Any) -> Any:
+            if isinstance(chosen, slice):
+                return value[chosen]
+            if isinstance(value, list):
+                return [value[index] for index in chosen.tolist()]
+            return value[chosen.to(value.device)]
+
+        tensors = {name: part(value) for name, value in self.tensors.items()}
+        lists = {name: part(value) for name, value in self.lists.items()}
+        return Conditioning(
+            tensors, lists, observed=self.observed if self.observed is None else part(self.observed)
+        )
 
     def repeat_interleave(self, k: int) -> Conditioning:
         """Use each row for ``k`` noises, one after another."""

@@ -35,13 +35,13 @@ def reason(error: BaseException, last: bool = False) -> str:
     if last:
         lines = str(error).strip().splitlines()
         return lines[-1].strip() if lines else type(error).__name__
-    said, cause = _said(error), error.__cause__
-    if cause is None or " ".join(str(cause).split()) in said:
-        return said
-    return f"{said} ({_said(cause)})"
+    text, cause = _one_line(error), error.__cause__
+    if cause is None or " ".join(str(cause).split()) in text:
+        return text
+    return f"{text} ({_one_line(cause)})"
 
 
-def _said(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if not text:
         return type(error).__name__

@@ -15,21 +15,11 @@ from typing import Any
 from lerobot.utils.constants import OBS_IMAGE, OBS_STR
 from torch import Tensor
 
-from trimtab.adapters.contract import NoiseToChunk
+from trimtab.adapters.base import NoiseToChunk
 from trimtab.adapters.errors import UserError
 
+FILLED = "empty_camera"  # in the name of an input that LeRobot fills itself
 BRIGHTEST = 1.001  # of an image in [0, 1], with room for an interpolation's rounding
-
-
-def filled(key: str) -> bool:
-    """Whether LeRobot fills this input itself: one of a config's ``empty_cameras``."""
-    return "empty_camera" in key
-
-
-def cameras_of(adapter: NoiseToChunk) -> list[str]:
-    """The cameras that the policy was trained on, by its own names."""
-    features = adapter.config.input_features
-    return [key for key, feature in features.items() if len(feature.shape) == 3 and not filled(key)]
 
 
 def required_inputs(adapter: NoiseToChunk, given: Collection[str]) -> dict[str, Any]:
@@ -39,18 +29,14 @@ def required_inputs(adapter: NoiseToChunk, given: Collection[str]) -> dict[str, 
     another name, a camera that it was trained on would turn blank beside one that it never looks at.
     """
     features = adapter.config.input_features
-    known = set(cameras_of(adapter))
+    known = set(adapter.cameras())
     there = {key for key in given if key in known or key.startswith(OBS_IMAGE)}
     spare = known - there if adapter.fills_missing_cameras and there and there <= known else set()
-    return {key: feature for key, feature in features.items() if not filled(key) and key not in spare}
+    return {k: feature for k, feature in features.items() if FILLED not in k and k not in spare}
 
 
 def check_inputs(adapter: NoiseToChunk, observation: dict[str, Any]) -> None:
-    """Refuse an observation that is not what the policy was trained on.
-
-    Args:
-        adapter: the policy.
-        observation: raw, as for ``observe``.
+    """Refuse a raw observation that is not what the policy was trained on.
 
     Raises:
         UserError: an input is missing, or has another shape, layout or range.
@@ -65,10 +51,9 @@ def check_inputs(adapter: NoiseToChunk, observation: dict[str, Any]) -> None:
         )
     required = required_inputs(adapter, names)
     missing = [key for key in required if key not in names]
-    spare = [key for key in names if key.startswith(OBS_STR) and key not in adapter.config.input_features]
     if missing:
-        raise UserError("--env.type", _lacking(adapter, observation, names, missing, spare))
-    used = adapter.cameras_used(names) - set(cameras_of(adapter))
+        raise UserError("--env.type", _lacking(adapter, observation, names, missing))
+    used = adapter.cameras_used(names) - set(adapter.cameras())
     if used:
         raise UserError(
             "--env.type",
@@ -78,12 +63,12 @@ def check_inputs(adapter: NoiseToChunk, observation: dict[str, Any]) -> None:
         )
     for key, feature in required.items():
         _check_value(adapter, key, tuple(feature.shape), observation[names[key]])
-    sizes = {key: observation[names[key]].shape[-2:] for key in cameras_of(adapter) if key in names}
+    sizes = {key: observation[names[key]].shape[-2:] for key in adapter.cameras() if key in names}
     if adapter.stacks_cameras and len(set(sizes.values())) > 1:
-        found = ", ".join(f"{key} {height} x {width}" for key, (height, width) in sizes.items())
+        given = ", ".join(f"{key} {height} x {width}" for key, (height, width) in sizes.items())
         raise UserError(
             "--env.type",
-            f"this {adapter.policy_type} policy takes cameras of one size, the environment gives {found}",
+            f"this {adapter.policy_type} policy takes cameras of one size, the environment gives {given}",
         )
 
 
@@ -113,27 +98,28 @@ def _check_value(adapter: NoiseToChunk, key: str, wanted: tuple[int, ...], value
 
 
 def _lacking(
-    adapter: NoiseToChunk,
-    observation: dict[str, Any],
-    names: dict[str, str],
-    missing: list[str],
-    spare: list[str],
+    adapter: NoiseToChunk, observation: dict[str, Any], names: dict[str, str], missing: list[str]
 ) -> str:
     """What to say where inputs are missing, with the renaming that may be meant."""
     features = adapter.config.input_features
-    wanted = ", ".join(key for key in features if not filled(key))
-    given = ", ".join(sorted(key for key in observation if key.startswith(OBS_STR))) or "none"
-    fits = [
-        (key, name) for key in missing for name in spare if _fits(features[key], observation[names[name]])
-    ]
-    fits.sort(key=lambda fit: -SequenceMatcher(None, *fit).ratio())  # left to cam_left, before what is over
+    spare = [name for name in names if name.startswith(OBS_STR) and name not in features]
+
+    def fits(key: str, name: str) -> bool:  # an image, or of the same shape
+        value, wanted = observation[names[name]], tuple(features[key].shape)
+        shape = tuple(value.shape[2:]) if isinstance(value, Tensor) else ()
+        return bool(shape) and (len(shape) == len(wanted) == 3 or shape == wanted)
+
+    likely = [(key, name) for key in missing for name in spare if fits(key, name)]
+    likely.sort(key=lambda pair: -SequenceMatcher(None, *pair).ratio())  # left to cam_left, before the rest
     pairs: dict[str, str] = {}
-    for key, name in fits:
+    for key, name in likely:
         if names[name] not in pairs and key not in pairs.values():
             pairs[names[name]] = key
     if pairs:  # it takes the place of the checkpoint's own, as in lerobot-eval
-        kept = {old: new for old, new in adapter.renames().items() if old in observation and new in features}
-        pairs = kept | pairs
+        known = {old: new for old, new in adapter.renames().items() if old in observation and new in features}
+        pairs = known | pairs
+    wanted = ", ".join(key for key in features if FILLED not in key)
+    given = ", ".join(sorted(key for key in observation if key.startswith(OBS_STR))) or "none"
     mend = f" --policy.rename_map='{json.dumps(pairs)}'" if pairs else " --policy.rename_map"
     return (
         f"the policy needs {', '.join(missing)}: it was trained on {wanted}, the environment gives {given}; "
@@ -142,27 +128,16 @@ def _lacking(
     )
 
 
-def _fits(feature: Any, value: Any) -> bool:
-    """Whether an observation may be this feature under another name: an image, or of the same shape."""
-    shape, wanted = tuple(value.shape[2:]) if isinstance(value, Tensor) else (), tuple(feature.shape)
-    return bool(shape) and (len(shape) == len(wanted) == 3 or shape == wanted)
-
-
 def input_notes(adapter: NoiseToChunk, observation: dict[str, Any]) -> list[str]:
-    """What the user should know of an observation that ``check_inputs`` let pass, a line each.
-
-    Args:
-        adapter: the policy.
-        observation: raw, as for ``observe``.
-    """
+    """What the user should know of a raw observation that ``check_inputs`` let pass, a line each."""
     renames, notes = adapter.renames(), []
     names = {renames.get(key, key) for key in observation}
     known = adapter.config.input_features
-    blank = [key for key in cameras_of(adapter) if key not in names]
+    blank = [key for key in adapter.cameras() if key not in names]
     unseen = sorted(key for key in names if key.startswith(OBS_STR) and key not in known)
     if blank:
         notes.append(
-            f"the policy was trained on {', '.join(cameras_of(adapter))}; the environment gives no "
+            f"the policy was trained on {', '.join(adapter.cameras())}; the environment gives no "
             f"{', '.join(blank)}, left blank as LeRobot does (--policy.rename_map gives observations other "
             "names)"
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
-from trimtab.adapters.base import PolicyAdapter
+from trimtab.adapters.policy_adapter import PolicyAdapter
 
 _REGISTRY: dict[str, Callable[[], type[PolicyAdapter]]] = {}
 
@@ -31,13 +32,11 @@ def adapter_types() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def _register(policy_type: str, name: str) -> None:
-    register_adapter(
-        policy_type, lambda: getattr(import_module(f"trimtab.adapters.lerobot.{policy_type}"), name)
-    )
+def _load(module: str, name: str) -> type[PolicyAdapter]:
+    return getattr(import_module(f"trimtab.adapters.lerobot.{module}"), name)
 
 
-# LeRobot's policy types; each has a module of its name in `lerobot/`, with the class named.
+# LeRobot's policy types, each with the class that serves it: in the module of its name, or in `pi`.
 for _type, _name in {
     "act": "ACTAdapter",
     "diffusion": "DiffusionAdapter",
@@ -55,4 +54,4 @@ for _type, _name in {
     "wall_x": "WallXAdapter",
     "xvla": "XVLAAdapter",
 }.items():
-    _register(_type, _name)
+    register_adapter(_type, partial(_load, "pi" if _type.startswith("pi0") else _type, _name))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from trimtab.adapters.base import PolicyAdapter
+from trimtab.adapters.base import NoiseToChunk
 from trimtab.adapters.conditioning import Conditioning
 
 BLOCKS = 16  # noise rows are resampled in at most so many blocks
@@ -75,7 +76,7 @@ class Steerability:
         return torch.nonzero(self.column_effect <= self.floor).flatten().tolist()
 
 
-def denoise_all(adapter: PolicyAdapter, conditioning: Conditioning, noises: Tensor) -> Tensor:
+def denoise_all(adapter: NoiseToChunk, conditioning: Conditioning, noises: Tensor) -> Tensor:
     """Chunks (K, steps, action_dim) for K noises of one observation, in batches that the policy takes."""
     size = min(adapter.max_batch or MANY, MANY)
     parts = []
@@ -86,7 +87,7 @@ def denoise_all(adapter: PolicyAdapter, conditioning: Conditioning, noises: Tens
 
 
 def measure(
-    adapter: PolicyAdapter,
+    adapter: NoiseToChunk,
     observations: list[Conditioning],
     noises: int = 16,
     seed: int = 0,
@@ -121,17 +122,17 @@ def measure(
     same = torch.stack([denoise_all(adapter, c, first.expand_as(noise)) for c in few])
     base = torch.stack([denoise_all(adapter, c, first) for c in few])
     floor = SLACK * float((same - base).abs().max()) + TINY * float(chunks.abs().max())
-    columns = _resampled(first, fresh, list(range(spec.shape[-1])), -1)
+    columns = _resampled(first, fresh, list(range(spec.shape[-1] + 1)), -1)
     blocks: list[int] = []
     row_effect = torch.zeros(0, chunks.shape[2])
     if len(spec.shape) == 2:
         rows = spec.shape[0]
         blocks = sorted({round(i * rows / min(BLOCKS, rows)) for i in range(min(BLOCKS, rows) + 1)})
-        changed = _resampled(first, fresh, blocks, 0)
-        row_effect = _effects(adapter, few, changed, base).square().mean(-1).sqrt()
+        rows_anew = _resampled(first, fresh, blocks, 1)
+        row_effect = _effects(adapter, few, rows_anew, base).square().mean(-1).sqrt()
     column_effect = _effects(adapter, few, columns, base).square().mean((-1, -2)).sqrt()
     inert, inert_difference = 0, 0.0
-    if spec.live is not None and not spec.live.all():
+    if spec.live is not None:
         inert = int((~spec.live).sum())
         mixed = torch.where(spec.live.to(first.device), first, fresh)
         inert_difference = float(_effects(adapter, few, mixed, base).max())
@@ -154,52 +155,42 @@ def measure(
     )
 
 
-def _resampled(noise: Tensor, fresh: Tensor, starts: list[int], axis: int) -> Tensor:
-    """Copies of ``noise`` (1, ...), each with one part drawn anew: a column, or a block of rows."""
+def _resampled(noise: Tensor, fresh: Tensor, edges: list[int], axis: int) -> Tensor:
+    """Copies of ``noise`` (1, ...), each drawn anew along ``axis`` from one edge to the next."""
     copies = []
-    ends = [start + 1 for start in starts] if axis == -1 else starts[1:]
-    for start, end in zip(starts, ends, strict=False):
-        copy = noise.clone()
-        if axis == -1:
-            copy[..., start:end] = fresh[..., start:end]
-        else:
-            copy[:, start:end] = fresh[:, start:end]
-        copies.append(copy)
+    for start, end in pairwise(edges):
+        copies.append(noise.clone())
+        copies[-1].narrow(axis, start, end - start).copy_(fresh.narrow(axis, start, end - start))
     return torch.cat(copies)
 
 
-def _effects(
-    adapter: PolicyAdapter, observations: list[Conditioning], noises: Tensor, base: Tensor
-) -> Tensor:
+def _effects(adapter: NoiseToChunk, observations: list[Conditioning], noises: Tensor, base: Tensor) -> Tensor:
     """Change (K, steps, action_dim) against ``base`` (O, 1, T, A), root mean square over observations."""
     chunks = torch.stack([denoise_all(adapter, c, noises) for c in observations])
     return (chunks - base).square().mean(0).sqrt()
 
 
 def _times(
-    adapter: PolicyAdapter,
+    adapter: NoiseToChunk,
     conditioning: Conditioning,
     noises: Tensor,
     repeats: int,
     again: Callable[[], Conditioning] | None,
 ) -> dict[str, tuple[float, float, float]]:
+    wait = torch.cuda.synchronize if adapter.device.type == "cuda" else lambda: None
+
     def seconds(call: Callable[[], object]) -> tuple[float, float, float]:
-        found = []
+        times = []
         for _ in range(repeats + 1):  # the first run warms up
-            _wait(adapter.device)
+            wait()
             start = time.perf_counter()
             call()
-            _wait(adapter.device)
-            found.append(time.perf_counter() - start)
-        return median(found[1:]), min(found[1:]), max(found[1:])
+            wait()
+            times.append(time.perf_counter() - start)
+        return median(times[1:]), min(times[1:]), max(times[1:])
 
     times = {
         "denoise_1": seconds(lambda: adapter.denoise(conditioning, noises[:1])),
         f"denoise_{MANY}": seconds(lambda: denoise_all(adapter, conditioning, noises)),
     }
     return {"encode": seconds(again), **times} if again else times
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trimtab.adapters.base import NoiseToChunk
 from trimtab.adapters.checkpoint.files import OPTION
 from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.contract import NoiseToChunk
 from trimtab.adapters.errors import UserError
 
 BLIND = 1e-6  # effect of the noise, relative to the chunk, that is no more than rounding

@@ -176,11 +176,7 @@ def build_observer(config: ObserveConfig, adapter: PolicyAdapter, tasks: Sequenc
 
 
 def offers_features(adapter: PolicyAdapter) -> bool:
-    """Whether the adapter makes backbone features; a policy server's is asked for an example."""
-    if type(adapter).features is PolicyAdapter.features:
-        return False
-    if adapter.policy is not None:
-        return True
+    """Whether the adapter makes backbone features: it is asked on an example."""
     return adapter.features(adapter.example_conditioning(1, torch.Generator().manual_seed(0))) is not None
 
 

@@ -21,10 +21,10 @@ class TrainConfig:
     warmup_transitions: int | None = None
     # Transitions in the replay before the first update.
     first_update: int | None = None
-    # Gradient steps per collected transition (one transition per executed chunk); of several processes, per
-    # transition of each, for each brings a batch of its own to every step.
+    # Gradient steps per collected transition (one transition per executed chunk). With several processes, per
+    # transition of each process: each brings a batch of its own to every step.
     updates_per_transition: float | None = None
-    # Whether those of the transitions before the first update are made up for at once.
+    # Whether the gradient steps of the transitions before the first update are made up for at once.
     catch_up: bool = True
     replay_capacity: int = 100_000
     # sparse: -1 a step until success, the lowest return for failing; env: the environment's own reward.

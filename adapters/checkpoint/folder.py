@@ -79,9 +79,6 @@ def find_folder(
 def resolve_folder(path: str, revision: str | None = None, token: str | None = None) -> Path:
     """The local folder of a whole policy, fetched from the Hub where ``path`` is a repository.
 
-    Args:
-        path, revision, token: as for ``find_folder``.
-
     Raises:
         UserError: nothing there, or the folder lacks a file that a saved policy has.
     """
@@ -170,12 +167,7 @@ def is_peft(folder: Path) -> bool:
 
 
 def peft_base(folder: Path, base_path: str | None, token: str | None = None) -> Path:
-    """The folder of the policy that a PEFT checkpoint adapts.
-
-    Args:
-        folder: the PEFT checkpoint.
-        base_path: where the base lies now; default: what the checkpoint says.
-        token: as for ``find_folder``.
+    """The folder of the policy that a PEFT checkpoint adapts: ``base_path``, or what the checkpoint says.
 
     Raises:
         UserError: no base is named, or none is there.

@@ -48,12 +48,9 @@ def take_statistics(saved: dict[str, Tensor], state: dict[str, Tensor]) -> dict[
 
 
 def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dict[str, Tensor]]:
-    """Statistics by feature, as LeRobot's datasets have them.
+    """Statistics by feature, as LeRobot's datasets have them, from what ``take_statistics`` returned.
 
-    Args:
-        old: what ``take_statistics`` returned.
-        config: the policy's; the buffers' names have underscores in the place of its features' dots.
-        path: of the weights, for the message.
+    The buffers' names have underscores in the place of the features' dots.
 
     Raises:
         UserError: a buffer belongs to none of the config's features, or to several; two buffers contradict.
@@ -86,13 +83,7 @@ def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dic
 def make_processors(
     config: Any, stats: dict[str, dict[str, Tensor]], overrides: dict[str, dict[str, Any]]
 ) -> tuple[Any, Any]:
-    """The (pre-, post-) processor that LeRobot makes of these statistics, in memory.
-
-    Args:
-        config: the policy's.
-        stats: by feature.
-        overrides: by name of a preprocessor's step, as LeRobot's own for saved processors.
-    """
+    """The (pre-, post-) processor that LeRobot makes of these statistics, in memory."""
     pre, post = _factory(config, overrides.get(TOKENIZER_STEP))(config, dataset_stats=stats)
     for index, step in enumerate(pre.steps):
         changes = overrides.get(getattr(type(step), "_registry_name", ""))
@@ -126,12 +117,7 @@ def read_statistics(config: Any, folder: Path) -> dict[str, dict[str, Tensor]]:
 
 @contextmanager
 def processor_files(adapter: Any, folder: Path) -> Iterator[Path]:
-    """A folder with the processors' files of a base: its own, or a temporary one with what was made of it.
-
-    Args:
-        adapter: the loaded base.
-        folder: the base's.
-    """
+    """A folder with the processors' files of a base: its own, or a temporary one with what was made."""
     if not is_legacy(folder):
         yield folder
         return

@@ -37,11 +37,8 @@ def load_processors(
 ) -> tuple[Any, Any]:
     """The policy's (pre-, post-) processor, as LeRobot loads it, or makes it of an old checkpoint.
 
-    Args:
-        config: the policy's; it names the device.
-        folder: the policy's.
-        overrides: for steps of the preprocessor, by name.
-        stats: what an old checkpoint's weights say; default: read from them.
+    ``overrides`` are for steps of the preprocessor, by name; ``stats`` are an old checkpoint's, read from its
+    weights by default.
     """
     from lerobot.policies.factory import make_pre_post_processors
 
@@ -76,11 +73,7 @@ def processor_error(
 ) -> UserError:
     """What to tell the user where LeRobot cannot build the processors.
 
-    Args:
-        error: LeRobot's.
-        folder: the policy's.
-        options: the user's.
-        taken: which of ``tokenizer`` and ``backbone`` the adapter has a use for.
+    ``taken`` says which of ``tokenizer`` and ``backbone`` have an effect on this policy.
     """
     from lerobot.processor import ProcessorStepRegistry
 
@@ -126,13 +119,6 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
 
     LeRobot's pass on unchanged what they have no statistics of: raw normalised actions would be executed.
 
-    Args:
-        pre: the policy's preprocessor.
-        post: its postprocessor.
-        config: the policy's.
-        folder: the policy's, for the messages.
-        weights: where an old checkpoint has its statistics.
-
     Returns:
         A line for the user where config.json says otherwise than the processors.
 
@@ -163,11 +149,11 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
             for key, feature in features.items():
                 mode = _normalisation(step, key, feature)
                 _check_statistics(stats, key, mode, _name(step), path)
-                said = modes.get(feature.type.value, "IDENTITY")
-                if mode and getattr(step, "norm_map", None) and mode != said:
+                declared = modes.get(feature.type.value, "IDENTITY")
+                if mode and getattr(step, "norm_map", None) and mode != declared:
                     notes.append(
-                        f"config.json says normalization_mapping.{feature.type.value} {said}, {path.name} "
-                        f"{does} '{key}' by {mode}: the latter counts, as for LeRobot"
+                        f"{path.name} {does} '{key}' by {mode}, where config.json says {declared} "
+                        f"(normalization_mapping.{feature.type.value}): the former counts, as for LeRobot"
                     )
     return notes
 

@@ -70,18 +70,14 @@ def no_larger_than(saved: dict[str, Tensor], path: Path) -> Iterator[None]:
 def check_names(
     state: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path, option: str = OPTION
 ) -> None:
-    """Refuse saved tensors that are not those of a model; tensors that share their storage count as one.
-
-    Raises:
-        UserError: a tensor is missing, extra, or of another shape.
-    """
+    """Refuse a missing, extra or misshapen tensor; tensors of a model that share storage count as one."""
     covered = {state[name].data_ptr() for name in saved if name in state}
-    found = {
+    odd = {
         "missing": [n for n in state if n not in saved and state[n].data_ptr() not in covered],
         "unknown": [n for n in saved if n not in state],
         "of another shape": [n for n in saved if n in state and state[n].shape != saved[n].shape],
     }
-    parts = [f"{len(n)} tensors {what} (first: {min(n)})" for what, n in found.items() if n]
+    parts = [f"{len(n)} tensors {what} (first: {min(n)})" for what, n in odd.items() if n]
     if parts:
         raise UserError(
             option, f"{path} does not fit the policy that its config describes: {'; '.join(parts)}"
@@ -91,11 +87,7 @@ def check_names(
 def check_values(
     state: Mapping[str, Tensor], saved: Mapping[str, Tensor], path: Path, option: str = OPTION
 ) -> None:
-    """Compare a model's tensors with saved ones of the same names, bit for bit up to its precision.
-
-    Raises:
-        UserError: one differs.
-    """
+    """Refuse saved tensors that differ from a model's, bit for bit up to its precision."""
     for name, tensor in saved.items():
         if name in state and not torch.equal(state[name], tensor.to(state[name])):
             raise UserError(option, f"'{name}' differs from {path} after loading")
@@ -121,10 +113,6 @@ def check_part(module: torch.nn.Module, folder: Path) -> None:
     Its library fills what a file lacks with random numbers. What the files hold beside (UMT5's decoder) is
     not looked at.
 
-    Args:
-        module: the part in memory.
-        folder: where transformers or diffusers saved it, whole or in shards.
-
     Raises:
         UserError: a tensor is missing or differs; a file is broken.
     """
@@ -135,13 +123,6 @@ def check_part(module: torch.nn.Module, folder: Path) -> None:
         check_values(state, saved, path, BACKBONE)
         known |= {name: tensor.to("meta") for name, tensor in saved.items()}
     check_names(state, known, folder, BACKBONE)
-
-
-def freeze(policy: torch.nn.Module) -> None:
-    """Eval mode, no gradients."""
-    policy.eval()
-    for parameter in policy.parameters():
-        parameter.requires_grad_(False)
 
 
 def load_peft(policy: torch.nn.Module, folder: Path) -> None:

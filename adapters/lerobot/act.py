@@ -18,17 +18,15 @@ import torch
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
+from trimtab.adapters.policy_adapter import PolicyAdapter
 
 
 class ACTAdapter(PolicyAdapter):
-    """``encode`` is what enters the transformer, ``denoise`` the transformer with the latent as a token.
-
-    Features: mean of the tokens that enter the transformer (cameras and states), and the normalised states.
-    """
+    """Features: mean of the tokens that enter the transformer, and the normalised states."""
 
     policy_type: ClassVar[str] = "act"
     takes_tokenizer = False
@@ -68,19 +66,18 @@ class ACTAdapter(PolicyAdapter):
         config.pretrained_backbone_weights = None
         return []
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         """Run LeRobot's own forward pass, latent zero, and keep what is about to enter its transformer."""
-        kept: dict[str, Tensor] = {}
+        entering: dict[str, Tensor] = {}
 
-        def keep(module: Any, args: tuple, kwargs: dict) -> None:
+        def catch(module: Any, args: tuple, kwargs: dict) -> None:
             count = args[0].shape[1]
-            kept["tokens"] = args[0].transpose(0, 1)
-            kept["positions"] = kwargs["pos_embed"].expand(-1, count, -1).transpose(0, 1)
-            kept["features"] = args[0][1:].mean(0)  # without the latent's token
+            entering["tokens"] = args[0].transpose(0, 1)
+            entering["positions"] = kwargs["pos_embed"].expand(-1, count, -1).transpose(0, 1)
+            entering["features"] = args[0][1:].mean(0)  # without the latent's token
             raise _Enough  # the transformer's turn comes with the noise
 
-        handle = self.policy.model.encoder.register_forward_pre_hook(keep, with_kwargs=True)
+        handle = self.policy.model.encoder.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             self.policy.predict_action_chunk(dict(batch))
         except _Enough:
@@ -88,12 +85,10 @@ class ACTAdapter(PolicyAdapter):
         finally:
             handle.remove()
         states = [batch[key] for key in (OBS_STATE, OBS_ENV_STATE) if key in batch]
-        kept["features"] = torch.cat([kept["features"], *states], -1)
-        return Conditioning(kept)
+        entering["features"] = torch.cat([entering["features"], *states], -1)
+        return Conditioning(entering)
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         model = self.policy.model
         tokens = conditioning.rows("tokens").transpose(0, 1)
         positions = conditioning.rows("positions").transpose(0, 1)

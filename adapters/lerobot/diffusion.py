@@ -12,10 +12,11 @@ import torch
 from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
+from trimtab.adapters.policy_adapter import PolicyAdapter
 
 DEFAULT_DDIM_STEPS = 10  # what a checkpoint saved with DDPM is sampled with, unless told otherwise
 
@@ -24,7 +25,7 @@ def use_ddim(config: Any, num_inference_steps: int | None) -> list[str]:
     """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not: same weights and betas.
 
     Args:
-        config: of a policy with LeRobot's fields of a diffusers scheduler; changed in place.
+        config: changed in place.
         num_inference_steps: what the user asked for; default: as saved, or few where DDPM was saved.
 
     Returns:
@@ -72,14 +73,11 @@ def cap_steps(config: Any) -> list[str]:
 
 
 class DiffusionAdapter(PolicyAdapter):
-    """``encode`` is the observation encoder, ``denoise`` the whole DDIM loop.
-
-    Features: the U-Net's global conditioning, which is the normalised states and the cameras' keypoints.
-    """
+    """Features: the U-Net's global conditioning: the normalised states and the cameras' keypoints."""
 
     policy_type: ClassVar[str] = "diffusion"
     takes_tokenizer = False
-    dtypes = ("float32",)  # LeRobot gives its encoder float32 states
+    dtypes = ("float32",)  # LeRobot gives the encoder, or joins to its output, float32 states
     history: ClassVar[bool] = True
     stacks_cameras = True
 
@@ -87,7 +85,7 @@ class DiffusionAdapter(PolicyAdapter):
         super().__init__(policy, preprocessor, postprocessor)
         config = policy.config
         action_dim = config.action_feature.shape[0]
-        self.noise_spec = NoiseSpec((config.horizon, action_dim), dtype=next(policy.parameters()).dtype)
+        self.noise_spec = NoiseSpec((config.horizon, action_dim))
         self.chunk_shape = (steps_to_horizon(config), action_dim)
         self.n_obs_steps = config.n_obs_steps
 
@@ -102,16 +100,13 @@ class DiffusionAdapter(PolicyAdapter):
         """Whether the policy scales its images to one size first; a crop alone shows another part of them."""
         return self.config.resize_shape is not None
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         batch = dict(batch)
         if self.policy.config.image_features:
             batch[OBS_IMAGES] = torch.stack([batch[key] for key in self.policy.config.image_features], dim=-4)
         return Conditioning({"features": self.policy.diffusion._prepare_global_conditioning(batch)})
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         actions = self.policy.diffusion.conditional_sample(
             conditioning.batch_size, global_cond=conditioning.rows("features"), noise=noise
         )

@@ -23,10 +23,7 @@ from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
 class EO1Adapter(VLAAdapter):
-    """``encode`` is Qwen2.5-VL up to the action span, ``denoise`` the Euler loop of Qwen over the span.
-
-    Features: mean of Qwen's last hidden states before the action span, and the normalised, padded state.
-    """
+    """Features: mean of Qwen's hidden states before the action span, and the normalised, padded state."""
 
     policy_type: ClassVar[str] = "eo1"
     backbone_fields = ("vlm_base",)
@@ -37,7 +34,7 @@ class EO1Adapter(VLAAdapter):
         super().__init__(policy, preprocessor, postprocessor)
         live = torch.ones(self.noise_spec.shape, dtype=torch.bool)
         live[policy.config.n_action_steps :] = False
-        self.noise_spec = NoiseSpec(self.noise_spec.shape, live=None if live.all() else live)
+        self.noise_spec = NoiseSpec(self.noise_spec.shape, live=live)
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
@@ -48,7 +45,6 @@ class EO1Adapter(VLAAdapter):
         config.attn_implementation = None
         return ["flash_attention_2 is not available here: attention as PyTorch has it"]
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         model, qwen = self.policy.model, self.policy.model.vlm_backbone.model
         state = self.policy.prepare_state(batch[OBS_STATE])
@@ -91,9 +87,7 @@ class EO1Adapter(VLAAdapter):
             )
         return span
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         model, qwen = self.policy.model, self.policy.model.vlm_backbone.model
         cache, mask = restore_prefix(conditioning), conditioning.rows("mask")
         position_ids = conditioning.rows("positions").transpose(0, 1)

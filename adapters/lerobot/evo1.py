@@ -17,21 +17,18 @@ from torch import Tensor
 from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.lerobot.backbone import without_weights
 from trimtab.adapters.lerobot.injection import injected
 from trimtab.adapters.lerobot.prefix import pooled
 from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
 class Evo1Adapter(VLAAdapter):
-    """``encode`` is InternVL3, ``denoise`` LeRobot's own Euler loop over the action head.
-
-    Features: mean of InternVL3's final tokens (or its one pooled token), and the padded state.
-    """
+    """Features: mean of InternVL3's final tokens (or its one pooled token), and the padded state."""
 
     policy_type: ClassVar[str] = "evo1"
     takes_tokenizer = False
     backbone_fields = ("vlm_model_name",)
+    loads_backbone = True
     steps_field = "num_inference_timesteps"
     dtype_field = "vlm_dtype"  # what the images are cast to
 
@@ -39,7 +36,7 @@ class Evo1Adapter(VLAAdapter):
         super().__init__(policy, preprocessor, postprocessor)
         shape = self.noise_spec.shape
         live = policy._prepare_inference_action_mask(1).cpu().expand(shape)
-        self.noise_spec = NoiseSpec(shape, "uniform", live=None if live.all() else live)
+        self.noise_spec = NoiseSpec(shape, "uniform", live=live)
         self.chunk_shape = (policy.config.n_action_steps, policy.config.max_action_dim)
 
     @classmethod
@@ -53,12 +50,10 @@ class Evo1Adapter(VLAAdapter):
     def build(cls, config: Any) -> Any:
         from transformers import AutoTokenizer
 
-        with without_weights(config, *cls.backbone_fields):
-            policy = super().build(config)
+        policy = super().build(config)
         policy.model.embedder.tokenizer = AutoTokenizer.from_pretrained(config.vlm_model_name)
         return policy
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         policy = self.policy
         images, image_masks = policy._collect_image_batches(batch)
@@ -69,15 +64,13 @@ class Evo1Adapter(VLAAdapter):
                 policy._normalize_task_batch(batch), images, image_masks
             )
         mean = tokens.float() if mask is None else pooled(tokens, mask)  # no mask: one token, (B, dim)
-        kept = {} if mask is None else {"mask": mask}
+        masked = {} if mask is None else {"mask": mask}
         features = torch.cat([mean, state.float()], -1)
         return Conditioning(
-            {"features": features, "tokens": tokens, "state": state, "embodiments": embodiments, **kept}
+            {"features": features, "tokens": tokens, "state": state, "embodiments": embodiments, **masked}
         )
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         policy = self.policy
         # The head draws from (0, 1) and stretches that to (-1, 1).
         with policy._maybe_autocast(), injected(self, (self.native_noise(noise) + 1) / 2, (torch.rand,)):

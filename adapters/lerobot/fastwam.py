@@ -14,7 +14,7 @@ name in its code; ``--policy.backbone`` names a folder with ``vae``, ``text_enco
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
@@ -79,10 +79,7 @@ def wan_part_folder(source: str, part: str) -> Path:
 
 
 class FastWAMAdapter(VLAAdapter):
-    """``encode`` is the video expert's prefix, ``denoise`` the Euler loop of the action expert.
-
-    Features: mean of the video expert's last hidden states over the frame, and the normalised state.
-    """
+    """Features: mean of the video expert's last hidden states over the frame, and the normalised state."""
 
     policy_type: ClassVar[str] = "fastwam"
     backbone_fields = ("text_encoder_model_id",)
@@ -120,7 +117,7 @@ class FastWAMAdapter(VLAAdapter):
         """The policy; the VAE from the text encoder's folder if that is one, else from the Hub."""
         from lerobot.policies.fastwam import modeling_fastwam as lerobot
 
-        source, vae_source = config.text_encoder_model_id, cls._vae_source(config)
+        vae_source = cls._vae_source(config)
 
         def load_vae(torch_dtype: torch.dtype, device: str) -> Any:
             from diffusers import AutoencoderKLWan
@@ -129,22 +126,13 @@ class FastWAMAdapter(VLAAdapter):
             vae = AutoencoderKLWan.from_pretrained(vae_source, subfolder="vae", torch_dtype=torch_dtype)
             return WanVideoVAE38(dtype=torch_dtype, device=device, pretrained=vae)
 
-        def clear(part: str, folder: str, load: Callable[..., Any]) -> Callable[..., Any]:
-            def loaded(*args: Any, **kwargs: Any) -> Any:
-                with loading_wan(part, folder):
-                    return load(*args, **kwargs)
-
-            return loaded
-
-        names = vars(lerobot) | {
-            "load_pretrained_wan_vae": clear("the VAE", vae_source, load_vae),
-            "load_pretrained_wan_text_encoder": clear(
-                "the text encoder", source, lerobot.load_pretrained_wan_text_encoder
-            ),
-            "build_wan_tokenizer": clear(
-                "the tokenizer", config.tokenizer_model_id, lerobot.build_wan_tokenizer
-            ),
-        }
+        names = dict(vars(lerobot))
+        for name, part, folder, load in (
+            ("load_pretrained_wan_vae", "the VAE", vae_source, load_vae),
+            ("load_pretrained_wan_text_encoder", "the text encoder", config.text_encoder_model_id, None),
+            ("build_wan_tokenizer", "the tokenizer", config.tokenizer_model_id, None),
+        ):
+            names[name] = loading_wan(part, folder)(load or names[name])
 
         class LocalFastWAM(lerobot.FastWAMPolicy):
             """LeRobot's own builder, which knows no path of the VAE, with these loaders bound anew."""
@@ -183,7 +171,6 @@ class FastWAMAdapter(VLAAdapter):
         """All there are: LeRobot puts every camera of the batch side by side."""
         return {key for key in given if key.startswith(f"{OBS_IMAGES}.")}
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         from lerobot.policies.fastwam.modeling_fastwam import _batch_to_infer_kwargs
 
@@ -222,9 +209,7 @@ class FastWAMAdapter(VLAAdapter):
         features = [hidden.float().mean(1)] + ([] if state is None else [state.float()])
         return Conditioning({"features": torch.cat(features, -1), **tensors, **store_layers(prefix)})
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         model, cache = self.policy.model, _VideoCache(conditioning)
         context, mask = conditioning.rows("context"), conditioning.rows("context_mask")
         length = conditioning.tensors["keys.0"].shape[1]  # of one frame

@@ -16,13 +16,14 @@ from lerobot.policies.groot.modeling_groot import GrootPolicy
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.checkpoint.files import BACKBONE
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError, reason
 from trimtab.adapters.lerobot.injection import injected
 from trimtab.adapters.lerobot.prefix import pooled
+from trimtab.adapters.policy_adapter import PolicyAdapter
 
 ENCODE_STEP = "groot_n1_7_vlm_encode_v1"  # LeRobot's name of the step that tokenizes
 TOKENS = ("backbone_features", "backbone_attention_mask", "image_mask")  # one entry per token of the prompt
@@ -48,10 +49,7 @@ class _UnloadedGrootPolicy(GrootPolicy):
 
 
 class GrootAdapter(PolicyAdapter):
-    """``encode`` is everything up to the action head's loop, ``denoise`` the loop.
-
-    Features: mean of the projected backbone tokens, and the normalised, padded state.
-    """
+    """Features: mean of the projected backbone tokens, and the normalised, padded state."""
 
     policy_type: ClassVar[str] = "groot"
     # The name stays as saved unless asked: LeRobot reads the horizon from the sidecars of a folder.
@@ -130,7 +128,6 @@ class GrootAdapter(PolicyAdapter):
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.policy.config.use_bf16)
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         inputs = self.policy._filter_groot_inputs(batch, include_action=False)
         lengths = inputs["attention_mask"].sum(1)
@@ -168,9 +165,7 @@ class GrootAdapter(PolicyAdapter):
             "features": torch.cat([pooled(tokens, mask), action_inputs["state"].flatten(1).float()], -1),
         }
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         masks = {name: conditioning.rows(name) for name in ("backbone_attention_mask", "image_mask")}
         inputs = {
             name: conditioning.rows(name) for name in ("backbone_features", "state_features", "embodiment_id")

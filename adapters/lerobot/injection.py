@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from trimtab.adapters.base import PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters.policy_adapter import PolicyAdapter
 
 NORMAL_DRAWS = (torch.randn, torch.normal)
 
@@ -79,7 +79,6 @@ class InjectedAdapter(PolicyAdapter):
 
     draws: Sequence[Callable] = NORMAL_DRAWS
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
         lists = {key: value for key, value in batch.items() if isinstance(value, list)}
@@ -91,9 +90,7 @@ class InjectedAdapter(PolicyAdapter):
             )
         return Conditioning(tensors, lists)
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         batch = {key: conditioning.rows(key) for key in (*conditioning.tensors, *conditioning.lists)}
         self.policy.reset()
         with injected(self, self.native_noise(noise), self.draws):

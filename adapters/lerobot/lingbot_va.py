@@ -25,21 +25,19 @@ import torch
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.lerobot.fastwam import check_wan_folder, loading_wan, wan_part_folder
 from trimtab.adapters.lerobot.injection import injected
+from trimtab.adapters.policy_adapter import PolicyAdapter
 
 VIDEO_SEED = 0
 CACHE = "pos"  # LeRobot's name of its one cache
 
 
 class LingBotVAAdapter(PolicyAdapter):
-    """``encode`` and ``follow`` imagine the video, ``denoise`` is the action stream's loop.
-
-    Features: mean of the last hidden states of the imagined video, and the state where the policy has one.
-    """
+    """Features: mean of the imagined video's last hidden states, and the state where the policy has one."""
 
     policy_type: ClassVar[str] = "lingbot_va"
     takes_tokenizer = False  # it lies beside the backbone
@@ -95,7 +93,6 @@ class LingBotVAAdapter(PolicyAdapter):
     def preprocess(self, observation: dict[str, Any]) -> dict[str, Any]:
         return {**super().preprocess(observation), "task": list(observation["task"])}
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         """Start an episode: look at the last observation of each history, imagine the video."""
         policy, rows = self.policy, []
@@ -109,7 +106,6 @@ class LingBotVAAdapter(PolicyAdapter):
             rows.append(self._imagine(batch, row))
         return _joined(rows)
 
-    @torch.no_grad()
     def follow(self, conditioning: Conditioning, chunk: Tensor, batch: dict[str, Any]) -> Conditioning:
         """As the base class; the last observations of ``batch`` are those after each action of ``chunk``.
 
@@ -130,9 +126,7 @@ class LingBotVAAdapter(PolicyAdapter):
             rows.append(self._imagine(batch, row))
         return _joined(rows)
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         policy, chunks = self.policy, []
         for row, drawn in enumerate(self.native_noise(noise).split(1)):
             self._restore(conditioning, row)

@@ -21,12 +21,13 @@ from lerobot.policies.molmoact2.molmoact2_hf_model.modeling_molmoact2 import (
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
+from trimtab.adapters.checkpoint.backbone import backbone_folder
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
-from trimtab.adapters.lerobot.backbone import backbone_folder
 from trimtab.adapters.lerobot.prefix import PrefixRows, pooled, store_layers
+from trimtab.adapters.policy_adapter import PolicyAdapter
 
 PADDING = "action_dim_is_pad"
 
@@ -42,10 +43,7 @@ class _WithoutBackboneWeights(MolmoAct2Policy):
 
 
 class MolmoAct2Adapter(PolicyAdapter):
-    """``encode`` is the VLM and the expert's view of it, ``denoise`` the Euler loop of the action expert.
-
-    Features: mean of the VLM's prefix tokens, and the normalised state.
-    """
+    """Features: mean of the VLM's prefix tokens, and the normalised state."""
 
     policy_type: ClassVar[str] = "molmoact2"
     takes_tokenizer = False
@@ -61,10 +59,9 @@ class MolmoAct2Adapter(PolicyAdapter):
         self.expert = policy._action_expert()
         horizon, width = policy._generation_action_horizon(), self.backbone.config.max_action_dim
         action_dim = config.action_feature.shape[0]
-        live = None
         # The backbone's flag decides; LeRobot's own of that name serves training only.
-        if self.backbone.config.mask_action_dim_padding and action_dim < width:
-            live = (torch.arange(width) < action_dim).expand(horizon, width).clone()
+        inert = self.backbone.config.mask_action_dim_padding
+        live = (torch.arange(width) < (action_dim if inert else width)).expand(horizon, width).clone()
         self.noise_spec = NoiseSpec((horizon, width), live=live)
         self.chunk_shape = (config.n_action_steps, action_dim)
         # The first forward replaces the rotary buffer by its float32 value; better now than after a hash.
@@ -104,7 +101,6 @@ class MolmoAct2Adapter(PolicyAdapter):
             return nullcontext()
         return torch.autocast(self.device.type, dtype)
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         backbone, inputs = self.backbone, self.policy._model_inputs(batch)
         ids = inputs["input_ids"]
@@ -127,9 +123,7 @@ class MolmoAct2Adapter(PolicyAdapter):
         tensors = {"features": features, "cross_mask": context.cross_mask, PADDING: batch[PADDING]}
         return Conditioning({**tensors, **store_layers(context.kv_contexts)})
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         backbone, expert, padding = self.backbone, self.expert, conditioning.rows(PADDING)
         horizon, dtype = self.noise_spec.shape[0], expert.action_embed.weight.dtype
         count, device = len(noise), noise.device

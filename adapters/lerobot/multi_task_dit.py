@@ -10,39 +10,23 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.lerobot.backbone import without_weights
-from trimtab.adapters.lerobot.diffusion import cap_steps, steps_to_horizon, use_ddim
+from trimtab.adapters.lerobot.diffusion import DiffusionAdapter, cap_steps, use_ddim
 from trimtab.adapters.lerobot.injection import injected
 
 
-class MultiTaskDiTAdapter(PolicyAdapter):
-    """``encode`` is the observation encoder, ``denoise`` the whole sampling loop.
-
-    Features, over the history: normalised states, CLIP's class token of each camera, the projected task.
-    """
+class MultiTaskDiTAdapter(DiffusionAdapter):
+    """Features, over the history: normalised states, CLIP's class token of each camera, projected task."""
 
     policy_type: ClassVar[str] = "multi_task_dit"
     backbone_fields = ("vision_encoder_name", "text_encoder_name")
-    dtypes = ("float32",)  # LeRobot joins float32 states to CLIP's output
+    loads_backbone = True
+    takes_tokenizer = True
     reads_task = True
-    history: ClassVar[bool] = True
-    stacks_cameras = True
-
-    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
-        super().__init__(policy, preprocessor, postprocessor)
-        config = policy.config
-        action_dim = config.action_feature.shape[0]
-        dtype = next(policy.noise_predictor.parameters()).dtype
-        self.noise_spec = NoiseSpec((config.horizon, action_dim), dtype=dtype)
-        self.n_obs_steps = config.n_obs_steps
-        self.chunk_shape = (steps_to_horizon(config), action_dim)
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
@@ -51,31 +35,18 @@ class MultiTaskDiTAdapter(PolicyAdapter):
         config.num_integration_steps = options.num_inference_steps or config.num_integration_steps
         return cap_steps(config)
 
-    @classmethod
-    def build(cls, config: Any) -> Any:
-        """The policy, of which CLIP's weights are random: the checkpoint's replace them, so none are fetched.
-
-        Raises:
-            UserError: CLIP's config is not to be had.
-        """
-        with without_weights(config, *cls.backbone_fields):
-            return super().build(config)
-
     @property
     def resizes_images(self) -> bool:
         """Whether the policy scales its images; it crops them in any case."""
         return self.config.image_resize_shape is not None
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         batch = self.policy._prepare_batch(dict(batch))
         for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
             batch[key] = batch[key][:, -1]  # one task for the whole history
         return Conditioning({"features": self.policy.observation_encoder.encode(batch)})
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         with injected(self, noise):
             actions = self.policy.objective.conditional_sample(
                 self.policy.noise_predictor, len(noise), conditioning.rows("features")

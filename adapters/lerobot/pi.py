@@ -1,4 +1,4 @@
-"""What the adapters of ``pi0`` and ``pi05`` share: PaliGemma's prefix kept once, and the expert's Euler loop.
+"""Adapters of LeRobot's ``pi0`` and ``pi05``: PaliGemma's prefix kept once, and the expert's Euler loop.
 
 Noise: (chunk_size, max_action_dim), standard normal. All of it is live: the actions of a chunk attend to each
 other, and the expert mixes the padded action dimensions with the real ones.
@@ -9,8 +9,7 @@ it, with a cache that stores nothing new.
 
 from __future__ import annotations
 
-import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lerobot.policies.common.flow_matching import euler_integrate
@@ -24,12 +23,12 @@ from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
 class PiAdapter(VLAAdapter):
-    """``encode`` is PaliGemma over cameras and prompt, ``denoise`` the Euler loop of the action expert.
+    """Features: mean of PaliGemma's last hidden states without padding, and the normalised, padded state.
 
-    Features: mean of PaliGemma's last hidden states without padding, and the normalised, padded state.
     Nothing here reads a tensor's values, so it also runs on the meta device (to count operations).
     """
 
+    state_in_suffix: ClassVar[bool]
     steps_field = "num_inference_steps"
     dtypes = ("float32", "bfloat16")
     fills_missing_cameras = True
@@ -47,7 +46,6 @@ class PiAdapter(VLAAdapter):
         fixed = policy._fix_pytorch_state_dict_keys(saved, policy.config)
         return {key if key.startswith("model.") else f"model.{key}": value for key, value in fixed.items()}
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         images, image_masks = self.policy._preprocess_images(batch)
         embeddings, pad_mask, blocks = self.policy.model.embed_prefix(
@@ -65,28 +63,13 @@ class PiAdapter(VLAAdapter):
         small = {"state": state, "pad_mask": pad_mask, "features": features}
         return Conditioning({**small, **store_prefix(cache)})
 
-    @abc.abstractmethod
-    def embed_suffix(self, conditioning: Conditioning, actions: Tensor, time: Tensor) -> tuple:
-        """LeRobot's ``embed_suffix``.
-
-        Args:
-            conditioning: for B noises.
-            actions: (B, *noise_spec.shape), noisy.
-            time: (B,), 1 for pure noise.
-
-        Returns:
-            Embeddings (B, S, width), padding mask (B, S), attention blocks (B, S), and the condition of the
-            expert's norms, (B, width) or ``None``.
-        """
-
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         cache, prefix_mask = restore_prefix(conditioning), conditioning.rows("pad_mask")
         start = prefix_mask.sum(-1, keepdim=True)
+        state = [conditioning.rows("state")] if self.state_in_suffix else []
 
         def velocity(actions: Tensor, time: Tensor) -> Tensor:
-            embeddings, suffix_mask, blocks, condition = self.embed_suffix(conditioning, actions, time)
+            embeddings, suffix_mask, blocks, condition = self.policy.model.embed_suffix(*state, actions, time)
             to_prefix = prefix_mask.unsqueeze(1).expand(-1, suffix_mask.shape[1], -1)
             mask = torch.cat([to_prefix, make_att_2d_masks(suffix_mask, blocks)], -1)
             (_, hidden), _ = self._experts.forward(
@@ -100,3 +83,17 @@ class PiAdapter(VLAAdapter):
             return self.policy.model.action_out_proj(hidden[:, -actions.shape[1] :].float())
 
         return self.executed(euler_integrate(velocity, noise, self.config.num_inference_steps))
+
+
+class PI0Adapter(PiAdapter):
+    """The state is a token of the action expert."""
+
+    policy_type: ClassVar[str] = "pi0"
+    state_in_suffix = True
+
+
+class PI05Adapter(PiAdapter):
+    """The prompt states the robot's state, in 256 bins."""
+
+    policy_type: ClassVar[str] = "pi05"
+    state_in_suffix = False

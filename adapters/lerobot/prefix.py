@@ -21,27 +21,17 @@ class PrefixLayer(DynamicLayer):
 
     def __init__(self, keys: Tensor, values: Tensor, repeats: int) -> None:
         self._keys, self._values, self.repeats = keys, values, repeats
-        super().__init__()
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     @property
     def keys(self) -> Tensor:
         """(N * repeats, heads, length, dim)"""
         return repeat_rows(self._keys, self.repeats)
 
-    @keys.setter
-    def keys(self, value: Any) -> None:  # the base class sets it to None
-        pass
-
     @property
     def values(self) -> Tensor:
         """(N * repeats, heads, length, dim)"""
         return repeat_rows(self._values, self.repeats)
-
-    @values.setter
-    def values(self, value: Any) -> None:
-        pass
 
     def get_seq_length(self) -> int:
         return self._keys.shape[-2]

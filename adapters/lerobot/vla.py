@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
+from trimtab.adapters.policy_adapter import PolicyAdapter
 
 
 class VLAAdapter(PolicyAdapter):

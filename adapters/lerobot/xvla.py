@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.lerobot.injection import injected
+from trimtab.adapters.policy_adapter import PolicyAdapter
 
 SHARED = "model.vlm.language_model.shared.weight"
 EMBEDDING = "model.vlm.language_model.encoder.embed_tokens.weight"
@@ -36,10 +37,7 @@ class _Encoded:
 
 
 class XVLAAdapter(PolicyAdapter):
-    """``encode`` is Florence-2, ``denoise`` LeRobot's own loop over the transformer.
-
-    Features: means of Florence-2's tokens and of the further cameras' tokens, and the padded state.
-    """
+    """Features: means of Florence-2's tokens and of the further cameras' tokens, and the padded state."""
 
     policy_type: ClassVar[str] = "xvla"
     steps_field = "num_denoising_steps"
@@ -54,7 +52,7 @@ class XVLAAdapter(PolicyAdapter):
         # The action space says itself which entries reach the transformer and how wide its actions are.
         _, seen = space.preprocess(torch.zeros(1, model.dim_proprio), torch.ones(1, *shape))
         live = seen[0] != 0
-        self.noise_spec = NoiseSpec(shape, live=None if live.all() else live)
+        self.noise_spec = NoiseSpec(shape, live=live)
         width = space.postprocess(torch.zeros(1, *shape)).shape[-1]
         self.chunk_shape = (config.n_action_steps, width)
 
@@ -71,7 +69,6 @@ class XVLAAdapter(PolicyAdapter):
     def resizes_images(self) -> bool:
         return self.config.resize_imgs_with_padding is not None
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         model = self.policy.model
         inputs = self.policy._build_model_inputs(batch)
@@ -86,9 +83,7 @@ class XVLAAdapter(PolicyAdapter):
             {"features": features, **tokens, "domain_id": inputs["domain_id"], "proprio": inputs["proprio"]}
         )
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         model = self.policy.model
         tokens = {name: conditioning.rows(name) for name in ("vlm_features", "aux_visual_inputs")}
         domain, state = conditioning.rows("domain_id"), conditioning.rows("proprio")

@@ -17,33 +17,30 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec, PolicyAdapter
+from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.checkpoint.files import OPTION
 from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig, RemoteConfig
+from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
+from trimtab.adapters.policy_adapter import PolicyAdapter
+from trimtab.adapters.remote.observation import (
+    check_sent,
+    describe,
+    input_features,
+    is_image,
+    message_of,
+    sent_images,
+)
 from trimtab.adapters.remote.openpi_client import PolicyServer, ServerError
 
 NOISE_DIM = 32  # openpi pads the actions of all its models to it
-DEFAULT_SIDE = 224  # of an example image that is sent as it is
 MEND = (
     "openpi's own server ignores the noise it is sent. In its websocket_policy_server.py write "
     "`noise = obs.pop('noise', None)` after `obs` is unpacked, and call "
     "`self._policy.infer(obs, noise=noise)`"
 )
-PREFIX = "prefix"  # entry of the conditioning that the server made
-LOCAL_OPTIONS = (
-    "revision",
-    "dtype",
-    "num_inference_steps",
-    "n_action_steps",
-    "tokenizer",
-    "backbone",
-    "base_path",
-    "rename_map",
-)
-# What takes the place of some of them.
-REMOTE_OPTIONS = {
+# What takes the place of options that have no effect on a server's policy.
+INSTEAD = {
     "rename_map": "--policy.remote.keys",
     "n_action_steps": "--policy.remote.n_action_steps",
 }
@@ -60,6 +57,8 @@ class ServedConfig:
 class RemoteAdapter(PolicyAdapter):
     """``encode`` packs the observation, ``denoise`` sends it with each noise.
 
+    Features: the raw states as they are sent, and the last token of the server's prefix where that is asked.
+
     Args:
         options: ``path`` is the server's address, ``remote`` says what it is sent.
         device: where chunks and features are handed over.
@@ -73,17 +72,17 @@ class RemoteAdapter(PolicyAdapter):
     rounding: ClassVar[float] = 0.1  # a server need not repeat itself to the bit
 
     def __init__(self, options: PolicyConfig, device: str) -> None:
-        for name in LOCAL_OPTIONS:
+        for name in vars(options).keys() - {"path", "device", "remote"}:
             if getattr(options, name):
-                instead = REMOTE_OPTIONS.get(name, "the server's own options")
+                instead = INSTEAD.get(name, "the server's own options")
                 raise UserError(f"--policy.{name}", f"has no effect on a policy server; use {instead}")
         if not options.remote.timeout > 0:
             raise UserError("--policy.remote.timeout", f"must be positive, got {options.remote.timeout}")
         self.options = options.remote
         self.policy = None  # out of sight
-        self.preprocessor = self.postprocessor = _as_it_is
+        self.preprocessor = self.postprocessor = lambda value: value
         self.device = torch.device(device)
-        self._config = ServedConfig(_input_features(self.options))
+        self._config = ServedConfig(input_features(self.options))
         self._answer_shape: tuple[int, int] | None = None
         self.server = PolicyServer(options.path or "", self.options.timeout)
         try:
@@ -101,8 +100,8 @@ class RemoteAdapter(PolicyAdapter):
             notes.append(
                 f"the server takes noise of shape {shape}; --policy.remote.noise_shape has no effect"
             )
-        conditioning = self._example()
-        message = self._message(conditioning, 0)
+        conditioning = self.example_conditioning(1, torch.Generator().manual_seed(0))
+        message = message_of(self.options, conditioning, 0)
         if shape is not None:
             message[self.options.noise_key] = np.zeros((1, *shape), np.float32)
         try:
@@ -110,7 +109,7 @@ class RemoteAdapter(PolicyAdapter):
         except ServerError as error:
             raise UserError(
                 OPTION,
-                f"{error.message}; it was sent {', '.join(_describe(message))} (change what with "
+                f"{error.message}; it was sent {', '.join(describe(message))} (change what with "
                 "--policy.remote.keys and --policy.remote.dims)",
             ) from None
         self._answer_shape = (horizon, action_dim)
@@ -123,8 +122,8 @@ class RemoteAdapter(PolicyAdapter):
         self.noise_spec = NoiseSpec(shape or (horizon, NOISE_DIM))
         self.chunk_shape = (steps, action_dim)
         self._config.output_features["action"] = PolicyFeature(FeatureType.ACTION, (action_dim,))
-        seen = self._seen(conditioning)
-        if seen and PREFIX not in seen and any(_is_image(key) for key in self.options.keys):
+        seen = [key for key in self.options.keys if not is_image(key)]
+        if seen and not self.options.prefix_features and len(seen) < len(self.options.keys):
             notes.append(
                 f"the noise actor sees {', '.join(seen)} but no image: the server keeps what its model sees "
                 "to itself (--policy.remote.prefix_features asks a server that has dsrl_pi0's get_prefix_rep)"
@@ -144,65 +143,27 @@ class RemoteAdapter(PolicyAdapter):
 
     # Observations.
 
-    def _check_observation(self, observation: dict[str, Any]) -> None:
-        missing = [key for key in self.options.keys if key not in observation]
-        if missing:
-            given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"
-            raise UserError(
-                "--policy.remote.keys",
-                f"the server is sent {', '.join(missing)}, the environment gives {given}; choose the "
-                "environment that the policy was trained on, or map what there is to the server's names",
-            )
-        for key in self.options.keys:
-            shape = tuple(observation[key].shape[2:])
-            if _is_image(key) and len(shape) != 3:
-                raise UserError("--policy.remote.keys", f"{key} of shape {shape} is no image")
-            if not _is_image(key) and shape != (self.options.dims[key],):
-                raise UserError(
-                    "--policy.remote.dims",
-                    f"{key} is said to have {self.options.dims[key]} entries, the environment gives {shape}",
-                )
+    def check_observation(self, observation: dict[str, Any]) -> None:
+        check_sent(self.options, observation)
 
-    @torch.no_grad()
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         tensors = {
-            key: self._images(batch[key]) if _is_image(key) else batch[key].float().cpu()
+            key: sent_images(self.options, batch[key]) if is_image(key) else batch[key].float().cpu()
             for key in self.options.keys
         }
         tasks = batch.get("task")
         conditioning = Conditioning(tensors, {"task": list(tasks)} if tasks else {})
+        features = [tensors[key] for key in self.options.keys if not is_image(key)]
         if self.options.prefix_features:
-            rows = [self._prefix(conditioning, row) for row in range(conditioning.observations)]
-            tensors[PREFIX] = torch.stack(rows)
+            rows = range(conditioning.observations)
+            features.append(torch.stack([self._prefix(conditioning, row) for row in rows]))
+        if features:
+            tensors["features"] = torch.cat(features, -1).to(self.device)
         return conditioning
-
-    def _images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] as the server's: (B, side, side, 3) uint8, or channels first."""
-        if images.is_floating_point():
-            images = (images * 255).round().clamp(0, 255)
-        arrays = images.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
-        if self.options.image_size:
-            arrays = np.stack([resize_with_pad(image, self.options.image_size) for image in arrays])
-        if self.options.channels_first:
-            arrays = arrays.transpose(0, 3, 1, 2)
-        return torch.from_numpy(np.ascontiguousarray(arrays))
-
-    def _message(self, conditioning: Conditioning, row: int) -> dict[str, Any]:
-        """Observation ``row`` as the server takes it."""
-        message: dict[str, Any] = {}
-        for key, name in self.options.keys.items():
-            *parents, last = name.split(".")
-            place = message
-            for parent in parents:
-                place = place.setdefault(parent, {})
-            place[last] = conditioning.tensors[key][row].numpy()
-        if "task" in conditioning.lists:
-            message[self.options.prompt_key] = conditioning.lists["task"][row]
-        return message
 
     def _prefix(self, conditioning: Conditioning, row: int) -> Tensor:
         """What the model makes of images and instruction: the last token of its prefix (width,)."""
-        message = {"method": "get_prefix_rep", "obs": self._message(conditioning, row)}
+        message = {"method": "get_prefix_rep", "obs": message_of(self.options, conditioning, row)}
         try:
             answer = self.server.request(message)
         except ServerError as error:
@@ -219,12 +180,10 @@ class RemoteAdapter(PolicyAdapter):
 
     # The function.
 
-    @torch.no_grad()
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        self.check_noise(conditioning, noise)
         chunks = []
         for row, sample in enumerate(noise.cpu().numpy()):
-            message = self._message(conditioning, row // conditioning.repeats)
+            message = message_of(self.options, conditioning, row // conditioning.repeats)
             message[self.options.noise_key] = sample[None]
             chunks.append(torch.from_numpy(self._chunk(self.server.request(message))))
         return self.executed(torch.stack(chunks)).to(noise.device)
@@ -246,27 +205,13 @@ class RemoteAdapter(PolicyAdapter):
             raise UserError(OPTION, f"{self.server.url} returned NaN or Inf actions")
         return actions.astype(np.float32)
 
-    def features(self, conditioning: Conditioning) -> Tensor | None:
-        """The raw state as it was sent, and the last token of the server's prefix where that is asked for."""
-        seen = self._seen(conditioning)
-        if not seen:
-            return None
-        return torch.cat([conditioning.rows(name) for name in seen], -1).to(self.device)
-
-    def _seen(self, conditioning: Conditioning) -> list[str]:
-        return [name for name in conditioning.tensors if not _is_image(name)]
-
     # Verification.
-
-    def _example(self) -> Conditioning:
-        """One observation, always the same."""
-        return self.example_conditioning(1, torch.Generator().manual_seed(0))
 
     def _two_chunks(self, repeat: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Chunks of one observation: for one noise, for it again, and for another."""
         generator = torch.Generator().manual_seed(1)
         first, second = torch.randn((2, 1, *self.noise_spec.shape), generator=generator)
-        conditioning = self._example()
+        conditioning = self.example_conditioning(1, torch.Generator().manual_seed(0))
         once = self.denoise(conditioning, first)
         return once, self.denoise(conditioning, first) if repeat else once, self.denoise(conditioning, second)
 
@@ -286,12 +231,12 @@ class RemoteAdapter(PolicyAdapter):
             ) from None
         repeated, effect = float((once - again).abs().max()), float((once - other).abs().max())
         if repeated > self.rounding * effect:
-            found = "the same noise gave two different chunks"
+            odd = "the same noise gave two different chunks"
         elif effect == 0:
-            found = "two different noises gave the same chunk"
+            odd = "two different noises gave the same chunk"
         else:
             return
-        raise UserError(OPTION, f"{found}: {self.server.url} ignores the noise it is sent. {MEND}")
+        raise UserError(OPTION, f"{odd}: {self.server.url} ignores the noise it is sent. {MEND}")
 
     def identity(self, base: Any) -> dict[str, Any]:
         """The server's answer to one fixed observation and noise, and how to ask it again."""
@@ -311,45 +256,6 @@ class RemoteAdapter(PolicyAdapter):
         )
 
 
-def resize_with_pad(image: np.ndarray, side: int) -> np.ndarray:
-    """Fit an image (H, W, 3) uint8 into (side, side, 3), centred on black, as openpi's clients do."""
-    from PIL import Image
-
-    height, width = image.shape[:2]
-    if (height, width) == (side, side):
-        return image
-    ratio = max(width / side, height / side)
-    inner = int(height / ratio), int(width / ratio)
-    canvas = np.zeros((side, side, 3), np.uint8)
-    top, left = (side - inner[0]) // 2, (side - inner[1]) // 2
-    small = Image.fromarray(image).resize(inner[::-1], Image.Resampling.BILINEAR)
-    canvas[top : top + inner[0], left : left + inner[1]] = np.asarray(small)
-    return canvas
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
-
-
-def _is_image(key: str) -> bool:
-    return key.startswith("observation.image")
-
-
-def _input_features(options: RemoteConfig) -> dict[str, PolicyFeature]:
-    features = {}
-    for key in options.keys:
-        if _is_image(key):
-            side = options.image_size or DEFAULT_SIDE
-            features[key] = PolicyFeature(FeatureType.VISUAL, (3, side, side))
-        elif options.dims.get(key, 0) < 1:
-            raise UserError("--policy.remote.dims", f"say how many entries {key} has: {{{key}: 8}}")
-        else:
-            features[key] = PolicyFeature(FeatureType.STATE, (options.dims[key],))
-    if not features:
-        raise UserError("--policy.remote.keys", "name at least one observation to send")
-    return features
-
-
 def _noise_shape(value: Any) -> tuple[int, int] | None:
     """A noise shape as two positive integers; ``None`` stays ``None``."""
     if value is None:
@@ -361,14 +267,3 @@ def _noise_shape(value: Any) -> tuple[int, int] | None:
     if horizon < 1 or dim < 1:
         raise UserError("--policy.remote.noise_shape", f"must be [horizon, dimension], got {value}")
     return horizon, dim
-
-
-def _describe(message: dict[str, Any], prefix: str = "") -> list[str]:
-    """The names in a message, with the shapes of arrays."""
-    names = []
-    for key, value in message.items():
-        if isinstance(value, dict):
-            names += _describe(value, f"{prefix}{key}.")
-        else:
-            names.append(f"{prefix}{key}" + (f" {value.shape}" if isinstance(value, np.ndarray) else ""))
-    return names

@@ -22,8 +22,8 @@ class NoiseSpaceConfig(draccus.ChoiceRegistry, abc.ABC):
     Attributes:
         bound: how far an entry of ``u`` takes the noise at most, in standard deviations of the prior. It
             holds for the actor and for every other draw of ``u``.
-        unit: what ``u``, log pi of it and a critic of it count in: ``deviation``, those of the prior, or
-            ``bound``, shares of the bound in [-1, 1], as Stable-Baselines3 scales actions.
+        unit: of ``u``, its log pi and the critic's input: ``deviation`` (standard deviations of the prior) or
+            ``bound`` (shares of the bound in [-1, 1], as Stable-Baselines3 scales actions).
     """
 
     bound: float = 2.0

@@ -28,24 +28,29 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("make a base policy, steer it, and compare: all in minutes", launched=True),
+    "demo": Command("make a base policy, steer it, and compare, in minutes", launched=True),
     "adapt": Command("steer a LeRobot policy in an environment by noise-space RL", launched=True, tiny=True),
-    "eval": Command("compare base, zero noise, constant noise and steered on paired seeds", tiny=True),
-    "export": Command("a run as a LeRobot policy, with a model card; to the Hub", tiny=True),
+    "eval": Command("compare base, zero noise, constant noise and steered on the same episodes", tiny=True),
+    "export": Command("write a run as a LeRobot policy with a model card; push it to the Hub", tiny=True),
     "lora": Command(
-        "the rival: fine-tune by LoRA on a dataset, or on the policy's successes", launched=True, tiny=True
+        "fine-tune instead: LoRA on a dataset, or on the policy's successes", launched=True, tiny=True
     ),
     "compare": Command(
-        "steering beside LoRA and other rivals: table, figure, HTML report", launched=True, tiny=True
+        "steering beside LoRA and other methods: table, figure, HTML report", launched=True, tiny=True
     ),
     "probe": Command("can this policy be steered, and in which noise space?", tiny=True),
-    "policies": Command("table of the policy types: their noise, and what it costs"),
-    "recipes": Command("the recipes for known generalists: files, commands, needs", light=True),
-    "bench": Command("sample efficiency and engine speed beside other methods", launched=True),
+    "policies": Command("list the policy types: their noise, and what one more noise costs"),
+    "recipes": Command("list the recipes for known policies: files, commands, needs", light=True),
     "base": Command("make an embedded base policy for any of Meta-World's 50 tasks"),
 }
 # What is gone ("COMMAND" or "COMMAND --option"), and what to use instead.
-REMOVED: dict[str, str] = {}
+REMOVED: dict[str, str] = {
+    "bench": "`trimtab compare` compares methods; timings are `python -m tests.benchmarks.NAME`",
+    **dict.fromkeys(
+        (f"policies --{name}" for name in ("full_size", "cameras", "time", "threads")),
+        "`python -m tests.benchmarks.policies` counts and times",
+    ),
+}
 
 USAGE = """usage: trimtab COMMAND [--option=value ...]
 

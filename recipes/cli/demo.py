@@ -29,6 +29,17 @@ def default_cache() -> Path:
     return Path(os.environ.get("TRIMTAB_CACHE") or "~/.cache/trimtab").expanduser()
 
 
+SHARED = (
+    "rl",
+    "noise",
+    "train",
+    "eval",
+    "machine",
+    "num_envs",
+    "seed",
+)  # options that mean what adapt's mean
+
+
 @dataclass
 class DemoConfig:
     """``trimtab demo``."""
@@ -36,13 +47,12 @@ class DemoConfig:
     # The task to steer; any of the base's tasks.
     task: str = "button-press-topdown-v3"
     base: BaseConfig = field(default_factory=BaseConfig)
-    # As `trimtab adapt` does it unless told otherwise.
+    # The default of `trimtab adapt`.
     rl: AlgorithmConfig = field(default_factory=BestOfNConfig)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=6_000))
     eval: EvalConfig = field(default_factory=EvalConfig)
-    # Its threads are all cores unless told otherwise (here or by OMP_NUM_THREADS): the simulators take a
-    # fraction of the learner's time.
+    # Default of threads: OMP_NUM_THREADS, else all cores, because simulators take a fraction of the time.
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Episodes of each of the base's other tasks, before and after.
     other_task_episodes: int = 40
@@ -77,14 +87,8 @@ def main(config: DemoConfig) -> None:
     adapt = AdaptConfig(
         env=MetaworldStateConfig(task=config.task, episode_length=base.episode_length),
         policy=PolicyConfig(path=str(folder), device="cpu"),
-        rl=config.rl,
-        noise=config.noise,
-        train=config.train,
-        eval=config.eval,
-        machine=config.machine,
-        num_envs=config.num_envs,
-        seed=config.seed,
         output_dir=output,
+        **{name: getattr(config, name) for name in SHARED},
     )
     session, folder = open_session(adapt.policy, adapt.env, adapt.eval, adapt.machine)
     print(describe(session, folder))
@@ -107,11 +111,8 @@ def main(config: DemoConfig) -> None:
 def other_tasks(session: Session, folder: Path, config: DemoConfig, when: str) -> dict[str, Evaluation]:
     """Evaluate the untouched base on its other tasks, each with the same seeds every time."""
     found: dict[str, Evaluation] = {}
-    if config.other_task_episodes < 1:
-        return found
-    for task in read_json(folder / RECORD)["tasks"]:
-        if task == config.task:
-            continue
+    others = [task for task in read_json(folder / RECORD)["tasks"] if task != config.task]
+    for task in others if config.other_task_episodes > 0 else ():
         env = MetaworldStateConfig(task=task, episode_length=config.base.episode_length)
         env.check_base(folder)
         other = Session(session.adapter, env, session.eval, session.machine)
@@ -123,21 +124,18 @@ def other_tasks(session: Session, folder: Path, config: DemoConfig, when: str) -
 
 def report(config: DemoConfig, results: dict[str, Any], parameters: int, output: Path) -> str:
     """What the demo prints at the end."""
-    others = results["other_tasks"]
-    lines = ["", table(results["policies"]), ""]
-    lines.append(untrained_line(results["untrained_actor"], config.noise.type))
-    lines.append(
-        f"{config.task}: {results['env_steps']:,} environment steps "
-        f"({results['training_episodes']} episodes), "
-        f"{parameters:,} weights trained ({parameters * 4 / 1e3:.0f} kB), base file unchanged"
+    before, after = (results["other_tasks"][when] for when in ("before", "after"))
+    return "\n".join(
+        [
+            f"\n{table(results['policies'])}\n",
+            untrained_line(results["untrained_actor"], config.noise.type),
+            f"{config.task}: {results['env_steps']:,} environment steps ({results['training_episodes']} "
+            f"episodes), {parameters:,} weights trained ({parameters * 4 / 1e3:.0f} kB), base file unchanged",
+            *(
+                f"{task}: {before[task]['successes']}/{before[task]['episodes']} before, "
+                f"{entry['successes']}/{entry['episodes']} after"
+                for task, entry in after.items()
+            ),
+            f"{results['seconds']['total']:.0f} s in all; curve, videos, metrics and artefact in {output}",
+        ]
     )
-    for task, entry in others["after"].items():
-        was = others["before"][task]
-        lines.append(
-            f"{task}: {was['successes']}/{was['episodes']} before, "
-            f"{entry['successes']}/{entry['episodes']} after"
-        )
-    lines.append(
-        f"{results['seconds']['total']:.0f} s in all; curve, videos, metrics and artefact in {output}"
-    )
-    return "\n".join(lines)

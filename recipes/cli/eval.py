@@ -20,11 +20,11 @@ from trimtab.rl.runs.threads import machine_record
 
 @dataclass
 class SteeredEvalConfig(EpisodesConfig):
-    """How policies are evaluated; what is not said of a steered one is as its artefact says."""
+    """How policies are evaluated. A steered one acts as its artefact says, unless set here."""
 
     # Take the mean of the actor instead of a sample.
     deterministic: bool | None = None
-    # More than 1: decode the actor's noise and so many less one of the base's, run the best by the critic.
+    # N > 1: decode the actor's noise and N - 1 of the base's, and run the best by the critic.
     num_candidates: int | None = None
 
     def __post_init__(self) -> None:
@@ -33,7 +33,7 @@ class SteeredEvalConfig(EpisodesConfig):
             raise UserError("--eval.num_candidates", f"must be at least 1, got {self.num_candidates}")
 
     def complete(self, steered: Steered | None) -> None:
-        """Fill in what was not said.
+        """Fill in what was not set.
 
         Raises:
             UserError: there is nothing to choose among candidates by.

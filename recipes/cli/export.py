@@ -13,7 +13,6 @@ from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, save_artefact
 from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
-from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 from trimtab.recipes.support.export_check import check_runners
 from trimtab.recipes.support.reporting import NAMES, return_text
 
@@ -86,27 +85,32 @@ def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None 
     """
     config = read_config(artefact)
     if policy.path:
-        place = Path(policy.path).expanduser()
-        config.base.path = str(place.resolve()) if place.exists() else policy.path
+        local = Path(policy.path).expanduser()
+        config.base.path = str(local.resolve()) if local.exists() else policy.path
         config.base.revision = policy.revision
-    if repo and _is_local(config, artefact):
+    base = config.base.path or ""
+    if repo and not is_server(base) and (artefact / Path(base).expanduser()).exists():
         raise UserError(
             "--push_to_hub",
-            f"the base {config.base.path} is a local folder, which nobody else has; push it too and name it "
-            "with --policy.path=user/name",
+            f"the base {base} is a local folder, which nobody else has; push it too and name it with "
+            "--policy.path=user/name",
         )
     steered = load_artefact(replace(policy, path=str(artefact)), config)
     beside = {}
-    run = artefact.parent / CONFIG
-    if artefact.name == "artefact" and run.is_file():
-        beside[RUN_CONFIG] = run.read_text(encoding="utf-8")
-    elif (artefact / RUN_CONFIG).is_file():
-        beside[RUN_CONFIG] = (artefact / RUN_CONFIG).read_text(encoding="utf-8")
-    if RUN_CONFIG in beside and policy.path:
-        again = json.loads(beside[RUN_CONFIG])
-        again["policy"] = {**again.get("policy", {}), "path": policy.path, "revision": policy.revision}
+    run = artefact.parent / CONFIG if artefact.name == "artefact" else artefact / RUN_CONFIG
+    if not run.is_file():
+        run = artefact / RUN_CONFIG
+    if run.is_file():
+        again = json.loads(run.read_text(encoding="utf-8"))
+        if policy.path:
+            again["policy"] = {**again.get("policy", {}), "path": policy.path, "revision": policy.revision}
         beside[RUN_CONFIG] = json.dumps(again, indent=2) + "\n"
     beside[CARD] = card(steered, repo or str(output), bool(beside))
+
+    def check(folder: Path) -> None:
+        for note in check_runners(folder, steered):
+            print(f"note: {note}")
+
     return save_artefact(
         output,
         steered.actor,
@@ -118,18 +122,8 @@ def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None 
         (steered.critic, config.critic) if steered.critic is not None else None,
         beside,
         {name: getattr(config, name) for name in ACTING},
-        lambda folder: _say(check_runners(folder, steered)),
+        check,
     )
-
-
-def _say(notes: list[str]) -> None:
-    for note in notes:
-        print(f"note: {note}")
-
-
-def _is_local(config: TrimtabConfig, artefact: Path) -> bool:
-    path = config.base.path or ""
-    return not is_server(path) and (artefact / Path(path).expanduser()).exists()
 
 
 def card(steered: Steered, name: str, can_repeat: bool) -> str:
@@ -140,15 +134,33 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
         name: how a user names the policy.
         can_repeat: whether the run's config lies beside.
     """
-    config, training = steered.config, steered.config.training
-    env = training.get("env") or {}
+    config, training, base = steered.config, steered.config.training, steered.config.base
+    env, path = training.get("env") or {}, base.path or ""
     task = env.get("task") or env.get("type") or "unknown"
-    base = config.base
+    local = path.startswith((".", "/", "~"))
+    # A folder goes by its name alone, without those of the machine that it was steered on.
+    shown = steered.base_folder.name if local and isinstance(steered.base_folder, Path) else base.path
+    revision = f", revision `{base.revision}`" if base.revision else ""
+    weights = f", SHA-256 of its weights `{base.sha256}`" if base.sha256 else ""
+    facts = [
+        f"base: `{shown}`{revision} (type `{base.policy_type}`{weights})",
+        f"task: `{task}` in the environment `{env.get('type', 'unknown')}`",
+        f"noise space: `{config.noise.type}`, noise of shape {tuple(config.noise_shape)}",
+    ]
+    if "env_steps" in training:
+        algorithm = f", {training['algorithm']}" if "algorithm" in training else ""
+        facts.append(
+            f"budget: {training['env_steps']:,} environment steps in {training['episodes']:,} episodes"
+            f" (seed {training.get('seed')}{algorithm})"
+        )
+    parameters = sum(parameter.numel() for parameter in steered.actor.parameters())
+    options = [f"--policy.path={Path(name).name if Path(name).is_absolute() else name}"]
+    options += [f"--{option}={package}" for option, package in (training.get("plugins") or {}).items()]
+    options += [f"--env.type={env.get('type', '...')}"]
+    options += [f"--env.task={env['task']}"] if env.get("task") else []
     lines = ["---", "library_name: lerobot", "pipeline_tag: robotics"]
     lines += ["tags: [lerobot, robotics, trimtab, noise-space-rl]"]
-    if base.path and base.path.count("/") == 1 and not base.path.startswith((".", "/")):
-        lines += [f"base_model: {base.path}"]
-    parameters = sum(parameter.numel() for parameter in steered.actor.parameters())
+    lines += [f"base_model: {path}"] if path.count("/") == 1 and not path.startswith((".", "/")) else []
     lines += [
         "---",
         "",
@@ -157,59 +169,39 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
         f"A noise actor of {parameters:,} weights chooses the noise that a frozen base policy is fed "
         "(trimtab). This repository holds the actor and refers to the base; it holds no weights of the base.",
         "",
-        f"- base: `{_shown(base.path, steered)}`"
-        + (f", revision `{base.revision}`" if base.revision else "")
-        + f" (type `{base.policy_type}`"
-        + (f", SHA-256 of its weights `{base.sha256}`)" if base.sha256 else ")"),
-        f"- task: `{task}` in the environment `{env.get('type', 'unknown')}`",
-        f"- noise space: `{config.noise.type}`, noise of shape {tuple(config.noise_shape)}",
-    ]
-    if "env_steps" in training:
-        algorithm = f", {training['algorithm']}" if "algorithm" in training else ""
-        lines += [
-            f"- budget: {training['env_steps']:,} environment steps in {training['episodes']:,} episodes"
-            f" (seed {training.get('seed')}{algorithm})"
-        ]
-    lines += ["", "## Success", "", *_success(training.get("success") or {}), "", "## Use", ""]
-    shown = Path(name).name if Path(name).is_absolute() else name
-    lines += [
+        *(f"- {fact}" for fact in facts),
+        "",
+        "## Success",
+        "",
+        *_success(training.get("success") or {}),
+        "",
+        "## Use",
+        "",
         "With trimtab installed beside LeRobot:",
         "",
         "```",
-        f"lerobot-eval --policy.path={shown} "
-        + "".join(f"--{option}={package} " for option, package in (training.get("plugins") or {}).items())
-        + f"--env.type={env.get('type', '...')}"
-        + (f" --env.task={env['task']}" if env.get("task") else ""),
+        f"lerobot-eval {' '.join(options)}",
         "```",
         "",
         "`--policy.use_actor=false` runs the plain base, `--policy.deterministic=false` samples the actor.",
     ]
     if can_repeat:
-        again = f"trimtab adapt --config_path={RUN_CONFIG}"
-        lines += ["", "## Reproduce", "", "```", again, "```"]
+        lines += ["", "## Reproduce", "", "```", f"trimtab adapt --config_path={RUN_CONFIG}", "```"]
     return "\n".join(lines) + "\n"
-
-
-def _shown(path: str | None, steered: Steered) -> str:
-    """The base's name without the folders of the machine that it was steered on."""
-    local = isinstance(steered.base_folder, Path) and (path or "").startswith((".", "/", "~"))
-    return steered.base_folder.name if local else str(path)
 
 
 def _success(results: dict[str, dict[str, Any]]) -> list[str]:
     if not results:
         return ["Not measured."]
     lines = ["| policy | success | 95 % interval | episodes |", "|---|---|---|---|"]
-    for name, entry in results.items():
+    for policy, entry in results.items():
         if entry["success_rate"] is None:
-            said = f"not reported; return {return_text(entry)}"
-            lines.append(f"| {NAMES.get(name, name)} | {said} | | {entry['episodes']} |")
-            continue
-        low, high = entry["ci95"]
-        lines.append(
-            f"| {NAMES.get(name, name)} | {100 * entry['success_rate']:.1f} % | "
-            f"{100 * low:.1f} to {100 * high:.1f} % | {entry['successes']}/{entry['episodes']} |"
-        )
+            cells = [f"not reported; return {return_text(entry)}", "", f"{entry['episodes']}"]
+        else:
+            low, high = (100 * limit for limit in entry["ci95"])
+            counts = f"{entry['successes']}/{entry['episodes']}"
+            cells = [f"{100 * entry['success_rate']:.1f} %", f"{low:.1f} to {high:.1f} %", counts]
+        lines.append(f"| {' | '.join([NAMES.get(policy, policy), *cells])} |")
     return [*lines, "", "All policies met the same episode seeds; Wilson intervals."]
 
 

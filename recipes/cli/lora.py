@@ -55,7 +55,7 @@ class FineTunedEvalConfig(EpisodesConfig):
 class LoraConfig(TuningConfig):
     """``trimtab lora``."""
 
-    # Needed with --from_rollouts; on a dataset, where before and after are to be evaluated.
+    # Needed with --from_rollouts. With a dataset: where to evaluate before and after.
     env: EnvConfig | None = None
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     # Demonstrations to learn from; LeRobot's own options (--dataset.repo_id=, --dataset.root=).
@@ -64,7 +64,7 @@ class LoraConfig(TuningConfig):
     from_rollouts: bool = False
     # Environment steps of all rollouts together, spent to the last one.
     env_steps: int = 20_000
-    # Rounds of rolling out and fine-tuning among which they are shared.
+    # Rounds of rolling out and fine-tuning; they share these steps.
     rounds: int = 4
     eval: FineTunedEvalConfig = field(default_factory=FineTunedEvalConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)

@@ -34,13 +34,13 @@ from trimtab.rl.statistics import wilson_interval
 
 @dataclass
 class ProbeEvalConfig(EpisodesConfig):
-    """How policies are evaluated; fewer episodes than for a result, for a probe asks for less."""
+    """How policies are evaluated, with fewer episodes than for a result."""
 
     # Episodes under each kind of noise; all get the same ones.
     n_episodes: int = 50
-    # Random constant noises to try (0: none) ...
+    # Random constant noises to try (0: none).
     constant_candidates: int = 8
-    # ... and the episodes that each gets, on seeds of their own.
+    # Episodes for each of them, on seeds of their own.
     constant_episodes: int = 20
     # Episodes of the base to render to a video (0: none).
     videos: int = 0

@@ -7,40 +7,36 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parents[1] / "configs"
 ADAPT, LORA = "adapt.yaml", "lora.yaml"
 COMPARE = "compare.yaml"  # where the two imply another comparison than the recipe makes
+ABOUT = "recipe"  # the part of a file that is about the recipe: ``type`` of its policy, what it ``needs``
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A folder with README.md, adapt.yaml and lora.yaml.
-
-    Attributes:
-        name: of the folder.
-        policy_type: LeRobot's name, or ``remote`` for a policy on a server.
-        needs: in short; the README says more, and where the numbers come from.
-        lora_type: type of the policy that lora.yaml fine-tunes, where that is another one.
-    """
+    """A folder with README.md, adapt.yaml and lora.yaml."""
 
     name: str
-    policy_type: str
-    needs: str
-    lora_type: str = ""
 
     @property
     def folder(self) -> Path:
         return FOLDER / self.name
 
     def read(self, file: str) -> dict[str, Any]:
-        """The options in ``adapt.yaml`` or ``lora.yaml``."""
-        import yaml
+        """The content of ``adapt.yaml`` or ``lora.yaml``."""
+        return deepcopy(_read(self.folder / file))
 
-        return yaml.safe_load((self.folder / file).read_text(encoding="utf-8"))
+    @property
+    def policy_type(self) -> str:
+        """LeRobot's name of the policy's type, or ``remote`` for a policy on a server."""
+        return self.read(ADAPT)[ABOUT]["type"]
 
     @property
     def checkpoint(self) -> str:
@@ -53,31 +49,43 @@ class Recipe:
         if env is None:
             return "yours"
         ids = env.get("task_ids")
-        where = [env["type"], env.get("task") or "", f"task {ids[0]}" if ids else ""]
-        return " ".join(part for part in where if part)
+        return " ".join(filter(None, (env["type"], env.get("task"), f"task {ids[0]}" if ids else "")))
+
+    def row(self) -> tuple[str, ...]:
+        needs = self.read(ADAPT)[ABOUT]["needs"]
+        return self.name, self.policy_type, self.checkpoint, self.environment, needs
 
 
-# Sizes of weights: the parameters that `trimtab policies` counts, times the bytes of their precision.
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("metaworld", "diffusion", "2 CPU cores; no download"),
-        Recipe("diffusion_pusht", "diffusion", "GPU; weights 1.1 GB in float32"),
-        Recipe("smolvla_libero", "smolvla", "GPU, LIBERO; weights 1.8 GB in float32"),
-        Recipe("pi0_libero", "pi0", "GPU, LIBERO; weights 8.1 GB in bfloat16"),
-        Recipe("pi05_libero", "pi05", "GPU, LIBERO; weights 8.3 GB in bfloat16"),
-        Recipe("groot_libero", "groot", "GPU, LIBERO; weights 6.3 GB in bfloat16"),
-        Recipe("xvla_libero", "xvla", "GPU, LIBERO; weights 3.5 GB in float32"),
-        Recipe("multi_task_dit_metaworld", "multi_task_dit", "GPU, a checkpoint that you train"),
-        Recipe("openpi_droid", "remote", "a GPU of 8 GB or more at the server; your robot", "pi05"),
-        Recipe("your_policy", "diffusion", "what your policy needs"),
-    )
-}
+RECIPES = {path.parent.name: Recipe(path.parent.name) for path in sorted(FOLDER.glob(f"*/{ADAPT}"))}
+
+
+@cache
+def _read(path: Path) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
 
 USAGE = """usage: trimtab recipes [NAME]
 
 Without NAME, lists the recipes; with it, prints where the files of one lie, and its commands.
 """
+
+DESCRIBED = """{name}: {type}, {checkpoint}, in {environment}
+needs {needs}
+
+{folder}/README.md
+{folder}/adapt.yaml
+{folder}/lora.yaml
+
+  trimtab probe {config}
+  trimtab adapt {config} --output_dir=outputs/steered
+  trimtab eval {config} --policy.path=outputs/steered/artefact
+  trimtab export --run=outputs/steered
+  trimtab lora {config}
+  trimtab compare {config} --output_dir=outputs/compared
+
+With --tiny=true each runs anywhere, on a random tiny policy of that type, in well under a minute."""
 
 
 def config_of(name: str, command: str) -> Path | None:
@@ -88,71 +96,49 @@ def config_of(name: str, command: str) -> Path | None:
         command: that is going to read it; ``lora`` has a file of its own, ``compare`` may have one.
     """
     if name in RECIPES:
-        own = {"lora": LORA, "compare": COMPARE}.get(command, ADAPT)
-        path = FOLDER / name / own
+        path = FOLDER / name / {"lora": LORA, "compare": COMPARE}.get(command, ADAPT)
         return path if path.is_file() else path.with_name(ADAPT)
     parts = Path(name).parts
-    if parts[:2] == ("recipes", "configs") and len(parts) == 4 and parts[2] in RECIPES:
-        path = FOLDER.joinpath(*parts[2:])
-        return path if path.is_file() else None
-    return None
+    path = FOLDER.joinpath(*parts[2:])
+    known = parts[:2] == ("recipes", "configs") and len(parts) == 4 and parts[2] in RECIPES
+    return path if known and path.is_file() else None
 
 
 def type_of(checkpoint: str) -> str | None:
     """The type of a recipe's checkpoint, by its name; ``None`` of any other."""
     for recipe in RECIPES.values():
-        if recipe.read(ADAPT)["policy"]["path"] == checkpoint:
-            return recipe.policy_type
-        if recipe.read(LORA)["policy"]["path"] == checkpoint:
-            return recipe.lora_type or recipe.policy_type
+        for file in (ADAPT, LORA):
+            content = recipe.read(file)
+            if content["policy"]["path"] == checkpoint:
+                return content.get(ABOUT, recipe.read(ADAPT)[ABOUT])["type"]
     return None
 
 
 def listing() -> str:
     """All recipes, as an aligned table."""
-    rows = [("recipe", "type", "checkpoint", "environment", "needs")]
-    rows += [(r.name, r.policy_type, r.checkpoint, r.environment, r.needs) for r in RECIPES.values()]
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)) + "  " + row[4] for row in rows
-    )
+    rows = [("recipe", "type", "checkpoint", "environment", "needs"), *(r.row() for r in RECIPES.values())]
+    widths = [*(max(len(row[i]) for row in rows) for i in range(4)), 0]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
 def described(recipe: Recipe) -> str:
     """Where the files of a recipe lie, and its commands."""
     given = "" if "env" in recipe.read(ADAPT) else " --env.discover_packages_path=YOURS --env.type=YOURS"
-    here = f"  trimtab %s --config_path={recipe.name}{given}"
-    lines = [
-        f"{recipe.name}: {recipe.policy_type}, {recipe.checkpoint}, in {recipe.environment}",
-        f"needs {recipe.needs}",
-        "",
-        *(str(recipe.folder / name) for name in ("README.md", ADAPT, LORA)),
-        "",
-        here % "probe",
-        here % "adapt" + " --output_dir=outputs/steered",
-        here % "eval" + " --policy.path=outputs/steered/artefact",
-        "  trimtab export --run=outputs/steered",
-        here % "lora",
-        here % "compare" + " --output_dir=outputs/compared",
-        "",
-        "With --tiny=true each runs anywhere, on a random tiny policy of that type, in well under a minute.",
-    ]
-    return "\n".join(lines)
+    names = ("name", "type", "checkpoint", "environment", "needs")
+    config = f"--config_path={recipe.name}{given}"
+    return DESCRIBED.format(**dict(zip(names, recipe.row())), folder=recipe.folder, config=config)
 
 
 def main(args: Sequence[str]) -> int:
     """Print the list, or one recipe; return the exit code."""
     if any(arg in ("-h", "--help") for arg in args):
         print(USAGE, end="")
-        return 0
-    if not args:
-        print(listing())
-        print("\n`trimtab recipes NAME` prints its files and commands.")
-        return 0
-    if len(args) > 1 or args[0] not in RECIPES:
-        wrong = args[1] if len(args) > 1 else args[0]
-        message = f"no recipe '{wrong}'; there are {', '.join(RECIPES)}"
-        print(f"trimtab recipes: error: {message}", file=sys.stderr)
+    elif not args:
+        print(f"{listing()}\n\n`trimtab recipes NAME` prints its files and commands.")
+    elif len(args) == 1 and args[0] in RECIPES:
+        print(described(RECIPES[args[0]]))
+    else:
+        wrong = args[min(1, len(args) - 1)]
+        print(f"trimtab recipes: error: no recipe '{wrong}'; there are {', '.join(RECIPES)}", file=sys.stderr)
         return 2
-    print(described(RECIPES[args[0]]))
     return 0

@@ -112,7 +112,7 @@ def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") ->
     import datasets
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from trimtab.recipes.embedded_base.cloning import clone, save
+    from trimtab.recipes.embedded_base.cloning import clone
     from trimtab.recipes.embedded_base.dataset import REPO_ID, record, with_centers
 
     datasets.disable_progress_bars()
@@ -128,7 +128,8 @@ def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") ->
         rates = record(data, tasks, operators, config.episodes, config.episode_length, config.seed)
         dataset = LeRobotDataset(REPO_ID, root=data)
         policy, pre, post, losses = clone(dataset, config.cloning, config.seed)
-        save(work, policy, pre, post)
+        for part in (policy, pre, post):  # as `lerobot-train` would
+            part.save_pretrained(work)
         made = {
             "tasks": tasks,
             "demonstrators": {task: asdict(operators.get(task, Operator())) for task in tasks},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,32 +54,32 @@ class CloningConfig:
             raise UserError("--cloning.horizon", f"must be a multiple of {factor} (2 per down_dims entry)")
 
 
-@dataclass
 class WindowSampler:
     """Samples (observation, action window) pairs like LeRobot's dataset with delta timestamps.
 
     A window starts at a frame and has ``horizon`` actions; past the episode's end the last action is
-    repeated and marked in ``action_is_pad``.
+    repeated and marked in ``action_is_pad``. Columns are read once, and normalised by ``preprocessor``.
 
     Attributes:
-        state, environment_state, action: normalised columns, (N, dim).
         last: (N,) index of the last frame of each frame's episode.
     """
 
-    state: Tensor
-    environment_state: Tensor
-    action: Tensor
-    last: Tensor
-    horizon: int
+    def __init__(self, dataset: Any, preprocessor: Any, horizon: int) -> None:
+        columns = dataset.hf_dataset.with_format("numpy")
+        raw = {key: torch.from_numpy(np.asarray(columns[key][:], dtype=np.float32)) for key in COLUMNS}
+        self.horizon, self.columns = horizon, preprocessor(raw)
+        episode = torch.from_numpy(np.asarray(columns["episode_index"][:]).reshape(-1))
+        ends = torch.nonzero(torch.diff(episode, append=episode[-1:] + 1)).squeeze(1)
+        self.last = ends[torch.searchsorted(ends, torch.arange(len(episode)))]
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """The training batch for frames ``index`` (B,), with n_obs_steps = 1."""
         window = index[:, None] + torch.arange(self.horizon)
         end = self.last[index][:, None]
         return {
-            OBS_STATE: self.state[index][:, None],
-            OBS_ENV_STATE: self.environment_state[index][:, None],
-            ACTION: self.action[torch.minimum(window, end)],
+            OBS_STATE: self.columns[OBS_STATE][index][:, None],
+            OBS_ENV_STATE: self.columns[OBS_ENV_STATE][index][:, None],
+            ACTION: self.columns[ACTION][torch.minimum(window, end)],
             "action_is_pad": window > end,
         }
 
@@ -135,22 +134,6 @@ def make_policy(dataset_meta: Any, config: CloningConfig) -> tuple[Any, Any, Any
     return policy, pre, post
 
 
-def make_sampler(dataset: Any, preprocessor: Any, horizon: int) -> WindowSampler:
-    """Read the dataset's columns once, normalise them with the policy's own preprocessor."""
-    columns = dataset.hf_dataset.with_format("numpy")
-    raw = {key: torch.from_numpy(np.asarray(columns[key][:], dtype=np.float32)) for key in COLUMNS}
-    normalised = preprocessor(raw)
-    episode = torch.from_numpy(np.asarray(columns["episode_index"][:]).reshape(-1))
-    ends = torch.nonzero(torch.diff(episode, append=episode[-1:] + 1)).squeeze(1)
-    return WindowSampler(
-        state=normalised[OBS_STATE],
-        environment_state=normalised[OBS_ENV_STATE],
-        action=normalised[ACTION],
-        last=ends[torch.searchsorted(ends, torch.arange(len(episode)))],
-        horizon=horizon,
-    )
-
-
 def clone(dataset: Any, config: CloningConfig, seed: int) -> tuple[Any, Any, Any, list[float]]:
     """Behaviour-clone ``dataset`` and return (policy with averaged weights, processors, loss curve).
 
@@ -161,7 +144,7 @@ def clone(dataset: Any, config: CloningConfig, seed: int) -> tuple[Any, Any, Any
     """
     torch.manual_seed(seed)
     policy, pre, post = make_policy(dataset.meta, config)
-    sampler = make_sampler(dataset, pre, config.horizon)
+    sampler = WindowSampler(dataset, pre, config.horizon)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -189,10 +172,3 @@ def clone(dataset: Any, config: CloningConfig, seed: int) -> tuple[Any, Any, Any
         torch._foreach_copy_(weights, averaged)
     policy.eval()
     return policy, pre, post, losses
-
-
-def save(folder: Path, policy: Any, pre: Any, post: Any) -> None:
-    """Write the policy and its processors as ``lerobot-train`` would."""
-    policy.save_pretrained(folder)
-    pre.save_pretrained(folder)
-    post.save_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -43,52 +44,51 @@ def check_runners(folder: Path, steered: Steered) -> list[str]:
         UserError: `lerobot-eval` and `lerobot-rollout` would execute other actions, or none.
     """
     try:
-        return _check(folder, steered)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return _Runners(folder, steered).notes()
     except UserError:
         raise
     except Exception as error:  # whatever LeRobot and a policy's processors raise
         raise UserError("--run", f"LeRobot does not run this artefact: {reason(error)}") from error
 
 
-def _check(folder: Path, steered: Steered) -> list[str]:
-    adapter, config = steered.adapter, PreTrainedConfig.from_pretrained(str(folder))
-    config.pretrained_path, config.device = folder, adapter.device.type
-    config.use_actor, config.num_candidates, config.compile_model = True, 1, False  # the actor's own chunk
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        policy = TrimtabPolicy(config, steered=steered).eval()
-        pipelines = make_pre_post_processors(
-            config,
-            pretrained_path=str(folder),
-            preprocessor_overrides={
-                "device_processor": {"device": config.device},
-                "rename_observations_processor": {"rename_map": {}},
-            },
-        )
-        runners = _Runners(steered, policy, *pipelines)
-        notes = []
-        if policy.steps_apart:
-            runners.compare_steps()
-        else:
-            notes.append(f"lerobot-eval and lerobot-rollout (sync) refuse this policy: {policy.STEPS}")
-        notes += [*runners.server_notes(), *environment_notes(steered)]
-        policy.reset()
-    return notes
-
-
 class _Runners:
-    """trimtab's loop on an artefact beside LeRobot's.
+    """trimtab's loop on an artefact beside LeRobot's: ``policy`` with its processors around it."""
 
-    Args:
-        steered: the artefact.
-        policy: LeRobot's view of it.
-        before, after: its processors.
-    """
-
-    def __init__(self, steered: Steered, policy: TrimtabPolicy, before: Any, after: Any) -> None:
-        self.steered, self.adapter, self.policy = steered, steered.adapter, policy
-        self.before, self.after = before, after
+    def __init__(self, folder: Path, steered: Steered) -> None:
+        self.steered, self.adapter = steered, steered.adapter
+        config = PreTrainedConfig.from_pretrained(str(folder))
+        config.pretrained_path, config.device = folder, self.adapter.device.type
+        config.use_actor, config.num_candidates, config.compile_model = (
+            True,
+            1,
+            False,
+        )  # the actor's own chunk
+        self.policy = TrimtabPolicy(config, steered=steered).eval()
+        overrides = {
+            "device_processor": {"device": config.device},
+            "rename_observations_processor": {"rename_map": {}},
+        }
+        self.before, self.after = make_pre_post_processors(
+            config, pretrained_path=str(folder), preprocessor_overrides=overrides
+        )
         self.examples = self._examples()
         self.generator = torch.Generator().manual_seed(1)
+
+    def notes(self) -> list[str]:
+        """What there is to say of each runner.
+
+        Raises:
+            UserError: an action differs.
+        """
+        notes = []
+        if self.policy.steps_apart:
+            self._compare_steps()
+        else:
+            notes.append(f"lerobot-eval and lerobot-rollout (sync) refuse this policy: {self.policy.STEPS}")
+        notes += [*self._server_notes(), *environment_notes(self.steered)]
+        self.policy.reset()
+        return notes
 
     def _examples(self) -> list[dict[str, Any]]:
         """Observations of environments side by side, as LeRobot's commands hand them to a preprocessor."""
@@ -104,34 +104,31 @@ class _Runners:
         shape = (len(self.examples[0]["task"]), *self.adapter.noise_spec.shape)
         return torch.randn(shape, generator=self.generator).to(self.steered.actor.normalizer.mean.device)
 
-    def compare_steps(self) -> None:
-        """`lerobot-eval` and `lerobot-rollout`: an action at a time.
-
-        Raises:
-            UserError: an action differs.
-        """
-        step, steps = 0, self.adapter.chunk_shape[0]
-        for episode in (2 * steps + 1, steps):
+    def _compare_steps(self) -> None:
+        """`lerobot-eval` and `lerobot-rollout`: an action at a time."""
+        observations, history = itertools.cycle(self.examples), self.adapter.n_obs_steps
+        steps = self.adapter.chunk_shape[0]
+        for length in (2 * steps + 1, steps):
             self.policy.reset()
-            seen: deque[dict[str, Any]] = deque(maxlen=self.adapter.n_obs_steps)
-            chunk, last = [], None
-            for number in range(episode):
-                now, step = self.examples[step % OBSERVATIONS], step + 1
-                seen.extend([now] * (1 if seen else self.adapter.n_obs_steps))
+            seen: deque[dict[str, Any]] = deque(maxlen=history)
+            chunk: list[Tensor] = []
+            last = None
+            for step in range(1, length + 1):
+                now = next(observations)
+                seen.extend([now] * (1 if seen else history))
                 prior = None if chunk else self._prior()
                 theirs = self.after(self.policy.select_action(self.before(dict(now)), prior))
-                if not chunk:
-                    made, last = self.ours(list(seen), prior, last)
-                    chunk = list(made.unbind(1))
-                found = _difference(chunk.pop(0), torch.from_numpy(theirs.to("cpu").numpy()))
-                if found:
+                if prior is not None:
+                    actions, last = self._act(list(seen), prior, last)
+                    chunk = list(actions.unbind(1))
+                if difference := _difference(chunk.pop(0), torch.from_numpy(theirs.to("cpu").numpy())):
                     raise UserError(
                         "--run",
                         "lerobot-eval would execute other actions than trimtab eval: by up to "
-                        f"{found:.2g} at step {number + 1} of an episode; nothing was exported",
+                        f"{difference:.2g} at step {step} of an episode; nothing was exported",
                     )
 
-    def ours(self, seen: list[dict[str, Any]], prior: Tensor, last: Any) -> tuple[Tensor, Any]:
+    def _act(self, seen: list[dict[str, Any]], prior: Tensor, last: Any) -> tuple[Tensor, Any]:
         """Actions (B, steps, action_dim) of trimtab's loop, and what a policy that remembers goes on from."""
         adapter, actor = self.adapter, self.steered.actor
         history = {
@@ -145,15 +142,15 @@ class _Runners:
         last = (conditioning, chunk) if adapter.remembers else None
         return adapter.postprocess(chunk, conditioning).float().cpu(), last
 
-    def server_notes(self) -> list[str]:
+    def _server_notes(self) -> list[str]:
         """The policy server: a chunk from one observation, unnormalised an action at a time."""
         now, prior, notes = self.examples[0], self._prior(), []
         self.policy.reset()
         chunk = self.policy.predict_action_chunk(self.before(dict(now)), prior)
         theirs = torch.stack([self.after(action) for action in chunk.unbind(1)], 1).float().cpu()
-        found = _difference(self.ours([now] * self.adapter.n_obs_steps, prior, None)[0], theirs)
-        if found:
-            notes.append(f"{SERVER} would execute other actions than trimtab eval, by up to {found:.2g}")
+        ours, _ = self._act([now] * self.adapter.n_obs_steps, prior, None)
+        if difference := _difference(ours, theirs):
+            notes.append(f"{SERVER} would execute other actions than trimtab eval, by up to {difference:.2g}")
         if self.adapter.n_obs_steps > 1:
             notes.append(
                 f"{SERVER} shows a policy the latest observation alone; this base looks at the last "
@@ -188,5 +185,5 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of two arrays of actions, 0.0 where it is rounding; ``inf``: other shapes."""
     if ours.shape != theirs.shape:
         return float("inf")
-    found = float((ours - theirs).abs().max())
-    return found if not found <= CLOSE * max(1.0, float(ours.abs().max())) else 0.0
+    difference = float((ours - theirs).abs().max())
+    return 0.0 if difference <= CLOSE * max(1.0, float(ours.abs().max())) else difference

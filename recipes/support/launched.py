@@ -1,6 +1,6 @@
 """Several processes of one run: what a launcher lays out in the environment, and what is left over there.
 
-A launcher tells each process its place in variables. Templates of clusters export some of them for every job,
+A launcher tells each process its rank in variables. Templates of clusters export some of them for every job,
 where a command that is started plainly finds them too.
 """
 
@@ -15,8 +15,9 @@ from typing import Any
 from trimtab.adapters.errors import UserError, reason
 
 COUNTS = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
-PLACE = ("WORLD_SIZE", "RANK", "MASTER_ADDR")  # what every process of several has to know
-ON_GPU = ("LOCAL_RANK", "MASTER_PORT")  # and on a GPU
+NEEDED = ("WORLD_SIZE", "RANK", "MASTER_ADDR")  # by every process of several
+NEEDED_ON_GPU = ("LOCAL_RANK", "MASTER_PORT")
+SET = (*COUNTS, "MASTER_ADDR", "MASTER_PORT")
 MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 MEND = "to run in one process, unset {}; in several: `accelerate launch -m trimtab.rl.train ...`"
 
@@ -40,31 +41,27 @@ def check_launch(cpu: bool = True) -> None:
     Raises:
         UserError: names the variables.
     """
-    numbers = {name: _number(name) for name in COUNTS}
-    size, rank = numbers["WORLD_SIZE"], numbers["RANK"]
-    if (size or 1) < 2 and not rank and numbers["LOCAL_RANK"] is None:
+    size, rank, _, local_rank = (_number(name) for name in COUNTS)
+    if (size or 1) < 2 and not rank and local_rank is None:
         return
-    missing = [name for name in (*PLACE, *(() if cpu else ON_GPU)) if not os.environ.get(name)]
-    found = [name for name in (*COUNTS, "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
-    unset = " ".join(found)
+    there = [name for name in SET if os.environ.get(name)]
+    missing = [name for name in (*NEEDED, *(() if cpu else NEEDED_ON_GPU)) if name not in there]
+    mend = MEND.format(" ".join(there))
     if missing:
-        held = ", ".join(f"{name}={os.environ[name]}" for name in found)
+        values = ", ".join(f"{name}={os.environ[name]}" for name in there)
+        lacks = " and no ".join(missing)
         raise UserError(
-            found[0],
-            f"the environment holds {held}, as a launcher sets it, but no {' and no '.join(missing)}; "
-            + MEND.format(unset),
+            there[0], f"the environment holds {values}, as a launcher sets it, but no {lacks}; {mend}"
         )
     if rank >= size:
-        raise UserError("RANK", f"there is no process {rank} of WORLD_SIZE={size}; {MEND.format(unset)}")
+        raise UserError("RANK", f"there is no process {rank} of WORLD_SIZE={size}; {mend}")
 
 
 def _number(name: str) -> int | None:
     text = os.environ.get(name, "").strip()
-    if not text:
-        return None
-    if not text.isdecimal():
+    if text and not text.isdecimal():
         raise UserError(name, f"'{text}' in the environment is no number; {MEND.format(name)}")
-    return int(text)
+    return int(text) if text else None
 
 
 def make_accelerator(
@@ -92,24 +89,22 @@ def make_accelerator(
             "WORLD_SIZE, RANK and MASTER_ADDR in the environment say; unset them to run alone",
             file=sys.stderr,
         )
-    patience = InitProcessGroupKwargs(
-        timeout=timedelta(hours=2)
-    )  # environments may be slow, and of uneven speed
-    said = [name for name in (*COUNTS, *MPI, "MASTER_ADDR", "MASTER_PORT") if os.environ.get(name)]
-    said += sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
     try:
         return Accelerator(
             cpu=cpu,
             mixed_precision="no",  # of base and learner each has an option; gradients are float32
             log_with=trackers or None,
             project_dir=folder if trackers else None,
-            kwargs_handlers=[patience],
+            # environments may be slow, and of uneven speed
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if not said:
+        names = [name for name in (*SET, *MPI) if os.environ.get(name)]
+        names += sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+        if not names:
             raise
         raise UserError(
             "accelerate",
-            f"{reason(error, last=True)}; the environment sets {', '.join(said)}: unset what is left over "
+            f"{reason(error, last=True)}; the environment sets {', '.join(names)}: unset what is left over "
             "from another job, or mend it",
         ) from error

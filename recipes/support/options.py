@@ -16,7 +16,7 @@ from lerobot.configs.parser import print_scoped_help
 from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import UserError, reason
 from trimtab.recipes.cli import COMMANDS, REMOVED
-from trimtab.recipes.cli.recipes import LORA, RECIPES, config_of
+from trimtab.recipes.cli.recipes import ABOUT, LORA, RECIPES, config_of
 from trimtab.recipes.compare.from_recipe import comparison, is_recipe
 from trimtab.recipes.support.console import say
 from trimtab.recipes.support.layers import (
@@ -67,6 +67,7 @@ def parse[Config](
 
         path = resumed(given, path)
     content, given = load_plugins(read_options(path) if path else {}, given)
+    content.pop(ABOUT, None)
     content = fitted(content, command, names, path)
     replaced: list[tuple[str, Options, str]] = []
     values = (layered if "rl" in names else merge)(content, given, replaced)

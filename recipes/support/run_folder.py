@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from trimtab.adapters import UserError
 from trimtab.adapters.errors import reason
 from trimtab.recipes.support.layers import Options, flatten, merge, read_options, value_at
-from trimtab.recipes.support.repeat import absolute, repeatable, without_plugins
+from trimtab.recipes.support.repeat import repeatable, without_plugins
 from trimtab.recipes.support.reporting import write_json
 from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.runs.checkpoint import Checkpoint, CheckpointConfig, Checkpoints
@@ -24,16 +24,7 @@ from trimtab.rl.runs.processes import World
 
 CONFIG, BASELINES, CHECKPOINTS, METRICS = "config.json", "baselines.json", "checkpoints", "metrics.jsonl"
 # What may differ when a run goes on: where and how it is run, and how long.
-FREE = (
-    "resume",
-    "output_dir",
-    "checkpoint",
-    "machine",
-    "faults",
-    "trackers",
-    "policy.device",
-    "train.env_steps",
-)
+FREE = ("checkpoint", "machine", "faults", "trackers", "policy.device", "train.env_steps")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
@@ -89,16 +80,13 @@ class RunFolder:
         self, path: Path, config: Any, identity: dict[str, Any], checkpoint: CheckpointConfig, world: World
     ) -> None:
         self.path, self.world = path, world
-        again = repeatable(json.loads(json.dumps(draccus.encode(config))))
-        again.pop("output_dir", None), again.pop("resume", None)
-        self.config = again
-        self.belongs = {"base": json.loads(json.dumps(identity)), "config": fixed(again)}
+        options = repeatable(json.loads(json.dumps(draccus.encode(config))))
+        self.config = {name: value for name, value in options.items() if name not in ("output_dir", "resume")}
+        self.belongs = {"base": json.loads(json.dumps(identity)), "config": fixed(self.config)}
         self.checkpoints: Checkpoints | None = None
         if checkpoint.every:
-            text = json.dumps(again, indent=2) + "\n"
-            self.checkpoints = Checkpoints(
-                path / CHECKPOINTS, checkpoint, self.belongs, world, texts={CONFIG: text}
-            )
+            texts = {CONFIG: json.dumps(self.config, indent=2) + "\n"}
+            self.checkpoints = Checkpoints(path / CHECKPOINTS, checkpoint, self.belongs, world, texts=texts)
 
     def begin(self, measured: dict[str, dict[str, Evaluation]], details: dict[str, Any]) -> None:
         """Write what is known before training.
@@ -108,7 +96,7 @@ class RunFolder:
             details: anything else to find again, as JSON values.
         """
         if self.world.main:
-            content = {task: {n: encode(e) for n, e in found.items()} for task, found in measured.items()}
+            content = {task: {n: encode(e) for n, e in by_name.items()} for task, by_name in measured.items()}
             write_json(self.path / BASELINES, {"base": self.belongs["base"], "measured": content, **details})
             self.write_config()
 
@@ -119,9 +107,9 @@ class RunFolder:
         """What ``begin`` wrote; ``None`` where there is nothing that can be used."""
         try:
             content = json.loads((self.path / BASELINES).read_text(encoding="utf-8"))
-            measured = content.pop("measured")
-            found = {t: {n: decode(e) for n, e in held.items()} for t, held in measured.items()}
-            return (found, content) if content.pop("base") == self.belongs["base"] else None
+            by_task = content.pop("measured").items()
+            measured = {task: {n: decode(e) for n, e in by_name.items()} for task, by_name in by_task}
+            return (measured, content) if content.pop("base") == self.belongs["base"] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -161,7 +149,7 @@ def check_belongs(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
         raise UserError(
             "--policy.path", f"{checkpoint.folder} belongs to another base policy ({', '.join(odd)} differ)"
         )
-    before, after = flatten(absolute(then["config"])), flatten(now["config"])
+    before, after = then["config"], now["config"]
     # Where a type differs, all of its options do.
     for name in sorted(before | after, key=lambda name: (not name.endswith(".type"), name)):
         if before.get(name) != after.get(name):
@@ -173,38 +161,21 @@ def check_belongs(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
 
 
 def fixed(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config without what may differ when it goes on."""
-    found = without_plugins(json.loads(json.dumps(config)))
-    for name in FREE:
-        *parents, last = name.split(".")
-        part = found
-        for parent in parents:
-            part = part.get(parent) or {}
-        part.pop(last, None)
-    return found
+    """A run's config, by dotted names, without what may differ when it goes on."""
+    options = flatten(without_plugins(config))
+    return {n: v for n, v in options.items() if not any(f"{n}.".startswith(f"{free}.") for free in FREE)}
 
 
 def encode(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "seeds": evaluation.seeds,
-        "successes": [bool(won) for won in evaluation.successes],
-        "steps": [int(steps) for steps in evaluation.steps],
-        "returns": None if evaluation.returns is None else [float(value) for value in evaluation.returns],
-        "reported": evaluation.reported,
-        "info_keys": list(evaluation.info_keys),
-    }
+    """An evaluation as JSON values, without its frames."""
+    values = {name: value for name, value in vars(evaluation).items() if name != "frames"}
+    return {n: value.tolist() if isinstance(value, np.ndarray) else value for n, value in values.items()}
 
 
-def decode(held: dict[str, Any]) -> Evaluation:
-    returns = held.get("returns")  # runs of older versions kept neither these nor what follows
-    return Evaluation(
-        held["seeds"],
-        np.array(held["successes"], bool),
-        np.array(held["steps"], np.int64),
-        returns=None if returns is None else np.array(returns, float),
-        reported=held.get("reported", True),
-        info_keys=tuple(held.get("info_keys", ())),
-    )
+def decode(values: dict[str, Any]) -> Evaluation:
+    """The evaluation that ``encode`` was given."""
+    arrays = {name: np.array(values[name]) for name in ("successes", "steps", "returns") if values[name]}
+    return Evaluation(**{**values, **arrays, "info_keys": tuple(values["info_keys"])})
 
 
 @contextmanager

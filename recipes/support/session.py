@@ -150,13 +150,10 @@ class Session:
         self.runner.features(conditioning)
         prior = self.runner.prior(1, torch.Generator().manual_seed(0))
         chunk = self.runner.decode(conditioning, prior)[0]
-        vec.check_actions(chunk)
-        self.first = conditioning
-        if free:
-            findings = vec.examine(chunk)
-            self.repeatable = findings.repeatable
-            self._warn(findings.warnings)
-            self._name_success(findings.success_key)
+        findings = vec.examine(chunk, move=free)
+        self.first, self.repeatable = conditioning, findings.repeatable
+        self._warn(findings.warnings)
+        self._name_success(findings.success_key)
 
     def _name_success(self, key: str | None) -> None:
         """Say once where success is read, if it is not where LeRobot reads it."""
@@ -276,12 +273,7 @@ def open_session(
     observe: ObserveConfig | None = None,
     many: bool = False,
 ) -> tuple[Session, Path | str]:
-    """Load the base policy for an environment; returns the session and the base's folder or server.
-
-    Args:
-        policy, env, eval_config, machine: configs.
-        many: whether ``env`` may name several tasks.
-    """
+    """Load the base policy for an environment; returns the session and the base's folder or server."""
     machine.apply()
     if not policy.path:
         raise UserError("--policy.path", "name the folder or Hub repository of the base policy")

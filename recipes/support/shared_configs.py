@@ -24,9 +24,9 @@ class EpisodesConfig:
     batch_size: int = 40
     # First episode seed.
     seed: int = EVALUATION_SEED
-    # Random constant noises among which the best is sought (0 leaves this baseline out) ...
+    # Random constant noises to search for the best one (0: leave this baseline out).
     constant_candidates: int = 16
-    # ... and the episodes that each gets for it, on seeds of their own.
+    # Episodes for each of them in that search, on seeds of their own.
     constant_episodes: int = 20
     # Episodes to render to a video (0: none).
     videos: int = 4
@@ -61,7 +61,7 @@ class EvalConfig(EpisodesConfig):
 
 @dataclass
 class MachineConfig:
-    """What of the machine a run may use."""
+    """How much of the machine a run may use."""
 
     # Simulator processes (0 steps the environments in the main process).
     workers: int = 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
+from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
 from trimtab.recipes.support.layers import merge
+from trimtab.rl.algorithms import AlgorithmConfig
 
 STEPS = 24  # of an episode
 EVAL = {"n_episodes": 2, "batch_size": 2, "constant_candidates": 1, "constant_episodes": 1, "videos": 1}
@@ -37,19 +40,20 @@ RL = {"batch_size": 8, "num_candidates": 2, "target_candidates": 2}
 def shrink(content: dict[str, Any], command: str) -> None:
     """Budgets and sizes of seconds, in the place of the recipe's."""
     content |= merge(content, BUDGETS[command])
-    if command == "lora":
-        _shrink_tuning(content)
+    steered, tuned = [content] * (command == "adapt"), [content] * (command == "lora")
     if command == "adapt":
-        _shrink_steering(content)
         content.pop("demos", None)
     if command == "compare":
         small = _small_methods(content)
         settings = {name: (content.get("settings") or {}).get(name) or {} for name in small}
-        for name in {"steered", "residual"} & set(small):
-            _shrink_steering(settings[name])
-        if FINE_TUNED in small:
-            _shrink_tuning(settings[FINE_TUNED].setdefault("tuning", {}))
+        steered = [settings[name] for name in ("steered", "residual") if name in small]
+        tuned = [settings[FINE_TUNED].setdefault("tuning", {})] if FINE_TUNED in small else []
         content |= {"methods": ",".join(small), "settings": settings}
+    for part in steered:
+        part |= _small_steering(part)
+    for part in tuned:
+        peft = part.get("peft") or {}
+        part |= {**TUNING, "peft": {**peft, "r": min(4, peft.get("r", 4))}}
     observe = content.get("observe") or {}
     observe.pop("cameras", None)  # the environment has one, under another name
     if "images" in (observe.get("inputs") or ()):
@@ -58,7 +62,6 @@ def shrink(content: dict[str, Any], command: str) -> None:
 
 def _small_methods(content: dict[str, Any]) -> list[str]:
     """Of the comparison's methods those that a few chunks suffice for; what is no method is left in."""
-    from trimtab.adapters.checkpoint.folder import is_server
     from trimtab.recipes.compare.methods import METHODS
 
     known = [*LEARN_NOTHING_NEW, *(() if is_server(content["policy"]["path"]) else (FINE_TUNED,))]
@@ -66,22 +69,16 @@ def _small_methods(content: dict[str, Any]) -> list[str]:
     return [name for name in names if name in known or name not in METHODS]
 
 
-def _shrink_steering(content: dict[str, Any]) -> None:
-    """A pace and networks for a few chunks; ``content`` has ``rl`` and ``train``."""
-    train, rl = content.setdefault("train", {}), content.get("rl") or {}
-    train.pop("warm_start", None)
-    pace = train.get("updates_per_transition")
-    train |= PACE | {"updates_per_transition": min(2.0, pace or 2.0)}
-    content["train"] = train
-    if rl.get("type") and rl["type"] != "golden_ticket":
-        for name, most in RL.items():
-            if name == "batch_size" or rl["type"] in ("best_of_n", "dsrl_na"):
-                rl[name] = min(most, rl.get(name, most))
-        content["rl"] = merge(rl, {"actor": NARROW, "critic": NARROW})
-
-
-def _shrink_tuning(content: dict[str, Any]) -> None:
-    """A few steps of a narrow LoRA."""
-    content |= TUNING
-    peft = content.setdefault("peft", {})
-    peft["r"] = min(4, peft.get("r", 4))
+def _small_steering(content: dict[str, Any]) -> dict[str, Any]:
+    """``train`` and ``rl`` of ``content`` with a pace and networks for a few chunks."""
+    train, rl = content.get("train") or {}, content.get("rl") or {}
+    pace = min(2.0, train.get("updates_per_transition") or 2.0)
+    small = {name: value for name, value in train.items() if name != "warm_start"}
+    small |= {**PACE, "updates_per_transition": pace}
+    cls = AlgorithmConfig.get_known_choices().get(str(rl.get("type")))
+    if cls is None:
+        return {"train": small}
+    names = {field.name for field in fields(cls)}
+    caps = {name: min(most, rl.get(name) or most) for name, most in RL.items() if name in names}
+    networks = {name: NARROW for name in ("actor", "critic") if name in names}
+    return {"train": small, "rl": merge({**rl, **caps}, networks)}

@@ -63,16 +63,16 @@ class BestOfNConfig(AlgorithmConfig):
     # Members of the action critic, drawn anew at each update, of whose values the smallest counts in the
     # target; at most all of them.
     target_members: int = 2
-    # How both are regressed. logistic: by cross-entropy of where the value lies between the smallest and the
-    # largest possible return, where the reward tells them; squared: by the squared error of the value.
+    # Loss of both. logistic: cross-entropy of the value, scaled to [0, 1] between the smallest and largest
+    # possible return (squared, if the reward has no bounds); squared: squared error of the value.
     critic_loss: str = "logistic"
-    # Share of it that is left at the end of --train.env_steps, to which it falls linearly.
+    # Share of the learning rate that is left at the end of --train.env_steps; it falls linearly.
     learning_rate_end: float = 0.1
-    # Returns over many chunks make the acting policy good sooner: see rl/algorithms/best_of_n.md.
+    # Chunks in an n-step return. Many make the acting policy good sooner: see rl/algorithms/best_of_n.md.
     n_step: int = 10
     # Candidates decoded for each observation, of which the acting policy takes one.
     num_candidates: int = 16
-    # How many of them the actor proposes; the others are draws of what the base draws. Default: half.
+    # How many of them the actor proposes; the others are draws of the base's own noise. Default: half.
     actor_candidates: int | None = None
     # Stored candidates of the next state among which the TD target looks. Default: half.
     target_candidates: int | None = None
@@ -90,7 +90,7 @@ class BestOfNConfig(AlgorithmConfig):
     regression_temperature: float = 0.3
     # Weight of KL(actor || prior) against the noise critic's value, in units of return per nat.
     prior_weight: float = 0.25
-    # Share of the states in which the actor climbs at its mean, which is what is deployed, and not at a draw.
+    # Share of the states in which the actor is trained at its mean (which is deployed), and not at a draw.
     mean_share: float = 0.5
 
     def __post_init__(self) -> None:

@@ -68,9 +68,9 @@ class DSRLNAConfig(SoftConfig):
     distilled_pairs: int = 1
     # exact: MiB that the conditioning in the replay may take.
     conditioning_limit: float = 4096.0
-    # What the actor pays for: prior, its divergence from what the base draws; entropy, as in SAC.
+    # Penalty of the actor: prior (its divergence from the base's noise) or entropy (as in SAC).
     regularizer: str = "prior"
-    # In units of return per nat, and fixed: a temperature that falls lets the actor exploit the noise critic.
+    # Its weight in units of return per nat. Fixed: if it falls, the actor exploits the noise critic.
     initial_temperature: float = 0.03
     learn_temperature: bool = False
 

@@ -44,14 +44,14 @@ from trimtab.rl.data.replay import Batch
 class ResidualConfig(AlgorithmConfig):
     """Settings of the residual policy. The noise space has no part in it: the base's noise is its own."""
 
-    # Of the actor, size and activation count.
+    # Size and activation of the actor; its other settings have no effect.
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     # Largest correction of an entry of the chunk, in the policy's normalised actions (mostly -1 to 1).
     scale: float = 0.5
-    # Deviation of the noise added while learning acts, as a share of scale ...
+    # Deviation of the exploration noise, as a share of scale.
     exploration: float = 0.1
-    # ... and of that in the TD target, and where the latter is clipped.
+    # Deviation of the noise in the TD target, and where that noise is clipped, as shares of scale.
     target_noise: float = 0.2
     target_clip: float = 0.5
     # Weight of the mean squared correction (as a share of scale), in units of return.

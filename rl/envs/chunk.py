@@ -11,27 +11,14 @@ import gymnasium as gym
 import numpy as np
 
 from trimtab.adapters.errors import UserError
-from trimtab.rl.envs.contract import (
-    Layout,
-    check_images,
-    check_layout,
-    layout,
-    read_reset,
-    read_step,
-    read_success,
-)
+from trimtab.rl.envs import contract
 
 # One environment's raw observation: arrays by key; cameras may sit one level deeper (`pixels`).
 RawObservation = dict[str, Any]
 
 
 class NotFinite(UserError):
-    """NaN or Inf where none may be.
-
-    Args:
-        kind: ``chunk``, ``observation`` or ``reward``.
-        option, message: as for ``UserError``.
-    """
+    """NaN or Inf where none may be; ``kind`` is ``chunk``, ``observation`` or ``reward``."""
 
     def __init__(self, kind: str, option: str, message: str) -> None:
         super().__init__(option, message)
@@ -91,12 +78,10 @@ def lost_episode(kind: str, message: str, observation: RawObservation | None) ->
 class ChunkEnv:
     """Steps a Gymnasium environment through action chunks and keeps its observation history.
 
-    The history is what LeRobot's ``select_action`` would have queued: the last ``n_obs_steps``
-    observations, the first one repeated after a reset.
-
     Args:
         env: the environment; what it must do is in ``contract.py``.
-        n_obs_steps: length of the observation history.
+        n_obs_steps: length of the history, as LeRobot's ``select_action`` queues it: the last
+            observations, the first one repeated after a reset.
         keep_seen: return every step's observation, to record what was done.
         limit: steps of an episode, where the environment itself names no time limit.
 
@@ -115,7 +100,7 @@ class ChunkEnv:
         self.env = env
         self.n_obs_steps, self.keep_seen = n_obs_steps, keep_seen
         self.limit = _time_limit(env) or limit or None
-        self.layout: Layout = {}
+        self.layout: contract.Layout = {}
         self.seed = -1
         self.render = False
         self._history: deque[RawObservation] = deque(maxlen=n_obs_steps)
@@ -136,7 +121,7 @@ class ChunkEnv:
     def reset(self, seed: int) -> RawObservation:
         """Start the episode of ``seed`` and return its observation history."""
         self._running = False  # until it has returned
-        observation, info = read_reset(self.env.reset(seed=int(seed)))
+        observation, info = contract.read_reset(self.env.reset(seed=int(seed)))
         self._keep(observation, self.n_obs_steps)
         self._succeeded(info)
         self.seed, self._step, self._running = int(seed), 0, True
@@ -168,7 +153,8 @@ class ChunkEnv:
             if self.keep_seen:
                 seen.append(self._history[-1])
             # A copy, for the actions are recorded and environments clip and scale in place.
-            observation, reward, terminated, truncated, info = read_step(self.env.step(action.copy()))
+            returned = self.env.step(action.copy())
+            observation, reward, terminated, truncated, info = contract.read_step(returned)
             self._keep(observation)
             if not np.isfinite(reward):
                 raise NotFinite("reward", "--env.type", f"the environment returned the reward {reward}")
@@ -237,17 +223,21 @@ class ChunkEnv:
 
     def _keep(self, observation: RawObservation, times: int = 1) -> None:
         """Take an observation into the history."""
-        check_finite(observation)
-        now = layout(observation)
-        if not self.layout:
-            check_images(now)
-            self.layout = now
-        elif now != self.layout:
-            check_layout(self.layout, now)
+        for path, array in contract.flat(observation).items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise NotFinite(
+                    "observation",
+                    "--env.type",
+                    f"the environment returned NaN or Inf in its observation '{path}'",
+                )
+        layout = contract.layout(observation)
+        if layout != self.layout:
+            contract.check_layout(self.layout or layout, layout)
+        self.layout = self.layout or layout
         self._history.extend([observation] * times)
 
     def _succeeded(self, info: dict[str, Any]) -> bool:
-        key, success = read_success(info)
+        key, success = contract.read_success(info)
         self._success_key = key or self._success_key
         final = info.get("final_info")
         names = {*info, *(final if isinstance(final, dict) else ())} - {key, "final_info"}
@@ -271,16 +261,3 @@ def stack_observations(observations: list[RawObservation]) -> RawObservation:
         entries = [observation[key] for observation in observations]
         stacked[key] = stack_observations(entries) if isinstance(first, dict) else np.stack(entries)
     return stacked
-
-
-def check_finite(observation: RawObservation) -> None:
-    """Raise ``NotFinite`` where a floating-point entry of the observation is NaN or Inf."""
-    for key, value in observation.items():
-        if isinstance(value, dict):
-            check_finite(value)
-        elif np.issubdtype(np.asarray(value).dtype, np.floating) and not np.isfinite(value).all():
-            raise NotFinite(
-                "observation",
-                "--env.type",
-                f"the environment returned NaN or Inf in its observation '{key}'",
-            )

@@ -81,39 +81,37 @@ def _read_entries(observation: Mapping[str, Any], path: str = "") -> dict[str, A
     return entries
 
 
-def layout(observation: Mapping[str, Any], path: str = "") -> Layout:
-    """Shapes and dtypes of an observation that ``read_observation`` has read."""
-    entries: Layout = {}
+def flat(observation: Mapping[str, Any], path: str = "") -> dict[str, np.ndarray]:
+    """The arrays of an observation that ``read_observation`` has read, nested ones by path."""
+    arrays: dict[str, np.ndarray] = {}
     for key, value in observation.items():
-        if isinstance(value, dict):
-            entries |= layout(value, f"{path}{key}/")
-        else:
-            entries[f"{path}{key}"] = value.shape, value.dtype
-    return entries
+        nested = isinstance(value, dict)
+        arrays |= flat(value, f"{path}{key}/") if nested else {f"{path}{key}": value}
+    return arrays
 
 
-def check_images(entries: Layout) -> None:
-    """Refuse images that LeRobot does not read: it takes uint8 (height, width, channels)."""
-    for key, (shape, dtype) in entries.items():
+def layout(observation: Mapping[str, Any]) -> Layout:
+    """Shapes and dtypes of an observation."""
+    return {path: (array.shape, array.dtype) for path, array in flat(observation).items()}
+
+
+def check_layout(first: Layout, now: Layout) -> None:
+    """Refuse other entries or shapes than the first observation's, and images that LeRobot cannot read."""
+    for key in sorted(first.keys() ^ now.keys()):
+        verb = "disappears" if key in first else "appears"
+        raise UserError(OPTION, f"every observation must hold the same entries, but '{key}' {verb}")
+    for key, (shape, dtype) in now.items():
+        before = first[key][0]
+        if shape != before:
+            raise UserError(
+                OPTION, f"the observation's '{key}' must keep its shape, but {before} becomes {shape}"
+            )
         wrong = dtype != np.uint8 or len(shape) != 3 or shape[2] >= min(shape[:2])
         if key.split("/")[0] == "pixels" and wrong:
             raise UserError(
                 OPTION,
                 f"the image '{key}' must be uint8 of (height, width, channels), it is {dtype} of {shape}",
             )
-
-
-def check_layout(first: Layout, now: Layout) -> None:
-    """Refuse an observation that holds other entries than the first one, or of another shape."""
-    for key in sorted(first.keys() ^ now.keys()):
-        verb = "disappears" if key in first else "appears"
-        raise UserError(OPTION, f"every observation must hold the same entries, but '{key}' {verb}")
-    for key, (shape, _) in first.items():
-        if shape != now[key][0]:
-            raise UserError(
-                OPTION, f"the observation's '{key}' must keep its shape, but {shape} becomes {now[key][0]}"
-            )
-    check_images(now)
 
 
 def read_success(info: Mapping[str, Any]) -> tuple[str | None, bool]:

@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from trimtab.rl.envs.chunk import ChunkEnv
-from trimtab.rl.envs.contract import layout, read_observation
+from trimtab.rl.envs.contract import flat, layout, read_observation
 
 
 @dataclass
@@ -79,12 +79,18 @@ def _metadata(env: gym.Env, name: str) -> list[Any]:
     return [one[name] for one in metadata if isinstance(one, Mapping) and one.get(name) is not None]
 
 
-def examine(env: ChunkEnv, chunk: np.ndarray) -> Findings:
+def examine(env: ChunkEnv, chunk: np.ndarray, move: bool = True) -> Findings:
     """Step a chunk (T, action_dim) in an environment that has just been reset, and reset it twice more.
+
+    Args:
+        move: else nothing moves: only the chunk is looked at.
 
     Raises:
         UserError: a rule without which nothing can be right is broken.
     """
+    env.check_actions(chunk)
+    if not move:
+        return Findings(repeatable=False)
     seed, first, after_reset = env.seed, env.history(), env.layout
     result = env.step_chunk(chunk, None)
     findings = Findings(True, result.success_key)
@@ -113,10 +119,8 @@ def examine(env: ChunkEnv, chunk: np.ndarray) -> Findings:
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """Names of the entries that differ between two observations of one layout."""
-    names = []
-    for key, value in first.items():
-        nested = isinstance(value, dict)
-        if _differing(value, second[key]) if nested else not np.array_equal(value, second[key]):
-            names.append(f"'{key}'")
-    return ", ".join(names)
+    """Paths of the entries that differ between two observations of one layout."""
+    other = flat(second)
+    return ", ".join(
+        f"'{path}'" for path, array in flat(first).items() if not np.array_equal(array, other[path])
+    )

@@ -5,9 +5,10 @@ Nothing outside ``rl/envs`` asks for an environment's type. A LeRobot ``EnvConfi
 - ``task_names()``: the tasks that its ``task`` names, each of which it can be narrowed to;
 - ``check_base(folder)``: raises a ``UserError`` where the base policy in ``folder`` does not know them;
 - ``base_tasks(folder)``: all tasks that this base knows;
-- ``make_chunk_env(task_index, **options)``: its chunk-wise form, a ``ChunkEnv``.
+- ``make_chunk_env(task_index, **options)``: its chunk-wise form, a ``ChunkEnv``;
+- ``tiny``, true: a simulator without cameras, which ``--tiny=true`` may run as it is.
 
-LeRobot's own configs define none of them: ``FORMS`` may name a config of ours that stands in for one.
+LeRobot's own configs define none of them. ``FORMS`` names configs of ours that are run in their place.
 """
 
 from __future__ import annotations
@@ -30,21 +31,13 @@ ELSEWHERE = (
 )
 
 
-def own_form(config: EnvConfig) -> EnvConfig:
-    """Our config in the place of LeRobot's, with its settings, where there is one; else ``config`` itself."""
-    form = FORMS.get(type(config))
-    if form is None:
-        return config
-    return form(**{field.name: getattr(config, field.name) for field in fields(config) if field.init})
-
-
 def task_names(config: EnvConfig, option: str = "--env.task") -> list[str]:
     """The tasks that ``config`` names; empty where only the environments know, once they are made.
 
     Raises:
         UserError: with ``option``: there is no such task.
     """
-    ask = getattr(own_form(config), "task_names", None)
+    ask = getattr(config, "task_names", None)
     try:
         return [] if ask is None else ask()
     except UserError as error:
@@ -65,14 +58,14 @@ def check_base(config: EnvConfig, base: Path | str) -> None:
     Raises:
         UserError: names the task.
     """
-    check = getattr(own_form(config), "check_base", None)
+    check = getattr(config, "check_base", None)
     if check is not None and isinstance(base, Path):
         check(base)
 
 
 def base_tasks(config: EnvConfig, base: Path | str) -> list[str]:
     """All tasks that the base policy knows; empty where nobody can tell."""
-    ask = getattr(own_form(config), "base_tasks", None)
+    ask = getattr(config, "base_tasks", None)
     return ask(base) if ask is not None and isinstance(base, Path) else []
 
 
@@ -83,11 +76,19 @@ def make_chunk_env(config: EnvConfig, task_index: int, **options: Any) -> ChunkE
         task_index: which of its tasks, modulo their number.
         options: those of ``ChunkEnv``.
     """
-    make = getattr(own_form(config), "make_chunk_env", None)
+    make = getattr(config, "make_chunk_env", None)
     if make is not None:
         return make(task_index, **options)
     limit = getattr(config, "episode_length", None)
     return ChunkEnv(make_single_env(config, task_index), limit=limit, **options)
+
+
+def tiny_form(options: dict[str, Any], steps: int) -> EnvConfig | None:
+    """The environment that ``options`` name, with episodes of ``steps``, if it says that it is ``tiny``."""
+    config = EnvConfig.get_known_choices().get(options.get("type"))
+    if not getattr(config, "tiny", False):
+        return None
+    return config(**{"task": options["task"]} if options.get("task") else {}, episode_length=steps)
 
 
 def env_processors(config: EnvConfig, policy_config: Any) -> tuple[Any, Any]:
@@ -133,7 +134,8 @@ def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
     Raises:
         UserError: a package is missing, or ``create_envs`` gives no environments of this process.
     """
-    config = own_form(config)
+    if form := FORMS.get(type(config)):
+        config = form(**{field.name: getattr(config, field.name) for field in fields(config) if field.init})
     try:
         suites = config.create_envs(1, False)
     except ImportError as error:

@@ -27,12 +27,7 @@ BUILDING = 5  # a simulator may take so many times longer to be built than to st
 
 
 class WorkerLost(RuntimeError):
-    """A worker process is gone or does not answer.
-
-    Args:
-        kind: ``crash`` or ``hang``.
-        message: what is known.
-    """
+    """A worker process is gone (``kind`` is ``crash``) or does not answer (``hang``)."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -62,11 +57,8 @@ class _Group:
         self.envs[i] = self._make(i)
         return describe(self.envs[i], self._fps)
 
-    def examine(self, i: int, chunk: np.ndarray) -> Findings:
-        return examine(self.envs[i], chunk)
-
-    def check_actions(self, i: int, chunk: np.ndarray) -> None:
-        self.envs[i].check_actions(chunk)
+    def examine(self, i: int, chunk: np.ndarray, move: bool) -> Findings:
+        return examine(self.envs[i], chunk, move)
 
     def reset(self, i: int, render: bool, seed: int) -> RawObservation:
         self.envs[i].render = render
@@ -244,17 +236,9 @@ class ChunkVectorEnv:
         """Reset the environments named in ``seeds`` and return their observation histories."""
         return self._ask("reset", {i: ((render or {}).get(i, False), seed) for i, seed in seeds.items()})
 
-    def examine(self, chunk: np.ndarray) -> Findings:
-        """Ask the first environment, which has just been reset, whether it does what it must.
-
-        Args:
-            chunk: (T, action_dim), to be stepped.
-        """
-        return self._ask("examine", {0: (chunk,)})[0]
-
-    def check_actions(self, chunk: np.ndarray) -> None:
-        """Refuse actions (T, action_dim) that the first environment cannot take; nothing moves."""
-        self._ask("check_actions", {0: (chunk,)})
+    def examine(self, chunk: np.ndarray, move: bool = True) -> Findings:
+        """Ask the first environment whether it does what it must, as ``examine.examine`` finds it."""
+        return self._ask("examine", {0: (chunk, move)})[0]
 
     def send(self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]) -> None:
         """Start stepping ``chunks`` (each (T, action_dim)); ``next_seeds`` as in ``ChunkEnv.step_chunk``."""

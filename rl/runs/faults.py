@@ -19,7 +19,7 @@ KINDS = ("crash", "hang", "observation", "reward", "chunk", "transition", "loss"
 class FaultsConfig:
     """``--faults.*``: how much may go wrong before a run stops."""
 
-    # Faults in all past which the run stops, with a checkpoint: simulators that crash or hang, NaN or Inf.
+    # Number of faults after which the run stops with a checkpoint: simulators that crash or hang, NaN or Inf.
     limit: int = 50
     # Seconds that a simulator worker may take for one chunk before it is restarted (0: any time).
     timeout: float = 300.0
@@ -59,6 +59,12 @@ class FaultLog:
         """Count new faults of all processes."""
         for kind, count in zip(KINDS, new, strict=True):
             self.counts[kind] += int(count)
+
+    def error(self, limit: int) -> UserError:
+        """That there are more than ``limit``, with what happened last on this process."""
+        option, _, message = (self.last or "--faults.limit: on another process").partition(": ")
+        count = f"stopped after {self.total} faults ({self}), more than --faults.limit={limit}"
+        return UserError(option, f"{message}; {count}")
 
     @property
     def total(self) -> int:

@@ -183,6 +183,10 @@ def test_missing_folder_and_repository(tmp_path):
         load("no/such")
     with pytest.raises(UserError, match="name the folder"):
         load_adapter(PolicyConfig())
+    with pytest.raises(UserError, match=r"there is no folder no/such@v1; .* no/such, .*--policy.revision=v1"):
+        load("no/such@v1")
+    with pytest.raises(UserError, match=r"there is no folder https.*; .* a Hub repository as owner/name"):
+        load("https://huggingface.co/no/such")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         load(tmp_path / "file")

@@ -14,7 +14,7 @@ from tests.helpers.adapter_cases import noise_like
 from tests.helpers.openpi_server import API_KEY
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.config import RemoteConfig
-from trimtab.adapters.remote.adapter import resize_with_pad
+from trimtab.adapters.remote.observation import resize_with_pad, sent_images
 from trimtab.adapters.remote.openpi_client import PolicyServer, pack, unpack
 from trimtab.policies.observe import ObserveConfig, build_observer
 
@@ -288,7 +288,9 @@ def test_images_are_resized_as_openpis_clients_do(height, width):
 def test_images_come_through_lerobots_conversion_unchanged(policy_server):
     adapter = load_adapter(PolicyConfig(path=f"{policy_server}/libero", device="cpu"))
     pixels = torch.arange(256, dtype=torch.uint8).repeat(588).reshape(1, 224, 224, 3)
-    sent = adapter._images(pixels.permute(0, 3, 1, 2).float() / 255)  # as `preprocess_observation` does
+    sent = sent_images(
+        adapter.options, pixels.permute(0, 3, 1, 2).float() / 255
+    )  # as `preprocess_observation` does
     assert torch.equal(sent, pixels)
     adapter.close()
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.weightless import WithoutMemory, to_fake
-from trimtab.adapters.base import PolicyAdapter
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.loading import quietly
+from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_class
 from trimtab.adapters.tiny import backbones
 from trimtab.adapters.tiny.parts import camera_features, statistics, word_tokenizer

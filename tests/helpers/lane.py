@@ -18,6 +18,16 @@ from lerobot.envs.configs import EnvConfig
 from trimtab.adapters import UserError
 from trimtab.rl.envs.chunk import ChunkEnv
 
+# Options of a run of seconds on the lane, and of its training.
+SMALL = [
+    *("--env.type=test_lane", "--policy.device=cpu", "--machine.workers=0"),
+    *("--eval.n_episodes=4", "--eval.batch_size=4", "--eval.constant_candidates=2", "--eval.videos=0"),
+    "--eval.constant_episodes=2",
+]
+TRAIN = [
+    *("--train.env_steps=240", "--train.first_update=16", "--train.warmup_transitions=16", "--num_envs=2"),
+    *("--train.log_every=80", "--rl.type=dsrl_sac", "--rl.batch_size=16"),
+]
 GOAL, PIT = 6.0, -2.0
 # What an environment calls the success it reports; ``None``: it reports none.
 SUCCESS_KEYS = {"succeed": "succeed", "success": "success", "silent": None, "dense": None}
@@ -211,3 +221,15 @@ def make_lane_policy(folder, **fields):
     for part in (policy, *make_pre_post_processors(config, dataset_stats=stats)):
         part.save_pretrained(folder)
     return folder
+
+
+# Options of a short run in it.
+SMALL = [
+    *("--env.type=test_lane", "--policy.device=cpu", "--machine.workers=0"),
+    *("--eval.n_episodes=4", "--eval.batch_size=4", "--eval.constant_candidates=2", "--eval.videos=0"),
+    "--eval.constant_episodes=2",
+]
+TRAIN = [
+    *("--train.env_steps=240", "--train.first_update=16", "--train.warmup_transitions=16", "--num_envs=2"),
+    *("--train.log_every=80", "--rl.type=dsrl_sac", "--rl.batch_size=16"),
+]

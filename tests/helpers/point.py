@@ -112,3 +112,28 @@ class PointAdapter(PolicyAdapter):
 
     def example_conditioning(self, batch_size, generator):
         return Conditioning({"state": torch.randn(batch_size, 2, generator=generator)})
+
+
+def point_dataset(root, episodes=(10, 7), columns=(), task="reach the goal", success_at=None):
+    """A dataset for the point policy: numbers that tell where they come from."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    features = {
+        key: {"dtype": "float32", "shape": (1,), "names": None}
+        for key in ("observation.state", "observation.environment_state", "action", *columns)
+    }
+    dataset = LeRobotDataset.create("test/point", 10, features, root=root, use_videos=False)
+    for number, length in enumerate(episodes):
+        for t in range(length):
+            value = np.array([0.01 * t + 0.1 * number], np.float32)
+            frame = {
+                "observation.state": value,
+                "observation.environment_state": value + 0.5,
+                "action": value * 2,
+            }
+            for name in columns:
+                frame[name] = np.array([float(t == success_at)], np.float32)
+            dataset.add_frame({**frame, "task": task})
+        dataset.save_episode()
+    dataset.finalize()
+    return root

@@ -14,7 +14,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
-from tests.policies.test_steered_policy import artefact_of
+from tests.helpers.steered import artefact_of
 from trimtab.adapters.tiny import make_tiny
 from trimtab.adapters.tiny.parts import camera_features
 

@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 from tests.conftest import make_diffusion
 from tests.helpers.pixels import CAMERA, SIDE, PixelPointAdapter
 from tests.helpers.point import PointAdapter
-from tests.policies.test_steered_policy import load, observations, processors
+from tests.helpers.steered import load, observations, processors
 from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.registry import adapter_class, adapter_types
 from trimtab.policies.actor import ActorConfig, NoiseActor

@@ -13,7 +13,7 @@ from lerobot.scripts.lerobot_eval import rollout
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
 from tests.helpers.lane import LaneConfig, LaneEnv, make_lane_policy
-from tests.policies.test_steered_policy import artefact_of
+from tests.helpers.steered import artefact_of
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.tiny import TYPES, make_tiny
 from trimtab.adapters.tiny.parts import camera_features
@@ -69,7 +69,7 @@ def trimtab_eval(steered, episodes):
         while steps < STEPS:
             conditioning = runner.encode(seen, [""] * len(seeds))
             prior = runner.prior(len(seeds), torch.Generator().manual_seed(0))
-            chunk = runner.decode(conditioning, source(runner.features(conditioning), prior))
+            chunk = np.stack(runner.decode(conditioning, source(runner.features(conditioning), prior)))
             results = [env.step_chunk(one, None) for env, one in zip(envs, chunk)]
             executed = min(result.steps for result in results)
             actions.append(chunk[:, :executed])

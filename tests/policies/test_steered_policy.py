@@ -8,42 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
+from lerobot.policies.factory import make_policy
 from safetensors.torch import load_file, save_file
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
-from tests.adapters.checkpoint.test_peft import folders  # noqa: F401 - a tiny SmolVLA and a LoRA of it
-from tests.adapters.lerobot.test_lingbot_va import frames, history
 from tests.conftest import make_diffusion
+from tests.helpers.adapter_cases.lingbot_va import frames, history
+from tests.helpers.lora_folder import make_lora
+from tests.helpers.steered import (
+    STEERED,
+    artefact_of,
+    assert_no_pickle,
+    features_of,
+    load,
+    observations,
+    processors,
+)
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.tiny import make_tiny
-from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
+from trimtab.policies.actor import constant_actor
 from trimtab.policies.artefact import load_artefact, save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
-from trimtab.policies.noise_space import ConstantNoiseConfig, FullNoiseConfig, MaskedNoiseConfig
-
-STEERED = get_policy_class("trimtab")
-
-
-def features_of(adapter):
-    return adapter.features(adapter.example_conditioning(1, torch.Generator().manual_seed(0))).shape[-1]
-
-
-def trained(adapter, noise):
-    torch.manual_seed(0)
-    actor = NoiseActor(
-        features_of(adapter), noise.build(adapter.noise_spec), ActorConfig(hidden=16, layers=2)
-    )
-    for parameter in actor.net[-1].parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return actor.eval()
-
-
-def artefact_of(options, out, noise=None, **more):
-    adapter, noise = load_adapter(options), noise or FullNoiseConfig()
-    actor = trained(adapter, noise)
-    save_artefact(out, actor, noise, adapter, options, Path(options.path), {}, **more)
-    return adapter, actor
+from trimtab.policies.noise_space import ConstantNoiseConfig, MaskedNoiseConfig
 
 
 @pytest.fixture(scope="module")
@@ -53,43 +39,6 @@ def pair(tmp_path_factory):
     options = PolicyConfig(path=str(make_diffusion(root / "base")), device="cpu")
     adapter, actor = artefact_of(options, root / "artefact")
     return root / "artefact", root / "base", adapter, actor
-
-
-def assert_no_pickle(folder):
-    """Every file is text, or all of it is what a safetensors header describes."""
-    for file in folder.iterdir():
-        content = file.read_bytes()
-        if file.suffix == ".safetensors":
-            length = int.from_bytes(content[:8], "little")
-            header = json.loads(content[8 : 8 + length])
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-            assert len(content) == 8 + length + max(ends), file.name
-        elif file.suffix == ".json":
-            json.loads(content)
-        else:
-            assert file.suffix == ".md" and content.decode("utf-8"), file.name
-
-
-def load(folder, *changes):
-    """As LeRobot's commands do, with changes from a command line."""
-    config = PreTrainedConfig.from_pretrained(folder, cli_overrides=list(changes))
-    return STEERED.from_pretrained(folder, config=config)
-
-
-def processors(folder, config=None):
-    overrides = {
-        "device_processor": {"device": "cpu"},
-        "rename_observations_processor": {"rename_map": {}},
-    }
-    config = config or PreTrainedConfig.from_pretrained(folder)
-    return make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
-
-
-def observations(adapter, steps, count=3):
-    """Raw observations of ``count`` environments, one after another, as LeRobot's commands make them."""
-    generator = torch.Generator().manual_seed(3)
-    made = [adapter.example_observation(count, generator) for _ in range(steps)]
-    return [{k: v[:, -1] if torch.is_tensor(v) else v for k, v in one.items()} for one in made]
 
 
 def test_acts_as_in_training_chunk_for_chunk(pair):
@@ -335,7 +284,13 @@ def test_golden_ticket(pair, tmp_path):
     assert torch.allclose(load(out).predict_action_chunk(batch), expected, atol=1e-5)
 
 
-def test_lora_base(folders, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny SmolVLA and a LoRA of it."""
+    return make_lora(tmp_path_factory.mktemp("peft"))
+
+
+def test_lora_base(folders, tmp_path):
     """A LoRA checkpoint is steered with its layers, and its base is looked up where it was."""
     plain, lora = folders
     adapter, actor = artefact_of(PolicyConfig(path=str(lora), device="cpu"), tmp_path / "artefact")

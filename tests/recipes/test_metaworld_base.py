@@ -8,7 +8,7 @@ import torch
 
 from trimtab.adapters import UserError
 from trimtab.recipes.embedded_base.base import BaseConfig, cached_base, make_base
-from trimtab.recipes.embedded_base.cloning import CloningConfig, make_policy, make_sampler, widened
+from trimtab.recipes.embedded_base.cloning import CloningConfig, WindowSampler, make_policy, widened
 from trimtab.recipes.embedded_base.dataset import REPO_ID, start_center
 from trimtab.recipes.embedded_base.demonstrators import Demonstrator, Operator
 from trimtab.rl.envs.hooks import check_base
@@ -48,7 +48,7 @@ def test_training_windows_equal_lerobots_own(dataset):
         delta_timestamps={"action": [i / fps for i in range(8)], "observation.state": [0.0]},
     )
     _, preprocessor, _ = make_policy(dataset.meta, CloningConfig())
-    sampler = make_sampler(dataset, preprocessor, 8)
+    sampler = WindowSampler(dataset, preprocessor, 8)
     last = int(sampler.last[0])
     index = torch.tensor([0, 5, last - 3, last, last + 1, len(dataset) - 1])
     batch = sampler.batch(index)

@@ -9,34 +9,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.lora_folder import make_lora
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.identity import file_hash
-from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny SmolVLA, and a LoRA checkpoint of it with weights that matter."""
-    from lerobot.policies.factory import make_pre_post_processors
-    from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-
-    root = tmp_path_factory.mktemp("peft")
-    options = make_tiny("smolvla", root / "base")
-    policy = SmolVLAPolicy.from_pretrained(options.path)
-    policy.config.pretrained_path = options.path
-    wrapped = policy.wrap_with_peft(peft_cli_overrides={"method_type": "LORA", "r": 4})
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:  # zero at first: the adapter would change nothing
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    lora = root / "lora"
-    wrapped.save_pretrained(lora)
-    policy.config.save_pretrained(lora)
-    for saved in make_pre_post_processors(policy.config, pretrained_path=options.path):
-        saved.save_pretrained(lora)
-    assert not (lora / "model.safetensors").exists()
-    return options, lora
+    """A tiny SmolVLA and a LoRA of it."""
+    return make_lora(tmp_path_factory.mktemp("peft"))
 
 
 def test_equals_lerobots_own_peft_policy(folders):

@@ -101,6 +101,18 @@ def test_one_line_says_what_is_there(name, folder):
     assert "\n" not in str(caught.value)
 
 
+def test_a_config_that_contradicts_the_processors_is_noted(folder):
+    """LeRobot normalises as the processors say; another mode in config.json has no effect."""
+    before = load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["normalization_mapping"]["ACTION"] = "MEAN_STD"
+    (folder / "config.json").write_text(json.dumps(config))
+    adapter, chunk = load(folder), torch.rand(2, 3, 2)
+    note = "un-normalises 'action' by MIN_MAX, where config.json says MEAN_STD"
+    assert [note in text for text in adapter.notes] == [True] and not before.notes
+    assert torch.equal(adapter.postprocess(chunk), before.postprocess(chunk))
+
+
 def test_trained_without_normalisation(folder):
     """What a config says was not normalised needs no step; the actions are LeRobot's, as they are."""
     edit_steps(folder, POST, without("unnormalizer_processor"))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.broken_weights import a_third, poisoned, spoilt
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
 from trimtab.adapters.tiny import make_tiny
@@ -112,22 +113,6 @@ def test_missing_frozen_parts_name_the_option(options, tmp_path):
     hub = edited(options, tmp_path / "hub", text_encoder_model_id="Wan-AI/Wan2.2-TI2V-5B-Diffusers")
     with pytest.raises(UserError, match=r"--policy.backbone: .* name a folder with 'vae'"):
         load_adapter(PolicyConfig(path=hub.path, device="cpu"))
-
-
-def spoilt(options, folder, part, change):
-    """The options with a copy of Wan's parts of which one has other weights."""
-    backbone = Path(shutil.copytree(options.backbone, folder))
-    file = next((backbone / part).glob("*.safetensors"))
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-    return PolicyConfig(**{**vars(options), "backbone": str(backbone)})
-
-
-def a_third(weights):
-    return {name: weights[name] for name in sorted(weights)[: len(weights) // 3]}
-
-
-def poisoned(weights):
-    return {name: value.clone().fill_(float("nan")) for name, value in weights.items()}
 
 
 @pytest.mark.parametrize("change", [a_third, poisoned])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.adapters.lerobot.test_fastwam import a_third, poisoned, spoilt
 from tests.helpers.adapter_cases import noise_like
-from tests.helpers.adapter_cases.lingbot_va import ROBOTWIN, first_chunk
+from tests.helpers.adapter_cases.lingbot_va import ROBOTWIN, first_chunk, frames, history
+from tests.helpers.broken_weights import a_third, poisoned, spoilt
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
 from trimtab.adapters.tiny import make_tiny
@@ -21,27 +21,6 @@ def options(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(options):
     return load_adapter(options)
-
-
-def frames(adapter, count, seed=0):
-    """``count`` single observations (1, ...) of an episode."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {key: feature.shape for key, feature in adapter.config.input_features.items()}
-    return [
-        {
-            **{k: torch.rand((1, *s), generator=generator) for k, s in shapes.items()},
-            "task": ["push the cube"],
-        }
-        for _ in range(count)
-    ]
-
-
-def history(adapter, episode, end):
-    """The preprocessed history that ends with ``episode[end]``, as a chunked environment keeps it."""
-    chosen = [episode[max(0, end - back)] for back in reversed(range(adapter.n_obs_steps))]
-    keys = adapter.config.input_features
-    stacked = {key: torch.stack([frame[key] for frame in chosen], 1) for key in keys}
-    return adapter.preprocess({**stacked, "task": episode[0]["task"]})
 
 
 def lengths(adapter):

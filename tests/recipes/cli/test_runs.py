@@ -11,40 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers.small_runs import POLICIES, SMALL, check_results
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
 from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.artefact import is_artefact, load_artefact
 from trimtab.recipes.cli import main
 
-SMALL = [
-    "--train.env_steps=240",
-    "--train.warmup_transitions=20",
-    "--train.first_update=16",
-    "--train.log_every=60",
-    "--rl.type=dsrl_sac",
-    "--rl.batch_size=16",
-    "--num_envs=2",
-    "--eval.n_episodes=6",
-    "--eval.batch_size=3",
-    "--eval.constant_candidates=2",
-    "--eval.constant_episodes=2",
-    "--eval.videos=1",
-    "--policy.device=cpu",
-]
 ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3", "--env.episode_length=20"]
-POLICIES = ["base", "zero_noise", "constant_noise", "steered"]
-
-
-def check_results(folder, names, episodes):
-    results = json.loads((folder / "results.json").read_text())
-    assert list(results["policies"]) == names
-    for entry in results["policies"].values():
-        assert entry["episodes"] == episodes
-        assert entry["success_rate"] == entry["successes"] / episodes
-        low, high = entry["ci95"]
-        assert 0 <= low <= entry["success_rate"] <= high <= 1
-    return results
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tests.helpers.lane as lane
-from tests.recipes.support.test_returns import SMALL, TRAIN
+from tests.helpers.lane import SMALL, TRAIN
 from trimtab.adapters import UserError
 from trimtab.recipes.cli import main
 from trimtab.recipes.cli.adapt import AdaptConfig

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from tests.conftest import make_diffusion
-from tests.helpers.point import PointAdapter, PointConfig
+from tests.helpers.point import PointAdapter, PointConfig, point_dataset
 from tests.helpers.problem import problem
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.policies.actor import ActorConfig
@@ -22,14 +22,15 @@ from trimtab.recipes.embedded_base.dataset import SEED_OFFSET, demonstrate, reco
 from trimtab.recipes.embedded_base.demonstrators import Operator
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations, unreadable
+from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.data.demonstrations import Demonstrations, TransitionMaker
+from trimtab.rl.data.opening import unreadable
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.data.returns import Transition
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 FEW = {"num_candidates": 2, "target_candidates": 1, "distilled_pairs": 1}
 TASK, GAMMA, LIMIT = "drawer-close-v3", 0.9, 100
@@ -154,29 +155,6 @@ def test_rewards_of_the_dataset(recorded, adapter):
     first = sum(GAMMA**t * rewards[t] for t in range(4))
     assert transitions[0].reward == pytest.approx(first)
     assert sum(t.reward for t in transitions) > 0  # each success pays
-
-
-def point_dataset(root, episodes=(10, 7), columns=(), task="reach the goal", success_at=None):
-    """A dataset for the point policy: numbers that tell where they come from."""
-    features = {
-        key: {"dtype": "float32", "shape": (1,), "names": None}
-        for key in ("observation.state", "observation.environment_state", "action", *columns)
-    }
-    dataset = LeRobotDataset.create("test/point", 10, features, root=root, use_videos=False)
-    for number, length in enumerate(episodes):
-        for t in range(length):
-            value = np.array([0.01 * t + 0.1 * number], np.float32)
-            frame = {
-                "observation.state": value,
-                "observation.environment_state": value + 0.5,
-                "action": value * 2,
-            }
-            for name in columns:
-                frame[name] = np.array([float(t == success_at)], np.float32)
-            dataset.add_frame({**frame, "task": task})
-        dataset.save_episode()
-    dataset.finalize()
-    return root
 
 
 def test_without_a_success_column_the_end_succeeds_and_a_line_says_so(tmp_path):

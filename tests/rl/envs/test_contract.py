@@ -241,7 +241,7 @@ def test_what_is_left_over_from_the_episode_before_is_found():
             return {"agent_pos": observation["agent_pos"], "pixels": {"top": IMAGE + self.steps}}, info
 
     found = examined(Leaves(observation={"agent_pos": np.zeros(2), "pixels": {"top": IMAGE}}))
-    assert not found.repeatable and "differ in 'pixels'" in found.warnings[0]
+    assert not found.repeatable and "differ in 'pixels/top'" in found.warnings[0]
 
 
 def test_dtypes_and_bounds_that_do_not_fit_are_said():

@@ -8,7 +8,7 @@ from trimtab.adapters import PolicyConfig, UserError
 from trimtab.recipes.cli import main
 from trimtab.recipes.support.session import open_session
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
-from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, own_form, task_names
+from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv
 
 
@@ -22,7 +22,7 @@ def base(tmp_path_factory):
 
 def test_an_environment_without_tasks_of_its_own(base):
     config = LaneConfig()
-    assert own_form(config) is config and task_names(config) == [] and base_tasks(config, base) == []
+    assert task_names(config) == [] and base_tasks(config, base) == []
     check_base(config, base)
     assert for_task(config, "Other-v0").task == "Other-v0"
 
@@ -49,7 +49,7 @@ def test_it_makes_its_own_chunk_wise_form(workers):
     with ChunkVectorEnv(LanesConfig(task="near"), 1, workers) as vec:
         vec.reset({0: 1})
         with pytest.raises(UserError, match=r"--policy.path: the policy is too fast for a lane"):
-            vec.check_actions(99 * right)
+            vec.examine(99 * right, move=False)
 
 
 def test_a_session_takes_its_tasks_one_by_one(base):

@@ -1,8 +1,7 @@
 """The vision-language backbone that a policy names: its small files, without the gigabytes it brings along.
 
 The policy's own checkpoint holds the backbone's weights, but LeRobot loads, or downloads, the original ones
-first. Beside an empty weights file it builds the same model with random ones, which the checkpoint replaces;
-``checkpoint.weights`` then compares every tensor with the checkpoint.
+first. Beside an empty weights file it builds the same model with random ones, which the checkpoint replaces.
 """
 
 from __future__ import annotations
@@ -20,15 +19,7 @@ from trimtab.adapters.errors import UserError
 
 
 def backbone_folder(name: str, revision: str | None = None) -> Path:
-    """The folder with a backbone's config, tokenizer and processors; its weights are not fetched.
-
-    Args:
-        name: folder, or ``owner/name`` on the Hub.
-        revision: branch, tag or commit on the Hub.
-
-    Raises:
-        UserError: neither a folder nor a reachable Hub repository.
-    """
+    """The folder with a backbone's config, tokenizer and processors; its weights are not fetched."""
     return find_folder(
         name, BACKBONE, revision, mend="; name a folder with the backbone's config and processors"
     )
