@@ -10,9 +10,7 @@ LONGEST = 350
 # Names of kinds that only their own folder may compare with.
 ALGORITHMS = {"dsrl_sac", "dsrl_na", "best_of_n", "golden_ticket", "residual"}
 ENVIRONMENTS = {"metaworld_state", "libero", "libero_chunks"}
-# What is left of the old house: to shrink to nothing, and then to go.
-STILL_LONG = {"rl.runs.checkpoint", "rl.trainer", "recipes.cli.compare"}
-STILL_ASK = {"recipes.compare.from_recipe", "recipes.compare.methods"}
+STILL_LONG = {"rl.runs.checkpoint", "rl.trainer"}  # what is left of the old house: to shrink to nothing
 
 
 @cache
@@ -133,6 +131,6 @@ def test_only_algorithms_ask_for_an_algorithms_type():
             called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
             if called in ("isinstance", "issubclass") and classes & names_in(node.args[1]):
                 lines.append(f"{node.lineno}: {ast.unparse(node)}")
-        if lines and name not in STILL_ASK:
+        if lines:
             wrong[name] = lines
     assert not wrong
