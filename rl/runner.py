@@ -155,7 +155,7 @@ class PolicyRunner:
         rows = [self.adapter.denoise(*pair)[0] for pair in zip(conditioning, noise.unbind(0), strict=True)]
         if lengths is not None:
             lengths[:] = [len(row) for row in rows]
-        steps = self.adapter.chunk_shape[0]
+        steps = max(len(row) for row in rows)
         return torch.stack([pad(row, (0, 0, 0, steps - len(row))) for row in rows]).unsqueeze(1)
 
     def act(

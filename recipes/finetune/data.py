@@ -10,34 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.configs import FeatureType, PreTrainedConfig
-from lerobot.configs.train import TrainPipelineConfig
 from lerobot.utils.constants import ACTION
 
 from trimtab.adapters import PolicyAdapter, UserError
 from trimtab.recipes.embedded_base.dataset import no_image_embedding
 from trimtab.recipes.finetune.rollouts import RolloutEpisode
-from trimtab.rl.data.demonstration_data import unreadable
 
 REPO_ID = "trimtab/own_successes"
 NUMERIC = ("float", "int", "uint", "bool")
-
-
-def open_dataset(config: TrainPipelineConfig) -> Any:
-    """The LeRobotDataset of ``config``, with the windows that its policy trains on.
-
-    Raises:
-        UserError: it is not there, or is broken.
-    """
-    from lerobot.datasets.factory import make_dataset
-
-    chosen = config.dataset
-    option = "--dataset.root" if chosen.root else "--dataset.repo_id"
-    if chosen.root and not Path(chosen.root).is_dir():
-        raise UserError(option, f"there is no folder {chosen.root}")
-    try:
-        return make_dataset(config)
-    except Exception as error:  # LeRobot, datasets and the Hub have their own for each way to fail
-        raise unreadable(option, chosen.repo_id, chosen.root, error) from error
 
 
 def check_features(dataset: Any, adapter: PolicyAdapter, rename_map: dict[str, str]) -> None:
