@@ -95,7 +95,7 @@ class NoiseToChunk(abc.ABC):
     noise_spec: NoiseSpec
     chunk_shape: tuple[int, int]
     n_obs_steps: int = 1
-    observer: Callable[[Conditioning, dict[str, Any], Sequence[str] | None], Tensor] | None = None
+    observer: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -129,16 +129,14 @@ class NoiseToChunk(abc.ABC):
             UserError: the policy needs an input that the environment does not give.
         """
         self.check_observation(observation)
-        flat, lead = {}, (0, 1)
+        lead = next((tuple(v.shape[:2]) for v in observation.values() if isinstance(v, Tensor)), (0, 1))
+        flat: dict[str, Any] = {}
         for key, value in observation.items():
             if isinstance(value, str):
                 raise ValueError(f"'{key}' is one string; give a list with one for each observation")
-        for key, value in observation.items():
             if isinstance(value, Tensor):
-                lead = tuple(value.shape[:2])
                 flat[key] = value.flatten(0, 1)
-        for key, value in observation.items():
-            if not isinstance(value, Tensor):  # one string per environment: repeat over the history
+            else:  # one string per environment: repeat over the history
                 flat[key] = [item for item in value for _ in range(lead[1])]
         batch = self.preprocessor(flat)
         if not self.history:
@@ -203,7 +201,7 @@ class NoiseToChunk(abc.ABC):
 
     def example_observation(self, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
         """A random observation within the policy's own statistics, with a task."""
-        stats = {}
+        stats: dict[str, Any] = {}
         for step in getattr(self.preprocessor, "steps", ()):
             stats = getattr(step, "_tensor_stats", None) or stats
         originals = {new: old for old, new in self.renames().items()}

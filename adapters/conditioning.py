@@ -31,15 +31,16 @@ class Conditioning:
     @property
     def observations(self) -> int:
         """Number N of observations."""
-        return len(next(iter((self.tensors or self.lists).values())))
+        entries: dict[str, Any] = {**self.tensors, **self.lists}
+        return len(next(iter(entries.values())))
 
     @property
     def batch_size(self) -> int:
         """Number of noises that ``denoise`` takes: observations times repeats."""
         return self.observations * self.repeats
 
-    def rows(self, name: str) -> Tensor | list[Any]:
-        """The entry ``name`` with one row per noise; a view where there is a single observation."""
+    def rows(self, name: str) -> Any:
+        """The entry ``name``, a tensor or a list: a row per noise; a view where there is one observation."""
         if name in self.lists:
             return [value for value in self.lists[name] for _ in range(self.repeats)]
         return repeat_rows(self.tensors[name], self.repeats)
@@ -63,10 +64,9 @@ class Conditioning:
             return self._take(slice(0, 0))
         first, last = int(picked[0]) // self.repeats, int(picked[-1]) // self.repeats
         consecutive = torch.equal(picked, rows[int(picked[0]) : int(picked[0]) + len(picked)])
-        if consecutive and first == last:
-            return replace(self._take(slice(first, first + 1)), repeats=len(picked))
-        if consecutive and len(picked) == (last - first + 1) * self.repeats:
-            return replace(self._take(slice(first, last + 1)), repeats=self.repeats)
+        count = last - first + 1  # of observations
+        if consecutive and (count == 1 or len(picked) == count * self.repeats):
+            return replace(self._take(slice(first, last + 1)), repeats=len(picked) // count)
         return self._take(picked // self.repeats)
 
     def _take(self, chosen: Tensor | slice) -> Conditioning:

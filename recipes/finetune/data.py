@@ -13,6 +13,7 @@ from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.utils.constants import ACTION
 
 from trimtab.adapters import PolicyAdapter, UserError
+from trimtab.adapters.inputs import required_inputs
 from trimtab.recipes.embedded_base.dataset import no_image_embedding
 from trimtab.recipes.finetune.rollouts import RolloutEpisode
 
@@ -30,7 +31,7 @@ def check_features(dataset: Any, adapter: PolicyAdapter, rename_map: dict[str, s
 
     config, where = adapter.config, f"the dataset {dataset.repo_id}"
     given = {rename_map.get(k, k): f for k, f in dataset_to_policy_features(dataset.meta.features).items()}
-    required = {**adapter.required_inputs(given), **config.output_features}
+    required = {**required_inputs(adapter, given), **config.output_features}
     if missing := [key for key in required if key not in given]:
         raise UserError(
             "--dataset.repo_id",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter, UserError
+from trimtab.adapters.inputs import required_inputs
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.opening import open_dataset
 from trimtab.rl.envs.chunk import ChunkResult
@@ -240,7 +241,7 @@ def read_demonstrations(
     dataset = _opened(config)
     features, notes = dataset.features, []
     names = {adapter.renames().get(key, key): key for key in features if key.startswith("observation")}
-    required = adapter.required_inputs(names)
+    required = required_inputs(adapter, names)
     missing = [key for key in required if key not in names]
     if missing or "action" not in features:
         raise UserError(
