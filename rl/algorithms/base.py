@@ -185,6 +185,7 @@ class Algorithm(nn.Module, Acting, abc.ABC):
         updates: made so far.
     """
 
+    config: Any  # of its own kind
     accelerator: Any
     critic: CriticEnsemble
     bounds: tuple[float, float] | None
@@ -278,6 +279,7 @@ class Algorithm(nn.Module, Acting, abc.ABC):
 
     def fit_normalizer(self, features: Tensor) -> None:
         """Take the statistics that standardise the observation features."""
+        network: Any
         for network in self.children():
             network.normalizer.fit(features.to(self.accelerator.device))
 

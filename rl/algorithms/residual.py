@@ -86,7 +86,8 @@ class ResidualConfig(AlgorithmConfig):
 class Residual(Algorithm):
     """See the module's docstring."""
 
-    actor: ResidualActor
+    config: ResidualConfig
+    actor: ResidualActor  # type: ignore[assignment]
     draws = 0  # it acts by its one candidate, the base's own chunk
 
     def __init__(self, config: ResidualConfig, problem: Problem) -> None:

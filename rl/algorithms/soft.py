@@ -63,6 +63,8 @@ class SoftActorCritic(Algorithm):
         judged_dim: length of what the TD critic judges.
     """
 
+    config: SoftConfig
+
     def __init__(self, config: SoftConfig, problem: Problem, judged_dim: int) -> None:
         super().__init__(config, problem)
         space, bounds = problem.space, problem.bounds

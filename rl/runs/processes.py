@@ -118,7 +118,7 @@ class StepGuard:
         self.skipped += broken
         if self.clip is not None:
             torch._foreach_mul_(gradients, (self.clip / norm.clamp_min(1e-12)).clamp_max(1.0))
-        optimizer.found_inf = broken
+        optimizer.found_inf = broken  # type: ignore[attr-defined]
 
 
 def optimizers(algorithm: nn.Module) -> dict[str, torch.optim.Optimizer]:
