@@ -24,9 +24,9 @@ from trimtab.recipes.support.console import say
 from trimtab.recipes.support.layers import CONFIG_PATH, Options, merge, value_at
 from trimtab.recipes.support.tiny_budget import BUDGETS, MACHINE, STEPS, shrink
 from trimtab.recipes.support.tiny_policy import OPTION, SERVED, demonstrations, install, made, serve
+from trimtab.rl.envs.hooks import tiny_form
 
 REPLACED = ("policy", "env", "dataset")  # whatever the command line says of them
-STATE_ENV = "metaworld_state"
 TYPES = ("diffusion", "groot", "multi_task_dit", "pi0", "pi05", "smolvla", "xvla")
 EXECUTED = 2  # of a chunk, where the recipe says how many
 
@@ -78,16 +78,15 @@ def _of_recipe(stack: ExitStack, values: Options, given: Options, command: str, 
         raise UserError(OPTION, f"no tiny run of a '{kind}' policy; there is one of {', '.join(known)}")
     values = copy.deepcopy(values)
     path, env = value_at(values, "policy.path"), values.get("env") or {}
-    stateful = env.get("type") == STATE_ENV and kind == "diffusion"
-    folder, policy = made(SERVED if kind == "remote" else kind, stateful)
+    own = tiny_form(env, STEPS) if kind == "diffusion" else None
+    folder, policy = made(SERVED if kind == "remote" else kind, own)
     if kind == "remote":
         policy = serve(stack, folder, policy)
     elif value_at(values, "policy.n_action_steps"):
         policy["n_action_steps"] = EXECUTED
     world = {"type": "pusht", "obs_type": "pixels_agent_pos", "episode_length": STEPS}
-    if stateful:
-        task = env.get("task") or "button-press-topdown-v3"
-        world = {"type": STATE_ENV, "task": task, "episode_length": STEPS}
+    if own is not None:
+        world = {"type": own.type, "task": own.task, "episode_length": STEPS}
     name = f"{SERVED} on a policy server" if kind == "remote" else kind
     say(
         f"tiny: a random {name} in {world['type']}, in the place of {path or 'a checkpoint'} in "
@@ -125,7 +124,7 @@ def _of_artefact(stack: ExitStack, artefact: Path) -> Options:
     install(str(base.get("policy_type")))
     if not is_server(base.get("path")):
         return {}
-    return {"policy": {"base_path": serve(stack, *made(SERVED, False))["path"]}}
+    return {"policy": {"base_path": serve(stack, *made(SERVED))["path"]}}
 
 
 def _read(folder: Path) -> dict[str, Any]:

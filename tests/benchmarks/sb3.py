@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import draccus
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -22,9 +23,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from trimtab.policies.noise_samplers import NoiseSampler
-from trimtab.policies.noise_space import NoiseSpace
-from trimtab.recipes.bench.methods import METHODS, Method, Recorder, Setup
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.recipes.cli import main
+from trimtab.recipes.compare.methods import KINDS, METHODS, Steering
+from trimtab.recipes.compare.runs import Method, Run
 from trimtab.rl.data.returns import Returns
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.rollout import Rollout
@@ -228,26 +230,40 @@ def sb3_noise(model: SAC, space: NoiseSpace) -> NoiseSampler:
     return NoiseSampler(choose, space)
 
 
-def run_sac(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recorder, dict[str, Any], SAC]:
-    """As ``trimtab.recipes.bench.methods`` runs the others."""
-    config, adapter = SB3SACConfig(), setup.adapter
-    space = method.noise.build(adapter.noise_spec)
-    runner = PolicyRunner(adapter, setup.env)
-    with setup.training_environments() as vec:
-        train_runner = PolicyRunner(adapter, setup.env)
-        env = NoiseVecEnv(train_runner, vec, space, config.gamma, config.reward, training_seed(seed))
-        model = make_sac(config, env, adapter.chunk_shape[0], seed, device=adapter.device)
-        policies = {"actor": (runner, sb3_noise(model, space))}
-        recorder = Recorder(setup, label, lambda: policies)
-        learn(model, env, setup.env_steps, lambda step, ended: recorder(step, [(won, True) for won in ended]))
-    return recorder, {"updates": model._n_updates}, model
+@dataclass(frozen=True)
+class SB3SAC(Method):
+    """stable-baselines3's SAC on the noise. Nothing of it is saved."""
+
+    sac: SB3SACConfig = field(default_factory=SB3SACConfig)
+    noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
+
+    uses = Steering.uses
+
+    def settings(self) -> dict[str, Any]:
+        noise = draccus.encode(self.noise, NoiseSpaceConfig)
+        return {"engine": "stable-baselines3", "sac": asdict(self.sac), "noise": noise}
+
+    def learn(self, run: Run) -> dict[str, Any]:
+        config, session = self.sac, run.task.session
+        adapter = session.adapter
+        space, runner = self.noise.build(adapter.noise_spec), PolicyRunner(adapter, session.env)
+        with run.training_environments() as vec:
+            env = NoiseVecEnv(runner, vec, space, config.gamma, config.reward, training_seed(run.seed))
+            model = make_sac(config, env, adapter.chunk_shape[0], run.seed, device=adapter.device)
+            run.policies = {"actor": sb3_noise(model, space)}
+            run.trained = {"actor": sum(weight.numel() for weight in model.actor.parameters())}
+            learn(model, env, run.task.env_steps, lambda steps, ended: run.note(steps, steered(ended)))
+        return {"updates": model._n_updates}
 
 
-METHODS["sb3_sac"] = Method(
-    None,
-    train_alone=run_sac,
-    other={"engine": "stable-baselines3", "sac": asdict(SB3SACConfig())},
-)
+def steered(ended: list[bool]) -> list[tuple[bool, bool]]:
+    """Outcomes as ``Run.note`` takes them."""
+    return [(won, True) for won in ended]
+
+
+KINDS["sb3"] = SB3SAC
+METHODS["sb3_sac"] = {"kind": "sb3"}
 
 if __name__ == "__main__":
-    sys.exit(main(["bench", *sys.argv[1:]]))
+    # By its own name: what each run's process loads, too.
+    sys.exit(main(["compare", "--env.discover_packages_path=tests.benchmarks.sb3", *sys.argv[1:]]))
