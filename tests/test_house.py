@@ -10,7 +10,6 @@ LONGEST = 350
 # Names of kinds that only their own folder may compare with.
 ALGORITHMS = {"dsrl_sac", "dsrl_na", "best_of_n", "golden_ticket", "residual"}
 ENVIRONMENTS = {"metaworld_state", "libero", "libero_chunks"}
-STILL_LONG = {"rl.runs.checkpoint", "rl.trainer"}  # what is left of the old house: to shrink to nothing
 
 
 @cache
@@ -43,7 +42,7 @@ def imports(tree, everywhere=True):
 
 def test_no_file_is_longer_than_one_job_needs():
     lines = {name: path.read_text(encoding="utf-8").count("\n") for name, (path, _) in sources().items()}
-    assert not {name: count for name, count in lines.items() if count > LONGEST and name not in STILL_LONG}
+    assert not {name: count for name, count in lines.items() if count > LONGEST}
 
 
 def test_imports_point_one_way():
