@@ -231,9 +231,8 @@ class Algorithm(nn.Module, Acting, abc.ABC):
         with torch.no_grad():
             for name, target in self.named_children():
                 if name.startswith("target_"):
-                    online = getattr(self, name.removeprefix("target_"))
-                    parameters = list(target.parameters()), list(online.parameters())
-                    torch._foreach_lerp_(*parameters, self.config.tau)
+                    online = list(getattr(self, name.removeprefix("target_")).parameters())
+                    torch._foreach_lerp_(list(target.parameters()), online, self.config.tau)
         return metrics
 
     def due(self, every: int) -> bool:
