@@ -199,11 +199,7 @@ def _build(
 def _taken(
     cls: type[PolicyAdapter], options: PolicyConfig, folder: Path, overrides: dict[str, Any]
 ) -> set[str]:
-    """Which of ``tokenizer`` and ``backbone`` have an effect on this policy.
-
-    Raises:
-        UserError: one of them is named and has none, or a renaming that the preprocessor has no step for.
-    """
+    """Which of ``tokenizer`` and ``backbone`` have an effect; refuse what is named in vain."""
     absent: set[str] = set()  # steps that are to be changed and are not there
     if (options.tokenizer or options.rename_map) and not is_legacy(folder):
         absent = overrides.keys() - dict(processor_steps(folder / PREPROCESSOR)).keys()
@@ -224,11 +220,7 @@ def _taken(
 
 
 def _apply(cls: type[PolicyAdapter], config: Any, options: PolicyConfig) -> None:
-    """Set the options in the policy's config.
-
-    Raises:
-        UserError: the policy does not run with one of them.
-    """
+    """Set the options in the policy's config; refuse those with which the policy does not run."""
     dtype = options.dtype or getattr(config, "dtype", None)
     if dtype and cls.dtypes and dtype not in cls.dtypes:
         raise UserError(

@@ -39,11 +39,7 @@ WAN_HINT = (
 
 
 def check_wan_folder(folder: str) -> None:
-    """Refuse a ``--policy.backbone`` that lacks one of Wan's frozen parts.
-
-    Raises:
-        UserError: a part is missing, or has no weights in safetensors files.
-    """
+    """Refuse a ``--policy.backbone`` that lacks one of Wan's frozen parts, or its safetensors files."""
     for part in ("vae", "text_encoder", "tokenizer"):
         if not (Path(folder) / part).is_dir():
             raise UserError(BACKBONE, f"{folder} has no folder '{part}'. {WAN_HINT}")
@@ -53,11 +49,7 @@ def check_wan_folder(folder: str) -> None:
 
 @contextmanager
 def loading_wan(part: str, source: str) -> Iterator[None]:
-    """Say in one line which of Wan's frozen parts does not load, whatever the libraries raise.
-
-    Raises:
-        UserError: where anything was raised.
-    """
+    """Say in one line which of Wan's frozen parts does not load, whatever the libraries raise."""
     try:
         yield
     except UserError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ class PrefixLayer(DynamicLayer):
         """(N * repeats, heads, length, dim)"""
         return repeat_rows(self._values, self.repeats)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.keys, self.values))
+    def __getitem__(self, index: int) -> Tensor:  # for models that keep pairs of keys and values
+        return repeat_rows((self._keys, self._values)[index], self.repeats)
 
     def get_seq_length(self) -> int:
         return self._keys.shape[-2]
