@@ -62,7 +62,8 @@ class ChunkPolicy(Protocol):
         draws: draws from the policy's noise distribution that it needs for each observation.
     """
 
-    draws: int
+    @property
+    def draws(self) -> int: ...
 
     def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
         """Choose a chunk for each of B observations.

@@ -274,7 +274,7 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
     base, place = saved.base, saved.base.place(folder)
     if is_server(base.path):
         base_folder: Path | str = options.base_path or place
-        loading, adapter = _served_base(base_folder, base, options)
+        loading, adapter = _served_base(str(base_folder), base, options)
     else:
         loaded_with = PolicyConfig(**{name: getattr(base, name) for name in LOADED_WITH})
         loading = _as_steered(options, loaded_with, folder)
@@ -323,7 +323,7 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
 def _critic(saved: TrimtabConfig, adapter: PolicyAdapter, seen: int) -> CriticEnsemble | None:
     if saved.critic is None:
         return None
-    bounds = saved.critic_bounds and tuple(saved.critic_bounds)
+    bounds: Any = saved.critic_bounds and tuple(saved.critic_bounds)
     return CriticEnsemble(seen, math.prod(adapter.chunk_shape), saved.critic, bounds).eval()
 
 

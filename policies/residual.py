@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -47,7 +48,7 @@ class ResidualActor(nn.Module):
         # Where tanh is flat nothing leads back: the noise actor's limit, for the same reason.
         self.limit = math.atanh(config.mean_limit) if config.mean_limit < 1.0 else None
         self.normalizer = FeatureNormalizer(self.encoder.dim)
-        self.net = mlp(
+        self.net: Any = mlp(
             self.encoder.dim + chunk_size,
             chunk_size,
             config.hidden,

@@ -102,7 +102,8 @@ def evaluate(
     while rollout.episode:
         rollout.look()
         running = dict(rollout.episode)
-        rollout.begin(policy if samplers is None else _mixed([samplers[running[i]] for i in rollout.envs]))
+        acting: Any = policy if samplers is None else _mixed([samplers[running[i]] for i in rollout.envs])
+        rollout.begin(acting)
         for i, result in rollout.receive().items():
             k = running[i]
             successes[k] |= bool(result.successes.any())

@@ -78,7 +78,7 @@ class PolicyRunner:
         return encoded
 
     def encode_finals(
-        self, results: dict[int, ChunkResult], lengths: Sequence[int], tasks: Sequence[str]
+        self, results: dict[int, ChunkResult], lengths: dict[int, int], tasks: Sequence[str]
     ) -> Encoded:
         """Encode the final observations of episodes that ended, and forget those episodes.
 

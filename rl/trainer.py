@@ -98,7 +98,7 @@ class Trainer:
             torch.manual_seed(self.seed + 1_000_003 * world.rank)  # from here on, each draws its own
         self.env_steps = self.transitions = self.episodes = self.updates = self.dropped = 0
         self.faults = FaultLog()
-        self.metrics = RunMetrics(world, dict.fromkeys(self.vec.task_names))
+        self.metrics = RunMetrics(world, list(dict.fromkeys(self.vec.task_names)))
         self.recent: deque[Episode] = deque(maxlen=20)
         self.update_seconds = self.seconds = 0.0
         self._owed, self._logged = 0.0, 0
@@ -115,7 +115,7 @@ class Trainer:
             Problem(feature_dim, self.space, self.accelerator, bounds, steps * action_dim, observe)
         )
         if spec:
-            spec.check_memory(self.train.replay_capacity, self.rl.conditioning_limit)
+            spec.check_memory(self.train.replay_capacity, self.rl.conditioning_limit)  # type: ignore[attr-defined]
             algorithm.decode = Decoder(adapter, self.space, spec)
         return algorithm
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from trimtab.adapters import Conditioning, PolicyConfig, UserError
 from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS
 from trimtab.adapters.checkpoint.folder import resolve_folder
+from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.artefact import (
     CRITIC,
     Steered,
@@ -264,7 +265,8 @@ class TrimtabPolicy(PreTrainedPolicy):
 
     def _chunk(self, batch: dict[str, Any], noise: Tensor | None) -> Tensor:
         conditioning = self._encode(batch)
-        count, policy = conditioning.batch_size, self._sampler()
+        count = conditioning.batch_size
+        policy: ChunkPolicy = self._sampler()
         prior = self._prior(count, noise).unsqueeze(1)
         if self.config.num_candidates > 1 and self.config.use_actor:
             policy = self.steered.policy(self.config.deterministic, self.config.num_candidates)

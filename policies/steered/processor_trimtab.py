@@ -117,7 +117,7 @@ def write_processors(
         for pipeline in plain_processors(adapter.device.type):
             pipeline.save_pretrained(folder)
         return
-    here = {  # LeRobot's commands may run in another folder
+    here: dict[str, Any] = {  # LeRobot's commands may run in another folder
         name: str(Path(value).expanduser().resolve())
         for name in ("tokenizer", "backbone")
         if (value := getattr(options, name)) and Path(value).expanduser().exists()

@@ -91,9 +91,9 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
             raise UserError(
                 "--rl.learning_rate_end", f"is a share above 0 and at most 1, got {self.learning_rate_end}"
             )
-        for name, known in (("precision", PRECISIONS), ("engine", ENGINES)):
-            if getattr(self, name) not in known:
-                raise UserError(f"--rl.{name}", f"'{getattr(self, name)}' is none of {', '.join(known)}")
+        for name, choices in (("precision", PRECISIONS), ("engine", ENGINES)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"--rl.{name}", f"'{getattr(self, name)}' is none of {', '.join(choices)}")
 
     @property
     def pace(self) -> Pace:
@@ -171,6 +171,7 @@ class Algorithm(nn.Module, Acting, abc.ABC):
         updates: made so far.
     """
 
+    config: Any  # of its own kind
     accelerator: Any
     decode: Callable[..., Tensor] | None = None
     obstacle: str = ""

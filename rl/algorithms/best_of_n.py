@@ -169,6 +169,7 @@ class BestOfNConfig(AlgorithmConfig):
 class BestOfN(Algorithm):
     """See the module's docstring."""
 
+    config: BestOfNConfig
     draws = 0  # it acts by its candidates
 
     def __init__(self, config: BestOfNConfig, problem: Problem) -> None:

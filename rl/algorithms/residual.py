@@ -96,7 +96,8 @@ class ResidualConfig(AlgorithmConfig):
 class Residual(Algorithm):
     """See the module's docstring."""
 
-    actor: ResidualActor
+    config: ResidualConfig
+    actor: ResidualActor  # type: ignore[assignment]
     draws = 0  # it acts by its one candidate, the base's own chunk
 
     def __init__(self, config: ResidualConfig, problem: Problem) -> None:
@@ -197,5 +198,6 @@ class Residual(Algorithm):
 
     def fit_normalizer(self, features: Tensor) -> None:
         features = features.to(self.actor.normalizer.mean.device)
+        network: Any
         for network in self.children():
             network.normalizer.fit(features)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,6 +73,8 @@ class SoftActorCritic(Algorithm):
         acted: what of a transition the TD critic judges, and
         action_dim: its length.
     """
+
+    config: SoftConfig
 
     def __init__(self, config: SoftConfig, problem: Problem, acted: str, action_dim: int) -> None:
         super().__init__(config, problem)
@@ -158,5 +161,6 @@ class SoftActorCritic(Algorithm):
 
     def fit_normalizer(self, features: Tensor) -> None:
         features = features.to(self.log_alpha.device)
+        network: Any
         for network in self.children():
             network.normalizer.fit(features)

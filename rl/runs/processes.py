@@ -142,7 +142,7 @@ class StepGuard:
         if self.clip is not None:
             torch._foreach_mul_(gradients, (self.clip / norm.clamp_min(1e-12)).clamp_max(1.0))
         if optimizer.defaults.get("fused"):
-            optimizer.found_inf = broken
+            optimizer.found_inf = broken  # type: ignore[attr-defined]
         elif broken:
             for parameter in parameters:
                 parameter.grad = None
