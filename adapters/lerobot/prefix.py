@@ -61,7 +61,8 @@ def store_prefix(cache: Cache) -> dict[str, Tensor]:
 
 def restore_prefix(conditioning: Conditioning) -> Cache:
     """The cache that ``store_prefix`` wrote, for ``conditioning.batch_size`` noises."""
-    tensors, layers = conditioning.tensors, []
+    tensors = conditioning.tensors
+    layers: list[PrefixLayer] = []
     while (name := f"keys.{len(layers)}") in tensors:
         values = tensors[name.replace("keys", "values")]
         layers.append(PrefixLayer(tensors[name], values, conditioning.repeats))
