@@ -77,8 +77,8 @@ def _of_recipe(stack: ExitStack, values: Options, given: Options, command: str, 
     if kind not in known:
         raise UserError(OPTION, f"no tiny run of a '{kind}' policy; there is one of {', '.join(known)}")
     values = copy.deepcopy(values)
-    path, env = value_at(values, "policy.path"), values.get("env") or {}
-    stateful = env.get("type") == STATE_ENV and kind == "diffusion"
+    path, env, task = (value_at(values, name) for name in ("policy.path", "env.type", "env.task"))
+    stateful = env == STATE_ENV and kind == "diffusion"
     folder, policy = made(SERVED if kind == "remote" else kind, stateful)
     if kind == "remote":
         policy = serve(stack, folder, policy)
@@ -86,12 +86,11 @@ def _of_recipe(stack: ExitStack, values: Options, given: Options, command: str, 
         policy["n_action_steps"] = EXECUTED
     world = {"type": "pusht", "obs_type": "pixels_agent_pos", "episode_length": STEPS}
     if stateful:
-        task = env.get("task") or "button-press-topdown-v3"
-        world = {"type": STATE_ENV, "task": task, "episode_length": STEPS}
+        world = {"type": env, "task": task or "button-press-topdown-v3", "episode_length": STEPS}
     name = f"{SERVED} on a policy server" if kind == "remote" else kind
     say(
         f"tiny: a random {name} in {world['type']}, in the place of {path or 'a checkpoint'} in "
-        f"{env.get('task') or env.get('type') or 'no environment'}; budgets of seconds"
+        f"{task or env or 'no environment'}; budgets of seconds"
     )
     values |= {"policy": policy, "env": world, "machine": MACHINE}
     shrink(values, command)
