@@ -129,16 +129,14 @@ class NoiseToChunk(abc.ABC):
             UserError: the policy needs an input that the environment does not give.
         """
         self.check_observation(observation)
-        flat, lead = {}, (0, 1)
+        lead = next((tuple(v.shape[:2]) for v in observation.values() if isinstance(v, Tensor)), (0, 1))
+        flat: dict[str, Any] = {}
         for key, value in observation.items():
             if isinstance(value, str):
                 raise ValueError(f"'{key}' is one string; give a list with one for each observation")
-        for key, value in observation.items():
             if isinstance(value, Tensor):
-                lead = tuple(value.shape[:2])
                 flat[key] = value.flatten(0, 1)
-        for key, value in observation.items():
-            if not isinstance(value, Tensor):  # one string per environment: repeat over the history
+            else:  # one string per environment: repeat over the history
                 flat[key] = [item for item in value for _ in range(lead[1])]
         batch = self.preprocessor(flat)
         if not self.history:

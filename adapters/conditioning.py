@@ -63,10 +63,9 @@ class Conditioning:
             return self._take(slice(0, 0))
         first, last = int(picked[0]) // self.repeats, int(picked[-1]) // self.repeats
         consecutive = torch.equal(picked, rows[int(picked[0]) : int(picked[0]) + len(picked)])
-        if consecutive and first == last:
-            return replace(self._take(slice(first, first + 1)), repeats=len(picked))
-        if consecutive and len(picked) == (last - first + 1) * self.repeats:
-            return replace(self._take(slice(first, last + 1)), repeats=self.repeats)
+        count = last - first + 1  # of observations
+        if consecutive and (count == 1 or len(picked) == count * self.repeats):
+            return replace(self._take(slice(first, last + 1)), repeats=len(picked) // count)
         return self._take(picked // self.repeats)
 
     def _take(self, chosen: Tensor | slice) -> Conditioning:

@@ -51,9 +51,8 @@ def check_inputs(adapter: NoiseToChunk, observation: dict[str, Any]) -> None:
         )
     required = required_inputs(adapter, names)
     missing = [key for key in required if key not in names]
-    spare = [key for key in names if key.startswith(OBS_STR) and key not in adapter.config.input_features]
     if missing:
-        raise UserError("--env.type", _lacking(adapter, observation, names, missing, spare))
+        raise UserError("--env.type", _lacking(adapter, observation, names, missing))
     used = adapter.cameras_used(names) - set(adapter.cameras())
     if used:
         raise UserError(
@@ -99,39 +98,34 @@ def _check_value(adapter: NoiseToChunk, key: str, wanted: tuple[int, ...], value
 
 
 def _lacking(
-    adapter: NoiseToChunk,
-    observation: dict[str, Any],
-    names: dict[str, str],
-    missing: list[str],
-    spare: list[str],
+    adapter: NoiseToChunk, observation: dict[str, Any], names: dict[str, str], missing: list[str]
 ) -> str:
     """What to say where inputs are missing, with the renaming that may be meant."""
     features = adapter.config.input_features
-    wanted = ", ".join(key for key in features if FILLED not in key)
-    given = ", ".join(sorted(key for key in observation if key.startswith(OBS_STR))) or "none"
-    fits = [
-        (key, name) for key in missing for name in spare if _fits(features[key], observation[names[name]])
-    ]
-    fits.sort(key=lambda fit: -SequenceMatcher(None, *fit).ratio())  # left to cam_left, before what is over
+    spare = [name for name in names if name.startswith(OBS_STR) and name not in features]
+
+    def fits(key: str, name: str) -> bool:  # an image, or of the same shape
+        value, wanted = observation[names[name]], tuple(features[key].shape)
+        shape = tuple(value.shape[2:]) if isinstance(value, Tensor) else ()
+        return bool(shape) and (len(shape) == len(wanted) == 3 or shape == wanted)
+
+    likely = [(key, name) for key in missing for name in spare if fits(key, name)]
+    likely.sort(key=lambda pair: -SequenceMatcher(None, *pair).ratio())  # left to cam_left, before the rest
     pairs: dict[str, str] = {}
-    for key, name in fits:
+    for key, name in likely:
         if names[name] not in pairs and key not in pairs.values():
             pairs[names[name]] = key
     if pairs:  # it takes the place of the checkpoint's own, as in lerobot-eval
         known = {old: new for old, new in adapter.renames().items() if old in observation and new in features}
         pairs = known | pairs
+    wanted = ", ".join(key for key in features if FILLED not in key)
+    given = ", ".join(sorted(key for key in observation if key.startswith(OBS_STR))) or "none"
     mend = f" --policy.rename_map='{json.dumps(pairs)}'" if pairs else " --policy.rename_map"
     return (
         f"the policy needs {', '.join(missing)}: it was trained on {wanted}, the environment gives {given}; "
         "choose the environment (or its --env.obs_type) that it was trained on, or rename with"
         f"{mend}{' if that is what they are' if pairs else ''}"
     )
-
-
-def _fits(feature: Any, value: Any) -> bool:
-    """Whether an observation may be this feature under another name: an image, or of the same shape."""
-    shape, wanted = tuple(value.shape[2:]) if isinstance(value, Tensor) else (), tuple(feature.shape)
-    return bool(shape) and (len(shape) == len(wanted) == 3 or shape == wanted)
 
 
 def input_notes(adapter: NoiseToChunk, observation: dict[str, Any]) -> list[str]:

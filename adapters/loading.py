@@ -34,7 +34,6 @@ from trimtab.adapters.checkpoint.processors import (
 from trimtab.adapters.checkpoint.saved_config import read_config, set_to_act
 from trimtab.adapters.checkpoint.weights import (
     check_part,
-    freeze,
     load_peft,
     load_weights,
     no_larger_than,
@@ -94,14 +93,22 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
     if is_server(config.path):
         from trimtab.adapters.remote.adapter import RemoteAdapter
 
-        return RemoteAdapter(config, usable_device(config.device))
+        return RemoteAdapter(config, _device(config.device))
     folder = resolve_folder(config.path, config.revision, token)
     policy_type = read_policy_type(folder)
-    device = usable_device(config.device)
+    device = _device(config.device)
+    if policy_type in NO_NOISE:
+        raise UserError(
+            OPTION, f"a policy of type '{policy_type}' cannot be steered: {NO_NOISE[policy_type]}"
+        )
     try:
         cls = adapter_class(policy_type)
         if cls is None:
-            raise UserError(OPTION, _no_adapter(policy_type))
+            raise UserError(
+                OPTION,
+                f"no adapter for policies of type '{policy_type}' yet; there is one for "
+                f"{', '.join(adapter_types())} (write your own: adapters/README.md)",
+            )
         return _build(cls, folder, config, device, token)
     except UserError:
         raise
@@ -115,34 +122,15 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
         raise UserError(OPTION, f"{folder} cannot be loaded: {reason(error)}") from error
 
 
-def best_device() -> str:
-    """The accelerator if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def usable_device(name: str | None) -> str:
-    """The device ``name``, or the best there is.
-
-    Raises:
-        UserError: it cannot be used here.
-    """
-    device = name or best_device()
+def _device(name: str | None) -> str:
+    """The device ``name``, or the accelerator if there is one, else the CPU."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = name or best
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError("--policy.device", f"'{device}' is not usable here ({error})") from None
     return device
-
-
-def _no_adapter(policy_type: str) -> str:
-    if policy_type in NO_NOISE:
-        return f"a policy of type '{policy_type}' cannot be steered: {NO_NOISE[policy_type]}"
-    return (
-        f"no adapter for policies of type '{policy_type}' yet; there is one for {', '.join(adapter_types())} "
-        "(write your own: adapters/README.md)"
-    )
 
 
 def _build(
@@ -180,9 +168,9 @@ def _build(
     if options.dtype and not hasattr(config, "dtype"):
         cls.cast(policy, getattr(torch, options.dtype))
     trainable = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    freeze(policy)
+    policy.eval().requires_grad_(False)
     for part, where in cls.frozen_parts(policy).values():
-        freeze(part)
+        part.eval().requires_grad_(False)
         check_part(part, where)
     try:
         pre, post = load_processors(config, folder, overrides, stats)
@@ -246,29 +234,19 @@ def _apply(cls: type[PolicyAdapter], config: Any, options: PolicyConfig) -> None
         values[cls.dtype_field] = options.dtype
     if cls.steps_field:
         values[cls.steps_field] = options.num_inference_steps
-    if options.n_action_steps is not None:
-        values["n_action_steps"] = executed_steps(config, options.n_action_steps)
-    for field, value in values.items():
-        if value is not None:
-            setattr(config, field, value)
-
-
-def executed_steps(config: Any, steps: int) -> int:
-    """``steps``, if a policy of this config can execute so many of each chunk.
-
-    Raises:
-        UserError: it cannot.
-    """
+    steps = values["n_action_steps"] = options.n_action_steps
     most = getattr(config, "chunk_size", None)
     if most is None and hasattr(config, "horizon"):  # the chunk begins at the first of the observations
         most = config.horizon - config.n_obs_steps + 1
-    if most is None or not hasattr(config, "n_action_steps"):
+    if steps is not None and (most is None or not hasattr(config, "n_action_steps")):
         raise UserError(
             "--policy.n_action_steps", f"has no effect on a {config.type} policy; drop the option"
         )
-    if not 1 <= steps <= most:
+    if steps is not None and not 1 <= steps <= most:
         raise UserError("--policy.n_action_steps", f"must be between 1 and {most}, got {steps}")
-    return steps
+    for field, value in values.items():
+        if value is not None:
+            setattr(config, field, value)
 
 
 def _runner_notes(adapter: PolicyAdapter) -> list[str]:

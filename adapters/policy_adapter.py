@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from trimtab.adapters import inputs
 from trimtab.adapters.base import NoiseToChunk
-from trimtab.adapters.checkpoint.identity import identity
+from trimtab.adapters.checkpoint.backbone import without_weights
+from trimtab.adapters.checkpoint.folder import weights_files
+from trimtab.adapters.checkpoint.identity import hash_files, placement, settings_hashes, weights_hash
 from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters.inputs import check_inputs
 from trimtab.adapters.verification import verify
 
 
@@ -28,6 +29,7 @@ class PolicyAdapter(NoiseToChunk):
         dtype_field: field that ``--policy.dtype`` sets, where the config has it.
         dtypes: the precisions that the policy runs in; empty = any.
         backbone_fields: fields that ``--policy.backbone`` sets; empty where there is no such option.
+        loads_backbone: whether LeRobot would load the backbone's weights before the checkpoint's.
         takes_tokenizer: whether ``--policy.tokenizer`` has an effect.
         tokenizer_step: (name of a preprocessor's step, its entry) that names the tokenizer.
         notes: lines to show the user about what was changed at load.
@@ -39,6 +41,7 @@ class PolicyAdapter(NoiseToChunk):
     dtype_field: ClassVar[str] = "dtype"
     dtypes: ClassVar[tuple[str, ...]] = ()
     backbone_fields: ClassVar[tuple[str, ...]] = ()
+    loads_backbone: ClassVar[bool] = False
     takes_tokenizer: ClassVar[bool] = True
     tokenizer_step: ClassVar[tuple[str, str]] = ("tokenizer_processor", "tokenizer_name")
 
@@ -65,7 +68,8 @@ class PolicyAdapter(NoiseToChunk):
         """The policy that ``config`` describes, with any weights."""
         from lerobot.policies.factory import get_policy_class
 
-        return get_policy_class(config.type)(config)
+        with without_weights(config, *(cls.backbone_fields if cls.loads_backbone else ())):
+            return get_policy_class(config.type)(config)
 
     @classmethod
     def frozen_parts(cls, policy: Any) -> dict[str, tuple[torch.nn.Module, Path]]:
@@ -109,12 +113,22 @@ class PolicyAdapter(NoiseToChunk):
         return sum(parameter.numel() for parameter in self.policy.parameters())
 
     def identity(self, base: Path | str) -> dict[str, Any]:
-        """What tells this base from any other, as JSON values: see ``checkpoint.identity.identity``.
+        """What tells this base from any other, as JSON values.
 
         Args:
             base: folder of the base, or address of its server.
+
+        Returns:
+            ``sha256`` of the weights' files; ``files``, the hashes of all else that makes the function;
+            ``weights_sha256`` of the weights in memory, with their ``weights_dtype`` and ``weights_device``.
         """
-        return identity(self.policy, Path(base), self.weights_files, self.frozen_parts(self.policy))
+        base, parts = Path(base), self.frozen_parts(self.policy)
+        return {
+            "sha256": hash_files(self.weights_files or weights_files(base)),
+            "files": settings_hashes(base, {name: folder for name, (_, folder) in parts.items()}),
+            "weights_sha256": weights_hash(self.policy, *(module for module, _ in parts.values())),
+            **placement(self.policy),
+        }
 
     def check_identity(self, identity: dict[str, Any], base: Path | str) -> None:
         """Raise where the base is no longer the one that ``identity`` described.
@@ -129,18 +143,10 @@ class PolicyAdapter(NoiseToChunk):
                 f"the base policy changed while it was steered ({odd}); this is a bug of trimtab"
             )
 
-    # What it takes, by `inputs.py`, and whether noise steers it.
+    # What it takes, and whether noise steers it.
 
     def check_observation(self, observation: dict[str, Any]) -> None:
-        inputs.check_inputs(self, observation)
-
-    def required_inputs(self, given: Collection[str]) -> dict[str, Any]:
-        """The policy's input features that an observation with the renamed keys ``given`` must hold."""
-        return inputs.required_inputs(self, given)
-
-    def input_notes(self, observation: dict[str, Any]) -> list[str]:
-        """What the user should know of an observation that ``preprocess`` takes, a line each."""
-        return inputs.input_notes(self, observation)
+        check_inputs(self, observation)
 
     def verify(self) -> None:
         """Check on the real weights that noise steers this policy, and steers it alone.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 from trimtab.adapters.policy_adapter import PolicyAdapter
@@ -31,8 +32,8 @@ def adapter_types() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def _register(policy_type: str, module: str, name: str) -> None:
-    register_adapter(policy_type, lambda: getattr(import_module(f"trimtab.adapters.lerobot.{module}"), name))
+def _load(module: str, name: str) -> type[PolicyAdapter]:
+    return getattr(import_module(f"trimtab.adapters.lerobot.{module}"), name)
 
 
 # LeRobot's policy types, each with the class that serves it: in the module of its name, or in `pi`.
@@ -53,4 +54,4 @@ for _type, _name in {
     "wall_x": "WallXAdapter",
     "xvla": "XVLAAdapter",
 }.items():
-    _register(_type, "pi" if _type in ("pi0", "pi05") else _type, _name)
+    register_adapter(_type, partial(_load, "pi" if _type.startswith("pi0") else _type, _name))

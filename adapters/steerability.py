@@ -132,7 +132,7 @@ def measure(
         row_effect = _effects(adapter, few, rows_anew, base).square().mean(-1).sqrt()
     column_effect = _effects(adapter, few, columns, base).square().mean((-1, -2)).sqrt()
     inert, inert_difference = 0, 0.0
-    if spec.live is not None and not spec.live.all():
+    if spec.live is not None:
         inert = int((~spec.live).sum())
         mixed = torch.where(spec.live.to(first.device), first, fresh)
         inert_difference = float(_effects(adapter, few, mixed, base).max())
@@ -177,13 +177,15 @@ def _times(
     repeats: int,
     again: Callable[[], Conditioning] | None,
 ) -> dict[str, tuple[float, float, float]]:
+    wait = torch.cuda.synchronize if adapter.device.type == "cuda" else lambda: None
+
     def seconds(call: Callable[[], object]) -> tuple[float, float, float]:
         times = []
         for _ in range(repeats + 1):  # the first run warms up
-            _wait(adapter.device)
+            wait()
             start = time.perf_counter()
             call()
-            _wait(adapter.device)
+            wait()
             times.append(time.perf_counter() - start)
         return median(times[1:]), min(times[1:]), max(times[1:])
 
@@ -192,8 +194,3 @@ def _times(
         f"denoise_{MANY}": seconds(lambda: denoise_all(adapter, conditioning, noises)),
     }
     return {"encode": seconds(again), **times} if again else times
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

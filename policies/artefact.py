@@ -38,8 +38,6 @@ from trimtab.policies.steered.configuration_trimtab import FORMAT, TYPE, BaseRef
 from trimtab.policies.steered.processor_trimtab import write_processors
 
 CRITIC = "critic.safetensors"
-# What artefacts from before these settings existed did, in settings.
-OLD_ACTOR = {"mean_limit": 1.0}
 # How the base was loaded; of these, what may lie in a folder.
 LOADED_WITH = (
     *("dtype", "num_inference_steps", "n_action_steps"),
@@ -208,16 +206,10 @@ def _as_steered(config: PolicyConfig, saved: PolicyConfig, folder: Path) -> Poli
 
 
 def _check_base(adapter: PolicyAdapter, base: BaseReference, base_folder: Path, folder: Path) -> None:
-    """Refuse a base that is another function than the one that was steered.
-
-    The hash of its weights' file has been compared; artefacts from before there were others hold no more.
-    """
-    parts = adapter.frozen_parts(adapter.policy)
-    odd: list[str] = []
-    if base.files is not None:
-        known = base.files
-        now = settings_hashes(base_folder, {name: place for name, (_, place) in parts.items()})
-        odd = [name for name in sorted(known.keys() | now.keys()) if known.get(name) != now.get(name)]
+    """Refuse a base whose settings or weights in memory are not those that were steered."""
+    parts, known = adapter.frozen_parts(adapter.policy), base.files or {}
+    now = settings_hashes(base_folder, {name: place for name, (_, place) in parts.items()})
+    odd = [name for name in sorted(known.keys() | now.keys()) if known.get(name) != now.get(name)]
     same_place = placement(adapter.policy).items() <= vars(base).items()  # else rounding may differ
     if not odd and same_place:
         in_memory = weights_hash(adapter.policy, *(part for part, _ in parts.values()))
@@ -240,10 +232,10 @@ def is_artefact(path: str | None) -> bool:
 
 
 def read_config(folder: Path) -> TrimtabConfig:
-    """The config of an artefact, of this format or of an older one.
+    """The config of an artefact.
 
     Raises:
-        UserError: the file is missing, or is not the config of an artefact.
+        UserError: the file is missing, or is not the config of an artefact of this format.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -252,29 +244,19 @@ def read_config(folder: Path) -> TrimtabConfig:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved.pop("type") != TYPE:
             raise ValueError(f"its type is not {TYPE}")
-        if saved["format"] not in (1, FORMAT):
-            raise ValueError(f"format {saved['format']}, this version reads {FORMAT}")
+        if saved["format"] != FORMAT:
+            raise ValueError(f"format {saved['format']}, this version reads {FORMAT}: steer the base anew")
         for name in ("path", "policy_type"):
             if not isinstance(saved["base"][name], str):
                 raise ValueError(f"base.{name} is no text")
         lacking = [name for name in ("noise", "noise_shape", "feature_dim") if name not in saved]
         if lacking:
             raise ValueError(f"it lacks {', '.join(lacking)}")
-        saved["actor"] = OLD_ACTOR | saved["actor"]
-        saved.setdefault("device", "cpu")
         return draccus.decode(TrimtabConfig, saved)
     except (KeyError, TypeError, ValueError, AttributeError, DraccusException, UserError) as error:
         raise UserError(
             "--policy.path", f"{path} is not an artefact's config ({type(error).__name__}: {reason(error)})"
         ) from None
-
-
-def base_place(base: BaseReference, folder: Path) -> str:
-    """Where the base of the artefact in ``folder`` lies: a folder, a Hub repository or a server's address."""
-    if base.path is None:
-        raise UserError("--policy.base.path", f"the artefact {folder} names no base policy")
-    candidate = folder / Path(base.path).expanduser()
-    return str(candidate.resolve()) if not is_server(base.path) and candidate.exists() else base.path
 
 
 def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) -> Steered:
@@ -289,7 +271,7 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
     """
     folder = Path(options.path).expanduser().resolve()
     saved = config or read_config(folder)
-    base, place = saved.base, base_place(saved.base, folder)
+    base, place = saved.base, saved.base.place(folder)
     if is_server(base.path):
         base_folder: Path | str = options.base_path or place
         loading, adapter = _served_base(base_folder, base, options)
@@ -322,19 +304,18 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
             "--policy.path",
             f"the base takes noise of shape {adapter.noise_spec.shape}, the actor makes {shape}",
         )
-    if not (folder / WEIGHTS).is_file():
-        raise UserError("--policy.path", f"{folder} is not a whole artefact, it lacks {WEIGHTS}")
     # The base's own spec: which entries are live decides what a masked actor steers.
     space = saved.noise.build(replace(adapter.noise_spec, dtype=torch.float32))
     # Whoever seeds torch and then loads meets the draws that follow on loading the base itself.
     with torch.random.fork_rng(devices=[]):
         actor = NoiseActor(saved.feature_dim, space, saved.actor, saved.observe)
         critic = _critic(saved, adapter, actor.encoder.dim)
-    load_weights(actor, read_weights(folder / WEIGHTS), folder / WEIGHTS)
-    if critic is not None:
-        if not (folder / CRITIC).is_file():
-            raise UserError("--policy.path", f"{folder} is not a whole artefact, it lacks {CRITIC}")
-        load_weights(critic, read_weights(folder / CRITIC), folder / CRITIC)
+    for module, name in ((actor, WEIGHTS), (critic, CRITIC)):
+        if module is None:
+            continue
+        if not (folder / name).is_file():
+            raise UserError("--policy.path", f"{folder} is not a whole artefact, it lacks {name}")
+        load_weights(module, read_weights(folder / name), folder / name)
     adapter.observer = Observer(saved.observe, adapter) if saved.observe else None
     return Steered(adapter, actor.eval(), base_folder, saved, critic, loading)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +16,10 @@ from trimtab.policies.acting import Candidates, Choice, Denoise
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.returns import NStepAccumulator, Returns, Transition
-from trimtab.rl.data.rows import observation_rows
-from trimtab.rl.envs.chunk import ChunkResult, RawObservation
+from trimtab.rl.data.rows import Row, observation_rows
+from trimtab.rl.envs.chunk import ChunkResult
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import Encoded, PolicyRunner
 
 
@@ -34,7 +33,8 @@ class Episode:
         steps: environment steps.
         terminated: ended in a terminal state, not at the time limit.
         features, u: what was seen and chosen at each chunk, (chunks, d) and (chunks, dim).
-        chunks: what was executed, (chunks, steps * action_dim), normalised.
+        chunks: what was executed, (chunks, steps * action_dim), normalised; (chunks, 0) where the replay does
+            not keep it.
         rewards, discounts: of each chunk.
         steered: whether the learner's policy acted in it, from start to end.
         task: its name, where the environment has one.
@@ -55,6 +55,21 @@ class Episode:
     total: float = 0.0
 
 
+@dataclass
+class _Running:
+    """What a running episode has told so far."""
+
+    features: list[np.ndarray] = field(default_factory=list)
+    u: list[np.ndarray] = field(default_factory=list)
+    chunks: list[np.ndarray] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    discounts: list[float] = field(default_factory=list)
+    steps: int = 0
+    success: bool = False
+    total: float = 0.0
+    steered: bool = True
+
+
 class Learner(Protocol):
     """Who acts in training episodes: an ``Algorithm`` (``rl/algorithms/acting.py`` says what each does)."""
 
@@ -73,8 +88,8 @@ class Learner(Protocol):
 
 
 @dataclass(frozen=True)
-class _AmongCandidates:
-    """A learner at observations whose candidates are known, as a ``ChunkPolicy``."""
+class _Exploring:
+    """A learner in the episodes that run now, as a ``ChunkPolicy``."""
 
     learner: Learner
     candidates: Candidates | None
@@ -88,25 +103,8 @@ class _AmongCandidates:
         return self.learner.act(features, prior, denoise, self.candidates, self.steered)
 
 
-@dataclass
-class _Running:
-    features: list[np.ndarray] = field(default_factory=list)
-    u: list[np.ndarray] = field(default_factory=list)
-    chunks: list[np.ndarray] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    discounts: list[float] = field(default_factory=list)
-    steps: int = 0
-    success: bool = False
-    total: float = 0.0
-    steered: bool = True
-    # What it takes to come here again: see ``resume.return_to``.
-    seed: int = -1
-    actions: list[np.ndarray] = field(default_factory=list)
-    digests: list[str] = field(default_factory=list)
-
-
 class Collector:
-    """Steps all environments by one chunk at a time.
+    """Makes transitions of what a learner does in all environments, a chunk at a time.
 
     ``begin`` lets the learner act and sets the simulators going; ``finish`` waits for them. What is done in
     between (learning) overlaps with the simulation. The noise of each environment comes from its own
@@ -139,68 +137,60 @@ class Collector:
         processes: int = 1,
         record: bool = False,
     ) -> None:
-        self.runner, self.vec, self.rl, self.record = runner, vec, rl, record
-        self.rank, self.processes = rank, processes
-        steps = runner.adapter.chunk_shape[0]
-        self.returns = Returns(reward, rl.gamma, rl.discount_per, steps, rl.bootstrap_at_time_limit)
+        self.runner, self.vec, self.rl = runner, vec, rl
+        self.returns = Returns(
+            reward, rl.gamma, rl.discount_per, runner.adapter.chunk_shape[0], rl.bootstrap_at_time_limit
+        )
         self.lost: list[tuple[str, str]] = []
         self.reported = False
         self.env_steps = 0
-        self.seconds = {"denoise": 0.0, "env_wait": 0.0, "env_busy": 0.0, "env_idle": 0.0}
-        self._envs = list(range(vec.num_envs))
-        self.seed, first = seed, seed + rank * vec.num_envs
-        self._next_seed = {i: first + i for i in self._envs}
-        self._generators = [torch.Generator().manual_seed(first + i) for i in self._envs]
-        self._accumulators = [NStepAccumulator(rl.n_step) for _ in self._envs]
         self.assign: Callable[[], bool] = lambda: True
-        self._running = [_Running() for _ in self._envs]
         self._steering = False
-        for i in self._envs:
-            runner.forget(i)
-        taken = self._take_seeds(self._envs)
-        observations = vec.reset(taken)
-        self._look([observations[i] for i in self._envs])
-        for i in self._envs:
-            self._running[i].seed = taken[i]
-            self._note_observation(i, observations[i])
-        self.feature_dim = self._features.shape[1]
+        envs, stride = range(vec.num_envs), vec.num_envs * processes
+        self.first_seed = seed + rank * vec.num_envs
+        self._accumulators = [NStepAccumulator(rl.n_step) for _ in envs]
+        self._running = [_Running() for _ in envs]
+        self.rollout = Rollout(
+            runner,
+            vec,
+            lambda i, seed: self.first_seed + i if seed is None else seed + stride,
+            per_episode=False,
+            record=record,
+        )
+        self.rollout.look()
         keeps = "conditioning" in rl.replayed
-        self.spec = ConditioningSpec.of(runner.adapter, self._conditioning) if keeps else None
+        self.spec = ConditioningSpec.of(runner.adapter, self.rollout.encoded) if keeps else None
+
+    @property
+    def feature_dim(self) -> int:
+        """Length of an observation as the learner sees it."""
+        return self.rollout.features.shape[1]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """See ``Rollout``."""
+        return self.rollout.seconds
 
     def start(self, learner: Learner) -> None:
         """Let ``learner`` act from here on."""
         self.learner = learner
-        self._candidates = self._propose(self._conditioning, self._features, self._generators)
+        self._propose_here()
 
     def unsteer(self) -> None:
         """Leave the episodes that run now to the untrained policy."""
         for running in self._running:
             running.steered = False
 
-    def _take_seeds(self, envs: list[int]) -> dict[int, int]:
-        taken = {i: self._next_seed[i] for i in envs}
-        for i in envs:
-            self._next_seed[i] += self.vec.num_envs * self.processes
-        return taken
+    def _propose_here(self) -> None:
+        rollout = self.rollout
+        self._candidates = self._propose(rollout.encoded, rollout.features, rollout.envs)
 
-    def _note_observation(self, i: int, observation: RawObservation) -> None:
-        if self.record:
-            self._running[i].digests.append(digest(observation))
-
-    def _look(self, observations: list) -> None:
-        self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
-        self._features = self.runner.features(self._conditioning)
-
-    def _propose(
-        self, conditioning: Encoded, features: Tensor, generators: list[torch.Generator]
-    ) -> Candidates | None:
+    def _propose(self, encoded: Encoded, features: Tensor, envs: list[int]) -> Candidates | None:
         """Draw and decode candidates of each observation, where the algorithm learns from them."""
         if not self.rl.candidates:
             return None
-        prior = self.runner.priors(self.rl.candidates, generators)
-        return self.learner.propose(
-            features, prior, partial(self.runner.denoise, conditioning), self._steering
-        )
+        prior, denoise = self.rollout.prior(self.rl.candidates, envs), partial(self.runner.denoise, encoded)
+        return self.learner.propose(features, prior, denoise, self._steering)
 
     def begin(self, steering: bool = True) -> None:
         """Let the learner act, and start stepping the chunks.
@@ -209,98 +199,69 @@ class Collector:
             steering: whether what has been learnt acts, in the episodes that are steered; else the untrained
                 policy acts everywhere.
         """
-        started = time.perf_counter()
         self._steering = steering
-        prior = self.runner.priors(self.learner.draws, self._generators)
         steered = torch.tensor([steering and running.steered for running in self._running])
-        acting = _AmongCandidates(self.learner, self._candidates, steered)
-        choice, actions = self.runner.act(acting, self._conditioning, self._features, prior, self._envs)
+        choice = self.rollout.begin(_Exploring(self.learner, self._candidates, steered))
         self._u = choice.u.float().cpu().numpy()
         self._chunks = choice.chunk.float().flatten(1).cpu().numpy()
-        self._lengths = [len(action) for action in actions]
-        self.seconds["denoise"] += time.perf_counter() - started
-        if self.record:
-            for i in self._envs:
-                self._running[i].actions.append(np.array(actions[i]))
-        started = time.perf_counter()  # without workers, sending is stepping
-        self.vec.send(dict(enumerate(actions)), dict(self._next_seed))
-        self.seconds["env_wait"] += time.perf_counter() - started
 
     def finish(self) -> tuple[list[Transition], list[Episode]]:
         """Wait for the simulators and return the transitions and episodes that are now complete."""
+        rollout = self.rollout
+        results, began = rollout.receive(), dict(rollout.episode)
         started = time.perf_counter()
-        results: dict[int, ChunkResult] = self.vec.receive()
-        self.seconds["env_wait"] += time.perf_counter() - started
-        self.seconds["env_busy"] += self.vec.busy
-        self.seconds["env_idle"] += self.vec.idle
-        started = time.perf_counter()
-        before = observation_rows(self._features, self._candidates, self._conditioning, self.spec)
-        ended = [i for i in self._envs if results[i].ended]
-        lost = [i for i in self._envs if results[i].lost]
-        taken = self._take_seeds([*ended, *lost])
-        for i in lost:
-            self._drop(i, *results[i].lost)
+        before = observation_rows(rollout.features, self._candidates, rollout.encoded, self.spec)
+        for i, result in results.items():
+            if result.lost:
+                self.lost.append(result.lost)
+                self._accumulators[i].clear()
+                self._running[i] = _Running(steered=self.assign())
+        ended, encoded = rollout.finals()
         finals = []
         if ended:
-            conditioning = self.runner.encode_finals(
-                {i: results[i] for i in ended}, self._lengths, self.vec.task_descriptions
-            )
-            features = self.runner.features(conditioning)
-            proposed = self._propose(conditioning, features, [self._generators[i] for i in ended])
-            finals = observation_rows(features, proposed, conditioning, self.spec)
-        self._look([results[i].observation for i in self._envs])
-        self._candidates = self._propose(self._conditioning, self._features, self._generators)
-        following = observation_rows(self._features, self._candidates, self._conditioning, self.spec)
+            features = self.runner.features(encoded)
+            finals = observation_rows(features, self._propose(encoded, features, ended), encoded, self.spec)
+        rollout.go_on()
+        rollout.look()
+        self._propose_here()
+        after = observation_rows(rollout.features, self._candidates, rollout.encoded, self.spec)
         for i, row in zip(ended, finals, strict=True):
-            following[i] = row
+            after[i] = row
         transitions: list[Transition] = []
         episodes: list[Episode] = []
-        for i in self._envs:
-            result = results[i]
+        for i, result in results.items():
             if result.lost:
                 continue
-            running = self._running[i]
-            running.success |= bool(result.successes.any())
-            reward, discount = self.returns.of(result, running.success)
-            (features, kept), (next_features, next_kept) = before[i], following[i]
-            kept["chunk"] = self._chunks[i]
-            transitions += self._accumulators[i].add(
-                features, self._u[i], reward, discount, next_features, result.ended, kept, next_kept
-            )
-            self._note(i, features, reward, discount, result)
+            transitions += self._add(i, result, before[i], after[i])
             if result.ended:
-                episodes.append(self._close_episode(i, result))
+                episodes.append(self._close_episode(i, result, began[i]))
             self.env_steps += result.steps
-        for i in self._envs:
-            self._running[i].seed = taken.get(i, self._running[i].seed)
-            self._note_observation(i, results[i].observation)
         self.seconds["denoise"] += time.perf_counter() - started
         return transitions, episodes
 
-    def _drop(self, i: int, kind: str, message: str) -> None:
-        """Forget an episode that was lost, with what it had begun to tell."""
-        self.lost.append((kind, message))
-        self.runner.forget(i)
-        self._accumulators[i].clear()
-        self._running[i] = _Running(steered=self.assign())
-
-    def _note(
-        self, i: int, features: np.ndarray, reward: float, discount: float, result: ChunkResult
-    ) -> None:
-        running = self._running[i]
+    def _add(self, i: int, result: ChunkResult, before: Row, after: Row) -> list[Transition]:
+        """Take an executed chunk into the running episode; returns the transitions that it completes."""
+        running, (features, kept), (next_features, next_kept) = self._running[i], before, after
+        running.success |= bool(result.successes.any())
+        reward, discount = self.returns.of(result, running.success)
         running.features.append(features)
         running.u.append(self._u[i])
-        running.chunks.append(self._chunks[i])
+        if "chunk" in self.rl.replayed:  # else nothing judges them, and some policies' differ in length
+            running.chunks.append(self._chunks[i])
         running.rewards.append(reward)
         running.discounts.append(discount)
         running.steps += result.steps
         running.total += float(result.rewards.sum())
         self.reported |= result.success_key is not None or running.success
+        kept["chunk"] = self._chunks[i]
+        return self._accumulators[i].add(
+            features, self._u[i], reward, discount, next_features, result.ended, kept, next_kept
+        )
 
-    def _close_episode(self, i: int, result: ChunkResult) -> Episode:
+    def _close_episode(self, i: int, result: ChunkResult, seed: int) -> Episode:
         running, self._running[i] = self._running[i], _Running(steered=self.assign())
         return Episode(
-            seed=result.seed,
+            seed=seed,
             success=running.success,
             steps=running.steps,
             terminated=result.terminated,
@@ -310,48 +271,49 @@ class Collector:
             discounts=np.asarray(running.discounts),
             steered=running.steered,
             task=self.vec.task_names[i],
-            chunks=np.stack(running.chunks),
+            chunks=np.stack(running.chunks) if running.chunks else np.zeros((len(running.u), 0), np.float32),
             total=running.total,
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """All but the simulators, environment by environment, between two chunks."""
+        drawn = self._candidates
+        own = [
+            {
+                "pending": self._accumulators[i].state_dict(),
+                "running": dict(vars(self._running[i])),
+                "candidates": None if drawn is None else {"u": drawn.u[i], "chunks": drawn.chunks[i]},
+            }
+            for i in range(self.vec.num_envs)
+        ]
+        envs = [mine | {"rollout": state} for mine, state in zip(own, self.rollout.state_dict(), strict=True)]
+        return {"env_steps": self.env_steps, "seconds": dict(self.seconds), "envs": envs}
 
-class SuccessWindow:
-    """Success rate over the last ``size`` episodes."""
+    def load_state_dict(self, state: dict[str, Any]) -> int:
+        """Put a new collector where it was, as far as its environments repeat their episodes.
 
-    def __init__(self, size: int) -> None:
-        self._recent: deque[bool] = deque(maxlen=size)
+        Args:
+            state: from ``state_dict``; ``None`` among its ``envs`` begins anew.
 
-    def add(self, success: bool) -> None:
-        self._recent.append(success)
-
-    @property
-    def rate(self) -> float:
-        return float(np.mean(self._recent)) if self._recent else 0.0
-
-    def __len__(self) -> int:
-        return len(self._recent)
-
-    def state_dict(self) -> list[bool]:
-        return list(self._recent)
-
-    def load_state_dict(self, state: list[bool]) -> None:
-        self._recent.clear()
-        self._recent.extend(state)
-
-
-def digest(observation: RawObservation) -> str:
-    """A short hash of an observation history."""
-    found = hashlib.blake2b(digest_size=16)
-
-    def take(value: Any) -> None:
-        for key in sorted(value):
-            found.update(key.encode())
-            if isinstance(value[key], dict):
-                take(value[key])
-            else:
-                array = np.ascontiguousarray(value[key])
-                found.update(f"{array.dtype}{array.shape}".encode())
-                found.update(array.tobytes())
-
-    take(observation)
-    return found.hexdigest()
+        Returns:
+            how many running episodes could not be repeated and were dropped.
+        """
+        self.env_steps = state["env_steps"]
+        self.seconds.update(state["seconds"])
+        saved = {i: one for i, one in enumerate(state["envs"]) if one is not None}
+        back = self.rollout.load_state_dict({i: one["rollout"] for i, one in saved.items()})
+        self._running = [
+            _Running(**saved[i]["running"]) if i in back else _Running(steered=self.assign())
+            for i in range(self.vec.num_envs)
+        ]
+        for i in back:
+            self._accumulators[i].load_state_dict(saved[i]["pending"])
+        self.rollout.look()
+        self._propose_here()
+        for i in back:
+            self.rollout.generators[i].set_state(saved[i]["rollout"]["generator"])  # drawing has moved it
+            if self._candidates is not None:
+                self._candidates.u[i] = saved[i]["candidates"]["u"]
+                self._candidates.chunks[i] = saved[i]["candidates"]["chunks"]
+        interrupted = [i for i in saved if saved[i]["rollout"]["trace"]["actions"] or self.vec.repeatable]
+        return sum(i not in back for i in interrupted)

@@ -14,6 +14,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.noise_samplers import NoiseSampler, constant_noise
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.processes import World
 from trimtab.rl.runs.progress import Progress
@@ -94,26 +95,16 @@ def evaluate(
     returns, reported, info_keys = np.zeros(total), False, set()
     frames: dict[int, list[np.ndarray]] = {}
     queue = iter(range(total))
-    episode = {i: k for i, k in zip(range(vec.num_envs), queue, strict=False)}  # environment -> episode
-    reserved = {i: next(queue, None) for i in episode}  # the episode that each would start next
-    generators = {k: torch.Generator().manual_seed(int(seeds[k])) for k in range(total)}
-    render = {i: seeds[k] in record for i, k in episode.items()}
-    for i in episode:
-        runner.forget(i)
-    observations = vec.reset({i: int(seeds[k]) for i, k in episode.items()}, render)
+    rollout = Rollout(
+        runner, vec, lambda i, k: next(queue, None), lambda k: int(seeds[k]), render=[int(s) for s in record]
+    )
     bar = Progress(total=total, desc=label, unit="ep", disable=not progress, leave=False)
-    while episode:
-        active = sorted(episode)
-        conditioning = runner.encode(
-            [observations[i] for i in active], [vec.task_descriptions[i] for i in active], active
-        )
-        acting = policy if samplers is None else _mixed([samplers[episode[i]] for i in active])
-        prior = runner.priors(acting.draws, [generators[episode[i]] for i in active])
-        _, actions = runner.act(acting, conditioning, runner.features(conditioning), prior, active)
-        following = {i: int(seeds[k]) if (k := reserved[i]) is not None else None for i in active}
-        vec.send({i: actions[row] for row, i in enumerate(active)}, following)
-        for i, result in vec.receive().items():
-            k = episode[i]
+    while rollout.episode:
+        rollout.look()
+        running = dict(rollout.episode)
+        rollout.begin(policy if samplers is None else _mixed([samplers[running[i]] for i in rollout.envs]))
+        for i, result in rollout.receive().items():
+            k = running[i]
             successes[k] |= bool(result.successes.any())
             steps[k] += result.steps
             returns[k] += result.rewards.sum()
@@ -121,16 +112,11 @@ def evaluate(
             info_keys |= set(result.info_keys)
             if seeds[k] in record:
                 frames.setdefault(int(seeds[k]), []).extend(result.frames)
-            observations[i] = result.observation
             if result.ended:
-                runner.forget(i)
                 bar.update()
                 if reported and bar.n:
                     bar.set_postfix_str(f"success {successes.sum() / bar.n:.2f}")
-                if reserved[i] is None:
-                    del episode[i]
-                else:
-                    episode[i], reserved[i] = reserved[i], next(queue, None)
+        rollout.go_on()
     bar.close()
     reported |= bool(successes.any())
     return Evaluation(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
+from trimtab.adapters.inputs import input_notes
 from trimtab.policies.acting import Choice, ChunkPolicy
 from trimtab.policies.noise_samplers import base_noise
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
@@ -100,7 +101,7 @@ class PolicyRunner:
 
     def input_notes(self, observations: list[RawObservation], tasks: list[str]) -> list[str]:
         """What the user should know of observations that ``encode`` takes, a line each."""
-        return self.adapter.input_notes(self._history(observations, tasks))
+        return input_notes(self.adapter, self._history(observations, tasks))
 
     def _history(self, observations: list[RawObservation], tasks: list[str]) -> dict[str, Any]:
         """What ``adapter.observe`` takes."""
@@ -155,7 +156,7 @@ class PolicyRunner:
         rows = [self.adapter.denoise(*pair)[0] for pair in zip(conditioning, noise.unbind(0), strict=True)]
         if lengths is not None:
             lengths[:] = [len(row) for row in rows]
-        steps = self.adapter.chunk_shape[0]
+        steps = max(len(row) for row in rows)
         return torch.stack([pad(row, (0, 0, 0, steps - len(row))) for row in rows]).unsqueeze(1)
 
     def act(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,3 +73,14 @@ class Gate:
     def __call__(self) -> bool:
         """Whether the learner acts in the next episode."""
         return bool(self._rng.random() < self.share)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rng": self._rng.bit_generator.state,
+            "base": list(self._base),
+            "steered": list(self._steered),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rng.bit_generator.state = state["rng"]
+        self._base, self._steered = list(state["base"]), deque(state["steered"], self.config.window)

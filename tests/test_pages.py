@@ -13,11 +13,6 @@ ROOT = Path(__file__).parents[1]
 WIDTH = 100  # columns; tables may be wider
 README_WORDS = 700
 GENERATED = {"recipes/CONFIGURATION.md", "recipes/configs/metaworld/comparison/compare.md"}
-GENERATED |= {
-    "recipes/compare/README.md",
-    "recipes/bench/README.md",
-    "tests/benchmarks/README.md",
-}  # until they are rewritten
 TOP = ("adapters", "policies", "rl", "recipes", "tests", "notebooks", ".github")
 # Other files that a page names are often what a command writes.
 SOURCES = ("py", "yaml", "ipynb", "toml", "lock")

@@ -35,32 +35,6 @@ ELSEWHERE = {
 }
 
 
-def identity(
-    policy: torch.nn.Module,
-    folder: Path,
-    files: list[Path],
-    parts: Mapping[str, tuple[torch.nn.Module, Path]],
-) -> dict[str, Any]:
-    """What identifies a loaded policy, as JSON values.
-
-    Args:
-        policy, folder: in memory, and where it was loaded from.
-        files: those that its weights were loaded from; empty: those that ``folder`` says.
-        parts: frozen parts outside the checkpoint and their folders, by name.
-
-    Returns:
-        ``sha256`` of the weights' files; ``files``, the hashes of all else that makes the function
-        (``settings_hashes``); ``weights_sha256`` of the weights in memory, with their ``weights_dtype`` and
-        ``weights_device``.
-    """
-    return {
-        "sha256": hash_files(files or weights_files(folder)),
-        "files": settings_hashes(folder, {name: where for name, (_, where) in parts.items()}),
-        "weights_sha256": weights_hash(policy, *(module for module, _ in parts.values())),
-        **placement(policy),
-    }
-
-
 def hash_files(paths: Iterable[Path]) -> str:
     """SHA-256 over the bytes of files, one after another, as hex."""
     digest = hashlib.sha256()

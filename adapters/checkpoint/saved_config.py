@@ -38,7 +38,7 @@ def read_config(folder: Path) -> Any:
     Raises:
         UserError: LeRobot refuses it; a field that needs a value is null; features are missing or senseless.
     """
-    import lerobot.policies  # noqa: F401 - registers LeRobot's own types
+    import lerobot.policies  # registers LeRobot's own types
     from lerobot.configs import PreTrainedConfig
 
     path = folder / CONFIG
@@ -52,7 +52,12 @@ def read_config(folder: Path) -> Any:
     except _Senseless as error:
         raise UserError(OPTION, f"{path} cannot be loaded: {error}") from None
     except Exception as error:
-        raise UserError(OPTION, f"{path} cannot be loaded: {reason(error)}{_hint(error)}") from error
+        hint = ""
+        if "are not valid for" in str(error):
+            hint = (
+                f"; LeRobot {lerobot.__version__} has no such fields: another version wrote them, or a hand"
+            )
+        raise UserError(OPTION, f"{path} cannot be loaded: {reason(error)}{hint}") from error
     # The instruction travels beside the observations, whatever a config says.
     config.input_features = {k: f for k, f in config.input_features.items() if f.type.value != "LANGUAGE"}
     return config
@@ -142,11 +147,3 @@ def _known(folder: Path, side: str) -> str:
         if isinstance(feature, dict) and (feature.get("type") == "ACTION") == outputs
     }
     return f", by its saved processors {json.dumps(fitting)}" if fitting else ""
-
-
-def _hint(error: Exception) -> str:
-    from lerobot import __version__
-
-    if "are not valid for" not in str(error):
-        return ""
-    return f"; LeRobot {__version__} has no such fields: another version wrote them, or a hand"

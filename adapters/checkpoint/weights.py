@@ -125,13 +125,6 @@ def check_part(module: torch.nn.Module, folder: Path) -> None:
     check_names(state, known, folder, BACKBONE)
 
 
-def freeze(policy: torch.nn.Module) -> None:
-    """Eval mode, no gradients."""
-    policy.eval()
-    for parameter in policy.parameters():
-        parameter.requires_grad_(False)
-
-
 def load_peft(policy: torch.nn.Module, folder: Path) -> None:
     """Put a PEFT (LoRA) adapter into ``policy``, in place, and check it against its file.
 

@@ -26,10 +26,7 @@ from trimtab.adapters.policy_adapter import PolicyAdapter
 
 
 class ACTAdapter(PolicyAdapter):
-    """``encode`` is what enters the transformer, ``denoise`` the transformer with the latent as a token.
-
-    Features: mean of the tokens that enter the transformer (cameras and states), and the normalised states.
-    """
+    """Features: mean of the tokens that enter the transformer, and the normalised states."""
 
     policy_type: ClassVar[str] = "act"
     takes_tokenizer = False

@@ -73,10 +73,7 @@ def cap_steps(config: Any) -> list[str]:
 
 
 class DiffusionAdapter(PolicyAdapter):
-    """``encode`` is the observation encoder, ``denoise`` the whole DDIM loop.
-
-    Features: the U-Net's global conditioning, which is the normalised states and the cameras' keypoints.
-    """
+    """Features: the U-Net's global conditioning: the normalised states and the cameras' keypoints."""
 
     policy_type: ClassVar[str] = "diffusion"
     takes_tokenizer = False

@@ -23,10 +23,7 @@ from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
 class EO1Adapter(VLAAdapter):
-    """``encode`` is Qwen2.5-VL up to the action span, ``denoise`` the Euler loop of Qwen over the span.
-
-    Features: mean of Qwen's last hidden states before the action span, and the normalised, padded state.
-    """
+    """Features: mean of Qwen's hidden states before the action span, and the normalised, padded state."""
 
     policy_type: ClassVar[str] = "eo1"
     backbone_fields = ("vlm_base",)

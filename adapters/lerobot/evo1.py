@@ -17,21 +17,18 @@ from torch import Tensor
 from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.lerobot.backbone import without_weights
 from trimtab.adapters.lerobot.injection import injected
 from trimtab.adapters.lerobot.prefix import pooled
 from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
 class Evo1Adapter(VLAAdapter):
-    """``encode`` is InternVL3, ``denoise`` LeRobot's own Euler loop over the action head.
-
-    Features: mean of InternVL3's final tokens (or its one pooled token), and the padded state.
-    """
+    """Features: mean of InternVL3's final tokens (or its one pooled token), and the padded state."""
 
     policy_type: ClassVar[str] = "evo1"
     takes_tokenizer = False
     backbone_fields = ("vlm_model_name",)
+    loads_backbone = True
     steps_field = "num_inference_timesteps"
     dtype_field = "vlm_dtype"  # what the images are cast to
 
@@ -53,8 +50,7 @@ class Evo1Adapter(VLAAdapter):
     def build(cls, config: Any) -> Any:
         from transformers import AutoTokenizer
 
-        with without_weights(config, *cls.backbone_fields):
-            policy = super().build(config)
+        policy = super().build(config)
         policy.model.embedder.tokenizer = AutoTokenizer.from_pretrained(config.vlm_model_name)
         return policy
 

@@ -79,10 +79,7 @@ def wan_part_folder(source: str, part: str) -> Path:
 
 
 class FastWAMAdapter(VLAAdapter):
-    """``encode`` is the video expert's prefix, ``denoise`` the Euler loop of the action expert.
-
-    Features: mean of the video expert's last hidden states over the frame, and the normalised state.
-    """
+    """Features: mean of the video expert's last hidden states over the frame, and the normalised state."""
 
     policy_type: ClassVar[str] = "fastwam"
     backbone_fields = ("text_encoder_model_id",)

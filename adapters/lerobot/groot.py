@@ -49,10 +49,7 @@ class _UnloadedGrootPolicy(GrootPolicy):
 
 
 class GrootAdapter(PolicyAdapter):
-    """``encode`` is everything up to the action head's loop, ``denoise`` the loop.
-
-    Features: mean of the projected backbone tokens, and the normalised, padded state.
-    """
+    """Features: mean of the projected backbone tokens, and the normalised, padded state."""
 
     policy_type: ClassVar[str] = "groot"
     # The name stays as saved unless asked: LeRobot reads the horizon from the sidecars of a folder.

@@ -37,10 +37,7 @@ CACHE = "pos"  # LeRobot's name of its one cache
 
 
 class LingBotVAAdapter(PolicyAdapter):
-    """``encode`` and ``follow`` imagine the video, ``denoise`` is the action stream's loop.
-
-    Features: mean of the last hidden states of the imagined video, and the state where the policy has one.
-    """
+    """Features: mean of the imagined video's last hidden states, and the state where the policy has one."""
 
     policy_type: ClassVar[str] = "lingbot_va"
     takes_tokenizer = False  # it lies beside the backbone

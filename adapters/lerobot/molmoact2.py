@@ -22,10 +22,10 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from trimtab.adapters.base import NoiseSpec
+from trimtab.adapters.checkpoint.backbone import backbone_folder
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
-from trimtab.adapters.lerobot.backbone import backbone_folder
 from trimtab.adapters.lerobot.prefix import PrefixRows, pooled, store_layers
 from trimtab.adapters.policy_adapter import PolicyAdapter
 
@@ -43,10 +43,7 @@ class _WithoutBackboneWeights(MolmoAct2Policy):
 
 
 class MolmoAct2Adapter(PolicyAdapter):
-    """``encode`` is the VLM and the expert's view of it, ``denoise`` the Euler loop of the action expert.
-
-    Features: mean of the VLM's prefix tokens, and the normalised state.
-    """
+    """Features: mean of the VLM's prefix tokens, and the normalised state."""
 
     policy_type: ClassVar[str] = "molmoact2"
     takes_tokenizer = False

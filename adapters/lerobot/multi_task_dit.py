@@ -15,19 +15,16 @@ from torch import Tensor
 
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.lerobot.backbone import without_weights
 from trimtab.adapters.lerobot.diffusion import DiffusionAdapter, cap_steps, use_ddim
 from trimtab.adapters.lerobot.injection import injected
 
 
 class MultiTaskDiTAdapter(DiffusionAdapter):
-    """``encode`` is the observation encoder, ``denoise`` the whole sampling loop.
-
-    Features, over the history: normalised states, CLIP's class token of each camera, the projected task.
-    """
+    """Features, over the history: normalised states, CLIP's class token of each camera, projected task."""
 
     policy_type: ClassVar[str] = "multi_task_dit"
     backbone_fields = ("vision_encoder_name", "text_encoder_name")
+    loads_backbone = True
     takes_tokenizer = True
     reads_task = True
 
@@ -37,16 +34,6 @@ class MultiTaskDiTAdapter(DiffusionAdapter):
             return [*cap_steps(config), *use_ddim(config, options.num_inference_steps)]
         config.num_integration_steps = options.num_inference_steps or config.num_integration_steps
         return cap_steps(config)
-
-    @classmethod
-    def build(cls, config: Any) -> Any:
-        """The policy, of which CLIP's weights are random: the checkpoint's replace them, so none are fetched.
-
-        Raises:
-            UserError: CLIP's config is not to be had.
-        """
-        with without_weights(config, *cls.backbone_fields):
-            return super().build(config)
 
     @property
     def resizes_images(self) -> bool:

@@ -23,9 +23,8 @@ from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
 class PiAdapter(VLAAdapter):
-    """``encode`` is PaliGemma over cameras and prompt, ``denoise`` the Euler loop of the action expert.
+    """Features: mean of PaliGemma's last hidden states without padding, and the normalised, padded state.
 
-    Features: mean of PaliGemma's last hidden states without padding, and the normalised, padded state.
     Nothing here reads a tensor's values, so it also runs on the meta device (to count operations).
     """
 

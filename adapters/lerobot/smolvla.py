@@ -16,19 +16,16 @@ from torch import Tensor
 
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.lerobot.backbone import without_weights
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
 from trimtab.adapters.lerobot.vla import VLAAdapter
 
 
 class SmolVLAAdapter(VLAAdapter):
-    """``encode`` is the VLM prefix, ``denoise`` the Euler loop of the action expert.
-
-    Features: mean of the VLM's prefix tokens, and the normalised, padded state.
-    """
+    """Features: mean of the VLM's prefix tokens, and the normalised, padded state."""
 
     policy_type: ClassVar[str] = "smolvla"
     backbone_fields = ("vlm_model_name",)
+    loads_backbone = True
     steps_field = "num_steps"
     dtypes = ("float32", "bfloat16")
     fills_missing_cameras = True
@@ -43,19 +40,8 @@ class SmolVLAAdapter(VLAAdapter):
         return ["use_cache is on here: without it LeRobot cannot sample"]
 
     @classmethod
-    def build(cls, config: Any) -> Any:
-        """The policy beside an empty file for the VLM's own weights, which the checkpoint replaces.
-
-        Where the config asks for those, LeRobot runs the VLM and most of the expert in bfloat16.
-        """
-        if not config.load_vlm_weights:
-            return super().build(config)
-        with without_weights(config, *cls.backbone_fields):
-            return super().build(config)
-
-    @classmethod
     def cast(cls, policy: Any, dtype: torch.dtype) -> None:
-        """Done in ``build``."""
+        """LeRobot runs the VLM and most of the expert in bfloat16 where ``load_vlm_weights`` is set."""
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         from lerobot.policies.smolvla.modeling_smolvla import make_att_2d_masks

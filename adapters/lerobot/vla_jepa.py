@@ -17,7 +17,6 @@ from trimtab.adapters.checkpoint.files import BACKBONE
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError, reason
-from trimtab.adapters.lerobot.backbone import without_weights
 from trimtab.adapters.lerobot.injection import injected
 from trimtab.adapters.lerobot.vla import VLAAdapter
 
@@ -25,14 +24,12 @@ WORLD_MODEL = ("model.video_encoder.", "model.video_predictor.")
 
 
 class VLAJEPAAdapter(VLAAdapter):
-    """``encode`` is Qwen3-VL, ``denoise`` the Euler loop of the action head.
-
-    Features: mean of the embodied-action tokens' hidden states, and the normalised state.
-    """
+    """Features: mean of the embodied-action tokens' hidden states, and the normalised state."""
 
     policy_type: ClassVar[str] = "vla_jepa"
     takes_tokenizer = False
     backbone_fields = ("qwen_model_name",)
+    loads_backbone = True
     steps_field = "num_inference_timesteps"
     noise_fields = ("chunk_size", "action_dim")
 
@@ -45,18 +42,16 @@ class VLAJEPAAdapter(VLAAdapter):
 
     @classmethod
     def build(cls, config: Any) -> Any:
-        name = config.qwen_model_name
-        with without_weights(config, *cls.backbone_fields):
-            try:
-                return super().build(config)
-            except (OSError, ValueError) as error:
-                if isinstance(error, ValueError) and config.qwen_model_name not in str(error):
-                    raise  # about the policy's own numbers
-                raise UserError(
-                    BACKBONE,
-                    f"the config and processor of the backbone '{name}' cannot be loaded: {reason(error)}; "
-                    "name a folder that holds them",
-                ) from error
+        try:
+            return super().build(config)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and "qwen_model_name" not in str(error):
+                raise  # about the policy's own numbers: the backbone's copy has this name
+            raise UserError(
+                BACKBONE,
+                f"the config and processor of the backbone '{config.qwen_model_name}' cannot be loaded: "
+                f"{reason(error)}; name a folder that holds them",
+            ) from error
 
     @classmethod
     def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:

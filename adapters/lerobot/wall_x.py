@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from trimtab.adapters.checkpoint.backbone import backbone_folder
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
-from trimtab.adapters.lerobot.backbone import backbone_folder, without_weights
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
 from trimtab.adapters.lerobot.vla import VLAAdapter
 
@@ -25,14 +25,12 @@ STEPS = 10  # LeRobot's default; its config has no field for it
 
 
 class WallXAdapter(VLAAdapter):
-    """``encode`` is the prompt's pass through the model, ``denoise`` the Euler loop of the action tokens.
-
-    Features: mean of the prompt's tokens after the last layer, and the normalised, padded state.
-    """
+    """Features: mean of the prompt's tokens after the last layer, and the normalised, padded state."""
 
     policy_type: ClassVar[str] = "wall_x"
     takes_tokenizer = False
     backbone_fields = ("pretrained_name_or_path",)
+    loads_backbone = True
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
@@ -45,12 +43,6 @@ class WallXAdapter(VLAAdapter):
         config.pretrained_name_or_path = str(backbone_folder(config.pretrained_name_or_path))
         config.num_inference_steps = options.num_inference_steps or STEPS
         return []
-
-    @classmethod
-    def build(cls, config: Any) -> Any:
-        """LeRobot's policy, built beside an empty weights file: the checkpoint holds all weights."""
-        with without_weights(config, *cls.backbone_fields):
-            return super().build(config)
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         model = self.policy.model

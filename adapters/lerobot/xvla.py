@@ -37,10 +37,7 @@ class _Encoded:
 
 
 class XVLAAdapter(PolicyAdapter):
-    """``encode`` is Florence-2, ``denoise`` LeRobot's own loop over the transformer.
-
-    Features: means of Florence-2's tokens and of the further cameras' tokens, and the padded state.
-    """
+    """Features: means of Florence-2's tokens and of the further cameras' tokens, and the padded state."""
 
     policy_type: ClassVar[str] = "xvla"
     steps_field = "num_denoising_steps"

@@ -39,7 +39,6 @@ MEND = (
     "`noise = obs.pop('noise', None)` after `obs` is unpacked, and call "
     "`self._policy.infer(obs, noise=noise)`"
 )
-PREFIX = "prefix"  # entry of the conditioning that the server made
 # What takes the place of options that have no effect on a server's policy.
 INSTEAD = {
     "rename_map": "--policy.remote.keys",
@@ -57,6 +56,8 @@ class ServedConfig:
 
 class RemoteAdapter(PolicyAdapter):
     """``encode`` packs the observation, ``denoise`` sends it with each noise.
+
+    Features: the raw states as they are sent, and the last token of the server's prefix where that is asked.
 
     Args:
         options: ``path`` is the server's address, ``remote`` says what it is sent.
@@ -79,7 +80,7 @@ class RemoteAdapter(PolicyAdapter):
             raise UserError("--policy.remote.timeout", f"must be positive, got {options.remote.timeout}")
         self.options = options.remote
         self.policy = None  # out of sight
-        self.preprocessor = self.postprocessor = _as_it_is
+        self.preprocessor = self.postprocessor = lambda value: value
         self.device = torch.device(device)
         self._config = ServedConfig(input_features(self.options))
         self._answer_shape: tuple[int, int] | None = None
@@ -99,7 +100,7 @@ class RemoteAdapter(PolicyAdapter):
             notes.append(
                 f"the server takes noise of shape {shape}; --policy.remote.noise_shape has no effect"
             )
-        conditioning = self._example()
+        conditioning = self.example_conditioning(1, torch.Generator().manual_seed(0))
         message = message_of(self.options, conditioning, 0)
         if shape is not None:
             message[self.options.noise_key] = np.zeros((1, *shape), np.float32)
@@ -121,8 +122,8 @@ class RemoteAdapter(PolicyAdapter):
         self.noise_spec = NoiseSpec(shape or (horizon, NOISE_DIM))
         self.chunk_shape = (steps, action_dim)
         self._config.output_features["action"] = PolicyFeature(FeatureType.ACTION, (action_dim,))
-        seen = self._seen(conditioning)
-        if seen and PREFIX not in seen and any(is_image(key) for key in self.options.keys):
+        seen = [key for key in self.options.keys if not is_image(key)]
+        if seen and not self.options.prefix_features and len(seen) < len(self.options.keys):
             notes.append(
                 f"the noise actor sees {', '.join(seen)} but no image: the server keeps what its model sees "
                 "to itself (--policy.remote.prefix_features asks a server that has dsrl_pi0's get_prefix_rep)"
@@ -152,9 +153,12 @@ class RemoteAdapter(PolicyAdapter):
         }
         tasks = batch.get("task")
         conditioning = Conditioning(tensors, {"task": list(tasks)} if tasks else {})
+        features = [tensors[key] for key in self.options.keys if not is_image(key)]
         if self.options.prefix_features:
-            rows = [self._prefix(conditioning, row) for row in range(conditioning.observations)]
-            tensors[PREFIX] = torch.stack(rows)
+            rows = range(conditioning.observations)
+            features.append(torch.stack([self._prefix(conditioning, row) for row in rows]))
+        if features:
+            tensors["features"] = torch.cat(features, -1).to(self.device)
         return conditioning
 
     def _prefix(self, conditioning: Conditioning, row: int) -> Tensor:
@@ -201,27 +205,13 @@ class RemoteAdapter(PolicyAdapter):
             raise UserError(OPTION, f"{self.server.url} returned NaN or Inf actions")
         return actions.astype(np.float32)
 
-    def features(self, conditioning: Conditioning) -> Tensor | None:
-        """The raw state as it was sent, and the last token of the server's prefix where that is asked for."""
-        seen = self._seen(conditioning)
-        if not seen:
-            return None
-        return torch.cat([conditioning.rows(name) for name in seen], -1).to(self.device)
-
-    def _seen(self, conditioning: Conditioning) -> list[str]:
-        return [name for name in conditioning.tensors if not is_image(name)]
-
     # Verification.
-
-    def _example(self) -> Conditioning:
-        """One observation, always the same."""
-        return self.example_conditioning(1, torch.Generator().manual_seed(0))
 
     def _two_chunks(self, repeat: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Chunks of one observation: for one noise, for it again, and for another."""
         generator = torch.Generator().manual_seed(1)
         first, second = torch.randn((2, 1, *self.noise_spec.shape), generator=generator)
-        conditioning = self._example()
+        conditioning = self.example_conditioning(1, torch.Generator().manual_seed(0))
         once = self.denoise(conditioning, first)
         return once, self.denoise(conditioning, first) if repeat else once, self.denoise(conditioning, second)
 
@@ -264,10 +254,6 @@ class RemoteAdapter(PolicyAdapter):
         raise UserError(
             OPTION, f"{self.server.url} no longer answers as the base did: another policy is served there"
         )
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 def _noise_shape(value: Any) -> tuple[int, int] | None:

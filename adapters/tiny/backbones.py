@@ -87,14 +87,7 @@ def make_qwen2_5(folder: Path, sizes: Sizes = SIZES["qwen2_5"]) -> dict[str, Any
 def make_wall_x(
     folder: Path, padding_side: str, action_dim: int, state_dim: int, sizes: Sizes = SIZES["wall_x"]
 ) -> None:
-    """Qwen2.5-VL with experts, of wall_x.
-
-    Args:
-        folder: where.
-        padding_side: where the tokenizer pads shorter texts.
-        action_dim, state_dim: widths, padding included.
-        sizes: see above.
-    """
+    """Qwen2.5-VL with experts, of wall_x; the widths of action and state with their padding."""
     from lerobot.policies.wall_x.qwen_model import Qwen2_5_VLConfig
 
     tokenizer = byte_tokenizer(folder, WALL_X_TOKENS, padding_side)
@@ -206,13 +199,7 @@ def make_smolvlm(folder: Path, sizes: Sizes = SIZES["smolvlm"], weights: bool = 
 
 
 def make_florence(folder: Path, sizes: Sizes = SIZES["florence"], words: int | None = None) -> dict[str, Any]:
-    """Florence-2, of xvla: saves the tokenizer, and returns the config as X-VLA's config holds it.
-
-    Args:
-        folder: where.
-        sizes: see above.
-        words: size of the vocabulary; default: the tokenizer's.
-    """
+    """Florence-2, of xvla: saves the tokenizer, and returns the config as X-VLA's config holds it."""
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     tokenizer = word_tokenizer(folder)
     text = {"model_type": "bart", "vocab_size": words or len(tokenizer), **ids, **sizes["text"]}

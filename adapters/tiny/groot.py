@@ -9,10 +9,17 @@ from typing import Any
 import torch
 
 from trimtab.adapters.tiny.backbones import make_qwen3
-from trimtab.adapters.tiny.parts import ACTION_DIM, STATE_DIM, camera_features, make_config, save_policy
+from trimtab.adapters.tiny.parts import (
+    ACTION_DIM,
+    SIZES,
+    STATE_DIM,
+    camera_features,
+    make_config,
+    save_policy,
+)
 
 TAG = "tiny_arm"
-HORIZON = 6  # of the model; the sidecars' is one less
+HORIZON = SIZES["groot"]["action_horizon"] - 1  # of the sidecars
 
 
 def groot(
@@ -21,11 +28,9 @@ def groot(
     """Save the policy; the GR00T model that it names lies in ``folder/gr00t``, its Qwen3-VL beside.
 
     Args:
-        folder: where.
+        folder, cameras, fields: as for the builders in ``policies.py``.
         sidecars: give the GR00T model statistics and horizons of its own, as NVIDIA's checkpoints have.
         relative: with sidecars, actions relative to the state, for all but the last dimension.
-        cameras: number of cameras.
-        fields: fields of ``GrootConfig`` that shall differ.
     """
     from lerobot.policies.groot.modeling_groot import GrootPolicy
 
@@ -55,32 +60,8 @@ def make_base(folder: Path, qwen: Path) -> None:
     """Save a narrow GR00T model (not a LeRobot policy) in ``folder``, with its Qwen3-VL in ``qwen``."""
     from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
 
-    width = make_qwen3(qwen, num_hidden_layers=3).text_config.hidden_size
-    transformer = {"positional_embeddings": None, "num_attention_heads": 2, "dropout": 0.2}
-    config = GR00TN17Config(
-        model_name=str(qwen),  # its path has to contain "Qwen/Qwen3-VL"
-        select_layer=2,  # the third layer is dropped, as in the real model
-        backbone_embedding_dim=width,
-        hidden_size=24,
-        input_embedding_dim=32,
-        max_state_dim=8,
-        max_action_dim=7,
-        action_horizon=HORIZON,
-        max_seq_len=16,
-        max_num_embodiments=12,
-        diffusion_model_cfg={
-            **transformer,
-            "num_layers": 4,
-            "attention_head_dim": 16,
-            "norm_type": "ada_norm",
-            "final_dropout": True,
-            "output_dim": 24,
-            "interleave_self_attention": True,
-        },
-        vl_self_attention_cfg={**transformer, "num_layers": 1, "attention_head_dim": width // 2},
-        model_dtype="float32",
-        dtype="float32",
-    )
+    make_qwen3(qwen, num_hidden_layers=3)  # of which the third is dropped, as in the real model
+    config = GR00TN17Config(model_name=str(qwen), **SIZES["groot"])  # a path with "Qwen/Qwen3-VL" in it
     torch.manual_seed(0)
     model = GR00TN17(config, load_backbone_weights=False)
     with torch.no_grad():  # drawn with 0.02: at this width the chunk would be the noise itself
@@ -102,7 +83,7 @@ def write_sidecars(folder: Path, relative: bool) -> None:
         }
         for kind, sizes in groups.items()
     }
-    rows = [[0.1 * (step + 1)] * (ACTION_DIM - 1) for step in range(HORIZON - 1)]  # one per step
+    rows = [[0.1 * (step + 1)] * (ACTION_DIM - 1) for step in range(HORIZON)]  # one per step
     stats["relative_action"] = {
         "arm": {"min": [[-x for x in row] for row in rows], "max": rows, "mean": rows, "std": rows}
     }
@@ -112,7 +93,7 @@ def write_sidecars(folder: Path, relative: bool) -> None:
         "video": {"modality_keys": ["camera1", "camera2"], "delta_indices": [0]},
         "action": {
             "modality_keys": list(groups["action"]),
-            "delta_indices": list(range(HORIZON - 1)),
+            "delta_indices": list(range(HORIZON)),
             "action_configs": [
                 {"rep": rep, "type": "non_eef", "format": "default", "state_key": name}
                 for name, rep in representations.items()
@@ -122,7 +103,7 @@ def write_sidecars(folder: Path, relative: bool) -> None:
     processor = {
         "modality_configs": {TAG: modalities},
         "use_relative_action": relative,
-        "max_action_horizon": HORIZON,
+        "max_action_horizon": HORIZON + 1,
         "image_target_size": [64, 64],
         "image_crop_size": [56, 56],
         "formalize_language": True,

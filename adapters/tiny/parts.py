@@ -35,11 +35,7 @@ def camera_features(
 ) -> dict[str, dict[str, PolicyFeature]]:
     """``input_features`` (state and cameras) and ``output_features`` of a policy config.
 
-    Args:
-        cameras: how many.
-        size: side of an image, or (height, width).
-        state_dim, action_dim: widths.
-        single: name of an only camera.
+    ``size`` is the side of an image, or (height, width); ``single`` the name of an only camera.
     """
     inputs = {"observation.state": PolicyFeature(FeatureType.STATE, (state_dim,))}
     height, width = (size, size) if isinstance(size, int) else size
@@ -107,16 +103,16 @@ def save_policy(
         saved.save_pretrained(folder)
 
 
-def randomise(policy: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
+def randomise(policy: torch.nn.Module) -> None:
     """Give every weight that was initialised to zero (gates, output layers) a random value.
 
     Otherwise a random network of such a type ignores its observation or its noise.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.ndim > 1 and not parameter.any():
-                values = torch.randn(parameter.shape, generator=generator) * scale
+                values = torch.randn(parameter.shape, generator=generator) * 0.2
                 parameter.copy_(values / parameter.shape[-1] ** 0.5)
 
 
@@ -126,12 +122,7 @@ def token_ids(tokenizer: Any, tokens: dict[str, str]) -> dict[str, int]:
 
 
 def word_tokenizer(folder: Path, special: dict[str, str] | None = None) -> Any:
-    """Save a word-level tokenizer in ``folder`` and return it.
-
-    Args:
-        folder: where.
-        special: extra special tokens by attribute name.
-    """
+    """Save a word-level tokenizer and return it; ``special``: extra special tokens by attribute name."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -152,13 +143,7 @@ def word_tokenizer(folder: Path, special: dict[str, str] | None = None) -> Any:
 
 
 def byte_tokenizer(folder: Path, tokens: Sequence[str], padding_side: str = "left") -> Any:
-    """Save a Qwen2 tokenizer that knows single bytes, the words of prompts and ``tokens``, and return it.
-
-    Args:
-        folder: where.
-        tokens: special tokens; the last ids.
-        padding_side: where it pads shorter texts.
-    """
+    """Save a Qwen2 tokenizer that knows single bytes, the words of prompts and ``tokens``; return it."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 

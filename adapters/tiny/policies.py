@@ -163,12 +163,7 @@ def wall_x(
 ) -> Options:
     """0.1 M weights: the real Qwen2.5-VL with experts, its processor and action head.
 
-    Args:
-        folder: where.
-        cameras: how many.
-        padding_side: where the tokenizer pads shorter texts.
-        dtype: precision to load the policy with; ``None`` for LeRobot's own mix of bfloat16 and float32.
-        fields: see above.
+    ``dtype`` is the precision to load it with; ``None`` for LeRobot's own mix of bfloat16 and float32.
     """
     backbone = str(folder / "backbone")
     config = make_config("wall_x", fields, **camera_features(cameras), pretrained_name_or_path=backbone)
@@ -194,19 +189,8 @@ def xvla(folder: Path, cameras: int = 2, **fields: Any) -> Options:
 
 
 BUILDERS: dict[str, Callable[..., Options]] = {
-    "act": act,
-    "diffusion": diffusion,
-    "eo1": eo1,
-    "evo1": evo1,
-    "fastwam": fastwam,
-    "groot": groot,
-    "lingbot_va": lingbot_va,
-    "molmoact2": molmoact2,
-    "multi_task_dit": multi_task_dit,
-    "pi0": partial(pi, "pi0"),
-    "pi05": partial(pi, "pi05"),
-    "smolvla": smolvla,
-    "vla_jepa": vla_jepa,
-    "wall_x": wall_x,
-    "xvla": xvla,
+    build.__name__: build
+    for build in (act, diffusion, eo1, evo1, fastwam, groot, lingbot_va, molmoact2, multi_task_dit)
 }
+BUILDERS |= {name: partial(pi, name) for name in ("pi0", "pi05")}
+BUILDERS |= {build.__name__: build for build in (smolvla, vla_jepa, wall_x, xvla)}

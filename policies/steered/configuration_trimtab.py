@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lerobot.configs import PreTrainedConfig
 
 from trimtab.adapters import UserError
+from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
@@ -46,6 +48,17 @@ class BaseReference:
     remote: dict[str, Any] | None = None
     answer: Any = None
     tolerance: Any = None
+
+    def place(self, folder: Path) -> str:
+        """Where it lies, for the artefact in ``folder``: a folder, a Hub repository or a server's address.
+
+        Raises:
+            UserError: the artefact names no base.
+        """
+        if self.path is None:
+            raise UserError("--policy.base.path", f"the artefact {folder} names no base policy")
+        candidate = folder / Path(self.path).expanduser()
+        return str(candidate.resolve()) if not is_server(self.path) and candidate.exists() else self.path
 
 
 @PreTrainedConfig.register_subclass(TYPE)

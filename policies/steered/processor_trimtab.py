@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lerobot.configs import PreTrainedConfig
 from lerobot.processor import (
     AddBatchDimensionProcessorStep,
     DeviceProcessorStep,
@@ -75,11 +76,7 @@ def make_trimtab_pre_post_processors(
     Raises:
         UserError: the base is not where the config says.
     """
-    from lerobot.configs import PreTrainedConfig
-
-    from trimtab.policies.artefact import base_place
-
-    place = base_place(config.base, Path(config.pretrained_path or "."))
+    place = config.base.place(Path(config.pretrained_path or "."))
     if is_server(place):
         return plain_processors(config.device)
     base_config = PreTrainedConfig.from_pretrained(str(place))

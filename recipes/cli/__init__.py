@@ -41,11 +41,16 @@ COMMANDS = {
     "probe": Command("can this policy be steered, and in which noise space?", tiny=True),
     "policies": Command("list the policy types: their noise, and what one more noise costs"),
     "recipes": Command("list the recipes for known policies: files, commands, needs", light=True),
-    "bench": Command("sample efficiency and engine speed beside other methods", launched=True),
     "base": Command("make an embedded base policy for any of Meta-World's 50 tasks"),
 }
 # What is gone ("COMMAND" or "COMMAND --option"), and what to use instead.
-REMOVED: dict[str, str] = {}
+REMOVED: dict[str, str] = {
+    "bench": "`trimtab compare` compares methods; timings are `python -m tests.benchmarks.NAME`",
+    **dict.fromkeys(
+        (f"policies --{name}" for name in ("full_size", "cameras", "time", "threads")),
+        "`python -m tests.benchmarks.policies` counts and times",
+    ),
+}
 
 USAGE = """usage: trimtab COMMAND [--option=value ...]
 

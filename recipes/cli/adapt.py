@@ -13,13 +13,13 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.errors import reason
-from trimtab.policies.actor import NoiseActor
 from trimtab.policies.artefact import is_artefact
-from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.launched import launched_processes, make_accelerator
 from trimtab.recipes.support.layers import flatten
+from trimtab.recipes.support.preflight import Measured, check_inputs, check_reward, measure
 from trimtab.recipes.support.repeat import loaded_plugins
 from trimtab.recipes.support.reporting import (
     NAMES,
@@ -36,20 +36,17 @@ from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.recipes.support.trackers import Trackers, check_trackers
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
-from trimtab.rl.algorithms.acting import Learnt, LoadedBase, RunRequest
+from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.data.decoder import ConditioningSpec
-from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
-from trimtab.rl.data.memory import check_replay
-from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
+from trimtab.rl.data.demonstration_data import DemosConfig
+from trimtab.rl.envs.vector import WorkerLost
 from trimtab.rl.evaluation import Evaluation, pooled
-from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
+from trimtab.rl.runs.checkpoint import CheckpointConfig
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.runs.processes import World
 from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.seeds import MAX_SEED
-from trimtab.rl.train import Trainer, replay_extra
-from trimtab.rl.warm_start import begin_at, read_constant
+from trimtab.rl.trainer import Trainer
 
 
 @dataclass
@@ -94,16 +91,26 @@ def check_run(seed: int, num_envs: int) -> None:
 
 @dataclass
 class Outcome:
-    """What a steering run found."""
+    """What a steering run found.
+
+    Attributes:
+        evaluations: by policy, over all tasks; ``by_task``: of each task.
+        untrained: what the noise space does before anything is learnt.
+        constants: details of the search for a constant noise.
+        folder: of what is deployed.
+        lines: of metrics.
+        parameters: weights trained.
+        seconds: by part of the run.
+    """
 
     evaluations: dict[str, Evaluation]
+    by_task: Measured
     untrained: Evaluation
-    details: dict[str, Any]
-    artefact: Path
+    constants: dict[str, Any]
     lines: list[dict[str, Any]]
     parameters: int
     seconds: dict[str, float]
-    by_task: dict[str, dict[str, Evaluation]]
+    folder: Path = Path()
 
 
 def main(config: AdaptConfig) -> None:
@@ -138,7 +145,7 @@ def main(config: AdaptConfig) -> None:
     say(untrained_line(outcome.untrained.summary(), config.noise.type))
     for line in waits(outcome.lines):
         say(line)
-    say(f"{outcome.parameters:,} weights trained; artefact {outcome.artefact}; all in {output}")
+    say(f"{outcome.parameters:,} weights trained; artefact {outcome.folder}; all in {output}")
 
 
 def untrained_line(summary: dict[str, Any], noise: str) -> str:
@@ -161,16 +168,21 @@ def waits(lines: list[dict[str, Any]]) -> list[str]:
 
 
 def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Path) -> Outcome:
-    """Evaluate the baselines, train the noise actor, evaluate it, and write everything under ``output``.
+    """Evaluate the baselines, train, evaluate what was learnt, and write everything under ``output``.
 
     With ``config.resume``, what ``output`` holds of it is taken up.
+
+    Args:
+        session: the base policy in its environment.
+        folder: where the base was loaded from.
+        config: of the run.
+        output: its folder.
 
     Raises:
         UserError: from the policy or the environment; nothing is written before training starts.
         Stopped: by a signal, once there is a checkpoint.
     """
-    trackers = check_trackers(config.trackers)
-    accelerator = make_accelerator(session.adapter.device.type, trackers, output)
+    accelerator = make_accelerator(session.adapter.device.type, check_trackers(config.trackers), output)
     session.world = World(accelerator)
     signals = StopSignals()
     try:
@@ -188,34 +200,43 @@ def _steer(
     accelerator: Any,
     signals: StopSignals,
 ) -> Outcome:
-    space = config.noise.build(session.adapter.noise_spec)
+    space, world = config.noise.build(session.adapter.noise_spec), session.world
     check_inputs(session, config, space)
     identity = session.adapter.identity(folder)
-    run = RunFolder(output, config, identity, config.checkpoint, session.world)
-    found = run.newest() if config.resume else None
-    if found is not None and not found.beside.get("repeatable", True):
+    run = RunFolder(output, config, identity, config.checkpoint, world)
+    checkpoint = run.newest() if config.resume else None
+    if checkpoint is not None and not checkpoint.beside.get("repeatable", True):
         session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
-    clock = time.perf_counter
-    seconds: dict[str, float] = {}
-    started = clock()
-    measured, known = (run.baselines() if config.resume else None) or measure(session, config, space)
-    check_reward(config, measured)
-    run.begin(measured, known)
-    seconds["baselines"] = clock() - started
-    started = clock()
+    clock = Clock()
+    measured, constants = (run.baselines() if config.resume else None) or measure(session, config, space)
+    check_reward(config.rl, config.train.reward, measured)
+    run.begin(measured, constants)
+    clock.lap("baselines")
     tracked = Trackers(accelerator, check_trackers(config.trackers), "trimtab", flatten(run.config))
+    kept = checkpoint.beside["metrics"] if checkpoint else 0
     with session.environments(config.num_envs, faults=config.faults) as vec:
         if len(set(vec.task_names)) != len(session.tasks):
             raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
-        trainer = make_trainer(session, vec, accelerator, config, run.checkpoints, signals)
-        keep = found.beside["metrics"] if found else 0
-        with writer(output, keep, session.world) as lines:
+        trainer = config.rl.own_run(session.runner, vec, config.noise, config.seed) or Trainer(
+            session.runner,
+            vec,
+            accelerator,
+            config.train,
+            config.rl,
+            config.noise,
+            config.seed,
+            demos=config.demos,
+            checkpoints=run.checkpoints,
+            faults_config=config.faults,
+            stop=signals,
+        )
+        with MetricsWriter(output / METRICS if world.main else Path(os.devnull), kept) as lines:
             trainer.on_metrics = lambda line: (lines(line), tracked(line))
             if run.checkpoints:
                 run.checkpoints.beside = lambda: {"metrics": lines.offset(), "repeatable": vec.repeatable}
-            for note in trainer.resume(found) if found else ():
+            for note in trainer.resume(checkpoint) if checkpoint else ():
                 print(note)
-            signals.kept = found is not None
+            signals.kept = checkpoint is not None
             signals.deferred = run.checkpoints is not None and config.rl.replays
             learnt = trainer.run()
             signals.kept, signals.deferred = signals.deferred, False
@@ -223,171 +244,52 @@ def _steer(
                 raise Stopped(signals.name)
     tracked.close()
     learnt.actor.eval()
-    seconds["steering"] = clock() - started
-    started = clock()
+    clock.lap("steering")
     steered = learnt.deployed_policy(config.eval.deterministic)
     for task, vec in session.evaluations_by_task():
         measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
-    seconds["steered_evaluation"] = clock() - started
+    clock.lap("steered_evaluation")
     session.adapter.check_identity(identity, folder)
-    untrained = pooled([held.pop("untrained") for held in measured.values()])
+    untrained = pooled([found.pop("untrained") for found in measured.values()])
     names = next(iter(measured.values()))
-    evaluations = {name: pooled([held[name] for held in measured.values()]) for name in names}
+    evaluations = {name: pooled([found[name] for found in measured.values()]) for name in names}
     parameters = learnt.trained_parameters()["actor"]
-    outcome = Outcome(evaluations, untrained, known, output, lines.lines, parameters, seconds, measured)
-    if session.world.main:
-        started = clock()
-        outcome.artefact = save(session, folder, config, output, trainer, learnt, outcome)
+    outcome = Outcome(evaluations, measured, untrained, constants, lines.lines, parameters, clock.seconds)
+    if world.main:
+        facts = {
+            "env": draccus.encode(config.env, EnvConfig),
+            "seed": config.seed,
+            "env_steps": trainer.env_steps,
+            "episodes": trainer.episodes,
+            "deterministic": config.eval.deterministic,
+            "success": summaries(evaluations),
+            "algorithm": config.rl.type,
+            "plugins": loaded_plugins(),
+        }
+        base = LoadedBase(session.adapter, config.policy, folder)
+        outcome.folder = learnt.save(output, base, config.noise, facts)
         write_results(output, outcome, config, trainer, identity)
         run.write_config()
         title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
         plot_curve(output / "curve.png", lines.lines, summaries(evaluations), title)
         session.record(session.own_noise, output / "before.mp4", "video: base policy")
         session.record(steered, output / "after.mp4", "video: steered")
-        seconds["pictures"] = clock() - started
+        clock.lap("pictures")
         write_results(output, outcome, config, trainer, identity)  # once more, with the last time in it
     return outcome
 
 
-def measure(
-    session: Session, config: AdaptConfig, space: NoiseSpace
-) -> tuple[dict[str, dict[str, Evaluation]], dict[str, Any]]:
-    """Evaluate the baselines, and what the noise space itself does to the policy before any learning.
+class Clock:
+    """Seconds by part of a run."""
 
-    Returns:
-        (evaluations by task and name, details of the search for a constant)
-    """
-    found: dict[str, dict[str, Evaluation]] = {}
-    details: dict[str, Any] = {}
-    for task, vec in session.evaluations_by_task():
-        if not found and config.rl.replays:
-            announce_memory(session, config, space)
-        found[task], said, _ = session.baselines(vec, config.seed)
-        untrained = config.rl.untrained(space)
-        found[task]["untrained"] = (
-            session.evaluate(vec, untrained, label="untrained actor") if untrained else found[task]["base"]
-        )
-        details[task] = said
-    return found, next(iter(details.values())) if len(details) == 1 else details
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
 
-
-def check_reward(config: AdaptConfig, measured: dict[str, dict[str, Evaluation]]) -> None:
-    """Refuse to learn from success where the environment reports none.
-
-    Args:
-        config: of the run.
-        measured: the baselines, by task and policy.
-
-    Raises:
-        UserError: names what the environment's ``info`` holds instead.
-    """
-    problem = config.rl.without_success(config.train.reward)
-    for task, found in measured.items():
-        base = found["base"]
-        if base.reported or problem is None:
-            continue
-        episodes = sum(len(one.seeds) for one in found.values())
-        option, mend = problem
-        raise UserError(
-            option,
-            f"the environment never reported success in {episodes} episodes of {task} (its info held: "
-            f"{', '.join(base.info_keys) or 'nothing'}), so there is nothing to learn from; {mend}",
-        )
-
-
-def announce_memory(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
-    """Say what the replay will take, or refuse it, before the long work, once an observation is known."""
-    if session.first is None:
-        return
-    steps, action_dim = session.adapter.chunk_shape
-    wants, observer = "conditioning" in config.rl.replayed, session.adapter.observer
-    spec = ConditioningSpec.of(session.adapter, session.first) if wants else None
-    line = check_replay(
-        config.train.replay_capacity,
-        session.runner.features(session.first).shape[1],
-        space.dim,
-        replay_extra(config.rl, steps * action_dim, space.dim, spec),
-        spec.replayed if spec else (),
-        observer.config.pixels if observer else 0,
-    )
-    if session.world is None or session.world.main:
-        print(line)
-
-
-def writer(output: Path, keep: int, world: World) -> MetricsWriter:
-    """Where the lines of metrics go: on the main process, the run's file."""
-    return MetricsWriter(output / METRICS if world.main else Path(os.devnull), keep if world.main else 0)
-
-
-def save(
-    session: Session,
-    folder: Path | str,
-    config: AdaptConfig,
-    output: Path,
-    trainer: Any,
-    learnt: Learnt,
-    outcome: Outcome,
-) -> Path:
-    """Write what is deployed; returns its folder."""
-    training = {
-        "env": draccus.encode(config.env, EnvConfig),
-        "seed": config.seed,
-        "env_steps": trainer.env_steps,
-        "episodes": trainer.episodes,
-        "deterministic": config.eval.deterministic,
-        "success": {name: entry for name, entry in summaries(outcome.evaluations).items()},
-        "algorithm": config.rl.type,
-        "plugins": loaded_plugins(),
-    }
-    base = LoadedBase(session.adapter, config.policy, folder)
-    return learnt.save(output, base, config.noise, training)
-
-
-def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
-    """Refuse what does not fit together before any long work.
-
-    Raises:
-        UserError: the algorithm cannot learn in this noise space or from demonstrations, or the dataset or
-            the warm start is not there or does not fit the policy.
-    """
-    processes = session.world.size if session.world else 1
-    warm_start = config.train.warm_start
-    config.rl.check(space, RunRequest(len(session.tasks), processes, config.resume, bool(warm_start)))
-    config.demos.check(config.rl)
-    if len(session.tasks) > 1:
-        if config.demos.enabled:
-            raise UserError("--env.task", "demonstrations are of one task; name one")
-        if config.num_envs < len(session.tasks):
-            raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
-    if config.demos.enabled:
-        read_demonstrations(config.demos, session.adapter, config.train.reward, config.env.task or "")
-    if warm_start:
-        noise = read_constant(warm_start, session.adapter.noise_spec)
-        begin_at(NoiseActor(1, space, config.rl.actor), noise)
-
-
-def make_trainer(
-    session: Session,
-    vec: ChunkVectorEnv,
-    accelerator: Any,
-    config: AdaptConfig,
-    checkpoints: Checkpoints | None = None,
-    signals: StopSignals | None = None,
-) -> Any:
-    """What runs ``config.rl``: a ``Trainer``, or the algorithm's own."""
-    return config.rl.own_run(session.runner, vec, config.noise, config.seed) or Trainer(
-        session.runner,
-        vec,
-        accelerator,
-        config.train,
-        config.rl,
-        config.noise,
-        config.seed,
-        demos=config.demos,
-        checkpoints=checkpoints,
-        faults_config=config.faults,
-        stop=signals or StopSignals(),
-    )
+    def lap(self, name: str) -> None:
+        """The part that ends now was ``name``."""
+        now = time.perf_counter()
+        self.seconds[name], self._started = now - self._started, now
 
 
 def write_results(
@@ -405,7 +307,7 @@ def write_results(
             "tasks": {task: summaries(found) for task, found in outcome.by_task.items()},
             "outcomes": outcomes(outcome.evaluations),
             "untrained_actor": outcome.untrained.summary(),
-            "constant_noise_search": outcome.details,
+            "constant_noise_search": outcome.constants,
             "env": {"type": config.env.type, "task": config.env.task},
             "seed": config.seed,
             "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],

@@ -9,15 +9,17 @@ from typing import Any
 
 from trimtab.adapters import UserError
 from trimtab.adapters.checkpoint.files import CONFIG
-from trimtab.recipes.compare.methods import folder_bytes
+from trimtab.recipes.compare.runs import folder_bytes
 from trimtab.recipes.support.reporting import read_json
 
 RESULTS, METRICS = "results.json", "metrics.jsonl"
 OPTION = "--runs"
-SHARED = {"base": "base", "zero_noise": "zero_noise", "constant_noise": "best_constant"}
+# What learns nothing, by its name in a run's results and in a comparison.
+FIXED = {"base": "base", "zero_noise": "zero_noise", "constant_noise": "best_constant"}
+Record = dict[str, Any]
 
 
-def read_runs(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[tuple[str, Path]]]:
+def read_runs(folders: Sequence[Path]) -> tuple[list[Record], list[tuple[str, Path]]]:
     """Records of all folders, and their videos with captions.
 
     Policies that learn nothing come from the first folder of each task.
@@ -25,34 +27,36 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[tuple
     Raises:
         UserError: no such folder, one that holds no evaluated run, or runs that cannot be compared.
     """
-    runs: dict[tuple[str, str, int | None], dict[str, Any]] = {}
+    runs: dict[tuple[str, str, int | None], Record] = {}
     videos: list[tuple[str, Path]] = []
-    same: dict[str, Any] = {}
-    episodes: dict[str, tuple[Any, Path]] = {}
+    first: dict[str, tuple[Any, Path]] = {}  # what the folders must share, and which said it first
+
+    def share(what: str, value: Any, folder: Path, differs: str) -> None:
+        if value is None:
+            return
+        known, other = first.setdefault(what, (value, folder))
+        if value != known:
+            raise UserError(OPTION, differs.format(folder=folder, other=other, value=value, known=known))
+
     for folder in folders:
         results, config = _read(folder)
-        told = {"base_sha256": "base policy", "env": "environment"}
-        facts = {"base_sha256": results.get("base_sha256"), "env": _env(results, config)}
-        for name, what in told.items():
-            other, where = same.setdefault(name, (facts[name], folder))
-            if facts[name] is not None and other is not None and facts[name] != other:
-                raise UserError(
-                    OPTION, f"{folder} and {where} have not the same {what}: {facts[name]}, {other}"
-                )
+        differs = "{folder} and {other} have not the same %s: {value}, {known}"
+        share("base", results.get("base_sha256"), folder, differs % "base policy")
+        env = config.get("env") or {}
+        settings = {name: value for name, value in env.items() if name != "task"}
+        share("environment", settings or None, folder, differs % "environment")
         task = results["env"]["task"] or results["env"]["type"]
-        seeds, where = episodes.setdefault(task, (results["evaluation_seeds"], folder))
-        if results["evaluation_seeds"] != seeds:
-            raise UserError(
-                OPTION, f"{folder} was evaluated on seeds {results['evaluation_seeds']}, {where} on {seeds}"
-            )
-        for record in _records(folder, results, config, task):
+        differs = "{folder} was evaluated on seeds {value}, {other} on {known}"
+        share(f"seeds of {task}", results["evaluation_seeds"], folder, differs)
+        records = _records(folder, results, config, task)
+        for record in records:
             key = (task, record["method"], record["seed"])
-            if key in runs and record["method"] not in SHARED.values():
+            if key in runs and record["method"] not in FIXED.values():
                 raise UserError(
                     OPTION, f"{folder} is a second run of {record['method']}, seed {record['seed']}"
                 )
             runs.setdefault(key, record)
-        method = next((m for t, m, _ in reversed(runs) if t == task), "")
+        method = records[-1]["method"] if records else ""
         for name in ("before", "after", "rollouts"):
             if (folder / f"{name}.mp4").is_file():
                 videos.append((f"{task}, {folder.name}: {method}, {name}", folder / f"{name}.mp4"))
@@ -60,6 +64,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[tuple
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results and configuration of a run."""
     if not folder.is_dir():
         raise UserError(OPTION, f"there is no folder {folder}")
     if not (folder / RESULTS).is_file():
@@ -78,77 +83,58 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return results, config
 
 
-def _env(results: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
-    """The environment without its task; ``None`` where the folder does not tell its settings."""
-    env = config.get("env")
-    return {name: value for name, value in env.items() if name != "task"} if env else None
+def _records(folder: Path, results: dict[str, Any], config: dict[str, Any], task: str) -> list[Record]:
+    """What the run has found: one record per policy."""
 
+    def record(method: str, policy: str, name: str, seed: int | None = None, **more: Any) -> Record:
+        final = results["policies"][name]
+        if final["success_rate"] is None:
+            raise UserError(
+                OPTION, f"a run on {task} reports no success, and a comparison counts successes alone"
+            )
+        final = final | {"won": (results.get("outcomes") or {}).get(name, "")}
+        made: Record = {"task": task, "method": method, "seed": seed, "final": {policy: final}}
+        return made | {"points": [], "episodes": [], "cost": {}} | more
 
-def _records(
-    folder: Path, results: dict[str, Any], config: dict[str, Any], task: str
-) -> list[dict[str, Any]]:
-    seed = results.get("seed", 0)
-    found = []
-    for name, method in SHARED.items():
-        if name in results["policies"]:
-            final = {"policy": _with_outcomes(results, name)}
-            found.append(_record(task, method, None, final))
-    lines = _lines(folder / METRICS)
+    found = [record(method, "policy", name) for name, method in FIXED.items() if name in results["policies"]]
+    path, seconds = folder / METRICS, results.get("seconds", {})
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines() if line]
+    learnt = {"seed": results.get("seed", 0), "search_episodes": results.get("training_episodes", 0)}
     if "steered" in results["policies"]:
         method = "steered"
         if config.get("rl"):
             method = f"{config['rl'].get('type', 'dsrl_sac')} ({config.get('noise', {}).get('type', 'full')})"
-        record = _record(task, method, seed, {"actor": _with_outcomes(results, "steered")})
-        for line in lines:
-            of = line.get("success_window", 0)
-            if of and line["success_rate"] is not None:
-                won = round(line["success_rate"] * of)
-                point = {"successes": won, "episodes": of, "success_rate": won / of}
-                steps = line["env_steps"]
-                record["points"].append({"grid": steps, "env_steps": steps, "actor": point})
-        record["search_episodes"] = results.get("training_episodes", 0)
-        record["cost"] = {
+        points = [
+            _point(line, round(line["success_rate"] * line["success_window"]), line["success_window"])
+            for line in lines
+            if line.get("success_window") and line["success_rate"] is not None
+        ]
+        cost = {
             "trainable_parameters": {"actor": results.get("actor_parameters")},
-            "wall_seconds": results.get("seconds", {}).get("steering"),
+            "wall_seconds": seconds.get("steering"),
         }
         if (folder / "artefact").is_dir():
-            record["cost"]["artefact_bytes"] = folder_bytes(folder / "artefact")
-        found.append(record)
+            cost["artefact_bytes"] = folder_bytes(folder / "artefact")
+        found.append(record(method, "actor", "steered", **learnt, points=points, cost=cost))
     if "fine_tuned" in results["policies"]:
         method = f"{results['method']}{', own successes' if results['from_rollouts'] else ', demonstrations'}"
-        record = _record(task, method, seed, {"actor": _with_outcomes(results, "fine_tuned")})
-        for line in lines:
-            if line.get("round") and "eval" in line:
-                steps = line["env_steps"]
-                record["points"].append({"grid": steps, "env_steps": steps, "actor": line["eval"]})
-        record["search_episodes"] = results.get("training_episodes", 0)
-        spent = [results["seconds"].get(name, 0.0) for name in ("rollouts", "recording", "training")]
-        record["cost"] = {
+        points = [
+            _point(line, line["eval"]["successes"], line["eval"]["episodes"])
+            for line in lines
+            if line.get("round") and "eval" in line
+        ]
+        cost = {
             "trainable_parameters": {"actor": results["trained_parameters"]},
             "artefact_bytes": results["saved_bytes"],
-            "wall_seconds": sum(spent),
+            "wall_seconds": sum(seconds.get(part, 0.0) for part in ("rollouts", "recording", "training")),
         }
-        found.append(record)
+        found.append(record(method, "actor", "fine_tuned", **learnt, points=points, cost=cost))
     return found
 
 
-def _record(task: str, method: str, seed: int | None, final: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **{"task": task, "method": method, "seed": seed, "final": final},
-        **{"points": [], "episodes": [], "cost": {}},
-    }
-
-
-def _with_outcomes(results: dict[str, Any], name: str) -> dict[str, Any]:
-    if results["policies"][name]["success_rate"] is None:
-        task = (results.get("env") or {}).get("task")
-        raise UserError(
-            "--runs", f"a run on {task} reports no success, and a comparison counts successes alone"
-        )
-    return results["policies"][name] | {"won": (results.get("outcomes") or {}).get(name, "")}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+def _point(line: dict[str, Any], won: int, of: int) -> dict[str, Any]:
+    """A point of the curve."""
+    steps = line["env_steps"]
+    rate = {"successes": won, "episodes": of, "success_rate": won / of}
+    return {"grid": steps, "env_steps": steps, "actor": rate}

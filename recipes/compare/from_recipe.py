@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from trimtab.adapters.errors import UserError
+from trimtab.rl.algorithms.presets import UNSAID
 
 # What needs neither demonstrations nor more steps than a small budget has.
 LEARN_NOTHING_NEW = ("base", "zero_noise", "golden_ticket", "steered", "residual")
@@ -38,28 +39,27 @@ def comparison(content: dict[str, Any], lora: dict[str, Any] | None, server: boo
     if demos.get("root") or demos.get("repo_id"):
         raise UserError("--demos.repo_id", "compare replays no demonstrations; leave them out of the file")
     # What is in neither is left in, for the parser to refuse.
-    found = {name: value for name, value in content.items() if name not in (*STEERED, *NO_PART)}
+    options = {name: value for name, value in content.items() if name not in (*STEERED, *NO_PART)}
     steered = {name: content[name] for name in STEERED if isinstance(content.get(name), dict)}
     train = steered.pop("train", {})
-    own = {name: value for name, value in train.items() if name not in OWN_TRAIN}
-    steered |= {"train": own} if own else {}
-    if steered.get("rl", {}).get("type") == "golden_ticket":
-        steered.setdefault("noise", {"type": "constant"})  # as adapt does
-    if "env_steps" in train:
-        found["env_steps"] = train["env_steps"]
+    if others := {name: value for name, value in train.items() if name not in OWN_TRAIN}:
+        steered["train"] = others
+    for part, values in UNSAID.get(steered.get("rl", {}).get("type"), {}).items():
+        steered.setdefault(part, values)  # as adapt does
     methods, settings = [*LEARN_NOTHING_NEW], {"steered": steered} if steered else {}
     if server:
-        found["isolate"] = False  # one robot, one process
+        options["isolate"] = False  # one robot, one process
     else:
         methods.append(FINE_TUNED)
         if lora is not None and lora.get("from_rollouts"):
             settings[FINE_TUNED] = {"tuning": tuning_of(lora)}
-    found |= {"methods": ",".join(methods), "settings": settings}
     evaluation = content.get("eval") or {}
-    if "n_episodes" in evaluation:
-        found |= {"n_episodes": evaluation["n_episodes"], "final_episodes": evaluation["n_episodes"]}
-    found |= {name: evaluation[name] for name in ("batch_size", "videos") if name in evaluation}
-    return found
+    given = {name: evaluation[name] for name in ("n_episodes", "batch_size", "videos") if name in evaluation}
+    if "n_episodes" in given:
+        given["final_episodes"] = given["n_episodes"]
+    if "env_steps" in train:
+        given["env_steps"] = train["env_steps"]
+    return options | {"methods": ",".join(methods), "settings": settings} | given
 
 
 def tuning_of(lora: dict[str, Any]) -> dict[str, Any]:

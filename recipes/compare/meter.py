@@ -28,7 +28,6 @@ class Meter:
             CLEAR.write_text("5")  # resets the kernel's high-water mark
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        self._started, self._cpu = time.perf_counter(), self.cpu()
 
     def cpu(self) -> float:
         """CPU seconds so far, of all threads and of the simulator workers that have been seen."""
@@ -40,13 +39,9 @@ class Meter:
             self._workers[worker.pid] = times.user + times.system
         return time.process_time() + sum(self._workers.values())
 
-    def read(self) -> dict[str, float]:
-        """``wall_seconds`` and ``cpu_seconds`` since the start, ``peak_mb``, ``peak_gpu_mb`` on a GPU."""
-        found = {
-            "wall_seconds": round(time.perf_counter() - self._started, 2),
-            "cpu_seconds": round(self.cpu() - self._cpu, 2),
-            "peak_mb": round(_peak() / 1e6, 1),
-        }
+    def peak(self) -> dict[str, float]:
+        """``peak_mb``, and ``peak_gpu_mb`` on a GPU."""
+        found = {"peak_mb": round(_peak() / 1e6, 1)}
         if torch.cuda.is_available():
             found["peak_gpu_mb"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
         return found
@@ -54,12 +49,9 @@ class Meter:
 
 def _peak() -> float:
     """Largest resident memory of this process, in bytes."""
-    try:
-        lines = STATUS.read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return 1024.0 * float(line.split()[1])
+    with contextlib.suppress(OSError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024.0 * float(line.split()[1])
     unit = 1.0 if sys.platform == "darwin" else 1024.0
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,13 +5,18 @@ from __future__ import annotations
 import base64
 import html
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.recipes.compare.summary import LEVELS
-from trimtab.recipes.support.reporting import METHOD_NAMES, rate_text, write_json
+from trimtab.recipes.compare.summary import LEVELS, WINDOW
+from trimtab.recipes.support.reporting import rate_text, write_json
 
+# Names in tables, where a method's own would mislead.
+METHOD_NAMES = {
+    "dsrl_sac_paper": "DSRL-SAC, paper's settings",
+    "dsrl_sac_paper_short": "DSRL-SAC, paper's settings, short warm-up",
+}
 POLICIES = {"policy": "", "actor": "", "acting": ", best of K by the critic"}
 HEADER = [
     "method",
@@ -24,28 +29,41 @@ HEADER = [
     "peak memory, MB",
     "wall-clock, s",
     "CPU, s",
-    "other tasks, in use",
-    "other tasks, put aside",
+    "other tasks, by what was learnt",
+    "other tasks, by the base afterwards",
 ]
-NOTES = (
-    "Success: counts over all seeds with the 95 % Wilson interval; seeds share episodes, so it is about "
-    "these episodes and seeds. Gain: mean over the seeds on the same episodes as the base (with one seed, "
-    "the 95 % interval of Bonett and Price); p: McNemar's exact test, two-sided, the largest of the seeds'. "
-    "Steps to a level: environment steps to the first evaluation from which this and all later ones reach "
-    "it, and training episodes until then; median of the seeds. Memory, wall-clock and CPU: means over the "
-    "seeds; times are of training alone, memory is the main process' peak, the base and its libraries "
-    "included. Other tasks: change of success on the base's other tasks, the same episodes before and "
-    "after; in use: the result acts there too; put aside: what is left of the base without it, episode by "
-    "episode (a LoRA adapter can be put aside as well, if something tells the task; that is the base "
-    "itself, and was not run again)."
-)
+LEARNING_HEADER = [
+    "while learning",
+    f"steps to {100 * LEVELS[-1]:.0f} %, each seed",
+    "success at the last evaluation",
+    f"lowest window of {WINDOW} training episodes, each seed",
+    "windows below the base",
+]
+NOTES_TEXT = """
+Success: counts over all seeds with the 95 % Wilson interval. Seeds share episodes, so it is about these
+episodes and seeds. Gain: mean over the seeds on the same episodes as the base (with one seed, the 95 %
+interval of Bonett and Price). p: McNemar's exact test, two-sided, the largest of the seeds'. Steps to a
+level: environment steps to the first evaluation from which this and all later ones reach it, and training
+episodes until then; median of the seeds. Memory, wall-clock and CPU: means over the seeds. Times are of
+training alone; memory is the main process' peak, the base and its libraries included. Other tasks: change
+of success on tasks that were not trained, on the same episodes before and after: when what was learnt acts
+there, and when the base acts without it. (A LoRA adapter can be taken off as well, if something tells the
+task; that is the base itself, and was not run again.)
+
+While learning: windows are 50 consecutive training episodes within the first 10,000 environment steps. They
+overlap. Below the base: significantly so by Fisher's exact test, one-sided 95 %, each window for itself, so
+that a few of many are to be expected even without a dip.
+"""
+NOTES = [" ".join(text.split()) for text in NOTES_TEXT.split("\n\n")]
+CURVE_TITLE = "success against environment steps"
 
 
 def label(entry: dict[str, Any]) -> str:
     """The name of a row."""
     method = METHOD_NAMES.get(entry["method"], entry["method"])
-    own = entry["policy"] == "actor" and entry.get("has_acting")
-    return method + (", distilled actor" if own else POLICIES.get(entry["policy"], f", {entry['policy']}"))
+    if entry["policy"] == "actor" and entry.get("has_acting"):
+        return f"{method}, distilled actor"
+    return method + POLICIES.get(entry["policy"], f", {entry['policy']}")
 
 
 def _number(value: float | None, form: str = ".0f") -> str:
@@ -63,16 +81,18 @@ def _elsewhere(found: dict[str, Any] | None) -> str:
     return f"{_points(found['change'])} points ({flips})"
 
 
+def _steps(entry: dict[str, Any], steps: float | None) -> str:
+    return f"> {max(entry['env_steps']):,}" if steps is None else f"{steps:,.0f}"
+
+
 def _level(entry: dict[str, Any], level: float) -> str:
     found = (entry["to_level"] or {}).get(f"{100 * level:.0f}")
     if found is None:
         return "-"
     if max(entry["env_steps"]) == 0:  # costs no steps
         return "0" if found["steps_median"] == 0 else "-"
-    if found["steps_median"] is None:
-        return f"> {max(entry['env_steps']):,}"
-    episodes = found["episodes_median"]
-    return f"{found['steps_median']:,.0f}" + ("" if episodes is None else f" ({episodes:.0f})")
+    steps, episodes = found["steps_median"], found["episodes_median"]
+    return _steps(entry, steps) + ("" if None in (steps, episodes) else f" ({episodes:.0f})")
 
 
 def cells(entry: dict[str, Any]) -> list[str]:
@@ -85,47 +105,55 @@ def cells(entry: dict[str, Any]) -> list[str]:
             gain += " [{}, {}]".format(*(_points(limit) for limit in paired["ci95"]))
         worst = max(paired["p"])
         p = "< 0.0001" if worst < 1e-4 else f"{worst:.4f}"
-    weights = entry["trainable_parameters"]
     return [
         label(entry),
         rate_text(entry["success"]),
         gain,
         p,
         *(_level(entry, level) for level in LEVELS),
-        _number(weights, ","),
+        _number(entry["trainable_parameters"], ","),
         _number(entry["artefact_mb"], ".2f"),
         _number(entry["peak_mb"]),
         _number(entry["wall_seconds"]),
         _number(entry["cpu_seconds"]),
-        _elsewhere(entry["left_on"]),
-        _elsewhere(entry["switched_off"]),
+        _elsewhere(entry["other_tasks"]),
+        _elsewhere(entry["base_afterwards"]),
     ]
 
 
-def by_task(entries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The entries of each task, in order."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        found.setdefault(entry["task"], []).append(entry)
-    for rows in found.values():
-        chosen = {row["method"] for row in rows if row["policy"] == "acting"}
-        for row in rows:
-            row["has_acting"] = row["method"] in chosen
-    return found
+def learning_cells(entry: dict[str, Any]) -> list[str]:
+    """A row of the table of what happened while it learnt."""
+    dips, to_level = entry["dips"] or [], entry["to_level"][f"{100 * LEVELS[-1]:.0f}"]
+    return [
+        label(entry),
+        ", ".join(_steps(entry, steps) for steps in to_level["steps"]),
+        rate_text(entry["last_point"]) if entry["last_point"] else "-",
+        ", ".join(f"{one['lowest']:.2f}" if one else "-" for one in dips) or "-",
+        ", ".join(f"{one['below']}/{one['windows']}" if one else "-" for one in dips) or "-",
+    ]
+
+
+def tables(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[list[list[str]]]]]:
+    """Each task with its tables: rows of cells, the first of them the header."""
+    for task in dict.fromkeys(entry["task"] for entry in entries):
+        rows = [entry for entry in entries if entry["task"] == task]
+        learning = [row for row in rows if max(row["env_steps"]) and row["to_level"]]
+        found = [[HEADER, *map(cells, rows)]]
+        yield task, found + ([[LEARNING_HEADER, *map(learning_cells, learning)]] if learning else [])
 
 
 def markdown(title: str, facts: Sequence[str], entries: Sequence[dict[str, Any]]) -> str:
     """The tables."""
     lines = [f"# {title}", "", *(f"- {fact}" for fact in facts), ""]
-    for task, rows in by_task(entries).items():
-        lines += [f"## {task}", "", f"| {' | '.join(HEADER)} |", "|" + "---|" * len(HEADER)]
-        lines += [f"| {' | '.join(cells(row))} |" for row in rows]
-        lines.append("")
-    return "\n".join([*lines, NOTES, "", "![success against environment steps](curve.png)", ""])
+    for task, found in tables(entries):
+        lines += [f"## {task}", ""]
+        for header, *rows in found:
+            lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
+    return "\n\n".join(["\n".join(lines).rstrip(), *NOTES, f"![{CURVE_TITLE}](curve.png)\n"])
 
 
 def plot(path: Path, runs: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
-    """Success against environment steps: a panel per task, the mean of the seeds, a band from worst to best.
+    """Success against environment steps: a panel per task, a thin line per seed, a thick one of their mean.
 
     What takes no environment steps is a level line; a search that ends at one point is a mark.
     """
@@ -134,55 +162,54 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], entries: Sequence[dict[str,
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = by_task(entries)
-    figure, axes = plt.subplots(
-        1, len(tasks), figsize=(7.0 * len(tasks), 5.0), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (task, rows) in zip(axes[0], tasks.items()):
-        for number, row in enumerate(rows):
+    tasks = list(dict.fromkeys(entry["task"] for entry in entries))
+    labels = list(dict.fromkeys(label(entry) for entry in entries))
+    size = (7.0 * len(tasks), 5.0 + 0.2 * -(-len(labels) // 3))
+    figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    shown: dict[str, Any] = {}
+    for axis, task in zip(axes[0], tasks):
+        for row in (entry for entry in entries if entry["task"] == task):
             mine = [r for r in runs if (r["task"], r["method"]) == (task, row["method"])]
+            number = labels.index(label(row))
             colour = "black" if row["method"] == "base" else plt.get_cmap("tab20")(number % 20)
-            _draw(axis, row, mine, colour)
+            shown[label(row)] = _draw(axis, row, mine, colour)
         axis.set(title=task, xlabel="environment steps", ylim=(0, 1.03))
         axis.set_xlim(left=0)
-        axis.legend(fontsize=7, loc="lower right")
     axes[0][0].set_ylabel("success rate on the evaluation episodes")
+    # Beside the panels: a curve may lie anywhere.
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=3, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw(axis: Any, row: dict[str, Any], runs: Sequence[dict[str, Any]], colour: Any) -> None:
-    policy, name = row["policy"], label(row)
+def _draw(axis: Any, row: dict[str, Any], runs: Sequence[dict[str, Any]], colour: Any) -> Any:
+    """Draw the runs of one row; returns what stands for it in the legend."""
+    policy = row["policy"]
     if max(row["env_steps"]) == 0:
         style = "--" if row["method"] == "base" else ":"
-        axis.axhline(row["success"]["success_rate"], color=colour, linestyle=style, linewidth=1.3, label=name)
-        return
+        rate = row["success"]["success_rate"]
+        return axis.axhline(rate, color=colour, linestyle=style, linewidth=1.3)
+    curves = [
+        [(point["grid"], point[policy]["success_rate"]) for point in run["points"]]
+        for run in runs
+        if run["points"]
+    ]
+    if all(len(curve) == 1 for curve in curves):
+        return axis.plot(*zip(*(curve[0] for curve in curves)), "D", color=colour, markersize=5)[0]
+    for curve in curves:
+        axis.plot(*zip(*curve), color=colour, linewidth=0.8, alpha=0.5)
     by_step: dict[int, list[float]] = {}
-    for run in runs:
-        for point in run["points"]:
-            by_step.setdefault(point["grid"], []).append(point[policy]["success_rate"])
-    if all(len(run["points"]) == 1 for run in runs):
-        steps = [run["points"][0]["env_steps"] for run in runs]
-        rates = [run["points"][0][policy]["success_rate"] for run in runs]
-        axis.plot(steps, rates, "D", color=colour, markersize=5, label=name)
-        return
+    for step, rate in (point for curve in curves for point in curve):
+        by_step.setdefault(step, []).append(rate)
     steps = sorted(by_step)
-    axis.plot(
-        steps,
-        [statistics.fmean(by_step[s]) for s in steps],
-        color=colour,
-        linewidth=2,
-        marker=".",
-        label=name,
-    )
-    low, high = ([edge(by_step[s]) for s in steps] for edge in (min, max))
-    axis.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    means = [statistics.fmean(by_step[step]) for step in steps]
+    return axis.plot(steps, means, color=colour, linewidth=2, marker=".")[0]
 
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem }
-table { border-collapse: collapse; font-size: 13px } .wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: 13px; margin-bottom: 1rem } .wide { overflow-x: auto }
 th, td { border-bottom: 1px solid #ddd; padding: .35rem .6rem; text-align: right; vertical-align: top }
 th:first-child, td:first-child { text-align: left; white-space: nowrap } th { background: #f5f5f5 }
 img { max-width: 100% } figure { display: inline-block; margin: .5rem; width: 360px } video { width: 100% }
@@ -208,29 +235,34 @@ def page(
         curve: the figure, PNG.
         videos: (caption, MP4).
     """
-    escape = html.escape
+
+    def element(tag: str, text: str) -> str:
+        return f"<{tag}>{html.escape(text)}</{tag}>"
+
     parts = [
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>",
-        f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1><ul>",
-        *(f"<li>{escape(fact)}</li>" for fact in facts),
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{element('title', title)}",
+        f"<style>{STYLE}</style></head><body>{element('h1', title)}<ul>",
+        *(element("li", fact) for fact in facts),
         "</ul>",
     ]
-    for task, rows in by_task(entries).items():
-        parts.append(f"<h2>{escape(task)}</h2><div class='wide'><table><thead><tr>")
-        parts += [f"<th>{escape(name)}</th>" for name in HEADER]
-        parts.append("</tr></thead><tbody>")
-        for row in rows:
-            parts.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(row)) + "</tr>")
-        parts.append("</tbody></table></div>")
-    parts.append(f"<p class='notes'>{escape(NOTES)}</p><h2>Success against environment steps</h2>")
-    parts.append(f"<img alt='success against environment steps' src='{_embedded(curve, 'image/png')}'>")
+    for task, found in tables(entries):
+        parts.append(element("h2", task))
+        for header, *rows in found:
+            parts.append("<div class='wide'><table><thead><tr>")
+            parts += [element("th", name) for name in header]
+            parts.append("</tr></thead><tbody>")
+            parts += ["<tr>" + "".join(element("td", cell) for cell in row) + "</tr>" for row in rows]
+            parts.append("</tbody></table></div>")
+    parts += [f"<p class='notes'>{html.escape(text)}</p>" for text in NOTES]
+    parts.append(element("h2", CURVE_TITLE.capitalize()))
+    parts.append(f"<img alt='{CURVE_TITLE}' src='{_embedded(curve, 'image/png')}'>")
     if videos:
         parts.append("<h2>Videos</h2><p class='notes'>Green border: success; red: failure.</p>")
     for caption, path in videos:
         source = _embedded(path, "video/mp4")
         parts.append(
             f"<figure><video controls loop muted src='{source}'></video>"
-            f"<figcaption>{escape(caption)}</figcaption></figure>"
+            f"{element('figcaption', caption)}</figure>"
         )
     return "\n".join([*parts, "</body></html>", ""])
 
@@ -244,11 +276,9 @@ def write_report(
     videos: Sequence[tuple[str, Path]],
 ) -> str:
     """Write compare.md, compare.json, curve.png and report.html; return the Markdown."""
-    text = markdown(title, facts, entries)
+    text, curve = markdown(title, facts, entries), output / "curve.png"
     write_json(output / "compare.json", {"title": title, "facts": list(facts), "methods": list(entries)})
     (output / "compare.md").write_text(text, encoding="utf-8")
-    plot(output / "curve.png", runs, entries)
-    (output / "report.html").write_text(
-        page(title, facts, entries, output / "curve.png", videos), encoding="utf-8"
-    )
+    plot(curve, runs, entries)
+    (output / "report.html").write_text(page(title, facts, entries, curve, videos), encoding="utf-8")
     return text

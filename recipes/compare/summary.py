@@ -7,16 +7,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from trimtab.recipes.bench.report import sustained
-from trimtab.rl.statistics import mcnemar, paired_difference, wilson_interval
+from trimtab.rl.statistics import mcnemar, p_below, paired_difference, wilson_interval
 
 LEVELS = (0.5, 0.8, 0.9)
 COSTS = ("peak_mb", "wall_seconds", "cpu_seconds")
-
-
-def outcomes(summary: dict[str, Any]) -> list[bool] | None:
-    """Whether each episode succeeded, where the summary says."""
-    return [letter == "1" for letter in summary["won"]] if summary.get("won") else None
+WINDOW = 50  # training episodes
+DIP_STEPS = 10_000  # environment steps within which dips are looked for
+SIGNIFICANT = 0.05
 
 
 def pool(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -34,16 +31,15 @@ def against(base: dict[str, Any], summaries: Sequence[dict[str, Any]]) -> dict[s
         (seeds share the base's episodes, so that together they are not independent); ``p`` of McNemar's
         exact test for each seed.
     """
-    first = outcomes(base)
-    found = [outcomes(summary) for summary in summaries]
-    if first is None or any(second is None or len(second) != len(first) for second in found):
+    before, *after = ([letter == "1" for letter in one.get("won") or ""] for one in (base, *summaries))
+    if not before or any(len(won) != len(before) for won in after):
         return None
-    differences = [paired_difference(first, second) for second in found]
+    differences = [paired_difference(before, won) for won in after]
     return {
         "difference": statistics.fmean(difference[0] for difference in differences),
         "by_seed": [difference[0] for difference in differences],
         "ci95": list(differences[0][1:]) if len(differences) == 1 else None,
-        "p": [mcnemar(first, second) for second in found],
+        "p": [mcnemar(before, won) for won in after],
     }
 
 
@@ -65,21 +61,29 @@ def elsewhere(
     rows = [pair for found in pairs.values() for pair in found]
     if not rows:
         return None
-    was, now = pool([pair[0] for pair in rows]), pool([pair[1] for pair in rows])
-    flipped = sum(a != b for old, new in rows for a, b in zip(old["won"], new["won"], strict=True))
-    by_task = {
-        task: pool([new for _, new in found])["success_rate"]
-        - pool([old for old, _ in found])["success_rate"]
-        for task, found in pairs.items()
-    }
+    was, now = (pool(column) for column in zip(*rows))
+    by_task = {}
+    for task, found in pairs.items():
+        old, new = (pool(column)["success_rate"] for column in zip(*found))
+        by_task[task] = new - old
     return {
         "before": was["success_rate"],
         "after": now["success_rate"],
         "change": now["success_rate"] - was["success_rate"],
-        "flipped": flipped,
+        "flipped": sum(a != b for old, new in rows for a, b in zip(old["won"], new["won"], strict=True)),
         "episodes": was["episodes"],
         "by_task": by_task,
     }
+
+
+def sustained(points: Sequence[dict[str, Any]], policy: str, level: float = LEVELS[-1]) -> int | None:
+    """First grid point from which this and all later ones are at ``level`` or above, if there is one."""
+    first = None
+    for point in reversed(points):
+        if point[policy]["successes"] < level * point[policy]["episodes"]:
+            break
+        first = point["grid"]
+    return first
 
 
 def reached(runs: Sequence[dict[str, Any]], policy: str) -> dict[str, dict[str, Any]]:
@@ -105,53 +109,91 @@ def _median(values: Sequence[float | None]) -> float | None:
     return None if math.isinf(middle) else middle
 
 
+def dip(
+    episodes: Sequence[Sequence[int]], base: dict[str, Any], window: int = WINDOW, until: int = DIP_STEPS
+) -> dict[str, Any] | None:
+    """Training success in windows of ``window`` consecutive episodes against the base's.
+
+    Args:
+        episodes: [environment step at its end, success, steered], in the order of their ends.
+        base: summary of the base's evaluation.
+        window: episodes in a window.
+        until: windows that end by this environment step count.
+
+    Returns:
+        ``windows``: how many there are (they overlap); ``below``: in how many success is significantly below
+        the base's (one-sided 95 %, Fisher's exact test, each window for itself); ``lowest`` rate, ``at``
+        which environment step, and its ``p``. ``None``: not one window.
+    """
+    counted = [(step, won) for step, won, _ in episodes if step <= until]
+    ends = range(window, len(counted) + 1)
+    found = [(sum(won for _, won in counted[end - window : end]), counted[end - 1][0]) for end in ends]
+    if not found:
+        return None
+    p = {won: p_below(won, window, base["successes"], base["episodes"]) for won in {won for won, _ in found}}
+    lowest, at = min(found)
+    return {
+        "windows": len(found),
+        "below": sum(p[won] <= SIGNIFICANT for won, _ in found),
+        "lowest": lowest / window,
+        "at": at,
+        "p": p[lowest],
+    }
+
+
 def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per task, method and policy that was evaluated.
 
     Args:
-        runs: records, each with ``task``, ``method`` and ``seed`` (``None`` of what does not learn).
+        runs: records, each with ``task``, ``method`` and ``seed`` (``None`` of what learns nothing).
     """
     entries = []
     for task, method in dict.fromkeys((run["task"], run["method"]) for run in runs):
         mine = [run for run in runs if (run["task"], run["method"]) == (task, method)]
         mine.sort(key=lambda run: run["seed"] or 0)
-        bases = [run for run in runs if run["task"] == task and run["method"] == "base"]
-        entries += [
-            _entry(task, method, policy, mine, bases[0] if bases else None) for policy in mine[0]["final"]
-        ]
+        base = next((run for run in runs if (run["task"], run["method"]) == (task, "base")), None)
+        for policy in mine[0]["final"]:
+            entry = _entry(policy, mine)
+            if base is not None and method != "base":
+                entry |= _beside_base(policy, mine, base)
+            entries.append({"task": task, "method": method, "policy": policy} | entry)
     return entries
 
 
-def _entry(
-    task: str, method: str, policy: str, runs: list[dict[str, Any]], base: dict[str, Any] | None
-) -> dict[str, Any]:
-    finals = [run["final"][policy] for run in runs]
-    entry: dict[str, Any] = {
-        "task": task,
-        "method": method,
-        "policy": policy,
+def _entry(policy: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    finals, curves = [run["final"][policy] for run in runs], bool(runs[0]["points"])
+    return {
+        "has_acting": "acting" in runs[0]["final"],
         "seeds": [run["seed"] for run in runs],
         "success": pool(finals),
         "success_by_seed": [final["success_rate"] for final in finals],
         "against_base": None,
-        "to_level": reached(runs, policy) if runs[0]["points"] else None,
+        "to_level": reached(runs, policy) if curves else None,
+        "last_point": pool([run["points"][-1][policy] for run in runs]) if curves else None,
+        "dips": None,
         "env_steps": [run["points"][-1]["env_steps"] if run["points"] else 0 for run in runs],
         "training_episodes": [len(run["episodes"]) or run.get("search_episodes", 0) for run in runs],
         "trainable_parameters": runs[0]["cost"].get("trainable_parameters", {}).get(policy),
         "artefact_mb": _mean([run["cost"].get("artefact_bytes") for run in runs], 1e-6),
         **{name: _mean([run["cost"].get(name) for run in runs]) for name in COSTS},
-        "left_on": None,
-        "switched_off": None,
+        "other_tasks": None,
+        "base_afterwards": None,
     }
-    if base is None or method == "base":
-        return entry
-    entry["against_base"] = against(base["final"]["policy"], finals)
+
+
+def _beside_base(policy: str, runs: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
+    """What an entry says of a method beside the base of the same task."""
     before = base.get("others") or {}
+    own = pool([base["final"]["policy"], *(point["policy"] for point in base["points"])])
+    found: dict[str, Any] = {
+        "against_base": against(base["final"]["policy"], [run["final"][policy] for run in runs]),
+        "dips": [dip(run["episodes"], own) for run in runs] if any(run["episodes"] for run in runs) else None,
+    }
     if all("others" in run for run in runs):
-        entry["left_on"] = elsewhere(before, [run["others"] for run in runs], policy)
+        found["other_tasks"] = elsewhere(before, [run["others"] for run in runs], policy)
     if all("base_elsewhere" in run for run in runs):
-        entry["switched_off"] = elsewhere(before, [run["base_elsewhere"] for run in runs], "policy")
-    return entry
+        found["base_afterwards"] = elsewhere(before, [run["base_elsewhere"] for run in runs], "policy")
+    return found
 
 
 def _mean(values: Sequence[float | None], scale: float = 1.0) -> float | None:

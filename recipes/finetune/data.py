@@ -10,34 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.configs import FeatureType, PreTrainedConfig
-from lerobot.configs.train import TrainPipelineConfig
 from lerobot.utils.constants import ACTION
 
 from trimtab.adapters import PolicyAdapter, UserError
+from trimtab.adapters.inputs import required_inputs
 from trimtab.recipes.embedded_base.dataset import no_image_embedding
 from trimtab.recipes.finetune.rollouts import RolloutEpisode
-from trimtab.rl.data.demonstration_data import unreadable
 
 REPO_ID = "trimtab/own_successes"
 NUMERIC = ("float", "int", "uint", "bool")
-
-
-def open_dataset(config: TrainPipelineConfig) -> Any:
-    """The LeRobotDataset of ``config``, with the windows that its policy trains on.
-
-    Raises:
-        UserError: it is not there, or is broken.
-    """
-    from lerobot.datasets.factory import make_dataset
-
-    chosen = config.dataset
-    option = "--dataset.root" if chosen.root else "--dataset.repo_id"
-    if chosen.root and not Path(chosen.root).is_dir():
-        raise UserError(option, f"there is no folder {chosen.root}")
-    try:
-        return make_dataset(config)
-    except Exception as error:  # LeRobot, datasets and the Hub have their own for each way to fail
-        raise unreadable(option, chosen.repo_id, chosen.root, error) from error
 
 
 def check_features(dataset: Any, adapter: PolicyAdapter, rename_map: dict[str, str]) -> None:
@@ -50,7 +31,7 @@ def check_features(dataset: Any, adapter: PolicyAdapter, rename_map: dict[str, s
 
     config, where = adapter.config, f"the dataset {dataset.repo_id}"
     given = {rename_map.get(k, k): f for k, f in dataset_to_policy_features(dataset.meta.features).items()}
-    required = {**adapter.required_inputs(given), **config.output_features}
+    required = {**required_inputs(adapter, given), **config.output_features}
     if missing := [key for key in required if key not in given]:
         raise UserError(
             "--dataset.repo_id",

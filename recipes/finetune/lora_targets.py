@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -35,18 +34,6 @@ def default_targets(policy: nn.Module, policy_type: str, trainable: set[str]) ->
     ]
 
 
-def as_pattern(chosen: list[str], names: Iterable[str]) -> str:
-    """A short regular expression that, of all module ``names``, matches the ``chosen`` ones and no other."""
-    everything, wanted = list(names), set(chosen)
-    patterns: dict[str, None] = {}
-    for name in chosen:
-        exact = re.escape(name)
-        any_number = re.sub(r"(?<=\\\.)\d+(?=\\\.|$)", r"\\d+", exact)
-        matched = {other for other in everything if re.fullmatch(any_number, other)}
-        patterns[any_number if matched <= wanted else exact] = None
-    return "|".join(patterns)
-
-
 def put_lora(policy: Any, policy_type: str, trainable: set[str], chosen: PeftConfig) -> Any:
     """Freeze ``policy`` and put LoRA layers into it, in place, with LeRobot's own ``wrap_with_peft``.
 
@@ -65,13 +52,12 @@ def put_lora(policy: Any, policy_type: str, trainable: set[str], chosen: PeftCon
     """
     overrides = {**asdict(chosen), "lora_alpha": chosen.lora_alpha or chosen.r}
     if not chosen.target_modules and not (policy._get_default_peft_targets() or {}).get("target_modules"):
-        targets = default_targets(policy, policy_type, trainable)
-        overrides["target_modules"] = as_pattern(targets, (name for name, _ in policy.named_modules()))
+        overrides["target_modules"] = default_targets(policy, policy_type, trainable)
     layers = [name for name, module in policy.named_modules() if isinstance(module, LAYERS)]
     try:
         return policy.wrap_with_peft(peft_cli_overrides=overrides)
     except (ValueError, TypeError, re.error) as error:
-        asked = overrides["target_modules"] or "the default"
+        asked = chosen.target_modules or "the default"
         step = max(1, len(layers) // EXAMPLES)
         what = "matches no layer" if "not found" in str(error) else f"does not fit ({reason(error)})"
         raise UserError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.progress import Progress
 
@@ -65,10 +66,9 @@ class Rollouts:
     def __init__(self, runner: PolicyRunner, vec: ChunkVectorEnv, policy: ChunkPolicy, seed: int) -> None:
         self.runner, self.vec, self.policy = runner, vec, policy
         self.env_steps = 0
-        self._next_seed = [seed + i + vec.num_envs for i in range(vec.num_envs)]
-        self._running = [_Running() for _ in range(vec.num_envs)]
-        self._generators = [torch.Generator().manual_seed(seed + i) for i in range(vec.num_envs)]
-        self._observations = vec.reset({i: seed + i for i in range(vec.num_envs)})
+        count = vec.num_envs
+        self._rollout = Rollout(runner, vec, lambda i, k: seed + i if k is None else k + count)
+        self._running = [_Running() for _ in range(count)]
 
     def collect(self, steps: int, label: str = "rollouts", progress: bool = True) -> list[RolloutEpisode]:
         """Take exactly ``steps`` environment steps; return the episodes that ended, in order."""
@@ -88,23 +88,17 @@ class Rollouts:
         """One chunk in as many environments as ``limit`` steps allow; the last one's may be cut short."""
         length = self.runner.adapter.chunk_shape[0]
         quota = {i: min(length, limit - i * length) for i in range(self.vec.num_envs) if limit > i * length}
-        active = list(quota)
-        tasks = [self.vec.task_descriptions[i] for i in active]
-        conditioning = self.runner.encode([self._observations[i] for i in active], tasks)
-        prior = self.runner.priors(self.policy.draws, [self._generators[i] for i in active])
-        choice, executed = self.runner.act(self.policy, conditioning, None, prior)
-        recorded = self.runner.adapter.postprocess(choice.chunk, conditioning).float().cpu().numpy()
-        following = {i: self._next_seed[i] for i in active}
-        self.vec.send({i: executed[row][: quota[i]] for row, i in enumerate(active)}, following)
+        rollout = self._rollout
+        rollout.look(list(quota), features=False)
+        choice = rollout.begin(self.policy, quota)
+        recorded = self.runner.adapter.postprocess(choice.chunk, rollout.encoded).float().cpu().numpy()
         finished = []
-        for row, (i, result) in enumerate(self.vec.receive().items()):
+        for row, (i, result) in enumerate(rollout.receive().items()):
             self.env_steps += result.steps
             self._note(i, result, recorded[row])
-            self._observations[i] = result.observation
             if result.ended:
                 finished.append(self._close(i, result.seed))
-                self._generators[i] = torch.Generator().manual_seed(following[i])
-                self._next_seed[i] += self.vec.num_envs
+        rollout.go_on()
         return finished
 
     def _note(self, i: int, result: ChunkResult, actions: np.ndarray) -> None:

@@ -22,9 +22,10 @@ from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state
 from trimtab.adapters.checkpoint.identity import hash_files, settings_hashes
 from trimtab.adapters.checkpoint.legacy import processor_files
 from trimtab.adapters.errors import reason
-from trimtab.recipes.finetune.data import batches, check_features, open_dataset
+from trimtab.recipes.finetune.data import batches, check_features
 from trimtab.recipes.finetune.lora_targets import put_lora
 from trimtab.recipes.support.launched import launched_processes
+from trimtab.rl.data.opening import open_dataset
 from trimtab.rl.runs.progress import Progress
 
 LORA_RATE = 10.0  # LoRA learns best about ten times faster than full fine-tuning; LeRobot's docs do so too
@@ -226,7 +227,10 @@ class FineTuner:
         return data
 
     def _open(self, pipeline: TrainPipelineConfig, workers: int) -> tuple[Any, Iterator[dict[str, Any]]]:
-        data, config = open_dataset(pipeline), self.policy.config
+        from lerobot.datasets.factory import make_dataset
+
+        config, chosen = self.policy.config, pipeline.dataset
+        data = open_dataset("--dataset", chosen.repo_id, chosen.root, lambda: make_dataset(pipeline))
         check_features(data, self.adapter, self.options.rename_map)
         drop = self.config.drop_last_frames
         return data, batches(data, config, pipeline.batch_size, pipeline.seed or 0, workers, drop)

@@ -22,11 +22,6 @@ NAMES = {
     "steered": "steered",
     "fine_tuned": "fine-tuned",
 }
-# What tables of `trimtab compare` and `trimtab bench` call a method, where its name alone would mislead.
-METHOD_NAMES = {
-    "dsrl_sac_paper": "DSRL-SAC, paper's settings",
-    "dsrl_sac_paper_short": "DSRL-SAC, paper's settings, short warm-up",
-}
 COLOURS = {
     "base": "tab:gray",
     "zero_noise": "tab:olive",

@@ -7,6 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from lerobot.envs.configs import EnvConfig
+from lerobot.utils.constants import ACTION
+
 from trimtab.adapters.errors import UserError
 from trimtab.recipes.support.console import say
 from trimtab.recipes.support.tiny_budget import MACHINE, STEPS
@@ -16,12 +19,12 @@ SERVED = "pi05"  # what runs on the tiny policy server
 MADE = "tiny.json"  # how to load what is in the cache; written last
 
 
-def made(kind: str, stateful: bool) -> tuple[Path, dict[str, Any]]:
+def made(kind: str, env: EnvConfig | None = None) -> tuple[Path, dict[str, Any]]:
     """A random tiny policy for the environment of a tiny run, made now if the cache lacks it.
 
     Args:
         kind: policy type.
-        stateful: for ``metaworld_state``, else for pusht's camera.
+        env: the environment, which gives its state; ``None`` for pusht's camera.
 
     Returns:
         its folder, and the options under ``policy`` that load it.
@@ -36,7 +39,7 @@ def made(kind: str, stateful: bool) -> tuple[Path, dict[str, Any]]:
     from trimtab.recipes.cli.demo import default_cache
 
     cache = default_cache() / "tiny"
-    folder = cache / f"{kind}-{'state' if stateful else 'pixels'}-{_version()}"
+    folder = cache / f"{kind}-{env.type if env else 'pixels'}-{_version()}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -44,7 +47,7 @@ def made(kind: str, stateful: bool) -> tuple[Path, dict[str, Any]]:
     with FileLock(f"{folder}.lock"):
         if not (folder / MADE).is_file():
             shutil.rmtree(folder, ignore_errors=True)
-            fields, renamed = _features(kind, stateful)
+            fields, renamed = _features(kind, env)
             with quietly():
                 options = asdict(make_tiny(kind, folder, **fields))
             names = ("path", "device", "tokenizer", "backbone")
@@ -69,19 +72,13 @@ def _version() -> str:
     return digest.hexdigest()[:12]
 
 
-def _features(kind: str, stateful: bool) -> tuple[dict[str, Any], dict[str, str]]:
+def _features(kind: str, env: EnvConfig | None) -> tuple[dict[str, Any], dict[str, str]]:
     """Fields of the tiny policy's config that make it fit the environment; and what is to be renamed."""
-    from lerobot.configs import FeatureType, PolicyFeature
-
     from trimtab.adapters.tiny.parts import camera_features
 
-    if stateful:
-        inputs = {
-            "observation.state": PolicyFeature(FeatureType.STATE, (4,)),
-            "observation.environment_state": PolicyFeature(FeatureType.ENV, (85,)),
-        }
-        outputs = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
-        return {"input_features": inputs, "output_features": outputs}, {}
+    if env is not None:
+        inputs = {env.features_map[name]: feature for name, feature in env.features.items()}
+        return {"output_features": {ACTION: inputs.pop(ACTION)}, "input_features": inputs}, {}
     features: dict[str, Any] = camera_features(1, 96, state_dim=2, action_dim=2)
     if kind == "diffusion":  # its ResNet18 is as large as the published one's
         features["resize_shape"] = (32, 32)
@@ -118,7 +115,6 @@ def demonstrations(folder: Path, policy: dict[str, Any], world: dict[str, Any]) 
     """
     import draccus
     from filelock import FileLock
-    from lerobot.envs.configs import EnvConfig
 
     from trimtab.adapters import PolicyConfig, load_adapter
     from trimtab.recipes.finetune.data import REPO_ID, Recorder

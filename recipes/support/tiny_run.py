@@ -24,9 +24,9 @@ from trimtab.recipes.support.console import say
 from trimtab.recipes.support.layers import CONFIG_PATH, Options, merge, value_at
 from trimtab.recipes.support.tiny_budget import BUDGETS, MACHINE, STEPS, shrink
 from trimtab.recipes.support.tiny_policy import OPTION, SERVED, demonstrations, install, made, serve
+from trimtab.rl.envs.hooks import tiny_form
 
 REPLACED = ("policy", "env", "dataset")  # whatever the command line says of them
-STATE_ENV = "metaworld_state"
 TYPES = ("diffusion", "groot", "multi_task_dit", "pi0", "pi05", "smolvla", "xvla")
 EXECUTED = 2  # of a chunk, where the recipe says how many
 
@@ -77,20 +77,20 @@ def _of_recipe(stack: ExitStack, values: Options, given: Options, command: str, 
     if kind not in known:
         raise UserError(OPTION, f"no tiny run of a '{kind}' policy; there is one of {', '.join(known)}")
     values = copy.deepcopy(values)
-    path, env, task = (value_at(values, name) for name in ("policy.path", "env.type", "env.task"))
-    stateful = env == STATE_ENV and kind == "diffusion"
-    folder, policy = made(SERVED if kind == "remote" else kind, stateful)
+    path, env = value_at(values, "policy.path"), values.get("env") or {}
+    own = tiny_form(env, STEPS) if kind == "diffusion" else None
+    folder, policy = made(SERVED if kind == "remote" else kind, own)
     if kind == "remote":
         policy = serve(stack, folder, policy)
     elif value_at(values, "policy.n_action_steps"):
         policy["n_action_steps"] = EXECUTED
     world = {"type": "pusht", "obs_type": "pixels_agent_pos", "episode_length": STEPS}
-    if stateful:
-        world = {"type": env, "task": task or "button-press-topdown-v3", "episode_length": STEPS}
+    if own is not None:
+        world = {"type": own.type, "task": own.task, "episode_length": STEPS}
     name = f"{SERVED} on a policy server" if kind == "remote" else kind
     say(
         f"tiny: a random {name} in {world['type']}, in the place of {path or 'a checkpoint'} in "
-        f"{task or env or 'no environment'}; budgets of seconds"
+        f"{env.get('task') or env.get('type') or 'no environment'}; budgets of seconds"
     )
     values |= {"policy": policy, "env": world, "machine": MACHINE}
     shrink(values, command)
@@ -124,7 +124,7 @@ def _of_artefact(stack: ExitStack, artefact: Path) -> Options:
     install(str(base.get("policy_type")))
     if not is_server(base.get("path")):
         return {}
-    return {"policy": {"base_path": serve(stack, *made(SERVED, False))["path"]}}
+    return {"policy": {"base_path": serve(stack, *made(SERVED))["path"]}}
 
 
 def _read(folder: Path) -> dict[str, Any]:

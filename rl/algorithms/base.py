@@ -26,6 +26,8 @@ from trimtab.rl.runs.processes import optimizers
 
 MEASURED_EVERY = 10  # updates; what metrics take part in no loss
 RANKED_EVERY = 50  # updates; metrics that cost as much as a step
+# Of an optimiser's groups: its weights are the algorithm's, its rate follows from the steps of the run.
+UNSAVED = "params", "lr"
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,29 @@ class Algorithm(nn.Module, Acting, abc.ABC):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+    def training_state(self) -> dict[str, Any]:
+        """Networks, temperature, normalisers, counters and optimisers, to go on learning from."""
+        counters = {name: value for name, value in vars(self).items() if type(value) is int}
+        states: dict[str, Any] = {}
+        for name, optimizer in optimizers(self).items():
+            state = optimizer.state_dict()
+            groups = [{k: v for k, v in group.items() if k not in UNSAVED} for group in state["param_groups"]]
+            states[name] = {"state": state["state"], "groups": groups}
+        return {"tensors": self.state_dict(), "counters": counters, "optimizers": states}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """The inverse of ``training_state``."""
+        self.load_state_dict(state["tensors"])
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        for name, optimizer in optimizers(self).items():
+            saved, now = state["optimizers"][name], optimizer.state_dict()
+            for group, settings in zip(now["param_groups"], saved["groups"], strict=True):
+                # A tuple (Adam's betas) comes back as a list.
+                group |= {k: tuple(v) if isinstance(group[k], tuple) else v for k, v in settings.items()}
+            by_index = {int(index): dict(entry) for index, entry in saved["state"].items()}
+            optimizer.load_state_dict({"state": by_index, "param_groups": now["param_groups"]})
 
     def _adam(self, *parts: nn.Module | nn.Parameter) -> torch.optim.Adam:
         """A fused Adam over the parameters of ``parts``, which are moved to the learner's device."""

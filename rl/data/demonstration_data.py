@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter, UserError
-from trimtab.adapters.errors import reason
+from trimtab.adapters.inputs import required_inputs
 from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.data.opening import open_dataset
 from trimtab.rl.envs.chunk import ChunkResult
 
 OPTION = "--demos.repo_id"
@@ -162,6 +164,18 @@ class DemonstrationData:
             self._first[rows] = episode.first
             self._last[rows] = episode.first + max(len(episode.rewards) - 1, 0)
 
+    def summary(self, transitions: int, env_fps: float | None) -> list[str]:
+        """Lines about what joins the replay.
+
+        Args:
+            transitions: how many these are.
+            env_fps: steps a second of the environment.
+        """
+        won = sum(episode.succeeded for episode in self.episodes)
+        count = f"demonstrations: {len(self.episodes)} episodes, {won} succeed; {transitions} transitions; "
+        told = f"success told by {self.rule}" + ("" if won else " (else: --demos.success=end)")
+        return [*self.notes, count + told, *rate_warning(self.dataset, env_fps)]
+
     def actions(self, row: int, steps: int) -> np.ndarray:
         """(steps, action_dim) executed from ``row``, as recorded; past the episode's end the last repeats."""
         return self._actions[np.minimum(np.arange(row, row + steps), self._last[row])]
@@ -189,7 +203,7 @@ class DemonstrationData:
         return range(self.n_obs_steps - 1, -1, -1)
 
 
-def open_dataset(config: DemosConfig) -> Any:
+def _opened(config: DemosConfig) -> Any:
     """The LeRobotDataset that a ``DemosConfig`` names.
 
     Raises:
@@ -197,47 +211,16 @@ def open_dataset(config: DemosConfig) -> Any:
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    option = "--demos.root" if config.root else OPTION
-    if config.root and not Path(config.root).expanduser().is_dir():
-        raise UserError(option, f"there is no folder {config.root}")
     root = Path(config.root).expanduser() if config.root else None
     name = config.repo_id or f"local/{root.resolve().name}"
-    try:
-        dataset = LeRobotDataset(name, root=root, revision=config.revision)
-        total = dataset.meta.total_episodes
-        wrong = [index for index in config.episodes or () if not 0 <= index < total]
-        if not wrong and config.episodes is not None:
-            dataset = LeRobotDataset(
-                name, root=root, revision=config.revision, episodes=sorted(set(config.episodes))
-            )
-    except Exception as error:  # LeRobot, datasets and the Hub have their own for each way to fail
-        raise unreadable(option, name, config.root, error) from error
-    if wrong:
+    make = partial(LeRobotDataset, name, root=root, revision=config.revision)
+    dataset = open_dataset("--demos", name, config.root, make)
+    if config.episodes is None:
+        return dataset
+    total = dataset.meta.total_episodes
+    if wrong := [index for index in config.episodes if not 0 <= index < total]:
         raise UserError("--demos.episodes", f"the dataset has episodes 0 to {total - 1}, got {wrong[0]}")
-    return dataset
-
-
-def unreadable(option: str, name: str, root: str | Path | None, error: Exception) -> UserError:
-    """The line about a dataset that cannot be opened, with the command that mends it, where LeRobot says one.
-
-    Args:
-        option: what names the dataset.
-        name, root: the dataset's name and folder.
-        error: whatever was raised.
-    """
-    folder = Path(root).expanduser() if root else None
-    if folder and not (folder / "meta" / "info.json").is_file():  # LeRobot then asks the Hub
-        held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else ""
-        why = f"it has no meta/info.json; it holds {held or 'nothing'}"
-        return UserError(option, f"cannot read {root} as a LeRobotDataset: {why}")
-    lines = [line.strip() for line in str(error).splitlines()]
-    at = next((at for at, line in enumerate(lines) if line.startswith("python -m ")), None)
-    if at is None:
-        return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {reason(error)}")
-    # What LeRobot says up to the command; its own is for a dataset on the Hub.
-    place = f" --root={folder} --push-to-hub=false" if folder else ""
-    said = " ".join(line for line in (*lines[:at], lines[at] + place) if line.strip("`"))
-    return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {said}")
+    return open_dataset("--demos", name, config.root, partial(make, episodes=sorted(set(config.episodes))))
 
 
 def read_demonstrations(
@@ -255,10 +238,10 @@ def read_demonstrations(
     Raises:
         UserError: the dataset does not fit.
     """
-    dataset = open_dataset(config)
+    dataset = _opened(config)
     features, notes = dataset.features, []
     names = {adapter.renames().get(key, key): key for key in features if key.startswith("observation")}
-    required = adapter.required_inputs(names)
+    required = required_inputs(adapter, names)
     missing = [key for key in required if key not in names]
     if missing or "action" not in features:
         raise UserError(

@@ -5,7 +5,8 @@ Nothing outside ``rl/envs`` asks for an environment's type. A LeRobot ``EnvConfi
 - ``task_names()``: the tasks that its ``task`` names, each of which it can be narrowed to;
 - ``check_base(folder)``: raises a ``UserError`` where the base policy in ``folder`` does not know them;
 - ``base_tasks(folder)``: all tasks that this base knows;
-- ``make_chunk_env(task_index, **options)``: its chunk-wise form, a ``ChunkEnv``.
+- ``make_chunk_env(task_index, **options)``: its chunk-wise form, a ``ChunkEnv``;
+- ``tiny``, true: a simulator without cameras, which ``--tiny=true`` may run as it is.
 
 LeRobot's own configs define none of them. ``FORMS`` names configs of ours that are run in their place.
 """
@@ -80,6 +81,14 @@ def make_chunk_env(config: EnvConfig, task_index: int, **options: Any) -> ChunkE
         return make(task_index, **options)
     limit = getattr(config, "episode_length", None)
     return ChunkEnv(make_single_env(config, task_index), limit=limit, **options)
+
+
+def tiny_form(options: dict[str, Any], steps: int) -> EnvConfig | None:
+    """The environment that ``options`` name, with episodes of ``steps``, if it says that it is ``tiny``."""
+    config = EnvConfig.get_known_choices().get(options.get("type"))
+    if not getattr(config, "tiny", False):
+        return None
+    return config(**{"task": options["task"]} if options.get("task") else {}, episode_length=steps)
 
 
 def env_processors(config: EnvConfig, policy_config: Any) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -253,6 +253,8 @@ class MetaworldStateConfig(EnvConfig):
     features_map: dict[str, str] = field(
         default_factory=lambda: {ACTION: ACTION, "agent_pos": OBS_STATE, "environment_state": OBS_ENV_STATE}
     )
+
+    tiny: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_episode_length(self.episode_length)

@@ -38,7 +38,7 @@ from trimtab.adapters.errors import reason
 from trimtab.rl.data.replay import Batch, ReplayBuffer
 from trimtab.rl.runs.processes import World
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, LEARNER, REPLAY, LAST = "manifest.json", "learner", "replay", "last"
 STORED = "$stored"
 
@@ -311,13 +311,18 @@ def check(folder: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: a file is missing, of another length or content; or the manifest is broken.
+        UserError: it is of another format.
     """
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(f"it lacks {MANIFEST}")
     manifest = json.loads(path.read_text(encoding="utf-8"))
     if manifest["format"] != FORMAT:
-        raise ValueError(f"format {manifest['format']}, this version reads {FORMAT}")
+        raise UserError(
+            "--resume",
+            f"{folder} was written by another version (format {manifest['format']}, this one reads "
+            f"{FORMAT}); begin the run anew in another --output_dir",
+        )
     for name in ("env_steps", "processes", "belongs", "beside"):
         manifest[name]
     for name, held in manifest["files"].items():

@@ -60,6 +60,12 @@ class FaultLog:
         for kind, count in zip(KINDS, new, strict=True):
             self.counts[kind] += int(count)
 
+    def error(self, limit: int) -> UserError:
+        """That there are more than ``limit``, with what happened last on this process."""
+        option, _, message = (self.last or "--faults.limit: on another process").partition(": ")
+        count = f"stopped after {self.total} faults ({self}), more than --faults.limit={limit}"
+        return UserError(option, f"{message}; {count}")
+
     @property
     def total(self) -> int:
         return sum(self.counts.values())

@@ -9,6 +9,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.utils import validate_visual_features_consistency
 
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.adapters.inputs import input_notes
 from trimtab.adapters.tiny import make_tiny
 from trimtab.adapters.tiny.parts import camera_features
 
@@ -70,7 +71,7 @@ def test_cameras_are_compared_as_sets_by_lerobots_rule(adapter, cameras):
     validate_visual_features_consistency(adapter.config, theirs)
     seen = observation(adapter, *cameras)
     adapter.observe(seen)
-    notes = " ".join(adapter.input_notes(seen))
+    notes = " ".join(input_notes(adapter, seen))
     for name in (LEFT, RIGHT):
         assert (f"gives no {name}" in notes) == (name not in cameras)
     assert (f"also gives {FRONT}" in notes) == (FRONT in cameras)
@@ -128,16 +129,16 @@ def test_the_suggested_renaming_keeps_the_checkpoints_own(adapter, two_cameras):
 def test_a_renaming_of_nothing_or_of_two_to_one(adapter, two_cameras):
     renamed(two_cameras, {"observation.images.frnt": LEFT})
     seen = observation(adapter, RIGHT)
-    assert any("names observation.images.frnt, which" in note for note in adapter.input_notes(seen))
+    assert any("names observation.images.frnt, which" in note for note in input_notes(adapter, seen))
     renamed(two_cameras, {FRONT: LEFT})
     with pytest.raises(UserError, match=r"--policy.rename_map: gives observation.images.camera1 to two"):
         adapter.observe(observation(adapter, LEFT, RIGHT, FRONT))
 
 
 def test_no_instruction_is_said(adapter):
-    notes = adapter.input_notes(observation(adapter, LEFT, RIGHT, task=""))
+    notes = input_notes(adapter, observation(adapter, LEFT, RIGHT, task=""))
     assert len(notes) == 1 and "reads an instruction, and the environment gives none" in notes[0]
-    assert adapter.input_notes(observation(adapter, LEFT, RIGHT)) == []
+    assert input_notes(adapter, observation(adapter, LEFT, RIGHT)) == []
 
 
 BAD = {

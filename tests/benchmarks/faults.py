@@ -43,8 +43,7 @@ from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.runs.faults import FaultsConfig
 from trimtab.rl.runs.processes import World
-from trimtab.rl.runs.resume import trainer_state
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 SIZE = {
     "batch_size": 16,
@@ -112,7 +111,7 @@ class Run:
         trainer, notes = self.trainer()
         with trainer.vec, disk_errors(self.folder):
             trainer.run()
-        shared, own = trainer_state(trainer)
+        shared, own = trainer.state_dict()
         replay = trainer.replay.rows(trainer.replay.added - len(trainer.replay), trainer.replay.added)
         result = {
             "weights": own["weights"],

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import draccus
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -22,11 +23,13 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from trimtab.policies.noise_samplers import NoiseSampler
-from trimtab.policies.noise_space import NoiseSpace
-from trimtab.recipes.bench.methods import METHODS, Method, Recorder, Setup
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.recipes.cli import main
+from trimtab.recipes.compare.methods import KINDS, METHODS, Steering
+from trimtab.recipes.compare.runs import Method, Run
 from trimtab.rl.data.returns import Returns
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.seeds import training_seed
 
@@ -98,64 +101,49 @@ class NoiseVecEnv(VecEnv):
         self.env_steps = 0
         # Whether each episode succeeded that has ended since the list was last emptied.
         self.ended: list[bool] = []
-        self._envs = list(range(vec.num_envs))
-        self._seed = {i: seed + i for i in self._envs}
-        self._generators = [torch.Generator().manual_seed(seed + i) for i in self._envs]
-        self._success = dict.fromkeys(self._envs, False)
-        self._unused: np.ndarray | None = None
-        self._unused = self.reset()
+        count = vec.num_envs
+        self._rollout = Rollout(
+            runner, vec, lambda i, k: seed + i if k is None else k + count, per_episode=False
+        )
+        self._success = dict.fromkeys(range(count), False)
+        self._unused: np.ndarray | None = self._look()
         box = spaces.Box(-np.inf, np.inf, (self._unused.shape[1],), np.float32)
-        super().__init__(vec.num_envs, box, PriorBox(space))
+        super().__init__(count, box, PriorBox(space))
 
     def reset(self) -> np.ndarray:
         """Start the next episode everywhere, unless none has moved since the last reset."""
-        if self._unused is not None:
-            return self._unused
-        for i in self._envs:
-            self.runner.forget(i)
-        observations = self.vec.reset(dict(self._seed))
-        for i in self._envs:
-            self._advance(i)
-        return self._observe([observations[i] for i in self._envs])
+        if self._unused is None:
+            self._rollout.restart(list(self._success))
+            self._success = dict.fromkeys(self._success, False)
+            self._unused = self._look()
+        return self._unused
 
-    def _advance(self, i: int) -> None:
-        self._seed[i] += len(self._envs)
-        self._success[i] = False
-
-    def _observe(self, observations: list) -> np.ndarray:
-        self._conditioning = self.runner.encode(observations, self.vec.task_descriptions, self._envs)
-        return self.runner.features(self._conditioning).cpu().numpy()
+    def _look(self) -> np.ndarray:
+        self._rollout.look()
+        return self._rollout.features.cpu().numpy()
 
     def step_async(self, actions: np.ndarray) -> None:
         self._unused = None
-        prior = torch.cat([self.runner.prior(1, generator) for generator in self._generators])
-        noise = self.space.expand(torch.as_tensor(actions, dtype=torch.float32), prior)
-        executable = self.runner.decode(self._conditioning, noise, self._envs)
-        self._lengths = [len(executable[i]) for i in self._envs]
-        self.vec.send({i: executable[i] for i in self._envs}, dict(self._seed))
+        u = torch.as_tensor(actions, dtype=torch.float32)
+        self._rollout.begin(NoiseSampler(lambda features, prior: u.to(prior), self.space))
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        results = self.vec.receive()
-        rewards = np.zeros(len(self._envs), dtype=np.float32)
-        dones = np.array([results[i].ended for i in self._envs])
-        infos: list[dict[str, Any]] = [{} for _ in self._envs]
-        for i in self._envs:
-            result = results[i]
+        results = self._rollout.receive()
+        rewards = np.zeros(len(results), dtype=np.float32)
+        infos: list[dict[str, Any]] = [{} for _ in results]
+        for i, result in results.items():
             self._success[i] |= bool(result.successes.any())
             rewards[i], _ = self.returns.of(result, self._success[i])
             self.env_steps += result.steps
             infos[i]["TimeLimit.truncated"] = result.truncated
-        ended = [i for i in self._envs if dones[i]]
-        if ended:
-            conditioning = self.runner.encode_finals(
-                {i: results[i] for i in ended}, self._lengths, self.vec.task_descriptions
-            )
-            finals = self.runner.features(conditioning).cpu().numpy()
-            for row, i in enumerate(ended):
-                infos[i]["terminal_observation"] = finals[row]
-                self.ended.append(self._success[i])
-                self._advance(i)
-        return self._observe([results[i].observation for i in self._envs]), rewards, dones, infos
+        ended, encoded = self._rollout.finals()
+        finals = self.runner.features(encoded).cpu().numpy() if ended else ()
+        for i, final in zip(ended, finals, strict=True):
+            infos[i]["terminal_observation"] = final
+            self.ended.append(self._success[i])
+            self._success[i] = False
+        self._rollout.go_on()
+        return self._look(), rewards, np.array([result.ended for result in results.values()]), infos
 
     def close(self) -> None:
         """The environments belong to the caller."""
@@ -163,7 +151,7 @@ class NoiseVecEnv(VecEnv):
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         if attr_name != "render_mode":
             raise AttributeError(attr_name)
-        return [None] * len(self._envs)
+        return [None] * self.num_envs
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         raise AttributeError(attr_name)
@@ -174,7 +162,7 @@ class NoiseVecEnv(VecEnv):
         raise AttributeError(method_name)
 
     def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        return [False] * len(self._envs)
+        return [False] * self.num_envs
 
 
 def make_sac(config: SB3SACConfig, env: VecEnv, chunk_steps: int, seed: int, **options: Any) -> SAC:
@@ -242,26 +230,40 @@ def sb3_noise(model: SAC, space: NoiseSpace) -> NoiseSampler:
     return NoiseSampler(choose, space)
 
 
-def run_sac(method: Method, setup: Setup, seed: int, label: str) -> tuple[Recorder, dict[str, Any], SAC]:
-    """As ``trimtab.recipes.bench.methods`` runs the others."""
-    config, adapter = SB3SACConfig(), setup.adapter
-    space = method.noise.build(adapter.noise_spec)
-    runner = PolicyRunner(adapter, setup.env)
-    with setup.training_environments() as vec:
-        train_runner = PolicyRunner(adapter, setup.env)
-        env = NoiseVecEnv(train_runner, vec, space, config.gamma, config.reward, training_seed(seed))
-        model = make_sac(config, env, adapter.chunk_shape[0], seed, device=adapter.device)
-        policies = {"actor": (runner, sb3_noise(model, space))}
-        recorder = Recorder(setup, label, lambda: policies)
-        learn(model, env, setup.env_steps, lambda step, ended: recorder(step, [(won, True) for won in ended]))
-    return recorder, {"updates": model._n_updates}, model
+@dataclass(frozen=True)
+class SB3SAC(Method):
+    """stable-baselines3's SAC on the noise. Nothing of it is saved."""
+
+    sac: SB3SACConfig = field(default_factory=SB3SACConfig)
+    noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
+
+    uses = Steering.uses
+
+    def settings(self) -> dict[str, Any]:
+        noise = draccus.encode(self.noise, NoiseSpaceConfig)
+        return {"engine": "stable-baselines3", "sac": asdict(self.sac), "noise": noise}
+
+    def learn(self, run: Run) -> dict[str, Any]:
+        config, session = self.sac, run.task.session
+        adapter = session.adapter
+        space, runner = self.noise.build(adapter.noise_spec), PolicyRunner(adapter, session.env)
+        with run.training_environments() as vec:
+            env = NoiseVecEnv(runner, vec, space, config.gamma, config.reward, training_seed(run.seed))
+            model = make_sac(config, env, adapter.chunk_shape[0], run.seed, device=adapter.device)
+            run.policies = {"actor": sb3_noise(model, space)}
+            run.trained = {"actor": sum(weight.numel() for weight in model.actor.parameters())}
+            learn(model, env, run.task.env_steps, lambda steps, ended: run.note(steps, steered(ended)))
+        return {"updates": model._n_updates}
 
 
-METHODS["sb3_sac"] = Method(
-    None,
-    train_alone=run_sac,
-    other={"engine": "stable-baselines3", "sac": asdict(SB3SACConfig())},
-)
+def steered(ended: list[bool]) -> list[tuple[bool, bool]]:
+    """Outcomes as ``Run.note`` takes them."""
+    return [(won, True) for won in ended]
+
+
+KINDS["sb3"] = SB3SAC
+METHODS["sb3_sac"] = {"kind": "sb3"}
 
 if __name__ == "__main__":
-    sys.exit(main(["bench", *sys.argv[1:]]))
+    # By its own name: what each run's process loads, too.
+    sys.exit(main(["compare", "--env.discover_packages_path=tests.benchmarks.sb3", *sys.argv[1:]]))

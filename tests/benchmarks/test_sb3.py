@@ -1,5 +1,7 @@
 """stable-baselines3 as a method: its environment is the collector's, its replay right, its run a record."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tests.helpers.acting import Acts
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.recipes.cli import main
 from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -113,3 +116,37 @@ def test_the_rival_learns_and_its_mean_is_evaluated():
         mean, _, _ = model.actor.get_action_dist_params(features)
     noise = sb3_noise(model, space)(features, prior)
     assert noise.shape == (6, 2, 1) and torch.allclose(noise.flatten(1), 2.0 * torch.tanh(mean), atol=1e-5)
+
+
+def test_a_comparison_with_it_keeps_what_is_there(tiny_base, tmp_path, capsys):
+    output = tmp_path / "compare"
+    command = ["compare", "--env.discover_packages_path=tests.benchmarks.sb3", f"--policy.path={tiny_base}"]
+    command += ["--policy.device=cpu", "--env.type=metaworld_state", "--env.task=drawer-close"]
+    command += ["--env.episode_length=20", "--methods=best_of_n,sb3_sac", "--seeds=0,", "--env_steps=400"]
+    command += ["--grid=200", "--n_episodes=4", "--final_episodes=3", "--other_episodes=0", "--batch_size=4"]
+    command += ["--num_envs=4", "--machine.workers=0", "--machine.threads=1", "--videos=0"]
+    command += ["--isolate=false", f"--output_dir={output}"]
+    assert main(command) == 0
+    folder = output / "runs" / "drawer-close-v3"
+    names = ["base.json", "best_of_n-seed0.json", "sb3_sac-seed0.json"]
+    assert sorted(path.name for path in folder.glob("*.json")) == names
+    for name, policies in (("best_of_n", {"actor", "acting"}), ("sb3_sac", {"actor"})):
+        run = json.loads((folder / f"{name}-seed0.json").read_text())
+        assert [point["grid"] for point in run["points"]] == [200, 400]
+        for point in run["points"]:
+            assert {key for key in point if isinstance(point[key], dict)} == policies
+            assert point["actor"]["episodes"] == 4
+        assert run["final"]["actor"]["episodes"] == 3 and run["cost"]["trainable_parameters"]["actor"] > 1000
+        assert len(run["episodes"]) >= 10 and all(step <= 416 for step, _, _ in run["episodes"])
+    table = (output / "compare.md").read_text()
+    assert "| best_of_n, distilled actor |" in table and "| best_of_n, best of K by the critic |" in table
+    assert table.count("| sb3_sac |") == 2 and (output / "curve.png").stat().st_size > 5000
+    written = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
+    capsys.readouterr()
+    assert main([*command, "--methods=sb3_sac"]) == 0  # nothing is run twice
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")} == written
+    assert capsys.readouterr().out.count("is there already") == 2
+    assert main([*command, "--methods=sb3_sac", "--env_steps=200"]) == 0
+    assert "other settings" in capsys.readouterr().out
+    changed = {path.name for path in folder.glob("*.json") if path.stat().st_mtime_ns != written[path.name]}
+    assert changed == {"sb3_sac-seed0.json"}

@@ -24,9 +24,9 @@ from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.support.reporting import write_json
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig, Problem
+from trimtab.rl.data.memory import replay_extra
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.data.returns import Transition, value_bounds
-from trimtab.rl.train import replay_extra
 
 STEPS, ACTION_DIM, FEATURES = 8, 4, 39  # those of the embedded base
 DIM = STEPS * ACTION_DIM

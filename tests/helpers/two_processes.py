@@ -22,7 +22,7 @@ from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.runs.faults import Stopped, StopSignals
 from trimtab.rl.runs.processes import StepGuard, World
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 RL = DSRLSACConfig(
     batch_size=8, actor=ActorConfig(hidden=16, layers=1), critic=CriticConfig(hidden=16, layers=1)
@@ -124,7 +124,7 @@ def main(folder):
         "transitions": trainer.transitions,
         "shard": len(trainer.replay),
         "fitted_on": normalizers,
-        "seeds": seeds + [running.seed for running in trainer.collector._running],
+        "seeds": seeds + list(trainer.collector.rollout.episode.values()),
         "lines": lines,
         "episodes": trainer.episodes,
     }

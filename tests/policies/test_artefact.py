@@ -6,7 +6,6 @@ from dataclasses import replace
 import draccus
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_diffusion
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
@@ -120,21 +119,12 @@ def test_an_actor_of_the_papers_settings_deploys_the_noise_of_its_training(base,
     assert noise.abs().max() > 1.0
 
 
-def test_artefacts_from_before_the_mean_had_a_limit_act_as_they_did(base, tmp_path):
-    actor = trained(base, FullNoiseConfig())
-    out = save(base, tmp_path / "artefact", FullNoiseConfig(), actor)
-    tensors = load_file(str(out / "model.safetensors"))
-    tensors["net.4.bias"] += 30.0  # a mean far past the limit
-    save_file(tensors, str(out / "model.safetensors"))
-    features, prior = torch.randn(2, FEATURES), torch.randn(2, *base[1].noise_spec.shape)
-    assert load(out).actor.act(features, prior, True).max() == pytest.approx(1.96, abs=1e-4)
+def test_an_artefact_of_an_older_format_is_refused_in_one_line(base, tmp_path):
+    out = save(base, tmp_path / "artefact", FullNoiseConfig(), trained(base, FullNoiseConfig()))
     config = json.loads((out / "config.json").read_text())
-    assert config["format"] == 2 and config["actor"].pop("mean_limit") == 0.98
-    config["format"] = 1
-    for name in ("n_obs_steps", "input_features", "output_features", "device", "critic", "n_action_steps"):
-        del config[name]
-    (out / "config.json").write_text(json.dumps(config))
-    assert load(out).actor.act(features, prior, True).max() == pytest.approx(2.0, abs=1e-4)
+    (out / "config.json").write_text(json.dumps(config | {"format": 1}))
+    with pytest.raises(UserError, match=r"--policy.path: .*format 1, this version reads 2: steer the base"):
+        load(out)
 
 
 def test_a_setting_of_a_later_version_is_refused(base, tmp_path):

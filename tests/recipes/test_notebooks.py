@@ -17,7 +17,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_runs(name, cache, tmp_path, monkeypatch):
+def test_a_notebook_runs_from_a_clean_kernel_without_network(name, cache, tmp_path, monkeypatch):
     for key, value in {
         "TRIMTAB_SMALL": "1",
         "TRIMTAB_CACHE": str(cache),
@@ -39,5 +39,5 @@ def test_it_runs(name, cache, tmp_path, monkeypatch):
     assert any("image/png" in output["data"] for output in shown)
 
 
-def test_there_are_three():
+def test_the_notebooks_are_numbered_from_one_to_three():
     assert [name[0] for name in NAMES] == ["1", "2", "3"]

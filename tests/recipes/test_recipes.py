@@ -25,7 +25,7 @@ from trimtab.recipes.cli.lora import LoraConfig
 from trimtab.recipes.cli.probe import ProbeConfig
 from trimtab.recipes.cli.recipes import ADAPT, FOLDER, LORA, RECIPES
 from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
-from trimtab.recipes.compare.methods import customised
+from trimtab.recipes.compare.methods import make_method
 from trimtab.recipes.finetune.lora_targets import LAYERS, default_targets
 from trimtab.recipes.finetune.training import TuningConfig
 from trimtab.recipes.support.options import config_file, parse
@@ -160,14 +160,14 @@ def test_files(name, droid):
         assert compared.env_steps == adapt.train.env_steps and compared.observe == adapt.observe
         shorter = parsed("compare", file, *given(name, droid), "--env_steps=1000")
         assert (shorter.env_steps, shorter.grid) == (1000, 100) and shorter.isolate != served
-        steered = customised("steered", compared.settings["steered"])
+        steered = make_method("steered", compared.settings["steered"])
         assert steered.rl == adapt.rl and steered.noise == adapt.noise
         budgeted = replace(steered.train, env_steps=adapt.train.env_steps)
         assert budgeted.at_pace_of(adapt.rl) == replace(adapt.train, log_every=budgeted.log_every)
         assert (FINE_TUNED in compared.names()) != served
     if served:
         return
-    tuned = customised(FINE_TUNED, compared.settings.get(FINE_TUNED)).tuning
+    tuned = make_method(FINE_TUNED, compared.settings.get(FINE_TUNED)).tuning
     assert name == "metaworld" or all(
         getattr(tuned, field.name) == getattr(lora, field.name) for field in fields(TuningConfig)
     )

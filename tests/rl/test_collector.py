@@ -12,10 +12,11 @@ from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, load_adapter
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.rl.algorithms import DSRLSACConfig
-from trimtab.rl.collector import Collector, SuccessWindow
+from trimtab.rl.collector import Collector
 from trimtab.rl.diagnostics import calibration, returns_to_go
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.metrics import SuccessWindow
 from trimtab.rl.runner import PolicyRunner
 
 
@@ -189,7 +190,7 @@ def test_returns_to_go_and_calibration():
             self.parameter = torch.nn.Parameter(torch.zeros(1))
 
         def value(self, features, u, chunks):
-            assert u.shape == won.u.shape and chunks.shape == (len(won.u), 2)
+            assert u.shape == won.u.shape and chunks.shape == (len(won.u), 0)
             return torch.as_tensor(by_hand) + 2.0
 
     found = calibration(Oracle(), [won])

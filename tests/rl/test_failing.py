@@ -14,7 +14,7 @@ from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 SMALL = {"actor": ActorConfig(hidden=64, layers=2), "critic": CriticConfig(hidden=64, layers=2)}
 ALGORITHMS = {

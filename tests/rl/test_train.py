@@ -19,7 +19,7 @@ from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import best_constant, evaluate
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 SMALL = DSRLSACConfig(
     batch_size=64,

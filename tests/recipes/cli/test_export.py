@@ -139,7 +139,7 @@ def test_lerobot_eval_gets_what_trimtab_eval_gets(run, process, tmp_path):
     assert ours["successes"] + theirs > 0, "some episodes succeed"
 
 
-def test_trimtab_eval_acts_by_candidates_too(run, tmp_path, capsys):
+def test_eval_of_an_artefact_executes_the_candidate_of_the_best_value(run, tmp_path, capsys):
     """As the artefact says, or the command line: the actor and draws of the base, the critic's choice."""
     root, out = run
     copy = shutil.copytree(out, root / "selecting")
@@ -192,7 +192,7 @@ def test_a_golden_ticket_is_exported_too(run):
     assert (policy.predict_action_chunk(batch) - expected).abs().max() <= 1e-6
 
 
-def test_export_is_small_whole_and_says_what_was_measured(run):
+def test_an_export_is_complete_small_and_its_card_shows_the_measured_success(run):
     root, out = run
     names = {file.name for file in out.iterdir()}
     assert {"README.md", "adapt.json", "config.json", "model.safetensors", "critic.safetensors"} <= names
@@ -212,7 +212,7 @@ def test_export_is_small_whole_and_says_what_was_measured(run):
     assert again["env"]["task"] == "drawer-close-v3"
 
 
-def test_export_moves_with_its_base_and_exports_again(run, tmp_path, capsys):
+def test_an_export_moved_with_its_base_can_be_exported_again(run, tmp_path, capsys):
     root, out = run
     shutil.copytree(out, tmp_path / "there" / "policy")
     shutil.copytree(root / "base", tmp_path / "there" / "base")
@@ -234,7 +234,7 @@ def test_export_moves_with_its_base_and_exports_again(run, tmp_path, capsys):
     )
 
 
-def test_an_actor_that_samples_still_does_when_exported(run, tmp_path):
+def test_an_export_keeps_whether_the_actor_samples(run, tmp_path):
     root, out = run
     shutil.copytree(root / "base", tmp_path / "base")
     copy = shutil.copytree(out, tmp_path / "policy")
@@ -258,7 +258,9 @@ def test_an_actor_that_samples_still_does_when_exported(run, tmp_path):
         (["--run={run}", "--output_dir={tmp}/x", "--policy.path=nobody/nothing"], "is not where it was"),
     ],
 )
-def test_what_cannot_be_exported(run, tmp_path, capsys, argv, message):
+def test_what_cannot_be_exported_is_refused_in_one_line_and_nothing_is_written(
+    run, tmp_path, capsys, argv, message
+):
     root, _ = run
     names = {"tmp": tmp_path, "run": root / "run", "base": root / "base"}
     assert main(["export", *(option.format(**names) for option in argv)]) == 2
@@ -267,7 +269,7 @@ def test_what_cannot_be_exported(run, tmp_path, capsys, argv, message):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_hub_out_of_reach_is_one_line(run, monkeypatch):
+def test_a_hub_out_of_reach_is_a_one_line_error(run, monkeypatch):
     from trimtab.adapters import UserError
 
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -22,7 +22,7 @@ def probe(folder, output, *options):
     return json.loads((output / "probe.json").read_text())
 
 
-def test_embedded_generalist(tiny_base, tmp_path, capsys):
+def test_a_base_that_never_succeeds_has_nothing_to_learn_from(tiny_base, tmp_path, capsys):
     task = ["--env.type=metaworld_state", "--env.task=button-press-topdown-v3"]
     small = [
         "--eval.n_episodes=4",
@@ -40,7 +40,7 @@ def test_embedded_generalist(tiny_base, tmp_path, capsys):
     assert "diagnosis: nothing seen" in capsys.readouterr().out
 
 
-def test_embedded_generalist_without_an_environment(tiny_base, tmp_path):
+def test_without_an_environment_the_function_alone_is_measured(tiny_base, tmp_path):
     report = probe(tiny_base, tmp_path / "out")
     assert report["steerable"] and report["deterministic"] and report["success"] == {}
     assert len(report["row_effect"]) == len(report["row_blocks"]) - 1
@@ -62,7 +62,7 @@ def test_act_is_steered_through_its_latent(tmp_path, capsys):
     assert "diagnosis: can be steered" in capsys.readouterr().out
 
 
-def test_collapsed_act_latent(tmp_path):
+def test_a_collapsed_act_latent_is_reported_with_its_remedy(tmp_path):
     options = make_tiny("act", tmp_path / "act")
     weights = tmp_path / "act" / "model.safetensors"
     state = load_file(weights)
@@ -75,7 +75,7 @@ def test_collapsed_act_latent(tmp_path):
     assert "kl_weight" in report["lines"][0]
 
 
-def test_noise_blind_policy(tmp_path):
+def test_a_policy_that_ignores_its_noise_is_found_out_and_spends_no_episode(tmp_path):
     """A live network that does not look at its noise; rounding differs by place in the batch."""
     folder = make_diffusion(tmp_path / "blind", prediction_type="sample")
     state = load_file(folder / "model.safetensors")
@@ -102,7 +102,9 @@ def test_noise_blind_policy(tmp_path):
     ],
 )
 @pytest.mark.parametrize("options", [[], PUSHT], ids=["alone", "pusht"])
-def test_a_policy_that_raises_while_it_is_measured(part, error, said, options, tmp_path, capsys, monkeypatch):
+def test_a_policy_that_raises_while_it_is_measured_is_a_one_line_error(
+    part, error, said, options, tmp_path, capsys, monkeypatch
+):
     folder = make_diffusion(tmp_path / "policy")
 
     whole, calls = getattr(DiffusionAdapter, part), []
@@ -121,7 +123,9 @@ def test_a_policy_that_raises_while_it_is_measured(part, error, said, options, t
     assert not (tmp_path / "out").exists()
 
 
-def test_an_environment_that_fails_while_a_policy_is_measured(tmp_path, capsys, monkeypatch):
+def test_an_environment_that_fails_while_a_policy_is_measured_is_a_one_line_error(
+    tmp_path, capsys, monkeypatch
+):
     """In this process, where its exception is not a worker's."""
     from gym_pusht.envs.pusht import PushTEnv
 
@@ -142,13 +146,13 @@ def test_an_environment_that_fails_while_a_policy_is_measured(tmp_path, capsys, 
         assert "--env.type: OSError: the camera is gone" in line
 
 
-def test_the_base_policy_of_probe_must_know_the_task(tiny_base, tmp_path, capsys):
+def test_a_task_that_the_base_does_not_know_is_refused(tiny_base, tmp_path, capsys):
     args = ["probe", f"--policy.path={tiny_base}", "--policy.device=cpu", f"--output_dir={tmp_path / 'o'}"]
     assert main([*args, "--env.type=metaworld_state", "--env.task=hammer-v3"]) == 2
     assert "--env.task" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--noises=1", "--observations=1", "--repeats=-1", "--seed=-1"])
-def test_bad_options(option, tmp_path, capsys):
+def test_an_option_out_of_range_is_refused(option, tmp_path, capsys):
     assert main(["probe", "--policy.path=x", f"--output_dir={tmp_path / 'o'}", option]) == 2
     assert option.split("=")[0] in capsys.readouterr().err

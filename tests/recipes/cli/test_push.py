@@ -35,7 +35,7 @@ def pushed(hub, pusht_policy, tmp_path):
     return argv, adapter, actor
 
 
-def test_there_and_back(hub, pushed, tmp_path, capsys, pusht_policy):
+def test_a_pushed_policy_loads_from_the_hub_and_acts_the_same(hub, pushed, tmp_path, capsys, pusht_policy):
     argv, adapter, actor = pushed
     assert main([*argv, "--private=true"]) == 0
     assert f"pushed to {hub.address}/me/steered" in capsys.readouterr().out
@@ -73,7 +73,7 @@ def test_there_and_back(hub, pushed, tmp_path, capsys, pusht_policy):
         assert "\n" not in str(caught.value)
 
 
-def test_what_the_hub_refuses_is_one_line(hub, pushed, capsys, monkeypatch):
+def test_what_the_hub_refuses_is_a_one_line_error(hub, pushed, capsys, monkeypatch):
     argv = pushed[0]
     hub.refuses = 403
     assert main(argv) == 2

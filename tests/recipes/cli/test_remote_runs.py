@@ -30,7 +30,7 @@ def run(policy_server, tmp_path_factory):
     return output
 
 
-def test_adapt_on_a_server(run, policy_server):
+def test_adapt_steers_a_policy_on_a_server(run, policy_server):
     results = check_results(run, POLICIES, 6)
     assert results["env_steps"] >= 240 and results["updates"] > 0 and results["base_sha256"] is None
     base = json.loads((run / "artefact" / "config.json").read_text())["base"]
@@ -38,7 +38,7 @@ def test_adapt_on_a_server(run, policy_server):
     assert len(base["answer"]) == 2 and base["tolerance"] > 0 and base["remote"]["n_action_steps"] == 4
 
 
-def test_eval_of_a_server_and_of_its_artefact(run, policy_server, tmp_path, capsys):
+def test_eval_takes_a_server_and_the_artefact_that_steers_it(run, policy_server, tmp_path, capsys):
     argv = ["eval", f"--policy.path={policy_server}", *ENV, *REMOTE, *EVAL]
     assert main([*argv, f"--output_dir={tmp_path / 'base'}"]) == 0
     text = capsys.readouterr().out
@@ -57,7 +57,7 @@ def test_eval_of_a_server_and_of_its_artefact(run, policy_server, tmp_path, caps
     assert base["base"] == steered["base"]
 
 
-def test_the_artefact_of_a_server_that_moved(run, policy_server, tmp_path):
+def test_an_artefact_follows_its_server_to_another_address(run, policy_server, tmp_path):
     artefact = tmp_path / "artefact"
     artefact.mkdir()
     for path in (run / "artefact").iterdir():
@@ -76,7 +76,7 @@ def test_the_artefact_of_a_server_that_moved(run, policy_server, tmp_path):
         load_artefact(PolicyConfig(path=str(artefact), device="cpu", base_path=policy_server))
 
 
-def test_errors_are_one_line_and_exit_code_2(policy_server, tmp_path, monkeypatch, capsys):
+def test_a_server_that_cannot_be_used_is_a_one_line_error(policy_server, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -97,7 +97,7 @@ def test_errors_are_one_line_and_exit_code_2(policy_server, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_that_fails_in_the_middle_of_a_run(policy_server, tmp_path, capsys):
+def test_a_server_that_fails_during_a_run_ends_it_with_one_line(policy_server, tmp_path, capsys):
     argv = ["adapt", f"--policy.path={policy_server}/fades", *ENV, *SMALL, *REMOTE, "--eval.videos=0"]
     assert main([*argv, f"--output_dir={tmp_path / 'out'}"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]

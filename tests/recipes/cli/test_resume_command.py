@@ -8,7 +8,7 @@ import time
 import pytest
 
 from trimtab.recipes.cli import main
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 TASKS = ["drawer-close-v3", "button-press-topdown-v3"]
 SMALL = [

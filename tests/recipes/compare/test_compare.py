@@ -6,36 +6,23 @@ import os
 import re
 import shutil
 import time
-from dataclasses import replace
 
 import pytest
-from lerobot.configs.default import DatasetConfig
 
-from tests.helpers.point import PointAdapter, PointConfig
 from tests.helpers.problem import problem
-from trimtab.adapters import NoiseSpec, PolicyConfig, UserError, load_adapter
+from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.cli import main
-from trimtab.recipes.cli.compare import ALL, CompareConfig
+from trimtab.recipes.compare.comparison import once
+from trimtab.recipes.compare.config import ALL, CompareConfig
 from trimtab.recipes.compare.folders import read_runs
 from trimtab.recipes.compare.from_recipe import comparison
 from trimtab.recipes.compare.meter import Meter
-from trimtab.recipes.compare.methods import METHODS, Bout, customised, trained
-from trimtab.recipes.compare.report import cells, label, markdown
-from trimtab.recipes.compare.summary import against, elsewhere, summarise
-from trimtab.recipes.embedded_base.base import BaseConfig, make_base
-from trimtab.recipes.embedded_base.cloning import CloningConfig
-from trimtab.recipes.embedded_base.dataset import REPO_ID
-from trimtab.recipes.support.session import Session
-from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
+from trimtab.recipes.compare.methods import METHODS
 from trimtab.rl.algorithms import BestOfNConfig
-from trimtab.rl.algorithms.golden_ticket import GoldenTicketConfig
-from trimtab.rl.algorithms.presets import PAPER
-from trimtab.rl.envs.metaworld import MetaworldStateConfig
-from trimtab.rl.evaluation import evaluate
 
 FEW = {"train": {"first_update": 8, "warmup_transitions": 0}}
 SETTINGS = {
@@ -73,30 +60,15 @@ def options(base, output, **more):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """Two tasks, of which one is demonstrated with success."""
-    config = BaseConfig(
-        tasks="drawer-close-v3,button-press-topdown-v3",
-        demonstrators={},
-        episodes=2,
-        episode_length=90,
-        cloning=CloningConfig(steps=30, batch_size=16),
-    ).resolved()
-    folder = tmp_path_factory.mktemp("bases") / "two"
-    make_base(config, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def compared(base, tmp_path_factory):
+def compared(two_task_base, tmp_path_factory):
     """One seed of some methods, then two seeds of all; the files' times in between."""
     output = tmp_path_factory.mktemp("compare") / "out"
     first = "base,steered,lora_rollouts"
-    assert main(options(base, output, methods=first, seeds=1, videos=0)) == 0
+    assert main(options(two_task_base, output, methods=first, seeds=1, videos=0)) == 0
     runs = output / "runs" / TASK
     before = {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}
     every = "zero_noise,golden_ticket,best_of_k,steered,lora,lora_rollouts,residual"
-    assert main(options(base, output, methods=every, seeds=2)) == 0
+    assert main(options(two_task_base, output, methods=every, seeds=2)) == 0
     return output, before
 
 
@@ -130,8 +102,8 @@ def test_the_report(compared):
         row = rows[name, "actor"]
         assert row["success"]["episodes"] == 3 * len(row["seeds"])
         assert len(row["against_base"]["p"]) == len(row["seeds"])
-        assert row["left_on"]["episodes"] == 2 * len(row["seeds"])
-        off = row["switched_off"]
+        assert row["other_tasks"]["episodes"] == 2 * len(row["seeds"])
+        off = row["base_afterwards"]
         assert off is None if name == "lora_rollouts" else off["flipped"] == 0 and off["change"] == 0.0
     text = (output / "report.html").read_text()
     assert text.count("data:video/mp4;base64,") >= 2 and "data:image/png;base64," in text
@@ -140,7 +112,7 @@ def test_the_report(compared):
     assert (output / "curve.png").stat().st_size > 5000
 
 
-def test_what_is_there_is_kept(compared, base, capsys):
+def test_what_is_there_is_kept(compared, two_task_base, capsys):
     output, before = compared
     runs = output / "runs" / TASK
     # (This test runs after those that read the report, which it makes anew.)
@@ -149,7 +121,7 @@ def test_what_is_there_is_kept(compared, base, capsys):
     made = {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}
     assert len(made) == 2 + 6 * 2
     changed = {**SETTINGS, "steered": {**SETTINGS["steered"], "noise": {"type": "repeat"}}}
-    argv = options(base, output, methods="steered,lora", seeds=1, settings=json.dumps(changed))
+    argv = options(two_task_base, output, methods="steered,lora", seeds=1, settings=json.dumps(changed))
     assert main(argv) == 0
     said = capsys.readouterr().out
     assert "lora-seed0.json is there already" in said and "steered-seed0.json was made with other" in said
@@ -171,14 +143,16 @@ class MyDrawer(MetaworldStateConfig):
 """
 
 
-def test_a_run_of_its_own_process(base, tmp_path, capfd, monkeypatch):
+def test_a_run_of_its_own_process(two_task_base, tmp_path, capfd, monkeypatch):
     """It knows the plugins that the command line names."""
     (tmp_path / "my_drawers").mkdir()
     (tmp_path / "my_drawers" / "__init__.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     more = {"env.type": "my_drawer", "env.discover_packages_path": "my_drawers", "env.task": TASK}
-    argv = options(base, tmp_path / "out", methods="base", isolate="true", videos=0, other_episodes=0, **more)
+    argv = options(
+        two_task_base, tmp_path / "out", methods="base", isolate="true", videos=0, other_episodes=0, **more
+    )
     assert main(argv) == 0
     record = json.loads((tmp_path / "out" / "runs" / TASK / "base.json").read_text())
     assert record["final"]["policy"]["episodes"] == 3 and record["others"] == {}
@@ -198,6 +172,9 @@ ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3"]
         (["--policy.path=/nowhere", *ENV], "--policy.path: "),
         (["--methods=base,sac"], "--methods: there is no 'sac'; choose from base, zero_noise"),
         (["--seeds=0,x"], "--seeds: is a list such as 0,1,2"),
+        (["--seeds=-1"], "--seeds: is a list such as 0,1,2"),
+        (["--env_steps=0"], "--env_steps: must be at least 1"),
+        (["--final_episodes=0"], "--final_episodes: must be at least 1"),
         (["--grid=3000"], "--grid: --env_steps=20000 must be a multiple"),
         (["--settings={sac: {}}"], "--settings: there is no method 'sac'"),
         ([*ENV, "--config_path=demos.yaml"], "--demos.repo_id: compare replays no demonstrations"),
@@ -245,113 +222,35 @@ def test_bad_settings_and_budgets(tiny_base, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_once_runs_what_is_missing_or_of_other_settings(tmp_path):
+    path, calls = tmp_path / "a" / "run.json", []
+
+    def run():
+        calls.append(1)
+        return {"value": len(calls)}
+
+    assert once(path, {"x": 1, "y": [2]}, run)["value"] == 1
+    assert once(path, {"y": [2], "x": 1}, run)["value"] == 1
+    assert once(path, {"x": 2, "y": [2]}, run)["value"] == 2
+    assert json.loads(path.read_text())["settings"] == {"x": 2, "y": [2]}
+
+
+def test_bench_says_what_replaced_it(capsys):
+    assert main(["bench", "--what=engine"]) == 2
+    said = capsys.readouterr().err
+    assert "is gone: `trimtab compare` compares methods" in said and len(said.splitlines()) == 1
+
+
 def test_names_and_seeds():
     config = CompareConfig(methods="steered,base,steered", seeds="3")
     assert config.names() == ["base", "steered"] and config.seed_list() == [0, 1, 2]
     assert CompareConfig(seeds="4,1").seed_list() == [4, 1]
     assert set(ALL.split(",")) <= set(METHODS)
-    row = label({"method": "dsrl_sac_paper_short", "policy": "actor"})
-    assert row == "DSRL-SAC, paper's settings, short warm-up"  # 800 of 6004 chunks: not the paper's budget
-    paper = METHODS["dsrl_sac_paper_short"].rl
-    assert paper.gamma == PAPER["dsrl_sac"]["rl"]["gamma"] and paper.backup_entropy
-    other = customised("steered", {"noise": {"type": "repeat"}, "rl": {"actor": {"hidden": 7}}})
-    assert other.noise.type == "repeat" and other.rl.actor.hidden == 7
-    assert other.rl.critic == METHODS["steered"].rl.critic
 
 
 def summary(won):
     count = won.count("1")
     return {"successes": count, "episodes": len(won), "success_rate": count / len(won), "won": won}
-
-
-def test_gains_are_paired():
-    found = against(summary("1100"), [summary("1111"), summary("0011")])
-    assert found["by_seed"] == [0.5, 0.0] and found["difference"] == 0.25 and found["ci95"] is None
-    assert found["p"] == [0.5, 1.0]  # two of two: 2 / 2^2; two of four
-    assert against(summary("1100"), [summary("111")]) is None
-    before = {"a": {"policy": summary("11")}, "b": {"policy": summary("10")}}
-    after = [{"a": {"x": summary("11")}, "b": {"x": summary("01")}}]
-    found = elsewhere(before, after, "x")
-    assert found["change"] == 0.0 and found["flipped"] == 2 and found["episodes"] == 4
-    after = [{"a": {"x": summary("01")}, "b": {"x": summary("10")}}]
-    found = elsewhere(before, after, "x")
-    assert found["change"] == pytest.approx(-0.25) and found["by_task"] == {"a": -0.5, "b": 0.0}
-
-
-def record(seed, rates, won):
-    points = [
-        {"grid": 100 * k, "env_steps": 100 * k + 8, "actor": summary("1" * r + "0" * (10 - r))}
-        for k, r in enumerate(rates, 1)
-    ]
-    return {
-        "task": "t",
-        "method": "m",
-        "seed": seed,
-        "points": points,
-        "episodes": [[50, 0, 1], [100, 1, 1], [180, 1, 1], [290, 1, 1]],
-        "final": {"actor": summary(won)},
-        "cost": {"cpu_seconds": 10.0 + seed, "artefact_bytes": 2_000_000},
-    }
-
-
-def test_levels_and_rows():
-    base = {"task": "t", "method": "base", "seed": None, "points": [], "episodes": [], "cost": {}}
-    base["final"] = {"policy": summary("1000")}
-    runs = [base, record(0, [6, 9, 9], "1111"), record(1, [9, 5, 8], "1110"), record(2, [1, 2, 3], "1110")]
-    entry = next(row for row in summarise(runs) if row["method"] == "m")
-    assert entry["to_level"]["50"]["steps"] == [100, 100, None]
-    assert entry["to_level"]["80"]["steps"] == [200, 300, None]  # a fall below it begins anew
-    assert entry["to_level"]["80"]["steps_median"] == 300
-    assert entry["to_level"]["80"]["episodes"] == [3, 4, None]
-    assert entry["to_level"]["90"]["steps_median"] is None
-    assert entry["success"]["successes"] == 10 and entry["success"]["episodes"] == 12
-    assert entry["cpu_seconds"] == 11.0 and entry["artefact_mb"] == 2.0
-    row = cells(entry)
-    assert row[4:7] == ["100 (2)", "300 (4)", "> 308"] and row[3] == "0.5000"
-    assert "| m |" in markdown("x", [], [entry]) and "+58.3 points" in row[2]
-
-
-def test_the_median_of_two_seeds_is_the_later():
-    runs = [record(0, [6, 9, 9], "11"), record(1, [9, 5, 8], "10"), record(2, [1, 2, 3], "10")]
-    (entry,) = summarise(runs[:2])
-    assert entry["to_level"]["80"]["steps"] == [200, 300] and entry["to_level"]["80"]["steps_median"] == 300
-    assert entry["to_level"]["80"]["episodes_median"] == 4
-    runs[2]["points"][-1]["env_steps"] = 320
-    (entry,) = summarise([runs[0], runs[2]])
-    assert cells(entry)[5] == "> 320"  # not within what either has spent
-    assert entry["to_level"]["80"]["steps"] == [200, None] and entry["to_level"]["80"]["steps_median"] is None
-
-
-def test_a_search_gets_the_episodes_that_fit_were_all_as_long_as_the_longest(tmp_path):
-    env, episodes = PointConfig(limit=35), EpisodesConfig(n_episodes=8)
-    session, seeds = Session(PointAdapter(), env, episodes, MachineConfig(workers=0)), list(range(1000, 1008))
-    bout = Bout(session, PolicyConfig(), "", 700, 700, 2, seeds, [], {}, [], None, tmp_path)
-    with bout.setup(Meter()) as setup:
-        steps = evaluate(session.runner, setup.vec, session.own_noise, seeds, progress=False).steps
-        found = bout.ticket(GoldenTicketConfig(candidates=16, budget=100), setup)
-    assert min(steps) < max(steps) == 35
-    assert (found.budget, found.candidates) == (20, 4)  # 4 and 2 of them, twice, are 12; 8, 4 and 2 are 28
-
-
-def test_fine_tuning_learns_from_the_demonstrations_that_are_named_and_succeed(base):
-    adapter = load_adapter(PolicyConfig(path=str(base), device="cpu"))
-    env = MetaworldStateConfig(task="drawer-close-v3")
-    session = Session(adapter, env, EpisodesConfig(n_episodes=1), MachineConfig(workers=0))
-    data = DatasetConfig(REPO_ID, root=str(base / "demonstrations"))
-
-    def good(episodes):
-        named = replace(data, episodes=episodes)
-        one = Bout(session, PolicyConfig(), base, 1, 1, 1, [], [], {}, [], named, base)
-        return one.good_demonstrations()
-
-    dataset, count = good(None)
-    assert count == len(dataset.episodes) > 0
-    first, *rest = dataset.episodes
-    assert good([first])[0].episodes == [first] and good([first, 99])[1] == 1
-    if rest:
-        assert good(rest)[0].episodes == rest
-    with pytest.raises(UserError, match=r"no demonstration of .* succeeds"):
-        good([99])
 
 
 def test_successes_while_learning_are_counted_whole(tmp_path):
@@ -404,7 +303,7 @@ def test_weights_that_best_of_k_needs_are_the_critics_and_the_actors_if_it_propo
     space = FullNoiseConfig().build(NoiseSpec((2, 1)))
     learner = config.build(problem(3, space, 4))
     actor, critic = (sum(p.numel() for p in part.parameters()) for part in (learner.actor, learner.critic))
-    assert trained(learner, {"actor": None, "acting": None}) == {
+    assert learner.trained_parameters() == {
         "actor": actor,
         "acting": critic + (actor if own else 0),
     }
@@ -418,16 +317,16 @@ def test_a_recipe_keeps_what_is_not_the_comparisons_own():
 
 
 @pytest.fixture(scope="module")
-def folders(base, tmp_path_factory):
+def folders(two_task_base, tmp_path_factory):
     """A run folder each of adapt and of lora."""
     place = tmp_path_factory.mktemp("folders")
-    shared = [f"--policy.path={base}", "--policy.device=cpu", *ENV, "--env.episode_length=40"]
+    shared = [f"--policy.path={two_task_base}", "--policy.device=cpu", *ENV, "--env.episode_length=40"]
     shared += ["--eval.n_episodes=3", "--eval.batch_size=3", "--eval.videos=0"]
     shared += ["--machine.workers=0", "--machine.threads=1"]
     adapt = ["--num_envs=2", "--train.env_steps=120", "--train.first_update=8", "--rl.type=dsrl_sac"]
     adapt += ["--rl.batch_size=8", "--train.warmup_transitions=0", "--eval.constant_candidates=0"]
     assert main(["adapt", *shared, *adapt, f"--output_dir={place / 'adapt'}"]) == 0
-    data = ["--dataset.repo_id=a/b", f"--dataset.root={base / 'demonstrations'}", "--steps=2"]
+    data = ["--dataset.repo_id=a/b", f"--dataset.root={two_task_base / 'demonstrations'}", "--steps=2"]
     assert main(["lora", *shared, *data, "--peft.r=2", f"--output_dir={place / 'lora'}"]) == 0
     return place
 

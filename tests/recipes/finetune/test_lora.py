@@ -17,7 +17,7 @@ from trimtab.recipes.cli import main
 from trimtab.recipes.cli.lora import LoraConfig, means
 from trimtab.recipes.embedded_base.dataset import REPO_ID
 from trimtab.recipes.finetune.data import ColumnWindows, Recorder, batches
-from trimtab.recipes.finetune.lora_targets import as_pattern, default_targets
+from trimtab.recipes.finetune.lora_targets import default_targets
 from trimtab.recipes.finetune.rollouts import RolloutEpisode, Rollouts, as_recorded
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.options import parse
@@ -62,7 +62,7 @@ def rollouts_run(request, base, tmp_path_factory):
     return request.param, output
 
 
-def test_rollouts_run_leaves_everything_behind(rollouts_run, base):
+def test_a_run_on_rollouts_writes_results_metrics_and_its_successes(rollouts_run, base):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     method, output = rollouts_run
@@ -91,7 +91,7 @@ def test_rollouts_run_leaves_everything_behind(rollouts_run, base):
     assert trained == whole if method == "full" else 0 < trained < whole
 
 
-def test_result_is_steered_and_deployed_like_any_base(rollouts_run, tmp_path):
+def test_a_lora_adapter_can_be_steered_exported_and_loaded_by_lerobot(rollouts_run, tmp_path):
     """`trimtab adapt` on the LoRA checkpoint, `trimtab export`, and LeRobot's loading: its layers count."""
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
@@ -125,7 +125,7 @@ def test_result_is_steered_and_deployed_like_any_base(rollouts_run, tmp_path):
     assert (policy.predict_action_chunk(batch) - adapter.denoise(conditioning, noise)).abs().max() <= 1e-6
 
 
-def test_result_is_a_base_policy_and_eval_repeats_its_numbers(rollouts_run, tmp_path, base):
+def test_eval_of_the_result_gives_the_figures_of_the_run(rollouts_run, tmp_path, base):
     method, output = rollouts_run
     folder = output / "policy"
     assert is_peft(folder) == (method == "lora")
@@ -141,7 +141,7 @@ def test_result_is_a_base_policy_and_eval_repeats_its_numbers(rollouts_run, tmp_
     assert not torch.allclose(*chunks, atol=1e-4), "training changed nothing"
 
 
-def test_lerobot_loads_the_result(rollouts_run):
+def test_lerobot_loads_the_result_as_the_same_policy(rollouts_run):
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies.factory import make_policy
 
@@ -158,14 +158,14 @@ def test_lerobot_loads_the_result(rollouts_run):
     assert torch.allclose(ours.denoise(ours.observe(observation), noise), expected, atol=1e-5)
 
 
-def test_config_runs_again(rollouts_run):
+def test_the_saved_config_decodes_to_the_same_run(rollouts_run):
     _, output = rollouts_run
     again = parse(LoraConfig, "lora", [f"--config_path={output / 'config.json'}"])
     assert again.from_rollouts and again.env_steps == 1601 and again.env.task == "drawer-close-v3"
     assert again.method == rollouts_run[0] and again.steps == 30 and again.dataset is None
 
 
-def test_lora_on_a_dataset_then_steer(base, tmp_path, capsys):
+def test_lora_on_a_dataset_trains_an_adapter_that_adapt_steers(base, tmp_path, capsys):
     output = tmp_path / "out"
     argv = ["lora", f"--policy.path={base}", *MACHINE, "--steps=120", "--batch_size=16"]
     argv += [f"--dataset.repo_id={REPO_ID}", f"--dataset.root={base / 'demonstrations'}"]
@@ -190,7 +190,7 @@ def test_lora_on_a_dataset_then_steer(base, tmp_path, capsys):
     assert (tmp_path / "steered" / "artefact" / "config.json").is_file()
 
 
-def test_rollouts_spend_exactly_and_replay(base, monkeypatch):
+def test_rollouts_spend_the_exact_budget_and_record_what_the_environment_replays(base, monkeypatch):
     """Every step is counted, and the recorded actions lead through the recorded observations."""
     taken = 0
     step = MetaworldStateEnv.step
@@ -226,7 +226,7 @@ def test_rollouts_spend_exactly_and_replay(base, monkeypatch):
     single.close()
 
 
-def test_windows_equal_lerobots_own_batches(base):
+def test_batches_from_memory_equal_those_of_lerobots_loader(base):
     """All keys of LeRobot's own data loader, bit for bit, also of chosen episodes and longer histories."""
     from lerobot.datasets import EpisodeAwareSampler
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -317,7 +317,7 @@ def test_training_moves_the_policy_to_the_data(base, tmp_path, method):
     assert all(torch.equal(now[name], value) for name, value in frozen.items())
 
 
-def test_same_seed_same_losses(base, tmp_path):
+def test_the_same_seed_gives_the_same_losses(base, tmp_path):
     Recorder(tmp_path / "data", 80).add(synthetic())
     data = DatasetConfig("a/b", root=str(tmp_path / "data"))
     runs = []
@@ -327,7 +327,7 @@ def test_same_seed_same_losses(base, tmp_path):
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_cameras(tmp_path):
+def test_a_camera_dataset_trains_the_unet_alone(tmp_path):
     """A camera dataset goes through LeRobot's data loader; LoRA adapts the U-Net alone."""
     folder = make_diffusion(tmp_path / "policy", images=True, down_dims=(16, 32))
     adapter = load_adapter(options(folder))
@@ -343,7 +343,7 @@ def test_cameras(tmp_path):
     trained.save(tmp_path / "out")
 
 
-def test_vision_language_policy_with_lerobots_own_targets(tmp_path):
+def test_a_vision_language_policy_trains_with_lerobots_own_targets(tmp_path):
     from trimtab.adapters.tiny import make_tiny
 
     chosen = make_tiny("smolvla", tmp_path / "policy")
@@ -360,7 +360,7 @@ def test_vision_language_policy_with_lerobots_own_targets(tmp_path):
     assert is_peft(tmp_path / "out")
 
 
-def test_default_targets_and_their_pattern():
+def test_default_targets_are_the_open_layers_outside_attention():
     model = nn.Module()
     model.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(3))
     model.head = nn.Sequential(nn.Conv1d(8, 8, 3), nn.GroupNorm(2, 8), nn.Linear(8, 2))
@@ -369,12 +369,6 @@ def test_default_targets_and_their_pattern():
     targets = default_targets(model, "other", trainable)
     expected = [f"layers.{i}.linear{j}" for i in range(3) for j in (1, 2)] + ["head.0", "head.2"]
     assert sorted(targets) == sorted(expected), "not inside PyTorch's attention, not what is frozen"
-    names = [name for name, _ in model.named_modules()]
-    pattern = as_pattern(targets, names)
-    import re
-
-    assert {name for name in names if re.fullmatch(pattern, name)} == set(targets)
-    assert pattern == r"layers\.\d+\.linear1|layers\.\d+\.linear2|head\.0|head\.2"
 
 
 def refused(argv, capsys):
@@ -403,13 +397,13 @@ def refused(argv, capsys):
         (["--dataset.repo_id=a/b"], "--policy.path: name the folder"),
     ],
 )
-def test_bad_options(argv, message, capsys, tmp_path):
+def test_a_bad_option_is_refused_in_one_line_and_nothing_is_written(argv, message, capsys, tmp_path):
     line, _ = refused([*argv, f"--output_dir={tmp_path / 'out'}"], capsys)
     assert message in line
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_targets_and_datasets(base, tmp_path, capsys):
+def test_targets_and_datasets_that_do_not_fit_the_policy_are_refused_in_one_line(base, tmp_path, capsys):
     data = [f"--dataset.repo_id={REPO_ID}", f"--dataset.root={base / 'demonstrations'}"]
     argv = [f"--policy.path={base}", *MACHINE, "--steps=1", f"--output_dir={tmp_path / 'out'}"]
     line, _ = refused([*argv, *data, "--peft.target_modules=nonsense"], capsys)
@@ -435,7 +429,7 @@ def test_bad_targets_and_datasets(base, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_success_skips_every_round(base, tmp_path, capsys):
+def test_a_run_without_a_success_skips_every_round_and_ends_in_one_line(base, tmp_path, capsys):
     env = [*ENV[:2], "--env.episode_length=10"]
     argv = [f"--policy.path={base}", *env, *MACHINE, "--eval.n_episodes=1", "--from_rollouts=true"]
     argv += ["--env_steps=60", "--rounds=2", "--num_envs=2", f"--output_dir={tmp_path / 'out'}"]
@@ -458,7 +452,7 @@ def test_lora_of_a_lora_is_refused(base, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "times"), [("lora", 10.0), ("full", 1.0)])
-def test_learning_rate(base, method, times):
+def test_the_default_learning_rate_is_lerobots_and_ten_times_that_for_lora(base, method, times):
     """LeRobot's own for the policy, which LoRA takes ten times."""
     data = DatasetConfig("a/b")
     trained = tuner(base, method=method)
@@ -476,11 +470,11 @@ def test_cameras_are_recorded_as_they_were_seen():
     assert (as_recorded(torch.full((1, 3, 2, 2), 0.999)) == 255).all()  # to the nearest
 
 
-def test_the_loss_curve_is_of_means():
+def test_the_loss_curve_holds_the_mean_of_every_hundred_steps():
     assert means([1.0, 3.0] * 50 + [5.0] * 20) == [2.0, 5.0]
 
 
-def test_the_noise_of_an_episode_is_its_own(base):
+def test_the_noise_of_an_episode_depends_on_its_seed_alone(base):
     """The second episode of an environment is the first of another that begins with its seed."""
     env = MetaworldStateConfig(task="drawer-close-v3", episode_length=10)
     session = Session(load_adapter(options(base)), env, EvalConfig(), MachineConfig(workers=0))
@@ -493,7 +487,7 @@ def test_the_noise_of_an_episode_is_its_own(base):
     assert not np.array_equal(found[0].actions, found[1].actions)
 
 
-def test_no_frame_is_dropped_where_none_is_to_be(base, tmp_path):
+def test_drop_last_frames_of_zero_keeps_episodes_that_the_policys_own_would_drop(base, tmp_path):
     Recorder(tmp_path / "short", 80).add(synthetic(length=4))  # the policy drops the last 7 unless told
     data = DatasetConfig("a/b", root=str(tmp_path / "short"))
     assert len(tuner(base, batch_size=4, drop_last_frames=0).fit(data, 2, 0)) == 2

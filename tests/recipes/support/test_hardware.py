@@ -13,7 +13,7 @@ from trimtab.recipes.cli import main
 from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.support.session import Session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 EVAL = [
     *("--env.type=test_lane", "--policy.device=cpu", "--machine.workers=0", "--eval.batch_size=1"),

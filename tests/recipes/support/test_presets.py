@@ -15,7 +15,7 @@ from trimtab.recipes.support.options import parse
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 FOLDER = Path(__file__).parents[3] / "recipes" / "configs" / "metaworld"
 FILES = {"dsrl_sac": FOLDER / "paper_sac.yaml", "dsrl_na": FOLDER / "paper_na.yaml"}

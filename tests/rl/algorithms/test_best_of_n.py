@@ -17,12 +17,13 @@ from trimtab.policies.noise_space import FullNoiseConfig, MaskedNoiseConfig, Res
 from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector
+from trimtab.rl.data.memory import replay_extra
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.takeover import GateConfig
-from trimtab.rl.train import Trainer, replay_extra
+from trimtab.rl.trainer import Trainer
 
 B, K, A, D = 6, 5, 4, 3
 SMALL = {"actor": ActorConfig(hidden=32, layers=2), "critic": CriticConfig(hidden=32, layers=2, members=3)}
@@ -407,7 +408,7 @@ def test_solves_a_noise_space_problem():
     base, steered, lines, trainer = train(seed=0, gate=False, steps=2500)
     rates = [group["lr"] for group in trainer.algorithm.critic_optimizer.param_groups]
     assert rates == [pytest.approx(1e-4, rel=0.2)]  # they have fallen, but for the last chunk's steps
-    algorithm, features = trainer.algorithm, trainer.collector._features
+    algorithm, features = trainer.algorithm, trainer.collector.rollout.features
     draws, count = torch.randn(8, algorithm.config.candidates, 2, 1), algorithm.config.proposed
     proposed = algorithm.propose(features, draws, lambda noise: noise, steering=True).u[:, -count:]
     mean = algorithm.actor.choose(features, draws[:, 0], deterministic=True)

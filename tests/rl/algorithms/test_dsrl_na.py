@@ -20,11 +20,12 @@ from trimtab.rl.algorithms import DSRLNAConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.data.decoder import ConditioningSpec, Decoder
+from trimtab.rl.data.memory import replay_extra
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import Trainer, replay_extra
+from trimtab.rl.trainer import Trainer
 
 B, K, A, F, BOUND = 6, 5, 2, 2, 1.5
 SMALL = {"actor": ActorConfig(hidden=16, layers=2), "critic": CriticConfig(hidden=16, layers=2, members=3)}

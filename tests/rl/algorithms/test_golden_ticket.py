@@ -29,7 +29,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.seeds import training_seed
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 from trimtab.rl.warm_start import begin_at, read_constant
 
 

@@ -23,7 +23,7 @@ from trimtab.rl.collector import Collector
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 B, A, D = 6, 4, 3
 SMALL = {"actor": ActorConfig(hidden=32, layers=2), "critic": CriticConfig(hidden=32, layers=2, members=3)}
@@ -152,7 +152,7 @@ def test_the_collector_executes_the_corrected_chunk_and_keeps_both():
         collector.start(algorithm)
         seen = []
         for _ in range(4):
-            before = collector._features.clone()
+            before = collector.rollout.features.clone()
             collector.begin()
             transitions, episodes = collector.finish()
             seen.append((before, transitions, {episode.seed for episode in episodes}))

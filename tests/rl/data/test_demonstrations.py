@@ -22,14 +22,15 @@ from trimtab.recipes.embedded_base.dataset import SEED_OFFSET, demonstrate, reco
 from trimtab.recipes.embedded_base.demonstrators import Operator
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations, unreadable
+from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.data.demonstrations import Demonstrations, TransitionMaker
+from trimtab.rl.data.opening import unreadable
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.data.returns import Transition
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 FEW = {"num_candidates": 2, "target_candidates": 1, "distilled_pairs": 1}
 TASK, GAMMA, LIMIT = "drawer-close-v3", 0.9, 100

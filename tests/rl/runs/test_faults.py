@@ -25,7 +25,7 @@ from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints, check
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.runs.processes import StepGuard, World
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 RL = DSRLSACConfig(
     batch_size=16, actor=ActorConfig(hidden=16, layers=1), critic=CriticConfig(hidden=16, layers=1)

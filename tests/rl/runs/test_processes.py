@@ -82,6 +82,6 @@ def test_the_replay_is_dealt_to_another_number_of_processes(run):
         (note, *_) = trainer.resume(found)
         assert note.startswith(f"the checkpoint is of 2 processes, this run has 1: {first['transitions']}")
         assert len(trainer.replay) == first["transitions"] and trainer.updates == first["updates"]
-        assert trainer.collector._next_seed[0] > max(first["seeds"])
+        assert trainer.collector.rollout.upcoming[0] > max(first["seeds"])
         trainer.run()
     assert trainer.env_steps >= 1000 and lines[-1]["updates"] > first["updates"]

@@ -23,7 +23,7 @@ from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints, check, pac
 from trimtab.rl.runs.faults import Stopped
 from trimtab.rl.runs.processes import World
 from trimtab.rl.takeover import GateConfig
-from trimtab.rl.train import Trainer
+from trimtab.rl.trainer import Trainer
 
 SIZE = {
     "batch_size": 16,
@@ -202,8 +202,7 @@ def test_an_environment_that_cannot_repeat_is_not_moved_to_come_back(name, tmp_p
         )
     trainer, _ = make(tmp_path, rl, train, stop_at=310)
     go(trainer)
-    held = [vars(running) for running in trainer.collector._running]
-    interrupted = sum(bool(running["actions"]) for running in held)
+    interrupted = sum(bool(trace.actions) for trace in trainer.collector.rollout.traces.values())
     assert interrupted
     moves.clear()
     again, _ = make(tmp_path, rl, train)
@@ -213,16 +212,18 @@ def test_an_environment_that_cannot_repeat_is_not_moved_to_come_back(name, tmp_p
     assert note.startswith(f"{interrupted} interrupted episode") and "cannot repeat them" in note
     assert again.dropped == interrupted and not again.faults.total
     collector = again.collector
-    assert collector._next_seed == trainer.collector._next_seed
-    assert not any(running.actions or running.features for running in collector._running)
-    assert [len(running.digests) for running in collector._running] == [1, 1, 1]
+    rollout = collector.rollout
+    assert rollout.upcoming == trainer.collector.rollout.upcoming
+    assert not any(running.features for running in collector._running)
+    assert not any(trace.actions for trace in rollout.traces.values())
+    assert [len(trace.digests) for trace in rollout.traces.values()] == [1, 1, 1]
     assert not any(accumulator._pending for accumulator in collector._accumulators)
     if name == "best_of_n":  # candidates are drawn where the run's draws had come to
         for i, env in enumerate(again.checkpoints.newest()[0].read("process-0")["collector"]["envs"]):
             generator = torch.Generator()
-            generator.set_state(env["generator"])
+            generator.set_state(env["rollout"]["generator"])
             again.runner.prior(rl.candidates, generator)
-            assert torch.equal(generator.get_state(), collector._generators[i].get_state())
+            assert torch.equal(generator.get_state(), rollout.generators[i].get_state())
     assert go(again) and again.env_steps >= 600
 
 
@@ -316,3 +317,14 @@ def test_a_checkpoint_of_another_make_is_refused(tmp_path):
     other, _ = make(tmp_path, replace(rl, critic=CriticConfig(hidden=32, layers=1)), train)
     with other.vec, pytest.raises(UserError, match=r"--resume: .* does not fit this run"):
         other.resume(trainer.checkpoints.newest()[0])
+
+
+def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(tmp_path):
+    rl, train = RUNS["dsrl_sac"]
+    trainer, _ = make(tmp_path, rl, train, stop_at=200)
+    go(trainer)
+    manifest = checkpoint_folders(tmp_path)[-1] / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
+    with pytest.raises(UserError, match=r"--resume: .* another version \(format 1, this one reads 2\)"):
+        trainer.checkpoints.newest()
+    assert manifest.is_file()

@@ -1,8 +1,7 @@
 """The vision-language backbone that a policy names: its small files, without the gigabytes it brings along.
 
 The policy's own checkpoint holds the backbone's weights, but LeRobot loads, or downloads, the original ones
-first. Beside an empty weights file it builds the same model with random ones, which the checkpoint replaces;
-``checkpoint.weights`` then compares every tensor with the checkpoint.
+first. Beside an empty weights file it builds the same model with random ones, which the checkpoint replaces.
 """
 
 from __future__ import annotations

@@ -1,0 +1,270 @@
+"""A comparison: which runs it has, where their records lie, and the report on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import draccus
+from lerobot.configs.default import DatasetConfig
+from lerobot.envs.configs import EnvConfig
+
+from trimtab.adapters import UserError, load_adapter
+from trimtab.adapters.checkpoint.folder import is_peft, is_server
+from trimtab.adapters.checkpoint.identity import file_hash
+from trimtab.policies.artefact import is_artefact
+from trimtab.recipes.compare.config import CompareConfig
+from trimtab.recipes.compare.methods import make_method
+from trimtab.recipes.compare.report import write_report
+from trimtab.recipes.compare.runs import Task
+from trimtab.recipes.compare.summary import summarise
+from trimtab.recipes.embedded_base.base import DEMONSTRATIONS
+from trimtab.recipes.embedded_base.dataset import REPO_ID
+from trimtab.recipes.support.console import new_output_dir
+from trimtab.recipes.support.repeat import repeatable
+from trimtab.recipes.support.reporting import rate_text, read_json, write_json
+from trimtab.recipes.support.session import Session, base_of
+from trimtab.recipes.support.shared_configs import EVALUATION_SEED, EpisodesConfig
+from trimtab.rl.algorithms.acting import LoadedBase
+from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, task_names
+
+RECORD = "compare_config.json"
+
+
+class Comparison:
+    """All runs of a comparison.
+
+    Args:
+        config: settings.
+
+    Raises:
+        UserError: the policy, a task or a method cannot take part.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        self.config = config
+        self.methods = {name: make_method(name, config.settings.get(name)) for name in config.names()}
+        path = config.policy.path
+        self.server = is_server(path)
+        if self.server and (tuned := [name for name, method in self.methods.items() if method.tunes]):
+            raise UserError(
+                "--methods", f"what is on a policy server cannot be fine-tuned: leave out {', '.join(tuned)}"
+            )
+        if is_artefact(path):
+            raise UserError("--policy.path", f"{path} is already steered; name its base policy")
+        folder = base_of(config.policy)
+        if not self.server and is_peft(folder):
+            raise UserError("--policy.path", f"{folder} is a LoRA adapter; name the policy that it adapts")
+        self.tasks = self._tasks(folder, config.tasks or config.env.task or "", "--tasks")
+        self.tasks = self.tasks or [config.env.task or ""]
+        self.others: list[str] = []
+        if config.other_episodes:
+            named = config.other_tasks
+            self.others = (
+                base_tasks(config.env, folder)
+                if named is None
+                else self._tasks(folder, named, "--other_tasks")
+            )
+        if "task" in (config.observe.inputs or ()) and (self.others or len(self.tasks) > 1):
+            raise UserError(
+                "--observe.inputs",
+                "an actor that is told its task cannot act on another; leave `task` out, or --tasks=ONE "
+                "--other_episodes=0",
+            )
+        self.dataset = config.dataset
+        if self.dataset is None and not self.server and (folder / DEMONSTRATIONS).is_dir():
+            self.dataset = DatasetConfig(REPO_ID, root=str(folder / DEMONSTRATIONS))
+        for name, method in self.methods.items():
+            if "dataset" in method.uses and self.dataset is None:
+                raise UserError(
+                    "--dataset.repo_id",
+                    f"'{name}' learns from demonstrations: name a LeRobotDataset, or leave it out of "
+                    "--methods",
+                )
+        config.machine.apply()
+        self.base = LoadedBase(load_adapter(config.policy), config.policy, folder)
+        steps = self.base.adapter.chunk_shape[0]
+        for name, method in self.methods.items():
+            chunks = method.chunks_before_learning()
+            if chunks and chunks * steps >= config.env_steps:
+                raise UserError(
+                    "--env_steps",
+                    f"{name} begins to learn after {chunks} chunks of {steps} steps; more than "
+                    f"{chunks * steps} are needed, or leave it out of --methods",
+                )
+        # A server shows no weights.
+        self.base_sha256 = None if self.server else file_hash(folder)
+        output = config.output_dir
+        if output is None or not (output / RECORD).is_file():
+            output = new_output_dir(output, "compare")
+        self.output = output
+        self._open: dict[str, Task] = {}
+
+    def _tasks(self, folder: Path | str, text: str, option: str) -> list[str]:
+        """The tasks that ``text`` lists, checked where that is possible."""
+        if not text.strip():
+            return []
+        env = self.config.env
+        names = task_names(for_task(env, text), option)
+        for name in names:
+            check_base(for_task(env, name), folder)
+        return names or [name.strip() for name in text.split(",") if name.strip()]
+
+    def _env(self, task: str) -> EnvConfig:
+        return for_task(self.config.env, task) if task else self.config.env
+
+    def task(self, name: str) -> Task:
+        """One task, as its runs share it."""
+        if name not in self._open:
+            config, first = self.config, EVALUATION_SEED
+            episodes = EpisodesConfig(
+                n_episodes=config.n_episodes, batch_size=config.batch_size, videos=config.videos
+            )
+            env, final = self._env(name), first + config.n_episodes
+            self._open[name] = Task(
+                session=Session(self.base.adapter, env, episodes, config.machine, config.observe),
+                base=self.base,
+                env_steps=config.env_steps,
+                grid=config.grid,
+                num_envs=config.num_envs,
+                seeds=list(range(first, final)),
+                final_seeds=list(range(final, final + config.final_episodes)),
+                others={other: self._env(other) for other in self.others if other != name},
+                other_seeds=list(range(first, first + config.other_episodes)),
+                dataset=self.dataset,
+                folder=self._folder(name),
+                filmed=config.seed_list()[0],
+            )
+        return self._open[name]
+
+    def plan(self) -> Iterator[tuple[str, str, int | None]]:
+        """Task, method and seed of every run, seed by seed; one run of what learns nothing."""
+        for seed in (None, *self.config.seed_list()):
+            for task in self.tasks:
+                for name, method in self.methods.items():
+                    if bool(method.uses) == (seed is not None):
+                        yield task, name, seed
+
+    def settings(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
+        """All that decides the outcome of a run, as JSON values."""
+        config, method = self.config, self.methods[name]
+        loaded = draccus.encode(config.policy)
+        # The hash of the weights says it, or it decides nothing.
+        for key in ("revision", "device", "tokenizer", "backbone", *(() if self.server else ("path",))):
+            loaded.pop(key, None)
+        found = {
+            "base_sha256": self.base_sha256,
+            "policy": loaded,
+            "env": draccus.encode(self._env(task), EnvConfig),
+            "method": method.settings(),
+            "seed": seed,
+            "first_seed": EVALUATION_SEED,
+            "others": [other for other in self.others if other != task],
+            **{key: getattr(config, key) for key in ("n_episodes", "final_episodes", "other_episodes")},
+        }
+        for key in method.uses:
+            value = self.dataset if key == "dataset" else getattr(config, key)
+            found[key] = draccus.encode(value)
+        if "dataset" in found:
+            found["dataset"].pop("root", None)  # where it lies decides nothing
+        return json.loads(json.dumps(found))
+
+    def record(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
+        """What a run has found; it is made now if it is not there."""
+        path = self._file(task, name, seed, "json")
+
+        def run() -> dict[str, Any]:
+            if self.config.isolate and not self.config.only:
+                return self._isolated(task, name, seed, path)
+            return self.task(task).record(name, self.methods[name], seed)
+
+        return {"task": task, "method": name, "seed": seed} | once(path, self.settings(task, name, seed), run)
+
+    def _isolated(self, task: str, name: str, seed: int | None, path: Path) -> dict[str, Any]:
+        """Make the run in a process of its own.
+
+        Raises:
+            UserError: what stopped it there.
+        """
+        only = f"--only={task},{name}" + ("" if seed is None else f",{seed}")
+        command = [sys.executable, "-m", "trimtab.recipes.cli", "compare"]
+        command += [f"--config_path={self.output / RECORD}", only, f"--output_dir={self.output}"]
+        ran = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        if ran.returncode:
+            last = [line for line in ran.stderr.splitlines() if "error: " in line]
+            if ran.returncode == 2 and last:
+                option, _, message = last[-1].split("error: ", 1)[1].partition(": ")
+                raise UserError(option, message)
+            raise RuntimeError(f"the run {only} ended with {ran.returncode}:\n{ran.stderr}")
+        return read_json(path)
+
+    def only(self, text: str) -> None:
+        """Make one run, which ``all`` has asked for."""
+        task, name, seed = (*text.split(","), "", "")[:3]
+        chosen = task, name, int(seed) if seed.isdecimal() else None
+        if chosen not in list(self.plan()):
+            raise UserError("--only", f"'{text}' is no run of this comparison; TASK,METHOD,SEED")
+        self.record(*chosen)
+
+    def all(self) -> str:
+        """Make what is missing, report after each run, and return the last report."""
+        again = repeatable(draccus.encode(self.config, CompareConfig))
+        again = {k: v for k, v in again.items() if v is not None and k not in ("output_dir", "only")}
+        write_json(self.output / RECORD, json.loads(json.dumps(again, default=str)))
+        runs: list[dict[str, Any]] = []
+        text = ""
+        for task, name, seed in self.plan():
+            runs.append(self.record(task, name, seed))
+            text = self.report(runs)
+        return f"\n{text}\nall in {self.output}"
+
+    def report(self, runs: list[dict[str, Any]]) -> str:
+        """Write the report on the runs so far."""
+        config = self.config
+        bases = {run["task"]: run["final"]["policy"] for run in runs if run["method"] == "base"}
+        where = f"weights {self.base_sha256[:12]}" if self.base_sha256 else config.policy.path
+        facts = [
+            f"base policy: {self.base.adapter.policy_type}, {where}, the same in all runs",
+            f"environment: {config.env.type}; {config.env_steps:,} environment steps for every method that "
+            f"learns from them, {config.num_envs} environments unless the method's source says otherwise",
+            f"evaluated every {config.grid:,} steps on {config.n_episodes} episodes, and at the end on "
+            f"{config.final_episodes} others; the same for all",
+            *(f"{task}: the base succeeds in {rate_text(found)}" for task, found in bases.items()),
+        ]
+        if self.others:
+            facts.append(f"other tasks: {', '.join(self.others)}, {config.other_episodes} episodes each")
+        videos = [
+            (f"{run['task']}: {run['method']}", path)
+            for run in runs
+            if run["seed"] in (None, config.seed_list()[0])
+            and (path := self._file(run["task"], run["method"], run["seed"], "mp4")).is_file()
+        ]
+        return write_report(self.output, "Methods compared", facts, runs, summarise(runs), videos)
+
+    def _folder(self, task: str) -> Path:
+        """Where a task's runs lie."""
+        return self.output / "runs" / (task or self.config.env.type)
+
+    def _file(self, task: str, name: str, seed: int | None, suffix: str) -> Path:
+        """A file of one run."""
+        return self._folder(task) / (f"{name}.{suffix}" if seed is None else f"{name}-seed{seed}.{suffix}")
+
+
+def once(path: Path, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an earlier run found with the same settings, else what ``run`` finds, written to ``path``."""
+    wanted = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if path.is_file():
+        found = read_json(path)
+        if found["hash"] == wanted:
+            print(f"{path} is there already")
+            return found
+        print(f"{path} was made with other settings; running it again")
+    found = {**run(), "settings": settings, "hash": wanted}
+    write_json(path, found)
+    print(f"{path} written", flush=True)
+    return found

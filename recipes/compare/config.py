@@ -1,0 +1,109 @@
+"""Options of `trimtab compare`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lerobot.configs.default import DatasetConfig
+from lerobot.envs.configs import EnvConfig
+
+from trimtab.adapters import PolicyConfig, UserError
+from trimtab.policies.observe import ObserveConfig
+from trimtab.recipes.compare.methods import METHODS
+from trimtab.recipes.support.shared_configs import MachineConfig
+from trimtab.rl.seeds import MAX_SEED
+
+ALL = "base,zero_noise,golden_ticket,steered,lora,lora_rollouts,residual,dsrl_sac_paper_short"
+
+
+@dataclass
+class CompareConfig:
+    """``trimtab compare``."""
+
+    # Report on these folders of `trimtab adapt`, `lora`, `eval` or `demo`; nothing is run then.
+    runs: list[Path] = field(default_factory=list)
+    # The base policy, and its environment.
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    env: EnvConfig | None = None
+    # What actors and critics look at.
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
+    # Comma-separated tasks to specialise on, one after the other; default: --env.task.
+    tasks: str = ""
+    # Comma-separated names; recipes/compare/README.md lists them.
+    methods: str = ALL
+    # Changes to a method's settings, by its name: {steered: {noise: {type: repeat}}}.
+    settings: dict[str, Any] = field(default_factory=dict)
+    # How many seeds (3: 0, 1 and 2), or which, separated by commas.
+    seeds: str = "3"
+    # Environment steps of each run, and between two evaluations (a round of lora_rollouts; default: a tenth).
+    env_steps: int = 20_000
+    grid: int | None = None
+    # Episodes of each of these evaluations, and of others at the end.
+    n_episodes: int = 100
+    final_episodes: int = 200
+    # Demonstrations for `lora`; default: those that an embedded base was made from.
+    dataset: DatasetConfig | None = None
+    # Comma-separated tasks on which forgetting is measured; default: an embedded base's other tasks.
+    other_tasks: str | None = None
+    # Episodes on each of them, before and after.
+    other_episodes: int = 40
+    # Environments of an evaluation, and of training.
+    batch_size: int = 50
+    num_envs: int = 8
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    # Episodes in the video of each method.
+    videos: int = 4
+    # Run each method in a process of its own, so that its memory and its CPU time are its own.
+    isolate: bool = True
+    # Make this one run and no report: TASK,METHOD,SEED (what such a process is called with).
+    only: str = ""
+    # An earlier one's finished runs are kept. Default: outputs/compare/<date>/<time>.
+    output_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("env_steps", "grid", "n_episodes", "final_episodes", "batch_size", "num_envs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name}", f"must be at least 1, got {value}")
+        if self.grid is None:  # as many points, up to ten, as the budget has equal parts
+            points = next(n for n in range(10, 0, -1) if self.env_steps % n == 0)
+            self.grid = self.env_steps // points
+        for name in ("other_episodes", "videos"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name}", f"cannot be negative, got {getattr(self, name)}")
+        if self.env_steps % self.grid:
+            raise UserError(
+                "--grid", f"--env_steps={self.env_steps} must be a multiple of it, for an equal budget"
+            )
+        self.names()
+        self.seed_list()
+        for name in self.settings:
+            if name not in METHODS:
+                raise UserError(
+                    "--settings", f"there is no method '{name}'; choose from {', '.join(METHODS)}"
+                )
+
+    def names(self) -> list[str]:
+        """The methods, the base first: all others are compared with it."""
+        names = [name.strip() for name in self.methods.split(",") if name.strip()]
+        for name in names:
+            if name not in METHODS:
+                raise UserError("--methods", f"there is no '{name}'; choose from {', '.join(METHODS)}")
+        return list(dict.fromkeys(["base", *names]))
+
+    def seed_list(self) -> list[int]:
+        """The training seeds."""
+        text = self.seeds.strip()
+        if text.isdecimal() and 0 < int(text) <= MAX_SEED:
+            return list(range(int(text)))
+        try:
+            seeds = [int(part) for part in text.split(",") if part.strip()]
+        except ValueError:
+            seeds = []
+        if not seeds or not all(0 <= seed <= MAX_SEED for seed in seeds):
+            raise UserError(
+                "--seeds", f"is a list such as 0,1,2 of numbers from 0 to {MAX_SEED}, got '{self.seeds}'"
+            )
+        return list(dict.fromkeys(seeds))

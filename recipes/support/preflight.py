@@ -1,0 +1,105 @@
+"""What a steering run does before it trains: checks, and the policies that it will be compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.adapters import UserError
+from trimtab.policies.actor import NoiseActor
+from trimtab.policies.noise_space import NoiseSpace
+from trimtab.recipes.support.session import Session
+from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.algorithms.acting import RunRequest
+from trimtab.rl.data.decoder import ConditioningSpec
+from trimtab.rl.data.demonstration_data import read_demonstrations
+from trimtab.rl.data.memory import check_replay, replay_layout
+from trimtab.rl.evaluation import Evaluation
+from trimtab.rl.warm_start import begin_at, read_constant
+
+# Evaluations by task and policy.
+Measured = dict[str, dict[str, Evaluation]]
+
+
+def check_inputs(session: Session, config: Any, space: NoiseSpace) -> None:
+    """Refuse what does not fit together before any long work.
+
+    Args:
+        session: of the run.
+        config: an ``AdaptConfig``.
+        space: its noise space.
+
+    Raises:
+        UserError: the algorithm cannot learn in this noise space or from demonstrations, or the dataset or
+            the warm start is not there or does not fit the policy.
+    """
+    tasks, demos, warm_start = len(session.tasks), config.demos, config.train.warm_start
+    processes = session.world.size if session.world else 1
+    config.rl.check(space, RunRequest(tasks, processes, config.resume, bool(warm_start)))
+    demos.check(config.rl)
+    if tasks > 1 and demos.enabled:
+        raise UserError("--env.task", "demonstrations are of one task; name one")
+    if config.num_envs < tasks:
+        raise UserError("--num_envs", f"{tasks} tasks need as many environments or more")
+    if demos.enabled:
+        read_demonstrations(demos, session.adapter, config.train.reward, config.env.task or "")
+    if warm_start:
+        noise = read_constant(warm_start, session.adapter.noise_spec)
+        begin_at(NoiseActor(1, space, config.rl.actor), noise)
+
+
+def measure(session: Session, config: Any, space: NoiseSpace) -> tuple[Measured, dict[str, Any]]:
+    """Evaluate the baselines, and what the noise space itself does to the policy before any learning.
+
+    Args:
+        session, config, space: as for ``check_inputs``.
+
+    Returns:
+        (evaluations, details of the search for a constant)
+    """
+    found: Measured = {}
+    details: dict[str, Any] = {}
+    for task, vec in session.evaluations_by_task():
+        if not found and config.rl.replays:
+            announce_memory(session, config.rl, config.train.replay_capacity, space)
+        found[task], details[task], _ = session.baselines(vec, config.seed)
+        untrained = config.rl.untrained(space)
+        found[task]["untrained"] = (
+            session.evaluate(vec, untrained, label="untrained actor") if untrained else found[task]["base"]
+        )
+    return found, next(iter(details.values())) if len(details) == 1 else details
+
+
+def announce_memory(session: Session, rl: AlgorithmConfig, capacity: int, space: NoiseSpace) -> None:
+    """Say what the replay will take, or refuse it, before the long work, once an observation is known."""
+    if session.first is None:
+        return
+    keeps = "conditioning" in rl.replayed
+    spec = ConditioningSpec.of(session.adapter, session.first) if keeps else None
+    feature_dim = session.runner.features(session.first).shape[1]
+    line = check_replay(capacity, **replay_layout(rl, session.adapter, space, feature_dim, spec))
+    if session.world is None or session.world.main:
+        print(line)
+
+
+def check_reward(rl: AlgorithmConfig, reward: str, measured: Measured) -> None:
+    """Refuse to learn from success where the environment reports none.
+
+    Args:
+        rl, reward: what is to learn, and from what.
+        measured: the baselines.
+
+    Raises:
+        UserError: names what the environment's ``info`` holds instead.
+    """
+    problem = rl.without_success(reward)
+    for task, found in measured.items() if problem else ():
+        base = found["base"]
+        if base.reported:
+            continue
+        option, mend = problem
+        episodes = sum(len(one.seeds) for one in found.values())
+        raise UserError(
+            option,
+            f"the environment never reported success in {episodes} episodes of {task} (its info held: "
+            f"{', '.join(base.info_keys) or 'nothing'}), so there is nothing to learn from; {mend}",
+        )

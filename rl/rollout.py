@@ -1,0 +1,270 @@
+"""The one loop that steps environments chunk by chunk: for training, evaluation, rollouts and resuming."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.policies.acting import Choice, ChunkPolicy
+from trimtab.rl.envs.chunk import ChunkResult, RawObservation
+from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.runner import Encoded, PolicyRunner
+
+
+@dataclass
+class Trace:
+    """What it takes to come again to the middle of a running episode.
+
+    Attributes:
+        digests: hashes of the observations, from the first on.
+        actions: of each executed chunk, as the environment got them.
+        chunks: of each (steps, action_dim) normalised, where the policy remembers them.
+    """
+
+    digests: list[str] = field(default_factory=list)
+    actions: list[np.ndarray] = field(default_factory=list)
+    chunks: list[np.ndarray] = field(default_factory=list)
+
+
+class Rollout:
+    """Runs episode after episode in each environment, a chunk at a time.
+
+    ``look`` encodes the observations, ``begin`` lets a policy act and sets the simulators going, ``receive``
+    waits for them. An environment whose episode ends goes on with the next one, until there is none.
+
+    Args:
+        runner: the frozen policy.
+        vec: environments.
+        following: (environment, its episode) -> number of the episode after that, ``None`` where there is
+            none. It is asked when the episode begins; with ``None``, for the first one.
+        seed_of: the seed of an episode, by its number; by default that number.
+        per_episode: noise is drawn from a generator for each episode, seeded by it; else from one for each
+            environment, seeded by its first.
+        render: episodes to render.
+        record: keep a trace of each running episode, so that a run can be resumed.
+
+    Attributes:
+        episode, upcoming: of each environment that runs one, and the one after it.
+        observations: of each environment, to act on next.
+        generators: of each environment's noise.
+        traces: of the running episodes, where they are recorded.
+        envs: those that ``look`` has looked at.
+        seconds: spent on the policy (``denoise``) and on waiting for simulators (``env_wait``); for which
+            these worked (``env_busy``), and waited to be asked (``env_idle``).
+    """
+
+    def __init__(
+        self,
+        runner: PolicyRunner,
+        vec: ChunkVectorEnv,
+        following: Callable[[int, int | None], int | None],
+        seed_of: Callable[[int], int] = int,
+        per_episode: bool = True,
+        render: Sequence[int] = (),
+        record: bool = False,
+    ) -> None:
+        self.runner, self.vec, self.following, self.seed_of = runner, vec, following, seed_of
+        self.per_episode, self.record = per_episode, record
+        self.seconds = {"denoise": 0.0, "env_wait": 0.0, "env_busy": 0.0, "env_idle": 0.0}
+        first = {i: following(i, None) for i in range(vec.num_envs)}
+        self.upcoming = {i: episode for i, episode in first.items() if episode is not None}
+        self.episode: dict[int, int] = {}
+        self.generators = {i: torch.Generator().manual_seed(seed_of(k)) for i, k in self.upcoming.items()}
+        self.observations: dict[int, RawObservation] = {}
+        self.traces: dict[int, Trace] = {}
+        self.restart(list(self.upcoming), render)
+
+    def restart(self, envs: list[int], render: Sequence[int] = ()) -> None:
+        """Begin the upcoming episodes of ``envs`` at once."""
+        for i in envs:
+            self._enter(i)
+        seeds = {i: self.seed_of(self.episode[i]) for i in envs}
+        if seeds:
+            self.observations |= self.vec.reset(seeds, {i: seed in render for i, seed in seeds.items()})
+        for i in envs:
+            self._note(i)
+
+    def _enter(self, i: int) -> None:
+        """Let the next episode be the one that runs."""
+        self.runner.forget(i)
+        episode = self.upcoming.pop(i)
+        if episode is None:
+            del self.episode[i]
+            return
+        self.episode[i] = episode
+        self.traces[i] = Trace()
+        if self.per_episode:
+            self.generators[i] = torch.Generator().manual_seed(self.seed_of(episode))
+
+    def _note(self, i: int) -> None:
+        """Take up an observation, and of an episode that has just begun the one to follow."""
+        if i not in self.upcoming:
+            self.upcoming[i] = self.following(i, self.episode[i])
+        if self.record:
+            self.traces[i].digests.append(digest(self.observations[i]))
+
+    def look(self, envs: list[int] | None = None, features: bool = True) -> None:
+        """Encode the observations of ``envs``, by default of all that run an episode.
+
+        Args:
+            envs: environments.
+            features: make what a noise actor looks at, too.
+        """
+        self.envs = sorted(self.episode) if envs is None else envs
+        tasks = [self.vec.task_descriptions[i] for i in self.envs]
+        observations = [self.observations[i] for i in self.envs]
+        self.encoded: Encoded = self.runner.encode(observations, tasks, self.envs)
+        self.features: Tensor | None = self.runner.features(self.encoded) if features else None
+
+    def prior(self, draws: int, envs: list[int] | None = None) -> Tensor:
+        """Noise draws (B, draws, *noise_shape) for ``envs``, by default for those looked at."""
+        return self.runner.priors(draws, [self.generators[i] for i in envs or self.envs])
+
+    def begin(self, policy: ChunkPolicy, limits: dict[int, int] | None = None) -> Choice:
+        """Let ``policy`` act where ``look`` has looked, and start stepping the chunks.
+
+        Args:
+            policy: acts.
+            limits: most steps to execute, by environment.
+        """
+        started = time.perf_counter()
+        prior = self.prior(policy.draws)
+        choice, actions = self.runner.act(policy, self.encoded, self.features, prior, self.envs)
+        if self.record and self.runner.adapter.remembers:
+            for i, chunk, one in zip(self.envs, choice.chunk.float().cpu().numpy(), actions, strict=True):
+                self.traces[i].chunks.append(chunk[: len(one)])
+        self.seconds["denoise"] += time.perf_counter() - started
+        self.send({i: a[: (limits or {}).get(i)] for i, a in zip(self.envs, actions, strict=True)})
+        return choice
+
+    def send(self, actions: dict[int, np.ndarray]) -> None:
+        """Start stepping ``actions`` (steps, action_dim) of each environment."""
+        self._lengths = {i: len(one) for i, one in actions.items()}
+        if self.record:
+            for i, one in actions.items():
+                self.traces[i].actions.append(np.array(one))
+        started = time.perf_counter()  # without workers, sending is stepping
+        following = {i: self.upcoming[i] for i in actions}
+        seeds = {i: None if k is None else self.seed_of(k) for i, k in following.items()}
+        self.vec.send(actions, seeds)
+        self.seconds["env_wait"] += time.perf_counter() - started
+
+    def receive(self) -> dict[int, ChunkResult]:
+        """Wait for the simulators: the result of each chunk that was sent."""
+        started = time.perf_counter()
+        results: dict[int, ChunkResult] = self.vec.receive()
+        self.seconds["env_wait"] += time.perf_counter() - started
+        self.seconds["env_busy"] += self.vec.busy
+        self.seconds["env_idle"] += self.vec.idle
+        self._results = results
+        return results
+
+    def finals(self) -> tuple[list[int], Encoded | None]:
+        """Environments whose episode has ended in what ``receive`` brought, and the true last observations.
+
+        To be asked before ``go_on``.
+        """
+        ended = {i: result for i, result in self._results.items() if result.ended}
+        if not ended:
+            return [], None
+        encoded = self.runner.encode_finals(ended, self._lengths, self.vec.task_descriptions)
+        return list(ended), encoded
+
+    def go_on(self) -> None:
+        """Take up the observations that ``receive`` brought; where an episode has ended, the next one's."""
+        for i, result in self._results.items():
+            if result.ended or result.lost:
+                self._enter(i)
+            if i in self.episode:
+                self.observations[i] = result.observation
+                self._note(i)
+
+    # Coming back to the middle of episodes.
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Of each environment its episodes, its generator and its trace; the simulators are not in it."""
+        return [
+            {
+                "episode": self.episode[i],
+                "upcoming": self.upcoming[i],
+                "generator": self.generators[i].get_state(),
+                "trace": asdict(self.traces[i]),
+            }
+            for i in sorted(self.episode)
+        ]
+
+    def load_state_dict(self, state: dict[int, dict[str, Any]]) -> list[int]:
+        """Put environments where they were: reset with the episode's seed, the same actions executed again.
+
+        Every observation on the way must be the one that was seen then, to the bit. Where the environments
+        are known not to repeat (a robot above all), none is moved: they stay at the start of the episode that
+        they have just begun. The others of this rollout begin their upcoming episode.
+
+        Args:
+            state: of some environments, from ``state_dict``.
+
+        Returns:
+            those that are where they were.
+        """
+        for i, saved in state.items():
+            self.upcoming[i] = saved["upcoming"]
+            self.generators[i].set_state(saved["generator"])
+        if not self.vec.repeatable:
+            return []
+        for i, saved in state.items():
+            self.episode[i], self.traces[i] = saved["episode"], Trace(**saved["trace"])
+        lost = self._relive(list(state))
+        back = [i for i in state if i not in lost]
+        self.restart([i for i in sorted(self.episode) if i not in back])
+        return back
+
+    def _relive(self, envs: list[int]) -> set[int]:
+        """Execute the traces of ``envs`` from their seeds; returns those that did not go as they had gone."""
+        runner, vec, traces = self.runner, self.vec, self.traces
+        if not envs:
+            return set()
+        observations = vec.reset({i: self.seed_of(self.episode[i]) for i in envs})
+        lost = {i for i in envs if digest(observations[i]) != traces[i].digests[0]}
+        for i in envs:
+            runner.forget(i)
+        for step in range(max(len(traces[i].actions) for i in envs)):
+            going = [i for i in envs if i not in lost and step < len(traces[i].actions)]
+            if not going:
+                break
+            for i in going if runner.adapter.remembers else ():
+                (encoded,) = runner.encode([observations[i]], [vec.task_descriptions[i]], [i])
+                chunk = torch.as_tensor(traces[i].chunks[step]).unsqueeze(0)
+                runner.remember(i, encoded, chunk.to(runner.adapter.device))
+            vec.send({i: traces[i].actions[step] for i in going}, dict.fromkeys(going))
+            for i, result in vec.receive().items():
+                ended = result.ended or result.lost
+                if ended or digest(result.observation) != traces[i].digests[step + 1]:
+                    lost.add(i)
+                observations[i] = result.observation
+        self.observations |= observations
+        return lost
+
+
+def digest(observation: RawObservation) -> str:
+    """A short hash of an observation history."""
+    found = hashlib.blake2b(digest_size=16)
+
+    def take(value: Any) -> None:
+        for key in sorted(value):
+            found.update(key.encode())
+            if isinstance(value[key], dict):
+                take(value[key])
+            else:
+                array = np.ascontiguousarray(value[key])
+                found.update(f"{array.dtype}{array.shape}".encode())
+                found.update(array.tobytes())
+
+    take(observation)
+    return found.hexdigest()

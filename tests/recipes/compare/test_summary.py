@@ -1,0 +1,168 @@
+"""What a comparison says of its runs: levels, gains, dips, and the tables that the report makes of them."""
+
+import json
+import math
+from fractions import Fraction
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trimtab.recipes.compare.report import cells, learning_cells, markdown
+from trimtab.recipes.compare.summary import against, dip, elsewhere, summarise, sustained
+from trimtab.rl.statistics import p_below
+
+STORED = Path(__file__).parents[3] / "recipes/configs/metaworld/comparison"
+
+
+def summary(won):
+    count = won.count("1")
+    return {"successes": count, "episodes": len(won), "success_rate": count / len(won), "won": won}
+
+
+def test_gains_are_paired():
+    found = against(summary("1100"), [summary("1111"), summary("0011")])
+    assert found["by_seed"] == [0.5, 0.0] and found["difference"] == 0.25 and found["ci95"] is None
+    assert found["p"] == [0.5, 1.0]  # two of two: 2 / 2^2; two of four
+    assert against(summary("1100"), [summary("111")]) is None
+    before = {"a": {"policy": summary("11")}, "b": {"policy": summary("10")}}
+    after = [{"a": {"x": summary("11")}, "b": {"x": summary("01")}}]
+    found = elsewhere(before, after, "x")
+    assert found["change"] == 0.0 and found["flipped"] == 2 and found["episodes"] == 4
+    after = [{"a": {"x": summary("01")}, "b": {"x": summary("10")}}]
+    found = elsewhere(before, after, "x")
+    assert found["change"] == pytest.approx(-0.25) and found["by_task"] == {"a": -0.5, "b": 0.0}
+
+
+def record(seed, rates, won):
+    points = [
+        {"grid": 100 * k, "env_steps": 100 * k + 8, "actor": summary("1" * r + "0" * (10 - r))}
+        for k, r in enumerate(rates, 1)
+    ]
+    return {
+        "task": "t",
+        "method": "m",
+        "seed": seed,
+        "points": points,
+        "episodes": [[50, 0, 1], [100, 1, 1], [180, 1, 1], [290, 1, 1]],
+        "final": {"actor": summary(won)},
+        "cost": {"cpu_seconds": 10.0 + seed, "artefact_bytes": 2_000_000},
+    }
+
+
+def test_levels_and_rows():
+    base = {"task": "t", "method": "base", "seed": None, "points": [], "episodes": [], "cost": {}}
+    base["final"] = {"policy": summary("1000")}
+    runs = [base, record(0, [6, 9, 9], "1111"), record(1, [9, 5, 8], "1110"), record(2, [1, 2, 3], "1110")]
+    entry = next(row for row in summarise(runs) if row["method"] == "m")
+    assert entry["to_level"]["50"]["steps"] == [100, 100, None]
+    assert entry["to_level"]["80"]["steps"] == [200, 300, None]  # a fall below it begins anew
+    assert entry["to_level"]["80"]["steps_median"] == 300
+    assert entry["to_level"]["80"]["episodes"] == [3, 4, None]
+    assert entry["to_level"]["90"]["steps_median"] is None
+    assert entry["success"]["successes"] == 10 and entry["success"]["episodes"] == 12
+    assert entry["cpu_seconds"] == 11.0 and entry["artefact_mb"] == 2.0
+    row = cells(entry)
+    assert row[4:7] == ["100 (2)", "300 (4)", "> 308"] and row[3] == "0.5000"
+    assert "| m |" in markdown("x", [], [entry]) and "+58.3 points" in row[2]
+
+
+def test_the_median_of_two_seeds_is_the_later():
+    runs = [record(0, [6, 9, 9], "11"), record(1, [9, 5, 8], "10"), record(2, [1, 2, 3], "10")]
+    (entry,) = summarise(runs[:2])
+    assert entry["to_level"]["80"]["steps"] == [200, 300] and entry["to_level"]["80"]["steps_median"] == 300
+    assert entry["to_level"]["80"]["episodes_median"] == 4
+    runs[2]["points"][-1]["env_steps"] = 320
+    (entry,) = summarise([runs[0], runs[2]])
+    assert cells(entry)[5] == "> 320"  # not within what either has spent
+    assert entry["to_level"]["80"]["steps"] == [200, None] and entry["to_level"]["80"]["steps_median"] is None
+
+
+def points(*rates):
+    return [
+        {"grid": 2000 * (i + 1), "actor": {"successes": round(100 * rate), "episodes": 100}}
+        for i, rate in enumerate(rates)
+    ]
+
+
+def test_sustained():
+    assert sustained(points(0.5, 0.95, 0.8, 0.9, 0.97), "actor") == 8000
+    assert sustained(points(0.9, 0.9), "actor") == 2000
+    assert sustained(points(0.95, 0.95, 0.89), "actor") is None
+    assert sustained(points(0.1, 0.2, 0.9), "actor") == 6000
+
+    def plain(rates):  # by the definition
+        for i in range(len(rates)):
+            if all(rate >= 0.9 for rate in rates[i:]):
+                return 2000 * (i + 1)
+        return None
+
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rates = [float(rate) for rate in rng.choice([0.85, 0.9, 0.95], size=rng.integers(1, 7))]
+        assert sustained(points(*rates), "actor") == plain(rates)
+
+
+def test_p_below_counts_all_ways_to_deal_the_successes():
+    for won, of, base_won, base_of in ((0, 3, 4, 5), (1, 4, 3, 4), (3, 3, 1, 5), (0, 2, 0, 4), (2, 5, 2, 3)):
+        successes = won + base_won
+        deals = list(combinations(range(of + base_of), successes))  # who succeeds
+        few = sum(sum(who < of for who in deal) <= won for deal in deals)
+        assert p_below(won, of, base_won, base_of) == pytest.approx(float(Fraction(few, len(deals))))
+    assert p_below(10, 50, 180, 300) < 1e-6 and p_below(30, 50, 180, 300) > 0.4
+    for wrong in ((1, 0, 1, 2), (3, 2, 1, 2), (-1, 2, 1, 2), (1, 2, 3, 2)):
+        with pytest.raises(ValueError):
+            p_below(*wrong)
+
+
+def test_dip_against_every_window_by_hand():
+    rng = np.random.default_rng(1)
+    episodes = [[100 * (i + 1), int(rng.random() < (0.2 if 40 <= i < 80 else 0.7)), 1] for i in range(140)]
+    base = {"successes": 195, "episodes": 300}
+    found = dip(episodes, base, window=20, until=12_000)
+    below, lowest, windows = 0, math.inf, 0
+    for start in range(140):
+        window = episodes[start : start + 20]
+        if len(window) < 20 or window[-1][0] > 12_000:
+            continue
+        won = sum(success for _, success, _ in window)
+        windows += 1
+        p = sum(
+            math.comb(195 + won, k) * math.comb(320 - 195 - won, 20 - k) for k in range(won + 1)
+        ) / math.comb(320, 20)
+        below += p <= 0.05
+        if won < lowest:
+            lowest, at, lowest_p = won, window[-1][0], p
+    assert found == {
+        "windows": windows,
+        "below": below,
+        "lowest": lowest / 20,
+        "at": at,
+        "p": pytest.approx(lowest_p),
+    }
+    assert windows == 101 and 0 < below < windows
+    assert dip(episodes[:19], base, window=20) is None
+    assert dip([[i, 1, 1] for i in range(60)], base)["below"] == 0
+
+
+def test_the_stored_comparison_makes_its_page():
+    """The figures of recipes/configs/metaworld/comparison: compare.md is made of compare.json."""
+    stored = json.loads((STORED / "compare.json").read_text())
+    assert (
+        markdown(stored["title"], stored["facts"], stored["methods"]) == (STORED / "compare.md").read_text()
+    )
+
+
+def test_what_happened_while_learning():
+    base = {"task": "t", "method": "base", "seed": None, "points": [], "episodes": [], "cost": {}}
+    base["final"] = {"policy": summary("1111111100")}
+    long = record(0, [6, 9, 9], "11") | {"episodes": [[100 * k, k % 2, 1] for k in range(1, 61)]}
+    short = record(1, [1, 2, 10], "10")
+    entry = next(row for row in summarise([base, long, short]) if row["method"] == "m")
+    assert entry["last_point"]["successes"] == 19 and entry["last_point"]["episodes"] == 20
+    assert entry["dips"][0]["windows"] == 11 and entry["dips"][0]["lowest"] == 0.5
+    assert entry["dips"][1] is None  # four episodes are no window
+    below, row = entry["dips"][0]["below"], learning_cells(entry)
+    assert row[0] == "m" and row[1] == "200, 300" and row[3:] == ["0.50, -", f"{below}/11, -"]
+    assert f"| {' | '.join(row)} |" in markdown("x", [], [entry])
