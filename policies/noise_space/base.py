@@ -103,9 +103,9 @@ class NoiseSpace(abc.ABC):
         """
         return self.bound * torch.tanh(z / self.bound)
 
-    def unsquash(self, u: Tensor) -> Tensor:
-        """The inverse of ``squash``; infinite at the bound."""
-        return self.bound * torch.atanh(u / self.bound)
+    def unsquash(self, u: Tensor, within: float = 1.0) -> Tensor:
+        """The inverse of ``squash``; what lies farther out than ``within`` of the bound counts as there."""
+        return self.bound * torch.atanh((u / self.bound).clamp(-within, within))
 
     def log_slope(self, z: Tensor) -> Tensor:
         """``log d squash / dz`` per entry: ``log(1 - tanh(z / bound)^2)``, without cancellation."""

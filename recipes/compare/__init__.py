@@ -1,1 +1,1 @@
-"""`trimtab compare`: steering beside fine-tuning and the other rivals, on the same episodes and budget."""
+"""`trimtab compare`: steering beside fine-tuning and other methods, on the same episodes and budget."""

@@ -29,7 +29,7 @@ from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.repeat import repeatable
 from trimtab.recipes.support.reporting import rate_text, read_json, write_json
 from trimtab.recipes.support.session import Session, base_of
-from trimtab.recipes.support.shared_configs import EVALUATION_SEED, EpisodesConfig
+from trimtab.recipes.support.shared_configs import EVALUATION_SEED
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, task_names
 
@@ -121,25 +121,12 @@ class Comparison:
     def task(self, name: str) -> Task:
         """One task, as its runs share it."""
         if name not in self._open:
-            config, first = self.config, EVALUATION_SEED
-            episodes = EpisodesConfig(
-                n_episodes=config.n_episodes, batch_size=config.batch_size, videos=config.videos
+            config = self.config
+            session = Session(
+                self.base.adapter, self._env(name), config.episodes, config.machine, config.observe
             )
-            env, final = self._env(name), first + config.n_episodes
-            self._open[name] = Task(
-                session=Session(self.base.adapter, env, episodes, config.machine, config.observe),
-                base=self.base,
-                env_steps=config.env_steps,
-                grid=config.grid,
-                num_envs=config.num_envs,
-                seeds=list(range(first, final)),
-                final_seeds=list(range(final, final + config.final_episodes)),
-                others={other: self._env(other) for other in self.others if other != name},
-                other_seeds=list(range(first, first + config.other_episodes)),
-                dataset=self.dataset,
-                folder=self._folder(name),
-                filmed=config.seed_list()[0],
-            )
+            others = {other: self._env(other) for other in self.others if other != name}
+            self._open[name] = Task(config, session, self.base, others, self.dataset, self._folder(name))
         return self._open[name]
 
     def plan(self) -> Iterator[tuple[str, str, int | None]]:

@@ -1,4 +1,4 @@
-"""Options of `trimtab compare`."""
+"""Options of `trimtab compare`, and the methods that can be named."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.policies.observe import ObserveConfig
-from trimtab.recipes.compare.methods import METHODS
-from trimtab.recipes.support.shared_configs import MachineConfig
+from trimtab.recipes.support.layers import Options
+from trimtab.recipes.support.shared_configs import EVALUATION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.seeds import MAX_SEED
 
+# Options of each method, by its name; a plugin may add its own.
+METHODS: dict[str, Options] = yaml.safe_load(Path(__file__).with_name("methods.yaml").read_text("utf-8"))
 ALL = "base,zero_noise,golden_ticket,steered,lora,lora_rollouts,residual,dsrl_sac_paper_short"
 
 
@@ -107,3 +110,19 @@ class CompareConfig:
                 "--seeds", f"is a list such as 0,1,2 of numbers from 0 to {MAX_SEED}, got '{self.seeds}'"
             )
         return list(dict.fromkeys(seeds))
+
+    @property
+    def episodes(self) -> EpisodesConfig:
+        """The episodes of each point of the grid, and of the videos."""
+        return EpisodesConfig(n_episodes=self.n_episodes, batch_size=self.batch_size, videos=self.videos)
+
+    @property
+    def final_seeds(self) -> list[int]:
+        """Those of the end."""
+        first = EVALUATION_SEED + self.n_episodes
+        return list(range(first, first + self.final_episodes))
+
+    @property
+    def other_seeds(self) -> list[int]:
+        """Those on each other task."""
+        return list(range(EVALUATION_SEED, EVALUATION_SEED + self.other_episodes))

@@ -1,6 +1,6 @@
-"""The methods that `trimtab compare` knows, and how each learns.
+"""The kinds of methods that `trimtab compare` knows, and how each learns.
 
-A package that `--env.discover_packages_path` names may add its own to ``METHODS``.
+A package that `--env.discover_packages_path` names may add its own to ``KINDS`` and ``METHODS``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import draccus
-import yaml
 from accelerate import Accelerator
 from draccus.utils import DecodingError
 from lerobot.configs.default import DatasetConfig
@@ -22,6 +21,7 @@ from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.noise_samplers import zero_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.recipes.cli.lora import DATASET_STEPS
+from trimtab.recipes.compare.config import METHODS
 from trimtab.recipes.compare.runs import Method, Run, Task
 from trimtab.recipes.finetune.data import Recorder
 from trimtab.recipes.finetune.filtered_bc import rounds
@@ -99,7 +99,7 @@ class Steering(Method):
 
     def learn(self, run: Run) -> dict[str, Any]:
         task, lines = run.task, []
-        rl = self.rl.within(task.env_steps, lambda: longest_episode(run))
+        rl = self.rl.within(task.config.env_steps, lambda: longest_episode(run))
         runner = PolicyRunner(task.session.adapter, task.session.env)
         reports = {"on_metrics": lines.append, "progress": False}
         with run.training_environments(self.num_envs) as vec:
@@ -108,7 +108,7 @@ class Steering(Method):
                 self._take(run, search.run())
                 run.add_point(search.env_steps, search.env_steps)
                 return {"updates": 0, "search_episodes": search.episodes, "metrics": lines}
-            train = replace(self.train, env_steps=task.env_steps, log_every=task.grid)
+            train = replace(self.train, env_steps=task.config.env_steps, log_every=task.config.grid)
             accelerator = Accelerator(cpu=task.session.adapter.device.type == "cpu")
             trainer = Trainer(runner, vec, accelerator, train, rl, self.noise, run.seed, **reports)
             self._take(run, trainer.algorithm)
@@ -127,7 +127,7 @@ class Steering(Method):
 
 def longest_episode(run: Run) -> int:
     """Steps of the base's longest episode, of a few."""
-    session, seeds = run.task.session, run.task.seeds[:8]
+    session, seeds = run.task.session, run.task.session.eval.seeds[:8]
     return int(evaluate(session.runner, run.vec, session.own_noise, seeds, progress=False).steps.max())
 
 
@@ -148,7 +148,7 @@ class FilteredCloning(Method):
     def learn(self, run: Run) -> dict[str, Any]:
         task, session = run.task, run.task.session
         tuner = make_tuner(run, self.tuning)
-        count = task.env_steps // task.grid
+        count = task.config.env_steps // task.config.grid
         with (
             run.training_environments(keep_seen=True) as vec,
             tempfile.TemporaryDirectory(prefix="trimtab-successes-") as folder,
@@ -157,7 +157,7 @@ class FilteredCloning(Method):
             rollouts = Rollouts(runner, vec, session.own_noise, training_seed(run.seed))
             recorder = Recorder(Path(folder) / "successes", session.env.fps)
             shown = sys.stderr.isatty()
-            for done in rounds(tuner, rollouts, recorder, task.env_steps, count, run.seed, shown):
+            for done in rounds(tuner, rollouts, recorder, task.config.env_steps, count, run.seed, shown):
                 run.note(rollouts.env_steps, [(episode.success, True) for episode in done.episodes])
         return {"updates": tuner.updates}
 
@@ -220,7 +220,7 @@ def good_demonstrations(task: Task) -> tuple[DatasetConfig, int]:
     return replace(named, episodes=sorted(good)), len(good)
 
 
-# Kinds of methods, and the methods by name: options as in methods.yaml, which says what each is.
+# By the name that methods.yaml gives a kind.
 KINDS: dict[str, type[Method]] = {
     "base": Base,
     "zero_noise": ZeroNoise,
@@ -228,7 +228,6 @@ KINDS: dict[str, type[Method]] = {
     "own_successes": FilteredCloning,
     "demonstrations": Demonstrations,
 }
-METHODS: dict[str, Options] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 
 
 def make_method(name: str, changes: Options | None = None) -> Method:

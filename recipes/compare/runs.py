@@ -17,6 +17,7 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.policies.acting import ChunkPolicy
+from trimtab.recipes.compare.config import CompareConfig
 from trimtab.recipes.compare.meter import Meter
 from trimtab.recipes.support.session import Session
 from trimtab.rl.algorithms.acting import LoadedBase
@@ -57,29 +58,20 @@ class Task:
     """One task of a comparison: the frozen policy, its episodes, and where the runs go.
 
     Attributes:
+        config: of the comparison.
         session: the policy in the environment, with the task.
         base: the same policy, and how it was loaded.
-        env_steps, grid, num_envs: of each run.
-        seeds, final_seeds: episodes of each point of the grid, and of the end.
-        others: environments of the policy's other tasks, by name, and
-        other_seeds: their episodes.
+        others: environments of the policy's other tasks, by name.
         dataset: demonstrations, if any.
         folder: of the task's records, videos and artefacts.
-        filmed: the seed whose runs leave videos.
     """
 
+    config: CompareConfig
     session: Session
     base: LoadedBase
-    env_steps: int
-    grid: int
-    num_envs: int
-    seeds: list[int]
-    final_seeds: list[int]
     others: dict[str, EnvConfig]
-    other_seeds: list[int]
     dataset: DatasetConfig | None
     folder: Path
-    filmed: int = 0
 
     @contextmanager
     def begin(self, label: str, seed: int) -> Iterator[Run]:
@@ -106,7 +98,7 @@ class Task:
             found = method.learn(run)
             spent = run.spent()
             found |= {"points": run.points, "episodes": run.episodes}
-            found["final"] = run.evaluate(self.final_seeds, f"{label}, final")
+            found["final"] = run.evaluate(self.config.final_seeds, f"{label}, final")
             saved = run.save(path, self._facts(run.seed))
             found["cost"] = {
                 **run.meter.peak(),
@@ -119,7 +111,7 @@ class Task:
             if method.uses and run.runner.adapter is adapter:  # the base's weights are as they were
                 own = {"policy": self.session.own_noise}
                 found["base_elsewhere"] = self._elsewhere(run.runner, own, f"{label}, base")
-            if seed in (None, self.filmed):
+            if seed in (None, self.config.seed_list()[0]):
                 policy = list(run.policies.values())[-1]
                 session, acting = self.session, run.runner.adapter
                 if acting is not adapter:
@@ -131,7 +123,7 @@ class Task:
     def _facts(self, seed: int) -> dict[str, Any]:
         """What an artefact says of the run that made it."""
         env = draccus.encode(self.session.env, EnvConfig)
-        return {"env": env, "seed": seed, "env_steps": self.env_steps, "deterministic": True}
+        return {"env": env, "seed": seed, "env_steps": self.config.env_steps, "deterministic": True}
 
     def _elsewhere(
         self, runner: PolicyRunner, policies: Policies, label: str
@@ -140,10 +132,10 @@ class Task:
         found: dict[str, dict[str, dict[str, Any]]] = {}
         for task, env in self.others.items():
             other = Session(self.session.adapter, env, self.session.eval, self.session.machine)
-            count = min(len(self.other_seeds), self.session.eval.batch_size)
+            count = min(len(self.config.other_seeds), self.session.eval.batch_size)
             with other.environments(count, other.evaluation_workers) as vec:
                 found[task] = {
-                    name: measure(runner, vec, policy, self.other_seeds, f"{label}, {task}")
+                    name: measure(runner, vec, policy, self.config.other_seeds, f"{label}, {task}")
                     for name, policy in policies.items()
                 }
         return found
@@ -185,7 +177,7 @@ class Run:
 
     def training_environments(self, count: int | None = None, keep_seen: bool = False) -> ChunkVectorEnv:
         """``count`` environments (default: as many as the task says); ``keep_seen`` as there."""
-        session, count = self.task.session, count or self.task.num_envs
+        session, count = self.task.session, count or self.task.config.num_envs
         history = session.adapter.n_obs_steps
         return ChunkVectorEnv(session.env, count, session.machine.workers, history, keep_seen=keep_seen)
 
@@ -195,14 +187,14 @@ class Run:
         Whenever the run passes a point of the grid, its policies are evaluated.
         """
         self.episodes += [[env_steps, int(success), int(steered)] for success, steered in ended]
-        grid = self.task.grid
+        grid = self.task.config.grid
         passed = env_steps // grid * grid
         if passed > (self.points[-1]["grid"] if self.points else 0):
             self.add_point(passed, env_steps)
 
     def add_point(self, grid: int, env_steps: int) -> None:
         """Evaluate now."""
-        point = self.evaluate(self.task.seeds, f"{self.label} at {env_steps}")
+        point = self.evaluate(self.task.session.eval.seeds, f"{self.label} at {env_steps}")
         self.points.append({"grid": grid, "env_steps": env_steps} | point)
 
     def evaluate(self, seeds: list[int], label: str) -> dict[str, dict[str, Any]]:

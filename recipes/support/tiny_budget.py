@@ -62,7 +62,7 @@ def shrink(content: dict[str, Any], command: str) -> None:
 
 def _small_methods(content: dict[str, Any]) -> list[str]:
     """Of the comparison's methods those that a few chunks suffice for; what is no method is left in."""
-    from trimtab.recipes.compare.methods import METHODS
+    from trimtab.recipes.compare.config import METHODS
 
     known = [*LEARN_NOTHING_NEW, *(() if is_server(content["policy"]["path"]) else (FINE_TUNED,))]
     names = [name.strip() for name in content.get("methods", ",".join(known)).split(",")]

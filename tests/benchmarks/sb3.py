@@ -25,7 +25,8 @@ from torch import Tensor
 from trimtab.policies.noise_samplers import NoiseSampler
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.recipes.cli import main
-from trimtab.recipes.compare.methods import KINDS, METHODS, Steering
+from trimtab.recipes.compare.config import METHODS
+from trimtab.recipes.compare.methods import KINDS, Steering
 from trimtab.recipes.compare.runs import Method, Run
 from trimtab.rl.data.returns import Returns
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -252,7 +253,7 @@ class SB3SAC(Method):
             model = make_sac(config, env, adapter.chunk_shape[0], run.seed, device=adapter.device)
             run.policies = {"actor": sb3_noise(model, space)}
             run.trained = {"actor": sum(weight.numel() for weight in model.actor.parameters())}
-            learn(model, env, run.task.env_steps, lambda steps, ended: run.note(steps, steered(ended)))
+            learn(model, env, run.task.config.env_steps, lambda steps, ended: run.note(steps, steered(ended)))
         return {"updates": model._n_updates}
 
 

@@ -54,9 +54,10 @@ def test_each_learner_is_timed_in_each_precision_and_engine():
 
 
 def test_one_process_is_timed_from_its_first_update_on(tiny_base, tmp_path):
-    output = str(tmp_path / "found.json")
+    few = ["--num-envs=2", "--env-steps=150", "--updates-per-transition=0.5", "--episode-length=20"]
+    worker = ["--task=drawer-close-v3", f"--worker={tmp_path / 'found.json'}"]
     started = time.perf_counter()
-    processes.work(processes.Job(str(tiny_base), "drawer-close-v3", 20, "dsrl_sac", 2, 150, 0.5, output))
+    processes.main([f"--base={tiny_base}", *few, *worker])
     elapsed = time.perf_counter() - started
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["env_steps_per_second"] > 20 / elapsed  # of 150 steps, learning begins within the first 130

@@ -11,8 +11,8 @@ from tests.benchmarks.sb3 import SB3SACConfig
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.identity import file_hash
+from trimtab.recipes.compare.config import METHODS, CompareConfig
 from trimtab.recipes.compare.methods import (
-    METHODS,
     Demonstrations,
     FilteredCloning,
     Steering,
@@ -25,7 +25,7 @@ from trimtab.recipes.compare.runs import Task
 from trimtab.recipes.embedded_base.dataset import REPO_ID
 from trimtab.recipes.finetune.training import TuningConfig
 from trimtab.recipes.support.session import Session
-from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
+from trimtab.recipes.support.shared_configs import MachineConfig
 from trimtab.rl.algorithms import BestOfNConfig, GoldenTicketConfig
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.algorithms.presets import PAPER
@@ -34,15 +34,13 @@ from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.evaluation import evaluate
 
 
-def task(adapter, env, folder, **changes):
+def task(adapter, env, folder, dataset=None, **settings):
     """A small task of a comparison; ``folder`` is the base's."""
-    episodes = EpisodesConfig(n_episodes=changes.pop("episodes", 4), videos=0)
-    settings = {
-        "base": LoadedBase(adapter, PolicyConfig(path=str(folder), device="cpu"), folder),
-        **{"env_steps": 300, "grid": 300, "num_envs": 3, "seeds": [1, 2, 3, 4], "final_seeds": [5, 6]},
-        **{"others": {}, "other_seeds": [], "dataset": None, "folder": folder, "filmed": -1},
-    }
-    return Task(Session(adapter, env, episodes, MachineConfig(workers=0)), **(settings | changes))
+    small = {"env_steps": 300, "grid": 300, "num_envs": 3, "n_episodes": 4, "final_episodes": 2, "videos": 0}
+    config = CompareConfig(**(small | settings))
+    session = Session(adapter, env, config.episodes, MachineConfig(workers=0))
+    base = LoadedBase(adapter, PolicyConfig(path=str(folder), device="cpu"), folder)
+    return Task(config, session, base, {}, dataset, folder)
 
 
 def point_run(grid, tmp_path):
@@ -56,7 +54,7 @@ def point_run(grid, tmp_path):
         found = method.learn(run)
         return found | {
             **{"points": run.points, "episodes": run.episodes, "trained": run.trained},
-            "final": run.evaluate([5, 6], "final"),
+            "final": run.evaluate(one.config.final_seeds, "final"),
         }
 
 
@@ -77,10 +75,10 @@ def test_filtered_behaviour_cloning_trains_a_copy_of_the_base(drawer_base):
     before = {name: value.clone() for name, value in adapter.policy.state_dict().items()}
     hashed = file_hash(drawer_base)
     tuning = TuningConfig(method="full", steps=20, learning_rate=5e-4, batch_size=16)
-    one = task(adapter, env, drawer_base, env_steps=1600, grid=800, num_envs=4, seeds=[1, 2, 3], episodes=3)
+    one = task(adapter, env, drawer_base, env_steps=1600, grid=800, num_envs=4, n_episodes=3)
     with one.begin("baseline", 0) as run:
         found = FilteredCloning(tuning).learn(run)
-        final = run.evaluate(one.final_seeds, "final")
+        final = run.evaluate(one.config.final_seeds, "final")
     assert [point["env_steps"] for point in run.points] == [800, 1600]  # to the step
     assert {key for key in run.points[0] if isinstance(run.points[0][key], dict)} == {"actor"}
     assert run.points[0]["actor"]["episodes"] == 3 and final["actor"]["episodes"] == 2
@@ -131,9 +129,8 @@ def test_a_method_can_be_changed_by_its_name():
 
 
 def test_a_search_gets_the_episodes_that_fit_were_all_as_long_as_the_longest(tmp_path):
-    seeds = list(range(1000, 1008))
-    one = task(PointAdapter(), PointConfig(limit=35), tmp_path, seeds=seeds, episodes=8)
-    session = one.session
+    one = task(PointAdapter(), PointConfig(limit=35), tmp_path, n_episodes=8)
+    session, seeds = one.session, one.session.eval.seeds
     with one.begin("search", 0) as run:
         steps = evaluate(session.runner, run.vec, session.own_noise, seeds, progress=False).steps
         found = GoldenTicketConfig(candidates=16, budget=100).within(700, lambda: longest_episode(run))
@@ -148,7 +145,7 @@ def test_fine_tuning_learns_from_the_demonstrations_that_are_named_and_succeed(t
 
     def good(episodes):
         named = replace(data, episodes=episodes)
-        return good_demonstrations(task(adapter, env, two_task_base, dataset=named, episodes=1))
+        return good_demonstrations(task(adapter, env, two_task_base, dataset=named, n_episodes=1))
 
     dataset, count = good(None)
     assert count == len(dataset.episodes) > 0
