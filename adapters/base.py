@@ -95,7 +95,7 @@ class NoiseToChunk(abc.ABC):
     noise_spec: NoiseSpec
     chunk_shape: tuple[int, int]
     n_obs_steps: int = 1
-    observer: Callable[[Conditioning, dict[str, Any], Sequence[str] | None], Tensor] | None = None
+    observer: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -201,7 +201,7 @@ class NoiseToChunk(abc.ABC):
 
     def example_observation(self, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
         """A random observation within the policy's own statistics, with a task."""
-        stats = {}
+        stats: dict[str, Any] = {}
         for step in getattr(self.preprocessor, "steps", ()):
             stats = getattr(step, "_tensor_stats", None) or stats
         originals = {new: old for old, new in self.renames().items()}

@@ -31,15 +31,16 @@ class Conditioning:
     @property
     def observations(self) -> int:
         """Number N of observations."""
-        return len(next(iter((self.tensors or self.lists).values())))
+        entries: dict[str, Any] = {**self.tensors, **self.lists}
+        return len(next(iter(entries.values())))
 
     @property
     def batch_size(self) -> int:
         """Number of noises that ``denoise`` takes: observations times repeats."""
         return self.observations * self.repeats
 
-    def rows(self, name: str) -> Tensor | list[Any]:
-        """The entry ``name`` with one row per noise; a view where there is a single observation."""
+    def rows(self, name: str) -> Any:
+        """The entry ``name``, a tensor or a list: a row per noise; a view where there is one observation."""
         if name in self.lists:
             return [value for value in self.lists[name] for _ in range(self.repeats)]
         return repeat_rows(self.tensors[name], self.repeats)

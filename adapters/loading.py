@@ -229,7 +229,7 @@ def _apply(cls: type[PolicyAdapter], config: Any, options: PolicyConfig) -> None
         raise UserError(
             "--policy.dtype", f"this {cls.policy_type} policy runs in {' or '.join(cls.dtypes)}, not {dtype}"
         )
-    values = {field: options.backbone for field in cls.backbone_fields}
+    values: dict[str, Any] = {field: options.backbone for field in cls.backbone_fields}
     if hasattr(config, cls.dtype_field):
         values[cls.dtype_field] = options.dtype
     if cls.steps_field:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,7 @@ class NoiseActor(nn.Module):
         observe: ObserveConfig | None = None,
     ) -> None:
         super().__init__()
+        self.net: Any  # its last layer makes mean and log_std
         self.encoder = ObservationEncoder(feature_dim, observe)
         feature_dim = self.encoder.dim
         self.space = space

@@ -59,9 +59,10 @@ class ObservationEncoder(nn.Module):
         layers: list[nn.Module] = []
         channels, size = self.image_shape[:2]
         for stride in STRIDES:
-            layers += [nn.Conv2d(channels, CHANNELS, 3, stride), nn.ReLU()]
-            nn.init.orthogonal_(layers[-2].weight, nn.init.calculate_gain("relu"))
-            nn.init.zeros_(layers[-2].bias)
+            convolution = nn.Conv2d(channels, CHANNELS, 3, stride)
+            nn.init.orthogonal_(convolution.weight, nn.init.calculate_gain("relu"))
+            nn.init.zeros_(convolution.bias)
+            layers += [convolution, nn.ReLU()]
             channels, size = CHANNELS, (size - 3) // stride + 1
         self.convolutions = nn.Sequential(*layers, nn.Flatten())
         self.head = nn.Sequential(

@@ -128,6 +128,8 @@ class FeatureNormalizer(nn.Module):
 
     clip = 10.0
     min_std = 1e-2
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, dim: int) -> None:
         super().__init__()

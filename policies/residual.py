@@ -55,8 +55,8 @@ class ResidualActor(nn.Module):
             config.activation,
             config.layer_norm,
         )
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        for parameter in self.net[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor, base: Tensor) -> Tensor:
         """Encoded observations (B, d) and the base's chunks (B, A) -> corrections (B, A)."""

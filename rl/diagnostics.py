@@ -41,8 +41,7 @@ def calibration(algorithm: Algorithm, episodes: Sequence[Episode]) -> dict[str, 
     for episode in episodes:
         device = next(algorithm.parameters()).device
         seen = (episode.features, episode.u, episode.chunks)
-        value = algorithm.value(*(torch.as_tensor(array).to(device) for array in seen))
-        value = value.cpu().numpy()
+        value = algorithm.value(*(torch.as_tensor(array).to(device) for array in seen)).cpu().numpy()
         values.append(value)
         returns.append(returns_to_go(episode, float(value[-1])))
     if not values:

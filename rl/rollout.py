@@ -239,7 +239,7 @@ class Rollout:
             if not going:
                 break
             for i in going if runner.adapter.remembers else ():
-                (encoded,) = runner.encode([observations[i]], [vec.task_descriptions[i]], [i])
+                encoded = runner.encode([observations[i]], [vec.task_descriptions[i]], [i])[0]
                 chunk = torch.as_tensor(traces[i].chunks[step]).unsqueeze(0)
                 runner.remember(i, encoded, chunk.to(runner.adapter.device))
             vec.send({i: traces[i].actions[step] for i in going}, dict.fromkeys(going))

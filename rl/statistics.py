@@ -29,7 +29,7 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959963984540054)
 
 
 def paired_difference(
-    first: Sequence[bool], second: Sequence[bool], z: float = 1.959963984540054
+    first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndarray, z: float = 1.959963984540054
 ) -> tuple[float, float, float]:
     """Difference of two success rates on the same episodes, second minus first, with its interval.
 
@@ -86,7 +86,9 @@ def p_below(successes: int, episodes: int, base_successes: int, base_episodes: i
     return ways / math.comb(won + lost, episodes)
 
 
-def bootstrap_interval(values: Sequence[float], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray, level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean (Efron 1979): values are drawn anew, with replacement.
 
     Args:

@@ -143,8 +143,7 @@ def _holds_statistics(folder: Path) -> bool:
 
 def commit_of(folder: Path | str) -> str | None:
     """The commit whose files a folder in the Hub's cache holds; ``None`` of any other folder."""
-    known = isinstance(folder, Path) and folder.parent.name == "snapshots"
-    return folder.name if known else None
+    return folder.name if isinstance(folder, Path) and folder.parent.name == "snapshots" else None
 
 
 def is_peft(folder: Path) -> bool:

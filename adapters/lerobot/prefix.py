@@ -75,7 +75,7 @@ def store_prefix(cache: Cache) -> dict[str, Tensor]:
 def restore_prefix(conditioning: Conditioning) -> Cache:
     """The cache that ``store_prefix`` wrote, for ``conditioning.batch_size`` noises."""
     whole = PrefixRows(Conditioning(conditioning.tensors))  # one row per observation
-    return Cache(layers=[PrefixLayer(*layer, conditioning.repeats) for layer in whole])
+    return Cache(layers=[PrefixLayer(*layer, conditioning.repeats) for layer in whole])  # type: ignore[call-arg]
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:

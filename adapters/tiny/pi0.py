@@ -71,7 +71,7 @@ def narrow(config: Any) -> Iterator[None]:
         return make
 
     classes = ("PaliGemmaForConditionalGenerationWithPiGemma", "PiGemmaForCausalLM")
-    narrowed = {name: resized(getattr(module, name)) for name in classes}
+    narrowed: dict[str, Any] = {name: resized(getattr(module, name)) for name in classes}
     with patch.multiple(module, get_gemma_config=sizes.__getitem__, **narrowed):
         yield
 

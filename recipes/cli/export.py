@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.checkpoint.files import CONFIG
@@ -14,7 +13,7 @@ from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, save_artefact
 from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
 from trimtab.recipes.support.export_check import check_runners
-from trimtab.recipes.support.reporting import NAMES, return_text
+from trimtab.recipes.support.reporting import table
 
 CARD = "README.md"
 ACTING = ("num_candidates", "use_actor")  # how the artefact acts, beside `deterministic`
@@ -153,6 +152,9 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
             f"budget: {training['env_steps']:,} environment steps in {training['episodes']:,} episodes"
             f" (seed {training.get('seed')}{algorithm})"
         )
+    measured = ["Not measured."]
+    if training.get("success"):
+        measured = ["```", table(training["success"]), "```", "All policies met the same episode seeds."]
     parameters = sum(parameter.numel() for parameter in steered.actor.parameters())
     options = [f"--policy.path={Path(name).name if Path(name).is_absolute() else name}"]
     options += [f"--{option}={package}" for option, package in (training.get("plugins") or {}).items()]
@@ -173,7 +175,7 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
         "",
         "## Success",
         "",
-        *_success(training.get("success") or {}),
+        *measured,
         "",
         "## Use",
         "",
@@ -188,21 +190,6 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
     if can_repeat:
         lines += ["", "## Reproduce", "", "```", f"trimtab adapt --config_path={RUN_CONFIG}", "```"]
     return "\n".join(lines) + "\n"
-
-
-def _success(results: dict[str, dict[str, Any]]) -> list[str]:
-    if not results:
-        return ["Not measured."]
-    lines = ["| policy | success | 95 % interval | episodes |", "|---|---|---|---|"]
-    for policy, entry in results.items():
-        if entry["success_rate"] is None:
-            cells = [f"not reported; return {return_text(entry)}", "", f"{entry['episodes']}"]
-        else:
-            low, high = (100 * limit for limit in entry["ci95"])
-            counts = f"{entry['successes']}/{entry['episodes']}"
-            cells = [f"{100 * entry['success_rate']:.1f} %", f"{low:.1f} to {high:.1f} %", counts]
-        lines.append(f"| {' | '.join([NAMES.get(policy, policy), *cells])} |")
-    return [*lines, "", "All policies met the same episode seeds; Wilson intervals."]
 
 
 def push(folder: Path, repo: str, private: bool) -> str:

@@ -168,13 +168,12 @@ class Run:
         if self.session is not None:
             self._evaluate(self.session, "base", "base policy")
         with MetricsWriter(self.output / "metrics.jsonl") as metrics:
-            recent: list[float] = []
 
-            def on_step(step: int, loss: float, seconds: float) -> None:
-                recent.append(loss)
+            def on_step(losses: list[float], seconds: float) -> None:
+                step = len(losses)
                 if step % LOG_EVERY == 0 or step == steps:
-                    metrics({"step": step, "loss": mean(recent), "seconds_total": round(seconds, 3)})
-                    recent.clear()
+                    loss = means(losses)[-1]
+                    metrics({"step": step, "loss": loss, "seconds_total": round(seconds, 3)})
 
             started = time.perf_counter()
             losses = self.tuner.fit(dataset, steps, self.config.seed, on_step=on_step)

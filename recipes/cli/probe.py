@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from lerobot.envs.configs import EnvConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserError
+from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError
 from trimtab.adapters.errors import reason
 from trimtab.adapters.loading import open_adapter
 from trimtab.adapters.steerability import MANY, Steerability, measure
@@ -28,6 +27,7 @@ from trimtab.recipes.support.session import Session, base_of, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import Evaluation
+from trimtab.rl.rollout import Rollout
 from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.statistics import wilson_interval
 
@@ -157,31 +157,29 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
 
 def _observations(
     adapter: PolicyAdapter, session: Session | None, config: ProbeConfig
-) -> tuple[list[Conditioning], Any]:
+) -> tuple[list[Any], Any]:
     """Encoded observations, and a function that encodes the first of them again."""
     if session is None:
         generator = torch.Generator().manual_seed(config.seed)
         examples = [adapter.example_observation(1, generator) for _ in range(config.observations)]
         return [adapter.observe(example) for example in examples], lambda: adapter.observe(examples[0])
-    runner, seen = session.runner, []
+    runner, first, taken = session.runner, config.eval.seed, 0
+    seen: list[Any] = []
     with session.environments(1) as vec:
         tasks = vec.task_descriptions[:1]
-        for seed in itertools.count(config.eval.seed):  # the base acts, so that later states are there too
-            runner.forget(0)
-            observation, generator = vec.reset({0: seed})[0], torch.Generator().manual_seed(seed)
-            for _ in range(-(-config.observations // 4)):
-                seen.append(observation)
-                encoded = runner.encode([observation], tasks, [0])
-                _, actions = runner.act(session.own_noise, encoded, None, runner.priors(1, [generator]), [0])
-                vec.send({0: actions[0]}, {0: None})
-                result = vec.receive()[0]
-                if result.ended:
-                    break
-                observation = result.observation
-            if len(seen) >= config.observations:
-                break
-        runner.forget(0)
-    encoded = [runner.encode([observation], tasks) for observation in seen[: config.observations]]
+        rollout = Rollout(runner, vec, lambda _, episode: first if episode is None else episode + 1)
+        while len(seen) < config.observations:  # the base acts, so that later states are there too
+            seen.append(rollout.observations[0])
+            episode, taken = rollout.episode[0], taken + 1
+            if taken < config.observations / 4:
+                rollout.look(features=False)
+                rollout.begin(session.own_noise)
+                rollout.receive()
+                rollout.go_on()
+            else:
+                rollout.restart([0])
+            taken = taken if rollout.episode[0] == episode else 0
+    encoded = [runner.encode([observation], tasks) for observation in seen]
     return encoded, lambda: runner.encode(seen[:1], tasks)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from lerobot.utils.constants import OBS_PREFIX
 from torch import Tensor
 
 from trimtab.policies.acting import ChunkPolicy
-from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
+from trimtab.rl.envs.chunk import ChunkResult, stack_observations
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
@@ -42,14 +42,6 @@ class RolloutEpisode:
         return bool(self.successes.any())
 
 
-@dataclass
-class _Running:
-    seen: list[RawObservation] = field(default_factory=list)
-    actions: list[np.ndarray] = field(default_factory=list)
-    rewards: list[np.ndarray] = field(default_factory=list)
-    successes: list[np.ndarray] = field(default_factory=list)
-
-
 class Rollouts:
     """Episodes of one policy in many environments, collected in instalments.
 
@@ -68,7 +60,8 @@ class Rollouts:
         self.env_steps = 0
         count = vec.num_envs
         self._rollout = Rollout(runner, vec, lambda i, k: seed + i if k is None else k + count)
-        self._running = [_Running() for _ in range(count)]
+        # Of each running episode the chunks so far, and their actions as a dataset holds them.
+        self._chunks: list[list[tuple[ChunkResult, np.ndarray]]] = [[] for _ in range(count)]
 
     def collect(self, steps: int, label: str = "rollouts", progress: bool = True) -> list[RolloutEpisode]:
         """Take exactly ``steps`` environment steps; return the episodes that ended, in order."""
@@ -76,7 +69,7 @@ class Rollouts:
         finished: list[RolloutEpisode] = []
         bar = Progress(total=steps, desc=label, unit="step", disable=not progress, leave=False)
         while self.env_steps < goal:
-            finished += self._chunk(goal - self.env_steps)
+            finished += self._step(goal - self.env_steps)
             bar.update(steps - (goal - self.env_steps) - bar.n)
             if finished:
                 rate = np.mean([episode.success for episode in finished])
@@ -84,54 +77,42 @@ class Rollouts:
         bar.close()
         return finished
 
-    def _chunk(self, limit: int) -> list[RolloutEpisode]:
+    def _step(self, limit: int) -> list[RolloutEpisode]:
         """One chunk in as many environments as ``limit`` steps allow; the last one's may be cut short."""
-        length = self.runner.adapter.chunk_shape[0]
+        length, rollout = self.runner.adapter.chunk_shape[0], self._rollout
         quota = {i: min(length, limit - i * length) for i in range(self.vec.num_envs) if limit > i * length}
-        rollout = self._rollout
         rollout.look(list(quota), features=False)
         choice = rollout.begin(self.policy, quota)
-        recorded = self.runner.adapter.postprocess(choice.chunk, rollout.encoded).float().cpu().numpy()
+        encoded: Any = rollout.encoded
+        recorded = self.runner.adapter.postprocess(choice.chunk, encoded).float().cpu().numpy()
         finished = []
-        for row, (i, result) in enumerate(rollout.receive().items()):
+        for actions, (i, result) in zip(recorded, rollout.receive().items(), strict=True):
             self.env_steps += result.steps
-            self._note(i, result, recorded[row])
+            self._chunks[i].append((result, actions[: result.steps]))
             if result.ended:
-                finished.append(self._close(i, result.seed))
+                finished.append(self._episode(self._chunks[i], self.vec.task_descriptions[i]))
+                self._chunks[i] = []
         rollout.go_on()
         return finished
 
-    def _note(self, i: int, result: ChunkResult, actions: np.ndarray) -> None:
-        running = self._running[i]
-        running.seen.extend(result.seen)
-        running.actions.append(actions[: result.steps])
-        running.rewards.append(result.rewards)
-        running.successes.append(result.successes)
-
-    def _close(self, i: int, seed: int) -> RolloutEpisode:
-        running, self._running[i] = self._running[i], _Running()
-        task = self.vec.task_descriptions[i]
-        return RolloutEpisode(
-            seed=seed,
-            observations=self._converted(running.seen, task),
-            actions=np.concatenate(running.actions).astype(np.float32),
-            rewards=np.concatenate(running.rewards).astype(np.float32),
-            successes=np.concatenate(running.successes).astype(bool),
-            task=task,
-        )
-
-    def _converted(self, seen: list[RawObservation], task: str) -> dict[str, np.ndarray]:
-        """Raw observations of T steps by LeRobot's keys."""
+    def _episode(self, chunks: list[tuple[ChunkResult, np.ndarray]], task: str) -> RolloutEpisode:
         from lerobot.envs.utils import preprocess_observation
 
-        flat: dict[str, Any] = preprocess_observation(stack_observations(seen))
-        flat["task"] = [task] * len(seen)
-        flat = self.runner.env_preprocessor(flat)
-        return {
-            key: as_recorded(value)
-            for key, value in flat.items()
-            if key.startswith(OBS_PREFIX) and isinstance(value, Tensor) and len(value) == len(seen)
-        }
+        results = [result for result, _ in chunks]
+        seen = [observation for result in results for observation in result.seen]
+        flat = {**preprocess_observation(stack_observations(seen)), "task": [task] * len(seen)}
+        return RolloutEpisode(
+            seed=results[0].seed,
+            observations={
+                key: as_recorded(value)
+                for key, value in self.runner.env_preprocessor(flat).items()
+                if key.startswith(OBS_PREFIX) and isinstance(value, Tensor) and len(value) == len(seen)
+            },
+            actions=np.concatenate([actions for _, actions in chunks]).astype(np.float32),
+            rewards=np.concatenate([result.rewards for result in results]).astype(np.float32),
+            successes=np.concatenate([result.successes for result in results]).astype(bool),
+            task=task,
+        )
 
 
 def as_recorded(value: Tensor) -> np.ndarray:

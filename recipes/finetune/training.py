@@ -158,7 +158,7 @@ class FineTuner:
         steps: int,
         seed: int,
         label: str = "fine-tuning",
-        on_step: Callable[[int, float, float], None] = lambda step, loss, seconds: None,
+        on_step: Callable[[list[float], float], None] = lambda losses, seconds: None,
     ) -> list[float]:
         """Train on a LeRobotDataset; return the loss of every step.
 
@@ -167,7 +167,7 @@ class FineTuner:
             steps: gradient steps.
             seed: of the batches and the noise in the loss.
             label: shown on the progress bar.
-            on_step: called with (step, loss, seconds so far) after every step.
+            on_step: called after every step with the losses and the seconds so far.
 
         Raises:
             UserError: the dataset does not fit the policy; the loss became NaN or Inf.
@@ -208,7 +208,7 @@ class FineTuner:
                 )
             losses.append(loss)
             self.updates += 1
-            on_step(step, loss, time.perf_counter() - started)
+            on_step(losses, time.perf_counter() - started)
             if step % 50 == 1:
                 bar.set_postfix_str(f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}")
         self.policy.eval()

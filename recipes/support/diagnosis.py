@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from trimtab.adapters.remote.adapter import MEND, RemoteAdapter
 from trimtab.adapters.steerability import Steerability
 from trimtab.recipes.support.reporting import NAMES, rate_text, return_text
@@ -177,29 +179,18 @@ def as_json(measured: Steerability, diagnosis: Diagnosis) -> dict[str, Any]:
         "lines": diagnosis.lines,
         "noise_type": diagnosis.noise,
         "deterministic": measured.deterministic,
-        "repeat_difference": measured.repeat_difference,
-        "noise_difference": measured.noise_difference,
-        "rounding_floor": measured.floor,
-        "authority": measured.authority,
-        "spread_by_step": measured.spread.square().mean(-1).sqrt().tolist(),
-        "spread_by_action": measured.spread.square().mean(0).sqrt().tolist(),
-        "column_effect": measured.column_effect.tolist(),
         "inert_columns": measured.inert_columns,
-        "declared_inert": measured.declared_inert,
-        "inert_difference": measured.inert_difference,
-        "row_blocks": measured.row_blocks,
-        "row_effect": measured.row_effect.tolist(),
-        "observations": measured.observations,
-        "noises": measured.noises,
+        **vars(measured),
         "seconds": {
-            name: dict(zip(("median", "least", "most"), times, strict=True))
-            for name, times in measured.seconds.items()
+            name: dict(zip(("median", "least", "most"), times)) for name, times in measured.seconds.items()
         },
     }
     return {name: _finite(value) for name, value in values.items()}
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        value = value.tolist()
     if isinstance(value, list):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

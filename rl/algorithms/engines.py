@@ -60,10 +60,10 @@ class Compiled:
 
     def __call__(self, learn: Learn, batch: Batch, phase: tuple[int, ...]) -> dict[str, Tensor]:
         if not self._compiled:
-            networks = [part for part in self.algorithm.modules() if isinstance(part, EnsembleMLP)]
-            self._compiled = {
-                net: self._compile(net.forward) for net in [*networks, self.algorithm.actor.net]
-            }
+            networks: list[Any] = [part for part in self.algorithm.modules() if isinstance(part, EnsembleMLP)]
+            actor: Any = self.algorithm.actor
+            networks.append(actor.net)
+            self._compiled = {net: self._compile(net.forward) for net in networks}
         for net, forward in self._compiled.items():
             net.forward = forward
         try:

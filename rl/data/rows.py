@@ -30,5 +30,5 @@ def observation_rows(
         kept = [{"candidates": chunks[i], "candidates_u": u[i]} for i in range(len(kept))]
     if spec is not None:
         for i, row in enumerate(kept):
-            row |= spec.row(conditioning, i)
+            row |= spec.row(conditioning, i)  # type: ignore[arg-type]
     return list(zip(features.cpu().numpy(), kept, strict=True))

@@ -71,8 +71,8 @@ def prepare(link: bool = False) -> Path:
     root = Path(next(iter(home.submodule_search_locations))) / "libero"
     assets = root / "assets"
     if not assets.exists():
-        package = importlib.util.find_spec(ASSETS)
-        meshes = Path(next(iter((package and package.submodule_search_locations) or ()), "absent"))
+        spec = importlib.util.find_spec(ASSETS)
+        meshes = Path(next(iter((spec and spec.submodule_search_locations) or ()), "absent"))
         if not all((meshes / f"part_{number}.py").is_file() for number in range(1, 6)):
             raise UserError("--env.type", f"LIBERO's meshes are not installed: {INSTALL}")
         if link:
@@ -162,7 +162,7 @@ def _watched_class() -> type:
             if seed is not None and self._init_states is not None:
                 self.init_state_id = int(seed) % len(self._init_states)
             self.watch(True)
-            wait = self.num_steps_wait
+            wait: int = self.num_steps_wait  # type: ignore[has-type]
             if self.control_mode == "absolute" or wait < 1:  # LeRobot settles before it sets the mode
                 return super().reset(seed=seed, **kwargs)
             self.num_steps_wait = 0

@@ -218,7 +218,7 @@ class ChunkVectorEnv:
             worker = _Worker(members, _Here(_Group(self._config, *self._settings)), None)
         else:
             # A forked copy of a process that runs torch threads can deadlock: fork from a clean server.
-            context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+            context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
             if sys.platform != "win32":
                 context.set_forkserver_preload(["trimtab.rl.envs.vector", type(self._config).__module__])
             ours, theirs = context.Pipe()

@@ -202,8 +202,8 @@ def test_an_export_is_complete_small_and_its_card_shows_the_measured_success(run
     card = (out / "README.md").read_text()
     results = json.loads((root / "run" / "results.json").read_text())
     for entry in (results["policies"]["base"], results["policies"]["steered"]):
-        assert f"| {entry['successes']}/{EPISODES} |" in card
-        assert f"{100 * entry['ci95'][0]:.1f} to {100 * entry['ci95'][1]:.1f} %" in card
+        assert f"{entry['successes']}/{EPISODES}  " in card
+        assert f"{100 * entry['ci95'][0]:.1f} - {100 * entry['ci95'][1]:.1f} %" in card
     assert f"{results['env_steps']:,} environment steps in {results['training_episodes']:,} episodes" in card
     assert results["base_sha256"] in card and "drawer-close-v3" in card and "best_of_n" in card
     assert str(root) not in card, "no path of this machine"

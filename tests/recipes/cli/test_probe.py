@@ -85,7 +85,7 @@ def test_a_policy_that_ignores_its_noise_is_found_out_and_spends_no_episode(tmp_
     save_file(state, folder / "model.safetensors")
     report = probe(folder, tmp_path / "out", *PUSHT)
     assert not report["steerable"] and "ignores its noise" in report["diagnosis"]
-    assert report["noise_difference"] <= report["rounding_floor"]
+    assert report["noise_difference"] <= report["floor"]
     assert report["success"] == {}  # no episode is spent on a policy that cannot be steered
 
 

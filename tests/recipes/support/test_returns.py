@@ -111,7 +111,7 @@ def test_adapt_learns_from_the_reward_and_shows_the_return(policy, tmp_path, cap
     assert np.mean(held["returns"]) == pytest.approx(results["policies"]["base"]["return_mean"])
     assert main(["export", f"--run={output}", "--policy.device=cpu"]) == 0
     card = (output / "export" / "README.md").read_text()
-    assert "not reported; return" in card and "0.0 %" not in card
+    assert "not reported" in card and "return [95 % interval]" in card and "0.0 %" not in card
 
 
 def test_what_counts_successes_alone_refuses(policy, tmp_path, capsys):
