@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trimtab.adapters import Conditioning, PolicyAdapter
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.critic import CriticEnsemble, best_candidate
 from trimtab.policies.noise_space import NoiseSpace
@@ -21,6 +22,13 @@ from trimtab.policies.noise_space import NoiseSpace
 Denoise = Callable[[Tensor], Tensor]
 # Observations (B, d) and chunks (B, K, steps, action_dim) -> (B,) index of the chunk to execute.
 Select = Callable[[Tensor, Tensor], Tensor]
+
+
+def denoise_several(adapter: PolicyAdapter, conditioning: Conditioning, noise: Tensor) -> Tensor:
+    """Normalised chunks (B, K, steps, action_dim) for noise (B, K, *noise_shape) at B observations."""
+    noise = noise.to(adapter.device, adapter.noise_spec.dtype)
+    chunks = adapter.denoise(conditioning.repeat_interleave(noise.shape[1]), noise.flatten(0, 1))
+    return chunks.unflatten(0, tuple(noise.shape[:2]))
 
 
 @dataclass

@@ -43,7 +43,7 @@ LOADED_WITH = (
     *("dtype", "num_inference_steps", "n_action_steps"),
     *("rename_map", "tokenizer", "backbone", "base_path"),
 )
-PLACES = ("tokenizer", "backbone", "base_path")
+FOLDERS = ("tokenizer", "backbone", "base_path")
 
 
 @dataclass
@@ -118,7 +118,7 @@ def save_artefact(
         "path": os.path.relpath(Path(base_folder).resolve(), folder) if local else base.path,
         # Of a Hub repository the commit, so that what happens to it later does not matter.
         "revision": base.revision if local else commit_of(base_folder) or base.revision,
-        **{name: _place(getattr(base, name), folder) for name in LOADED_WITH},
+        **{name: _relative(getattr(base, name), folder) for name in LOADED_WITH},
         "policy_type": adapter.policy_type,
         **adapter.identity(base_folder),
     }
@@ -175,12 +175,12 @@ def write_config(config: TrimtabConfig, path: Path) -> None:
     path.write_text(json.dumps(draccus.encode(config, PreTrainedConfig), indent=2) + "\n", encoding="utf-8")
 
 
-def _place(value: Any, folder: Path) -> Any:
-    """``value``, or where it is a folder here, the way there from the artefact, which begins with a dot."""
+def _relative(value: Any, folder: Path) -> Any:
+    """``value``, or where it is a folder here, its path from the artefact, which begins with a dot."""
     if not isinstance(value, str) or not Path(value).expanduser().exists():
         return value
-    way = os.path.relpath(Path(value).expanduser().resolve(), folder)
-    return way if way.startswith(".") else os.path.join(".", way)
+    path = os.path.relpath(Path(value).expanduser().resolve(), folder)
+    return path if path.startswith(".") else os.path.join(".", path)
 
 
 def _as_steered(config: PolicyConfig, saved: PolicyConfig, folder: Path) -> PolicyConfig:
@@ -194,7 +194,7 @@ def _as_steered(config: PolicyConfig, saved: PolicyConfig, folder: Path) -> Poli
         value = getattr(saved, name)
         if getattr(config, name) != getattr(default, name):
             setattr(saved, name, getattr(config, name))
-        elif name in PLACES and value and value.startswith("."):
+        elif name in FOLDERS and value and value.startswith("."):
             if not (folder / value).exists():
                 raise UserError(
                     f"--policy.{name}",
@@ -208,10 +208,10 @@ def _as_steered(config: PolicyConfig, saved: PolicyConfig, folder: Path) -> Poli
 def _check_base(adapter: PolicyAdapter, base: BaseReference, base_folder: Path, folder: Path) -> None:
     """Refuse a base whose settings or weights in memory are not those that were steered."""
     parts, known = adapter.frozen_parts(adapter.policy), base.files or {}
-    now = settings_hashes(base_folder, {name: place for name, (_, place) in parts.items()})
+    now = settings_hashes(base_folder, {name: part for name, (_, part) in parts.items()})
     odd = [name for name in sorted(known.keys() | now.keys()) if known.get(name) != now.get(name)]
-    same_place = placement(adapter.policy).items() <= vars(base).items()  # else rounding may differ
-    if not odd and same_place:
+    same_device = placement(adapter.policy).items() <= vars(base).items()  # else rounding may differ
+    if not odd and same_device:
         in_memory = weights_hash(adapter.policy, *(part for part, _ in parts.values()))
         odd = [] if in_memory == base.weights_sha256 else ["the weights in memory"]
     if odd:
@@ -264,28 +264,28 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
 
     Args:
         options: ``path`` is the artefact's folder; the rest says anew how to load its base.
-        config: in the place of the folder's config.json.
+        config: instead of the folder's config.json.
 
     Raises:
         UserError: a broken file, or a base that is missing or not the one that was steered.
     """
     folder = Path(options.path).expanduser().resolve()
     saved = config or read_config(folder)
-    base, place = saved.base, saved.base.place(folder)
+    base, location = saved.base, saved.base.location(folder)
     if is_server(base.path):
-        base_folder: Path | str = options.base_path or place
+        base_folder: Path | str = options.base_path or location
         loading, adapter = _served_base(str(base_folder), base, options)
     else:
         loaded_with = PolicyConfig(**{name: getattr(base, name) for name in LOADED_WITH})
         loading = _as_steered(options, loaded_with, folder)
         try:
-            base_folder = resolve_folder(place, base.revision)
+            base_folder = resolve_folder(location, base.revision)
         except UserError as error:
             why = error.message
-            if place.startswith("."):  # relative to the artefact, and so says nothing to the reader
+            if location.startswith("."):  # relative to the artefact, and so says nothing to the reader
                 why = (
-                    f"there is no folder {(folder / place).resolve()}; if it has moved, `trimtab export "
-                    f"--run={folder} --policy.path=FOLDER` writes an artefact with its new place"
+                    f"there is no folder {(folder / location).resolve()}; if it has moved, `trimtab export "
+                    f"--run={folder} --policy.path=FOLDER` writes an artefact with its new location"
                 )
             raise UserError(
                 "--policy.path", f"the base policy of {folder} is not where it was: {why}"
@@ -297,7 +297,7 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
             )
         adapter = load_adapter(replace(loading, path=str(base_folder)))
         _check_base(adapter, base, base_folder, folder)
-        loading = replace(loading, path=place, revision=base.revision)
+        loading = replace(loading, path=location, revision=base.revision)
     shape = tuple(saved.noise_shape)
     if adapter.noise_spec.shape != shape:
         raise UserError(

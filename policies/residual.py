@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -48,7 +47,7 @@ class ResidualActor(nn.Module):
         # Where tanh is flat nothing leads back: the noise actor's limit, for the same reason.
         self.limit = math.atanh(config.mean_limit) if config.mean_limit < 1.0 else None
         self.normalizer = FeatureNormalizer(self.encoder.dim)
-        self.net: Any = mlp(
+        self.net = mlp(
             self.encoder.dim + chunk_size,
             chunk_size,
             config.hidden,
@@ -56,8 +55,8 @@ class ResidualActor(nn.Module):
             config.activation,
             config.layer_norm,
         )
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        for parameter in self.net[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor, base: Tensor) -> Tensor:
         """Encoded observations (B, d) and the base's chunks (B, A) -> corrections (B, A)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,7 @@ def evaluate(
     label: str = "evaluation",
     record: Sequence[int] = (),
     progress: bool = True,
+    world: World | None = None,
 ) -> Evaluation:
     """Run one episode for each seed.
 
@@ -88,7 +89,14 @@ def evaluate(
         label: shown on the progress bar with the running success rate.
         record: seeds whose episodes are rendered (each must run first in its environment).
         progress: show the bar.
+        world: several processes that share the episodes; all of them get the whole outcome.
     """
+    if world is not None and world.size > 1:
+        mine = list(range(world.rank, len(seeds), world.size))
+        part = [policy[k] for k in mine] if isinstance(policy, Sequence) else policy
+        here = evaluate(runner, vec, part, [seeds[k] for k in mine], label, (), progress and world.main)
+        numbers, parts = zip(*world.gather((mine, here)), strict=True)
+        return pooled(parts, np.argsort(np.concatenate(numbers)))
     samplers = list(policy) if isinstance(policy, Sequence) else None
     total = len(seeds)
     successes, steps = np.zeros(total, dtype=bool), np.zeros(total, dtype=np.int64)
@@ -125,52 +133,21 @@ def evaluate(
     )
 
 
-def evaluate_together(
-    world: World,
-    runner: PolicyRunner,
-    vec: ChunkVectorEnv,
-    policy: ChunkPolicy | Sequence[NoiseSampler],
-    seeds: Sequence[int],
-    label: str = "evaluation",
-    progress: bool = True,
-) -> Evaluation:
-    """``evaluate``, each process running every so many-th episode; all of them get the whole outcome.
+def pooled(evaluations: Sequence[Evaluation], order: np.ndarray | None = None) -> Evaluation:
+    """The episodes of several evaluations as one, one after another or in another ``order``."""
 
-    What happens in an episode does not depend on the process that runs it.
-    """
-    if world.size == 1:
-        return evaluate(runner, vec, policy, seeds, label, progress=progress)
-    mine = list(range(world.rank, len(seeds), world.size))
-    here_policy = [policy[k] for k in mine] if isinstance(policy, Sequence) else policy
-    here = evaluate(runner, vec, here_policy, [seeds[k] for k in mine], label, (), progress and world.main)
-    whole = Evaluation(
-        [int(s) for s in seeds],
-        np.zeros(len(seeds), dtype=bool),
-        np.zeros(len(seeds), dtype=np.int64),
-        returns=np.zeros(len(seeds)),
-        reported=False,
-    )
-    for places, part in world.gather((mine, here)):
-        whole.successes[places], whole.steps[places] = part.successes, part.steps
-        whole.returns[places] = part.returns
-        whole.reported |= part.reported
-        whole.info_keys = tuple(sorted({*whole.info_keys, *part.info_keys}))
-    return whole
+    def joined(values: list[Any]) -> np.ndarray:
+        return np.concatenate(values)[slice(None) if order is None else order]
 
-
-def pooled(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The episodes of several evaluations as one."""
-    if len(evaluations) == 1:
-        return evaluations[0]
+    returns = [one.returns for one in evaluations]
     return Evaluation(
-        [seed for one in evaluations for seed in one.seeds],
-        np.concatenate([one.successes for one in evaluations]),
-        np.concatenate([one.steps for one in evaluations]),
-        returns=None
-        if any(one.returns is None for one in evaluations)
-        else np.concatenate([one.returns for one in evaluations]),
-        reported=any(one.reported for one in evaluations),
-        info_keys=tuple(sorted({key for one in evaluations for key in one.info_keys})),
+        [int(seed) for seed in joined([one.seeds for one in evaluations])],
+        joined([one.successes for one in evaluations]),
+        joined([one.steps for one in evaluations]),
+        evaluations[0].frames if len(evaluations) == 1 else {},
+        None if any(one is None for one in returns) else joined(returns),
+        any(one.reported for one in evaluations),
+        tuple(sorted({key for one in evaluations for key in one.info_keys})),
     )
 
 
@@ -212,7 +189,7 @@ def best_constant(
     seeds: Sequence[int],
     seed: int,
     progress: bool = True,
-    run: Callable[..., Evaluation] = evaluate,
+    world: World | None = None,
 ) -> tuple[Tensor, list[float]]:
     """The best of ``candidates`` random constant noises on ``seeds``.
 
@@ -222,7 +199,7 @@ def best_constant(
         candidates: how many to draw from the prior.
         seeds: selection episodes of each candidate; evaluate the winner on others.
         seed: seeds the draw.
-        run: evaluates; ``evaluate``, or what does so in several processes.
+        world: as for ``evaluate``.
 
     Returns:
         (the winning noise, success rate of every candidate on ``seeds``; where the environment reports no
@@ -230,13 +207,14 @@ def best_constant(
     """
     noises = runner.prior(candidates, torch.Generator().manual_seed(seed))
     samplers = [constant_noise(noise) for noise in noises]
-    outcome = run(
+    outcome = evaluate(
         runner,
         vec,
         [sampler for sampler in samplers for _ in seeds],
         list(seeds) * candidates,
         f"searching {candidates} constant noises",
         progress=progress,
+        world=world,
     )
     counted = outcome.successes if outcome.reported else outcome.returns
     rates = counted.reshape(candidates, len(seeds)).mean(1)

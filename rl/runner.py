@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
 from trimtab.adapters.inputs import input_notes
-from trimtab.policies.acting import Choice, ChunkPolicy
+from trimtab.policies.acting import Choice, ChunkPolicy, denoise_several
 from trimtab.policies.noise_samplers import base_noise
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
 from trimtab.rl.envs.hooks import env_processors
@@ -145,15 +145,14 @@ class PolicyRunner:
         Raises:
             UserError: several noises of a policy that denoises one sample at a time from a memory of its own.
         """
-        noise = noise.to(self.adapter.device, self.adapter.noise_spec.dtype)
         if not isinstance(conditioning, list):
-            chunks = self.adapter.denoise(conditioning.repeat_interleave(noise.shape[1]), noise.flatten(0, 1))
-            return chunks.unflatten(0, tuple(noise.shape[:2]))
+            return denoise_several(self.adapter, conditioning, noise)
         if noise.shape[1] > 1:
             raise UserError(
                 "--rl.type", f"a {self.adapter.policy_type} policy offers no candidates; use dsrl_sac"
             )
-        rows = [self.adapter.denoise(*pair)[0] for pair in zip(conditioning, noise.unbind(0), strict=True)]
+        pairs = zip(conditioning, noise.split(1), strict=True)
+        rows = [denoise_several(self.adapter, one, drawn)[0, 0] for one, drawn in pairs]
         if lengths is not None:
             lengths[:] = [len(row) for row in rows]
         steps = max(len(row) for row in rows)

@@ -20,7 +20,7 @@ from trimtab.rl.data.decoder import Decoder
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.data.demonstrations import Demonstrations, TransitionMaker
 from trimtab.rl.data.memory import check_replay, replay_layout
-from trimtab.rl.data.replay import Batch, ReplayBuffer
+from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.diagnostics import calibration
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.metrics import RunMetrics
@@ -29,7 +29,7 @@ from trimtab.rl.runs.checkpoint import LEARNER, Checkpoint, Checkpoints
 from trimtab.rl.runs.faults import FaultLog, FaultsConfig, Stopped, StopSignals
 from trimtab.rl.runs.processes import StepGuard, World
 from trimtab.rl.runs.progress import Progress
-from trimtab.rl.runs.resume import deal, lost_notes, weights_digest
+from trimtab.rl.runs.resume import deal, lost_notes, rng_state, set_rng_state, weights_digest
 from trimtab.rl.seeds import training_seed
 from trimtab.rl.takeover import Gate
 from trimtab.rl.warm_start import read_constant
@@ -46,13 +46,11 @@ class Trainer:
         runner: the frozen policy with the environment's processors.
         vec: training environments.
         accelerator: an ``accelerate.Accelerator``.
-        train, rl, noise: configs.
+        train, rl, noise, demos, faults_config: configs.
         seed: seeds the networks, the replay, the noise and the episodes.
         on_metrics: called with each line of metrics.
         on_step: called after each chunk with the episodes that ended in it.
-        demos: demonstrations that join the replay, if any.
         checkpoints: where to keep what it takes to go on, if anywhere.
-        faults_config: how much may go wrong.
         stop: signals that end the run.
     """
 
@@ -78,11 +76,8 @@ class Trainer:
         self.progress = self.progress and world.main
         torch.manual_seed(self.seed)
         self.space = self.noise.build(self.runner.adapter.noise_spec)
-        record = self.checkpoints is not None
-        seed, processes = training_seed(self.seed), (world.rank, world.size)
-        self.collector = Collector(
-            self.runner, self.vec, self.rl, self.train.reward, seed, *processes, record=record
-        )
+        run = self.runner, self.vec, self.rl, self.train.reward, training_seed(self.seed)
+        self.collector = Collector(*run, world.rank, world.size, record=self.checkpoints is not None)
         self.gate = Gate(self.train.gate, self.seed + world.rank)
         if self.train.gate.enabled:
             self.collector.assign = lambda: self.updates > 0 and self.gate()
@@ -101,9 +96,8 @@ class Trainer:
         self.metrics = RunMetrics(world, list(dict.fromkeys(self.vec.task_names)))
         self.recent: deque[Episode] = deque(maxlen=20)
         self.update_seconds = self.seconds = 0.0
-        self._owed, self._logged = 0.0, 0
+        self._owed, self._logged, self._warming = 0.0, 0, True
         self._ready = self._stopping = False
-        self._warming = True
 
     def _build(self) -> Algorithm:
         """The algorithm for what the collector sees."""
@@ -145,13 +139,8 @@ class Trainer:
             UserError: more faults than the limit, after a checkpoint; or the checkpoint cannot be written.
         """
         total = self.train.env_steps
-        bar = Progress(
-            total=total,
-            initial=min(self.env_steps, total),
-            desc="steering",
-            unit="step",
-            disable=not self.progress,
-        )
+        done = min(self.env_steps, total)
+        bar = Progress(total=total, initial=done, desc="steering", unit="step", disable=not self.progress)
         started = time.perf_counter() - self.seconds
         while self.env_steps < total:
             self._warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
@@ -190,18 +179,15 @@ class Trainer:
             features += [self.demonstrations.all_features()] if self.demonstrations else []
             self.algorithm.fit_normalizer(torch.cat(features))
         started = time.perf_counter()
-        self.algorithm.progress(self.env_steps / self.train.env_steps)
+        share, size = self.env_steps / self.train.env_steps, self.rl.batch_size
+        self.algorithm.progress(share)
         while self._owed >= 1.0:
-            self.metrics.add_update(self.algorithm.update(self._batch()))
+            demos = self.demonstrations
+            batch = demos.mix(self.replay, size, share) if demos else self.replay.sample(size)
+            self.metrics.add_update(self.algorithm.update(batch))
             self.updates += 1
             self._owed -= 1.0
         self.update_seconds += time.perf_counter() - started
-
-    def _batch(self) -> Batch:
-        """A batch of the replay, mixed with demonstrations where there are any."""
-        if self.demonstrations is None:
-            return self.replay.sample(self.rl.batch_size)
-        return self.demonstrations.mix(self.replay, self.rl.batch_size, self.env_steps / self.train.env_steps)
 
     def _store(self, transitions: list, episodes: list[Episode], steps: int) -> None:
         """Take up what a chunk has brought, here and on the other processes."""
@@ -215,11 +201,9 @@ class Trainer:
         lost, self.collector.lost = self.collector.lost, []
         for fault in lost:
             self.faults.add(*fault)
-        skipped = int(self.guard.skipped)
-        if skipped:
+        if skipped := int(self.guard.skipped):
             self.guard.skipped.zero_()
-            # Every process leaves the same steps out.
-            count = skipped if self.world.main else 0
+            count = skipped if self.world.main else 0  # every process leaves the same steps out
             self.faults.add("loss", "--rl.learning_rate: NaN or Inf in a gradient; lower it", count)
         tasks = self.metrics.tasks
         outcomes = [(tasks.index(e.task) if e.task else 0, e.steered, e.success) for e in episodes]
@@ -289,15 +273,14 @@ class Trainer:
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(what all processes share, what is this process's own) between two chunks."""
-        device, demos = self.accelerator.device, self.demonstrations
+        demos = self.demonstrations
         shared = {name: getattr(self, name) for name in COUNTERS} | {
             "faults": self.faults.counts,
             "metrics": self.metrics.state_dict(),
             "algorithm": self.algorithm.training_state(),
         }
         own = {
-            "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "rng": rng_state(self.accelerator.device),
             "replay": self.replay.state_dict(),
             "demonstrations": demos.state_dict() if demos is not None else None,
             "gate": self.gate.state_dict(),
@@ -362,7 +345,5 @@ class Trainer:
                 self.faults.add("unrepeatable", "--env.type: the simulator does not repeat an episode")
         notes += lost_notes(lost, self.vec.repeatable)
         if same:  # last: building and looking may have drawn
-            torch.set_rng_state(own["rng"])
-            if own["device_rng"] is not None and self.accelerator.device.type == "cuda":
-                torch.cuda.set_rng_state(own["device_rng"], self.accelerator.device)
+            set_rng_state(own["rng"], self.accelerator.device)
         return notes

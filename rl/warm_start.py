@@ -17,28 +17,28 @@ from trimtab.policies.artefact import is_artefact, read_config
 OPTION = "--train.warm_start"
 
 
-def read_constant(path: str, spec: NoiseSpec) -> Tensor:
+def read_constant(name: str, spec: NoiseSpec) -> Tensor:
     """A constant noise (*spec.shape), float32.
 
     Args:
-        path: the artefact of a run in a ``constant`` noise space, such as ``golden_ticket``'s, or the
+        name: the artefact of a run in a ``constant`` noise space, such as ``golden_ticket``'s, or the
             ``best_constant.safetensors`` of ``trimtab probe``.
         spec: the noise of the policy to be steered.
 
     Raises:
         UserError: neither of the two, or of another policy's shape.
     """
-    place = Path(path).expanduser()
-    if is_artefact(path):
-        noise = _of_artefact(place, spec)
-    elif place.is_file():
-        held = read_weights(place, OPTION)
-        if "noise" not in held:
-            raise UserError(OPTION, f"{place} holds no 'noise'; give best_constant.safetensors of a probe")
-        noise = held["noise"].float()
+    path = Path(name).expanduser()
+    if is_artefact(name):
+        noise = _of_artefact(path, spec)
+    elif path.is_file():
+        tensors = read_weights(path, OPTION)
+        if "noise" not in tensors:
+            raise UserError(OPTION, f"{path} holds no 'noise'; give best_constant.safetensors of a probe")
+        noise = tensors["noise"].float()
     else:
-        raise UserError(OPTION, f"{place} is neither an artefact's folder nor a safetensors file")
-    _check_shape(place, tuple(noise.shape), spec)
+        raise UserError(OPTION, f"{path} is neither an artefact's folder nor a safetensors file")
+    _check_shape(path, tuple(noise.shape), spec)
     return noise
 
 
@@ -54,11 +54,9 @@ def _of_artefact(folder: Path, spec: NoiseSpec) -> Tensor:
     return actor.eval().act(prior.flatten(1), prior, deterministic=True)[0]
 
 
-def _check_shape(place: Path, shape: tuple[int, ...], spec: NoiseSpec) -> None:
+def _check_shape(path: Path, shape: tuple[int, ...], spec: NoiseSpec) -> None:
     if shape != tuple(spec.shape):
-        raise UserError(
-            OPTION, f"{place} holds noise of shape {shape}, this policy takes {tuple(spec.shape)}"
-        )
+        raise UserError(OPTION, f"{path} holds noise of shape {shape}, this policy takes {tuple(spec.shape)}")
 
 
 @torch.no_grad()

@@ -10,13 +10,6 @@ LONGEST = 350
 # Names of kinds that only their own folder may compare with.
 ALGORITHMS = {"dsrl_sac", "dsrl_na", "best_of_n", "golden_ticket", "residual"}
 ENVIRONMENTS = {"metaworld_state", "libero", "libero_chunks"}
-# What is left of the old house: to shrink to nothing, and then to go.
-STILL_LONG = {
-    *("rl.data.demonstration_data", "rl.runs.checkpoint", "rl.trainer"),
-}
-STILL_IN_CIRCLES: set[str] = set()
-STILL_ASK: set[str] = set()
-STILL_SHARE = {"rl/algorithms/test_dsrl_sac.py", "rl/algorithms/test_optimizer.py"}
 
 
 @cache
@@ -49,7 +42,7 @@ def imports(tree, everywhere=True):
 
 def test_no_file_is_longer_than_one_job_needs():
     lines = {name: path.read_text(encoding="utf-8").count("\n") for name, (path, _) in sources().items()}
-    assert not {name: count for name, count in lines.items() if count > LONGEST and name not in STILL_LONG}
+    assert not {name: count for name, count in lines.items() if count > LONGEST}
 
 
 def test_imports_point_one_way():
@@ -71,12 +64,12 @@ def test_no_two_files_import_each_other():
             for imported in graph.get(waiting.pop(), set()) - reached[name]:
                 reached[name].add(imported)
                 waiting.append(imported)
-    assert not {name for name in graph if name in reached[name]} - STILL_IN_CIRCLES
+    assert not {name for name in graph if name in reached[name]}
 
 
 def test_no_import_hides_behind_type_checking():
     hidden = {name for name, (path, _) in sources().items() if "TYPE_CHECKING" in path.read_text()}
-    assert not hidden - STILL_IN_CIRCLES
+    assert not hidden
 
 
 def test_test_modules_share_through_helpers_only():
@@ -88,7 +81,7 @@ def test_test_modules_share_through_helpers_only():
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             if any(part.startswith("test_") for name in names for part in name.split(".")[:-1]):
                 wrong.append(str(path.relative_to(ROOT / "tests")))
-    assert not set(wrong) - STILL_SHARE
+    assert not wrong
 
 
 def names_in(tree):
@@ -137,6 +130,6 @@ def test_only_algorithms_ask_for_an_algorithms_type():
             called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
             if called in ("isinstance", "issubclass") and classes & names_in(node.args[1]):
                 lines.append(f"{node.lineno}: {ast.unparse(node)}")
-        if lines and name not in STILL_ASK:
+        if lines:
             wrong[name] = lines
     assert not wrong

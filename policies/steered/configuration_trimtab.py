@@ -49,7 +49,7 @@ class BaseReference:
     answer: Any = None
     tolerance: Any = None
 
-    def place(self, folder: Path) -> str:
+    def location(self, folder: Path) -> str:
         """Where it lies, for the artefact in ``folder``: a folder, a Hub repository or a server's address.
 
         Raises:
@@ -70,7 +70,7 @@ class TrimtabConfig(PreTrainedConfig):
     """
 
     format: int = FORMAT
-    # The base; a command line names another place by --policy.base.path=.
+    # The base; a command line names another one by --policy.base.path=.
     base: BaseReference = field(default_factory=BaseReference)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
     # Shape of one noise of the base, and length of the features that the actor sees, pixels apart.

@@ -15,7 +15,7 @@ from torch import Tensor
 from trimtab.adapters import Conditioning, PolicyConfig, UserError
 from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS
 from trimtab.adapters.checkpoint.folder import resolve_folder
-from trimtab.policies.acting import ChunkPolicy
+from trimtab.policies.acting import ChunkPolicy, denoise_several
 from trimtab.policies.artefact import (
     CRITIC,
     Steered,
@@ -273,16 +273,11 @@ class TrimtabPolicy(PreTrainedPolicy):
             others = self._prior(count * (policy.draws - 1), None).unflatten(0, (count, -1))
             prior = torch.cat([others, prior], 1)  # the actor's draw is the last
         chunk = policy.act(
-            self._seen(conditioning).to(prior), prior, partial(self._denoise, conditioning)
+            self._seen(conditioning).to(prior), prior, partial(denoise_several, self.adapter, conditioning)
         ).chunk
         if self.adapter.remembers:
             self._before = (conditioning, chunk)
         return self.adapter.postprocess(chunk, conditioning) if self.base is None else chunk
-
-    def _denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        noise = noise.to(self.adapter.device, self.adapter.noise_spec.dtype)
-        chunks = self.adapter.denoise(conditioning.repeat_interleave(noise.shape[1]), noise.flatten(0, 1))
-        return chunks.unflatten(0, tuple(noise.shape[:2]))
 
     def _real_time_chunk(self, batch: dict[str, Any], noise: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         if not self.supports_rtc():
@@ -307,28 +302,22 @@ def _load(folder: Path, config: TrimtabConfig) -> Steered:
 
 
 def _check_features(config: TrimtabConfig, steered: Steered) -> None:
-    """Refuse features other than the base's.
-
-    Raises:
-        UserError: an input or the action has another name or shape; another number of steps is executed or
-            seen.
-    """
+    """Raise a UserError for features, executed steps or seen steps other than the base's."""
     adapter = steered.adapter
     originals = {new: old for old, new in adapter.renames().items()}
     known = {originals.get(k, k): tuple(f.shape) for k, f in adapter.config.input_features.items()}
-    said = {k: tuple(f.shape) for k, f in (config.input_features or {}).items()}
-    if known != said:
-        odd = sorted(k for k in known.keys() | said.keys() if known.get(k) != said.get(k))
+    given = {k: tuple(f.shape) for k, f in (config.input_features or {}).items()}
+    if known != given:
+        odd = sorted(k for k in known.keys() | given.keys() if known.get(k) != given.get(k))
         raise UserError(
-            "--policy.input_features",
-            f"the config says other inputs than its base takes: {', '.join(odd)}",
+            "--policy.input_features", f"the config says other inputs than its base takes: {', '.join(odd)}"
         )
-    for name, own in (("n_action_steps", adapter.chunk_shape[0]), ("n_obs_steps", adapter.n_obs_steps)):
-        if getattr(config, name) != own:
+    for name, loaded in (("n_action_steps", adapter.chunk_shape[0]), ("n_obs_steps", adapter.n_obs_steps)):
+        if getattr(config, name) != loaded:
             raise UserError(
                 f"--policy.{name}",
-                f"the base was loaded with {own}, the config says {getattr(config, name)}; `trimtab export` "
-                "writes an artefact with another --policy.n_action_steps",
+                f"the base was loaded with {loaded}, the config says {getattr(config, name)}; `trimtab "
+                "export` writes an artefact with another --policy.n_action_steps",
             )
     made = {k: tuple(f.shape) for k, f in adapter.config.output_features.items()}
     asked = {k: tuple(f.shape) for k, f in (config.output_features or {}).items()}

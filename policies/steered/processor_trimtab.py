@@ -42,7 +42,7 @@ class BaseRenameStep(RenameObservationsProcessorStep):
     """The renaming that the base was steered with, and the instructions for a noise actor that looks at them.
 
     A step of its own name, for LeRobot's commands put their ``--rename_map``, which is empty by default,
-    in the place of the base's.
+    instead of the base's.
     """
 
     keep_task: bool = False
@@ -76,12 +76,12 @@ def make_trimtab_pre_post_processors(
     Raises:
         UserError: the base is not where the config says.
     """
-    place = config.base.place(Path(config.pretrained_path or "."))
-    if is_server(place):
+    location = config.base.location(Path(config.pretrained_path or "."))
+    if is_server(location):
         return plain_processors(config.device)
-    base_config = PreTrainedConfig.from_pretrained(str(place))
+    base_config = PreTrainedConfig.from_pretrained(str(location))
     base_config.device = config.device
-    return load_processors(base_config, Path(place))
+    return load_processors(base_config, Path(location))
 
 
 def plain_processors(device: str | None) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:

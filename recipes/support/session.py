@@ -24,7 +24,7 @@ from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfi
 from trimtab.rl.envs.contract import SUCCESS_KEYS
 from trimtab.rl.envs.hooks import check_base, check_buildable, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
-from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, evaluate_together, unreported
+from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, unreported
 from trimtab.rl.runner import Encoded, PolicyRunner
 from trimtab.rl.runs.faults import FaultsConfig
 from trimtab.rl.runs.processes import World
@@ -192,12 +192,8 @@ class Session:
         label: str = "",
     ) -> Evaluation:
         """One episode for each seed (default: those of the evaluation), shared among the processes."""
-        return self._run(self.runner, vec, policy, self.eval.seeds if seeds is None else seeds, label)
-
-    def _run(self, *arguments: Any, **named: Any) -> Evaluation:
-        if self.world is None:
-            return evaluate(*arguments, **named)
-        return evaluate_together(self.world, *arguments, **named)
+        seeds = self.eval.seeds if seeds is None else seeds
+        return evaluate(self.runner, vec, policy, seeds, label or "evaluation", world=self.world)
 
     @property
     def evaluation_workers(self) -> int:
@@ -226,7 +222,7 @@ class Session:
         if self.eval.constant_candidates:
             count, episodes = self.eval.constant_candidates, self.eval.constant_episodes
             selection = range(SELECTION_SEED, SELECTION_SEED + episodes)
-            noise, rates = best_constant(self.runner, vec, count, selection, seed, run=self._run)
+            noise, rates = best_constant(self.runner, vec, count, selection, seed, world=self.world)
             results["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
             measure = "selection_success" if results["base"].reported else "selection_return"
             details = {measure: rates, "selection_episodes": episodes}

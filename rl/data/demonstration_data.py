@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter, UserError
 from trimtab.adapters.inputs import required_inputs
@@ -72,8 +71,8 @@ class DemosConfig:
 
 
 @dataclass
-class Episode:
-    """One demonstration.
+class Demonstration:
+    """One recorded episode.
 
     A success ends it, as it ends an episode of a run. Where none comes, what follows the last action is not
     recorded: the last frame then is the final observation, and its action is left out. Nor is recorded
@@ -93,15 +92,11 @@ class Episode:
     frames: int
 
     @staticmethod
-    def of(first: int, rewards: np.ndarray, successes: np.ndarray) -> Episode:
+    def of(first: int, rewards: np.ndarray, successes: np.ndarray) -> Demonstration:
         """Cut the recorded steps to those that count."""
         succeeded, frames = bool(successes.any()), len(successes)
         length = int(successes.argmax()) + 1 if succeeded else frames - 1
-        return Episode(first, rewards[:length], successes[:length], succeeded, frames)
-
-    def starts(self, steps: int) -> range:
-        """Rows at which chunks of ``steps`` actions start."""
-        return range(self.first, self.first + len(self.rewards), steps)
+        return Demonstration(first, rewards[:length], successes[:length], succeeded, frames)
 
     @property
     def final(self) -> int:
@@ -109,29 +104,21 @@ class Episode:
         return self.first + min(len(self.rewards), self.frames - 1)
 
     def states(self, steps: int) -> list[int]:
-        """Rows that the policy has to look at: the chunks' starts and the final observation."""
-        starts = list(self.starts(steps))
+        """Rows that the policy looks at: the starts of chunks of ``steps``, and the final observation."""
+        starts = list(range(self.first, self.first + len(self.rewards), steps))
         return starts if not starts or starts[-1] == self.final else [*starts, self.final]
 
     def chunks(self, steps: int) -> Iterator[tuple[int, ChunkResult, int]]:
         """(row, what came of the chunk, row of what follows) of each executed chunk."""
-        starts = list(self.starts(steps))
-        for row, following in zip(starts, [*starts[1:], self.final], strict=True):
-            part = slice(row - self.first, row - self.first + steps)
-            ended = row == starts[-1]
-            yield (
-                row,
-                ChunkResult(
-                    observation=None,
-                    final_observation=None,
-                    rewards=self.rewards[part],
-                    successes=self.successes[part],
-                    terminated=ended,
-                    truncated=ended and not self.succeeded,
-                    seed=-1,
-                ),
-                following,
+        end = self.first + len(self.rewards)
+        for row in range(self.first, end, steps):
+            part, last = slice(row - self.first, row - self.first + steps), row + steps >= end
+            rewards, successes = self.rewards[part], self.successes[part]
+            truncated = last and not self.succeeded
+            result = ChunkResult(
+                None, None, rewards, successes, terminated=last, truncated=truncated, seed=-1
             )
+            yield row, result, self.final if last else row + steps
 
 
 @dataclass
@@ -141,14 +128,14 @@ class DemonstrationData:
     Attributes:
         dataset: LeRobot's.
         episodes: those that take part.
-        rule: how success was told.
         keys: observations that the policy takes.
         n_obs_steps: length of its observation history.
         notes: lines to show the user.
+        rule: how success was told.
     """
 
     dataset: Any
-    episodes: list[Episode]
+    episodes: list[Demonstration]
     keys: list[str]
     n_obs_steps: int
     notes: list[str] = field(default_factory=list)
@@ -165,12 +152,7 @@ class DemonstrationData:
             self._last[rows] = episode.first + max(len(episode.rewards) - 1, 0)
 
     def summary(self, transitions: int, env_fps: float | None) -> list[str]:
-        """Lines about what joins the replay.
-
-        Args:
-            transitions: how many these are.
-            env_fps: steps a second of the environment.
-        """
+        """Lines about the ``transitions`` that join the replay of an environment of ``env_fps``."""
         won = sum(episode.succeeded for episode in self.episodes)
         count = f"demonstrations: {len(self.episodes)} episodes, {won} succeed; {transitions} transitions; "
         told = f"success told by {self.rule}" + ("" if won else " (else: --demos.success=end)")
@@ -185,22 +167,16 @@ class DemonstrationData:
 
         Before an episode's first frame that one repeats, as it does when a run starts.
         """
-        wanted = [[max(row - back, self._first[row]) for back in self._backwards] for row in rows]
-        frames = {int(row): self.dataset[int(row)] for row in {row for some in wanted for row in some}}
-        batch: dict[str, Any] = {
-            key: torch.stack([self._stacked([frames[int(row)] for row in some], key) for some in wanted])
-            for key in self.keys
-        }
+        back = np.arange(self.n_obs_steps - 1, -1, -1)
+        wanted = np.maximum(np.asarray(rows)[:, None] - back, self._first[rows][:, None])
+        frames = {int(row): self.dataset[int(row)] for row in np.unique(wanted)}
+        batch: dict[str, Any] = {}
+        for key in self.keys:
+            values = torch.stack([frames[int(row)][key] for row in wanted.ravel()])
+            values = values.unsqueeze(1) if values.ndim == 1 else values
+            batch[key] = values.unflatten(0, wanted.shape)
         batch["task"] = [frames[row]["task"] for row in rows]
         return batch
-
-    def _stacked(self, frames: list[dict[str, Any]], key: str) -> Tensor:
-        values = torch.stack([frame[key] for frame in frames])
-        return values.unsqueeze(1) if values.ndim == 1 else values
-
-    @property
-    def _backwards(self) -> range:
-        return range(self.n_obs_steps - 1, -1, -1)
 
 
 def _opened(config: DemosConfig) -> Any:
@@ -278,7 +254,7 @@ def read_demonstrations(
             why = f"no episode is of the task '{task}'" if task else "the environment names no task"
             notes.append(f"demonstrations: {why}; all {len(spans)} take part")
         spans = same or spans
-    episodes = [Episode.of(int(a), rewards[a:b], successes[a:b]) for a, b in spans]
+    episodes = [Demonstration.of(int(a), rewards[a:b], successes[a:b]) for a, b in spans]
     episodes = [episode for episode in episodes if len(episode.rewards)]
     if not episodes:
         raise UserError(OPTION, "no episode of the dataset has a step to learn from")
@@ -325,12 +301,7 @@ def sparse_level(rewards: np.ndarray, firsts: np.ndarray) -> float | None:
 
 
 def rate_warning(dataset: Any, env_fps: float | None) -> list[str]:
-    """A line where a dataset was recorded at another rate than the environment runs at.
-
-    Args:
-        dataset: LeRobot's.
-        env_fps: steps a second of the environment (``--env.fps``).
-    """
+    """A line where a LeRobotDataset was recorded at another rate than the environment's ``env_fps``."""
     if env_fps is None or float(dataset.fps) == float(env_fps):
         return []
     return [

@@ -18,7 +18,7 @@ from torch import Tensor
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
 from trimtab.rl.algorithms import Algorithm
 from trimtab.rl.data.decoder import ConditioningSpec
-from trimtab.rl.data.demonstration_data import OPTION, DemonstrationData, DemosConfig, Episode
+from trimtab.rl.data.demonstration_data import OPTION, Demonstration, DemonstrationData, DemosConfig
 from trimtab.rl.data.replay import Batch, ReplayBuffer
 from trimtab.rl.data.returns import NStepAccumulator, Returns, Transition
 from trimtab.rl.data.rows import Row, observation_rows
@@ -121,7 +121,7 @@ class TransitionMaker:
             (seen, kept | {"chunk": chunk}) for (seen, kept), chunk in zip(found, chunks.flatten(1).numpy())
         ]
 
-    def _episode(self, episode: Episode, states: dict) -> list[Transition]:
+    def _episode(self, episode: Demonstration, states: dict) -> list[Transition]:
         steps = self.runner.adapter.chunk_shape[0]
         accumulator, done = NStepAccumulator(self.rl.n_step), []
         unknown = np.zeros(self.algorithm.space.dim, dtype=np.float32)

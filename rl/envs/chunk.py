@@ -223,14 +223,15 @@ class ChunkEnv:
 
     def _keep(self, observation: RawObservation, times: int = 1) -> None:
         """Take an observation into the history."""
-        for path, array in contract.flat(observation).items():
+        arrays = contract.flat(observation)
+        for path, array in arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise NotFinite(
                     "observation",
                     "--env.type",
                     f"the environment returned NaN or Inf in its observation '{path}'",
                 )
-        layout = contract.layout(observation)
+        layout = contract.layout(arrays)
         if layout != self.layout:
             contract.check_layout(self.layout or layout, layout)
         self.layout = self.layout or layout

@@ -85,14 +85,16 @@ def flat(observation: Mapping[str, Any], path: str = "") -> dict[str, np.ndarray
     """The arrays of an observation that ``read_observation`` has read, nested ones by path."""
     arrays: dict[str, np.ndarray] = {}
     for key, value in observation.items():
-        nested = isinstance(value, dict)
-        arrays |= flat(value, f"{path}{key}/") if nested else {f"{path}{key}": value}
+        if isinstance(value, dict):
+            arrays |= flat(value, f"{path}{key}/")
+        else:
+            arrays[f"{path}{key}"] = value
     return arrays
 
 
-def layout(observation: Mapping[str, Any]) -> Layout:
-    """Shapes and dtypes of an observation."""
-    return {path: (array.shape, array.dtype) for path, array in flat(observation).items()}
+def layout(arrays: Mapping[str, np.ndarray]) -> Layout:
+    """Shapes and dtypes of the arrays that ``flat`` gives."""
+    return {path: (array.shape, array.dtype) for path, array in arrays.items()}
 
 
 def check_layout(first: Layout, now: Layout) -> None:

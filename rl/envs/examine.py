@@ -95,7 +95,7 @@ def examine(env: ChunkEnv, chunk: np.ndarray, move: bool = True) -> Findings:
     result = env.step_chunk(chunk, None)
     findings = Findings(True, result.success_key)
     warn = findings.warnings.append
-    for key, (_, dtype) in layout(result.final_observation or result.observation).items():
+    for key, (_, dtype) in layout(flat(result.final_observation or result.observation)).items():
         if dtype != after_reset[key][1]:
             warn(f"the observation's '{key}' is {after_reset[key][1]} after a reset and {dtype} after a step")
     space = env.env.action_space

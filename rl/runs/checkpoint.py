@@ -19,28 +19,24 @@ import contextlib
 import json
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
-from torch import Tensor
 
 from trimtab.adapters import UserError
 from trimtab.adapters.checkpoint.identity import hash_files
 from trimtab.adapters.errors import reason
 from trimtab.rl.data.replay import Batch, ReplayBuffer
+from trimtab.rl.runs.packing import pack, unpack
 from trimtab.rl.runs.processes import World
 
 FORMAT = 2
 MANIFEST, LEARNER, REPLAY, LAST = "manifest.json", "learner", "replay", "last"
-STORED = "$stored"
 
 
 @dataclass
@@ -57,38 +53,6 @@ class CheckpointConfig:
             raise UserError("--checkpoint.every", f"cannot be negative, got {self.every}")
         if self.keep < 1:
             raise UserError("--checkpoint.keep", f"must be at least 1, got {self.keep}")
-
-
-def pack(tree: Any, tensors: Batch, place: str = "") -> Any:
-    """The JSON form of nested dicts and lists; tensors and arrays in it go to ``tensors``.
-
-    Raises:
-        TypeError: a value that has no such form, so that nothing is left out unnoticed.
-    """
-    if isinstance(tree, Tensor | np.ndarray):
-        value = torch.as_tensor(tree).detach().cpu()
-        tensors[place] = value.clone(memory_format=torch.contiguous_format)
-        return {STORED: "tensor" if isinstance(tree, Tensor) else "array"}
-    if isinstance(tree, Mapping):
-        return {str(key): pack(value, tensors, f"{place}.{key}") for key, value in tree.items()}
-    if isinstance(tree, list | tuple | deque):
-        return [pack(value, tensors, f"{place}.{index}") for index, value in enumerate(tree)]
-    if isinstance(tree, np.generic):
-        return tree.item()
-    if tree is None or isinstance(tree, bool | int | float | str):
-        return tree
-    raise TypeError(f"{place}: a {type(tree).__name__} has no place in a checkpoint")
-
-
-def unpack(tree: Any, tensors: Batch, place: str = "") -> Any:
-    """The inverse of ``pack``; tuples and deques come back as lists."""
-    if isinstance(tree, dict):
-        if STORED in tree:
-            return tensors[place] if tree[STORED] == "tensor" else tensors[place].numpy()
-        return {key: unpack(value, tensors, f"{place}.{key}") for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [unpack(value, tensors, f"{place}.{index}") for index, value in enumerate(tree)]
-    return tree
 
 
 @dataclass
@@ -124,11 +88,8 @@ class Checkpoint:
 
     def rows(self, process: int) -> list[tuple[int, Batch]]:
         """The replay of a process, oldest first: number of the first row, and rows."""
-        found = []
-        for name in sorted(self.manifest["files"]):
-            if name.startswith(f"{REPLAY}/{process}-"):
-                found.append((_start(name), load_file(self.folder / name)))
-        return found
+        names = [n for n in sorted(self.manifest["files"]) if n.startswith(f"{REPLAY}/{process}-")]
+        return [(_start(name), load_file(self.folder / name)) for name in names]
 
 
 def _start(name: str) -> int:
@@ -181,15 +142,12 @@ class Checkpoints:
         if self._saved == env_steps and target.exists():
             return target
         work = self.folder / f".{target.name}.tmp"
-        if self.world.main:
-            self._try(lambda: self._begin(work), work)
-        else:
-            self._try(lambda: None, work)
+        main = self.world.main
+        self._try(lambda: self._begin(work) if main else None, work)
         written: dict[str, dict[str, Any]] = {}
         self._try(lambda: written.update(self._write_own(work, own, replay)), work)
         parts = self.world.gather(written)
-        finish = (lambda: self._finish(work, target, shared, parts)) if self.world.main else (lambda: None)
-        self._try(finish, work)
+        self._try(lambda: self._finish(work, target, shared, parts) if main else None, work)
         self._saved = env_steps
         self._files = {name: entry for name, entry in written.items() if name.startswith(REPLAY)}
         self._stop = replay.added
@@ -206,12 +164,11 @@ class Checkpoints:
             return
         if self.world.main:
             shutil.rmtree(work, ignore_errors=True)
-        said = reason(error) if error else "another process could not"
-        whole = [place.name for place in self._folders()]
-        kept = f"the last whole one is {self.folder / whole[0]}" if whole else "there is none yet"
+        why = reason(error) if error else "another process could not"
+        last = next((f"the last whole one is {folder}" for folder in self._folders()), "there is none yet")
         raise UserError(
             "--output_dir",
-            f"cannot write a checkpoint to {self.folder} ({said}); {kept}; make room, then go on with "
+            f"cannot write a checkpoint to {self.folder} ({why}); {last}; make room, then go on with "
             "--resume=true",
         )
 
@@ -227,26 +184,22 @@ class Checkpoints:
         files: dict[str, dict[str, Any]] = {}
         stop = oldest
         if self._saved >= 0 and self._stop > oldest:
-            needed = {name: e for name, e in self._files.items() if _start(name) + e["rows"] > oldest}
-            try:
+            with contextlib.suppress(FileNotFoundError):  # somebody removed that checkpoint: all rows anew
+                needed = {name: e for name, e in self._files.items() if _start(name) + e["rows"] > oldest}
                 for name in needed:
                     link_or_copy(before / name, work / name)
-                files, stop = dict(needed), self._stop
-            except FileNotFoundError:  # somebody removed that checkpoint: all rows anew
-                files, stop = {}, oldest
+                files, stop = needed, self._stop
         if stop < replay.added:
             name = f"{REPLAY}/{rank}-{stop:012d}.safetensors"
-            write(replay.rows(stop, replay.added), work / name)
-            files[name] = entry(work / name) | {"rows": replay.added - stop}
+            rows = write(serialise(replay.rows(stop, replay.added)), work / name)
+            files[name] = rows | {"rows": replay.added - stop}
         return files | write_tree(own, work, f"process-{rank}")
 
     def _finish(self, work: Path, target: Path, shared: dict, parts: list[dict]) -> None:
         files = write_tree(shared, work, LEARNER)
         for part in parts:
             files |= part
-        for name, text in self.texts.items():
-            write_text(text, work / name)
-            files[name] = entry(work / name)
+        files |= {name: write(text.encode(), work / name) for name, text in self.texts.items()}
         manifest = {
             "format": FORMAT,
             "env_steps": int(target.name),
@@ -255,7 +208,7 @@ class Checkpoints:
             "beside": self.beside(),
             "files": files,
         }
-        write_text(json.dumps(manifest, indent=1) + "\n", work / MANIFEST)
+        write(f"{json.dumps(manifest, indent=1)}\n".encode(), work / MANIFEST)
         sync_folder(work / REPLAY)
         sync_folder(work)
         if target.exists():  # a broken one of this name, or one from before a resumed run fell back
@@ -268,18 +221,16 @@ class Checkpoints:
             os.replace(link, self.folder / LAST)
         sync_folder(self.folder)
         # A run that fell back to an older checkpoint makes those after it obsolete.
-        for place in self._folders():
-            if int(place.name) > int(target.name):
-                shutil.rmtree(place, ignore_errors=True)
-        for place in self._folders()[self.config.keep :]:
-            shutil.rmtree(place, ignore_errors=True)
+        older = [folder for folder in self._folders() if int(folder.name) <= int(target.name)]
+        for folder in {*self._folders()} - {*older[: self.config.keep]}:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         """Checkpoint folders, newest first."""
         if not self.folder.is_dir():
             return []
-        found = [place for place in self.folder.iterdir() if place.name.isdigit() and not place.is_symlink()]
-        return sorted(found, key=lambda place: int(place.name), reverse=True)
+        folders = [path for path in self.folder.iterdir() if path.name.isdigit() and not path.is_symlink()]
+        return sorted(folders, key=lambda path: int(path.name), reverse=True)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, if any, and a line about each newer one that is not whole.
@@ -339,34 +290,21 @@ def check(folder: Path) -> dict[str, Any]:
 def write_tree(state: dict, folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Write nested state as a JSON and a safetensors file; returns both files' entries."""
     tensors: Batch = {}
-    content = {"state": pack(state, tensors)}
-    write(tensors, folder / f"{name}.safetensors")
-    write_text(json.dumps(content) + "\n", folder / f"{name}.json")
-    names = (f"{name}.json", f"{name}.safetensors")
-    return {name: entry(folder / name) for name in names}
+    text = json.dumps({"state": pack(state, tensors)}) + "\n"
+    parts = {f"{name}.json": text.encode(), f"{name}.safetensors": serialise(tensors)}
+    return {name: write(content, folder / name) for name, content in parts.items()}
 
 
-def write(tensors: Batch, path: Path) -> None:
-    """Save tensors and bring them to the disk.
+def write(content: bytes, path: Path) -> dict[str, Any]:
+    """Write a file and bring it to the disk; returns its entry for the manifest.
 
-    By way of a string: safetensors' own writing maps the file, and a full disk then kills the process.
+    (safetensors' own writing maps the file, and a full disk then kills the process.)
     """
     with open(path, "wb") as file:
-        file.write(serialise(tensors))
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def write_text(text: str, path: Path) -> None:
-    """Write a text and bring it to the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": hash_files([path])}
+    return {"bytes": len(content), "sha256": hash_files([path])}
 
 
 def link_or_copy(source: Path, target: Path) -> None:

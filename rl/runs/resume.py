@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trimtab.rl.collector import Collector
@@ -20,6 +21,21 @@ def weights_digest(module: nn.Module) -> str:
         found.update(name.encode())
         found.update(value.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor | None]:
+    """State of torch's own generators, of the CPU and of a GPU."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_rng_state(state: dict[str, Tensor | None], device: torch.device) -> None:
+    """The inverse of ``rng_state``."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def lost_notes(lost: int, repeatable: bool) -> list[str]:

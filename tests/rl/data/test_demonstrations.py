@@ -108,7 +108,8 @@ def test_transitions_are_those_made_by_hand(recorded, adapter):
 
 def test_candidates_are_what_the_policy_makes_of_their_noise(recorded, adapter):
     data, transitions, _ = made(recorded, adapter)
-    rows = [row for episode in data.episodes for row in episode.starts(adapter.chunk_shape[0])]
+    steps = adapter.chunk_shape[0]
+    rows = [row for e in data.episodes for row in range(e.first, e.first + len(e.rewards), steps)]
     for transition, row in list(zip(transitions, rows, strict=True))[::5]:
         conditioning = adapter.observe(data.history([row])).repeat_interleave(3)
         noise = torch.from_numpy(transition.extra["candidates_u"]).unflatten(1, adapter.noise_spec.shape)
