@@ -14,12 +14,6 @@ from trimtab.policies.networks import EnsembleMLP, FeatureNormalizer, require_ac
 LOSSES = ("logistic", "squared")
 
 
-def require_critic_loss(name: str) -> None:
-    """Raise a UserError unless ``name`` is a known loss."""
-    if name not in LOSSES:
-        raise UserError("--rl.critic_loss", f"'{name}' is none of {', '.join(LOSSES)}")
-
-
 @dataclass
 class CriticConfig:
     """Size of the critic ensemble."""

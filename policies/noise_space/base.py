@@ -17,16 +17,13 @@ UNITS = ("deviation", "bound")
 
 @dataclass
 class NoiseSpaceConfig(draccus.ChoiceRegistry, abc.ABC):
-    """``--noise.type=...``: which part of the noise the actor steers, and how far.
+    """``--noise.type=...``: which part of the noise the actor steers, and how far."""
 
-    Attributes:
-        bound: how far an entry of ``u`` takes the noise at most, in standard deviations of the prior. It
-            holds for the actor and for every other draw of ``u``.
-        unit: of ``u``, its log pi and the critic's input: ``deviation`` (standard deviations of the prior) or
-            ``bound`` (shares of the bound in [-1, 1], as Stable-Baselines3 scales actions).
-    """
-
+    # How far an entry of ``u`` takes the noise at most, in standard deviations of the prior. It holds for the
+    # actor and for every other draw of ``u``.
     bound: float = 2.0
+    # Of ``u``, its log pi and the critic's input: ``deviation`` (standard deviations of the prior) or
+    # ``bound`` (shares of the bound in [-1, 1], as Stable-Baselines3 scales actions).
     unit: str = "deviation"
 
     def __post_init__(self) -> None:
@@ -106,9 +103,9 @@ class NoiseSpace(abc.ABC):
         """
         return self.bound * torch.tanh(z / self.bound)
 
-    def unsquash(self, u: Tensor) -> Tensor:
-        """The inverse of ``squash``; infinite at the bound."""
-        return self.bound * torch.atanh(u / self.bound)
+    def unsquash(self, u: Tensor, within: float = 1.0) -> Tensor:
+        """The inverse of ``squash``; what lies farther out than ``within`` of the bound counts as there."""
+        return self.bound * torch.atanh((u / self.bound).clamp(-within, within))
 
     def log_slope(self, z: Tensor) -> Tensor:
         """``log d squash / dz`` per entry: ``log(1 - tanh(z / bound)^2)``, without cancellation."""

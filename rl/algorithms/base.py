@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trimtab.adapters import UserError
 from trimtab.policies.acting import ChunkPolicy
+from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
@@ -73,8 +74,15 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     # Chunks in an n-step return.
     n_step: int = 3
     batch_size: int = 256
+    learning_rate: float = 1e-3
     # Share of the learning rates that is left at the end of --train.env_steps; they fall linearly.
     learning_rate_end: float = 1.0
+    # Share of the online networks that their targets take over at each update.
+    tau: float = 0.005
+    # Critic updates per actor update.
+    actor_every: int = 2
+    # Clip TD targets to the returns that the reward allows, as critic_loss=logistic always does.
+    clip_targets: bool = True
     # Precision of the hidden layers' products while learning: float32 or bfloat16.
     precision: str = "float32"
     # How updates run: eager; compile: networks through torch.compile; cuda_graph: recorded and replayed.
@@ -83,17 +91,14 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma < 1.0:
             raise UserError("--rl.gamma", f"must be at least 0 and below 1, got {self.gamma}")
-        if self.discount_per not in DISCOUNT_PER:
-            known = ", ".join(DISCOUNT_PER)
-            raise UserError("--rl.discount_per", f"'{self.discount_per}' is none of {known}")
-        require_positive(self, "n_step", "batch_size")
+        require_positive(self, "n_step", "batch_size", "learning_rate", "tau", "actor_every")
+        if self.tau > 1.0:
+            raise UserError("--rl.tau", f"is a share, at most 1, got {self.tau}")
         if not 0.0 < self.learning_rate_end <= 1.0:
             raise UserError(
                 "--rl.learning_rate_end", f"is a share above 0 and at most 1, got {self.learning_rate_end}"
             )
-        for name, choices in (("precision", PRECISIONS), ("engine", ENGINES)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"--rl.{name}", f"'{getattr(self, name)}' is none of {', '.join(choices)}")
+        require_known(self, discount_per=DISCOUNT_PER, precision=PRECISIONS, engine=ENGINES)
 
     @property
     def pace(self) -> Pace:
@@ -155,6 +160,13 @@ def require_positive(config: Any, *names: str) -> None:
             raise UserError(f"--rl.{name}", f"must be positive, got {value}")
 
 
+def require_known(config: Any, **known: Sequence[str]) -> None:
+    """Raise a UserError for the first named setting that is none of its values."""
+    for name, values in known.items():
+        if getattr(config, name) not in values:
+            raise UserError(f"--rl.{name}", f"'{getattr(config, name)}' is none of {', '.join(values)}")
+
+
 class Algorithm(nn.Module, Acting, abc.ABC):
     """Learns from replayed transitions how to act on a frozen policy.
 
@@ -167,12 +179,16 @@ class Algorithm(nn.Module, Acting, abc.ABC):
 
     Attributes:
         decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
+        critic: judges what was executed; networks named ``target_...`` follow those without it.
+        bounds: what TD targets are clipped to, if anything.
         obstacle: why updates cannot be recorded as CUDA graphs, if so.
         updates: made so far.
     """
 
     config: Any  # of its own kind
     accelerator: Any
+    critic: CriticEnsemble
+    bounds: tuple[float, float] | None
     decode: Callable[..., Tensor] | None = None
     obstacle: str = ""
     updates: int
@@ -204,19 +220,52 @@ class Algorithm(nn.Module, Acting, abc.ABC):
             self.accelerator.device.type, torch.bfloat16, enabled=self._bfloat16, cache_enabled=False
         ):
             if self._engine is None:
-                metrics = self.learn(batch)
+                metrics = self._update(batch)
             else:
-                metrics = self._engine(self.learn, batch, self.phase())
+                metrics = self._engine(self._update, batch, self.phase())
         self.updates += 1
         return metrics
 
-    @abc.abstractmethod
+    def _update(self, batch: Batch) -> dict[str, Tensor]:
+        metrics = self.learn(self.look(batch))
+        with torch.no_grad():
+            for name, target in self.named_children():
+                if name.startswith("target_"):
+                    online = getattr(self, name.removeprefix("target_"))
+                    now, latest = list(target.parameters()), list(online.parameters())
+                    torch._foreach_lerp_(now, latest, self.config.tau)  # type: ignore[arg-type]
+        return metrics
+
+    def due(self, every: int) -> bool:
+        """Whether the coming update does what happens once in so many."""
+        return self.updates % every == 0
+
     def phase(self) -> tuple[int, ...]:
         """What the coming update does: those of equal phases run the same operations."""
+        return tuple(self.due(every) for every in (self.config.actor_every, MEASURED_EVERY, RANKED_EVERY))
 
     @abc.abstractmethod
     def learn(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of all that learns. Metrics are detached scalars, not yet synchronised."""
+        """One step of all that learns, from a batch after ``look``; targets follow by themselves.
+
+        Metrics are detached scalars, not yet synchronised.
+        """
+
+    def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the TD error, summed over the members, averaged over the batch; and the values (E, B)."""
+        return self.critic.regress(batch["features"], batch["chunk"], target)
+
+    def bootstrap(self, batch: Batch, value: Tensor) -> Tensor:
+        """``R + D * value``, (B,), clipped to ``bounds``."""
+        target = batch["reward"] + batch["discount"] * value
+        return target if self.bounds is None else target.clamp(*self.bounds)
+
+    def spread(self, values: Tensor) -> dict[str, Tensor]:
+        """Metrics of the critic's ``values`` on a batch, now and then."""
+        if not self.due(MEASURED_EVERY):
+            return {}
+        low, high = values.aminmax()
+        return {"q_mean": values.mean(), "q_min": low, "q_max": high}
 
     @abc.abstractmethod
     def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
@@ -228,9 +277,11 @@ class Algorithm(nn.Module, Acting, abc.ABC):
             chunks: (B, steps * action_dim) what was executed; it looks at either.
         """
 
-    @abc.abstractmethod
     def fit_normalizer(self, features: Tensor) -> None:
         """Take the statistics that standardise the observation features."""
+        network: Any
+        for network in self.children():
+            network.normalizer.fit(features.to(self.accelerator.device))
 
     def progress(self, share: float) -> None:
         """Let the learning rates fall: linearly, to ``config.learning_rate_end`` of what they were.
@@ -295,17 +346,3 @@ def frozen(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.requires_grad_(True)
-
-
-def spread(values: Tensor, updates: int) -> dict[str, Tensor]:
-    """Metrics of a critic's ``values`` on a batch, at every tenth update."""
-    if updates % MEASURED_EVERY:
-        return {}
-    low, high = values.aminmax()
-    return {"q_mean": values.mean(), "q_min": low, "q_max": high}
-
-
-@torch.no_grad()
-def polyak(target: nn.Module, source: nn.Module, tau: float) -> None:
-    """Move ``target`` a fraction ``tau`` towards ``source``."""
-    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), tau)

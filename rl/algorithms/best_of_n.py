@@ -30,22 +30,20 @@ from trimtab.policies.acting import (
     draw_candidates,
 )
 from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
-from trimtab.policies.critic import CriticConfig, CriticEnsemble, require_critic_loss
+from trimtab.policies.critic import LOSSES, CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, count_parameters
 from trimtab.rl.algorithms.base import (
-    MEASURED_EVERY,
     RANKED_EVERY,
     Algorithm,
     AlgorithmConfig,
     Pace,
     Problem,
     frozen,
-    polyak,
+    require_known,
     require_positive,
-    spread,
 )
-from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, pick, rank_correlation
+from trimtab.rl.algorithms.noise_critic import check_pairs, pick, rank_correlation
 from trimtab.rl.data.replay import Batch
 
 TARGETS = ("max", "sarsa", "softmax")
@@ -68,13 +66,10 @@ class BestOfNConfig(AlgorithmConfig):
     # Loss of both. logistic: cross-entropy of the value, scaled to [0, 1] between the smallest and largest
     # possible return (squared, if the reward has no bounds); squared: squared error of the value.
     critic_loss: str = "logistic"
-    learning_rate: float = 1e-3
     # Share of the learning rate that is left at the end of --train.env_steps; it falls linearly.
     learning_rate_end: float = 0.1
     # Chunks in an n-step return. Many make the acting policy good sooner: see rl/algorithms/best_of_n.md.
     n_step: int = 10
-    # Share of the online critic that its target takes over at each update.
-    tau: float = 0.005
     # Candidates decoded for each observation, of which the acting policy takes one.
     num_candidates: int = 16
     # How many of them the actor proposes; the others are draws of the base's own noise. Default: half.
@@ -97,18 +92,13 @@ class BestOfNConfig(AlgorithmConfig):
     prior_weight: float = 0.25
     # Share of the states in which the actor is trained at its mean (which is deployed), and not at a draw.
     mean_share: float = 0.5
-    # Critic updates per actor update.
-    actor_every: int = 2
-    # Clip TD targets to the returns that the reward allows, as critic_loss=logistic always does.
-    clip_targets: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(
             self,
-            *("learning_rate", "tau", "num_candidates", "temperature"),
-            *("prior_weight", "actor_every", "regression_temperature"),
-            "target_members",
+            *("num_candidates", "target_members", "temperature"),
+            *("prior_weight", "regression_temperature"),
         )
         if not 0 <= self.proposed < self.num_candidates:
             raise UserError(
@@ -118,22 +108,9 @@ class BestOfNConfig(AlgorithmConfig):
         for name, count in (("target_candidates", self.targets), ("distilled_pairs", self.pairs)):
             if not 1 <= count <= self.num_candidates:
                 raise UserError(f"--rl.{name}", f"must be from 1 to num_candidates={self.num_candidates}")
-        if self.target not in TARGETS:
-            raise UserError("--rl.target", f"'{self.target}' is none of {', '.join(TARGETS)}")
-        if self.distillation not in DISTILLATION:
-            known = ", ".join(DISTILLATION)
-            raise UserError("--rl.distillation", f"'{self.distillation}' is none of {known}")
+        require_known(self, target=TARGETS, distillation=DISTILLATION, acting=ACTING, critic_loss=LOSSES)
         if not 0.0 <= self.mean_share <= 1.0:
             raise UserError("--rl.mean_share", f"is a share, from 0 to 1, got {self.mean_share}")
-        require_critic_loss(self.critic_loss)
-        if self.acting not in ACTING:
-            raise UserError("--rl.acting", f"'{self.acting}' is none of {', '.join(ACTING)}")
-
-    def _or_part(self, count: int | None, parts: int) -> int:
-        """``count`` of the candidates, or one of so many ``parts`` of them; open until asked, so that it
-        follows their number.
-        """
-        return max(self.num_candidates // parts, 1) if count is None else count
 
     @property
     def pace(self) -> Pace:
@@ -152,12 +129,12 @@ class BestOfNConfig(AlgorithmConfig):
     @property
     def targets(self) -> int:
         """Candidates in a TD target."""
-        return self._or_part(self.target_candidates, 2)
+        return max(self.num_candidates // 2, 1) if self.target_candidates is None else self.target_candidates
 
     @property
     def pairs(self) -> int:
         """Pairs of a state in the distillation."""
-        return self._or_part(self.distilled_pairs, 4)
+        return max(self.num_candidates // 4, 1) if self.distilled_pairs is None else self.distilled_pairs
 
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         check_pairs(space, "best_of_n")
@@ -204,12 +181,7 @@ class BestOfN(Algorithm):
             value = values[:, 0]
         else:
             value = (torch.softmax(values / self.config.temperature, 1) * values).sum(1)
-        target = batch["reward"] + batch["discount"] * value
-        return target if self.bounds is None else target.clamp(*self.bounds)
-
-    def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the TD error, summed over the members, averaged over the batch; and the values (E, B)."""
-        return self.critic.regress(batch["features"], batch["chunk"], target)
+        return self.bootstrap(batch, value)
 
     def distillation_loss(self, batch: Batch, index: Tensor) -> Tensor:
         """Of ``Q^W_e(s, u_k)`` from ``mean Q^A(s, a_k)`` on stored pairs; its gradient reaches ``Q^W`` alone.
@@ -221,8 +193,7 @@ class BestOfN(Algorithm):
         features = batch["features"].detach()
         with torch.no_grad():
             wanted = self.critic(features, pick(batch["candidates"], index)).mean(0)
-        u = pick(batch["candidates_u"], index)
-        return distillation_loss(self.noise_critic, features, u, wanted)
+        return self.noise_critic.regress(features, pick(batch["candidates_u"], index), wanted)[0]
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """``E[weight * KL(pi || N(0, I)) - mean Q^W(s, u)]``; and the KL (B,) and ``u``.
@@ -233,14 +204,14 @@ class BestOfN(Algorithm):
         is good on average so far around is not yet what is best in the middle.
         """
         features = batch["features"].detach()
-        shape = len(features), self.actor.space.dim
+        shape = len(features), self.space.dim
         eps = torch.randn(shape, dtype=features.dtype, device=features.device)
         row = torch.arange(len(features) + 1, device=features.device)
         at_mean = (row * self.config.mean_share).floor().diff() > 0
         drawn = self.actor.sample(features, eps.masked_fill(at_mean.unsqueeze(1), 0.0))
         with frozen(self.noise_critic):
             value = self.noise_critic(features, drawn.u).mean(0)
-        divergence = kl_to_prior(drawn.mean, drawn.log_std, self.actor.space.initial_std)
+        divergence = kl_to_prior(drawn.mean, drawn.log_std, self.space.initial_std)
         return (self.config.prior_weight * divergence - value).mean(), divergence, drawn.u
 
     def regression_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,22 +223,16 @@ class BestOfN(Algorithm):
         with torch.no_grad():
             values = self.critic(batch["features"], batch["candidates"]).mean(0)
             weights = torch.softmax(values / self.config.regression_temperature, 1)
-            space = self.actor.space
-            z = space.unsquash(batch["candidates_u"].clamp(-0.999 * space.bound, 0.999 * space.bound))
+            z = self.space.unsquash(batch["candidates_u"], 0.999)
         mean, log_std = self.actor(batch["features"].detach())
         error = (z - mean.unsqueeze(1)) * (-log_std).exp().unsqueeze(1)
         loss = (0.5 * error.square() + log_std.unsqueeze(1)).sum(-1)
-        divergence = kl_to_prior(mean, log_std, space.initial_std)
-        return (weights * loss).sum(1).mean(), divergence, space.squash(mean)
-
-    def phase(self) -> tuple[int, ...]:
-        periods = self.config.actor_every, MEASURED_EVERY, RANKED_EVERY
-        return tuple(self.updates % every == 0 for every in periods)
+        divergence = kl_to_prior(mean, log_std, self.space.initial_std)
+        return (weights * loss).sum(1).mean(), divergence, self.space.squash(mean)
 
     def learn(self, batch: Batch) -> dict[str, Tensor]:
-        batch_size, device = len(batch["reward"]), batch["reward"].device
-        batch = self.look(batch)
-        order = torch.rand(batch_size, self.config.num_candidates, device=device).argsort(1)
+        reward = batch["reward"]
+        order = torch.rand(len(reward), self.config.num_candidates, device=reward.device).argsort(1)
         target = self.td_target(batch, order[:, : self.config.targets])
         loss, values = self.critic_loss(batch, target)
         distillation = self.distillation_loss(batch, order[:, -self.config.pairs :])
@@ -275,20 +240,22 @@ class BestOfN(Algorithm):
         metrics = {
             "critic_loss": loss.detach(),
             "distillation_loss": distillation.detach(),
-            **spread(values, self.updates),
+            **self.spread(values),
         }
-        if self.updates % self.config.actor_every == 0:
+        if self.due(self.config.actor_every):
             regress = self.config.distillation == "regression"
             loss, divergence, u = (self.regression_loss if regress else self.actor_loss)(batch)
             self._step(self.actor_optimizer, loss)
             metrics |= {
                 "actor_loss": loss.detach(),
                 "noise_kl_to_prior": divergence.detach().mean(),
-                "noise_rms": self.actor.space.scale * u.detach().square().mean().sqrt(),
+                "noise_rms": self.space.scale * u.detach().square().mean().sqrt(),
             }
-        if self.updates % RANKED_EVERY == 0:
-            metrics["rank_correlation"] = self.rank_correlation(batch)
-        polyak(self.target_critic, self.critic, self.config.tau)
+        if self.due(RANKED_EVERY):
+            pairs = batch["candidates_u"], batch["candidates"]
+            metrics["rank_correlation"] = rank_correlation(
+                self.noise_critic, self.critic, batch["features"], *pairs
+            )
         return metrics
 
     def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:
@@ -331,16 +298,6 @@ class BestOfN(Algorithm):
             return values[member, torch.arange(values.shape[1], device=values.device)].argmax(1)
         return torch.multinomial(torch.softmax(values.mean(0) / self.config.temperature, 1), 1).squeeze(1)
 
-    def rank_correlation(self, batch: Batch) -> Tensor:
-        """Of the two critics over the stored pairs, see ``noise_critic.rank_correlation``."""
-        pairs = batch["candidates_u"], batch["candidates"]
-        return rank_correlation(self.noise_critic, self.critic, batch["features"], *pairs)
-
     @torch.no_grad()
     def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
         return self.critic(self.actor.encoder(features), chunks).mean(0)
-
-    def fit_normalizer(self, features: Tensor) -> None:
-        features = features.to(self.actor.normalizer.mean.device)
-        for network in (self.actor, self.critic, self.target_critic, self.noise_critic):
-            network.normalizer.fit(features)

@@ -35,10 +35,10 @@ from trimtab.rl.algorithms.base import (
     AlgorithmConfig,
     Pace,
     Problem,
-    polyak,
+    require_known,
     require_positive,
 )
-from trimtab.rl.algorithms.noise_critic import check_pairs, distillation_loss, pick, rank_correlation
+from trimtab.rl.algorithms.noise_critic import check_pairs, pick, rank_correlation
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.data.replay import Batch
 
@@ -79,10 +79,7 @@ class DSRLNAConfig(SoftConfig):
         require_positive(
             self, "num_candidates", "distillation_steps", "distilled_pairs", "conditioning_limit"
         )
-        choices = (("mode", MODES), ("bootstrap", BOOTSTRAPS), ("regularizer", REGULARIZERS))
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                raise UserError(f"--rl.{name}", f"'{getattr(self, name)}' is none of {', '.join(known)}")
+        require_known(self, mode=MODES, bootstrap=BOOTSTRAPS, regularizer=REGULARIZERS)
         if self.regularizer == "prior" and (self.learn_temperature or self.backup_entropy):
             raise UserError(
                 "--rl.regularizer",
@@ -124,7 +121,7 @@ class DSRLNA(SoftActorCritic):
     config: DSRLNAConfig
 
     def __init__(self, config: DSRLNAConfig, problem: Problem) -> None:
-        super().__init__(config, problem, "chunk", problem.chunk_size)
+        super().__init__(config, problem, problem.chunk_size)
         config.check(problem.space)
         self.noise_critic = CriticEnsemble(
             self.actor.encoder.dim, problem.space.dim, config.critic, self.critic.bounds
@@ -158,22 +155,17 @@ class DSRLNA(SoftActorCritic):
             features: (B, d).
             u: (B, K, dim).
         """
-        space, z = self.actor.space, self._before_squash(u)
+        space, z = self.space, self.space.unsquash(u, 0.999)
         mean, log_std = (value.unsqueeze(1) for value in self.actor(features))
         exponent = (z / space.initial_std).square() - ((z - mean) * (-log_std).exp()).square()
         return 0.5 * exponent.sum(-1) + (math.log(space.initial_std) - log_std).sum(-1)
 
     def log_density(self, features: Tensor, u: Tensor) -> Tensor:
         """``log pi(u | s)``, (B,), of ``u`` (B, dim)."""
-        space, z = self.actor.space, self._before_squash(u)
+        space, z = self.space, self.space.unsquash(u, 0.999)
         mean, log_std = self.actor(features)
         gaussian = -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std
         return (gaussian - 0.5 * math.log(2.0 * math.pi) - space.log_slope(z)).sum(-1)
-
-    def _before_squash(self, u: Tensor) -> Tensor:
-        """What became ``u``; noise at the bound counts as drawn just within."""
-        space = self.actor.space
-        return space.unsquash(u.clamp(-0.999 * space.bound, 0.999 * space.bound))
 
     @torch.no_grad()
     def td_target(self, batch: Batch) -> Tensor:
@@ -190,14 +182,14 @@ class DSRLNA(SoftActorCritic):
             log_prob = value.new_zeros(len(features))
             if self.config.backup_entropy:
                 log_prob = self.log_density(features, pick(batch["next_candidates_u"], chosen)[:, 0])
-            return self._backup(batch, value.min(0).values, log_prob)
+            return self.soft_bootstrap(batch, value.min(0).values, log_prob)
         following = self.actor.sample(features)
         if self.by_noise_critic:
             value = self.target_noise_critic(features, following.u)
         else:
             chunk = self._decode(batch, following.u.unsqueeze(1), following=True)[:, 0]
             value = self.target_critic(features, chunk)
-        return self._backup(batch, value.min(0).values, following.log_prob)
+        return self.soft_bootstrap(batch, value.min(0).values, following.log_prob)
 
     def pairs(self, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
         """``count`` noises of each state and their chunks, (B, count, dim) and (B, count, A).
@@ -208,7 +200,7 @@ class DSRLNA(SoftActorCritic):
         if self.config.mode == "stored":
             order = torch.rand(size, self.config.num_candidates, device=device).argsort(1)[:, :count]
             return pick(batch["candidates_u"], order), pick(batch["candidates"], order)
-        space = self.actor.space
+        space = self.space
         u = space.squash(space.initial_std * torch.randn(size, count, space.dim, device=device))
         return u, self._decode(batch, u)
 
@@ -222,7 +214,7 @@ class DSRLNA(SoftActorCritic):
         features = batch["features"].detach()
         with torch.no_grad():
             wanted = self.critic(features, chunks)
-        return distillation_loss(self.noise_critic, features, u, wanted)
+        return self.noise_critic.regress(features, u, wanted)[0]
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, ActorOutput]:
         """``E[alpha * KL(pi || prior) - min_e Q^W_e(s, u)]``, or with entropy as in ``SoftActorCritic``.
@@ -232,12 +224,12 @@ class DSRLNA(SoftActorCritic):
         """
         loss, drawn = super().actor_loss(batch)
         if self.config.regularizer == "prior":
-            divergence = kl_to_prior(drawn.mean, drawn.log_std, self.actor.space.initial_std)
+            divergence = kl_to_prior(drawn.mean, drawn.log_std, self.space.initial_std)
             loss = loss + (self.alpha.detach() * (divergence - drawn.log_prob)).mean()
         return loss, drawn
 
     def phase(self) -> tuple[int, ...]:
-        return *super().phase(), self._distillations(), self.updates % RANKED_EVERY == 0
+        return *super().phase(), self._distillations()
 
     def _distillations(self) -> int:
         """Steps of the distillation in the coming update."""
@@ -245,19 +237,16 @@ class DSRLNA(SoftActorCritic):
         return math.floor((self.updates + 1) * rate) - math.floor(self.updates * rate)
 
     def learn(self, batch: Batch) -> dict[str, Tensor]:
-        calls, batch = self.base_calls, self.look(batch)
+        calls = self.base_calls
         metrics = self._update_critic(batch, self.td_target(batch))
         for _ in range(self._distillations()):
             loss = self.distillation_loss(batch, *self.pairs(batch, self.config.distilled_pairs))
             self._step(self.noise_optimizer, loss)
             metrics["distillation_loss"] = loss.detach()
         metrics |= self._update_actor(batch)
-        if self.updates % RANKED_EVERY == 0:
+        if self.due(RANKED_EVERY):
             metrics |= self.diagnose(batch)
         metrics["base_calls"] = torch.tensor(float(self.base_calls - calls))
-        polyak(self.target_critic, self.critic, self.config.tau)
-        if self.by_noise_critic:
-            polyak(self.target_noise_critic, self.noise_critic, self.config.tau)
         return metrics
 
     @torch.no_grad()

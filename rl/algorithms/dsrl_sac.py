@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.rl.algorithms.base import AlgorithmConfig, Problem, polyak
+from trimtab.rl.algorithms.base import AlgorithmConfig, Problem
 from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
 from trimtab.rl.data.replay import Batch
 
@@ -34,18 +34,17 @@ class DSRLSAC(SoftActorCritic):
     """See the module's docstring."""
 
     def __init__(self, config: DSRLSACConfig, problem: Problem) -> None:
-        super().__init__(config, problem, "u", problem.space.dim)
+        super().__init__(config, problem, problem.space.dim)
+
+    def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
+        return self.critic.regress(batch["features"], batch["u"], target)
 
     @torch.no_grad()
     def td_target(self, batch: Batch) -> Tensor:
         """``R + D * min_e Qbar_e(s', u')`` with ``u' ~ pi(s')``, (B,); clipped to the possible returns."""
         following = self.actor.sample(batch["next_features"])
         value = self.target_critic(batch["next_features"], following.u).min(0).values
-        return self._backup(batch, value, following.log_prob)
+        return self.soft_bootstrap(batch, value, following.log_prob)
 
     def learn(self, batch: Batch) -> dict[str, Tensor]:
-        batch = self.look(batch)
-        metrics = self._update_critic(batch, self.td_target(batch))
-        metrics |= self._update_actor(batch)
-        polyak(self.target_critic, self.critic, self.config.tau)
-        return metrics
+        return self._update_critic(batch, self.td_target(batch)) | self._update_actor(batch)

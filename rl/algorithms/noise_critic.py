@@ -29,18 +29,6 @@ def pick(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
-def distillation_loss(noise_critic: CriticEnsemble, features: Tensor, u: Tensor, wanted: Tensor) -> Tensor:
-    """Of ``Q^W_e(s, u_k)`` from ``wanted``, summed over the members, averaged over states and pairs.
-
-    Args:
-        noise_critic: what learns.
-        features: (B, d).
-        u: (B, m, dim).
-        wanted: (B, m), or (E, B, m) with a value for each member; the action critic's, without gradient.
-    """
-    return noise_critic.regress(features, u, wanted)[0]
-
-
 @torch.no_grad()
 def rank_correlation(
     noise_critic: CriticEnsemble, critic: CriticEnsemble, features: Tensor, u: Tensor, chunks: Tensor

@@ -30,14 +30,11 @@ from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.residual import ResidualActor
 from trimtab.rl.algorithms.acting import PLAIN_RUN, LoadedBase, RunRequest
 from trimtab.rl.algorithms.base import (
-    MEASURED_EVERY,
     Algorithm,
     AlgorithmConfig,
     Problem,
     frozen,
-    polyak,
     require_positive,
-    spread,
 )
 from trimtab.rl.data.replay import Batch
 
@@ -50,9 +47,6 @@ class ResidualConfig(AlgorithmConfig):
     # Size and activation of the actor; its other settings have no effect.
     actor: ActorConfig = field(default_factory=ActorConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
-    learning_rate: float = 1e-3
-    # Share of the online networks that their targets take over at each update.
-    tau: float = 0.005
     # Largest correction of an entry of the chunk, in the policy's normalised actions (mostly -1 to 1).
     scale: float = 0.5
     # Deviation of the exploration noise, as a share of scale.
@@ -62,14 +56,10 @@ class ResidualConfig(AlgorithmConfig):
     target_clip: float = 0.5
     # Weight of the mean squared correction (as a share of scale), in units of return.
     penalty: float = 0.01
-    # Critic updates per actor update.
-    actor_every: int = 2
-    # Clip TD targets to the returns that the reward allows.
-    clip_targets: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "learning_rate", "tau", "scale", "actor_every")
+        require_positive(self, "scale")
         for name in ("exploration", "target_noise", "target_clip", "penalty"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--rl.{name}", f"cannot be negative, got {getattr(self, name)}")
@@ -127,13 +117,7 @@ class Residual(Algorithm):
         noise = (config.target_noise * eps).clamp(-config.target_clip, config.target_clip)
         correction = (correction + config.scale * noise).clamp(-config.scale, config.scale)
         value = self.target_critic(features, base + correction).min(0).values
-        target = batch["reward"] + batch["discount"] * value
-        return target if self.bounds is None else target.clamp(*self.bounds)
-
-    def critic_loss(self, batch: Batch, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared TD error of the executed chunk, summed over the members; and the values (E, B)."""
-        values = self.critic(batch["features"], batch["chunk"])
-        return (values - target).square().mean(1).sum(), values
+        return self.bootstrap(batch, value)
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """``E[penalty * mean((r / scale)^2) - mean_e Q_e(s, a_base + r)]``, ``r = r(s, a_base)``."""
@@ -144,23 +128,17 @@ class Residual(Algorithm):
         cost = (correction / self.config.scale).square().mean(1)
         return (self.config.penalty * cost - value).mean(), correction
 
-    def phase(self) -> tuple[int, ...]:
-        return self.updates % self.config.actor_every == 0, self.updates % MEASURED_EVERY == 0
-
     def learn(self, batch: Batch) -> dict[str, Tensor]:
-        batch = self.look(batch)
         loss, values = self.critic_loss(batch, self.td_target(batch))
         self._step(self.critic_optimizer, loss)
-        metrics = {"critic_loss": loss.detach(), **spread(values.detach(), self.updates)}
-        if self.updates % self.config.actor_every == 0:
+        metrics = {"critic_loss": loss.detach(), **self.spread(values)}
+        if self.due(self.config.actor_every):
             loss, correction = self.actor_loss(batch)
             self._step(self.actor_optimizer, loss)
             metrics |= {
                 "actor_loss": loss.detach(),
                 "correction_rms": correction.detach().square().mean().sqrt(),
             }
-        polyak(self.target_critic, self.critic, self.config.tau)
-        polyak(self.target_actor, self.actor, self.config.tau)
         return metrics
 
     def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:
@@ -195,9 +173,3 @@ class Residual(Algorithm):
     @torch.no_grad()
     def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
         return self.critic(self.actor.encoder(features), chunks).mean(0)
-
-    def fit_normalizer(self, features: Tensor) -> None:
-        features = features.to(self.actor.normalizer.mean.device)
-        network: Any
-        for network in self.children():
-            network.normalizer.fit(features)

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.rl.runs.shared_sum import SharedSum
-
 
 class World:
     """The processes of an ``accelerate.Accelerator``.
@@ -23,10 +21,7 @@ class World:
     Attributes:
         rank, size: of this process, and how many there are.
         main: whether this process writes.
-        waited: seconds spent on adding up: waiting for the others, and the sums themselves (on a GPU, what of
-            them the host sees).
-        shared: memory through which processes of one machine add up on its CPU, from the first sum on; else
-            messages are sent.
+        waited: seconds spent on adding up, waiting for the others included.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -34,50 +29,34 @@ class World:
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.main = self.rank == 0
         self.waited = 0.0
-        self.shared: SharedSum | None = None
-        self._begun = False
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum over the processes, entry by entry."""
         if self.size == 1:
             return list(values)
-        started = time.perf_counter()
         # NCCL takes tensors on its device only; MPS has no float64, but no processes either.
         total = torch.tensor(list(values), dtype=torch.float64, device=self.accelerator.device)
         self._add_up(total)
-        found = total.tolist()
-        self.waited += time.perf_counter() - started
-        return found
+        return total.tolist()
 
     def _add_up(self, flat: Tensor) -> None:
         """Replace ``flat`` by its sum over the processes."""
-        if not self._begun:
-            self._begun = True
-            if self.accelerator.device.type == "cpu":
-                self.shared = SharedSum.try_among(self.rank, self.size, self.gather)
-        if self.shared is None or not self.shared(flat):
-            self.shared = None
-            torch.distributed.all_reduce(flat)
+        started = time.perf_counter()
+        torch.distributed.all_reduce(flat)
+        self.waited += time.perf_counter() - started
 
     def all(self, here: bool) -> bool:
         """Whether ``here`` holds on every process; also a barrier."""
         return self.sum([0.0 if here else 1.0])[0] == 0.0
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes; one message for all of a kind."""
+        """Replace each tensor by its mean over the processes; all are sent as one."""
         if self.size == 1:
             return
-        started = time.perf_counter()
-        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors:
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-        for group in kinds.values():
-            flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            self._add_up(flat)
-            flat /= self.size
-            parts = flat.split([tensor.numel() for tensor in group])
-            torch._foreach_copy_(group, [part.view_as(t) for part, t in zip(parts, group, strict=True)])
-        self.waited += time.perf_counter() - started
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        self._add_up(flat)
+        parts = (flat / self.size).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
     def rows(self, rows: Tensor) -> Tensor:
         """The rows (n, ...) of all processes, in their order; n may differ."""
@@ -131,31 +110,20 @@ class StepGuard:
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [parameter.grad for parameter in parameters]
-        if not gradients:
-            return
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         self.world.average(gradients)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         broken = (~torch.isfinite(norm)).float()
         self.skipped += broken
         if self.clip is not None:
             torch._foreach_mul_(gradients, (self.clip / norm.clamp_min(1e-12)).clamp_max(1.0))
-        if optimizer.defaults.get("fused"):
-            optimizer.found_inf = broken  # type: ignore[attr-defined]
-        elif broken:
-            for parameter in parameters:
-                parameter.grad = None
+        optimizer.found_inf = broken  # type: ignore[attr-defined]
 
 
 def optimizers(algorithm: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """The optimisers among an algorithm's attributes, by name, without Accelerate's wrapping."""
-    found = {}
-    for name, value in vars(algorithm).items():
-        inner = getattr(value, "optimizer", value)
-        if isinstance(inner, torch.optim.Optimizer):
-            found[name] = inner
-    return found
+    """The optimisers among an algorithm's attributes, by name."""
+    return {k: v for k, v in vars(algorithm).items() if isinstance(v, torch.optim.Optimizer)}
 
 
 def count_outcomes(outcomes: list[tuple[int, bool, bool]], tasks: list[str]) -> list[float]:

@@ -117,7 +117,6 @@ def main(folder):
     weights = torch.cat([value.flatten() for value in trainer.algorithm.state_dict().values()])
     said |= {
         "stopped": stopped.value.name,
-        "shared": trainer.world.shared is not None,
         "env_steps": trainer.env_steps,
         "weights": weights.tolist(),
         "updates": trainer.updates,

@@ -416,8 +416,8 @@ def test_replayed_conditioning_decodes_to_what_was_executed(pusht_policy):
     assert torch.allclose(chunks, batch["chunk"], atol=2e-3)  # the chunk is kept in float16
     assert not torch.allclose(decode(batch, batch["u"].unsqueeze(1), following=True)[:, 0], chunks, atol=1e-2)
     for transition in transitions:  # this policy's features are its conditioning
-        assert np.array_equal(transition.extra["conditioning.global"], transition.features)
-        assert np.array_equal(transition.extra["next_conditioning.global"], transition.next_features)
+        assert np.array_equal(transition.extra["conditioning.features"], transition.features)
+        assert np.array_equal(transition.extra["next_conditioning.features"], transition.next_features)
 
 
 class HalfPoint(PointAdapter):

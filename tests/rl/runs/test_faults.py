@@ -136,13 +136,12 @@ def test_nan_losses_never_reach_the_weights(tmp_path):
     assert "critic_loss" in lines[-1]
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_broken_step_changes_nothing(fused):
+def test_a_broken_step_changes_nothing():
     """Beside an optimiser without a guard, which gets the gradients clipped by hand, and no broken one."""
 
     def build():
         parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
-        return parameter, torch.optim.Adam([parameter], lr=0.1, fused=fused)
+        return parameter, torch.optim.Adam([parameter], lr=0.1, fused=True)
 
     (guarded, first), (plain, second) = build(), build()
     holder, guard = torch.nn.Module(), StepGuard(World(Accelerator(cpu=True)), clip=1.0)

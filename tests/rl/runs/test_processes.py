@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -42,7 +41,6 @@ def test_weights_are_the_same_and_experience_is_not(run):
     assert first["size"] == second["size"] == 2
     assert first["updates"] == second["updates"] >= 200
     assert first["weights"] == second["weights"]
-    assert first["shared"] == second["shared"] == (platform.machine() == "x86_64")
     assert not set(first["seeds"]) & set(second["seeds"])
     assert first["shard"] + second["shard"] == first["transitions"] == second["transitions"]
     assert min(first["shard"], second["shard"]) > 100
