@@ -17,16 +17,13 @@ UNITS = ("deviation", "bound")
 
 @dataclass
 class NoiseSpaceConfig(draccus.ChoiceRegistry, abc.ABC):
-    """``--noise.type=...``: which part of the noise the actor steers, and how far.
+    """``--noise.type=...``: which part of the noise the actor steers, and how far."""
 
-    Attributes:
-        bound: how far an entry of ``u`` takes the noise at most, in standard deviations of the prior. It
-            holds for the actor and for every other draw of ``u``.
-        unit: of ``u``, its log pi and the critic's input: ``deviation`` (standard deviations of the prior) or
-            ``bound`` (shares of the bound in [-1, 1], as Stable-Baselines3 scales actions).
-    """
-
+    # How far an entry of ``u`` takes the noise at most, in standard deviations of the prior. It holds for the
+    # actor and for every other draw of ``u``.
     bound: float = 2.0
+    # Of ``u``, its log pi and the critic's input: ``deviation`` (standard deviations of the prior) or
+    # ``bound`` (shares of the bound in [-1, 1], as Stable-Baselines3 scales actions).
     unit: str = "deviation"
 
     def __post_init__(self) -> None:

@@ -18,11 +18,9 @@ class KnotNoiseConfig(NoiseSpaceConfig):
 
     1 is ``repeat``, as many as the noise has steps is ``full``. As with ``repeat``, steps are correlated,
     which the policy never met: compare its success.
-
-    Attributes:
-        knots: how many.
     """
 
+    # How many.
     knots: int = 4
 
     def __post_init__(self) -> None:

@@ -20,13 +20,11 @@ class MaskedNoiseConfig(NoiseSpaceConfig):
     """Only the entries that can change the executed actions, or those of the given rows and columns.
 
     The others are drawn afresh from the prior for every chunk.
-
-    Attributes:
-        rows: steps to steer, such as ``0:8`` (0 to 7), ``:8`` or ``0:2,6:8``; default: all.
-        columns: dimensions to steer, likewise.
     """
 
+    # Steps to steer, such as ``0:8`` (0 to 7), ``:8`` or ``0:2,6:8``; default: all.
     rows: str | None = None
+    # Dimensions to steer, likewise.
     columns: str | None = None
 
     def __post_init__(self) -> None:

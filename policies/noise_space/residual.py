@@ -20,16 +20,14 @@ class ResidualNoiseConfig(NoiseSpaceConfig):
     The gentlest space: the noise keeps the prior's spread whatever the actor learns, so it stays near what
     the policy was trained on, and no single noise can be enforced. ``u`` is delta: neither the actor nor a
     critic of ``u`` sees eps.
-
-    Attributes:
-        bound: of delta, in standard deviations of the prior.
-        delta: ``repeat``, one vector over the steps of the chunk, or ``full``.
-        start: deviation of delta before training; its mean is 0. The noise then has variance 1 + start^2,
-            and with ``repeat`` its steps correlate by start^2 / (1 + start^2).
     """
 
+    # Of delta, in standard deviations of the prior.
     bound: float = 1.0
+    # ``repeat``, one vector over the steps of the chunk, or ``full``.
     delta: str = "repeat"
+    # Deviation of delta before training; its mean is 0. The noise then has variance 1 + start^2, and with
+    # ``repeat`` its steps correlate by start^2 / (1 + start^2).
     start: float = 0.1
 
     def __post_init__(self) -> None:

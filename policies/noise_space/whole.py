@@ -58,11 +58,9 @@ class ConstantNoiseConfig(NoiseSpaceConfig):
     """One noise for every observation (a golden ticket): the actor does not look.
 
     Before training that one distribution is the prior; learning narrows it to one noise.
-
-    Attributes:
-        ticket: ``full``, or ``repeat`` for one vector over the steps of the chunk.
     """
 
+    # ``full``, or ``repeat`` for one vector over the steps of the chunk.
     ticket: str = "full"
 
     def __post_init__(self) -> None:

@@ -21,24 +21,21 @@ KINDS = ("careful", "shift", "blind_spot")
 
 @dataclass
 class Operator:
-    """How one task's demonstrations are performed.
+    """How one task's demonstrations are performed."""
 
-    Attributes:
-        kind: ``careful``; ``shift`` (the object is seen displaced in a random direction); or
-            ``blind_spot`` (displaced along x, away from the middle: to the right where the object lies
-            right of ``center``, to the left where it lies left of it).
-        p_bad: share of the episodes with that error.
-        offset: size of the error in metres; an episode draws a factor of U(0.5, 1.3) for ``shift``
-            and U(0.8, 1.3) for ``blind_spot``.
-        center: x in metres that divides left from right, for ``blind_spot``; ``None`` takes the median
-            of the task's start states.
-        noise: standard deviation of the Gaussian noise on every action, in action units.
-    """
-
+    # ``careful``; ``shift`` (the object is seen displaced in a random direction); or ``blind_spot``
+    # (displaced along x, away from the middle: to the right where the object lies right of ``center``, to the
+    # left where it lies left of it).
     kind: str = "careful"
+    # Share of the episodes with that error.
     p_bad: float = 0.0
+    # Size of the error in metres; an episode draws a factor of U(0.5, 1.3) for ``shift`` and U(0.8, 1.3) for
+    # ``blind_spot``.
     offset: float = 0.0
+    # What divides left from right, x in metres, for ``blind_spot``; ``None`` takes the median of the task's
+    # start states.
     center: float | None = None
+    # Standard deviation of the Gaussian noise on every action, in action units.
     noise: float = 0.1
 
     def __post_init__(self) -> None:

@@ -71,32 +71,18 @@ def read_options(path: str | Path, option: str = "") -> Options:
     return content
 
 
-def merge(below: Options, above: Options, replaced: list[tuple[str, Options, str]] | None = None) -> Options:
-    """``below`` with what ``above`` says. A part to which ``above`` gives another type begins empty.
-
-    Args:
-        below, above: options; neither is changed.
-        replaced: gets (dotted name, options of ``below``, new type) of each part that begins empty.
-    """
-    return _merge(below, above, [] if replaced is None else replaced, "")
-
-
-def _merge(below: Options, above: Options, replaced: list[tuple[str, Options, str]], prefix: str) -> Options:
+def merge(below: Options, above: Options) -> Options:
+    """``below`` with what ``above`` says. A part to which ``above`` gives another type begins empty."""
     merged = dict(below)
     for name, value in above.items():
-        before = merged.get(name)
-        if not isinstance(value, dict):
-            merged[name] = value
-        elif (
-            isinstance(before, dict)
-            and {"type"} <= set(before) & set(value)
-            and (before["type"] != value["type"])
-        ):
-            replaced.append((f"{prefix}{name}", before, value["type"]))
-            merged[name] = _merge({}, value, replaced, f"{prefix}{name}.")
-        else:
-            before = before if isinstance(before, dict) else {}
-            merged[name] = _merge(before, value, replaced, f"{prefix}{name}.")
+        if isinstance(value, dict):
+            before = merged.get(name)
+            kept = isinstance(before, dict) and before.get("type") in (
+                None,
+                value.get("type", before.get("type")),
+            )
+            value = merge(before if kept else {}, value)
+        merged[name] = value
     return merged
 
 

@@ -34,7 +34,7 @@ from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.algorithms.presets import PAPER, UNSAID
 
 HELP = ("-h", "--help")
-PRESET = "--rl.preset"
+PRESET = "rl.preset"
 TINY_HELP = """
 --tiny=true: a random tiny policy of the same type in the place of the checkpoint, in an environment that is
 installed, with budgets of seconds (--tiny=TYPE says which type).
@@ -69,12 +69,14 @@ def parse[Config](
     content, given = load_plugins(read_options(path) if path else {}, given)
     content.pop(ABOUT, None)
     content = fitted(content, command, names, path)
-    replaced: list[tuple[str, Options, str]] = []
-    values = (layered if "rl" in names else merge)(content, given, replaced)
+    below: Options = {}
+    if "rl" in names:
+        below, content, given = with_algorithm(content, given)
+    values = merge(below, merge(content, given))
     if set(HELP) & set(args):
         print_help(config_class, command, values)
         raise SystemExit(0)
-    for line in left_out(config_class, replaced):
+    for line in left_out(config_class, content, given):
         say(line)
     if tiny != "false":
         from trimtab.recipes.support.tiny_run import tiny_options
@@ -115,38 +117,37 @@ def fitted(content: Options, command: str, names: set[str], path: Path | None) -
     return {name: value for name, value in content.items() if name not in others}
 
 
-def layered(content: Options, given: Options, replaced: list[tuple[str, Options, str]]) -> Options:
-    """The options of a command that learns: preset < file < command line.
+def with_algorithm(content: Options, given: Options) -> tuple[Options, Options, Options]:
+    """The options of a command that learns, and what lies below them: a preset.
 
     What goes with an algorithm unless said otherwise (``UNSAID``) is a preset too. Where the command line
-    names another algorithm than the file, it is above the file's, which was for the other one.
+    names another algorithm than the file, it comes with the command line: the file's was for the other one.
+
+    Returns:
+        preset, ``content`` of the file, ``given`` on the command line
 
     Raises:
         UserError: an unknown preset, or an algorithm without it.
     """
     before, now = value_at(content, "rl.type"), value_at(given, "rl.type")
-    rl = given.get("rl")
-    preset = rl.pop("preset", "default") if isinstance(rl, dict) else "default"
-    if rl == {}:
-        del given["rl"]
-    algorithm = str(now or before or "dsrl_sac")
-    if preset not in ("default", "paper"):
-        raise UserError(PRESET, f"'{preset}' is none of default, paper")
+    algorithm, preset = str(now or before or "dsrl_sac"), value_at(given, PRESET)
+    if preset not in (None, "default", "paper"):
+        raise UserError(f"--{PRESET}", f"'{preset}' is none of default, paper")
     if preset == "paper" and algorithm not in PAPER:
-        raise UserError(PRESET, f"{algorithm} has no paper preset; {', '.join(PAPER)} have")
-    below = (
-        PAPER[algorithm] | {"rl": {"type": algorithm, **PAPER[algorithm]["rl"]}} if preset == "paper" else {}
-    )
+        raise UserError(f"--{PRESET}", f"{algorithm} has no paper preset; {', '.join(PAPER)} have")
+    if preset:
+        rl = {name: value for name, value in given["rl"].items() if name != "preset"}
+        given = {name: value for name, value in {**given, "rl": rl}.items() if value != {}}
+    below = merge(PAPER[algorithm], {"rl": {"type": algorithm}}) if preset == "paper" else {}
     unsaid = UNSAID.get(algorithm, {})
-    said = given
     if None not in (before, now) and before != now:
-        content, given = without_unsaid(content, str(before)), merge(unsaid, given)
+        said, content, given = given, without_unsaid(content, str(before)), merge(unsaid, given)
     else:
-        below, said = merge(below, unsaid), merge(content, given)
+        said, below = merge(content, given), merge(below, unsaid)
     for name, value in flatten(unsaid).items():
         if value_at(said, name) is None:
             say(f"{algorithm} takes --{name}={value} unless another is named")
-    return merge(below, merge(content, given, replaced))
+    return below, content, given
 
 
 def without_unsaid(content: Options, algorithm: str) -> Options:
@@ -159,31 +160,26 @@ def without_unsaid(content: Options, algorithm: str) -> Options:
         if isinstance(found.get(part), dict):
             same = {name for name, value in values.items() if found[part].get(name) == value}
             found[part] = {n: v for n, v in found[part].items() if n not in same and "type" not in same}
-            if not found[part]:
-                del found[part]
-    return found
+    return {name: value for name, value in found.items() if value != {}}
 
 
-def left_out(config_class: type, replaced: list[tuple[str, Options, str]]) -> list[str]:
+def left_out(config_class: type, content: Options, given: Options) -> list[str]:
     """A line for each part of a file that gets another type, about what differed from its type's defaults."""
     lines = []
-    for name, options, kind in replaced:
-        before = options["type"]
-        registry = members(typing.get_type_hints(config_class).get(name))
-        choices = registry[0].get_known_choices() if registry and is_choices(registry[0]) else {}
+    for name, options in content.items():
+        before, now = value_at(content, f"{name}.type"), value_at(given, f"{name}.type")
+        if None in (before, now) or before == now:
+            continue
+        registry = members(typing.get_type_hints(config_class).get(name))[0]
         try:
-            defaults = flatten(draccus.encode(choices[before]()))
-        except (KeyError, TypeError):  # unknown, or with required options
+            defaults = flatten(draccus.encode(registry.get_choice_class(before)()))
+        except (AttributeError, KeyError, TypeError):  # unknown, or with required options
             defaults = {}
-        odd = [
-            f"{name}.{n}"
-            for n, v in flatten(options).items()
-            if n != "type" and (n, v) not in defaults.items()
-        ]
-        if odd:
+        chosen = [n for n, v in flatten(options).items() if n != "type" and (n, v) not in defaults.items()]
+        if chosen:
             lines.append(
-                f"--{name}.type={kind} takes its own defaults; of the file's {before}, left out: "
-                + ", ".join(odd)
+                f"--{name}.type={now} takes its own defaults; of the file's {before}, left out: "
+                + ", ".join(f"{name}.{one}" for one in chosen)
             )
     return lines
 

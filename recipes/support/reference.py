@@ -1,8 +1,7 @@
 """`python -m trimtab.recipes.support.reference` prints the configuration reference.
 
 It is made from the dataclasses.
-
-What is said of an option is the comment above its field, or its entry under "Attributes:" in the docstring.
+What is said of an option is the comment above its field.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def comments(cls: type) -> dict[str, str]:
     """What the source of ``cls`` says of the fields that it declares itself."""
     source = textwrap.dedent(inspect.getsource(cls))
     lines = source.splitlines()
-    found = _attributes(inspect.getdoc(cls) or "") if "__doc__" in vars(cls) else {}
+    found: dict[str, str] = {}
     for node in ast.parse(source).body[0].body:
         if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
             continue
@@ -50,23 +49,6 @@ def comments(cls: type) -> dict[str, str]:
             at -= 1
         if above:
             found[node.target.id] = " ".join(above)
-    return found
-
-
-def _attributes(doc: str) -> dict[str, str]:
-    """The entries under "Attributes:" of a docstring."""
-    found: dict[str, str] = {}
-    lines = doc.partition("Attributes:\n")[2].splitlines()
-    names: list[str] = []
-    for line in lines:
-        if line and not line.startswith(" "):
-            break
-        if line.startswith("    ") and not line.startswith("     ") and ":" in line:
-            head, _, text = line.strip().partition(":")
-            names = [name.strip() for name in head.split(",")]
-            found |= dict.fromkeys(names, text.strip())
-        elif line.strip():
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
     return found
 
 

@@ -231,8 +231,9 @@ class Algorithm(nn.Module, Acting, abc.ABC):
         with torch.no_grad():
             for name, target in self.named_children():
                 if name.startswith("target_"):
-                    online = list(getattr(self, name.removeprefix("target_")).parameters())
-                    torch._foreach_lerp_(list(target.parameters()), online, self.config.tau)
+                    online = getattr(self, name.removeprefix("target_"))
+                    now, latest = list(target.parameters()), list(online.parameters())
+                    torch._foreach_lerp_(now, latest, self.config.tau)  # type: ignore[arg-type]
         return metrics
 
     def due(self, every: int) -> bool:

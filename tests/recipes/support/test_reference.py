@@ -10,14 +10,9 @@ PAGE = Path(__file__).parents[3] / "recipes" / "CONFIGURATION.md"
 
 @dataclass
 class Parent:
-    """A config.
+    """A config."""
 
-    Attributes:
-        first, second: said in the docstring,
-            over two lines.
-        third: replaced below.
-    """
-
+    # One line.
     first: int = 1
     second: float = 2.0
     # What the comment says,
@@ -35,14 +30,14 @@ class Child(Parent):
     fifth: bool = True
 
 
-def test_comments_and_docstrings_become_descriptions():
+def test_comments_become_descriptions():
     own = comments(Parent)
-    assert own["first"] == own["second"] == "said in the docstring, over two lines."
+    assert own["first"] == "One line." and "second" not in own
     assert own["third"] == "What the comment says, over two lines."
     assert described(Child)["first"] == own["first"] and comments(Child) == {"fourth": "A comment."}
     assert rows(Child)[2:] == [
-        "| `first` | int | `3` | said in the docstring, over two lines. |",
-        "| `second` | float | `2.0` | said in the docstring, over two lines. |",
+        "| `first` | int | `3` | One line. |",
+        "| `second` | float | `2.0` |  |",
         "| `third` | str or none | `none` | What the comment says, over two lines. |",
         "| `fourth` | list[int] | `[]` | A comment. |",
         "| `fifth` | bool | `true` |  |",

@@ -14,7 +14,8 @@ from tests.helpers.lane import SMALL, TRAIN
 from trimtab.adapters import UserError
 from trimtab.recipes.cli import main
 from trimtab.recipes.cli.adapt import AdaptConfig
-from trimtab.recipes.support.options import layered, parse
+from trimtab.recipes.support.layers import merge
+from trimtab.recipes.support.options import parse, with_algorithm
 from trimtab.recipes.support.repeat import absolute, loaded_plugins, repeatable, without_plugins
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.algorithms.presets import PAPER
@@ -174,18 +175,23 @@ def test_other_noise_environment_and_preset(run, tmp_path, capsys):
     assert (config.rl.type, config.noise.type) == ("golden_ticket", "constant")
 
 
+def merged(content, given):
+    below, content, given = with_algorithm(content, given)
+    return merge(below, merge(content, given))
+
+
 def test_a_golden_tickets_noise_goes_with_it():
     content = {"rl": {"type": "golden_ticket"}, "noise": {"type": "constant"}, "train": {"env_steps": 5}}
     best = {"rl": {"type": "best_of_n"}}
-    assert layered(content, best, []) == {**best, "train": {"env_steps": 5}}
-    assert layered(content, {"rl": {"type": "golden_ticket"}}, []) == content
-    assert layered({"rl": {"gamma": 0.9}}, best, []) == {"rl": {"gamma": 0.9, "type": "best_of_n"}}
-    assert layered({}, best, []) == best
+    assert merged(content, best) == {**best, "train": {"env_steps": 5}}
+    assert merged(content, {"rl": {"type": "golden_ticket"}}) == content
+    assert merged({"rl": {"gamma": 0.9}}, best) == {"rl": {"gamma": 0.9, "type": "best_of_n"}}
+    assert merged({}, best) == best
     noise = {"noise": {"type": "full"}}
-    assert layered({**content, **noise}, {"rl": {"type": "golden_ticket"}}, [])["noise"] == noise["noise"]
-    assert layered(noise, {"rl": {"type": "golden_ticket"}}, [])["noise"] == noise["noise"]
-    assert layered({**best, **noise}, {"rl": {"type": "golden_ticket"}}, [])["noise"] == {"type": "constant"}
-    assert layered(content, {**best, "noise": {"type": "full"}}, [])["noise"] == noise["noise"]
+    assert merged({**content, **noise}, {"rl": {"type": "golden_ticket"}})["noise"] == noise["noise"]
+    assert merged(noise, {"rl": {"type": "golden_ticket"}})["noise"] == noise["noise"]
+    assert merged({**best, **noise}, {"rl": {"type": "golden_ticket"}})["noise"] == {"type": "constant"}
+    assert merged(content, {**best, "noise": {"type": "full"}})["noise"] == noise["noise"]
 
 
 @pytest.mark.parametrize("text", ["noise: full\n", "rl: best\nenv: 3\n", "1: {2: 3}\n", "policy: []\n"])
