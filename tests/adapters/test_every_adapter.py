@@ -10,6 +10,7 @@ from tests.helpers.adapter_cases import all_cases, noise_like
 from trimtab.adapters import load_adapter
 from trimtab.adapters.checkpoint.identity import weights_hash
 from trimtab.adapters.tiny import make_tiny
+from trimtab.policies.observe import ObserveConfig
 
 BACKBONE_FIRST = ("fastwam", "molmoact2", "wall_x")
 
@@ -161,6 +162,10 @@ def test_postprocess_equals_lerobots(adapter, conditioning, batch_size):
     assert actions.shape[2] == adapter.config.output_features["action"].shape[0]
     for step in range(chunk.shape[1]):  # LeRobot post-processes one step at a time
         assert torch.allclose(actions[:, step], adapter.postprocessor(chunk[:, step]), atol=1e-6)
+
+
+def test_noise_actor_looks_at_backbone_features_by_default(adapter):
+    assert ObserveConfig().resolved(adapter, ["push the button"]).inputs == ["features"]
 
 
 def test_features_tell_observations_apart(adapter, conditioning, batch_size):

@@ -10,7 +10,6 @@ from tests.helpers.pixels import CAMERA, SIDE, PixelPointAdapter
 from tests.helpers.point import PointAdapter
 from tests.helpers.steered import load, observations, processors
 from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.registry import adapter_class, adapter_types
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import load_artefact, read_config, save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
@@ -112,14 +111,6 @@ def test_actor_sees_images_unshifted_when_it_acts():
 
 
 # The default.
-
-
-@pytest.mark.parametrize("policy_type", adapter_types())
-def test_every_adapter_of_lerobots_policies_stays_with_its_features(policy_type):
-    """A policy server is asked instead: what it is sent decides (`test_remote.py`)."""
-    adapter = object.__new__(adapter_class(policy_type))  # the rule does not load a policy's weights
-    adapter.policy = object()
-    assert ObserveConfig().resolved(adapter, TASKS).inputs == ["features"]
 
 
 def test_default_is_features_and_needs_no_observer(camera):
