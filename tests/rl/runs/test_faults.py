@@ -118,16 +118,16 @@ def test_a_policy_that_makes_nan_chunks(tmp_path):
 def test_nan_losses_never_reach_the_weights(tmp_path):
     """Every third batch is poisoned: those updates are left out, counted, and the metrics stay finite."""
     trainer, lines = make(tmp_path, limit=1000)
-    batch, poisoned = trainer._batch, []
+    sample, poisoned = trainer.replay.sample, []
 
-    def poison():
-        found = batch()
+    def poison(size):
+        found = sample(size)
         if trainer.updates % 3 == 0:
             found["reward"] = torch.full_like(found["reward"], torch.nan)
             poisoned.append(trainer.updates)
         return found
 
-    trainer._batch = poison
+    trainer.replay.sample = poison
     with trainer.vec:
         trainer.run()
     check_sound(trainer)
