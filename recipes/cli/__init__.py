@@ -41,7 +41,6 @@ COMMANDS = {
     "probe": Command("can this policy be steered, and in which noise space?", tiny=True),
     "policies": Command("list the policy types: their noise, and what one more noise costs"),
     "recipes": Command("list the recipes for known policies: files, commands, needs", light=True),
-    "hello": Command("greet"),
     "base": Command("make an embedded base policy for any of Meta-World's 50 tasks"),
 }
 # What is gone ("COMMAND" or "COMMAND --option"), and what to use instead.
