@@ -26,10 +26,10 @@ from trimtab.adapters.checkpoint.folder import (
 )
 from trimtab.adapters.checkpoint.legacy import is_legacy, statistics, take_statistics
 from trimtab.adapters.checkpoint.processors import (
+    RENAME_STEP,
     check_processors,
     load_processors,
     processor_error,
-    renaming,
 )
 from trimtab.adapters.checkpoint.saved_config import read_config, set_to_act
 from trimtab.adapters.checkpoint.weights import (
@@ -144,7 +144,9 @@ def _build(
     config.pretrained_path = base_files[0].parent
     _apply(cls, config, options)
     notes = set_to_act(config) + list(cls.prepare_config(config, options))
-    overrides = cls.processor_overrides(config, options) | renaming(folder, options)
+    overrides = cls.processor_overrides(config, options)
+    if options.rename_map:
+        overrides[RENAME_STEP] = {"rename_map": options.rename_map}
     taken = _taken(cls, options, folder, overrides)
     saved = plain_names(read_weights(base_files, unchecked=OLD_STATISTICS), base_files[0])
     with quietly(), no_larger_than(saved, base_files[0]):
@@ -197,18 +199,17 @@ def _build(
 def _taken(
     cls: type[PolicyAdapter], options: PolicyConfig, folder: Path, overrides: dict[str, Any]
 ) -> set[str]:
-    """Which of ``tokenizer`` and ``backbone`` have an effect on this policy.
-
-    Raises:
-        UserError: one of them is named and has none.
-    """
+    """Which of ``tokenizer`` and ``backbone`` have an effect; refuse what is named in vain."""
+    absent: set[str] = set()  # steps that are to be changed and are not there
+    if (options.tokenizer or options.rename_map) and not is_legacy(folder):
+        absent = overrides.keys() - dict(processor_steps(folder / PREPROCESSOR)).keys()
+    if RENAME_STEP in absent:
+        raise UserError(
+            "--policy.rename_map", f"{folder / PREPROCESSOR} has no step that renames observations"
+        )
     taken = {"backbone"} if cls.backbone_fields else set()
-    if cls.takes_tokenizer:
+    if cls.takes_tokenizer and not (options.tokenizer and absent):
         taken.add("tokenizer")
-        if options.tokenizer and not is_legacy(folder):
-            steps = dict(processor_steps(folder / PREPROCESSOR))
-            if not overrides.keys() <= steps.keys():  # it was meant for a step that is not there
-                taken.remove("tokenizer")
     for name in ("tokenizer", "backbone"):
         if getattr(options, name) and name not in taken:
             mend = "name --policy.backbone" if "backbone" in taken else "drop the option"
@@ -219,11 +220,7 @@ def _taken(
 
 
 def _apply(cls: type[PolicyAdapter], config: Any, options: PolicyConfig) -> None:
-    """Set the options in the policy's config.
-
-    Raises:
-        UserError: the policy does not run with one of them.
-    """
+    """Set the options in the policy's config; refuse those with which the policy does not run."""
     dtype = options.dtype or getattr(config, "dtype", None)
     if dtype and cls.dtypes and dtype not in cls.dtypes:
         raise UserError(

@@ -158,5 +158,6 @@ class PolicyAdapter(NoiseToChunk):
 
         Raises:
             UserError: one of these does not hold, with what it means.
+            RuntimeError: rows of a batch influence each other.
         """
         verify(self)

@@ -16,12 +16,7 @@ MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ 
 
 
 def verify(adapter: NoiseToChunk) -> None:
-    """Check what ``PolicyAdapter.verify`` names, on two observations.
-
-    Raises:
-        UserError: one of these does not hold, with what it means.
-        RuntimeError: rows of a batch influence each other.
-    """
+    """Check what ``PolicyAdapter.verify`` names, on two observations."""
     kind, spec = adapter.policy_type, adapter.noise_spec
     if min(adapter.chunk_shape) < 1:
         raise UserError(OPTION, f"of each chunk it executes {adapter.chunk_shape[0]} actions; it must be 1")
@@ -77,11 +72,7 @@ def verify(adapter: NoiseToChunk) -> None:
 
 
 def check_produced(adapter: NoiseToChunk, chunk: Tensor, conditioning: Conditioning) -> None:
-    """Compare a chunk, its actions and the features beside it with what the adapter declares.
-
-    Raises:
-        UserError: another shape, or NaN or Inf.
-    """
+    """Refuse a chunk, actions or features of another shape than the adapter declares, or not finite."""
     rows, kind = conditioning.batch_size, adapter.policy_type
     declared = (rows, *adapter.chunk_shape)
     if tuple(chunk.shape) != declared:

@@ -49,14 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def processor_steps(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The steps of a saved processor, each with the name that LeRobot's overrides go by.
-
-    Returns:
-        None where there is no such file, or no list of steps in it.
-
-    Raises:
-        UserError: not JSON.
-    """
+    """The steps of a saved processor, with the names that LeRobot's overrides go by; none without a file."""
     steps = read_json(path).get("steps") if path.is_file() else None
     return [
         (str(step.get("registry_name") or str(step.get("class", "")).rpartition(".")[2]), step)

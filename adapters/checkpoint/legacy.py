@@ -50,7 +50,7 @@ def take_statistics(saved: dict[str, Tensor], state: dict[str, Tensor]) -> dict[
 def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dict[str, Tensor]]:
     """Statistics by feature, as LeRobot's datasets have them, from what ``take_statistics`` returned.
 
-    The buffers' names have underscores in the place of the features' dots.
+    The buffers' names have underscores where the features have dots.
 
     Raises:
         UserError: a buffer belongs to none of the config's features, or to several; two buffers contradict.

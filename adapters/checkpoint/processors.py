@@ -53,21 +53,6 @@ def load_processors(
     )
 
 
-def renaming(folder: Path, options: PolicyConfig) -> dict[str, dict[str, Any]]:
-    """The override that renames observations as the user says.
-
-    Raises:
-        UserError: the saved preprocessor has no step for it.
-    """
-    if not options.rename_map:
-        return {}
-    if not is_legacy(folder) and RENAME_STEP not in dict(processor_steps(folder / PREPROCESSOR)):
-        raise UserError(
-            "--policy.rename_map", f"{folder / PREPROCESSOR} has no step that renames observations"
-        )
-    return {RENAME_STEP: {"rename_map": options.rename_map}}
-
-
 def processor_error(
     error: Exception, folder: Path, options: PolicyConfig, taken: Collection[str]
 ) -> UserError:

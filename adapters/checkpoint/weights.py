@@ -39,12 +39,9 @@ def plain_names(saved: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def no_larger_than(saved: dict[str, Tensor], path: Path) -> Iterator[None]:
-    """Stop building a policy that is far larger than its weights, before it takes all memory.
+    """Refuse to build a policy that is far larger than its weights, before it takes all memory.
 
     A part's config that is missing or empty stands for a library's standard model of several billion.
-
-    Raises:
-        UserError: the policy is far larger.
     """
     size = sum(tensor.numel() for tensor in saved.values())
     built = 0
@@ -112,9 +109,6 @@ def check_part(module: torch.nn.Module, folder: Path) -> None:
 
     Its library fills what a file lacks with random numbers. What the files hold beside (UMT5's decoder) is
     not looked at.
-
-    Raises:
-        UserError: a tensor is missing or differs; a file is broken.
     """
     state = module.state_dict()
     known: dict[str, Tensor] = {}
@@ -126,13 +120,7 @@ def check_part(module: torch.nn.Module, folder: Path) -> None:
 
 
 def load_peft(policy: torch.nn.Module, folder: Path) -> None:
-    """Put a PEFT (LoRA) adapter into ``policy``, in place, and check it against its file.
-
-    The layers stay unmerged, as LeRobot runs them.
-
-    Raises:
-        UserError: the adapter does not fit the policy.
-    """
+    """Put a PEFT (LoRA) adapter into ``policy``, unmerged as LeRobot runs it; compare it with its file."""
     from peft import PeftModel, get_peft_model_state_dict
 
     path = folder / PEFT_WEIGHTS

@@ -40,11 +40,7 @@ class ACTAdapter(PolicyAdapter):
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        """Refuse what has no latent, or no chunk that one latent decides.
-
-        Raises:
-            UserError: trained without its VAE; temporal ensembling; options that ACT does not have.
-        """
+        """Refuse what has no latent, or no chunk that one latent decides, and options without effect."""
         if not config.use_vae:
             raise UserError(
                 "--policy.path",

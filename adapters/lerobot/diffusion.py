@@ -24,12 +24,7 @@ DEFAULT_DDIM_STEPS = 10  # what a checkpoint saved with DDPM is sampled with, un
 def use_ddim(config: Any, num_inference_steps: int | None) -> list[str]:
     """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not: same weights and betas.
 
-    Args:
-        config: changed in place.
-        num_inference_steps: what the user asked for; default: as saved, or few where DDPM was saved.
-
-    Returns:
-        A line for the user where something was switched.
+    Changes ``config``, and returns a line for the user where something was switched.
 
     Raises:
         UserError: more steps than the policy was trained with.

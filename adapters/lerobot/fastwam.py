@@ -28,7 +28,7 @@ from trimtab.adapters.checkpoint.files import BACKBONE, CONFIG, part_weights
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError, reason
-from trimtab.adapters.lerobot.prefix import PrefixRows, store_layers
+from trimtab.adapters.lerobot.prefix import restore_prefix, store_layers
 from trimtab.adapters.lerobot.vla import VLAAdapter
 
 OLD_BLOCK = re.compile(r"mixtures\.([^.]+)\.blocks\.(\d+)\.")
@@ -39,11 +39,7 @@ WAN_HINT = (
 
 
 def check_wan_folder(folder: str) -> None:
-    """Refuse a ``--policy.backbone`` that lacks one of Wan's frozen parts.
-
-    Raises:
-        UserError: a part is missing, or has no weights in safetensors files.
-    """
+    """Refuse a ``--policy.backbone`` that lacks one of Wan's frozen parts, or its safetensors files."""
     for part in ("vae", "text_encoder", "tokenizer"):
         if not (Path(folder) / part).is_dir():
             raise UserError(BACKBONE, f"{folder} has no folder '{part}'. {WAN_HINT}")
@@ -53,11 +49,7 @@ def check_wan_folder(folder: str) -> None:
 
 @contextmanager
 def loading_wan(part: str, source: str) -> Iterator[None]:
-    """Say in one line which of Wan's frozen parts does not load, whatever the libraries raise.
-
-    Raises:
-        UserError: where anything was raised.
-    """
+    """Say in one line which of Wan's frozen parts does not load, whatever the libraries raise."""
     try:
         yield
     except UserError:
@@ -210,7 +202,7 @@ class FastWAMAdapter(VLAAdapter):
         return Conditioning({"features": torch.cat(features, -1), **tensors, **store_layers(prefix)})
 
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        model, cache = self.policy.model, _VideoCache(conditioning)
+        model, cache = self.policy.model, _VideoCache(restore_prefix(conditioning).layers)
         context, mask = conditioning.rows("context"), conditioning.rows("context_mask")
         length = conditioning.tensors["keys.0"].shape[1]  # of one frame
         attention = model._build_mot_attention_mask(length, noise.shape[1], length, self.device)
@@ -226,8 +218,8 @@ class FastWAMAdapter(VLAAdapter):
         return self.executed(chunk.float())
 
 
-class _VideoCache(PrefixRows):
-    """The prefix as LeRobot's FastWAM wants it."""
+class _VideoCache(list):
+    """The prefix as LeRobot's FastWAM wants it; of the rows for K noises only one layer's exist at a time."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return dict(zip("kv", super().__getitem__(index), strict=True))

@@ -26,7 +26,7 @@ from trimtab.adapters.checkpoint.backbone import backbone_folder
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError
-from trimtab.adapters.lerobot.prefix import PrefixRows, pooled, store_layers
+from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_layers
 from trimtab.adapters.policy_adapter import PolicyAdapter
 
 PADDING = "action_dim_is_pad"
@@ -131,7 +131,7 @@ class MolmoAct2Adapter(PolicyAdapter):
         with self._precision():
             rope = expert.blocks[0].self_attn.rope
             context = ActionExpertContext(
-                kv_contexts=PrefixRows(conditioning),
+                kv_contexts=restore_prefix(conditioning).layers,
                 cross_mask=conditioning.rows("cross_mask"),
                 self_mask=expert._build_self_attention_mask(None, horizon, device, dtype),
                 valid_action=None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,6 +33,9 @@ class PrefixLayer(DynamicLayer):
         """(N * repeats, heads, length, dim)"""
         return repeat_rows(self._values, self.repeats)
 
+    def __getitem__(self, index: int) -> Tensor:  # for models that keep pairs of keys and values
+        return repeat_rows((self._keys, self._values)[index], self.repeats)
+
     def get_seq_length(self) -> int:
         return self._keys.shape[-2]
 
@@ -41,22 +44,6 @@ class PrefixLayer(DynamicLayer):
 
     def crop(self, max_length: int) -> None:
         """Nothing was added, so nothing is to be removed."""
-
-
-class PrefixRows(Sequence):
-    """The (keys, values) of each layer with a row per noise; those of one layer exist at a time."""
-
-    def __init__(self, conditioning: Conditioning) -> None:
-        self.conditioning = conditioning
-        self._layers = sum(name.startswith("keys.") for name in conditioning.tensors)
-
-    def __len__(self) -> int:
-        return self._layers
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if index >= self._layers:
-            raise IndexError(index)
-        return self.conditioning.rows(f"keys.{index}"), self.conditioning.rows(f"values.{index}")
 
 
 def store_layers(layers: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -74,8 +61,12 @@ def store_prefix(cache: Cache) -> dict[str, Tensor]:
 
 def restore_prefix(conditioning: Conditioning) -> Cache:
     """The cache that ``store_prefix`` wrote, for ``conditioning.batch_size`` noises."""
-    whole = PrefixRows(Conditioning(conditioning.tensors))  # one row per observation
-    return Cache(layers=[PrefixLayer(*layer, conditioning.repeats) for layer in whole])  # type: ignore[call-arg]
+    tensors = conditioning.tensors
+    layers: list[PrefixLayer] = []
+    while (name := f"keys.{len(layers)}") in tensors:
+        values = tensors[name.replace("keys", "values")]
+        layers.append(PrefixLayer(tensors[name], values, conditioning.repeats))
+    return Cache(layers=layers)
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:

@@ -55,11 +55,7 @@ class VLAJEPAAdapter(VLAAdapter):
 
     @classmethod
     def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
-        """Leave out the world model's tensors.
-
-        Raises:
-            UserError: its encoder contradicts the config, which without it decides how long the prompt is.
-        """
+        """Leave out the world model's tensors, and refuse those that contradict the length of the prompt."""
         for name, tensor in saved.items():
             frames = policy.config.jepa_tubelet_size
             if name.startswith(WORLD_MODEL[0]) and tensor.ndim == 5 and tensor.shape[2] != frames:

@@ -42,11 +42,7 @@ def input_features(options: RemoteConfig) -> dict[str, PolicyFeature]:
 
 
 def check_sent(options: RemoteConfig, observation: dict[str, Any]) -> None:
-    """Refuse a raw observation that lacks what is to be sent, or has it in another shape.
-
-    Raises:
-        UserError: it does.
-    """
+    """Refuse a raw observation that lacks what is to be sent, or has it in another shape."""
     missing = [key for key in options.keys if key not in observation]
     if missing:
         given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"

@@ -164,21 +164,23 @@ def _observations(
         examples = [adapter.example_observation(1, generator) for _ in range(config.observations)]
         return [adapter.observe(example) for example in examples], lambda: adapter.observe(examples[0])
     runner, first, taken = session.runner, config.eval.seed, 0
+    per_episode = -(-config.observations // 4)
     seen: list[Any] = []
     with session.environments(1) as vec:
         tasks = vec.task_descriptions[:1]
         rollout = Rollout(runner, vec, lambda _, episode: first if episode is None else episode + 1)
-        while len(seen) < config.observations:  # the base acts, so that later states are there too
+        while True:  # the base acts, so that later states are there too
             seen.append(rollout.observations[0])
-            episode, taken = rollout.episode[0], taken + 1
-            if taken < config.observations / 4:
-                rollout.look(features=False)
-                rollout.begin(session.own_noise)
-                rollout.receive()
+            rollout.look(features=False)
+            rollout.begin(session.own_noise)
+            ended, taken = rollout.receive()[0].ended, taken + 1
+            if len(seen) >= config.observations:
+                break
+            if ended or taken < per_episode:
                 rollout.go_on()
             else:
                 rollout.restart([0])
-            taken = taken if rollout.episode[0] == episode else 0
+            taken = 0 if ended else taken % per_episode
     encoded = [runner.encode([observation], tasks) for observation in seen]
     return encoded, lambda: runner.encode(seen[:1], tasks)
 

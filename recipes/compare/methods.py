@@ -46,9 +46,6 @@ PARTS = {"rl": AlgorithmConfig, "noise": NoiseSpaceConfig, "train": TrainConfig,
 class Base(Method):
     """The policy as it is."""
 
-    def settings(self) -> str:
-        return "base"
-
     def policy(self, run: Run) -> ChunkPolicy:
         """Who acts."""
         return run.task.session.own_noise
@@ -62,9 +59,6 @@ class Base(Method):
 @dataclass(frozen=True)
 class ZeroNoise(Base):
     """The policy fed no noise."""
-
-    def settings(self) -> str:
-        return "zero_noise"
 
     def policy(self, run: Run) -> ChunkPolicy:
         return zero_noise
@@ -83,15 +77,12 @@ class Steering(Method):
     uses = ("observe", "env_steps", "grid", "num_envs")
 
     def settings(self) -> dict[str, Any]:
-        train = draccus.encode(self.train.at_pace_of(self.rl))
-        for name in ("env_steps", "log_every"):  # the comparison's own
-            train.pop(name)
-        found = {
-            "rl": draccus.encode(self.rl, AlgorithmConfig),
-            "noise": draccus.encode(self.noise, NoiseSpaceConfig),
-            "train": train,
-        }
-        return found if self.num_envs is None else found | {"num_envs": self.num_envs}
+        found = super().settings()
+        # Of its pace what holds; how long it trains and reports is the comparison's own.
+        found["train"] = draccus.encode(self.train.at_pace_of(self.rl))
+        for name in ("env_steps", "log_every"):
+            del found["train"][name]
+        return found
 
     def chunks_before_learning(self) -> int:
         train = self.train.at_pace_of(self.rl)
@@ -142,9 +133,6 @@ class FilteredCloning(Method):
     uses = ("env_steps", "grid", "num_envs")
     tunes = True
 
-    def settings(self) -> dict[str, Any]:
-        return {"tuning": draccus.encode(self.tuning)}
-
     def learn(self, run: Run) -> dict[str, Any]:
         task, session = run.task, run.task.session
         tuner = make_tuner(run, self.tuning)
@@ -170,9 +158,6 @@ class Demonstrations(Method):
 
     uses = ("dataset",)
     tunes = True
-
-    def settings(self) -> dict[str, Any]:
-        return {"tuning": draccus.encode(self.tuning)}
 
     def learn(self, run: Run) -> dict[str, Any]:
         dataset, count = good_demonstrations(run.task)

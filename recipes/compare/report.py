@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import html
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,6 @@ METHOD_NAMES = {
     "dsrl_sac_paper_short": "DSRL-SAC, paper's settings, short warm-up",
 }
 POLICIES = {"policy": "", "actor": "", "acting": ", best of K by the critic"}
-HEADER = [
-    "method",
-    "success",
-    "gain over the base",
-    "p (McNemar)",
-    *(f"steps (episodes) to {100 * level:.0f} %" for level in LEVELS),
-    "weights trained",
-    "artefact, MB",
-    "peak memory, MB",
-    "wall-clock, s",
-    "CPU, s",
-    "other tasks, by what was learnt",
-    "other tasks, by the base afterwards",
-]
-LEARNING_HEADER = [
-    "while learning",
-    f"steps to {100 * LEVELS[-1]:.0f} %, each seed",
-    "success at the last evaluation",
-    f"lowest window of {WINDOW} training episodes, each seed",
-    "windows below the base",
-]
 NOTES_TEXT = """
 Success: counts over all seeds with the 95 % Wilson interval. Seeds share episodes, so it is about these
 episodes and seeds. Gain: mean over the seeds on the same episodes as the base (with one seed, the 95 %
@@ -95,42 +75,50 @@ def _level(entry: dict[str, Any], level: float) -> str:
     return _steps(entry, steps) + ("" if None in (steps, episodes) else f" ({episodes:.0f})")
 
 
-def cells(entry: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    gain, p = "-", "-"
-    paired = entry["against_base"]
-    if paired:
-        gain = f"{_points(paired['difference'])} points"
-        if paired["ci95"]:
-            gain += " [{}, {}]".format(*(_points(limit) for limit in paired["ci95"]))
-        worst = max(paired["p"])
-        p = "< 0.0001" if worst < 1e-4 else f"{worst:.4f}"
-    return [
-        label(entry),
-        rate_text(entry["success"]),
-        gain,
-        p,
-        *(_level(entry, level) for level in LEVELS),
-        _number(entry["trainable_parameters"], ","),
-        _number(entry["artefact_mb"], ".2f"),
-        _number(entry["peak_mb"]),
-        _number(entry["wall_seconds"]),
-        _number(entry["cpu_seconds"]),
-        _elsewhere(entry["other_tasks"]),
-        _elsewhere(entry["base_afterwards"]),
-    ]
+def _gain(paired: dict[str, Any] | None) -> str:
+    if not paired:
+        return "-"
+    limits = " [{}, {}]".format(*map(_points, paired["ci95"])) if paired["ci95"] else ""
+    return f"{_points(paired['difference'])} points{limits}"
 
 
-def learning_cells(entry: dict[str, Any]) -> list[str]:
-    """A row of the table of what happened while it learnt."""
-    dips, to_level = entry["dips"] or [], entry["to_level"][f"{100 * LEVELS[-1]:.0f}"]
-    return [
-        label(entry),
-        ", ".join(_steps(entry, steps) for steps in to_level["steps"]),
-        rate_text(entry["last_point"]) if entry["last_point"] else "-",
-        ", ".join(f"{one['lowest']:.2f}" if one else "-" for one in dips) or "-",
-        ", ".join(f"{one['below']}/{one['windows']}" if one else "-" for one in dips) or "-",
-    ]
+def _p(paired: dict[str, Any] | None) -> str:
+    worst = max(paired["p"]) if paired else None
+    return "< 0.0001" if worst is not None and worst < 1e-4 else _number(worst, ".4f")
+
+
+def _each(values: Sequence[Any] | None, form: str) -> str:
+    return ", ".join(form.format(**one) if one else "-" for one in values or []) or "-"
+
+
+# What each column makes of an entry.
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "method": label,
+    "success": lambda entry: rate_text(entry["success"]),
+    "gain over the base": lambda entry: _gain(entry["against_base"]),
+    "p (McNemar)": lambda entry: _p(entry["against_base"]),
+    **{f"steps (episodes) to {100 * level:.0f} %": partial(_level, level=level) for level in LEVELS},
+    "weights trained": lambda entry: _number(entry["trainable_parameters"], ","),
+    "artefact, MB": lambda entry: _number(entry["artefact_mb"], ".2f"),
+    "peak memory, MB": lambda entry: _number(entry["peak_mb"]),
+    "wall-clock, s": lambda entry: _number(entry["wall_seconds"]),
+    "CPU, s": lambda entry: _number(entry["cpu_seconds"]),
+    "other tasks, by what was learnt": lambda entry: _elsewhere(entry["other_tasks"]),
+    "other tasks, by the base afterwards": lambda entry: _elsewhere(entry["base_afterwards"]),
+}
+LEARNING_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "while learning": label,
+    "steps to 90 %, each seed": lambda entry: ", ".join(
+        _steps(entry, steps) for steps in entry["to_level"]["90"]["steps"]
+    ),
+    "success at the last evaluation": lambda entry: (
+        rate_text(entry["last_point"]) if entry["last_point"] else "-"
+    ),
+    f"lowest window of {WINDOW} training episodes, each seed": lambda entry: _each(
+        entry["dips"], "{lowest:.2f}"
+    ),
+    "windows below the base": lambda entry: _each(entry["dips"], "{below}/{windows}"),
+}
 
 
 def tables(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[list[list[str]]]]]:
@@ -138,8 +126,14 @@ def tables(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[list[l
     for task in dict.fromkeys(entry["task"] for entry in entries):
         rows = [entry for entry in entries if entry["task"] == task]
         learning = [row for row in rows if max(row["env_steps"]) and row["to_level"]]
-        found = [[HEADER, *map(cells, rows)]]
-        yield task, found + ([[LEARNING_HEADER, *map(learning_cells, learning)]] if learning else [])
+        yield (
+            task,
+            [
+                [list(columns), *([cell(row) for cell in columns.values()] for row in of)]
+                for columns, of in ((COLUMNS, rows), (LEARNING_COLUMNS, learning))
+                if of
+            ],
+        )
 
 
 def markdown(title: str, facts: Sequence[str], entries: Sequence[dict[str, Any]]) -> str:

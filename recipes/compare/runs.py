@@ -40,9 +40,9 @@ class Method(ABC):
     uses: ClassVar[tuple[str, ...]] = ()
     tunes: ClassVar[bool] = False
 
-    @abstractmethod
-    def settings(self) -> Any:
+    def settings(self) -> dict[str, Any]:
         """What of its own decides its outcome, as JSON values."""
+        return {"kind": type(self).__name__, **draccus.encode(self)}
 
     @abstractmethod
     def learn(self, run: Run) -> dict[str, Any]:

@@ -232,8 +232,8 @@ class Algorithm(nn.Module, Acting, abc.ABC):
             for name, target in self.named_children():
                 if name.startswith("target_"):
                     online = getattr(self, name.removeprefix("target_"))
-                    parameters = list(target.parameters()), list(online.parameters())
-                    torch._foreach_lerp_(*parameters, self.config.tau)
+                    now, latest = list(target.parameters()), list(online.parameters())
+                    torch._foreach_lerp_(now, latest, self.config.tau)  # type: ignore[arg-type]
         return metrics
 
     def due(self, every: int) -> bool:

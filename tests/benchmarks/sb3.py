@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-import draccus
 import numpy as np
 import torch
 from gymnasium import spaces
@@ -239,10 +238,6 @@ class SB3SAC(Method):
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
 
     uses = Steering.uses
-
-    def settings(self) -> dict[str, Any]:
-        noise = draccus.encode(self.noise, NoiseSpaceConfig)
-        return {"engine": "stable-baselines3", "sac": asdict(self.sac), "noise": noise}
 
     def learn(self, run: Run) -> dict[str, Any]:
         config, session = self.sac, run.task.session

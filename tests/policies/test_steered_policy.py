@@ -452,14 +452,10 @@ def test_artefact_and_base_move_together_or_are_named(pair, tmp_path):
     assert load(folder, f"--base.path={tmp_path / 'elsewhere'}").steered.base_folder == tmp_path / "elsewhere"
 
 
-def test_folders_of_the_first_format(pair, tmp_path):
-    """`trimtab eval` reads them; LeRobot's commands are told how to write them anew."""
+def test_a_folder_without_its_processors_is_refused(pair, tmp_path):
+    """LeRobot's commands need them; `trimtab eval` does not, and still reads the folder."""
     folder = shutil.copytree(pair[0], tmp_path / "all" / "artefact")
     shutil.copytree(pair[1], tmp_path / "all" / "base")
-    config = json.loads((folder / "config.json").read_text())
-    kept = ("type", "base", "noise", "noise_shape", "feature_dim", "actor", "training")
-    config = {name: config[name] for name in kept} | {"format": 1}
-    (folder / "config.json").write_text(json.dumps(config))
     for file in folder.glob("policy_*"):
         file.unlink()
     loaded = load_artefact(PolicyConfig(path=str(folder), device="cpu"))

@@ -142,7 +142,7 @@ def check_settings(recipe, used):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_files(name, droid):
-    """They are what the commands take, and steering and its rival get the same policy, task and budget."""
+    """They are what the commands take, and steering and its baseline get the same policy, task and budget."""
     recipe, file = RECIPES[name], f"--config_path={name}"
     adapt = parsed("adapt", file, *given(name, droid))
     assert adapt.policy.path == recipe.checkpoint and adapt.rl.type == recipe.read(ADAPT)["rl"]["type"]

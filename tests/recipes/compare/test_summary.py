@@ -9,9 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trimtab.recipes.compare.report import cells, learning_cells, markdown
+from trimtab.recipes.compare.report import COLUMNS, LEARNING_COLUMNS, markdown
 from trimtab.recipes.compare.summary import against, dip, elsewhere, summarise, sustained
 from trimtab.rl.statistics import p_below
+
+
+def cells(entry, columns=COLUMNS):
+    return [cell(entry) for cell in columns.values()]
+
 
 STORED = Path(__file__).parents[3] / "recipes/configs/metaworld/comparison"
 
@@ -163,6 +168,6 @@ def test_what_happened_while_learning():
     assert entry["last_point"]["successes"] == 19 and entry["last_point"]["episodes"] == 20
     assert entry["dips"][0]["windows"] == 11 and entry["dips"][0]["lowest"] == 0.5
     assert entry["dips"][1] is None  # four episodes are no window
-    below, row = entry["dips"][0]["below"], learning_cells(entry)
+    below, row = entry["dips"][0]["below"], cells(entry, LEARNING_COLUMNS)
     assert row[0] == "m" and row[1] == "200, 300" and row[3:] == ["0.50, -", f"{below}/11, -"]
     assert f"| {' | '.join(row)} |" in markdown("x", [], [entry])
