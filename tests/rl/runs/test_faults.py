@@ -24,7 +24,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints, check
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
-from trimtab.rl.runs.processes import StepGuard, World
+from trimtab.rl.runs.processes import ProcessGroup, StepGuard
 from trimtab.rl.trainer import Trainer
 
 RL = DSRLSACConfig(
@@ -44,7 +44,7 @@ def make(folder, fault="none", workers=0, limit=50, every=60, adapter=None, stop
         *(TrainConfig(**{**vars(TRAIN), **train}), RL, FullNoiseConfig(), 1),
         on_metrics=lines.append,
         progress=False,
-        checkpoints=Checkpoints(folder, CheckpointConfig(every), {}, World(accelerator)),
+        checkpoints=Checkpoints(folder, CheckpointConfig(every), {}, ProcessGroup(accelerator)),
         faults_config=FaultsConfig(limit),
         stop=stop or StopSignals(),
     )
@@ -144,7 +144,7 @@ def test_a_broken_step_changes_nothing():
         return parameter, torch.optim.Adam([parameter], lr=0.1, fused=True)
 
     (guarded, first), (plain, second) = build(), build()
-    holder, guard = torch.nn.Module(), StepGuard(World(Accelerator(cpu=True)), clip=1.0)
+    holder, guard = torch.nn.Module(), StepGuard(ProcessGroup(Accelerator(cpu=True)), clip=1.0)
     holder.optimizer = first
     guard.attach(holder)
     nan, inf = float("nan"), float("inf")
