@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from trimtab.adapters import UserError
 from trimtab.policies.encoders import ObservationEncoder
 from trimtab.policies.networks import (
+    ClampInvertingGradients,
+    ConstantOutput,
     FeatureNormalizer,
-    Limited,
     NoFeatures,
-    Offset,
     mlp,
     require_activation,
 )
@@ -119,7 +119,7 @@ class NoiseActor(nn.Module):
             nn.init.zeros_(self.net[-1].weight)
         else:
             self.normalizer = NoFeatures()
-            self.net = nn.Sequential(Offset(2 * space.dim))
+            self.net = nn.Sequential(ConstantOutput(2 * space.dim))
         nn.init.zeros_(self.net[-1].bias)
         if space.initial_std != 1.0:
             nn.init.constant_(self.net[-1].bias[space.dim :], self._raw_log_std(math.log(space.initial_std)))
@@ -127,7 +127,7 @@ class NoiseActor(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, feature_dim) -> mean and log_std before squashing, each (B, dim)."""
         mean, raw = self.net(self.normalizer(features)).chunk(2, dim=-1)
-        mean = mean if self.limit is None else Limited.apply(mean, self.limit)
+        mean = mean if self.limit is None else ClampInvertingGradients.apply(mean, self.limit)
         low, high = self.config.log_std_min, self.config.log_std_max
         if self.config.log_std_clamp:
             return mean, raw.clamp(low, high)

@@ -96,7 +96,7 @@ def mlp(
     return nn.Sequential(*modules, Head(hidden, out_dim))
 
 
-class Limited(torch.autograd.Function):
+class ClampInvertingGradients(torch.autograd.Function):
     """``clamp(x, -limit, limit)`` whose gradient leads back in; inside, the identity.
 
     The gradient of a clamp is zero beyond its limit, that of a tanh nearly so: what got there stays. Here a
@@ -165,7 +165,7 @@ class NoFeatures(FeatureNormalizer):
         return features[:, :0]
 
 
-class Offset(nn.Module):
+class ConstantOutput(nn.Module):
     """One vector, whatever comes in: (B, n) -> (B, dim)."""
 
     def __init__(self, dim: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.encoders import ObservationEncoder
-from trimtab.policies.networks import FeatureNormalizer, Limited, mlp
+from trimtab.policies.networks import ClampInvertingGradients, FeatureNormalizer, mlp
 from trimtab.policies.observe import ObserveConfig
 
 WEIGHTS, SETTINGS = "residual.safetensors", "residual.json"
@@ -62,7 +62,7 @@ class ResidualActor(nn.Module):
         """Encoded observations (B, d) and the base's chunks (B, A) -> corrections (B, A)."""
         z = self.net(torch.cat([self.normalizer(features), base], 1))
         if self.limit is not None:
-            z = Limited.apply(z, self.limit)
+            z = ClampInvertingGradients.apply(z, self.limit)
         return self.scale * torch.tanh(z)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from trimtab.adapters import UserError
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.returns import REWARDS
-from trimtab.rl.takeover import GateConfig
+from trimtab.rl.takeover import TakeoverConfig
 
 
 @dataclass
@@ -32,7 +32,7 @@ class TrainConfig:
     # Where the actor begins: the artefact of a constant noise, or best_constant.safetensors of a probe.
     warm_start: str | None = None
     # Lets the untrained actor act until the learner's policy is as good.
-    gate: GateConfig = field(default_factory=GateConfig)
+    gate: TakeoverConfig = field(default_factory=TakeoverConfig)
     # Environment steps between two lines of metrics.jsonl.
     log_every: int = 500
     # Largest norm of an optimiser's gradients; default: they are not clipped.

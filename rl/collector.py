@@ -157,7 +157,7 @@ class Collector:
             per_episode=False,
             record=record,
         )
-        self.rollout.look()
+        self.rollout.encode_observations()
         keeps = "conditioning" in rl.replayed
         self.spec = ConditioningSpec.of(runner.adapter, self.rollout.encoded) if keeps else None
 
@@ -216,13 +216,13 @@ class Collector:
                 self.lost.append(result.lost)
                 self._accumulators[i].clear()
                 self._running[i] = _Running(steered=self.assign())
-        ended, encoded = rollout.finals()
+        ended, encoded = rollout.final_observations()
         finals = []
         if ended:
             features = self.runner.features(encoded)
             finals = observation_rows(features, self._propose(encoded, features, ended), encoded, self.spec)
-        rollout.go_on()
-        rollout.look()
+        rollout.start_next_episodes()
+        rollout.encode_observations()
         self._propose_here()
         after = observation_rows(rollout.features, self._candidates, rollout.encoded, self.spec)
         for i, row in zip(ended, finals, strict=True):
@@ -243,7 +243,7 @@ class Collector:
         """Take an executed chunk into the running episode; returns the transitions that it completes."""
         running, (features, kept), (next_features, next_kept) = self._running[i], before, after
         running.success |= bool(result.successes.any())
-        reward, discount = self.returns.of(result, running.success)
+        reward, discount = self.returns.reward_and_discount(result, running.success)
         running.features.append(features)
         running.u.append(self._u[i])
         if "chunk" in self.rl.replayed:  # else nothing judges them, and some policies' differ in length
@@ -308,7 +308,7 @@ class Collector:
         ]
         for i in back:
             self._accumulators[i].load_state_dict(saved[i]["pending"])
-        self.rollout.look()
+        self.rollout.encode_observations()
         self._propose_here()
         for i in back:
             self.rollout.generators[i].set_state(saved[i]["rollout"]["generator"])  # drawing has moved it

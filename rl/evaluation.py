@@ -16,7 +16,7 @@ from trimtab.policies.noise_samplers import NoiseSampler, constant_noise
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.runs.processes import World
+from trimtab.rl.runs.processes import ProcessGroup
 from trimtab.rl.runs.progress import Progress
 from trimtab.rl.statistics import bootstrap_interval, wilson_interval
 
@@ -73,7 +73,7 @@ def evaluate(
     label: str = "evaluation",
     record: Sequence[int] = (),
     progress: bool = True,
-    world: World | None = None,
+    world: ProcessGroup | None = None,
 ) -> Evaluation:
     """Run one episode for each seed.
 
@@ -108,7 +108,7 @@ def evaluate(
     )
     bar = Progress(total=total, desc=label, unit="ep", disable=not progress, leave=False)
     while rollout.episode:
-        rollout.look()
+        rollout.encode_observations()
         running = dict(rollout.episode)
         acting: Any = policy if samplers is None else _mixed([samplers[running[i]] for i in rollout.envs])
         rollout.begin(acting)
@@ -125,7 +125,7 @@ def evaluate(
                 bar.update()
                 if reported and bar.n:
                     bar.set_postfix_str(f"success {successes.sum() / bar.n:.2f}")
-        rollout.go_on()
+        rollout.start_next_episodes()
     bar.close()
     reported |= bool(successes.any())
     return Evaluation(
@@ -189,7 +189,7 @@ def best_constant(
     seeds: Sequence[int],
     seed: int,
     progress: bool = True,
-    world: World | None = None,
+    world: ProcessGroup | None = None,
 ) -> tuple[Tensor, list[float]]:
     """The best of ``candidates`` random constant noises on ``seeds``.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.rl.runs.faults import FaultLog
-from trimtab.rl.runs.processes import World, count_outcomes, list_outcomes
+from trimtab.rl.runs.processes import ProcessGroup, count_outcomes, list_outcomes
 
 WINDOW = 50  # episodes in the running success rate
 
@@ -47,7 +47,7 @@ class RunMetrics:
         sums, counts: of what the updates since the last line reported, by name.
     """
 
-    def __init__(self, world: World, tasks: Sequence[str]) -> None:
+    def __init__(self, world: ProcessGroup, tasks: Sequence[str]) -> None:
         self.world, self.tasks = world, list(tasks)
         names = ["", *self.tasks] if len(self.tasks) > 1 else [""]
         self.windows = {name: SuccessWindow(WINDOW) for name in names}

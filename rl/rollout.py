@@ -36,8 +36,9 @@ class Trace:
 class Rollout:
     """Runs episode after episode in each environment, a chunk at a time.
 
-    ``look`` encodes the observations, ``begin`` lets a policy act and sets the simulators going, ``receive``
-    waits for them. An environment whose episode ends goes on with the next one, until there is none.
+    ``encode_observations``, then ``begin``, which lets a policy act and sets the simulators going, then
+    ``receive``, which waits for them. An environment whose episode ends goes on with the next one, until
+    there is none.
 
     Args:
         runner: the frozen policy.
@@ -55,7 +56,7 @@ class Rollout:
         observations: of each environment, to act on next.
         generators: of each environment's noise.
         traces: of the running episodes, where they are recorded.
-        envs: those that ``look`` has looked at.
+        envs: those that ``encode_observations`` has encoded.
         seconds: spent on the policy (``denoise``) and on waiting for simulators (``env_wait``); for which
             these worked (``env_busy``), and waited to be asked (``env_idle``).
     """
@@ -110,7 +111,7 @@ class Rollout:
         if self.record:
             self.traces[i].digests.append(digest(self.observations[i]))
 
-    def look(self, envs: list[int] | None = None, features: bool = True) -> None:
+    def encode_observations(self, envs: list[int] | None = None, features: bool = True) -> None:
         """Encode the observations of ``envs``, by default of all that run an episode.
 
         Args:
@@ -128,7 +129,7 @@ class Rollout:
         return self.runner.priors(draws, [self.generators[i] for i in envs or self.envs])
 
     def begin(self, policy: ChunkPolicy, limits: dict[int, int] | None = None) -> Choice:
-        """Let ``policy`` act where ``look`` has looked, and start stepping the chunks.
+        """Let ``policy`` act on what ``encode_observations`` encoded, and start stepping the chunks.
 
         Args:
             policy: acts.
@@ -166,10 +167,10 @@ class Rollout:
         self._results = results
         return results
 
-    def finals(self) -> tuple[list[int], Encoded | None]:
+    def final_observations(self) -> tuple[list[int], Encoded | None]:
         """Environments whose episode has ended in what ``receive`` brought, and the true last observations.
 
-        To be asked before ``go_on``.
+        To be asked before ``start_next_episodes``.
         """
         ended = {i: result for i, result in self._results.items() if result.ended}
         if not ended:
@@ -177,7 +178,7 @@ class Rollout:
         encoded = self.runner.encode_finals(ended, self._lengths, self.vec.task_descriptions)
         return list(ended), encoded
 
-    def go_on(self) -> None:
+    def start_next_episodes(self) -> None:
         """Take up the observations that ``receive`` brought; where an episode has ended, the next one's."""
         for i, result in self._results.items():
             if result.ended or result.lost:
@@ -220,12 +221,12 @@ class Rollout:
             return []
         for i, saved in state.items():
             self.episode[i], self.traces[i] = saved["episode"], Trace(**saved["trace"])
-        lost = self._relive(list(state))
+        lost = self._replay_episodes(list(state))
         back = [i for i in state if i not in lost]
         self.restart([i for i in sorted(self.episode) if i not in back])
         return back
 
-    def _relive(self, envs: list[int]) -> set[int]:
+    def _replay_episodes(self, envs: list[int]) -> set[int]:
         """Execute the traces of ``envs`` from their seeds; returns those that did not go as they had gone."""
         runner, vec, traces = self.runner, self.vec, self.traces
         if not envs:

@@ -1,7 +1,7 @@
 """Who acts in the next training episode: the learner's policy, or the base until it has earned trust.
 
-A robot's owner does not accept that success falls while the learner finds its feet. The gate decides per
-episode: the learner acts in a share of the episodes equal to the probability, given the outcomes so far,
+A robot's owner does not accept that success falls while the learner finds its feet. The schedule decides
+per episode: the learner acts in a share of the episodes equal to the probability, given the outcomes so far,
 that it succeeds at least as often as the base; never in less than ``least``, or nothing would be learnt
 about it. (Probability matching between two Beta posteriors; Thompson 1933.)
 """
@@ -20,7 +20,7 @@ DRAWS = 2000
 
 
 @dataclass
-class GateConfig:
+class TakeoverConfig:
     """``--train.gate.*``: how the learner earns trust."""
 
     # Whether the base acts until the learner's policy is as good; without it the learner acts at once.
@@ -41,7 +41,7 @@ class GateConfig:
             raise UserError("--train.gate.doubt", f"cannot be negative, got {self.doubt}")
 
 
-class Gate:
+class Takeover:
     """See the module's docstring.
 
     Args:
@@ -49,7 +49,7 @@ class Gate:
         seed: of its draws.
     """
 
-    def __init__(self, config: GateConfig, seed: int) -> None:
+    def __init__(self, config: TakeoverConfig, seed: int) -> None:
         self.config = config
         self._rng = np.random.default_rng(seed)
         self._base: list[bool] = []

@@ -26,12 +26,12 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.metrics import RunMetrics
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import LEARNER, Checkpoint, Checkpoints
-from trimtab.rl.runs.faults import FaultLog, FaultsConfig, Stopped, StopSignals
-from trimtab.rl.runs.processes import StepGuard, World
+from trimtab.rl.runs.faults import FaultLog, FaultsConfig, Stopped, StopSignals, lost_notes
+from trimtab.rl.runs.processes import ProcessGroup, StepGuard, weights_digest
 from trimtab.rl.runs.progress import Progress
-from trimtab.rl.runs.resume import deal, lost_notes, rng_state, set_rng_state, weights_digest
-from trimtab.rl.seeds import training_seed
-from trimtab.rl.takeover import Gate
+from trimtab.rl.runs.reshard import reshard
+from trimtab.rl.seeds import rng_state, set_rng_state, training_seed
+from trimtab.rl.takeover import Takeover
 from trimtab.rl.warm_start import read_constant
 
 # Counters that all processes share.
@@ -72,15 +72,15 @@ class Trainer:
     def __post_init__(self) -> None:
         self.train = self.train.at_pace_of(self.rl)
         self.demos.check(self.rl)
-        self.world = world = World(self.accelerator)
+        self.world = world = ProcessGroup(self.accelerator)
         self.progress = self.progress and world.main
         torch.manual_seed(self.seed)
         self.space = self.noise.build(self.runner.adapter.noise_spec)
         run = self.runner, self.vec, self.rl, self.train.reward, training_seed(self.seed)
         self.collector = Collector(*run, world.rank, world.size, record=self.checkpoints is not None)
-        self.gate = Gate(self.train.gate, self.seed + world.rank)
+        self.takeover = Takeover(self.train.gate, self.seed + world.rank)
         if self.train.gate.enabled:
-            self.collector.assign = lambda: self.updates > 0 and self.gate()
+            self.collector.assign = lambda: self.updates > 0 and self.takeover()
             self.collector.unsteer()
         self.algorithm = self._build()
         self._make_replay()
@@ -227,7 +227,7 @@ class Trainer:
         self.recent.extend(episodes)
         for task, steered, success in outcomes:
             self.metrics.add_episode(task, success)
-            self.gate.add(steered, success)
+            self.takeover.add(steered, success)
             self.episodes += 1
 
     def _log(self) -> None:
@@ -249,7 +249,7 @@ class Trainer:
         if self.demonstrations is not None:
             line["demo_share"] = self.demonstrations.share(self.env_steps / self.train.env_steps)
         if self.train.gate.enabled:
-            line["gate_share"] = self.gate.share if self.updates else 0.0
+            line["gate_share"] = self.takeover.share if self.updates else 0.0
         if self.faults.total:
             line |= {"faults": self.faults.total, "episodes_dropped": self.dropped}
         line |= self.metrics.means()
@@ -283,7 +283,7 @@ class Trainer:
             "rng": rng_state(self.accelerator.device),
             "replay": self.replay.state_dict(),
             "demonstrations": demos.state_dict() if demos is not None else None,
-            "gate": self.gate.state_dict(),
+            "gate": self.takeover.state_dict(),
             "recent": [asdict(episode) for episode in self.recent],
             "sums": dict(self.metrics.sums),
             "counts": dict(self.metrics.counts),
@@ -330,10 +330,10 @@ class Trainer:
             self.recent.extend(Episode(**episode) for episode in own["recent"])
             self.metrics.sums, self.metrics.counts = dict(own["sums"]), dict(own["counts"])
         else:
-            own, dropped, note = deal(checkpoint, self.world, self.collector, self.replay)
+            own, dropped, note = reshard(checkpoint, self.world, self.collector, self.replay)
             self.dropped += dropped
             notes.append(note)
-        self.gate.load_state_dict(own["gate"])
+        self.takeover.load_state_dict(own["gate"])
         self.update_seconds, self.seconds = own["seconds"]["update"], own["seconds"]["total"]
         self.vec.repeatable = self.world.all(self.vec.repeatable)
         lost = self.collector.load_state_dict(own["collector"])

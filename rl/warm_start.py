@@ -70,7 +70,7 @@ def begin_at(actor: NoiseActor, noise: Tensor) -> Tensor:
         UserError: the actor's noise space cannot express it.
     """
     space, wanted = actor.space, noise.unsqueeze(0).float()
-    if not space.complete:
+    if not space.determines_noise:
         raise UserError(
             "--noise.type", "this noise space draws a part of the noise afresh; use full for a warm start"
         )

@@ -1,6 +1,6 @@
 """Noise spaces: from the actor's bounded output ``u`` to the noise tensor that a policy takes.
 
-A new space is a config with ``in_deviations``, a ``NoiseSpace`` beside it, and a line here.
+A new space is a config with ``build_unscaled``, a ``NoiseSpace`` beside it, and a line here.
 """
 
 from trimtab.policies.noise_space.base import NoiseSpace, NoiseSpaceConfig

@@ -42,11 +42,11 @@ class NoiseSpaceConfig(draccus.ChoiceRegistry, abc.ABC):
         Raises:
             UserError: the policy's noise has no such space.
         """
-        space = self.in_deviations(spec)
+        space = self.build_unscaled(spec)
         return ScaledNoiseSpace(space) if self.unit == "bound" else space
 
     @abc.abstractmethod
-    def in_deviations(self, spec: NoiseSpec) -> NoiseSpace:
+    def build_unscaled(self, spec: NoiseSpec) -> NoiseSpace:
         """``build``, where ``u`` counts in standard deviations of the prior."""
 
 
@@ -61,13 +61,13 @@ class NoiseSpace(abc.ABC):
         initial_std: deviation of the actor's Gaussian before training (its mean is 0), such that the noise
             then has the policy's own distribution, up to the squash.
         uses_features: whether the actor looks at the observation.
-        complete: whether ``u`` alone tells the noise, so that a chunk can be laid to its account.
+        determines_noise: whether ``u`` alone tells the noise, so that a chunk can be laid to its account.
     """
 
     scale: float = 1.0
     initial_std: float = 1.0
     uses_features: bool = True
-    complete: bool = True
+    determines_noise: bool = True
 
     def __init__(self, spec: NoiseSpec, dim: int, bound: float) -> None:
         self.spec = spec
@@ -128,7 +128,7 @@ class ScaledNoiseSpace(NoiseSpace):
         super().__init__(space.spec, space.dim, 1.0)
         self.space, self.scale = space, space.bound
         self.initial_std = space.initial_std / self.scale
-        self.uses_features, self.complete = space.uses_features, space.complete
+        self.uses_features, self.determines_noise = space.uses_features, space.determines_noise
 
     def expand(self, u: Tensor, prior: Tensor) -> Tensor:
         return self.space.expand(self.scale * u, prior)

@@ -28,7 +28,7 @@ class KnotNoiseConfig(NoiseSpaceConfig):
         if self.knots < 1:
             raise UserError("--noise.knots", f"must be at least 1, got {self.knots}")
 
-    def in_deviations(self, spec: NoiseSpec) -> KnotNoiseSpace:
+    def build_unscaled(self, spec: NoiseSpec) -> KnotNoiseSpace:
         steps, dim = rows_and_columns(spec, "--noise.type", "knots")
         if self.knots > steps:
             raise UserError("--noise.knots", f"this policy's noise has {steps} steps, got {self.knots} knots")

@@ -32,7 +32,7 @@ class MaskedNoiseConfig(NoiseSpaceConfig):
         for name in ("rows", "columns"):
             _ranges(f"--noise.{name}", getattr(self, name))
 
-    def in_deviations(self, spec: NoiseSpec) -> MaskedNoiseSpace:
+    def build_unscaled(self, spec: NoiseSpec) -> MaskedNoiseSpace:
         steered = torch.ones(spec.shape, dtype=torch.bool) if spec.live is None else spec.live.cpu().clone()
         for axis, name in enumerate(("rows", "columns")):
             text = getattr(self, name)
@@ -77,7 +77,7 @@ class MaskedNoiseSpace(NoiseSpace):
         bound: see ``NoiseSpace``.
     """
 
-    complete = False
+    determines_noise = False
 
     def __init__(self, spec: NoiseSpec, steered: Tensor, bound: float) -> None:
         self.steered = steered

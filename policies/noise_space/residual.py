@@ -36,7 +36,7 @@ class ResidualNoiseConfig(NoiseSpaceConfig):
         if not 0.0 < self.start <= self.bound:
             raise UserError("--noise.start", f"must be above 0 and at most the bound, got {self.start}")
 
-    def in_deviations(self, spec: NoiseSpec) -> ResidualNoiseSpace:
+    def build_unscaled(self, spec: NoiseSpec) -> ResidualNoiseSpace:
         repeat = self.delta == "repeat"
         dim = rows_and_columns(spec, "--noise.delta", "repeat")[1] if repeat else spec.size
         return ResidualNoiseSpace(spec, dim, self.bound, repeat, self.start)
@@ -45,7 +45,7 @@ class ResidualNoiseConfig(NoiseSpaceConfig):
 class ResidualNoiseSpace(NoiseSpace):
     """``u`` is delta."""
 
-    complete = False
+    determines_noise = False
 
     def __init__(self, spec: NoiseSpec, dim: int, bound: float, repeat: bool, start: float) -> None:
         super().__init__(spec, dim, bound)

@@ -15,7 +15,7 @@ from trimtab.policies.noise_space.base import NoiseSpace, NoiseSpaceConfig, full
 class FullNoiseConfig(NoiseSpaceConfig):
     """The actor chooses every entry of the noise."""
 
-    def in_deviations(self, spec: NoiseSpec) -> FullNoiseSpace:
+    def build_unscaled(self, spec: NoiseSpec) -> FullNoiseSpace:
         return FullNoiseSpace(spec, spec.size, self.bound)
 
 
@@ -37,7 +37,7 @@ class RepeatNoiseConfig(NoiseSpaceConfig):
     Not every policy works under repeated noise: compare its success before choosing this.
     """
 
-    def in_deviations(self, spec: NoiseSpec) -> RepeatNoiseSpace:
+    def build_unscaled(self, spec: NoiseSpec) -> RepeatNoiseSpace:
         _, dim = rows_and_columns(spec, "--noise.type", "repeat")
         return RepeatNoiseSpace(spec, dim, self.bound)
 
@@ -67,7 +67,7 @@ class ConstantNoiseConfig(NoiseSpaceConfig):
         super().__post_init__()
         full_or_repeat("--noise.ticket", self.ticket)
 
-    def in_deviations(self, spec: NoiseSpec) -> FullNoiseSpace | RepeatNoiseSpace:
+    def build_unscaled(self, spec: NoiseSpec) -> FullNoiseSpace | RepeatNoiseSpace:
         if self.ticket == "full":
             space: FullNoiseSpace | RepeatNoiseSpace = FullNoiseSpace(spec, spec.size, self.bound)
         else:

@@ -18,7 +18,7 @@ from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.launched import launched_processes, make_accelerator
-from trimtab.recipes.support.layers import flatten
+from trimtab.recipes.support.option_dicts import flatten
 from trimtab.recipes.support.preflight import Measured, check_inputs, check_reward, measure
 from trimtab.recipes.support.repeat import loaded_plugins
 from trimtab.recipes.support.reporting import (
@@ -43,7 +43,7 @@ from trimtab.rl.envs.vector import WorkerLost
 from trimtab.rl.evaluation import Evaluation, pooled
 from trimtab.rl.runs.checkpoint import CheckpointConfig
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
-from trimtab.rl.runs.processes import World
+from trimtab.rl.runs.processes import ProcessGroup
 from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.seeds import MAX_SEED
 from trimtab.rl.trainer import Trainer
@@ -119,7 +119,7 @@ def main(config: AdaptConfig) -> None:
     processes = make_accelerator(config.policy.device) if launched_processes() > 1 else None
     output = config.output_dir if config.resume else new_output_dir(config.output_dir, "adapt")
     if processes:  # the first one's clock names the folder
-        output = World(processes).gather(output)[0]
+        output = ProcessGroup(processes).gather(output)[0]
     session, folder = open_session(
         config.policy, config.env, config.eval, config.machine, config.observe, many=True
     )
@@ -183,7 +183,7 @@ def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Pat
         Stopped: by a signal, once there is a checkpoint.
     """
     accelerator = make_accelerator(session.adapter.device.type, check_trackers(config.trackers), output)
-    session.world = World(accelerator)
+    session.world = ProcessGroup(accelerator)
     signals = StopSignals()
     try:
         with signals.installed(), disk_errors(output):
@@ -217,7 +217,7 @@ def _steer(
     with session.environments(config.num_envs, faults=config.faults) as vec:
         if len(set(vec.task_names)) != len(session.tasks):
             raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
-        trainer = config.rl.own_run(session.runner, vec, config.noise, config.seed) or Trainer(
+        trainer = config.rl.make_runner(session.runner, vec, config.noise, config.seed) or Trainer(
             session.runner,
             vec,
             accelerator,

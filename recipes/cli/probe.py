@@ -171,13 +171,13 @@ def _observations(
         rollout = Rollout(runner, vec, lambda _, episode: first if episode is None else episode + 1)
         while True:  # the base acts, so that later states are there too
             seen.append(rollout.observations[0])
-            rollout.look(features=False)
+            rollout.encode_observations(features=False)
             rollout.begin(session.own_noise)
             ended, taken = rollout.receive()[0].ended, taken + 1
             if len(seen) >= config.observations:
                 break
             if ended or taken < per_episode:
-                rollout.go_on()
+                rollout.start_next_episodes()
             else:
                 rollout.restart([0])
             taken = 0 if ended else taken % per_episode

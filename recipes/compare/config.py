@@ -12,7 +12,7 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.policies.observe import ObserveConfig
-from trimtab.recipes.support.layers import Options
+from trimtab.recipes.support.option_dicts import Options
 from trimtab.recipes.support.shared_configs import EVALUATION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.seeds import MAX_SEED
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from trimtab.adapters.errors import UserError
-from trimtab.rl.algorithms.presets import UNSAID
+from trimtab.rl.algorithms.presets import IMPLIED_DEFAULTS
 
 # What needs neither demonstrations nor more steps than a small budget has.
 LEARN_NOTHING_NEW = ("base", "zero_noise", "golden_ticket", "steered", "residual")
@@ -44,7 +44,7 @@ def comparison(content: dict[str, Any], lora: dict[str, Any] | None, server: boo
     train = steered.pop("train", {})
     if others := {name: value for name, value in train.items() if name not in OWN_TRAIN}:
         steered["train"] = others
-    for part, values in UNSAID.get(steered.get("rl", {}).get("type"), {}).items():
+    for part, values in IMPLIED_DEFAULTS.get(steered.get("rl", {}).get("type"), {}).items():
         steered.setdefault(part, values)  # as adapt does
     methods, settings = [*LEARN_NOTHING_NEW], {"steered": steered} if steered else {}
     if server:

@@ -27,9 +27,9 @@ from trimtab.recipes.finetune.data import Recorder
 from trimtab.recipes.finetune.filtered_bc import rounds
 from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
-from trimtab.recipes.support.layers import Options, merge
+from trimtab.recipes.support.option_dicts import Options, merge
 from trimtab.rl.algorithms import AlgorithmConfig
-from trimtab.rl.algorithms.acting import Learnt
+from trimtab.rl.algorithms.acting import TrainingResult
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
@@ -95,7 +95,7 @@ class Steering(Method):
         reports = {"on_metrics": lines.append, "progress": False}
         with run.training_environments(self.num_envs) as vec:
             if not rl.replays:
-                search = rl.own_run(runner, vec, self.noise, run.seed, **reports)
+                search = rl.make_runner(runner, vec, self.noise, run.seed, **reports)
                 self._take(run, search.run())
                 run.add_point(search.env_steps, search.env_steps)
                 return {"updates": 0, "search_episodes": search.episodes, "metrics": lines}
@@ -109,7 +109,7 @@ class Steering(Method):
             trainer.run()
         return {"updates": trainer.updates, "metrics": lines}
 
-    def _take(self, run: Run, learnt: Learnt) -> None:
+    def _take(self, run: Run, learnt: TrainingResult) -> None:
         run.policies, run.trained = learnt.policies(), learnt.trained_parameters()
         run.save = lambda folder, facts: learnt.save(
             folder, run.task.base, self.noise, facts | {"algorithm": self.rl.type}

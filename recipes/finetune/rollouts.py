@@ -81,7 +81,7 @@ class Rollouts:
         """One chunk in as many environments as ``limit`` steps allow; the last one's may be cut short."""
         length, rollout = self.runner.adapter.chunk_shape[0], self._rollout
         quota = {i: min(length, limit - i * length) for i in range(self.vec.num_envs) if limit > i * length}
-        rollout.look(list(quota), features=False)
+        rollout.encode_observations(list(quota), features=False)
         choice = rollout.begin(self.policy, quota)
         encoded: Any = rollout.encoded
         recorded = self.runner.adapter.postprocess(choice.chunk, encoded).float().cpu().numpy()
@@ -92,7 +92,7 @@ class Rollouts:
             if result.ended:
                 finished.append(self._episode(self._chunks[i], self.vec.task_descriptions[i]))
                 self._chunks[i] = []
-        rollout.go_on()
+        rollout.start_next_episodes()
         return finished
 
     def _episode(self, chunks: list[tuple[ChunkResult, np.ndarray]], task: str) -> RolloutEpisode:

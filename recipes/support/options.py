@@ -19,7 +19,7 @@ from trimtab.recipes.cli import COMMANDS, REMOVED
 from trimtab.recipes.cli.recipes import ABOUT, LORA, RECIPES, config_of
 from trimtab.recipes.compare.from_recipe import comparison, is_recipe
 from trimtab.recipes.support.console import say
-from trimtab.recipes.support.layers import (
+from trimtab.recipes.support.option_dicts import (
     CONFIG_PATH,
     Flag,
     Options,
@@ -31,7 +31,7 @@ from trimtab.recipes.support.layers import (
 )
 from trimtab.recipes.support.repeat import load_plugins
 from trimtab.rl.algorithms import AlgorithmConfig
-from trimtab.rl.algorithms.presets import PAPER, UNSAID
+from trimtab.rl.algorithms.presets import IMPLIED_DEFAULTS, PAPER
 
 HELP = ("-h", "--help")
 PRESET = "rl.preset"
@@ -120,8 +120,9 @@ def fitted(content: Options, command: str, names: set[str], path: Path | None) -
 def with_algorithm(content: Options, given: Options) -> tuple[Options, Options, Options]:
     """The options of a command that learns, and what lies below them: a preset.
 
-    What goes with an algorithm unless said otherwise (``UNSAID``) is a preset too. Where the command line
-    names another algorithm than the file, it comes with the command line: the file's was for the other one.
+    What goes with an algorithm unless said otherwise (``IMPLIED_DEFAULTS``) is a preset too. Where the
+    command line names another algorithm than the file, it comes with the command line: the file's was for
+    the other one.
 
     Returns:
         preset, ``content`` of the file, ``given`` on the command line
@@ -139,20 +140,20 @@ def with_algorithm(content: Options, given: Options) -> tuple[Options, Options, 
         rl = {name: value for name, value in given["rl"].items() if name != "preset"}
         given = {name: value for name, value in {**given, "rl": rl}.items() if value != {}}
     below = merge(PAPER[algorithm], {"rl": {"type": algorithm}}) if preset == "paper" else {}
-    unsaid = UNSAID.get(algorithm, {})
+    implied = IMPLIED_DEFAULTS.get(algorithm, {})
     if None not in (before, now) and before != now:
-        said, content, given = given, without_unsaid(content, str(before)), merge(unsaid, given)
+        said, content, given = given, without_implied(content, str(before)), merge(implied, given)
     else:
-        said, below = merge(content, given), merge(below, unsaid)
-    for name, value in flatten(unsaid).items():
+        said, below = merge(content, given), merge(below, implied)
+    for name, value in flatten(implied).items():
         if value_at(said, name) is None:
             say(f"{algorithm} takes --{name}={value} unless another is named")
     return below, content, given
 
 
-def without_unsaid(content: Options, algorithm: str) -> Options:
+def without_implied(content: Options, algorithm: str) -> Options:
     """A file's options without those outside of ``rl`` that are the algorithm's own: its pace, its noise."""
-    own = dict(UNSAID.get(algorithm, {}))
+    own = dict(IMPLIED_DEFAULTS.get(algorithm, {}))
     if algorithm in AlgorithmConfig.get_known_choices():
         own["train"] = dataclasses.asdict(AlgorithmConfig.get_choice_class(algorithm)().pace)
     found = dict(content)

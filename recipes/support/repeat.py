@@ -12,7 +12,7 @@ from typing import Any
 
 from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import UserError
-from trimtab.recipes.support.layers import flatten, merge, put
+from trimtab.recipes.support.option_dicts import flatten, merge, put
 
 PLUGIN = "discover_packages_path"
 # Options that may name a folder or file of this machine.

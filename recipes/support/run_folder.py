@@ -15,12 +15,12 @@ from safetensors import SafetensorError
 
 from trimtab.adapters import UserError
 from trimtab.adapters.errors import reason
-from trimtab.recipes.support.layers import Options, flatten, merge, read_options, value_at
+from trimtab.recipes.support.option_dicts import Options, flatten, merge, read_options, value_at
 from trimtab.recipes.support.repeat import repeatable, without_plugins
 from trimtab.recipes.support.reporting import write_json
 from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.runs.checkpoint import Checkpoint, CheckpointConfig, Checkpoints
-from trimtab.rl.runs.processes import World
+from trimtab.rl.runs.processes import ProcessGroup
 
 CONFIG, BASELINES, CHECKPOINTS, METRICS = "config.json", "baselines.json", "checkpoints", "metrics.jsonl"
 # What may differ when a run goes on: where and how it is run, and how long.
@@ -77,7 +77,12 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: Path, config: Any, identity: dict[str, Any], checkpoint: CheckpointConfig, world: World
+        self,
+        path: Path,
+        config: Any,
+        identity: dict[str, Any],
+        checkpoint: CheckpointConfig,
+        world: ProcessGroup,
     ) -> None:
         self.path, self.world = path, world
         options = repeatable(json.loads(json.dumps(draccus.encode(config))))

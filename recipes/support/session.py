@@ -27,7 +27,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, unreported
 from trimtab.rl.runner import Encoded, PolicyRunner
 from trimtab.rl.runs.faults import FaultsConfig
-from trimtab.rl.runs.processes import World
+from trimtab.rl.runs.processes import ProcessGroup
 
 ONE_TASK = "only adapt takes several tasks at once; name one, and run this once for each"
 
@@ -45,7 +45,7 @@ class Session:
     # Whether several tasks may be run at once.
     many: bool = False
     # The processes of the run, where there are several.
-    world: World | None = None
+    world: ProcessGroup | None = None
     runner: PolicyRunner = field(init=False)
     # Names of the tasks; known once environments have been made.
     tasks: list[str] = field(init=False, default_factory=list)

@@ -7,7 +7,7 @@ from typing import Any
 
 from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
-from trimtab.recipes.support.layers import merge
+from trimtab.recipes.support.option_dicts import merge
 from trimtab.rl.algorithms import AlgorithmConfig
 
 STEPS = 24  # of an episode

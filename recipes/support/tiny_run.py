@@ -21,7 +21,7 @@ from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli import COMMANDS
 from trimtab.recipes.cli.recipes import type_of
 from trimtab.recipes.support.console import say
-from trimtab.recipes.support.layers import CONFIG_PATH, Options, merge, value_at
+from trimtab.recipes.support.option_dicts import CONFIG_PATH, Options, merge, value_at
 from trimtab.recipes.support.tiny_budget import BUDGETS, MACHINE, STEPS, shrink
 from trimtab.recipes.support.tiny_policy import OPTION, SERVED, demonstrations, install, made, serve
 from trimtab.rl.envs.hooks import tiny_form

@@ -45,7 +45,7 @@ class LoadedBase:
     folder: Path | str
 
 
-class Learnt:
+class TrainingResult:
     """What a run has learnt, as commands see it.
 
     Attributes:
@@ -91,7 +91,7 @@ class Learnt:
         )
 
 
-class Acting(Learnt):
+class BehaviorPolicy(TrainingResult):
     """How an algorithm acts while it learns.
 
     Attributes:

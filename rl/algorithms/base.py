@@ -19,7 +19,7 @@ from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
-from trimtab.rl.algorithms.acting import PLAIN_RUN, Acting, RunRequest
+from trimtab.rl.algorithms.acting import PLAIN_RUN, BehaviorPolicy, RunRequest
 from trimtab.rl.algorithms.engines import ENGINES, PRECISIONS, Captured, make_engine, use_bfloat16
 from trimtab.rl.data.replay import Batch
 from trimtab.rl.data.returns import DISCOUNT_PER
@@ -112,14 +112,14 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
 
     @property
     def replayed(self) -> tuple[str, ...]:
-        """What the replay keeps for it, beside the transition: see ``train.replay_extra``."""
+        """What the replay keeps for it, beside the transition: see ``rl.data.memory.replay_extra``."""
         return ("chunk", "candidates", "candidates_u", "next_candidates") if self.candidates else ()
 
     @property
     def type(self) -> str:
         return self.get_choice_name(self.__class__)
 
-    # Whether it learns from a replay of transitions; one that does not runs itself (``own_run``).
+    # Whether it learns from a replay of transitions; one that does not runs itself (``make_runner``).
     replays: ClassVar[bool] = True
 
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
@@ -143,7 +143,7 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         """This config, its budget cut to ``env_steps`` of episodes of at most ``episode_steps()``."""
         return self
 
-    def own_run(self, runner: Any, vec: Any, noise: NoiseSpaceConfig, seed: int, **options: Any) -> Any:
+    def make_runner(self, runner: Any, vec: Any, noise: NoiseSpaceConfig, seed: int, **options: Any) -> Any:
         """What runs the algorithm in the place of ``Trainer``, if anything."""
         return None
 
@@ -167,11 +167,11 @@ def require_known(config: Any, **known: Sequence[str]) -> None:
             raise UserError(f"--rl.{name}", f"'{getattr(config, name)}' is none of {', '.join(values)}")
 
 
-class Algorithm(nn.Module, Acting, abc.ABC):
+class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
     """Learns from replayed transitions how to act on a frozen policy.
 
     What comes from outside (``act``, ``update``, ``value``) holds observations as they are replayed,
-    images packed; the losses take a batch after ``look``.
+    images packed; the losses take a batch after ``encode_batch``.
 
     Args:
         config: settings.
@@ -200,7 +200,7 @@ class Algorithm(nn.Module, Acting, abc.ABC):
         self._bfloat16 = use_bfloat16(config.precision, problem.accelerator.device)
         self._engine = make_engine(config.engine, self, problem.accelerator, self.obstacle)
 
-    def look(self, batch: Batch) -> Batch:
+    def encode_batch(self, batch: Batch) -> Batch:
         """The batch with its observations encoded, images shifted at random; as it is without images.
 
         As in DrQ-v2 (arXiv 2107.09645) both states are seen by the encoder as it is now, and only that of
@@ -227,7 +227,7 @@ class Algorithm(nn.Module, Acting, abc.ABC):
         return metrics
 
     def _update(self, batch: Batch) -> dict[str, Tensor]:
-        metrics = self.learn(self.look(batch))
+        metrics = self.learn(self.encode_batch(batch))
         with torch.no_grad():
             for name, target in self.named_children():
                 if name.startswith("target_"):
@@ -236,17 +236,17 @@ class Algorithm(nn.Module, Acting, abc.ABC):
                     torch._foreach_lerp_(now, latest, self.config.tau)  # type: ignore[arg-type]
         return metrics
 
-    def due(self, every: int) -> bool:
+    def every(self, updates: int) -> bool:
         """Whether the coming update does what happens once in so many."""
-        return self.updates % every == 0
+        return self.updates % updates == 0
 
     def phase(self) -> tuple[int, ...]:
         """What the coming update does: those of equal phases run the same operations."""
-        return tuple(self.due(every) for every in (self.config.actor_every, MEASURED_EVERY, RANKED_EVERY))
+        return tuple(self.every(n) for n in (self.config.actor_every, MEASURED_EVERY, RANKED_EVERY))
 
     @abc.abstractmethod
     def learn(self, batch: Batch) -> dict[str, Tensor]:
-        """One step of all that learns, from a batch after ``look``; targets follow by themselves.
+        """One step of all that learns, from a batch after ``encode_batch``; targets follow by themselves.
 
         Metrics are detached scalars, not yet synchronised.
         """
@@ -260,9 +260,9 @@ class Algorithm(nn.Module, Acting, abc.ABC):
         target = batch["reward"] + batch["discount"] * value
         return target if self.bounds is None else target.clamp(*self.bounds)
 
-    def spread(self, values: Tensor) -> dict[str, Tensor]:
+    def q_statistics(self, values: Tensor) -> dict[str, Tensor]:
         """Metrics of the critic's ``values`` on a batch, now and then."""
-        if not self.due(MEASURED_EVERY):
+        if not self.every(MEASURED_EVERY):
             return {}
         low, high = values.aminmax()
         return {"q_mean": values.mean(), "q_min": low, "q_max": high}

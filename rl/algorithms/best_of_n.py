@@ -240,9 +240,9 @@ class BestOfN(Algorithm):
         metrics = {
             "critic_loss": loss.detach(),
             "distillation_loss": distillation.detach(),
-            **self.spread(values),
+            **self.q_statistics(values),
         }
-        if self.due(self.config.actor_every):
+        if self.every(self.config.actor_every):
             regress = self.config.distillation == "regression"
             loss, divergence, u = (self.regression_loss if regress else self.actor_loss)(batch)
             self._step(self.actor_optimizer, loss)
@@ -251,7 +251,7 @@ class BestOfN(Algorithm):
                 "noise_kl_to_prior": divergence.detach().mean(),
                 "noise_rms": self.space.scale * u.detach().square().mean().sqrt(),
             }
-        if self.due(RANKED_EVERY):
+        if self.every(RANKED_EVERY):
             pairs = batch["candidates_u"], batch["candidates"]
             metrics["rank_correlation"] = rank_correlation(
                 self.noise_critic, self.critic, batch["features"], *pairs

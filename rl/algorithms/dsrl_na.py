@@ -137,7 +137,7 @@ class DSRLNA(SoftActorCritic):
         return "the learner asks the frozen policy (rl.mode=exact)" if self.config.mode == "exact" else ""
 
     @property
-    def climbed(self) -> CriticEnsemble:
+    def actor_critic(self) -> CriticEnsemble:
         return self.noise_critic
 
     def _decode(self, batch: Batch, u: Tensor, following: bool = False) -> Tensor:
@@ -244,7 +244,7 @@ class DSRLNA(SoftActorCritic):
             self._step(self.noise_optimizer, loss)
             metrics["distillation_loss"] = loss.detach()
         metrics |= self._update_actor(batch)
-        if self.due(RANKED_EVERY):
+        if self.every(RANKED_EVERY):
             metrics |= self.diagnose(batch)
         metrics["base_calls"] = torch.tensor(float(self.base_calls - calls))
         return metrics

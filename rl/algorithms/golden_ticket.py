@@ -22,7 +22,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
 from trimtab.policies.noise_samplers import constant_noise
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
-from trimtab.rl.algorithms.acting import PLAIN_RUN, Learnt, RunRequest
+from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, TrainingResult
 from trimtab.rl.algorithms.base import AlgorithmConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
@@ -90,7 +90,7 @@ class GoldenTicketConfig(AlgorithmConfig):
             candidates //= 2
         return replace(self, budget=budget, candidates=candidates)
 
-    def own_run(
+    def make_runner(
         self, runner: PolicyRunner, vec: ChunkVectorEnv, noise: NoiseSpaceConfig, seed: int, **options: Any
     ) -> TicketSearch:
         return TicketSearch(runner, vec, self, noise, seed, **options)
@@ -124,7 +124,7 @@ def episodes_each(counts: list[int], budget: int) -> list[int]:
 
 
 @dataclass
-class Ticket(Learnt):
+class Ticket(TrainingResult):
     """What a search found.
 
     Attributes:

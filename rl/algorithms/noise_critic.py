@@ -16,7 +16,7 @@ from trimtab.policies.noise_space import NoiseSpace
 
 def check_pairs(space: NoiseSpace, name: str) -> None:
     """Raise a UserError where ``u`` does not tell the noise, so that a chunk is not its doing alone."""
-    if not space.complete:
+    if not space.determines_noise:
         raise UserError(
             "--noise.type",
             f"{name} distils which noise made which chunk, which this space cannot express; use full, "

@@ -58,4 +58,4 @@ PAPER: dict[str, dict[str, Any]] = {
 }
 
 # What goes with an algorithm unless it is said otherwise: a golden ticket is one noise for all observations.
-UNSAID: dict[str, dict[str, Any]] = {"golden_ticket": {"noise": {"type": "constant"}}}
+IMPLIED_DEFAULTS: dict[str, dict[str, Any]] = {"golden_ticket": {"noise": {"type": "constant"}}}

@@ -131,8 +131,8 @@ class Residual(Algorithm):
     def learn(self, batch: Batch) -> dict[str, Tensor]:
         loss, values = self.critic_loss(batch, self.td_target(batch))
         self._step(self.critic_optimizer, loss)
-        metrics = {"critic_loss": loss.detach(), **self.spread(values)}
-        if self.due(self.config.actor_every):
+        metrics = {"critic_loss": loss.detach(), **self.q_statistics(values)}
+        if self.every(self.config.actor_every):
             loss, correction = self.actor_loss(batch)
             self._step(self.actor_optimizer, loss)
             metrics |= {

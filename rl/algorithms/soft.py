@@ -60,12 +60,12 @@ class SoftActorCritic(Algorithm):
 
     Args:
         config, problem: see ``Algorithm``.
-        judged_dim: length of what the TD critic judges.
+        critic_input_dim: length of the input of the TD critic, beside the features.
     """
 
     config: SoftConfig
 
-    def __init__(self, config: SoftConfig, problem: Problem, judged_dim: int) -> None:
+    def __init__(self, config: SoftConfig, problem: Problem, critic_input_dim: int) -> None:
         super().__init__(config, problem)
         space, bounds = problem.space, problem.bounds
         within = bounds if config.critic_loss == "logistic" else None  # what the critics cannot leave
@@ -73,7 +73,7 @@ class SoftActorCritic(Algorithm):
         self.bounds = bounds if config.clip_targets and not config.backup_entropy else within
         self.target_entropy = -space.dim / 4 if config.target_entropy is None else config.target_entropy
         self.actor = NoiseActor(problem.feature_dim, space, config.actor, problem.observe)
-        self.critic = CriticEnsemble(self.actor.encoder.dim, judged_dim, config.critic, within)
+        self.critic = CriticEnsemble(self.actor.encoder.dim, critic_input_dim, config.critic, within)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = torch.nn.Parameter(torch.tensor(math.log(config.initial_temperature)))
         self.critic_optimizer = self._adam(self.critic, self.actor.encoder)
@@ -86,7 +86,7 @@ class SoftActorCritic(Algorithm):
         return self.log_alpha.exp()
 
     @property
-    def climbed(self) -> CriticEnsemble:
+    def actor_critic(self) -> CriticEnsemble:
         """The critic of (features, u) that the actor climbs."""
         return self.critic
 
@@ -100,8 +100,8 @@ class SoftActorCritic(Algorithm):
         """``E[alpha * log pi(u | s) - min_e Q_e(s, u)]``; its gradient reaches the actor alone."""
         features = batch["features"].detach()
         drawn = self.actor.sample(features)
-        with frozen(self.climbed):
-            value = self.climbed(features, drawn.u).min(0).values
+        with frozen(self.actor_critic):
+            value = self.actor_critic(features, drawn.u).min(0).values
         return (self.alpha.detach() * drawn.log_prob - value).mean(), drawn
 
     def temperature_loss(self, log_prob: Tensor) -> Tensor:
@@ -111,11 +111,11 @@ class SoftActorCritic(Algorithm):
     def _update_critic(self, batch: Batch, target: Tensor) -> dict[str, Tensor]:
         loss, values = self.critic_loss(batch, target)
         self._step(self.critic_optimizer, loss)
-        return {"critic_loss": loss.detach(), **self.spread(values)}
+        return {"critic_loss": loss.detach(), **self.q_statistics(values)}
 
     def _update_actor(self, batch: Batch) -> dict[str, Tensor]:
         """One step of actor and temperature, where it is their turn."""
-        if not self.due(self.config.actor_every):
+        if not self.every(self.config.actor_every):
             return {}
         loss, drawn = self.actor_loss(batch)
         self._step(self.actor_optimizer, loss)
@@ -126,7 +126,7 @@ class SoftActorCritic(Algorithm):
             "entropy": -drawn.log_prob.detach().mean(),
             "alpha": self.alpha.detach(),
         }
-        if self.due(MEASURED_EVERY):
+        if self.every(MEASURED_EVERY):
             mean, log_std = drawn.mean.detach(), drawn.log_std.detach()
             metrics["noise_kl_to_prior"] = kl_to_prior(mean, log_std, self.space.initial_std).mean()
             metrics["noise_rms"] = self.space.scale * drawn.u.detach().square().mean().sqrt()
@@ -134,4 +134,4 @@ class SoftActorCritic(Algorithm):
 
     @torch.no_grad()
     def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
-        return self.climbed(self.actor.encoder(features), u).min(0).values
+        return self.actor_critic(self.actor.encoder(features), u).min(0).values

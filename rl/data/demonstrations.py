@@ -126,7 +126,7 @@ class TransitionMaker:
         accumulator, done = NStepAccumulator(self.rl.n_step), []
         unknown = np.zeros(self.algorithm.space.dim, dtype=np.float32)
         for row, result, following in episode.chunks(steps):
-            reward, discount = self.returns.of(result, episode.succeeded)
+            reward, discount = self.returns.reward_and_discount(result, episode.succeeded)
             (features, kept), (next_features, next_kept) = states[row], states[following]
             done += accumulator.add(
                 features, unknown, reward, discount, next_features, result.ended, kept, next_kept

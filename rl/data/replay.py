@@ -50,7 +50,7 @@ class ReplayBuffer:
         self._next = 0
         self._device = torch.device(device)
         each = transition_bytes(feature_dim - pixels, action_dim, extra, precise)
-        self._home = home(self._device, capacity * each)
+        self._storage_device = storage_device(self._device, capacity * each)
         self._generator = torch.Generator().manual_seed(seed)
         self._vector = feature_dim - pixels
         self._frames = FrameStore(pixels) if pixels else None
@@ -58,7 +58,7 @@ class ReplayBuffer:
         self._slots = torch.full((capacity, 2), -1, dtype=torch.long)
         self._extra = list(extra or {})
         self._data: Batch = {
-            name: torch.zeros(capacity, *shape, dtype=dtype, device=self._home)
+            name: torch.zeros(capacity, *shape, dtype=dtype, device=self._storage_device)
             for name, (shape, dtype) in layout(self._vector, action_dim, extra, precise).items()
         }
 
@@ -103,7 +103,7 @@ class ReplayBuffer:
     def sample(self, batch_size: int) -> Batch:
         """Draw ``batch_size`` transitions uniformly, with replacement."""
         index = torch.randint(self.size, (batch_size,), generator=self._generator)
-        chosen = index.to(self._home)
+        chosen = index.to(self._storage_device)
         rows = {name: value.index_select(0, chosen) for name, value in self._data.items()}
         # Widened where it arrives: half as much to send.
         batch = {name: value.to(self._device).to(torch.float32) for name, value in rows.items()}
@@ -120,7 +120,7 @@ class ReplayBuffer:
     def rows(self, start: int, stop: int) -> Batch:
         """The transitions from the ``start``-th to before the ``stop``-th ever added, on the CPU."""
         index = torch.arange(start, stop) % self.capacity
-        chosen = index.to(self._home)
+        chosen = index.to(self._storage_device)
         rows = {name: value[chosen].cpu() for name, value in self._data.items()}
         if self._frames is not None:  # (rows, 2, pixels): a frame that two transitions share is written twice
             rows["pixels"] = self._frames[self._slots[index]]
@@ -138,7 +138,7 @@ class ReplayBuffer:
                 raise ValueError(f"the replay of the checkpoint has another '{name}' than this run stores")
             kept = rows[name][-self.capacity :]
             where = torch.arange(start + count - len(kept), start + count) % self.capacity
-            value[where.to(self._home)] = kept.to(self._home)
+            value[where.to(self._storage_device)] = kept.to(self._storage_device)
         if self._frames is not None:
             self._put_frames(self._frames, start + count, rows)
         self.added = start + count
@@ -159,7 +159,7 @@ class ReplayBuffer:
         self._generator.set_state(state["generator"])
 
 
-def home(device: torch.device, size: int) -> torch.device:
+def storage_device(device: torch.device, size: int) -> torch.device:
     """Where ``size`` bytes of transitions lie: beside the learner on a GPU with four times as much to spare.
 
     Gathering a batch of ``best_of_n`` there took 0.19 ms on an H100, on the host and sent over 0.42 ms.

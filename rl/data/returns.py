@@ -92,7 +92,7 @@ class Returns:
         """Smallest and largest possible return, or ``None`` where it is not known."""
         return value_bounds(self.reward, self.gamma, self.per, self.chunk_steps)
 
-    def of(self, result: ChunkResult, succeeded: bool) -> tuple[float, float]:
+    def reward_and_discount(self, result: ChunkResult, succeeded: bool) -> tuple[float, float]:
         """Reward of a chunk, and the weight of what follows it.
 
         With the sparse reward a chunk in which the episode fails is worth the lowest return, and nothing

@@ -8,7 +8,7 @@ Nothing outside ``rl/envs`` asks for an environment's type. A LeRobot ``EnvConfi
 - ``make_chunk_env(task_index, **options)``: its chunk-wise form, a ``ChunkEnv``;
 - ``tiny``, true: a simulator without cameras, which ``--tiny=true`` may run as it is.
 
-LeRobot's own configs define none of them. ``FORMS`` names configs of ours that are run in their place.
+LeRobot's own configs define none of them. ``CHUNK_CONFIGS`` names configs of ours that run in their place.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import ChunkEnv
 from trimtab.rl.envs.libero import LiberoChunksConfig
 
-FORMS: dict[type[EnvConfig], type[EnvConfig]] = {LiberoConfig: LiberoChunksConfig}
+CHUNK_CONFIGS: dict[type[EnvConfig], type[EnvConfig]] = {LiberoConfig: LiberoChunksConfig}
 ELSEWHERE = (
     "register an EnvConfig whose create_envs builds it in a package of your own, and name that with "
     "--env.discover_packages_path (example: recipes/configs/openpi_droid/README.md)"
@@ -134,7 +134,7 @@ def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
     Raises:
         UserError: a package is missing, or ``create_envs`` gives no environments of this process.
     """
-    if form := FORMS.get(type(config)):
+    if form := CHUNK_CONFIGS.get(type(config)):
         config = form(**{field.name: getattr(config, field.name) for field in fields(config) if field.init})
     try:
         suites = config.create_envs(1, False)

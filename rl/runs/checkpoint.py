@@ -33,7 +33,7 @@ from trimtab.adapters.checkpoint.identity import hash_files
 from trimtab.adapters.errors import reason
 from trimtab.rl.data.replay import Batch, ReplayBuffer
 from trimtab.rl.runs.packing import pack, unpack
-from trimtab.rl.runs.processes import World
+from trimtab.rl.runs.processes import ProcessGroup
 
 FORMAT = 2
 MANIFEST, LEARNER, REPLAY, LAST = "manifest.json", "learner", "replay", "last"
@@ -114,7 +114,7 @@ class Checkpoints:
     folder: Path
     config: CheckpointConfig
     belongs: dict[str, Any]
-    world: World
+    world: ProcessGroup
     beside: Callable[[], dict[str, Any]] = dict
     texts: dict[str, str] = field(default_factory=dict)
     _saved: int = -1

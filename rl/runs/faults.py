@@ -127,3 +127,23 @@ class StopSignals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def lost_notes(lost: int, repeatable: bool) -> list[str]:
+    """A line about running episodes that could not be taken up, if any.
+
+    Args:
+        lost: how many.
+        repeatable: whether the environments say that they repeat an episode.
+    """
+    if not repeatable:
+        ending = "s" * (lost != 1)
+        return [
+            f"{lost} interrupted episode{ending} dropped, new ones begin: this environment cannot repeat them"
+        ]
+    if not lost:
+        return []
+    return [
+        f"{lost} running episode{'s' * (lost > 1)} did not repeat exactly and start anew: "
+        "this simulator is not deterministic"
+    ]

@@ -7,6 +7,7 @@ episode, or with slow environments, sends zeros and is waited for.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 
-class World:
+class ProcessGroup:
     """The processes of an ``accelerate.Accelerator``.
 
     Attributes:
@@ -99,7 +100,7 @@ class StepGuard:
         skipped: steps left out, a scalar on the learner's device.
     """
 
-    def __init__(self, world: World, clip: float | None = None) -> None:
+    def __init__(self, world: ProcessGroup, clip: float | None = None) -> None:
         self.world, self.clip = world, clip
         self.skipped = torch.zeros((), device=world.accelerator.device)
 
@@ -140,3 +141,12 @@ def list_outcomes(counts: list[float]) -> list[tuple[int, bool, bool]]:
     for index, count in enumerate(counts):
         found += [(index // 4, bool(index // 2 % 2), bool(index % 2))] * int(count)
     return found
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A hash of a module's weights and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -42,7 +42,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.runs.faults import FaultsConfig
-from trimtab.rl.runs.processes import World
+from trimtab.rl.runs.processes import ProcessGroup
 from trimtab.rl.trainer import Trainer
 
 SIZE = {
@@ -81,7 +81,7 @@ class Run:
         config, accelerator = FaultyConfig(fault=self.fault), Accelerator(cpu=True)
         vec = ChunkVectorEnv(config, 3, self.workers, tolerant=True, timeout=self.timeout)
         checkpoints = Checkpoints(
-            self.folder / "checkpoints", CheckpointConfig(self.every), {}, World(accelerator)
+            self.folder / "checkpoints", CheckpointConfig(self.every), {}, ProcessGroup(accelerator)
         )
         train = TrainConfig(
             env_steps=self.env_steps,

@@ -119,7 +119,7 @@ class NoiseVecEnv(VecEnv):
         return self._unused
 
     def _look(self) -> np.ndarray:
-        self._rollout.look()
+        self._rollout.encode_observations()
         return self._rollout.features.cpu().numpy()
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -133,16 +133,16 @@ class NoiseVecEnv(VecEnv):
         infos: list[dict[str, Any]] = [{} for _ in results]
         for i, result in results.items():
             self._success[i] |= bool(result.successes.any())
-            rewards[i], _ = self.returns.of(result, self._success[i])
+            rewards[i], _ = self.returns.reward_and_discount(result, self._success[i])
             self.env_steps += result.steps
             infos[i]["TimeLimit.truncated"] = result.truncated
-        ended, encoded = self._rollout.finals()
+        ended, encoded = self._rollout.final_observations()
         finals = self.runner.features(encoded).cpu().numpy() if ended else ()
         for i, final in zip(ended, finals, strict=True):
             infos[i]["terminal_observation"] = final
             self.ended.append(self._success[i])
             self._success[i] = False
-        self._rollout.go_on()
+        self._rollout.start_next_episodes()
         return self._look(), rewards, np.array([result.ended for result in results.values()]), infos
 
     def close(self) -> None:

@@ -3,10 +3,10 @@
 import torch
 
 from trimtab.policies.noise_samplers import NoiseSampler
-from trimtab.rl.algorithms.acting import Acting
+from trimtab.rl.algorithms.acting import BehaviorPolicy
 
 
-class Acts(Acting):
+class Acts(BehaviorPolicy):
     """Feeds the noise that ``choose`` gives as ``u``; default: the draw itself. ``untrained`` likewise."""
 
     def __init__(self, space, choose=None, untrained=None):

@@ -21,7 +21,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.runs.faults import Stopped, StopSignals
-from trimtab.rl.runs.processes import StepGuard, World
+from trimtab.rl.runs.processes import ProcessGroup, StepGuard
 from trimtab.rl.trainer import Trainer
 
 RL = DSRLSACConfig(
@@ -35,7 +35,7 @@ TRAIN = TrainConfig(
 def make_trainer(folder, accelerator, limit=13, slow=0.0, train=TRAIN):
     config, lines = FaultyConfig(limit=limit, slow=slow), []
     vec = ChunkVectorEnv(config, 2, 0, tolerant=True)
-    checkpoints = Checkpoints(folder, CheckpointConfig(200), {}, World(accelerator))
+    checkpoints = Checkpoints(folder, CheckpointConfig(200), {}, ProcessGroup(accelerator))
     trainer = Trainer(
         *(PolicyRunner(PointAdapter(), config), vec, accelerator, train, RL, FullNoiseConfig(), 0),
         on_metrics=lines.append,
@@ -49,7 +49,7 @@ def gradient_gap(accelerator):
     """Largest difference of gradients and those of one process on the union batch, in float64: this process'
     own, the average, and the average clipped to half and to twice its norm.
     """
-    world, gap = World(accelerator), {}
+    world, gap = ProcessGroup(accelerator), {}
     space = FullNoiseConfig().build(PointAdapter().noise_spec)
     torch.manual_seed(0)
     algorithm = RL.build(Problem(3, space, accelerator, None)).double()

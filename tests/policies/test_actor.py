@@ -8,7 +8,7 @@ from torch import distributions as D
 
 from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor, kl_to_prior
-from trimtab.policies.networks import Limited
+from trimtab.policies.networks import ClampInvertingGradients
 from trimtab.policies.noise_samplers import base_noise, constant_noise, prior_noise, steered_noise, zero_noise
 from trimtab.policies.noise_space import (
     ConstantNoiseConfig,
@@ -51,7 +51,7 @@ def test_gradients_of_a_draw_against_torch_distributions(mean_limit, clamp):
     mean, raw = actor.net(features).chunk(2, 1)
     if mean_limit < 1.0:
         assert (mean.abs() > actor.limit).any()
-        mean = Limited.apply(mean, actor.limit)
+        mean = ClampInvertingGradients.apply(mean, actor.limit)
     log_std = drawn.log_std
     if clamp:
         assert (raw > 1.0).any() and (raw < -5.0).any()
@@ -149,7 +149,7 @@ def test_the_mean_never_passes_the_limit():
 def test_gradients_at_the_limit():
     x = torch.tensor([0.5, -0.5, 3.0, 3.0, -3.0, -3.0, 9.0, 2.0, 2.0], requires_grad=True)
     grad = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0, -1.0, -1.0, 1.0])
-    y = Limited.apply(x, 2.0)
+    y = ClampInvertingGradients.apply(x, 2.0)
     assert torch.equal(y, x.clamp(-2.0, 2.0))
     y.backward(grad)
     # Inside and inward: whole. Outward: turned round by the overshoot, at most whole; 0 at the limit.

@@ -92,7 +92,7 @@ def test_the_unit_of_u(name):
     plain = replace(SPACES[name][0], unit="deviation").build(SPEC)
     scaled = replace(SPACES[name][0], unit="bound").build(SPEC)
     assert (scaled.bound, scaled.scale, plain.bound, plain.scale) == (1.0, 1.7, 1.7, 1.0)
-    for fact in ("spec", "dim", "uses_features", "complete"):
+    for fact in ("spec", "dim", "uses_features", "determines_noise"):
         assert getattr(scaled, fact) == getattr(plain, fact)
     u, prior = torch.rand(5, scaled.dim) * 2 - 1, torch.randn(5, STEPS, DIM)
     noise = scaled.expand(u, prior)

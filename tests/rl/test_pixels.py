@@ -64,7 +64,7 @@ def gradients(module):
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_td_loss_trains_the_encoder(kind):
     algorithm = make(kind)
-    encoder, batch = algorithm.actor.encoder, algorithm.look(make_batch())
+    encoder, batch = algorithm.actor.encoder, algorithm.encode_batch(make_batch())
     assert batch["features"].shape == (BATCH, VECTOR + 8) and batch["features"].requires_grad
     assert not batch["next_features"].requires_grad
     index = torch.arange(2).expand(BATCH, 2)
@@ -104,7 +104,7 @@ def test_update_moves_the_encoder_once_by_the_critics_optimiser(kind):
 def test_replayed_images_are_shifted_each_time_and_those_to_value_are_not():
     algorithm, batch = make("dsrl_sac"), make_batch()
     torch.manual_seed(0)
-    first, again = algorithm.look(batch)["features"], algorithm.look(batch)["features"]
+    first, again = algorithm.encode_batch(batch)["features"], algorithm.encode_batch(batch)["features"]
     assert torch.equal(first[:, :VECTOR], batch["features"][:, :VECTOR])
     assert not torch.equal(first, again)
     values = [algorithm.value(batch["features"], batch["u"], None) for _ in range(2)]

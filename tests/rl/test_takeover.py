@@ -1,13 +1,13 @@
-"""The gate: shares that follow the evidence."""
+"""The takeover schedule: shares that follow the evidence."""
 
 import pytest
 
 from trimtab.adapters import UserError
-from trimtab.rl.takeover import Gate, GateConfig
+from trimtab.rl.takeover import Takeover, TakeoverConfig
 
 
 def gate(base=(), steered=(), **settings):
-    made = Gate(GateConfig(enabled=True, **settings), seed=0)
+    made = Takeover(TakeoverConfig(enabled=True, **settings), seed=0)
     for success in base:
         made.add(False, success)
     for success in steered:
@@ -40,10 +40,10 @@ def test_old_failures_are_forgotten():
 
 
 def test_without_the_gate_the_learner_acts():
-    assert Gate(GateConfig(enabled=False), 0).share == 1.0
+    assert Takeover(TakeoverConfig(enabled=False), 0).share == 1.0
 
 
 @pytest.mark.parametrize("settings", [{"least": 0.0}, {"least": 1.5}, {"window": 0}, {"doubt": -1.0}])
 def test_bad_settings(settings):
     with pytest.raises(UserError, match=f"--train.gate.{next(iter(settings))}"):
-        GateConfig(**settings)
+        TakeoverConfig(**settings)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import UserError
 from trimtab.recipes.cli.adapt import AdaptConfig
-from trimtab.recipes.support.layers import flatten
+from trimtab.recipes.support.option_dicts import flatten
 from trimtab.recipes.support.options import parse
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.envs.vector import ChunkVectorEnv

@@ -23,7 +23,7 @@ from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.takeover import GateConfig
+from trimtab.rl.takeover import TakeoverConfig
 from trimtab.rl.trainer import Trainer
 
 B, K, A, D = 6, 5, 4, 3
@@ -382,7 +382,7 @@ def train(seed, gate, steps):
         critic=CriticConfig(hidden=64, layers=2),
     )
     budget = TrainConfig(
-        env_steps=steps, warmup_transitions=300, first_update=100, gate=GateConfig(enabled=gate)
+        env_steps=steps, warmup_transitions=300, first_update=100, gate=TakeoverConfig(enabled=gate)
     )
     with ChunkVectorEnv(config, 8, 0) as vec:
         trainer = Trainer(
@@ -427,4 +427,4 @@ def test_gate_lets_the_learner_in():
     assert steered.success_rate > 0.95
     assert lines[0]["gate_share"] < 1.0 and lines[-1]["gate_share"] > 0.9
     assert lines[-1]["success_rate"] > 0.9
-    assert trainer.gate._base and trainer.gate._steered
+    assert trainer.takeover._base and trainer.takeover._steered

@@ -11,7 +11,7 @@ from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig, Problem, engines
-from trimtab.rl.runs.processes import StepGuard, World, optimizers
+from trimtab.rl.runs.processes import ProcessGroup, StepGuard, optimizers
 
 FEATURES, DIM, CHUNK, B, K = 5, 4, 6, 32, 8
 CONFIGS = {
@@ -31,7 +31,7 @@ def make(name, engine="eager", cpu=True, **more):
     accelerator = Accelerator(cpu=cpu)
     algorithm = config.build(Problem(FEATURES, space, accelerator, (-20.0, 0.0), CHUNK))
     algorithm.fit_normalizer(torch.randn(100, FEATURES))
-    StepGuard(World(accelerator), 10.0).attach(algorithm)
+    StepGuard(ProcessGroup(accelerator), 10.0).attach(algorithm)
     return algorithm
 
 

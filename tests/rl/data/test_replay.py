@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.rl.data.replay import ReplayBuffer, home
+from trimtab.rl.data.replay import ReplayBuffer, storage_device
 from trimtab.rl.data.returns import Transition
 
 
@@ -47,7 +47,7 @@ def test_nan_is_kept_out(name):
 def test_transitions_lie_on_a_gpu_with_four_times_their_room(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4_000, 80_000))
-    assert home(gpu, 1_000) == gpu and home(gpu, 1_001) == home(cpu, 1) == cpu
+    assert storage_device(gpu, 1_000) == gpu and storage_device(gpu, 1_001) == storage_device(cpu, 1) == cpu
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -96,7 +96,7 @@ def episode(returns, steps, end, n):
         length, last = min(size, steps - start), start + size >= steps
         successes = [False] * (length - 1) + [last and end == "success"]
         chunk = result([0.0] * length, successes, last and end != "limit", last and end == "limit")
-        reward, discount = returns.of(chunk, bool(chunk.successes.any()))
+        reward, discount = returns.reward_and_discount(chunk, bool(chunk.successes.any()))
         following = np.array([start + size])
         out += accumulator.add(np.array([start]), np.zeros(1), reward, discount, following, last)
     return out
@@ -133,29 +133,32 @@ def test_failing_is_never_worth_more_than_going_on(gamma, per, size, n, bootstra
 def test_what_is_no_failure():
     returns = Returns("sparse", G, chunk_steps=4)
     lost = result([0.0, 0.0], [False, False], terminated=True)
-    assert returns.of(lost, succeeded=False) == (pytest.approx(-10.0), 0.0)
+    assert returns.reward_and_discount(lost, succeeded=False) == (pytest.approx(-10.0), 0.0)
     # LeRobot counts an episode as a success that has ever reported one, wherever it then ends.
-    assert returns.of(lost, succeeded=True) == (-1.9, 0.0)
+    assert returns.reward_and_discount(lost, succeeded=True) == (-1.9, 0.0)
     first = result([0.0, 0.0, 0.0], [True, False, False], terminated=True)
-    assert returns.of(first, succeeded=True) == (pytest.approx(-0.9 - 0.81), 0.0)
+    assert returns.reward_and_discount(first, succeeded=True) == (pytest.approx(-0.9 - 0.81), 0.0)
     together = result([0.0, 0.0], [False, True], terminated=True)
-    assert returns.of(together, succeeded=True) == (-1.0, 0.0)
+    assert returns.reward_and_discount(together, succeeded=True) == (-1.0, 0.0)
     limit = result([0.0, 0.0], [False, False], truncated=True)
-    assert returns.of(limit, succeeded=False) == (-1.9, pytest.approx(0.81))
+    assert returns.reward_and_discount(limit, succeeded=False) == (-1.9, pytest.approx(0.81))
     running = result([0.0, 0.0], [False, False])
-    assert returns.of(running, succeeded=False) == (-1.9, pytest.approx(0.81))
+    assert returns.reward_and_discount(running, succeeded=False) == (-1.9, pytest.approx(0.81))
     either = result([0.0, 0.0], [False, False], terminated=True, truncated=True)
-    assert returns.of(either, succeeded=False) == (-1.9, pytest.approx(0.81))
+    assert returns.reward_and_discount(either, succeeded=False) == (-1.9, pytest.approx(0.81))
     strict = Returns("sparse", G, chunk_steps=4, bootstrap_at_time_limit=False)
-    assert strict.of(limit, succeeded=False) == (-1.9, 0.0)
-    assert strict.of(either, succeeded=False) == (pytest.approx(-10.0), 0.0)
+    assert strict.reward_and_discount(limit, succeeded=False) == (-1.9, 0.0)
+    assert strict.reward_and_discount(either, succeeded=False) == (pytest.approx(-10.0), 0.0)
     # The paper's count: the rest of the chunk is charged, too.
-    assert Returns("sparse", G, "chunk", 4).of(lost, succeeded=False) == (pytest.approx(-40.0), 0.0)
+    assert Returns("sparse", G, "chunk", 4).reward_and_discount(lost, succeeded=False) == (
+        pytest.approx(-40.0),
+        0.0,
+    )
 
 
 def test_the_environments_own_reward_is_left_alone():
     lost = result([0.5, -3.0], [False, False], terminated=True)
-    assert Returns("env", G).of(lost, succeeded=False) == (pytest.approx(0.5 - 2.7), 0.0)
+    assert Returns("env", G).reward_and_discount(lost, succeeded=False) == (pytest.approx(0.5 - 2.7), 0.0)
     assert Returns("env", G).bounds is None
 
 
@@ -169,7 +172,7 @@ def test_q_learning_walks_to_the_goal_and_not_into_the_pit(unlearnt):
         action = draw.integers(2) if draw.random() < 0.3 else draw.choice(best)
         after = x + 2 * action - 1
         won, ended = after == goal, after in (pit, goal)
-        reward, discount = returns.of(result([0.0], [won], terminated=ended), won)
+        reward, discount = returns.reward_and_discount(result([0.0], [won], terminated=ended), won)
         q[x - pit, action] += 0.5 * (reward + discount * q[after - pit].max() - q[x - pit, action])
         x = 0 if ended else after
     assert q[1:-1].argmax(1).tolist() == [1] * (goal - pit - 1)

@@ -24,7 +24,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints, check
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
-from trimtab.rl.runs.processes import StepGuard, World
+from trimtab.rl.runs.processes import ProcessGroup, StepGuard
 from trimtab.rl.trainer import Trainer
 
 RL = DSRLSACConfig(
@@ -44,7 +44,7 @@ def make(folder, fault="none", workers=0, limit=50, every=60, adapter=None, stop
         *(TrainConfig(**{**vars(TRAIN), **train}), RL, FullNoiseConfig(), 1),
         on_metrics=lines.append,
         progress=False,
-        checkpoints=Checkpoints(folder, CheckpointConfig(every), {}, World(accelerator)),
+        checkpoints=Checkpoints(folder, CheckpointConfig(every), {}, ProcessGroup(accelerator)),
         faults_config=FaultsConfig(limit),
         stop=stop or StopSignals(),
     )
@@ -118,16 +118,16 @@ def test_a_policy_that_makes_nan_chunks(tmp_path):
 def test_nan_losses_never_reach_the_weights(tmp_path):
     """Every third batch is poisoned: those updates are left out, counted, and the metrics stay finite."""
     trainer, lines = make(tmp_path, limit=1000)
-    batch, poisoned = trainer._batch, []
+    sample, poisoned = trainer.replay.sample, []
 
-    def poison():
-        found = batch()
+    def poison(size):
+        found = sample(size)
         if trainer.updates % 3 == 0:
             found["reward"] = torch.full_like(found["reward"], torch.nan)
             poisoned.append(trainer.updates)
         return found
 
-    trainer._batch = poison
+    trainer.replay.sample = poison
     with trainer.vec:
         trainer.run()
     check_sound(trainer)
@@ -144,7 +144,7 @@ def test_a_broken_step_changes_nothing():
         return parameter, torch.optim.Adam([parameter], lr=0.1, fused=True)
 
     (guarded, first), (plain, second) = build(), build()
-    holder, guard = torch.nn.Module(), StepGuard(World(Accelerator(cpu=True)), clip=1.0)
+    holder, guard = torch.nn.Module(), StepGuard(ProcessGroup(Accelerator(cpu=True)), clip=1.0)
     holder.optimizer = first
     guard.attach(holder)
     nan, inf = float("nan"), float("inf")

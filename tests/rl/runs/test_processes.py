@@ -69,7 +69,7 @@ def test_one_writes_what_all_have_done(run):
     assert owns[0]["weights"] == owns[1]["weights"]
 
 
-def test_the_replay_is_dealt_to_another_number_of_processes(run):
+def test_the_replay_is_resharded_for_another_number_of_processes(run):
     folder, (first, _) = run
     trainer, lines = make_trainer(
         folder / "checkpoints", Accelerator(cpu=True), train=replace(TRAIN, env_steps=1000)

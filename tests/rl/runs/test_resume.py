@@ -21,8 +21,8 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints, check, pack, unpack
 from trimtab.rl.runs.faults import Stopped
-from trimtab.rl.runs.processes import World
-from trimtab.rl.takeover import GateConfig
+from trimtab.rl.runs.processes import ProcessGroup
+from trimtab.rl.takeover import TakeoverConfig
 from trimtab.rl.trainer import Trainer
 
 SIZE = {
@@ -46,7 +46,7 @@ RUNS = {
     "proposals": (BestOfNConfig(num_candidates=4, target_candidates=2, actor_candidates=2, **SIZE), TRAIN),
     "demonstrations": (DSRLNAConfig(num_candidates=4, **SIZE), TRAIN),
     "residual": (ResidualConfig(**SIZE), TRAIN),
-    "gate": (DSRLSACConfig(**SIZE), replace(TRAIN, gate=GateConfig(enabled=True))),
+    "gate": (DSRLSACConfig(**SIZE), replace(TRAIN, gate=TakeoverConfig(enabled=True))),
 }
 
 
@@ -69,7 +69,7 @@ def make(
     config, lines, stop = config or PointConfig(), [], StopAt(stop_at)
     accelerator = Accelerator(cpu=True)
     vec = ChunkVectorEnv(config, envs, workers, tolerant=True)
-    checkpoints = Checkpoints(folder, CheckpointConfig(every), {}, World(accelerator))
+    checkpoints = Checkpoints(folder, CheckpointConfig(every), {}, ProcessGroup(accelerator))
     checkpoints.beside = lambda: {"lines": len(lines)}
     trainer = Trainer(
         *(PolicyRunner(adapter or PointAdapter(), config), vec, accelerator, train, rl, FullNoiseConfig(), 3),
