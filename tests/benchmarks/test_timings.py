@@ -36,7 +36,7 @@ def test_updates_of_every_learner_beside_stable_baselines3(tmp_path, capsys):
 def test_compiled_beside_eager(tmp_path, monkeypatch, capsys):
     """Real turns of both; the compiler's backend is the one that needs no C++ compiler."""
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile_(f, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="eager"))
     rows = run_updates(tmp_path, "--learners=dsrl_sac", "--engines=eager,compile")
     assert list(rows) == ["dsrl_sac", "dsrl_sac_compile"] and len(rows["dsrl_sac_compile"]["ratios"]) == 2
     assert "| 3x16 | `dsrl_sac_compile` |" in capsys.readouterr().out

@@ -247,7 +247,7 @@ REFUSED = {
     "a type that is not there": (["adapt", "--tiny=oracle"], "--tiny: no tiny run of a 'oracle' policy"),
     "no recipe": (["adapt", "--tiny=true"], "--policy.path: name a recipe with --config_path"),
     "an unknown checkpoint": (["probe", "--tiny=true", "--policy.path=a/b"], "--tiny: cannot tell the type"),
-    "another command": (["bench", "--tiny=true"], "--tiny: has no effect on bench"),
+    "another command": (["demo", "--tiny=true"], "--tiny: has no effect on demo"),
     "lora on a server": (["lora", "--tiny=remote"], "--tiny: no tiny run of a 'remote' policy"),
     "a recipe that is not there": (["adapt", "--config_path=pi7"], "--config_path: there is no file pi7, "),
     "adapt's option": (["probe", "--config_path=metaworld", "--rl.gamma=0.9"], "--rl.gamma: no such option"),
@@ -289,7 +289,7 @@ def test_demonstrations_without_the_policys_features(capsys, tmp_path):
         == 0
     )
     data = read(tmp_path / "a" / "config.json")["dataset"]
-    base = read(tmp_path / "a" / "config.json")["policy"]["path"].replace("pixels", "state")
+    base = read(tmp_path / "a" / "config.json")["policy"]["path"].replace("pixels", "metaworld_state")
     assert (
         main(["probe", "--config_path=metaworld", "--tiny=true", *ALONE, f"--output_dir={tmp_path / 'b'}"])
         == 0
