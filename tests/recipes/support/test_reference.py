@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trimtab.recipes.support.reference import comments, described, reference, rows
+from tests.helpers.reference import comments, described, reference, rows
 
 PAGE = Path(__file__).parents[3] / "recipes" / "CONFIGURATION.md"
 
@@ -47,7 +47,7 @@ def test_comments_become_descriptions():
 def test_the_committed_page_is_up_to_date():
     made = reference()
     assert PAGE.read_text(encoding="utf-8") == made, (
-        "options have changed: python -m trimtab.recipes.support.reference > recipes/CONFIGURATION.md"
+        "options have changed: python -m tests.helpers.reference > recipes/CONFIGURATION.md"
     )
     for option in ("`env_steps`", "#### AlgorithmConfig: residual", "Largest correction of an entry"):
         assert option in made

@@ -1,4 +1,4 @@
-"""`python -m trimtab.recipes.support.reference` prints the configuration reference.
+"""`python -m tests.helpers.reference` prints the configuration reference.
 
 It is made from the dataclasses.
 What is said of an option is the comment above its field.
@@ -25,7 +25,7 @@ HEAD = """\
 
 Every option of every command, made from the dataclasses; to make it anew:
 
-    python -m trimtab.recipes.support.reference > recipes/CONFIGURATION.md
+    python -m tests.helpers.reference > recipes/CONFIGURATION.md
 
 A nested option is written with dots (`--train.env_steps=5000`), on the command line or in YAML
 (`--config_path=`). Where a type is a link, its options are in that section; `--dataset.*`, `--peft.*` and,
