@@ -97,12 +97,12 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
     folder = resolve_folder(config.path, config.revision, token)
     policy_type = read_policy_type(folder)
     device = _device(config.device)
-    if policy_type in NO_NOISE:
-        raise UserError(
-            OPTION, f"a policy of type '{policy_type}' cannot be steered: {NO_NOISE[policy_type]}"
-        )
     try:
         cls = adapter_class(policy_type)
+        if cls is None and policy_type in NO_NOISE:
+            raise UserError(
+                OPTION, f"a policy of type '{policy_type}' cannot be steered: {NO_NOISE[policy_type]}"
+            )
         if cls is None:
             raise UserError(
                 OPTION,

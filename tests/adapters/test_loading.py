@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimtab.adapters import PolicyConfig, UserError, load_adapter
+from trimtab.adapters import PolicyConfig, UserError, load_adapter, registry
 from trimtab.adapters.checkpoint.identity import file_hash, settings_hashes, weights_hash
 from trimtab.adapters.tiny import make_tiny
 
@@ -174,6 +174,16 @@ def test_damage_is_one_clear_line(name, folder):
         load(folder)
     assert str(caught.value).startswith("--policy.path: ")
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_your_own_comes_before_what_is_said_of_a_type(folder, monkeypatch):
+    def asked():
+        raise UserError("--policy.path", "your adapter was asked")
+
+    monkeypatch.setitem(registry._REGISTRY, "vqbet", asked)
+    edit_config(type="vqbet")(folder)
+    with pytest.raises(UserError, match="your adapter was asked"):
+        load(folder)
 
 
 def test_missing_folder_and_repository(tmp_path):
