@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trimtab.policies.acting import Candidates, Choice, Denoise
 from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.algorithms.acting import BehaviorPolicy
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.returns import NStepAccumulator, Returns, Transition
 from trimtab.rl.data.rows import Row, observation_rows
@@ -70,28 +71,11 @@ class _Running:
     steered: bool = True
 
 
-class Learner(Protocol):
-    """Who acts in training episodes: an ``Algorithm`` (``rl/algorithms/acting.py`` says what each does)."""
-
-    draws: int
-
-    def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates: ...
-
-    def act(
-        self,
-        features: Tensor,
-        prior: Tensor,
-        denoise: Denoise,
-        candidates: Candidates | None,
-        steered: Tensor,
-    ) -> Choice: ...
-
-
 @dataclass(frozen=True)
 class _Exploring:
     """A learner in the episodes that run now, as a ``ChunkPolicy``."""
 
-    learner: Learner
+    learner: BehaviorPolicy
     candidates: Candidates | None
     steered: Tensor
 
@@ -171,7 +155,7 @@ class Collector:
         """See ``Rollout``."""
         return self.rollout.seconds
 
-    def start(self, learner: Learner) -> None:
+    def start(self, learner: BehaviorPolicy) -> None:
         """Let ``learner`` act from here on."""
         self.learner = learner
         self._propose_here()
