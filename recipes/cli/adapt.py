@@ -217,7 +217,7 @@ def _steer(
     with session.environments(config.num_envs, faults=config.faults) as vec:
         if len(set(vec.task_names)) != len(session.tasks):
             raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
-        trainer = config.rl.make_runner(session.runner, vec, config.noise, config.seed) or Trainer(
+        trainer = config.rl.make_trainer(session.runner, vec, config.noise, config.seed) or Trainer(
             session.runner,
             vec,
             accelerator,

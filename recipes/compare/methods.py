@@ -95,7 +95,7 @@ class Steering(Method):
         reports = {"on_metrics": lines.append, "progress": False}
         with run.training_environments(self.num_envs) as vec:
             if not rl.replays:
-                search = rl.make_runner(runner, vec, self.noise, run.seed, **reports)
+                search = rl.make_trainer(runner, vec, self.noise, run.seed, **reports)
                 self._take(run, search.run())
                 run.add_point(search.env_steps, search.env_steps)
                 return {"updates": 0, "search_episodes": search.episodes, "metrics": lines}

@@ -119,7 +119,7 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     def type(self) -> str:
         return self.get_choice_name(self.__class__)
 
-    # Whether it learns from a replay of transitions; one that does not runs itself (``make_runner``).
+    # Whether it learns from a replay of transitions; one that does not brings a trainer (``make_trainer``).
     replays: ClassVar[bool] = True
 
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
@@ -143,7 +143,7 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         """This config, its budget cut to ``env_steps`` of episodes of at most ``episode_steps()``."""
         return self
 
-    def make_runner(self, runner: Any, vec: Any, noise: NoiseSpaceConfig, seed: int, **options: Any) -> Any:
+    def make_trainer(self, runner: Any, vec: Any, noise: NoiseSpaceConfig, seed: int, **options: Any) -> Any:
         """What runs the algorithm in the place of ``Trainer``, if anything."""
         return None
 

@@ -90,7 +90,7 @@ class GoldenTicketConfig(AlgorithmConfig):
             candidates //= 2
         return replace(self, budget=budget, candidates=candidates)
 
-    def make_runner(
+    def make_trainer(
         self, runner: PolicyRunner, vec: ChunkVectorEnv, noise: NoiseSpaceConfig, seed: int, **options: Any
     ) -> TicketSearch:
         return TicketSearch(runner, vec, self, noise, seed, **options)
