@@ -175,11 +175,20 @@ class Fickle(PointEnv):
         return self._observation(), info
 
 
-def test_an_episode_that_does_not_repeat_is_dropped_and_said(tmp_path, monkeypatch):
+class Shaky(PointEnv):
+    """Starts as it did, and moves another way."""
+
+    def step(self, action):
+        self.x += 0.01
+        return super().step(action)
+
+
+@pytest.mark.parametrize("other", [Fickle, Shaky])
+def test_an_episode_that_does_not_repeat_is_dropped_and_said(other, tmp_path, monkeypatch):
     rl, train = RUNS["dsrl_sac"]
     trainer, lines = make(tmp_path, rl, train, stop_at=300)
     go(trainer)
-    monkeypatch.setattr("tests.helpers.point.PointEnv", Fickle)
+    monkeypatch.setattr("tests.helpers.point.PointEnv", other)
     trainer, lines, notes = resume(tmp_path, lines, rl, train)
     assert len(notes) == 1 and notes[0].startswith("3 running episodes did not repeat exactly")
     assert trainer.faults.counts["unrepeatable"] == 3 and lines[-1]["faults"] == 3
