@@ -22,6 +22,11 @@ class UserError(Exception):
         return f"{self.option}: {self.message}"
 
 
+def policy_error(message: str) -> UserError:
+    """The error of a base policy that cannot be used as it is: another ``--policy.path``, or a mended one."""
+    return UserError("--policy.path", message)
+
+
 def reason(error: BaseException, last: bool = False) -> str:
     """What an exception says, on one line: all of its text, and what its cause adds.
 

@@ -10,13 +10,7 @@ from typing import Any
 
 import torch
 
-from trimtab.adapters.checkpoint.files import (
-    OLD_STATISTICS,
-    OPTION,
-    PREPROCESSOR,
-    processor_steps,
-    read_weights,
-)
+from trimtab.adapters.checkpoint.files import OLD_STATISTICS, PREPROCESSOR, processor_steps, read_weights
 from trimtab.adapters.checkpoint.folder import (
     is_peft,
     is_server,
@@ -40,7 +34,7 @@ from trimtab.adapters.checkpoint.weights import (
     plain_names,
 )
 from trimtab.adapters.config import DTYPES, PolicyConfig
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_class, adapter_types
 
@@ -72,7 +66,7 @@ def load_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
         if isinstance(error, UserError) or not isinstance(error, Exception):
             raise
         hint = f"; try another --policy.dtype than {config.dtype}" if config.dtype else ""
-        raise UserError(OPTION, f"{config.path} loads but does not run: {reason(error)}{hint}") from error
+        raise policy_error(f"{config.path} loads but does not run: {reason(error)}{hint}") from error
     return adapter
 
 
@@ -83,7 +77,7 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
         UserError: as ``load_adapter``, less what ``verify`` raises.
     """
     if not config.path:
-        raise UserError(OPTION, "name the folder or Hub repository of the base policy")
+        raise policy_error("name the folder or Hub repository of the base policy")
     if config.num_inference_steps is not None and config.num_inference_steps < 1:
         raise UserError(
             "--policy.num_inference_steps", f"must be at least 1, got {config.num_inference_steps}"
@@ -100,26 +94,22 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
     try:
         cls = adapter_class(policy_type)
         if cls is None and policy_type in NO_NOISE:
-            raise UserError(
-                OPTION, f"a policy of type '{policy_type}' cannot be steered: {NO_NOISE[policy_type]}"
-            )
+            raise policy_error(f"a policy of type '{policy_type}' cannot be steered: {NO_NOISE[policy_type]}")
         if cls is None:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"no adapter for policies of type '{policy_type}' yet; there is one for "
-                f"{', '.join(adapter_types())} (write your own: adapters/README.md)",
+                f"{', '.join(adapter_types())} (write your own: adapters/README.md)"
             )
         return _build(cls, folder, config, device, token)
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(
-            OPTION,
+        raise policy_error(
             f"a {policy_type} policy needs what is not installed ({reason(error)}); "
-            "what LeRobot's own types need: pip install 'lerobot_policy_trimtab[policies]'",
+            "what LeRobot's own types need: pip install 'lerobot_policy_trimtab[policies]'"
         ) from error
     except Exception as error:  # whatever a library makes of a config or a file that nobody foresaw
-        raise UserError(OPTION, f"{folder} cannot be loaded: {reason(error)}") from error
+        raise policy_error(f"{folder} cannot be loaded: {reason(error)}") from error
 
 
 def _device(name: str | None) -> str:
@@ -187,9 +177,7 @@ def _build(
             f"this {config.type} policy executes {steps} steps of each chunk; drop the option",
         )
     if min(adapter.chunk_shape) < 1:  # of a horizon that ends before the last of the observations
-        raise UserError(
-            OPTION, f"by its config.json, of each chunk it executes {steps} actions; it must be 1"
-        )
+        raise policy_error(f"by its config.json, of each chunk it executes {steps} actions; it must be 1")
     adapter.notes = [*notes, *_runner_notes(adapter)]
     adapter.trainable = trainable
     adapter.weights_files = files

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 
 OPTION = "--policy.path"
 BACKBONE = "--policy.backbone"
@@ -42,9 +42,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(OPTION, f"{path} cannot be read ({error.strerror})") from None
+        raise policy_error(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(OPTION, f"{path} is not JSON ({error}); the folder is half-written") from None
+        raise policy_error(f"{path} is not JSON ({error}); the folder is half-written") from None
     return raw if isinstance(raw, dict) else {}
 
 
@@ -88,18 +88,16 @@ def whole_weights(folder: Path) -> list[Path]:
     there = [path for path in shards if path.is_file()]
     if whole.is_file():
         if there and shards != [whole]:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{folder} holds weights twice, in {WEIGHTS} and in the {len(there)} shards of {index.name}; "
-                "remove those that do not count (LeRobot reads the former)",
+                "remove those that do not count (LeRobot reads the former)"
             )
         return [whole]  # the index has been left behind
     missing = [path.name for path in shards if path not in there]
     if missing:
-        raise UserError(
-            OPTION,
+        raise policy_error(
             f"{folder} lacks {len(missing)} of the {len(shards)} shards that {index.name} names: "
-            f"{', '.join(missing)}",
+            f"{', '.join(missing)}"
         )
     return shards
 

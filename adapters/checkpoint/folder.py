@@ -20,7 +20,7 @@ from trimtab.adapters.checkpoint.files import (
     read_json,
     whole_weights,
 )
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 
 REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name on the Hub
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # configs, tokenizers and processors
@@ -84,7 +84,7 @@ def resolve_folder(path: str, revision: str | None = None, token: str | None = N
     """
     folder = find_folder(path, OPTION, revision, token, (*SMALL_FILES, ".safetensors"))
     if not folder.is_dir():
-        raise UserError(OPTION, f"{path} is a file; name the folder that holds {CONFIG}")
+        raise policy_error(f"{path} is a file; name the folder that holds {CONFIG}")
     nested = folder / "pretrained_model"
     if not (folder / CONFIG).exists() and (nested / CONFIG).exists():
         folder = nested  # a checkpoint folder of lerobot-train
@@ -98,10 +98,9 @@ def _check_whole(folder: Path) -> None:
     if not missing and is_peft(folder):
         missing += [name for name in (PEFT_CONFIG, PEFT_WEIGHTS) if not (folder / name).is_file()]
         if missing and has_weights(folder):
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{folder / CONFIG} says use_peft, but {' and '.join(missing)} is not there, only "
-                "whole weights; if the LoRA has been merged into them, set use_peft to false",
+                "whole weights; if the LoRA has been merged into them, set use_peft to false"
             )
     elif not has_weights(folder):
         missing.append(WEIGHTS)
@@ -124,9 +123,8 @@ def _check_whole(folder: Path) -> None:
     else:
         hint = "`lerobot-train` writes one under checkpoints/<step>/pretrained_model"
     shown = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
-    raise UserError(
-        OPTION,
-        f"{folder} is not a whole policy folder, it lacks {', '.join(missing)} (it holds {shown}); {hint}",
+    raise policy_error(
+        f"{folder} is not a whole policy folder, it lacks {', '.join(missing)} (it holds {shown}); {hint}"
     )
 
 
@@ -157,10 +155,9 @@ def is_peft(folder: Path) -> bool:
     if not has_weights(folder):
         return use_peft is True or adapter
     if adapter and not isinstance(use_peft, bool):
-        raise UserError(
-            OPTION,
+        raise policy_error(
             f"{folder} holds whole weights and a LoRA ({PEFT_WEIGHTS}), and its {CONFIG} does not say which "
-            "counts: set use_peft to true (the LoRA, on its base) or to false (the whole weights)",
+            "counts: set use_peft to true (the LoRA, on its base) or to false (the whole weights)"
         )
     return use_peft is True
 
@@ -174,7 +171,7 @@ def peft_base(folder: Path, base_path: str | None, token: str | None = None) -> 
     saved = read_json(folder / PEFT_CONFIG)
     named = base_path or saved.get("base_model_name_or_path")
     if not named:
-        raise UserError(OPTION, f"{folder / PEFT_CONFIG} names no base policy; add --policy.base_path=")
+        raise policy_error(f"{folder / PEFT_CONFIG} names no base policy; add --policy.base_path=")
     option = "--policy.base_path"
     try:
         base = resolve_folder(named, None if base_path else saved.get("revision"), token)
@@ -214,4 +211,4 @@ def read_policy_type(folder: Path) -> str:
         whose = f"it is the config of another library's '{raw['model_type']}' model"
     elif "input_shapes" in raw:
         whose = "LeRobot wrote such configs before 2025, and reads them no more"
-    raise UserError(OPTION, f"{folder / CONFIG} has no 'type' (it holds {keys}): {whose}")
+    raise policy_error(f"{folder / CONFIG} has no 'type' (it holds {keys}): {whose}")

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from trimtab.adapters.checkpoint.files import (
     OLD_STATISTICS,
-    OPTION,
     POSTPROCESSOR,
     PREPROCESSOR,
     read_weights,
     whole_weights,
 )
-from trimtab.adapters.errors import UserError
+from trimtab.adapters.errors import policy_error
 
 # SmolVLA's had one set for each dataset that it was trained on (`normalize_inputs.so100-red_buffer_...`).
 BUFFER = re.compile(
@@ -62,19 +61,17 @@ def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dic
         match = BUFFER.fullmatch(name)
         whose = [key for key in features if match and key.replace(".", "_") == match["feature"]]
         if match is None or len(whose) != 1:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"the statistic '{name}' in {path} belongs to {' and '.join(whose) or 'none'} of the "
-                f"features in config.json ({', '.join(features)}); correct their names",
+                f"features in config.json ({', '.join(features)}); correct their names"
             )
         key, statistic = whose[0], match["statistic"]
         known = stats.setdefault(key, {})
         replaces = match["role"] == EXECUTED and origin.get((key, statistic)) != EXECUTED
         if statistic in known and not replaces and not torch.equal(known[statistic], value):
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{path} holds several statistics of '{key}' that differ (one is '{name}'): the policy was "
-                "trained on several datasets; fine-tune it on one",
+                "trained on several datasets; fine-tune it on one"
             )
         known[statistic], origin[key, statistic] = value, match["role"]
     return stats

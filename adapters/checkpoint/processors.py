@@ -13,7 +13,7 @@ from torch import Tensor
 from trimtab.adapters.checkpoint.files import OPTION, POSTPROCESSOR, PREPROCESSOR, processor_steps
 from trimtab.adapters.checkpoint.legacy import is_legacy, make_processors, read_statistics
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 
 # The statistics that LeRobot's normalisers compute with; without them they pass values through as they are.
 STATISTICS = {
@@ -66,15 +66,14 @@ def processor_error(
     try:
         before, after = (processor_steps(folder / name) for name in (PREPROCESSOR, POSTPROCESSOR))
     except UserError as broken:
-        return UserError(OPTION, f"{intro}: {broken.message}")
+        return policy_error(f"{intro}: {broken.message}")
     known = ProcessorStepRegistry.list()
     for file, steps in ((PREPROCESSOR, before), (POSTPROCESSOR, after)):
         unknown = [name for name, step in steps if step.get("registry_name") and name not in known]
         if unknown:
-            return UserError(
-                OPTION,
+            return policy_error(
                 f"{folder / file} has a step '{unknown[0]}', which LeRobot does not know; the code that it "
-                "was trained with registers it: name that package with --policy.discover_packages_path=",
+                "was trained with registers it: name that package with --policy.discover_packages_path="
             )
     failed = FAILED_STEP.search(str(error))
     why = reason(error)
@@ -123,11 +122,10 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
         wanted = {kind: modes[kind] for kind in kinds if modes.get(kind, "IDENTITY") != "IDENTITY"}
         if wanted and not any(_may_normalise(step) for step in pipeline.steps):
             kind, mode = next(iter(wanted.items()))
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"by config.json, {kind} was normalised by {mode} in training, but no step of {path} {does} "
                 f"it (it has {', '.join(map(_name, pipeline.steps)) or 'none'}); put the step back, or set "
-                f"normalization_mapping.{kind} to IDENTITY if it was trained without",
+                f"normalization_mapping.{kind} to IDENTITY if it was trained without"
             )
         for step in pipeline.steps:
             stats = getattr(step, "_tensor_stats", None) or getattr(step, "stats", None) or {}
@@ -197,6 +195,6 @@ def _check_statistics(stats: dict[str, Any], key: str, mode: str | None, step: s
         )
     else:
         there = f"there are statistics of {', '.join(stats)}; correct the names"
-    raise UserError(
-        OPTION, f"{path} normalises '{key}' by {mode} but has no finite {' and '.join(bad)} of it; {there}"
+    raise policy_error(
+        f"{path} normalises '{key}' by {mode} but has no finite {' and '.join(bad)} of it; {there}"
     )

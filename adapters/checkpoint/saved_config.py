@@ -8,15 +8,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from trimtab.adapters.checkpoint.files import (
-    CONFIG,
-    OPTION,
-    POSTPROCESSOR,
-    PREPROCESSOR,
-    processor_steps,
-    read_json,
-)
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.checkpoint.files import CONFIG, POSTPROCESSOR, PREPROCESSOR, processor_steps, read_json
+from trimtab.adapters.errors import policy_error, reason
 
 # Fields that count something of which there is at least one, whatever the policy calls it.
 COUNTS = (
@@ -50,14 +43,14 @@ def read_config(folder: Path) -> Any:
         config: Any = PreTrainedConfig.from_pretrained(str(folder))
         _check(config)
     except _Senseless as error:
-        raise UserError(OPTION, f"{path} cannot be loaded: {error}") from None
+        raise policy_error(f"{path} cannot be loaded: {error}") from None
     except Exception as error:
         hint = ""
         if "are not valid for" in str(error):
             hint = (
                 f"; LeRobot {lerobot.__version__} has no such fields: another version wrote them, or a hand"
             )
-        raise UserError(OPTION, f"{path} cannot be loaded: {reason(error)}{hint}") from error
+        raise policy_error(f"{path} cannot be loaded: {reason(error)}{hint}") from error
     # The instruction travels beside the observations, whatever a config says.
     config.input_features = {k: f for k, f in config.input_features.items() if f.type.value != "LANGUAGE"}
     return config

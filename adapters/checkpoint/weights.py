@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from trimtab.adapters.checkpoint.files import BACKBONE, OPTION, PEFT_WEIGHTS, part_weights, read_weights
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 
 COMPILED = "_orig_mod."
 # A policy may hold what its file does not (frozen encoders, layers that are cut off): so many times more
@@ -32,7 +32,7 @@ def plain_names(saved: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, tensor in saved.items():
         short = name.replace(COMPILED, "")
         if short in plain:
-            raise UserError(OPTION, f"{path} holds '{short}' twice, once as torch.compile names it")
+            raise policy_error(f"{path} holds '{short}' twice, once as torch.compile names it")
         plain[short] = tensor
     return plain
 
@@ -51,10 +51,9 @@ def no_larger_than(saved: dict[str, Tensor], path: Path) -> Iterator[None]:
         if parameter is not None and parameter.device.type != "meta":
             built += parameter.numel()
         if built > TIMES_MORE * size + BESIDES:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{path} holds {size:,} numbers, and the policy that its config describes far more "
-                f"(over {built:,}): look for a part's config that is missing or empty",
+                f"(over {built:,}): look for a part's config that is missing or empty"
             )
 
     hook = register_module_parameter_registration_hook(count)
@@ -128,7 +127,7 @@ def load_peft(policy: torch.nn.Module, folder: Path) -> None:
     try:
         loaded = PeftModel.from_pretrained(policy, str(folder), is_trainable=False)
     except Exception as error:
-        raise UserError(OPTION, f"{folder} does not fit its base policy: {reason(error)}") from error
+        raise policy_error(f"{folder} does not fit its base policy: {reason(error)}") from error
     state: dict[str, Any] = get_peft_model_state_dict(loaded)
     check_names(state, saved, path)
     check_values(state, saved, path)

@@ -27,7 +27,7 @@ from torch import Tensor
 from trimtab.adapters.checkpoint.files import BACKBONE, CONFIG, part_weights
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 from trimtab.adapters.lerobot.prefix import restore_prefix, store_layers
 from trimtab.adapters.lerobot.vla import VLAAdapter
 
@@ -87,14 +87,11 @@ class FastWAMAdapter(VLAAdapter):
         config.tokenizer_model_id = options.tokenizer or config.tokenizer_model_id
         mode = config.video_dit_config.get("video_attention_mask_mode")
         if mode != "first_frame_causal":
-            raise UserError(
-                "--policy.path",
-                f"its video_attention_mask_mode is '{mode}', with which it cannot infer actions",
+            raise policy_error(
+                f"its video_attention_mask_mode is '{mode}', with which it cannot infer actions"
             )
         if not config.load_text_encoder:
-            raise UserError(
-                "--policy.path", "it was saved without its text encoder (load_text_encoder=false)"
-            )
+            raise policy_error("it was saved without its text encoder (load_text_encoder=false)")
         if config.torch_dtype != "float32" and not str(config.device).startswith("cuda"):
             # It relies on CUDA's autocast for its time embedding.
             if options.dtype:

@@ -25,7 +25,7 @@ from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.checkpoint.backbone import backbone_folder
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
+from trimtab.adapters.errors import policy_error
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_layers
 from trimtab.adapters.policy_adapter import PolicyAdapter
 
@@ -70,11 +70,10 @@ class MolmoAct2Adapter(PolicyAdapter):
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
         if "discrete" in (config.inference_action_mode, config.action_mode):
-            raise UserError(
-                "--policy.path",
+            raise policy_error(
                 "this molmoact2 policy writes action tokens (mode 'discrete') and draws no noise; one "
                 "trained with action_mode 'both' can be steered once its config.json says "
-                "inference_action_mode 'continuous'",
+                "inference_action_mode 'continuous'"
             )
         config.inference_action_mode = "continuous"
         folder = backbone_folder(config.checkpoint_path, config.checkpoint_revision)

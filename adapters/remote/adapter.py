@@ -18,10 +18,9 @@ from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
 from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.checkpoint.files import OPTION
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
+from trimtab.adapters.errors import UserError, policy_error
 from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.remote.observation import (
     check_sent,
@@ -107,10 +106,9 @@ class RemoteAdapter(PolicyAdapter):
         try:
             horizon, action_dim = self._chunk(self.server.request(message)).shape
         except ServerError as error:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{error.message}; it was sent {', '.join(describe(message))} (change what with "
-                "--policy.remote.keys and --policy.remote.dims)",
+                "--policy.remote.keys and --policy.remote.dims)"
             ) from None
         self._answer_shape = (horizon, action_dim)
         steps = horizon if self.options.n_action_steps is None else self.options.n_action_steps
@@ -192,17 +190,17 @@ class RemoteAdapter(PolicyAdapter):
         """The actions (horizon, action_dim) float32 in an answer, of the same shape every time."""
         actions = answer.get("actions") if isinstance(answer, dict) else None
         if not isinstance(actions, np.ndarray) or actions.dtype.kind not in "fiu":
-            raise UserError(OPTION, f"{self.server.url} answered without 'actions'")
+            raise policy_error(f"{self.server.url} answered without 'actions'")
         if actions.ndim == 3 and len(actions) == 1:
             actions = actions[0]
         expected = self._answer_shape
         if actions.ndim != 2 or not actions.size or (expected and actions.shape != expected):
             wanted = f"always {expected}" if expected else "(horizon, action dimension)"
-            raise UserError(
-                OPTION, f"{self.server.url} returned actions of shape {actions.shape}; they must be {wanted}"
+            raise policy_error(
+                f"{self.server.url} returned actions of shape {actions.shape}; they must be {wanted}"
             )
         if not np.isfinite(actions).all():
-            raise UserError(OPTION, f"{self.server.url} returned NaN or Inf actions")
+            raise policy_error(f"{self.server.url} returned NaN or Inf actions")
         return actions.astype(np.float32)
 
     # Verification.
@@ -224,10 +222,9 @@ class RemoteAdapter(PolicyAdapter):
         try:
             once, again, other = self._two_chunks(repeat=True)
         except ServerError as error:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{error.message}; it was sent noise of shape (1, {self.noise_spec.shape[0]}, "
-                f"{self.noise_spec.shape[1]}) (--policy.remote.noise_shape)",
+                f"{self.noise_spec.shape[1]}) (--policy.remote.noise_shape)"
             ) from None
         repeated, effect = float((once - again).abs().max()), float((once - other).abs().max())
         if repeated > self.rounding * effect:
@@ -236,7 +233,7 @@ class RemoteAdapter(PolicyAdapter):
             odd = "two different noises gave the same chunk"
         else:
             return
-        raise UserError(OPTION, f"{odd}: {self.server.url} ignores the noise it is sent. {MEND}")
+        raise policy_error(f"{odd}: {self.server.url} ignores the noise it is sent. {MEND}")
 
     def identity(self, base: Any) -> dict[str, Any]:
         """The server's answer to one fixed observation and noise, and how to ask it again."""
@@ -251,8 +248,8 @@ class RemoteAdapter(PolicyAdapter):
         now, known = self.identity(base)["answer"], identity["answer"]
         if len(now) == len(known) and np.abs(np.subtract(now, known)).max() <= identity["tolerance"]:
             return
-        raise UserError(
-            OPTION, f"{self.server.url} no longer answers as the base did: another policy is served there"
+        raise policy_error(
+            f"{self.server.url} no longer answers as the base did: another policy is served there"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.adapters.checkpoint.files import OPTION
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 
 API_KEY = "OPENPI_API_KEY"  # environment variable; sent as openpi's clients send theirs
 OPEN_TIMEOUT = 10.0  # seconds to connect
@@ -77,7 +77,7 @@ def _msgpack() -> Any:
     try:
         import msgpack
     except ImportError:
-        raise UserError(OPTION, MISSING) from None
+        raise policy_error(MISSING) from None
     return msgpack
 
 
@@ -111,7 +111,7 @@ class PolicyServer:
             from websockets.exceptions import ConnectionClosed, WebSocketException
             from websockets.sync.client import connect
         except ImportError:
-            raise UserError(OPTION, MISSING) from None
+            raise policy_error(MISSING) from None
         options: dict[str, Any] = {}
         known = inspect.signature(connect).parameters
         if "ping_interval" in known:  # since websockets 15
@@ -133,27 +133,26 @@ class PolicyServer:
                 )
             )
         except TimeoutError:
-            raise UserError(OPTION, f"{self.url} did not answer within {OPEN_TIMEOUT:g} s") from None
+            raise policy_error(f"{self.url} did not answer within {OPEN_TIMEOUT:g} s") from None
         except ssl.SSLError as error:
-            raise UserError(OPTION, f"no secure connection to {self.url} ({reason(error)})") from None
+            raise policy_error(f"no secure connection to {self.url} ({reason(error)})") from None
         except OSError as error:
             if error.errno is None:  # closed in the handshake, as websockets 13 says it
-                raise UserError(OPTION, self._refused(error)) from None
-            raise UserError(
-                OPTION,
+                raise policy_error(self._refused(error)) from None
+            raise policy_error(
                 f"nobody listens at {self.url} ({reason(error)}); start openpi's server first "
-                "(scripts/serve_policy.py) or name its address",
+                "(scripts/serve_policy.py) or name its address"
             ) from None
         except (WebSocketException, EOFError, ValueError) as error:
-            raise UserError(OPTION, self._refused(error)) from None
+            raise policy_error(self._refused(error)) from None
         try:
             metadata = self._receive("describe itself")
         except ConnectionClosed as error:
             self.close()
-            raise UserError(OPTION, f"{self.url} closed the connection at once ({reason(error)})") from None
+            raise policy_error(f"{self.url} closed the connection at once ({reason(error)})") from None
         if not isinstance(metadata, dict):
             self.close()
-            raise UserError(OPTION, f"{self.url} is not the address of an openpi policy server")
+            raise policy_error(f"{self.url} is not the address of an openpi policy server")
         self.metadata = metadata
 
     def _refused(self, error: Exception) -> str:
@@ -182,9 +181,7 @@ class PolicyServer:
             except ConnectionClosed as error:
                 self.close()
                 if last:
-                    raise UserError(
-                        OPTION, f"{self.url} dropped the connection twice ({reason(error)})"
-                    ) from None
+                    raise policy_error(f"{self.url} dropped the connection twice ({reason(error)})") from None
         raise AssertionError("unreachable")
 
     def _receive(self, what: str) -> Any:
@@ -196,17 +193,16 @@ class PolicyServer:
                 return unpack(data)
         except TimeoutError:
             self.close()  # a late answer would be taken for that to the next request
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{self.url} did not {what} within {self.timeout:g} s; raise --policy.remote.timeout if it "
-                "is still compiling",
+                "is still compiling"
             ) from None
         except (UserError, ConnectionClosed):
             raise
         except Exception as error:  # msgpack has an exception for each way of being cut short
             self.close()
-            raise UserError(
-                OPTION, f"{self.url} sent what is not openpi's message format ({reason(error)})"
+            raise policy_error(
+                f"{self.url} sent what is not openpi's message format ({reason(error)})"
             ) from None
         self.close()
         raise ServerError(

@@ -1,7 +1,7 @@
 """Tiny random instances of the real LeRobot classes, saved with their processors as `lerobot-train` would.
 
-They load on any machine without the Hub, in milliseconds to seconds: for tests, for the table of policies,
-and to run a recipe before there is a checkpoint.
+They load on any machine without the Hub, in milliseconds to seconds: for ``--tiny=true``. The tests add those
+of the other policy types (``tests/helpers/tiny``).
 """
 
 from __future__ import annotations
@@ -9,26 +9,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trimtab.adapters import PolicyConfig, UserError
+from trimtab.adapters import PolicyConfig
 from trimtab.adapters.tiny.policies import BUILDERS
-
-TYPES = tuple(BUILDERS)  # policy types with a whole tiny instance
 
 
 def make_tiny(policy_type: str, folder: Path, **fields: Any) -> PolicyConfig:
     """Save a tiny random policy of ``policy_type`` and return how to load it.
 
     Args:
-        policy_type: LeRobot's name.
+        policy_type: one of ``BUILDERS``.
         folder: where; the tokenizer or backbone that the policy names lies in it too.
         fields: fields of the policy's config that shall differ, and arguments of its builder.
-
-    Raises:
-        UserError: there is no tiny instance of this type.
     """
-    if policy_type not in BUILDERS:
-        raise UserError(
-            "--policy.type", f"no tiny instance of '{policy_type}'; there is one of {', '.join(TYPES)}"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     return PolicyConfig(path=str(folder), device="cpu", **BUILDERS[policy_type](folder, **fields))

@@ -12,108 +12,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
 
 from trimtab.adapters.tiny import backbones
-from trimtab.adapters.tiny.groot import groot
-from trimtab.adapters.tiny.parts import (
-    SIZES,
-    camera_features,
-    make_config,
-    save_policy,
-    word_tokenizer,
-)
+from trimtab.adapters.tiny.parts import SIZES, camera_features, make_config, save_policy
 from trimtab.adapters.tiny.pi0 import pi
 
 Options = dict[str, Any]
 
 
-def _with_environment(features: dict[str, Any], size: int) -> dict[str, Any]:
-    if size:
-        state = PolicyFeature(FeatureType.ENV, (size,))
-        features["input_features"]["observation.environment_state"] = state
-    return features
-
-
-def act(folder: Path, cameras: int = 1, env_dim: int = 0, **fields: Any) -> Options:
-    """A narrow transformer; with cameras, ResNet18 (11 M weights) sees for it.
-
-    ``cameras`` may be 0 with an environment state (``env_dim``).
-    """
-    features = _with_environment(camera_features(cameras), env_dim)
-    save_policy(folder, make_config("act", fields, **features))
+def diffusion(folder: Path, **fields: Any) -> Options:
+    """State-based; where ``fields`` name a camera, ResNet18 sees for it."""
+    features = camera_features(0, state_dim=2, env_dim=16, action_dim=2)
+    save_policy(folder, make_config("diffusion", fields, **features))
     return {}
 
 
-def diffusion(folder: Path, images: bool = False, scheduler: str = "DDIM", **fields: Any) -> Options:
-    """State-based, or with one of ``images`` in place of the environment's state; ResNet18 sees for it."""
-    features = _with_environment(camera_features(int(images), state_dim=2, action_dim=2), 0 if images else 16)
-    steps = None if scheduler == "DDPM" else 4
-    sampling = {"noise_scheduler_type": scheduler, "num_inference_steps": steps}
-    save_policy(folder, make_config("diffusion", fields, **features, **sampling))
-    return {}
+def groot(folder: Path, cameras: int = 1, **fields: Any) -> Options:
+    """0.4 M weights: a narrow GR00T N1.7 model in ``folder/gr00t``, its Qwen3-VL beside."""
+    from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
+    from lerobot.policies.groot.modeling_groot import GrootPolicy
 
-
-def eo1(folder: Path, **fields: Any) -> Options:
-    """0.1 M weights: the real Qwen2.5-VL and its whole processor."""
-    qwen = str(folder / "qwen")
-    config = make_config(
-        "eo1",
-        fields,
-        **camera_features(cameras=2),
-        pretrained_path=str(folder),  # else LeRobot fetches the backbone's weights
-        vlm_base=qwen,
-        vlm_config=backbones.make_qwen2_5(Path(qwen)),
-    )
-    save_policy(folder, config)
-    return {"backbone": qwen}
-
-
-def evo1(folder: Path, cameras: int = 2, **fields: Any) -> Options:
-    """0.2 M weights: the real InternVL classes and action head, with room for three cameras."""
-    from transformers import InternVLModel
-
+    qwen, base = folder / "Qwen" / "Qwen3-VL-tiny", folder / "gr00t"
+    backbones.make_qwen3(qwen, num_hidden_layers=3)  # of which the third is dropped, as in the real model
     torch.manual_seed(0)
-    vlm = str(folder / "vlm")
-    # LeRobot loads its weights, the adapter does not.
-    InternVLModel(backbones.make_internvl(Path(vlm))).save_pretrained(vlm)
-    save_policy(folder, make_config("evo1", fields, **camera_features(cameras, size=32), vlm_model_name=vlm))
-    return {"backbone": vlm}
+    # A path with "Qwen/Qwen3-VL" in it.
+    model = GR00TN17(GR00TN17Config(model_name=str(qwen), **SIZES["groot"]), load_backbone_weights=False)
+    with torch.no_grad():  # drawn with 0.02: at this width the chunk would be the noise itself
+        for name, parameter in model.action_head.named_parameters():
+            if name.endswith(("W", "attn1.to_v.weight", "attn1.to_out.0.weight")):
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model.save_pretrained(base)
 
+    def shrink(preprocessor: Any) -> None:
+        for step in preprocessor.steps:
+            if hasattr(step, "image_target_size"):
+                step.image_target_size, step.image_crop_size = [64, 64], [56, 56]  # 256 pixels by default
+                step.model_name = str(qwen)  # LeRobot names NVIDIA's Cosmos-Reason2-2B, whatever the model
 
-def fastwam(folder: Path, **fields: Any) -> Options:
-    """Two cameras: the real Wan experts, VAE and text encoder."""
-    wan = str(backbones.save_wan(folder / "wan"))
-    names = {"text_encoder_model_id": wan, "tokenizer_model_id": f"{wan}/tokenizer"}
-    config = make_config("fastwam", fields, **camera_features(cameras=2, size=32), **names)
-    save_policy(folder, config, no_zeros=True)
-    return {"backbone": wan}
-
-
-def lingbot_va(folder: Path, **fields: Any) -> Options:
-    """Two cameras, or three: the real dual-stream transformer, VAE and text encoder."""
-    from lerobot.policies.lingbot_va.modeling_lingbot_va import LingBotVAPolicy
-
-    wan = str(backbones.save_wan(folder / "wan"))
-    features = camera_features(3 if fields.get("camera_layout") == "robotwin_tshape" else 2, size=32)
-    names = [key for key in features["input_features"] if "images" in key]
-    config = make_config("lingbot_va", fields, **features, wan_pretrained_path=wan, obs_cam_keys=names)
-    save_policy(folder, config, LingBotVAPolicy, no_zeros=True)
-    return {"backbone": wan}
-
-
-def molmoact2(folder: Path, cameras: int = 1, model: dict[str, Any] | None = None, **fields: Any) -> Options:
-    """0.15 M weights: LeRobot's own Molmo, image processor and action expert.
-
-    ``model``: fields of the backbone's own config that shall differ.
-    """
-    backbone, fast = folder / "backbone", folder / "fast"
-    backbones.make_molmo(backbone, **(model or {}))
-    word_tokenizer(fast)
-    names = {"checkpoint_path": str(backbone), "discrete_action_tokenizer": str(fast)}
-    config = make_config("molmoact2", fields, **camera_features(cameras), **names)
-    save_policy(folder, config, no_zeros=True)
-    return {"backbone": str(backbone)}
+    config = make_config("groot", fields, **camera_features(cameras), base_model_path=str(base))
+    save_policy(folder, config, GrootPolicy, change=shrink)
+    return {"backbone": str(base), "tokenizer": str(qwen)}
 
 
 def multi_task_dit(folder: Path, cameras: int = 1, **fields: Any) -> Options:
@@ -132,65 +70,28 @@ def multi_task_dit(folder: Path, cameras: int = 1, **fields: Any) -> Options:
 
 def smolvla(folder: Path, **fields: Any) -> Options:
     """0.75 M weights: the real SmolVLM classes and processor."""
-    vlm = str(folder / "vlm")
-    backbones.make_smolvlm(Path(vlm), weights=fields.get("load_vlm_weights", False))
-    save_policy(folder, make_config("smolvla", fields, **camera_features(), vlm_model_name=vlm))
-    return {"backbone": vlm}
-
-
-def vla_jepa(folder: Path, cameras: int = 1, **fields: Any) -> Options:
-    """0.1 M weights: the real Qwen3-VL, V-JEPA 2 and LeRobot's ``DiT-test`` preset."""
-    from transformers import Qwen3VLForConditionalGeneration, VJEPA2Config, VJEPA2Model, VJEPA2VideoProcessor
-
-    torch.manual_seed(0)
-    qwen, vjepa = str(folder / "qwen"), str(folder / "vjepa")
-    Qwen3VLForConditionalGeneration(backbones.make_qwen3(Path(qwen))).save_pretrained(qwen)
-    names = {"qwen_model_name": qwen, "jepa_encoder_name": vjepa}
-    config = make_config("vla_jepa", fields, **camera_features(cameras), **names)
-    if config.enable_world_model:
-        VJEPA2Model(VJEPA2Config(**SIZES["vjepa"])).save_pretrained(vjepa)
-        VJEPA2VideoProcessor().save_pretrained(vjepa)
-    save_policy(folder, config)
-    return {"backbone": qwen}
-
-
-def wall_x(
-    folder: Path,
-    cameras: int = 1,
-    padding_side: str = "left",
-    dtype: str | None = "float32",
-    **fields: Any,
-) -> Options:
-    """0.1 M weights: the real Qwen2.5-VL with experts, its processor and action head.
-
-    ``dtype`` is the precision to load it with; ``None`` for LeRobot's own mix of bfloat16 and float32.
-    """
-    backbone = str(folder / "backbone")
-    config = make_config("wall_x", fields, **camera_features(cameras), pretrained_name_or_path=backbone)
-    backbones.make_wall_x(Path(backbone), padding_side, config.max_action_dim, config.max_state_dim)
-    save_policy(folder, config, no_zeros=True)
-    return {"backbone": backbone, "dtype": dtype}
+    backbones.make_smolvlm(folder / "vlm")
+    names = {"vlm_model_name": str(folder / "vlm")}
+    save_policy(folder, make_config("smolvla", fields, **camera_features(), **names))
+    return {"backbone": names["vlm_model_name"]}
 
 
 def xvla(folder: Path, cameras: int = 2, **fields: Any) -> Options:
-    """0.3 M weights: the real Florence-2 classes and soft-prompted transformer.
-
-    ``action_mode="ee6d"`` has states and actions of 20 entries.
-    """
+    """0.3 M weights: the real Florence-2 classes and soft-prompted transformer."""
     tokenizer = folder / "tokenizer"
-    ee6d = fields.get("action_mode") == "ee6d"
-    widths = {"state_dim": 20, "action_dim": 20} if ee6d else {}
     # X-VLA's image steps look for keys below this prefix and leave any other image as it is.
-    features = camera_features(cameras, single="observation.images.camera1", **widths)
+    features = camera_features(cameras, single="observation.images.camera1")
     names = {"tokenizer_name": str(tokenizer), "florence_config": backbones.make_florence(tokenizer)}
-    config = make_config("xvla", fields, **features, **names, max_state_dim=20 if ee6d else 8)
-    save_policy(folder, config)
+    save_policy(folder, make_config("xvla", fields, **features, **names))
     return {"tokenizer": str(tokenizer)}
 
 
 BUILDERS: dict[str, Callable[..., Options]] = {
-    build.__name__: build
-    for build in (act, diffusion, eo1, evo1, fastwam, groot, lingbot_va, molmoact2, multi_task_dit)
+    "diffusion": diffusion,
+    "groot": groot,
+    "multi_task_dit": multi_task_dit,
+    "pi0": partial(pi, "pi0"),
+    "pi05": partial(pi, "pi05"),
+    "smolvla": smolvla,
+    "xvla": xvla,
 }
-BUILDERS |= {name: partial(pi, name) for name in ("pi0", "pi05")}
-BUILDERS |= {build.__name__: build for build in (smolvla, vla_jepa, wall_x, xvla)}

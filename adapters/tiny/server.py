@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab.adapters.errors import UserError
+from trimtab.adapters.errors import policy_error
 from trimtab.adapters.remote.openpi_client import MISSING, pack, unpack
 
 # Names of DROID's observations on the wire, as openpi's droid_policy.py has them, for what pusht gives.
@@ -38,7 +38,7 @@ def serving(policy: dict[str, Any]) -> Iterator[str]:
     try:
         from websockets.sync.server import serve
     except ImportError:
-        raise UserError("--policy.path", MISSING) from None
+        raise policy_error(MISSING) from None
     import draccus
 
     from trimtab.adapters import PolicyConfig, load_adapter
