@@ -6,7 +6,7 @@ import abc
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, ClassVar
 
 import torch
@@ -23,18 +23,12 @@ class NoiseSpec:
 
     A policy that draws something else (evo1: uniform) gets it from a standard normal by a fixed map
     (``native_noise``), so that one prior serves every noise space and algorithm.
-
-    Attributes:
-        shape: shape of one sample, without the batch dimension.
-        distribution: what the policy itself feeds in: ``normal``, ``uniform``, or ``zero`` (act).
-        dtype: dtype that ``denoise`` takes.
-        live: boolean mask of ``shape``: entries that can change the executed actions; ``None`` = all.
     """
 
-    shape: tuple[int, ...]
-    distribution: str = "normal"
-    dtype: torch.dtype = torch.float32
-    live: Tensor | None = None
+    shape: tuple[int, ...]  # of one sample, without the batch dimension
+    distribution: str = "normal"  # what the policy itself feeds in: normal, uniform, or zero (act)
+    dtype: torch.dtype = torch.float32  # that denoise takes
+    live: Tensor | None = None  # mask of shape: entries that can change the executed actions; None = all
 
     def __post_init__(self) -> None:
         if self.live is not None and self.live.all():
@@ -64,37 +58,22 @@ class NoiseToChunk(abc.ABC):
     Args:
         policy: a loaded LeRobot policy in eval mode, without gradients.
         preprocessor, postprocessor: the policy's own saved pipelines.
-
-    Attributes:
-        policy_type: LeRobot's name of the policy type.
-        history: whether the policy takes a time axis, (B, n_obs_steps, ...).
-        remembers: whether a chunk depends on the episode before it, through ``follow``.
-        rounding: share of the noise's effect by which chunks of the same noise may differ.
-        fills_missing_cameras: whether the policy runs with fewer cameras than its config names.
-        stacks_cameras: whether the policy's cameras must be of one size.
-        resizes_images: whether the policy takes images of any size.
-        reads_task: whether the policy reads an instruction.
-        max_batch: most noises that the policy denoises in one batch; ``None`` = any number.
-        noise_spec: the noise that ``denoise`` takes.
-        chunk_shape: (steps executed per chunk, action dimension after un-padding); with ``remembers`` of
-            an episode's first chunk, for later ones may have other steps.
-        n_obs_steps: length of the observation history that ``preprocess`` expects.
-        observer: (conditioning, batch, tasks) -> (B, d), what a noise actor is to see in the place of
-            ``features``; ``None`` = the features.
     """
 
-    policy_type: ClassVar[str] = ""
-    history: ClassVar[bool] = False
-    remembers: ClassVar[bool] = False
-    rounding: ClassVar[float] = 0.0
-    fills_missing_cameras: ClassVar[bool] = False
-    stacks_cameras: ClassVar[bool] = False
-    resizes_images: bool = False
-    reads_task: ClassVar[bool] = False
-    max_batch: ClassVar[int | None] = None
+    policy_type: ClassVar[str] = ""  # LeRobot's name
+    history: ClassVar[bool] = False  # takes a time axis, (B, n_obs_steps, ...)
+    remembers: ClassVar[bool] = False  # a chunk depends on the episode before it, through follow
+    rounding: ClassVar[float] = 0.0  # share of the noise's effect by which the same noise's chunks may differ
+    fills_missing_cameras: ClassVar[bool] = False  # runs with fewer cameras than its config names
+    stacks_cameras: ClassVar[bool] = False  # its cameras must be of one size
+    resizes_images: bool = False  # takes images of any size
+    reads_task: ClassVar[bool] = False  # reads an instruction
+    max_batch: ClassVar[int | None] = None  # most noises that it denoises in one batch; None = any number
     noise_spec: NoiseSpec
+    # (steps executed per chunk, action dimension after un-padding); with remembers, of an episode's first.
     chunk_shape: tuple[int, int]
-    n_obs_steps: int = 1
+    n_obs_steps: int = 1  # length of the observation history that preprocess expects
+    # (conditioning, batch, tasks) -> (B, d), what a noise actor is to see; None = the features.
     observer: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -117,16 +96,10 @@ class NoiseToChunk(abc.ABC):
     # Observations.
 
     def preprocess(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """Run the policy's saved preprocessor.
+        """The policy's batch on its device, from its saved preprocessor; with ``history``, with a time axis.
 
-        Args:
-            observation: LeRobot keys; tensors are (B, n_obs_steps, ...), ``task`` is a list of B strings.
-
-        Returns:
-            The policy's batch on its device; with ``history``, tensors (B, n_obs_steps, ...).
-
-        Raises:
-            UserError: the policy needs an input that the environment does not give.
+        ``observation`` has LeRobot's keys: tensors (B, n_obs_steps, ...), ``task`` a list of B strings. A
+        ``UserError`` says what the policy needs and the environment does not give.
         """
         self.check_observation(observation)
         lead = next((tuple(v.shape[:2]) for v in observation.values() if isinstance(v, Tensor)), (0, 1))
@@ -170,12 +143,10 @@ class NoiseToChunk(abc.ABC):
     def observe(
         self, observation: dict[str, Any], before: tuple[Conditioning, Tensor] | None = None
     ) -> Conditioning:
-        """``encode(preprocess(observation))``, and what ``postprocess`` needs of the observation.
+        """``encode(preprocess(observation))``, with the state that relative actions will be added to.
 
         With ``before``, the (conditioning, chunk) that led here, ``follow`` takes the place of ``encode``.
-
-        A policy with relative actions adds them to the state it saw; LeRobot remembers the state of the
-        last observation only, so it is kept with each conditioning.
+        LeRobot itself remembers the state of the last observation alone.
         """
         batch = self.preprocess(observation)
         conditioning = self.encode(batch) if before is None else self.follow(*before, batch)
@@ -236,8 +207,7 @@ class NoiseToChunk(abc.ABC):
     def follow(self, conditioning: Conditioning, chunk: Tensor, batch: dict[str, Any]) -> Conditioning:
         """The conditioning of the next chunk of the same episodes. No argument is changed.
 
-        A policy that remembers its episode (``remembers``) keeps all its memory in the conditioning and
-        overrides this; for any other policy it is ``encode(batch)``.
+        A policy that remembers its episode keeps all its memory in the conditioning and overrides this.
 
         Args:
             conditioning: what ``chunk`` was denoised with, at the same chunk of all its episodes.
@@ -248,23 +218,15 @@ class NoiseToChunk(abc.ABC):
 
     @abc.abstractmethod
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        """Turn noise into an action chunk, deterministically.
+        """The chunk (B, steps, action_dim) in the policy's normalised space, deterministically.
 
         Args:
             conditioning: from ``encode``, for B noises. It is not changed.
             noise: (B, *noise_spec.shape) of ``noise_spec.dtype``.
-
-        Returns:
-            (B, steps, action_dim) in the policy's normalised space.
         """
 
     def check_noise(self, conditioning: Conditioning, noise: Tensor) -> None:
-        """Refuse noise of the wrong shape or dtype in one clear line.
-
-        Raises:
-            ValueError: shape, dtype or device differ from what ``noise_spec``, the conditioning's batch size
-                and the policy ask for.
-        """
+        """Refuse noise of another shape, dtype or device than the policy takes (``ValueError``)."""
         expected = (conditioning.batch_size, *self.noise_spec.shape)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, {self.policy_type} takes {expected}")
@@ -295,10 +257,8 @@ class NoiseToChunk(abc.ABC):
     def postprocess(self, chunk: Tensor, conditioning: Conditioning | None = None) -> Tensor:
         """Un-normalise a chunk (B, steps, action_dim) to what the environment takes, on the CPU.
 
-        Args:
-            chunk: from ``denoise``.
-            conditioning: what it was denoised with. A policy with relative actions needs it (from
-                ``observe``), unless the chunk belongs to the last observation that was preprocessed.
+        A policy with relative actions needs the ``conditioning`` that the chunk was denoised with (from
+        ``observe``), unless it belongs to the last observation that was preprocessed.
         """
         step = self._relative_step()
         if step is None or conditioning is None or RELATIVE_STATE not in conditioning.tensors:
@@ -313,3 +273,8 @@ class NoiseToChunk(abc.ABC):
     def features(self, conditioning: Conditioning) -> Tensor | None:
         """A backbone representation (B, d) that the noise actor may look at: the entry ``features``."""
         return conditioning.rows("features") if "features" in conditioning.tensors else None
+
+    @cached_property
+    def offers_features(self) -> bool:
+        """Whether there are ``features``: ``verify`` has seen it, else an example shows it."""
+        return self.features(self.example_conditioning(1, torch.Generator().manual_seed(0))) is not None

@@ -36,11 +36,7 @@ def required_inputs(adapter: NoiseToChunk, given: Collection[str]) -> dict[str, 
 
 
 def check_inputs(adapter: NoiseToChunk, observation: dict[str, Any]) -> None:
-    """Refuse a raw observation that is not what the policy was trained on.
-
-    Raises:
-        UserError: an input is missing, or has another shape, layout or range.
-    """
+    """Refuse a raw observation that is not what the policy was trained on."""
     renames = adapter.renames()
     names = {renames.get(key, key): key for key in observation}
     if len(names) < len(observation):

@@ -47,18 +47,13 @@ NO_NOISE = {
 }
 
 
-def load_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapter:
+def load_adapter(config: PolicyConfig) -> PolicyAdapter:
     """Load, check, freeze and wrap the policy that ``config`` names.
 
-    Args:
-        config: the policy and how to load it.
-        token: Hub token for private repositories; default: the Hub's own (``HF_TOKEN``).
-
-    Raises:
-        UserError: the folder is missing, half-written or broken; the type cannot be steered; the policy
-            samples at random or ignores its noise; no policy server answers.
+    ``UserError`` where the folder is missing, half-written or broken, the type cannot be steered, the policy
+    samples at random or ignores its noise, or no policy server answers.
     """
-    adapter = open_adapter(config, token)
+    adapter = open_adapter(config)
     try:
         adapter.verify()
     except BaseException as error:
@@ -70,12 +65,8 @@ def load_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
     return adapter
 
 
-def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapter:
-    """``load_adapter`` without the final ``verify``, for whoever reports what it would find.
-
-    Raises:
-        UserError: as ``load_adapter``, less what ``verify`` raises.
-    """
+def open_adapter(config: PolicyConfig) -> PolicyAdapter:
+    """``load_adapter`` without the final ``verify``, for whoever reports what it would find."""
     if not config.path:
         raise policy_error("name the folder or Hub repository of the base policy")
     if config.num_inference_steps is not None and config.num_inference_steps < 1:
@@ -88,7 +79,7 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
         from trimtab.adapters.remote.adapter import RemoteAdapter
 
         return RemoteAdapter(config, _device(config.device))
-    folder = resolve_folder(config.path, config.revision, token)
+    folder = resolve_folder(config.path, config.revision)
     policy_type = read_policy_type(folder)
     device = _device(config.device)
     try:
@@ -100,7 +91,7 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
                 f"no adapter for policies of type '{policy_type}' yet; there is one for "
                 f"{', '.join(adapter_types())} (write your own: adapters/README.md)"
             )
-        return _build(cls, folder, config, device, token)
+        return _build(cls, folder, config, device)
     except UserError:
         raise
     except ImportError as error:
@@ -123,11 +114,9 @@ def _device(name: str | None) -> str:
     return device
 
 
-def _build(
-    cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, device: str, token: str | None
-) -> PolicyAdapter:
+def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, device: str) -> PolicyAdapter:
     peft = is_peft(folder)
-    files = weights_files(folder, options.base_path, token)
+    files = weights_files(folder, options.base_path)
     base_files = files[1:] if peft else files
     config = read_config(folder)
     config.device = device

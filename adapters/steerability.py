@@ -23,41 +23,25 @@ TINY = 1e-7  # rounding of float32, relative to the chunk
 
 @dataclass
 class Steerability:
-    """How a policy's executed chunk depends on its noise, in the units of the policy's own chunks.
+    """How a policy's executed chunk depends on its noise, in the units of the policy's own chunks."""
 
-    Attributes:
-        finite: every chunk was finite.
-        repeat_difference: largest difference between two calls with the same noises.
-        noise_difference: largest difference between chunks of one observation from different noises.
-        floor: differences up to here are rounding: the same noise in other places of a batch, and alone.
-        spread: (steps, action_dim) standard deviation over noises, root mean square over observations.
-        authority: standard deviation due to the noise over the total one (over observations and noises),
-            root mean square over the entries of the chunk.
-        column_effect: (dim,) root mean square change of the chunk where one noise dimension is drawn anew.
-        row_effect: (blocks, steps) the same for blocks of noise rows, by step of the chunk; empty where
-            the noise has no rows.
-        row_blocks: first noise row of each block, and the end of the last.
-        declared_inert: entries that the adapter says are inert; these were drawn anew together ...
-        inert_difference: ... with this largest change of a chunk.
-        rounding: share of the noise's effect by which the adapter lets the same noise's chunks differ.
-        seconds: (median, least, most) for ``encode`` of one observation, ``denoise`` of 1 noise and of 16.
-        observations, noises: how many of each were used.
-    """
-
-    finite: bool
-    repeat_difference: float
-    noise_difference: float
-    floor: float
-    spread: Tensor
+    finite: bool  # every chunk was
+    repeat_difference: float  # largest difference between two calls with the same noises
+    noise_difference: float  # largest difference between chunks of one observation from different noises
+    floor: float  # differences up to here are rounding: the same noise elsewhere in a batch, and alone
+    spread: Tensor  # (steps, action_dim) standard deviation over noises, root mean square over observations
+    # Standard deviation due to the noise over the total one (over observations and noises), root mean square
+    # over the entries of the chunk.
     authority: float
-    column_effect: Tensor
-    row_effect: Tensor
-    row_blocks: list[int]
-    declared_inert: int
-    inert_difference: float
+    column_effect: Tensor  # (dim,) root mean square change of the chunk where one noise dimension is redrawn
+    row_effect: Tensor  # (blocks, steps) the same for blocks of noise rows; empty where noise has no rows
+    row_blocks: list[int]  # first noise row of each block, and the end of the last
+    declared_inert: int  # entries that the adapter says are inert; redrawn together ...
+    inert_difference: float  # ... with this largest change of a chunk
     observations: int
     noises: int
-    rounding: float = 0.0
+    rounding: float = 0.0  # share of the noise's effect by which the same noise's chunks may differ
+    # (median, least, most) for encode of one observation, denoise of 1 noise and of 16.
     seconds: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     @property
@@ -97,11 +81,9 @@ def measure(
     """Measure what noise does to the executed chunks.
 
     Args:
-        adapter: the frozen policy.
         observations: encoded observations, one row each; two or more, or the noise's share of the spread
             means nothing.
-        noises: how many for each observation; all observations meet the same ones.
-        seed: of the noises.
+        noises: how many for each observation; all observations meet the same ones, drawn from ``seed``.
         repeats: of each timing; 0 times nothing.
         again: encodes one observation, to be timed.
     """

@@ -17,8 +17,6 @@ MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ 
 def verify(adapter: NoiseToChunk) -> None:
     """Check what ``PolicyAdapter.verify`` names, on two observations."""
     kind, spec = adapter.policy_type, adapter.noise_spec
-    if min(adapter.chunk_shape) < 1:
-        raise policy_error(f"of each chunk it executes {adapter.chunk_shape[0]} actions; it must be 1")
     generator = torch.Generator().manual_seed(0)
     count = min(2, adapter.max_batch or 2)
     observation = adapter.example_observation(count, generator)
@@ -88,6 +86,7 @@ def check_produced(adapter: NoiseToChunk, chunk: Tensor, conditioning: Condition
     if not torch.isfinite(actions).all():
         raise policy_error("its postprocessor turns chunks into NaN or Inf; its statistics are broken")
     features = adapter.features(conditioning)
+    adapter.offers_features = features is not None
     if features is not None and (features.ndim != 2 or len(features) != rows):
         raise policy_error(
             f"the {kind} adapter's features have shape {tuple(features.shape)}, not ({rows}, d)"

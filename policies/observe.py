@@ -85,16 +85,16 @@ class ObserveConfig:
             UserError: the policy does not have what is asked for.
         """
         inputs = self.inputs
-        if inputs == ["features"] or (inputs is None and offers_features(adapter)):
+        if inputs == ["features"] or (inputs is None and adapter.offers_features):
             return replace(self, inputs=["features"], cameras=None, tasks=None)
         generator = torch.Generator().manual_seed(0)
         example = adapter.example_observation(min(2, adapter.max_batch or 2), generator)
         batch = adapter.preprocess(example)
         states = any(name in batch for name in STATES)
-        cameras = [key for key in camera_names(adapter) if self.cameras is None or key in self.cameras]
+        cameras = [key for key in adapter.cameras() if self.cameras is None or key in self.cameras]
         unknown = set(self.cameras or ()) - set(cameras)
         if unknown:
-            known = ", ".join(camera_names(adapter)) or "none"
+            known = ", ".join(adapter.cameras()) or "none"
             raise UserError(
                 "--observe.cameras", f"the policy has no {', '.join(sorted(unknown))}, only {known}"
             )
@@ -105,7 +105,7 @@ class ObserveConfig:
             raise UserError(
                 "--policy.path", f"the {name} adapter offers nothing to steer by: no features, no input"
             )
-        if "features" in inputs and not offers_features(adapter):
+        if "features" in inputs and not adapter.offers_features:
             raise UserError("--observe.inputs", f"the {name} adapter offers no features; use state, images")
         if "state" in inputs and not states:
             raise UserError("--observe.inputs", f"the {name} policy is given no state; leave it out")
@@ -173,17 +173,6 @@ def build_observer(config: ObserveConfig, adapter: PolicyAdapter, tasks: Sequenc
     """The observer of a run; ``None`` where backbone features are all there is to see."""
     resolved = config.resolved(adapter, tasks)
     return None if resolved.inputs == ["features"] else Observer(resolved, adapter)
-
-
-def offers_features(adapter: PolicyAdapter) -> bool:
-    """Whether the adapter makes backbone features: it is asked on an example."""
-    return adapter.features(adapter.example_conditioning(1, torch.Generator().manual_seed(0))) is not None
-
-
-def camera_names(adapter: PolicyAdapter) -> list[str]:
-    """The policy's cameras, without those that LeRobot fills."""
-    features = adapter.config.input_features
-    return [key for key in features if len(features[key].shape) == 3 and "empty_camera" not in key]
 
 
 @torch.no_grad()

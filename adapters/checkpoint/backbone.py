@@ -27,11 +27,7 @@ def backbone_folder(name: str, revision: str | None = None) -> Path:
 
 @contextmanager
 def without_weights(config: Any, *fields: str) -> Iterator[None]:
-    """While entered, ``fields`` of a policy's config name copies of its backbones without weights.
-
-    Raises:
-        UserError: a backbone has no config, or is not to be had.
-    """
+    """While entered, ``fields`` of a policy's config name copies of its backbones without weights."""
     from safetensors.torch import save_file
 
     names = {field: getattr(config, field) for field in fields}

@@ -34,11 +34,7 @@ OLD_STATISTICS = ("normalize_inputs.", "normalize_targets.", "unnormalize_output
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where it holds something else.
-
-    Raises:
-        UserError: not JSON, or not to be read.
-    """
+    """The object in a JSON file; empty where it holds something else."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -77,9 +73,6 @@ def whole_weights(folder: Path) -> list[Path]:
     """The files with a policy's whole weights: one, or its shards.
 
     LeRobot and transformers write either; where both are there, nobody can tell which is the newer.
-
-    Raises:
-        UserError: a shard is missing, or there are both.
     """
     whole, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
     if not index.is_file():
@@ -103,11 +96,7 @@ def whole_weights(folder: Path) -> list[Path]:
 
 
 def part_weights(folder: Path, option: str = OPTION) -> list[Path]:
-    """The safetensors files of a model that transformers or diffusers saved, whole or in shards.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The safetensors files of a model that transformers or diffusers saved, whole or in shards."""
     name = next((name for name in PART_WEIGHTS if (folder / name).is_file()), None)
     if name is None:
         raise UserError(option, f"{folder} holds no weights in safetensors files")
@@ -128,11 +117,7 @@ def _shards(index: Path, option: str) -> list[Path]:
 
 @contextmanager
 def open_weights(path: Path, option: str = OPTION) -> Iterator[Any]:
-    """A safetensors file, of which ``keys()`` and ``get_tensor(name)`` read.
-
-    Raises:
-        UserError: truncated, or no safetensors file.
-    """
+    """A safetensors file, of which ``keys()`` and ``get_tensor(name)`` read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -147,13 +132,8 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """The tensors of a model that lies in one safetensors file or in shards.
 
-    Args:
-        paths: the file or files.
-        option: what the user has to change where one is broken.
-        unchecked: prefixes of tensors that may hold NaN or Inf.
-
-    Raises:
-        UserError: truncated, corrupt, holding NaN or Inf, or two files hold a tensor of one name.
+    ``option`` is what the user has to change where one is corrupt or holds NaN or Inf; the names of tensors
+    that may hold these begin with one of ``unchecked``.
     """
     tensors: dict[str, Tensor] = {}
     for path in [paths] if isinstance(paths, Path) else paths:

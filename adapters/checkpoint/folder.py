@@ -42,15 +42,10 @@ def find_folder(
     """A local folder, or the Hub's copy of a repository.
 
     Args:
-        name: folder, or ``owner/name`` on the Hub.
+        name: folder, or ``owner/name`` on the Hub, with ``revision`` (branch, tag or commit) and ``token``.
         option: what named it.
-        revision: branch, tag or commit on the Hub.
-        token: for private repositories; default: the Hub's own (``HF_TOKEN``, ``hf auth login``).
         suffixes: of the files that are fetched.
         mend: what else to say where there is nothing.
-
-    Raises:
-        UserError: neither a folder nor a reachable Hub repository.
     """
     folder = Path(name).expanduser()
     if folder.exists():
@@ -77,11 +72,7 @@ def find_folder(
 
 
 def resolve_folder(path: str, revision: str | None = None, token: str | None = None) -> Path:
-    """The local folder of a whole policy, fetched from the Hub where ``path`` is a repository.
-
-    Raises:
-        UserError: nothing there, or the folder lacks a file that a saved policy has.
-    """
+    """The local folder of a whole policy, fetched from the Hub where ``path`` is a repository."""
     folder = find_folder(path, OPTION, revision, token, (*SMALL_FILES, ".safetensors"))
     if not folder.is_dir():
         raise policy_error(f"{path} is a file; name the folder that holds {CONFIG}")
@@ -145,11 +136,7 @@ def commit_of(folder: Path | str) -> str | None:
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether the folder's weights are those of a PEFT (LoRA) adapter: by ``use_peft``, as for LeRobot.
-
-    Raises:
-        UserError: it holds an adapter and whole weights, and its config does not say which counts.
-    """
+    """Whether the folder's weights are those of a PEFT (LoRA) adapter: by ``use_peft``, as for LeRobot."""
     use_peft = read_json(folder / CONFIG).get("use_peft") if (folder / CONFIG).is_file() else None
     adapter = (folder / PEFT_CONFIG).is_file() or (folder / PEFT_WEIGHTS).is_file()
     if not has_weights(folder):
@@ -162,19 +149,15 @@ def is_peft(folder: Path) -> bool:
     return use_peft is True
 
 
-def peft_base(folder: Path, base_path: str | None, token: str | None = None) -> Path:
-    """The folder of the policy that a PEFT checkpoint adapts: ``base_path``, or what the checkpoint says.
-
-    Raises:
-        UserError: no base is named, or none is there.
-    """
+def peft_base(folder: Path, base_path: str | None) -> Path:
+    """The folder of the policy that a PEFT checkpoint adapts: ``base_path``, or what the checkpoint says."""
     saved = read_json(folder / PEFT_CONFIG)
     named = base_path or saved.get("base_model_name_or_path")
     if not named:
         raise policy_error(f"{folder / PEFT_CONFIG} names no base policy; add --policy.base_path=")
     option = "--policy.base_path"
     try:
-        base = resolve_folder(named, None if base_path else saved.get("revision"), token)
+        base = resolve_folder(named, None if base_path else saved.get("revision"))
     except UserError as error:
         raise UserError(
             option, f"the base policy of the LoRA checkpoint {folder} was not found: {error.message}"
@@ -184,23 +167,15 @@ def peft_base(folder: Path, base_path: str | None, token: str | None = None) -> 
     return base
 
 
-def weights_files(folder: Path, base_path: str | None = None, token: str | None = None) -> list[Path]:
-    """The files with a policy's weights; of a PEFT checkpoint the adapter's and then its base's.
-
-    Raises:
-        UserError: the base of a PEFT checkpoint is not there; what counts cannot be told.
-    """
+def weights_files(folder: Path, base_path: str | None = None) -> list[Path]:
+    """The files with a policy's weights; of a PEFT checkpoint the adapter's and then its base's."""
     if is_peft(folder):
-        return [folder / PEFT_WEIGHTS, *whole_weights(peft_base(folder, base_path, token))]
+        return [folder / PEFT_WEIGHTS, *whole_weights(peft_base(folder, base_path))]
     return whole_weights(folder)
 
 
 def read_policy_type(folder: Path) -> str:
-    """The ``type`` in a policy folder's config.json.
-
-    Raises:
-        UserError: not JSON, or no type.
-    """
+    """The ``type`` in a policy folder's config.json."""
     raw = read_json(folder / CONFIG)
     policy_type = raw.get("type")
     if isinstance(policy_type, str):

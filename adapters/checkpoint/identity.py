@@ -23,15 +23,8 @@ from trimtab.adapters.checkpoint.folder import is_peft, weights_files
 
 # Entries of the JSON files that say where a policy lies, runs or comes from, not what it computes.
 ELSEWHERE = {
-    "base_model_name_or_path",
-    "_name_or_path",
-    "license",
-    "pretrained_path",
-    "private",
-    "push_to_hub",
-    "repo_id",
-    "revision",
-    "tags",
+    *("base_model_name_or_path", "_name_or_path", "pretrained_path", "repo_id", "revision"),
+    *("license", "private", "push_to_hub", "tags"),
 }
 
 

@@ -28,11 +28,11 @@ from trimtab.adapters.checkpoint.files import (
 from trimtab.adapters.errors import policy_error
 
 # SmolVLA's had one set for each dataset that it was trained on (`normalize_inputs.so100-red_buffer_...`).
-BUFFER = re.compile(
-    r"(?P<role>\w+)\.(?:so\d+(?:-\w+?)?[_.])?buffer_(?P<feature>.+)\.(?P<statistic>mean|std|min|max)"
-)
+BUFFER = re.compile(r"\w+\.(?:so\d+(?:-\w+?)?[_.])?buffer_(?P<feature>.+)\.(?P<statistic>mean|std|min|max)")
 TOKENIZER_STEP = "tokenizer_processor"
-EXECUTED = "unnormalize_outputs"  # made the actions; `normalize_targets` was for the loss
+EXECUTED = (
+    "unnormalize_outputs"  # made the actions, and so counts where `normalize_targets`, of the loss, differs
+)
 
 
 def is_legacy(folder: Path) -> bool:
@@ -50,14 +50,12 @@ def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dic
     """Statistics by feature, as LeRobot's datasets have them, from what ``take_statistics`` returned.
 
     The buffers' names have underscores where the features have dots.
-
-    Raises:
-        UserError: a buffer belongs to none of the config's features, or to several; two buffers contradict.
     """
     features = [*config.input_features, *config.output_features]
     stats: dict[str, dict[str, Tensor]] = {}
-    origin: dict[tuple[str, str], str] = {}
-    for name, value in sorted(old.items(), key=lambda entry: entry[0].startswith(EXECUTED)):
+    for name, value in old.items():
+        if "_targets." in name and EXECUTED + name[name.index(".") :] in old:
+            continue
         match = BUFFER.fullmatch(name)
         whose = [key for key in features if match and key.replace(".", "_") == match["feature"]]
         if match is None or len(whose) != 1:
@@ -65,15 +63,12 @@ def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dic
                 f"the statistic '{name}' in {path} belongs to {' and '.join(whose) or 'none'} of the "
                 f"features in config.json ({', '.join(features)}); correct their names"
             )
-        key, statistic = whose[0], match["statistic"]
-        known = stats.setdefault(key, {})
-        replaces = match["role"] == EXECUTED and origin.get((key, statistic)) != EXECUTED
-        if statistic in known and not replaces and not torch.equal(known[statistic], value):
+        known = stats.setdefault(whose[0], {})
+        if not torch.equal(known.setdefault(match["statistic"], value), value):
             raise policy_error(
-                f"{path} holds several statistics of '{key}' that differ (one is '{name}'): the policy was "
-                "trained on several datasets; fine-tune it on one"
+                f"{path} holds several statistics of '{whose[0]}' that differ (one is '{name}'): the policy "
+                "was trained on several datasets; fine-tune it on one"
             )
-        known[statistic], origin[key, statistic] = value, match["role"]
     return stats
 
 

@@ -102,12 +102,7 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
     """Refuse processors that do not normalise what the policy was trained to see and to say.
 
     LeRobot's pass on unchanged what they have no statistics of: raw normalised actions would be executed.
-
-    Returns:
-        A line for the user where config.json says otherwise than the processors.
-
-    Raises:
-        UserError: a (un)normaliser is missing; statistics are missing, or hold NaN or Inf.
+    Returns a line for the user where config.json says otherwise than the processors.
     """
     modes = getattr(config, "normalization_mapping", None) or {}
     modes = {kind: mode.value for kind, mode in modes.items() if mode}

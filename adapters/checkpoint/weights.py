@@ -24,9 +24,6 @@ def plain_names(saved: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors of a policy that was saved compiled, under the names of the plain one.
 
     ``torch.compile`` puts ``_orig_mod`` before the names of what it wraps.
-
-    Raises:
-        UserError: a name is there twice, with and without.
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in saved.items():
@@ -94,9 +91,6 @@ def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) 
 
     LeRobot loads with ``strict=False`` by default, and some policies return random weights when the
     file is missing. Shared tensors are saved once; their other names are found by their storage.
-
-    Raises:
-        UserError: a tensor is missing, extra, or of another shape.
     """
     check_names(policy.state_dict(), saved, path)
     policy.load_state_dict(saved, strict=False)
@@ -104,10 +98,9 @@ def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) 
 
 
 def check_part(module: torch.nn.Module, folder: Path) -> None:
-    """Compare a frozen part outside the checkpoint with its files, one after another.
+    """Compare a frozen part outside the checkpoint with its files: its library draws what a file lacks.
 
-    Its library fills what a file lacks with random numbers. What the files hold beside (UMT5's decoder) is
-    not looked at.
+    What the files hold beside (UMT5's decoder) is not looked at.
     """
     state = module.state_dict()
     known: dict[str, Tensor] = {}

@@ -12,11 +12,7 @@ import torch
 from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
-from trimtab.adapters.policy_adapter import PolicyAdapter
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError
 
 DEFAULT_DDIM_STEPS = 10  # what a checkpoint saved with DDPM is sampled with, unless told otherwise
 
@@ -25,9 +21,6 @@ def use_ddim(config: Any, num_inference_steps: int | None) -> list[str]:
     """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not: same weights and betas.
 
     Changes ``config``, and returns a line for the user where something was switched.
-
-    Raises:
-        UserError: more steps than the policy was trained with.
     """
     notes = []
     if config.noise_scheduler_type != "DDIM":

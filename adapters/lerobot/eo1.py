@@ -15,9 +15,7 @@ from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyConfig
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
 from trimtab.adapters.lerobot.vla import VLAAdapter
 

@@ -24,10 +24,9 @@ import torch
 from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
+from trimtab.adapters import Conditioning, PolicyConfig, UserError, policy_error
 from trimtab.adapters.checkpoint.files import BACKBONE, CONFIG, part_weights
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, policy_error, reason
+from trimtab.adapters.errors import reason
 from trimtab.adapters.lerobot.prefix import restore_prefix, store_layers
 from trimtab.adapters.lerobot.vla import VLAAdapter
 

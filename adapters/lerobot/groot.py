@@ -16,14 +16,11 @@ from lerobot.policies.groot.modeling_groot import GrootPolicy
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 
-from trimtab.adapters.base import NoiseSpec
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError
 from trimtab.adapters.checkpoint.files import BACKBONE
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import reason
 from trimtab.adapters.lerobot.injection import injected
 from trimtab.adapters.lerobot.prefix import pooled
-from trimtab.adapters.policy_adapter import PolicyAdapter
 
 ENCODE_STEP = "groot_n1_7_vlm_encode_v1"  # LeRobot's name of the step that tokenizes
 TOKENS = ("backbone_features", "backbone_attention_mask", "image_mask")  # one entry per token of the prompt

@@ -21,13 +21,9 @@ from lerobot.policies.molmoact2.molmoact2_hf_model.modeling_molmoact2 import (
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, policy_error
 from trimtab.adapters.checkpoint.backbone import backbone_folder
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import policy_error
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_layers
-from trimtab.adapters.policy_adapter import PolicyAdapter
 
 PADDING = "action_dim_is_pad"
 

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters import Conditioning, PolicyConfig
 from trimtab.adapters.lerobot.diffusion import DiffusionAdapter, cap_steps, use_ddim
 from trimtab.adapters.lerobot.injection import injected
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from trimtab.adapters.conditioning import Conditioning, repeat_rows
+from trimtab.adapters import Conditioning
+from trimtab.adapters.conditioning import repeat_rows
 
 
 class PrefixLayer(DynamicLayer):

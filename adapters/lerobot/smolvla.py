@@ -14,8 +14,7 @@ from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters import Conditioning, PolicyConfig
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
 from trimtab.adapters.lerobot.vla import VLAAdapter
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.policy_adapter import PolicyAdapter
+from trimtab.adapters import NoiseSpec, PolicyAdapter
 
 
 class VLAAdapter(PolicyAdapter):

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.adapters import Conditioning, PolicyConfig, UserError, policy_error
 from trimtab.adapters.checkpoint.files import BACKBONE
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, policy_error, reason
+from trimtab.adapters.errors import reason
 from trimtab.adapters.lerobot.injection import injected
 from trimtab.adapters.lerobot.vla import VLAAdapter
 

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from trimtab.adapters import Conditioning, PolicyConfig, policy_error
 from trimtab.adapters.checkpoint.backbone import backbone_folder
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import policy_error
 from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
 from trimtab.adapters.lerobot.vla import VLAAdapter
 

@@ -14,10 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter
 from trimtab.adapters.lerobot.injection import injected
-from trimtab.adapters.policy_adapter import PolicyAdapter
 
 SHARED = "model.vlm.language_model.shared.weight"
 EMBEDDING = "model.vlm.language_model.encoder.embed_tokens.weight"

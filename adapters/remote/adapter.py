@@ -9,7 +9,8 @@ noises. The noise actor sees the raw state, and the server's prefix where it off
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,11 +18,7 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, policy_error
-from trimtab.adapters.policy_adapter import PolicyAdapter
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError, policy_error
 from trimtab.adapters.remote.observation import (
     check_sent,
     describe,
@@ -45,14 +42,6 @@ INSTEAD = {
 }
 
 
-@dataclass
-class ServedConfig:
-    """What the rest of the code asks of a policy's config."""
-
-    input_features: dict[str, PolicyFeature]
-    output_features: dict[str, PolicyFeature] = field(default_factory=dict)
-
-
 class RemoteAdapter(PolicyAdapter):
     """``encode`` packs the observation, ``denoise`` sends it with each noise.
 
@@ -61,14 +50,12 @@ class RemoteAdapter(PolicyAdapter):
     Args:
         options: ``path`` is the server's address, ``remote`` says what it is sent.
         device: where chunks and features are handed over.
-
-    Raises:
-        UserError: options that do not fit, nobody at the address, or answers unlike openpi's.
     """
 
     policy_type: ClassVar[str] = "remote"
     reads_task = True
     rounding: ClassVar[float] = 0.1  # a server need not repeat itself to the bit
+    config: Any = None  # has the features alone
 
     def __init__(self, options: PolicyConfig, device: str) -> None:
         for name in vars(options).keys() - {"path", "device", "remote"}:
@@ -81,7 +68,7 @@ class RemoteAdapter(PolicyAdapter):
         self.policy = None  # out of sight
         self.preprocessor = self.postprocessor = lambda value: value
         self.device = torch.device(device)
-        self._config = ServedConfig(input_features(self.options))
+        self.config = SimpleNamespace(input_features=input_features(self.options), output_features={})
         self._answer_shape: tuple[int, int] | None = None
         self.server = PolicyServer(options.path or "", self.options.timeout)
         try:
@@ -111,6 +98,7 @@ class RemoteAdapter(PolicyAdapter):
                 "--policy.remote.keys and --policy.remote.dims)"
             ) from None
         self._answer_shape = (horizon, action_dim)
+        self.offers_features = "features" in conditioning.tensors
         steps = horizon if self.options.n_action_steps is None else self.options.n_action_steps
         if not 1 <= steps <= horizon:
             raise UserError(
@@ -119,7 +107,7 @@ class RemoteAdapter(PolicyAdapter):
             )
         self.noise_spec = NoiseSpec(shape or (horizon, NOISE_DIM))
         self.chunk_shape = (steps, action_dim)
-        self._config.output_features["action"] = PolicyFeature(FeatureType.ACTION, (action_dim,))
+        self.config.output_features["action"] = PolicyFeature(FeatureType.ACTION, (action_dim,))
         seen = [key for key in self.options.keys if not is_image(key)]
         if seen and not self.options.prefix_features and len(seen) < len(self.options.keys):
             notes.append(
@@ -127,14 +115,6 @@ class RemoteAdapter(PolicyAdapter):
                 "to itself (--policy.remote.prefix_features asks a server that has dsrl_pi0's get_prefix_rep)"
             )
         return notes
-
-    @property
-    def config(self) -> ServedConfig:
-        return self._config
-
-    @property
-    def parameter_count(self) -> None:
-        return None
 
     def close(self) -> None:
         self.server.close()
@@ -214,11 +194,7 @@ class RemoteAdapter(PolicyAdapter):
         return once, self.denoise(conditioning, first) if repeat else once, self.denoise(conditioning, second)
 
     def verify(self) -> None:
-        """Check that the server uses the noise it is sent.
-
-        Raises:
-            UserError: it does not, with the lines of the server to change.
-        """
+        """Check that the server uses the noise it is sent; a ``UserError`` names the lines to change."""
         try:
             once, again, other = self._two_chunks(repeat=True)
         except ServerError as error:

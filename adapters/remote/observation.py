@@ -9,9 +9,8 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
-from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters import Conditioning, UserError
 from trimtab.adapters.config import RemoteConfig
-from trimtab.adapters.errors import UserError
 
 DEFAULT_SIDE = 224  # of an example image that is sent as it is
 
@@ -22,11 +21,7 @@ def is_image(key: str) -> bool:
 
 
 def input_features(options: RemoteConfig) -> dict[str, PolicyFeature]:
-    """The observations that are sent, as the features of a LeRobot config.
-
-    Raises:
-        UserError: there are none, or one of unknown length.
-    """
+    """The observations that are sent, as the features of a LeRobot config."""
     features = {}
     for key in options.keys:
         if is_image(key):

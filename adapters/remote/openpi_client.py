@@ -6,7 +6,6 @@ LeRobot, for it wants numpy < 2. Nothing is ever pickled.
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import ssl
@@ -15,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from trimtab.adapters import UserError, policy_error
 from trimtab.adapters.checkpoint.files import OPTION
-from trimtab.adapters.errors import UserError, policy_error, reason
+from trimtab.adapters.errors import reason
 
 API_KEY = "OPENPI_API_KEY"  # environment variable; sent as openpi's clients send theirs
 OPEN_TIMEOUT = 10.0  # seconds to connect
@@ -28,9 +28,7 @@ REFUSED_KINDS = "OVc"  # NumPy kinds that do not travel: objects, records, compl
 def pack(message: Any) -> bytes:
     """Encode a message: msgpack, NumPy arrays and scalars as dicts of dtype, shape and bytes.
 
-    Raises:
-        ValueError: an array of objects, records or complex numbers.
-        TypeError: something that msgpack does not know.
+    ``ValueError`` or ``TypeError`` where it holds something else, such as an array of objects.
     """
     return _msgpack().packb(message, default=_pack_numpy)
 
@@ -38,8 +36,7 @@ def pack(message: Any) -> bytes:
 def unpack(data: bytes) -> Any:
     """Decode what ``pack`` or openpi encoded. Arrays are read-only views of ``data``.
 
-    Raises:
-        ValueError, TypeError: not msgpack, or an array that is not what it says.
+    ``ValueError`` or ``TypeError`` where it is not msgpack, or an array is not what it says.
     """
     return _msgpack().unpackb(data, object_hook=_unpack_numpy)
 
@@ -88,15 +85,14 @@ class ServerError(UserError):
 class PolicyServer:
     """A connection to an openpi policy server, opened at once and again where it drops.
 
+    What goes wrong with it, here and in ``request``, is a ``UserError``.
+
     Args:
         url: ``ws://host:port`` or ``wss://host:port``.
         timeout: seconds to wait for an answer.
 
     Attributes:
         metadata: what the server says about itself.
-
-    Raises:
-        UserError: nobody listens there, or not with openpi's protocol; as do ``request``'s failures.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -112,14 +108,7 @@ class PolicyServer:
             from websockets.sync.client import connect
         except ImportError:
             raise policy_error(MISSING) from None
-        options: dict[str, Any] = {}
-        known = inspect.signature(connect).parameters
-        if "ping_interval" in known:  # since websockets 15
-            # The server cannot answer a ping while it infers or compiles; the answer has its own timeout.
-            options["ping_interval"] = None
         key = os.environ.get(API_KEY)
-        if key:
-            options["additional_headers"] = {"Authorization": f"Api-Key {key}"}
         try:
             # Entered as a context: called plainly, websockets 17 warns.
             self._connection = self._stack.enter_context(
@@ -129,7 +118,9 @@ class PolicyServer:
                     max_size=None,
                     open_timeout=OPEN_TIMEOUT,
                     close_timeout=CLOSE_TIMEOUT,
-                    **options,
+                    # It cannot answer a ping while it infers or compiles; the answer has its own timeout.
+                    ping_interval=None,
+                    additional_headers={"Authorization": f"Api-Key {key}"} if key else None,
                 )
             )
         except TimeoutError:
@@ -137,8 +128,6 @@ class PolicyServer:
         except ssl.SSLError as error:
             raise policy_error(f"no secure connection to {self.url} ({reason(error)})") from None
         except OSError as error:
-            if error.errno is None:  # closed in the handshake, as websockets 13 says it
-                raise policy_error(self._refused(error)) from None
             raise policy_error(
                 f"nobody listens at {self.url} ({reason(error)}); start openpi's server first "
                 "(scripts/serve_policy.py) or name its address"
@@ -165,9 +154,6 @@ class PolicyServer:
         """Send a message and return the answer; after a dropped connection, once more.
 
         The server keeps nothing between requests, so that sending one twice does no harm.
-
-        Raises:
-            UserError: no answer in time, a connection that drops again, or the server's own error.
         """
         from websockets.exceptions import ConnectionClosed
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trimtab.adapters.errors import policy_error
+from trimtab.adapters import policy_error
 from trimtab.adapters.remote.openpi_client import MISSING, pack, unpack
 
 # Names of DROID's observations on the wire, as openpi's droid_policy.py has them, for what pusht gives.
@@ -27,14 +27,7 @@ KEYS = {
 
 @contextmanager
 def serving(policy: dict[str, Any]) -> Iterator[str]:
-    """Serve a policy on this machine for as long as the context lasts; yields the address.
-
-    Args:
-        policy: options that load it.
-
-    Raises:
-        UserError: the packages for servers are missing.
-    """
+    """Serve the policy that these options load for as long as the context lasts; yields the address."""
     try:
         from websockets.sync.server import serve
     except ImportError:

@@ -47,6 +47,7 @@ def write_sidecars(folder: Path, relative: bool) -> None:
         "image_crop_size": [56, 56],
         "formalize_language": True,
     }
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "processor_config.json").write_text(json.dumps({"processor_kwargs": processor}))
     (folder / "statistics.json").write_text(json.dumps({TAG: stats}))
     (folder / "embodiment_id.json").write_text(json.dumps({TAG: 7}))
