@@ -40,6 +40,11 @@ class NoiseSpec:
         return math.prod(self.shape)
 
 
+def steps_with(name: str, pipeline: Any) -> list[Any]:
+    """The steps of a processor that have an attribute ``name``; of a plain function, none."""
+    return [step for step in getattr(pipeline, "steps", ()) if hasattr(step, name)]
+
+
 def _checked(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @wraps(denoise)
     def checked(self: NoiseToChunk, conditioning: Conditioning, noise: Tensor) -> Tensor:
@@ -126,10 +131,7 @@ class NoiseToChunk(abc.ABC):
 
     def renames(self) -> dict[str, str]:
         """Other names that the preprocessor gives to observations."""
-        for step in getattr(self.preprocessor, "steps", ()):
-            if hasattr(step, "rename_map"):
-                return step.rename_map
-        return {}
+        return next((step.rename_map for step in steps_with("rename_map", self.preprocessor)), {})
 
     def cameras(self) -> list[str]:
         """The cameras that the policy was trained on, by its own names; not those that LeRobot fills."""
@@ -172,9 +174,8 @@ class NoiseToChunk(abc.ABC):
 
     def example_observation(self, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
         """A random observation within the policy's own statistics, with a task."""
-        stats: dict[str, Any] = {}
-        for step in getattr(self.preprocessor, "steps", ()):
-            stats = getattr(step, "_tensor_stats", None) or stats
+        steps = steps_with("_tensor_stats", self.preprocessor)
+        stats: dict[str, Any] = next((step._tensor_stats for step in steps if step._tensor_stats), {})
         originals = {new: old for old, new in self.renames().items()}
         observation: dict[str, Any] = {}
         for key, feature in self.config.input_features.items():
@@ -249,10 +250,8 @@ class NoiseToChunk(abc.ABC):
         return self._relative_step() is not None
 
     def _relative_step(self) -> Any:
-        for step in getattr(self.postprocessor, "steps", ()):
-            if getattr(step, "relative_step", None) is not None and step.enabled:
-                return step.relative_step
-        return None
+        steps = steps_with("relative_step", self.postprocessor)
+        return next((step.relative_step for step in steps if step.relative_step and step.enabled), None)
 
     def postprocess(self, chunk: Tensor, conditioning: Conditioning | None = None) -> Tensor:
         """Un-normalise a chunk (B, steps, action_dim) to what the environment takes, on the CPU.

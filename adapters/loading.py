@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trimtab.adapters.checkpoint import processors, weights
 from trimtab.adapters.checkpoint.files import OLD_STATISTICS, PREPROCESSOR, processor_steps, read_weights
 from trimtab.adapters.checkpoint.folder import (
     is_peft,
@@ -18,21 +19,7 @@ from trimtab.adapters.checkpoint.folder import (
     resolve_folder,
     weights_files,
 )
-from trimtab.adapters.checkpoint.legacy import is_legacy, statistics, take_statistics
-from trimtab.adapters.checkpoint.processors import (
-    RENAME_STEP,
-    check_processors,
-    load_processors,
-    processor_error,
-)
 from trimtab.adapters.checkpoint.saved_config import read_config, set_to_act
-from trimtab.adapters.checkpoint.weights import (
-    check_part,
-    load_peft,
-    load_weights,
-    no_larger_than,
-    plain_names,
-)
 from trimtab.adapters.config import DTYPES, PolicyConfig
 from trimtab.adapters.errors import UserError, policy_error, reason
 from trimtab.adapters.policy_adapter import PolicyAdapter
@@ -69,10 +56,9 @@ def open_adapter(config: PolicyConfig) -> PolicyAdapter:
     """``load_adapter`` without the final ``verify``, for whoever reports what it would find."""
     if not config.path:
         raise policy_error("name the folder or Hub repository of the base policy")
-    if config.num_inference_steps is not None and config.num_inference_steps < 1:
-        raise UserError(
-            "--policy.num_inference_steps", f"must be at least 1, got {config.num_inference_steps}"
-        )
+    denoising = config.num_inference_steps
+    if denoising is not None and denoising < 1:
+        raise UserError("--policy.num_inference_steps", f"must be at least 1, got {denoising}")
     if config.dtype is not None and config.dtype not in DTYPES:
         raise UserError("--policy.dtype", f"must be one of {', '.join(DTYPES)}, got {config.dtype}")
     if is_server(config.path):
@@ -125,13 +111,13 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, device
     notes = set_to_act(config) + list(cls.prepare_config(config, options))
     overrides = cls.processor_overrides(config, options)
     if options.rename_map:
-        overrides[RENAME_STEP] = {"rename_map": options.rename_map}
+        overrides[processors.RENAME_STEP] = {"rename_map": options.rename_map}
     taken = _taken(cls, options, folder, overrides)
-    saved = plain_names(read_weights(base_files, unchecked=OLD_STATISTICS), base_files[0])
-    with quietly(), no_larger_than(saved, base_files[0]):
+    saved = weights.plain_names(read_weights(base_files, unchecked=OLD_STATISTICS), base_files[0])
+    with quietly(), weights.no_larger_than(saved, base_files[0]):
         policy = cls.build(config)
-    old = take_statistics(saved, policy.state_dict())
-    stats = statistics(old, config, base_files[0]) if is_legacy(folder) else None
+    old = processors.take_statistics(saved, policy.state_dict())
+    stats = processors.statistics(old, config, base_files[0]) if processors.is_legacy(folder) else None
     if stats is not None:
         notes.append(
             f"a checkpoint of LeRobot before 0.4: processors made of the {len(old)} statistics among its "
@@ -142,9 +128,9 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, device
             f"{len(old)} statistics of an older LeRobot lie among the weights: left out for the saved "
             "processors'"
         )
-    load_weights(policy, cls.prepare_weights(saved, policy), base_files[0])
+    weights.load_weights(policy, cls.prepare_weights(saved, policy), base_files[0])
     if peft:
-        load_peft(policy, folder)
+        weights.load_peft(policy, folder)
     policy.to(device)
     if options.dtype and not hasattr(config, "dtype"):
         cls.cast(policy, getattr(torch, options.dtype))
@@ -152,12 +138,12 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, device
     policy.eval().requires_grad_(False)
     for part, where in cls.frozen_parts(policy).values():
         part.eval().requires_grad_(False)
-        check_part(part, where)
+        weights.check_part(part, where)
     try:
-        pre, post = load_processors(config, folder, overrides, stats)
+        pre, post = processors.load_processors(config, folder, overrides, stats)
     except Exception as error:
-        raise processor_error(error, folder, options, taken) from error
-    notes += check_processors(pre, post, config, folder, base_files[0])
+        raise processors.processor_error(error, folder, options, taken) from error
+    notes += processors.check_processors(pre, post, config, folder, base_files[0])
     adapter = cls(policy, pre, post)
     steps = adapter.chunk_shape[0]
     if options.n_action_steps not in (None, steps):
@@ -178,9 +164,9 @@ def _taken(
 ) -> set[str]:
     """Which of ``tokenizer`` and ``backbone`` have an effect; refuse what is named in vain."""
     absent: set[str] = set()  # steps that are to be changed and are not there
-    if (options.tokenizer or options.rename_map) and not is_legacy(folder):
+    if (options.tokenizer or options.rename_map) and not processors.is_legacy(folder):
         absent = overrides.keys() - dict(processor_steps(folder / PREPROCESSOR)).keys()
-    if RENAME_STEP in absent:
+    if processors.RENAME_STEP in absent:
         raise UserError(
             "--policy.rename_map", f"{folder / PREPROCESSOR} has no step that renames observations"
         )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters.base import NoiseToChunk
-from trimtab.adapters.checkpoint.backbone import without_weights
-from trimtab.adapters.checkpoint.folder import weights_files
+from trimtab.adapters.checkpoint.folder import weights_files, without_weights
 from trimtab.adapters.checkpoint.identity import hash_files, placement, settings_hashes, weights_hash
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.inputs import check_inputs

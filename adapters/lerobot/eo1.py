@@ -16,8 +16,7 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyConfig
-from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
-from trimtab.adapters.lerobot.vla import VLAAdapter
+from trimtab.adapters.lerobot.vla import VLAAdapter, pooled, restore_prefix, store_prefix
 
 
 class EO1Adapter(VLAAdapter):

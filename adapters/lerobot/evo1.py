@@ -16,8 +16,7 @@ from torch import Tensor
 
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyConfig
 from trimtab.adapters.lerobot.injection import injected
-from trimtab.adapters.lerobot.prefix import pooled
-from trimtab.adapters.lerobot.vla import VLAAdapter
+from trimtab.adapters.lerobot.vla import VLAAdapter, pooled
 
 
 class Evo1Adapter(VLAAdapter):

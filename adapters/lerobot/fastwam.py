@@ -27,8 +27,7 @@ from torch import Tensor
 from trimtab.adapters import Conditioning, PolicyConfig, UserError, policy_error
 from trimtab.adapters.checkpoint.files import BACKBONE, CONFIG, part_weights
 from trimtab.adapters.errors import reason
-from trimtab.adapters.lerobot.prefix import restore_prefix, store_layers
-from trimtab.adapters.lerobot.vla import VLAAdapter
+from trimtab.adapters.lerobot.vla import VLAAdapter, restore_prefix, store_layers
 
 OLD_BLOCK = re.compile(r"mixtures\.([^.]+)\.blocks\.(\d+)\.")
 WAN_HINT = (

@@ -15,9 +15,8 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from trimtab.adapters import Conditioning, PolicyConfig, policy_error
-from trimtab.adapters.checkpoint.backbone import backbone_folder
-from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
-from trimtab.adapters.lerobot.vla import VLAAdapter
+from trimtab.adapters.checkpoint.folder import backbone_folder
+from trimtab.adapters.lerobot.vla import VLAAdapter, pooled, restore_prefix, store_prefix
 
 STEPS = 10  # LeRobot's default; its config has no field for it
 

@@ -19,16 +19,10 @@ from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError, policy_error
-from trimtab.adapters.remote.observation import (
-    check_sent,
-    describe,
-    input_features,
-    is_image,
-    message_of,
-    sent_images,
-)
+from trimtab.adapters.remote.observation import describe, is_image, sent_images
 from trimtab.adapters.remote.openpi_client import PolicyServer, ServerError
 
+DEFAULT_SIDE = 224  # of an example image that is sent as it is
 NOISE_DIM = 32  # openpi pads the actions of all its models to it
 MEND = (
     "openpi's own server ignores the noise it is sent. In its websocket_policy_server.py write "
@@ -68,7 +62,7 @@ class RemoteAdapter(PolicyAdapter):
         self.policy = None  # out of sight
         self.preprocessor = self.postprocessor = lambda value: value
         self.device = torch.device(device)
-        self.config = SimpleNamespace(input_features=input_features(self.options), output_features={})
+        self.config = SimpleNamespace(input_features=self._input_features(), output_features={})
         self._answer_shape: tuple[int, int] | None = None
         self.server = PolicyServer(options.path or "", self.options.timeout)
         try:
@@ -87,7 +81,7 @@ class RemoteAdapter(PolicyAdapter):
                 f"the server takes noise of shape {shape}; --policy.remote.noise_shape has no effect"
             )
         conditioning = self.example_conditioning(1, torch.Generator().manual_seed(0))
-        message = message_of(self.options, conditioning, 0)
+        message = self._message(conditioning, 0)
         if shape is not None:
             message[self.options.noise_key] = np.zeros((1, *shape), np.float32)
         try:
@@ -121,8 +115,52 @@ class RemoteAdapter(PolicyAdapter):
 
     # Observations.
 
+    def _input_features(self) -> dict[str, PolicyFeature]:
+        """The observations that are sent, as the features of a LeRobot config."""
+        features, dims = {}, self.options.dims
+        for key in self.options.keys:
+            if is_image(key):
+                side = self.options.image_size or DEFAULT_SIDE
+                features[key] = PolicyFeature(FeatureType.VISUAL, (3, side, side))
+            elif dims.get(key, 0) < 1:
+                raise UserError("--policy.remote.dims", f"say how many entries {key} has: {{{key}: 8}}")
+            else:
+                features[key] = PolicyFeature(FeatureType.STATE, (dims[key],))
+        if not features:
+            raise UserError("--policy.remote.keys", "name at least one observation to send")
+        return features
+
     def check_observation(self, observation: dict[str, Any]) -> None:
-        check_sent(self.options, observation)
+        missing = [key for key in self.options.keys if key not in observation]
+        if missing:
+            given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"
+            raise UserError(
+                "--policy.remote.keys",
+                f"the server is sent {', '.join(missing)}, the environment gives {given}; choose the "
+                "environment that the policy was trained on, or map what there is to the server's names",
+            )
+        for key in self.options.keys:
+            shape, dim = tuple(observation[key].shape[2:]), self.options.dims.get(key)
+            if is_image(key) and len(shape) != 3:
+                raise UserError("--policy.remote.keys", f"{key} of shape {shape} is no image")
+            if not is_image(key) and shape != (dim,):
+                raise UserError(
+                    "--policy.remote.dims",
+                    f"{key} is said to have {dim} entries, the environment gives {shape}",
+                )
+
+    def _message(self, conditioning: Conditioning, row: int) -> dict[str, Any]:
+        """Observation ``row`` as the server takes it."""
+        content: dict[str, Any] = {}
+        for key, name in self.options.keys.items():
+            *parents, last = name.split(".")
+            inner = content
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[last] = conditioning.tensors[key][row].numpy()
+        if "task" in conditioning.lists:
+            content[self.options.prompt_key] = conditioning.lists["task"][row]
+        return content
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         tensors = {
@@ -141,7 +179,7 @@ class RemoteAdapter(PolicyAdapter):
 
     def _prefix(self, conditioning: Conditioning, row: int) -> Tensor:
         """What the model makes of images and instruction: the last token of its prefix (width,)."""
-        message = {"method": "get_prefix_rep", "obs": message_of(self.options, conditioning, row)}
+        message = {"method": "get_prefix_rep", "obs": self._message(conditioning, row)}
         try:
             answer = self.server.request(message)
         except ServerError as error:
@@ -161,7 +199,7 @@ class RemoteAdapter(PolicyAdapter):
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
         chunks = []
         for row, sample in enumerate(noise.cpu().numpy()):
-            message = message_of(self.options, conditioning, row // conditioning.repeats)
+            message = self._message(conditioning, row // conditioning.repeats)
             message[self.options.noise_key] = sample[None]
             chunks.append(torch.from_numpy(self._chunk(self.server.request(message))))
         return self.executed(torch.stack(chunks)).to(noise.device)

@@ -18,10 +18,18 @@ from trimtab.adapters import UserError, policy_error
 from trimtab.adapters.checkpoint.files import OPTION
 from trimtab.adapters.errors import reason
 
+try:
+    import msgpack
+    from websockets.exceptions import ConnectionClosed, WebSocketException
+    from websockets.sync.client import connect
+except ImportError:
+    raise policy_error(
+        "a policy server needs two more packages: pip install 'lerobot_policy_trimtab[remote]'"
+    ) from None
+
 API_KEY = "OPENPI_API_KEY"  # environment variable; sent as openpi's clients send theirs
 OPEN_TIMEOUT = 10.0  # seconds to connect
 CLOSE_TIMEOUT = 2.0  # seconds to say goodbye
-MISSING = "a policy server needs two more packages: pip install 'lerobot_policy_trimtab[remote]'"
 REFUSED_KINDS = "OVc"  # NumPy kinds that do not travel: objects, records, complex numbers
 
 
@@ -30,7 +38,7 @@ def pack(message: Any) -> bytes:
 
     ``ValueError`` or ``TypeError`` where it holds something else, such as an array of objects.
     """
-    return _msgpack().packb(message, default=_pack_numpy)
+    return msgpack.packb(message, default=_pack_numpy)
 
 
 def unpack(data: bytes) -> Any:
@@ -38,7 +46,7 @@ def unpack(data: bytes) -> Any:
 
     ``ValueError`` or ``TypeError`` where it is not msgpack, or an array is not what it says.
     """
-    return _msgpack().unpackb(data, object_hook=_unpack_numpy)
+    return msgpack.unpackb(data, object_hook=_unpack_numpy)
 
 
 def _pack_numpy(value: Any) -> Any:
@@ -70,14 +78,6 @@ def _dtype(name: Any) -> np.dtype:
     return dtype
 
 
-def _msgpack() -> Any:
-    try:
-        import msgpack
-    except ImportError:
-        raise policy_error(MISSING) from None
-    return msgpack
-
-
 class ServerError(UserError):
     """The server answered a request with its own traceback."""
 
@@ -103,11 +103,6 @@ class PolicyServer:
         self._open()
 
     def _open(self) -> None:
-        try:
-            from websockets.exceptions import ConnectionClosed, WebSocketException
-            from websockets.sync.client import connect
-        except ImportError:
-            raise policy_error(MISSING) from None
         key = os.environ.get(API_KEY)
         try:
             # Entered as a context: called plainly, websockets 17 warns.
@@ -155,8 +150,6 @@ class PolicyServer:
 
         The server keeps nothing between requests, so that sending one twice does no harm.
         """
-        from websockets.exceptions import ConnectionClosed
-
         data = pack(message)
         for last in (False, True):
             try:
@@ -171,8 +164,6 @@ class PolicyServer:
         raise AssertionError("unreachable")
 
     def _receive(self, what: str) -> Any:
-        from websockets.exceptions import ConnectionClosed
-
         try:
             data = self._connection.recv(timeout=self.timeout)
             if isinstance(data, bytes):

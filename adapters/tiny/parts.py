@@ -16,7 +16,17 @@ from trimtab.adapters.registry import adapter_class
 STATE_DIM, ACTION_DIM = 5, 3
 WORDS = ("pick", "up", "the", "red", "cube", "press", "button", "close", "drawer", "push", "to", "goal")
 
-Sizes = dict[str, dict[str, Any]]  # fields of the configs of a backbone's parts
+# Each message, its images before its text, as Qwen's own template orders them.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<bos> ' + message['role'] + ' ' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{{ '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<bos> assistant ' }}{% endif %}"
+)
+
+Sizes = dict[str, Any]  # a backbone: its classes in transformers, and the fields of their configs
 
 
 def read_sizes(path: Path) -> dict[str, Any]:
@@ -123,9 +133,31 @@ def randomise(policy: torch.nn.Module) -> None:
                 parameter.copy_(values / parameter.shape[-1] ** 0.5)
 
 
-def token_ids(tokenizer: Any, tokens: dict[str, str]) -> dict[str, int]:
-    """The ids of special tokens, by the name of the config's field without ``_id``."""
-    return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+def make_backbone(folder: Path, sizes: Sizes, **text: Any) -> Any:
+    """Save a backbone's config, tokenizer and processor, without weights; return the config.
+
+    ``text`` are fields of its text config that shall differ.
+    """
+    import transformers
+
+    tokenizer = word_tokenizer(folder, sizes.get("tokens"))
+    words = {"vocab_size": len(tokenizer), "pad_token_id": 0, **sizes["text"], **text}
+    config_class = getattr(transformers, sizes["config"])
+    config = config_class(text_config=words, vision_config=sizes["vision"], **sizes["model"])
+    config.save_pretrained(folder)
+    if "processor" in sizes:
+        parts = {part: getattr(transformers, cls)(**fields) for part, (cls, fields) in sizes["parts"].items()}
+        processor = getattr(transformers, sizes["processor"])
+        processor(tokenizer=tokenizer, chat_template=CHAT_TEMPLATE, **parts).save_pretrained(folder)
+    return config
+
+
+def make_florence(folder: Path, sizes: Sizes = SIZES["florence"]) -> dict[str, Any]:
+    """Florence-2, of xvla: saves the tokenizer, and returns the config as X-VLA's config holds it."""
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    text = {"model_type": "bart", "vocab_size": len(word_tokenizer(folder)), **ids, **sizes["text"]}
+    vision = {**sizes["vision"], "projection_dim": text["d_model"]}
+    return {"vision_config": vision, "text_config": text, "pad_token_id": 0, "image_token_id": 1}
 
 
 def word_tokenizer(folder: Path, special: dict[str, str] | None = None) -> Any:

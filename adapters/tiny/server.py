@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import draccus
 import numpy as np
 import torch
 
-from trimtab.adapters import policy_error
-from trimtab.adapters.remote.openpi_client import MISSING, pack, unpack
+from trimtab.adapters import PolicyConfig, load_adapter
+from trimtab.adapters.remote.openpi_client import pack, unpack
 
 # Names of DROID's observations on the wire, as openpi's droid_policy.py has them, for what pusht gives.
 KEYS = {
@@ -28,13 +29,7 @@ KEYS = {
 @contextmanager
 def serving(policy: dict[str, Any]) -> Iterator[str]:
     """Serve the policy that these options load for as long as the context lasts; yields the address."""
-    try:
-        from websockets.sync.server import serve
-    except ImportError:
-        raise policy_error(MISSING) from None
-    import draccus
-
-    from trimtab.adapters import PolicyConfig, load_adapter
+    from websockets.sync.server import serve
 
     adapter = load_adapter(draccus.decode(PolicyConfig, policy))
     lock = threading.Lock()

@@ -28,8 +28,7 @@ from lerobot.processor import (
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError
 from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
 from trimtab.adapters.checkpoint.folder import is_server
-from trimtab.adapters.checkpoint.legacy import processor_files
-from trimtab.adapters.checkpoint.processors import RENAME_STEP, load_processors
+from trimtab.adapters.checkpoint.processors import RENAME_STEP, load_processors, processor_files
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 
 OWN_RENAME_STEP = "trimtab_rename_observations"

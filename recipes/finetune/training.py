@@ -20,7 +20,7 @@ from lerobot.configs.train import TrainPipelineConfig
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
 from trimtab.adapters.checkpoint.identity import hash_files, settings_hashes
-from trimtab.adapters.checkpoint.legacy import processor_files
+from trimtab.adapters.checkpoint.processors import processor_files
 from trimtab.adapters.errors import reason
 from trimtab.recipes.finetune.data import batches, check_features
 from trimtab.recipes.finetune.lora_targets import put_lora

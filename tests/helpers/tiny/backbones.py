@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from trimtab.adapters.tiny.backbones import CHAT_TEMPLATE, QWEN_TOKENS
-from trimtab.adapters.tiny.parts import WORDS, Sizes, read_sizes, token_ids, word_tokenizer
+from trimtab.adapters.tiny.parts import CHAT_TEMPLATE, WORDS, Sizes, read_sizes, word_tokenizer
+from trimtab.adapters.tiny.parts import SIZES as SHIPPED
 
+QWEN_TOKENS = SHIPPED["qwen3"]["tokens"]
 SIZES = read_sizes(Path(__file__).with_name("sizes.json"))
 # Of molmoact2's and wall_x's prompts: one token each, as for a real tokenizer.
 PROMPT_WORDS = (
@@ -36,6 +37,11 @@ MOLMO_TOKENS = {  # by the field of the model's config that holds their id
 MOLMO_PLAIN = ("<|im_start|>", "<|im_end|>", "<|image|>", "<|video|>", "<action_output>")
 STATE_LEVELS = 16
 LATENT_CHANNELS = 48  # LeRobot's code names this number of Wan 2.2's VAE
+
+
+def token_ids(tokenizer: Any, tokens: dict[str, str]) -> dict[str, int]:
+    """The ids of special tokens, by the name of the config's field without ``_id``."""
+    return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
 
 
 def byte_tokenizer(folder: Path, tokens: Sequence[str], padding_side: str = "left") -> Any:

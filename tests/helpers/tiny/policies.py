@@ -12,9 +12,15 @@ import torch
 from tests.helpers.tiny import backbones
 from tests.helpers.tiny.backbones import SIZES
 from tests.helpers.tiny.sidecars import TAG, write_sidecars
-from trimtab.adapters.tiny.backbones import make_qwen3
-from trimtab.adapters.tiny.parts import camera_features, make_config, save_policy, word_tokenizer
-from trimtab.adapters.tiny.policies import BUILDERS
+from trimtab.adapters.tiny import BUILDERS
+from trimtab.adapters.tiny.parts import SIZES as SHIPPED
+from trimtab.adapters.tiny.parts import (
+    camera_features,
+    make_backbone,
+    make_config,
+    save_policy,
+    word_tokenizer,
+)
 
 Options = dict[str, Any]
 WITHOUT_VARIANTS = dict(BUILDERS)
@@ -103,7 +109,7 @@ def vla_jepa(folder: Path, cameras: int = 1, **fields: Any) -> Options:
 
     torch.manual_seed(0)
     qwen, vjepa = str(folder / "qwen"), str(folder / "vjepa")
-    Qwen3VLForConditionalGeneration(make_qwen3(Path(qwen))).save_pretrained(qwen)
+    Qwen3VLForConditionalGeneration(make_backbone(Path(qwen), SHIPPED["qwen3"])).save_pretrained(qwen)
     names = {"qwen_model_name": qwen, "jepa_encoder_name": vjepa}
     config = narrow("vla_jepa", fields, **camera_features(cameras), **names)
     if config.enable_world_model:
