@@ -57,12 +57,8 @@ def _checked(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class NoiseToChunk(abc.ABC):
     """The function of a loaded policy: ``postprocess(denoise(observe(observation), noise))``.
 
-    A subclass's ``encode``, ``follow`` and ``denoise`` run without gradients, and ``denoise`` checks its
-    noise first (``check_noise``).
-
-    Args:
-        policy: a loaded LeRobot policy in eval mode, without gradients.
-        preprocessor, postprocessor: the policy's own saved pipelines.
+    It takes a LeRobot policy in eval mode, without gradients, and its own saved pipelines. A subclass's
+    ``encode``, ``follow`` and ``denoise`` run without gradients; ``denoise`` first does ``check_noise``.
     """
 
     policy_type: ClassVar[str] = ""  # LeRobot's name

@@ -56,12 +56,8 @@ def processor_steps(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def state_files(folder: Path) -> list[str]:
     """Names of the files that the saved processors in ``folder`` keep their statistics in."""
-    names = [
-        step.get("state_file")
-        for name in (PREPROCESSOR, POSTPROCESSOR)
-        for _, step in processor_steps(folder / name)
-    ]
-    return [name for name in names if isinstance(name, str)]
+    steps = [*processor_steps(folder / PREPROCESSOR), *processor_steps(folder / POSTPROCESSOR)]
+    return [step["state_file"] for _, step in steps if isinstance(step.get("state_file"), str)]
 
 
 def has_weights(folder: Path) -> bool:

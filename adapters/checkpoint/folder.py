@@ -45,13 +45,9 @@ def find_folder(
     suffixes: tuple[str, ...] = SMALL_FILES,
     mend: str = "",
 ) -> Path:
-    """A local folder, or the Hub's copy of a repository.
+    """A local folder, or the Hub's copy of a repository: its files with ``suffixes``.
 
-    Args:
-        name: folder, or ``owner/name`` on the Hub, with ``revision`` (branch, tag or commit) and ``token``.
-        option: what named it.
-        suffixes: of the files that are fetched.
-        mend: what else to say where there is nothing.
+    Where there is nothing by the ``name`` that ``option`` gave, the error ends in ``mend``.
     """
     folder = Path(name).expanduser()
     if folder.exists():

@@ -55,6 +55,10 @@ def set_to_act(config: Any) -> list[str]:
     What is without effect in eval mode (gradient checkpointing, what is frozen) stays, for fine-tuning.
     """
     notes = []
+    if hasattr(
+        config, "pretrained_backbone_weights"
+    ):  # would be downloaded, and replaced by the checkpoint's
+        config.pretrained_backbone_weights = None
     if getattr(config, "rtc_config", None) is not None:
         if config.rtc_config.enabled:
             notes.append("real-time chunking is off: with it a chunk depends on the one before")

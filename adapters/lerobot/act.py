@@ -52,8 +52,6 @@ class ACTAdapter(PolicyAdapter):
             raise UserError(
                 "--policy.num_inference_steps", "an act policy decodes in one step; drop the option"
             )
-        # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
-        config.pretrained_backbone_weights = None
         return []
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:

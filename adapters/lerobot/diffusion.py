@@ -79,8 +79,6 @@ class DiffusionAdapter(PolicyAdapter):
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
-        config.pretrained_backbone_weights = None
         return [*cap_steps(config), *use_ddim(config, options.num_inference_steps)]
 
     @property

@@ -17,15 +17,11 @@ from trimtab.adapters.conditioning import repeat_rows
 
 
 class VLAAdapter(PolicyAdapter):
-    """A policy that reads a task, resizes its images and denoises a chunk of ``n_action_steps`` or more.
-
-    Attributes:
-        noise_fields: fields of the config that hold the shape of its noise.
-    """
+    """A policy that reads a task, resizes its images and denoises a chunk of ``n_action_steps`` or more."""
 
     reads_task = True
     resizes_images = True
-    noise_fields: ClassVar[tuple[str, str]] = ("chunk_size", "max_action_dim")
+    noise_fields: ClassVar[tuple[str, str]] = ("chunk_size", "max_action_dim")  # hold the shape of its noise
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)

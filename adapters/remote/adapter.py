@@ -40,10 +40,7 @@ class RemoteAdapter(PolicyAdapter):
     """``encode`` packs the observation, ``denoise`` sends it with each noise.
 
     Features: the raw states as they are sent, and the last token of the server's prefix where that is asked.
-
-    Args:
-        options: ``path`` is the server's address, ``remote`` says what it is sent.
-        device: where chunks and features are handed over.
+    Chunks and features are handed over on ``device``.
     """
 
     policy_type: ClassVar[str] = "remote"

@@ -83,23 +83,16 @@ class ServerError(UserError):
 
 
 class PolicyServer:
-    """A connection to an openpi policy server, opened at once and again where it drops.
+    """A connection to an openpi policy server (``ws://host:port``), opened at once and again where it drops.
 
-    What goes wrong with it, here and in ``request``, is a ``UserError``.
-
-    Args:
-        url: ``ws://host:port`` or ``wss://host:port``.
-        timeout: seconds to wait for an answer.
-
-    Attributes:
-        metadata: what the server says about itself.
+    An answer has ``timeout`` seconds. What goes wrong, here and in ``request``, is a ``UserError``.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url, self.timeout = url, timeout
         self._stack = ExitStack()
         self._connection: Any = None
-        self.metadata: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}  # what the server says about itself
         self._open()
 
     def _open(self) -> None:

@@ -99,12 +99,8 @@ def save_policy(
 ) -> None:
     """Build the policy of a config, random, and write the folder that `lerobot-train` would.
 
-    Args:
-        folder: where.
-        config: the policy's.
-        build: makes the policy; default: its adapter, which reads no weights of the backbone.
-        no_zeros: ``randomise`` it.
-        change: what to do with the preprocessor before it is saved.
+    ``build`` makes the policy; by default its adapter does, which reads no weights of the backbone.
+    ``no_zeros`` has it ``randomise``d, and ``change`` is called with the preprocessor before it is saved.
     """
     from lerobot.policies.factory import make_pre_post_processors
 
