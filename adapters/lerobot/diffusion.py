@@ -68,6 +68,7 @@ class DiffusionAdapter(PolicyAdapter):
     dtypes = ("float32",)  # LeRobot gives the encoder, or joins to its output, float32 states
     history: ClassVar[bool] = True
     stacks_cameras = True
+    resize_field: ClassVar[str] = "resize_shape"
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
@@ -76,15 +77,12 @@ class DiffusionAdapter(PolicyAdapter):
         self.noise_spec = NoiseSpec((config.horizon, action_dim))
         self.chunk_shape = (steps_to_horizon(config), action_dim)
         self.n_obs_steps = config.n_obs_steps
+        # To one size; a crop alone would show another part of them.
+        self.resizes_images = getattr(config, self.resize_field) is not None
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
         return [*cap_steps(config), *use_ddim(config, options.num_inference_steps)]
-
-    @property
-    def resizes_images(self) -> bool:
-        """Whether the policy scales its images to one size first; a crop alone shows another part of them."""
-        return self.config.resize_shape is not None
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         batch = dict(batch)

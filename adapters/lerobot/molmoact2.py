@@ -129,9 +129,7 @@ class MolmoAct2Adapter(PolicyAdapter):
             )
             times = [torch.full((count,), step / steps, device=device) for step in range(steps)]
             trajectory = backbone._mask_action_dim_tensor(
-                noise.to(dtype),
-                action_dim_is_pad=padding,
-                enabled=backbone.config.mask_action_dim_padding,
+                noise.to(dtype), action_dim_is_pad=padding, enabled=backbone.config.mask_action_dim_padding
             )
             modulations = expert.prepare_modulation_cache(times)
             inputs = molmo._ActionFlowInputs(trajectory, context, modulations, padding)

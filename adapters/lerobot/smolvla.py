@@ -50,11 +50,7 @@ class SmolVLAAdapter(VLAAdapter):
         images, image_masks = policy.prepare_images(batch)
         state = policy.prepare_state(batch)
         embeddings, pad_mask, attention = model.embed_prefix(
-            images,
-            image_masks,
-            batch[OBS_LANGUAGE_TOKENS],
-            batch[OBS_LANGUAGE_ATTENTION_MASK],
-            state=state,
+            images, image_masks, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK], state=state
         )
         (hidden, _), cache = model.vlm_with_expert.forward(
             attention_mask=make_att_2d_masks(pad_mask, attention),

@@ -19,8 +19,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError, policy_error
-from trimtab.adapters.remote.observation import describe, is_image, sent_images
-from trimtab.adapters.remote.openpi_client import PolicyServer, ServerError
+from trimtab.adapters.remote.openpi_client import PolicyServer, ServerError, describe, is_image, sent_images
 
 DEFAULT_SIDE = 224  # of an example image that is sent as it is
 NOISE_DIM = 32  # openpi pads the actions of all its models to it
@@ -30,10 +29,7 @@ MEND = (
     "`self._policy.infer(obs, noise=noise)`"
 )
 # What takes the place of options that have no effect on a server's policy.
-INSTEAD = {
-    "rename_map": "--policy.remote.keys",
-    "n_action_steps": "--policy.remote.n_action_steps",
-}
+INSTEAD = {"rename_map": "--policy.remote.keys", "n_action_steps": "--policy.remote.n_action_steps"}
 
 
 class RemoteAdapter(PolicyAdapter):

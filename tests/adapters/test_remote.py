@@ -14,8 +14,7 @@ from tests.helpers.adapter_cases import noise_like
 from tests.helpers.openpi_server import API_KEY
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.config import RemoteConfig
-from trimtab.adapters.remote.observation import resize_with_pad, sent_images
-from trimtab.adapters.remote.openpi_client import PolicyServer, pack, unpack
+from trimtab.adapters.remote.openpi_client import PolicyServer, pack, resize_with_pad, sent_images, unpack
 from trimtab.policies.observe import ObserveConfig, build_observer
 
 KEYS = {
