@@ -12,14 +12,8 @@ import torch
 
 from trimtab.adapters.checkpoint import processors, weights
 from trimtab.adapters.checkpoint.files import OLD_STATISTICS, PREPROCESSOR, processor_steps, read_weights
-from trimtab.adapters.checkpoint.folder import (
-    is_peft,
-    is_server,
-    read_policy_type,
-    resolve_folder,
-    weights_files,
-)
-from trimtab.adapters.checkpoint.saved_config import read_config, set_to_act
+from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder, weights_files
+from trimtab.adapters.checkpoint.saved_config import read_config, read_policy_type, set_to_act
 from trimtab.adapters.config import DTYPES, PolicyConfig
 from trimtab.adapters.errors import UserError, policy_error, reason
 from trimtab.adapters.policy_adapter import PolicyAdapter

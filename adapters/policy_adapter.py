@@ -123,11 +123,9 @@ class PolicyAdapter(NoiseToChunk):
         check_inputs(self, observation)
 
     def verify(self) -> None:
-        """Check on the real weights that noise steers this policy, and steers it alone.
+        """Check on the real weights, on two observations, that noise steers this policy, and steers it alone.
 
-        On two observations, each alone and both together: chunks and actions have the declared shapes and are
-        finite, features too; the same observation and noise give the same chunk, encoded twice; another noise
-        gives each row another chunk, and in entries that are declared inert the same. ``UserError`` where
-        one of these does not hold; ``RuntimeError`` where a row depends on the rows beside it.
+        README.md says what is checked. ``UserError`` where it does not hold; ``RuntimeError`` where a row of
+        a batch depends on the rows beside it.
         """
         verify(self)

@@ -15,7 +15,7 @@ MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ 
 
 
 def verify(adapter: NoiseToChunk) -> None:
-    """Check what ``PolicyAdapter.verify`` names, on two observations."""
+    """What ``PolicyAdapter.verify`` does."""
     kind, spec = adapter.policy_type, adapter.noise_spec
     generator = torch.Generator().manual_seed(0)
     count = min(2, adapter.max_batch or 2)

@@ -24,6 +24,21 @@ CHANNELS = (1, 3, 4)
 SIDES = ("input_features", "output_features")
 
 
+def read_policy_type(folder: Path) -> str:
+    """The ``type`` in a policy folder's config.json."""
+    raw = read_json(folder / CONFIG)
+    policy_type = raw.get("type")
+    if isinstance(policy_type, str):
+        return policy_type
+    keys = ", ".join(list(raw)[:8]) or "nothing"
+    whose = "it is not the config of a LeRobot policy"
+    if isinstance(raw.get("model_type"), str):
+        whose = f"it is the config of another library's '{raw['model_type']}' model"
+    elif "input_shapes" in raw:
+        whose = "LeRobot wrote such configs before 2025, and reads them no more"
+    raise policy_error(f"{folder / CONFIG} has no 'type' (it holds {keys}): {whose}")
+
+
 def read_config(folder: Path) -> Any:
     """The LeRobot config of the policy in ``folder``, checked for what LeRobot itself lets pass."""
     import lerobot.policies  # registers LeRobot's own types

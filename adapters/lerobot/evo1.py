@@ -43,14 +43,6 @@ class Evo1Adapter(VLAAdapter):
         config.use_flash_attn = config.use_flash_attn and half and str(config.device).startswith("cuda")
         return []
 
-    @classmethod
-    def build(cls, config: Any) -> Any:
-        from transformers import AutoTokenizer
-
-        policy = super().build(config)
-        policy.model.embedder.tokenizer = AutoTokenizer.from_pretrained(config.vlm_model_name)
-        return policy
-
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         policy = self.policy
         images, image_masks = policy._collect_image_batches(batch)

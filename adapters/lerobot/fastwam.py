@@ -131,13 +131,9 @@ class FastWAMAdapter(VLAAdapter):
     @classmethod
     def frozen_parts(cls, policy: Any) -> dict[str, tuple[torch.nn.Module, Path]]:
         model, config = policy.model, policy.config
-        return {
-            "vae": (model.vae.vae, wan_part_folder(cls._vae_source(config), "vae")),
-            "text_encoder": (
-                model.text_encoder.model,
-                wan_part_folder(config.text_encoder_model_id, "text_encoder"),
-            ),
-        }
+        vae = wan_part_folder(cls._vae_source(config), "vae")
+        text_encoder = wan_part_folder(config.text_encoder_model_id, "text_encoder")
+        return {"vae": (model.vae.vae, vae), "text_encoder": (model.text_encoder.model, text_encoder)}
 
     @staticmethod
     def _vae_source(config: Any) -> str:

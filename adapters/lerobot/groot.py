@@ -35,12 +35,8 @@ class _UnloadedGrootPolicy(GrootPolicy):
     """
 
     def _create_groot_model(self) -> GR00TN17:
-        config = self.config
-        asked = {
-            "num_inference_timesteps": config.num_inference_timesteps,
-            "use_flash_attention": config.use_flash_attention,
-        }
-        asked = {name: value for name, value in asked.items() if value is not None}
+        config, names = self.config, ("num_inference_timesteps", "use_flash_attention")
+        asked = {name: value for name in names if (value := getattr(config, name)) is not None}
         base = GR00TN17Config.from_pretrained(config.base_model_path, **asked)
         dtype = {"dtype": torch.float32} if config.model_params_fp32 else {}
         return GR00TN17._from_config(base, load_backbone_weights=False, **dtype)

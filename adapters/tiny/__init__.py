@@ -97,13 +97,8 @@ def xvla(folder: Path, cameras: int = 2, **fields: Any) -> Options:
 
 
 BUILDERS: dict[str, Callable[..., Options]] = {
-    "diffusion": diffusion,
-    "groot": groot,
-    "multi_task_dit": multi_task_dit,
-    "pi0": partial(pi, "pi0"),
-    "pi05": partial(pi, "pi05"),
-    "smolvla": smolvla,
-    "xvla": xvla,
+    **{build.__name__: build for build in (diffusion, groot, multi_task_dit, smolvla, xvla)},
+    **{name: partial(pi, name) for name in ("pi0", "pi05")},
 }
 
 
