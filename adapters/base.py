@@ -94,8 +94,6 @@ class NoiseToChunk(abc.ABC):
         """The policy's LeRobot config."""
         return self.policy.config
 
-    # Observations.
-
     def preprocess(self, observation: dict[str, Any]) -> dict[str, Any]:
         """The policy's batch on its device, from its saved preprocessor; with ``history``, with a time axis.
 
@@ -194,8 +192,6 @@ class NoiseToChunk(abc.ABC):
             return self.observe(self.example_observation(batch_size, generator))
         finally:
             self.observer = observer
-
-    # The function (observation, noise) -> chunk.
 
     @abc.abstractmethod
     def encode(self, batch: dict[str, Any]) -> Conditioning:

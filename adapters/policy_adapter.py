@@ -87,8 +87,6 @@ class PolicyAdapter(NoiseToChunk):
     def close(self) -> None:
         """Let go of what the adapter holds outside this process."""
 
-    # What the policy is.
-
     @property
     def parameter_count(self) -> int | None:
         """Number of the policy's parameters; ``None`` where they are out of sight."""
@@ -116,8 +114,6 @@ class PolicyAdapter(NoiseToChunk):
             raise RuntimeError(
                 f"the base policy changed while it was steered ({odd}); this is a bug of trimtab"
             )
-
-    # What it takes, and whether noise steers it.
 
     def check_observation(self, observation: dict[str, Any]) -> None:
         check_inputs(self, observation)

@@ -46,10 +46,9 @@ def settings_hashes(folder: Path, parts: Mapping[str, Path] | None = None) -> di
     """SHA-256 of every file beside the weights that decides what a policy computes, by name.
 
     These are the policy's config, both processors and their statistics, a PEFT adapter's config, and the
-    config and weights of each frozen part outside the checkpoint. JSON files are hashed by their content
-    without what may differ on another machine: devices, entries about the Hub (``ELSEWHERE``), and every
-    string that is a path or the name of a Hub repository (it holds a slash and no space). Tokenizers are
-    not covered.
+    config and weights of each frozen part outside the checkpoint; no tokenizers. JSON files are hashed by
+    content, without what may differ on another machine: devices, entries about the Hub (``ELSEWHERE``), and
+    every string that is a path or the name of a Hub repository (it holds a slash and no space).
     """
     names = [CONFIG, PREPROCESSOR, POSTPROCESSOR, *([PEFT_CONFIG] if is_peft(folder) else [])]
     paths = {name: folder / name for name in (*names, *state_files(folder))}

@@ -106,8 +106,6 @@ class RemoteAdapter(PolicyAdapter):
     def close(self) -> None:
         self.server.close()
 
-    # Observations.
-
     def _input_features(self) -> dict[str, PolicyFeature]:
         """The observations that are sent, as the features of a LeRobot config."""
         features, dims = {}, self.options.dims
@@ -187,8 +185,6 @@ class RemoteAdapter(PolicyAdapter):
             )
         return torch.from_numpy(tokens.reshape(-1, tokens.shape[-1])[-1].astype(np.float32))
 
-    # The function.
-
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
         chunks = []
         for row, sample in enumerate(noise.cpu().numpy()):
@@ -213,8 +209,6 @@ class RemoteAdapter(PolicyAdapter):
         if not np.isfinite(actions).all():
             raise policy_error(f"{self.server.url} returned NaN or Inf actions")
         return actions.astype(np.float32)
-
-    # Verification.
 
     def _two_chunks(self, repeat: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Chunks of one observation: for one noise, for it again, and for another."""
