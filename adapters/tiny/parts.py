@@ -139,7 +139,7 @@ def make_backbone(folder: Path, sizes: Sizes, **text: Any) -> Any:
     tokenizer = word_tokenizer(folder, sizes.get("tokens"))
     words = {"vocab_size": len(tokenizer), "pad_token_id": 0, **sizes["text"], **text}
     config_class = getattr(transformers, sizes["config"])
-    config = config_class(text_config=words, vision_config=sizes["vision"], **sizes["model"])
+    config = config_class(text_config=words, vision_config={**sizes["vision"]}, **sizes["model"])
     config.save_pretrained(folder)
     if "processor" in sizes:
         parts = {part: getattr(transformers, cls)(**fields) for part, (cls, fields) in sizes["parts"].items()}
