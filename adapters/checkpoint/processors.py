@@ -79,12 +79,13 @@ def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dic
                 f"the statistic '{name}' in {path} belongs to {' and '.join(whose) or 'none'} of the "
                 f"features in config.json ({', '.join(features)}); correct their names"
             )
-        known = stats.setdefault(whose[0], {})
-        if not torch.equal(known.setdefault(match["statistic"], value), value):
+        known, statistic = stats.setdefault(whose[0], {}), match["statistic"]
+        if statistic in known and not torch.equal(known[statistic], value):
             raise policy_error(
                 f"{path} holds several statistics of '{whose[0]}' that differ (one is '{name}'): the policy "
                 "was trained on several datasets; fine-tune it on one"
             )
+        known[statistic] = value
     return stats
 
 
