@@ -46,9 +46,8 @@ FETCHED = {"tokenizer_name", "processor_name", "model_name", "checkpoint_path"}
 FAILED_STEP = re.compile(r"Failed to instantiate processor step '([^']+)'")
 # SmolVLA's had one set for each dataset that it was trained on (`normalize_inputs.so100-red_buffer_...`).
 BUFFER = re.compile(r"\w+\.(?:so\d+(?:-\w+?)?[_.])?buffer_(?P<feature>.+)\.(?P<statistic>mean|std|min|max)")
-EXECUTED = (
-    "unnormalize_outputs"  # made the actions, and so counts where `normalize_targets`, of the loss, differs
-)
+# Made the actions; `normalize_targets`, of the loss, counts where it stands alone.
+EXECUTED = "unnormalize_outputs"
 
 
 def is_legacy(folder: Path) -> bool:
