@@ -36,7 +36,7 @@ RAW_NAMES = {OBS_STATE: "agent_pos", OBS_ENV_STATE: "environment_state", OBS_IMA
 class GymConfig(EnvConfig):
     """Any Gymnasium environment: a registered ``id``, or a ``factory`` of yours."""
 
-    # What it is called in results, and the instruction of a policy that reads one.
+    # Its name in results, by default its id or factory; and the instruction of a policy that reads one.
     task: str | None = None
     # As gymnasium.make takes it: Hopper-v5, or my_package:Name-v0, which imports my_package first.
     id: str = ""
@@ -63,14 +63,15 @@ class GymConfig(EnvConfig):
         if self.episode_length is not None and self.episode_length < 1:
             raise UserError("--env.episode_length", f"must be at least 1 step, got {self.episode_length}")
         success_rule(self.success)
+        self.task = self.task or self.id or self.factory
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
         return self.kwargs
 
     def task_names(self) -> list[str]:
-        """The one task: what is called ``task``, else the id or the factory."""
-        return [self.task or self.id or self.factory]
+        """The one task."""
+        return [str(self.task)]
 
     def for_policy(self, features: dict[str, tuple[int, ...]]) -> GymConfig:
         """This config for a policy with these input features: shapes by the environment's name for them."""
@@ -128,7 +129,7 @@ def make_env(config: GymConfig) -> gym.Env:
         raise UserError(
             "--env.episode_length", "this environment has no time limit: say how many steps an episode takes"
         )
-    if config.task:
+    if config.task not in (config.id, config.factory):
         env.unwrapped.task_description = config.task  # type: ignore[attr-defined]
     return LeRobotNames(env, config)
 
