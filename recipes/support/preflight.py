@@ -76,7 +76,7 @@ def announce_memory(session: Session, rl: AlgorithmConfig, capacity: int, space:
     keeps = "conditioning" in rl.replayed
     spec = ConditioningSpec.of(session.adapter, session.first) if keeps else None
     feature_dim = session.runner.features(session.first).shape[1]
-    line = check_replay(capacity, **replay_layout(rl, session.adapter, space, feature_dim, spec))
+    line = check_replay(capacity, replay_layout(rl, session.adapter, space, feature_dim, spec))
     if session.world is None or session.world.main:
         print(line)
 
