@@ -40,20 +40,20 @@ class ChunkResult:
         seed: the seed that the running episode was reset with.
         frames: rendered frames of this chunk, where asked for.
         seen: (k) the raw observation before each of these steps, where asked for.
-        lost: the kind of fault that lost the episode, and its message; the rest is then empty, but
-            for the observation of the next episode.
+        lost: the kind of fault that lost the episode, and its message; nothing then holds but the
+            observation of the next episode.
         success_key: the name in ``info`` under which this environment has said so far whether it succeeded;
             ``None``: it never has.
         info_keys: what else its ``info`` has held.
     """
 
     observation: RawObservation | None
-    final_observation: RawObservation | None
-    rewards: np.ndarray
-    successes: np.ndarray
-    terminated: bool
-    truncated: bool
-    seed: int
+    final_observation: RawObservation | None = None
+    rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    successes: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    terminated: bool = False
+    truncated: bool = False
+    seed: int = -1
     frames: list[np.ndarray] = field(default_factory=list)
     seen: list[RawObservation] = field(default_factory=list)
     lost: tuple[str, str] | None = None
@@ -67,12 +67,6 @@ class ChunkResult:
     @property
     def steps(self) -> int:
         return len(self.rewards)
-
-
-def lost_episode(kind: str, message: str, observation: RawObservation | None) -> ChunkResult:
-    """The result of a chunk whose episode was lost to a fault, with the ``observation`` to go on from."""
-    empty = np.zeros(0)
-    return ChunkResult(observation, None, empty, empty.astype(bool), False, False, -1, lost=(kind, message))
 
 
 class ChunkEnv:
@@ -172,10 +166,9 @@ class ChunkEnv:
                 self._frames.append(np.array(self.env.render()))
             if ended:
                 break
-        history, frames, self._frames = self.history(), self._frames, []
+        frames, self._frames = self._frames, []
         result = ChunkResult(
-            observation=history,
-            final_observation=None,
+            observation=self.history(),
             rewards=np.asarray(rewards),
             successes=np.asarray(successes),
             terminated=terminated,
@@ -188,7 +181,7 @@ class ChunkEnv:
         )
         if result.ended:
             self._running = False
-            result.final_observation = history
+            result.final_observation = result.observation
             result.observation = None if next_seed is None else self.reset(next_seed)
         return result
 
@@ -204,18 +197,15 @@ class ChunkEnv:
         """
         space = self.env.action_space
         if actions.shape[1:] != space.shape:
+            taken = space.shape if isinstance(space, gym.spaces.Box) else space
             raise UserError(
                 "--env.type",
-                f"the policy makes actions of shape {actions.shape[1:]}, the environment takes "
-                f"{space.shape if isinstance(space, gym.spaces.Box) else space}; choose the environment that "
-                "the policy was trained on",
+                f"the policy makes actions of shape {actions.shape[1:]}, the environment takes {taken}; "
+                "choose the environment that the policy was trained on",
             )
         if not np.isfinite(actions).all():
-            raise NotFinite(
-                "chunk",
-                "--policy.path",
-                "the policy produced a NaN or Inf action; its weights or statistics are broken",
-            )
+            broken = "the policy produced a NaN or Inf action; its weights or statistics are broken"
+            raise NotFinite("chunk", "--policy.path", broken)
 
     def history(self) -> RawObservation:
         """The last ``n_obs_steps`` observations, entries (n_obs_steps, ...)."""
@@ -226,11 +216,8 @@ class ChunkEnv:
         arrays = contract.flat(observation)
         for path, array in arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise NotFinite(
-                    "observation",
-                    "--env.type",
-                    f"the environment returned NaN or Inf in its observation '{path}'",
-                )
+                broken = f"the environment returned NaN or Inf in its observation '{path}'"
+                raise NotFinite("observation", "--env.type", broken)
         layout = contract.layout(arrays)
         if layout != self.layout:
             contract.check_layout(self.layout or layout, layout)
