@@ -104,7 +104,7 @@ class ChunkEnv:
         self._info_keys: set[str] = set()
         self._frames: list[np.ndarray] = []
         # An environment may leave out what is slow to see (``libero.py``): all but what is handed on.
-        self._watch: Callable[[bool], None] | None = getattr(env.unwrapped, "watch", None)
+        self._watch: Callable[[bool], None] = getattr(env.unwrapped, "watch", lambda on: None)
 
     @property
     def task_description(self) -> str:
@@ -123,11 +123,10 @@ class ChunkEnv:
         return self.history()
 
     def step_chunk(self, actions: np.ndarray, next_seed: int | None) -> ChunkResult:
-        """Execute ``actions`` (T, action_dim) until the chunk or the episode ends.
+        """Execute ``actions`` (T, action_dim), un-normalised, until the chunk or the episode ends.
 
         Args:
-            actions: un-normalised actions.
-            next_seed: seed of the episode to start should this one end; ``None`` leaves it ended.
+            actions, next_seed: the latter begins the next episode should this one end, if not ``None``.
 
         Raises:
             NotFinite: NaN or Inf in an action, observation or reward.
@@ -142,8 +141,7 @@ class ChunkEnv:
         terminated = truncated = False
         left = len(actions) if self.limit is None else min(len(actions), self.limit - self._step)
         for number, action in enumerate(actions):
-            if self._watch is not None:
-                self._watch(self.keep_seen or number >= left - self.n_obs_steps)
+            self._watch(self.keep_seen or number >= left - self.n_obs_steps)
             if self.keep_seen:
                 seen.append(self._history[-1])
             # A copy, for the actions are recorded and environments clip and scale in place.
@@ -189,12 +187,7 @@ class ChunkEnv:
         self.env.close()
 
     def check_actions(self, actions: np.ndarray) -> None:
-        """Refuse actions (T, action_dim) that the environment cannot take; nothing moves.
-
-        Raises:
-            NotFinite: NaN or Inf in them.
-            UserError: another shape than the environment takes.
-        """
+        """Raise a UserError for actions (T, action_dim) that the environment cannot take; nothing moves."""
         space = self.env.action_space
         if actions.shape[1:] != space.shape:
             taken = space.shape if isinstance(space, gym.spaces.Box) else space

@@ -15,34 +15,22 @@ from trimtab.rl.envs.contract import flat, layout, read_observation
 
 @dataclass
 class Description:
-    """What an environment says of itself; nothing has moved for it.
+    """What an environment says of itself; nothing has moved for it."""
 
-    Attributes:
-        instruction, task: what to do in words, and the task's name; empty where there is none.
-        repeatable: false where its metadata says that it cannot repeat an episode.
-        warnings: about a time limit or a frame rate.
-        blank: where it cannot repeat: an observation history of zeros as it declares it, if it does.
-    """
-
-    instruction: str
-    task: str
-    repeatable: bool
+    instruction: str  # what to do, in words; empty where there are none
+    task: str  # its name, likewise
+    repeatable: bool  # false where its metadata says that it cannot repeat an episode
     warnings: list[str]
+    # Where it cannot repeat: an observation history of zeros as it declares it, if it does.
     blank: dict[str, Any] | None
 
 
 @dataclass
 class Findings:
-    """What ``examine`` has found.
+    """What ``examine`` has found."""
 
-    Attributes:
-        repeatable: two resets with one seed agree, to the bit.
-        success_key: the name by which success was reported, if it was.
-        warnings: rules that do not hold.
-    """
-
-    repeatable: bool
-    success_key: str | None = None
+    repeatable: bool  # two resets with one seed agree, to the bit
+    success_key: str | None = None  # by which success was reported
     warnings: list[str] = field(default_factory=list)
 
 

@@ -120,9 +120,7 @@ def _cached_reset_class() -> type:
         def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
             if "_pristine" not in self.__dict__:
                 self._pristine = {name: getattr(self.model, name).copy() for name in model_fields}
-                self._pristine_prev_obs = self._prev_obs.copy()
             self._restore_model()
-            self._prev_obs = self._pristine_prev_obs.copy()
             if seed is not None:
                 self.seed(seed)
             mujoco.mj_resetData(self.model, self.data)

@@ -158,10 +158,8 @@ class ChunkVectorEnv:
 
     Args:
         config: a LeRobot environment config.
-        num_envs: number of environments.
         num_workers: processes; 0 steps them in this process.
-        n_obs_steps: observation history that the policy looks at.
-        keep_seen: return every step's observation in ``ChunkResult.seen``.
+        n_obs_steps, keep_seen: as for ``ChunkEnv``.
         task: run this task of the config in every environment.
         tolerant: an episode in which the simulator crashes or hangs, or NaN or Inf appears, is lost
             (``ChunkResult.lost``) and the next one starts, in a new worker where need be; else an error.
