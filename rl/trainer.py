@@ -124,16 +124,8 @@ class Trainer:
         self.demonstrations: Demonstrations | None = None
         if self.demos.enabled:
             data = read_demonstrations(self.demos, adapter, self.train.reward, self.vec.task_descriptions[0])
-            returns = self.collector.returns
             transitions = make_transitions(
-                data,
-                self.runner,
-                self.algorithm,
-                returns,
-                spec,
-                self.seed,
-                self.demos.batch_size,
-                self.progress,
+                data, self.runner, self.algorithm, self.collector.returns, spec, self.seed, self.progress
             )
             self.demonstrations = Demonstrations(self.demos, transitions, *settings)
             for note in data.summary(len(transitions), self.runner.fps) if self.progress else ():

@@ -108,6 +108,7 @@ class Demonstration:
 class DemonstrationData:
     """A LeRobotDataset, ready to be looked at."""
 
+    config: DemosConfig
     dataset: Any  # LeRobot's, whose items hold the policy's observation history
     episodes: list[Demonstration]  # those that take part
     keys: list[str]  # observations that the policy takes
@@ -209,7 +210,7 @@ def read_demonstrations(
     episodes = [episode for episode in episodes if len(episode.rewards)]
     if not episodes:
         raise UserError(OPTION, "no episode of the dataset has a step to learn from")
-    return DemonstrationData(dataset, episodes, keys, notes, rule)
+    return DemonstrationData(config, dataset, episodes, keys, notes, rule)
 
 
 def _successes(dataset: Any, config: DemosConfig, firsts: np.ndarray) -> tuple[np.ndarray, str]:

@@ -76,7 +76,6 @@ def make_transitions(
     returns: Returns,
     spec: ConditioningSpec | None,
     seed: int,
-    batch_size: int = 64,
     progress: bool = True,
 ) -> list[Transition]:
     """The transitions of demonstrated episodes, in order, as the collector makes those of a run.
@@ -88,12 +87,11 @@ def make_transitions(
         returns: what a chunk counts.
         spec: of the conditioning, where that is kept.
         seed: of the candidates' draws.
-        batch_size: states that the policy looks at together.
     """
     steps = runner.adapter.chunk_shape[0]
     rows = [r for one in data.episodes for r in dict.fromkeys([*one.starts(steps), one.final])]
     generator, states = torch.Generator().manual_seed(seed), {}
-    size = min(batch_size, runner.adapter.max_batch or batch_size)
+    size = min(data.config.batch_size, runner.adapter.max_batch or data.config.batch_size)
     bar = Progress(total=len(rows), desc="demonstrations", unit="state", disable=not progress)
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
