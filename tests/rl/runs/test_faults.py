@@ -96,11 +96,11 @@ def test_too_many_faults_stop_the_run_with_a_checkpoint(fault, message, tmp_path
     with trainer.vec, pytest.raises(UserError, match=r"--env.type: .*more than --faults.limit=10") as caught:
         trainer.run()
     assert message in str(caught.value)
-    assert 10 < trainer.faults.total <= 13, "at most one more chunk of every environment"
+    assert 10 < trainer.faults.counts.total() <= 13, "at most one more chunk of every environment"
     found, notes = trainer.checkpoints.newest()
     assert found.env_steps == trainer.env_steps and not notes
-    counted = json.loads((found.folder / "learner.json").read_text())["state"]["faults"]
-    assert sum(counted.values()) == trainer.faults.total
+    counted = json.loads((found.folder / "learner.json").read_text())["faults"]
+    assert sum(counted.values()) == trainer.faults.counts.total()
 
 
 def test_a_policy_that_makes_nan_chunks(tmp_path):
