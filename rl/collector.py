@@ -117,11 +117,6 @@ class Collector:
         keeps = "conditioning" in rl.replayed
         self.spec = ConditioningSpec.of(runner.adapter, self.rollout.encoded) if keeps else None
 
-    @property
-    def feature_dim(self) -> int:
-        """Length of an observation as the learner sees it."""
-        return self.rollout.features.shape[1]
-
     def start(self, learner: BehaviorPolicy) -> None:
         """Let ``learner`` act from here on."""
         self.learner = learner

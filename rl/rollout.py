@@ -29,11 +29,6 @@ class Trace:
         chunks: of each (steps, action_dim) normalised, where the policy remembers them.
     """
 
-    digests: hashes of the observations, from the first on.
-        actions: of each executed chunk, as the environment got them.
-        chunks: of each (steps, action_dim) normalised, where the policy remembers them.
-    """
-
     digests: list[str] = field(default_factory=list)
     actions: list[np.ndarray] = field(default_factory=list)
     chunks: list[np.ndarray] = field(default_factory=list)
@@ -206,7 +201,7 @@ class Rollout:
         ]
 
     def load_state_dict(self, state: dict[int, dict[str, Any]]) -> list[int]:
-        """Put some environments where they were: reset with the episode's seed, the same actions executed again.
+        """Put environments where they were: reset with the episode's seed, the same actions executed again.
 
         Every observation on the way must be the one that was seen then, to the bit. Where the environments
         are known not to repeat (a robot above all), none is moved: they stay at the start of the episode that

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.metrics import RunMetrics, calibration
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import LEARNER, Checkpoint, Checkpoints
-from trimtab.rl.runs.faults import FaultLog, FaultsConfig, Stopped, StopSignals, lost_notes
+from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals, lost_notes, too_many
 from trimtab.rl.runs.processes import ProcessGroup, StepGuard, weights_digest
 from trimtab.rl.runs.progress import Progress
 from trimtab.rl.runs.reshard import reshard
@@ -51,6 +51,7 @@ class Trainer:
         on_step: called after each chunk with the episodes that ended in it.
         checkpoints: where to keep what it takes to go on, if anywhere.
         stop: signals that end the run.
+        faults: of all processes over the whole run, by kind (``runs/faults.py``).
     """
 
     runner: PolicyRunner
@@ -86,8 +87,7 @@ class Trainer:
             record=self.checkpoints is not None,
             assign=lambda: not self.train.gate.enabled or (self.updates > 0 and self.takeover()),
         )
-        self.algorithm = self._build()
-        self._make_replay()
+        self._build()
         if self.train.warm_start:
             self.algorithm.warm_start(read_constant(self.train.warm_start, self.runner.adapter.noise_spec))
         broadcast(self.algorithm.state_dict())  # every process begins with the first one's weights
@@ -95,37 +95,35 @@ class Trainer:
         self.guard.attach(self.algorithm)
         if world.rank:
             torch.manual_seed(self.seed + 1_000_003 * world.rank)  # from here on, each draws its own
-        self.faults = FaultLog()
+        self.faults: Counter[str] = Counter()
+        self._new_faults: list[tuple[str, str]] = []  # kind, and what is said of it
+        self._last_fault = ""
         self.metrics = RunMetrics(world, list(dict.fromkeys(self.vec.task_names)))
         self.recent: deque[Episode] = deque(maxlen=20)
 
-    def _build(self) -> Algorithm:
-        """The algorithm for what the collector sees."""
-        adapter, spec = self.runner.adapter, self.collector.spec
+    def _build(self) -> None:
+        """The algorithm for what the collector sees, its replay, and the demonstrations beside it."""
+        adapter, spec, train = self.runner.adapter, self.collector.spec, self.train
         observe = adapter.observer.config if adapter.observer else None
-        feature_dim = self.collector.feature_dim - (observe.pixels if observe else 0)
         bounds, (steps, action_dim) = self.collector.returns.bounds, adapter.chunk_shape
-        algorithm = self.rl.build(
+        width = self.collector.rollout.features.shape[1]
+        feature_dim = width - (observe.pixels if observe else 0)
+        self.algorithm: Algorithm = self.rl.build(
             Problem(feature_dim, self.space, self.accelerator, bounds, steps * action_dim, observe)
         )
         if spec:
-            spec.check_memory(self.train.replay_capacity, self.rl.conditioning_limit)  # type: ignore[attr-defined]
-            algorithm.decode = Decoder(adapter, self.space, spec)
-        return algorithm
-
-    def _make_replay(self) -> None:
-        """The replay, this process's share of it, and the demonstrations beside it."""
-        adapter, spec, world = self.runner.adapter, self.collector.spec, self.world
-        settings = replay_layout(self.rl, adapter, self.space, self.collector.feature_dim, spec)
-        check_replay(self.train.replay_capacity, **settings)
-        settings |= {"seed": self.seed + world.rank, "device": self.accelerator.device}
-        self.replay = ReplayBuffer(-(-self.train.replay_capacity // world.size), **settings)
+            spec.check_memory(train.replay_capacity, self.rl.conditioning_limit)  # type: ignore[attr-defined]
+            self.algorithm.decode = Decoder(adapter, self.space, spec)
+        settings = replay_layout(self.rl, adapter, self.space, width, spec)
+        check_replay(train.replay_capacity, **settings)
+        settings |= {"seed": self.seed + self.world.rank, "device": self.accelerator.device}
+        self.replay = ReplayBuffer(-(-train.replay_capacity // self.world.size), **settings)
         self.collector.start(self.algorithm)
         self.demonstrations: Demonstrations | None = None
         if self.demos.enabled:
-            data = read_demonstrations(self.demos, adapter, self.train.reward, self.vec.task_descriptions[0])
+            data = read_demonstrations(self.demos, adapter, train.reward, self.vec.task_descriptions[0])
             size = self.demos.batch_size
-            make = TransitionMaker(self.runner, self.algorithm, self.train.reward, spec, self.seed, size)
+            make = TransitionMaker(self.runner, self.algorithm, train.reward, spec, self.seed, size)
             transitions = make(data, self.progress)
             self.demonstrations = Demonstrations(self.demos, transitions, **settings)
             for note in data.summary(len(transitions), self.runner.fps) if self.progress else ():
@@ -196,14 +194,14 @@ class Trainer:
             try:
                 self.replay.add(transition)
             except ValueError as error:
-                self.faults.add("transition", f"--policy.path: {error}")
+                self._new_faults.append(("transition", f"--policy.path: {error}"))
         lost, self.collector.lost = self.collector.lost, []
-        for fault in lost:
-            self.faults.add(*fault)
-        if skipped := int(self.guard.skipped):
-            self.guard.skipped.zero_()
-            count = skipped if self.world.main else 0  # every process leaves the same steps out
-            self.faults.add("loss", "--rl.learning_rate: NaN or Inf in a gradient; lower it", count)
+        self._new_faults += lost
+        skipped = int(self.guard.skipped)
+        self.guard.skipped.zero_()
+        if self.world.main:  # every process leaves the same steps out
+            broken = "loss", "--rl.learning_rate: NaN or Inf in a gradient; lower it"
+            self._new_faults += [broken] * skipped
         self.recent.extend(episodes)
         here = {
             "stored": self.replay.added - added,
@@ -212,11 +210,10 @@ class Trainer:
             "stop": self.stop(),
             "ready": len(self.replay) > 0,
             "reported": self.collector.reported,
-            "faults": dict(self.faults.new),
+            "faults": self._new_faults,
             "episodes": [(one.task, one.steered, one.success, one.total) for one in episodes],
         }
-        self.faults.new.clear()
-        everyone = self.world.gather(here)
+        everyone, self._new_faults = self.world.gather(here), []
         brought = sum(there["stored"] for there in everyone)
         self.transitions += brought
         if self.train.catch_up or self.transitions > self.train.first_update:
@@ -226,7 +223,8 @@ class Trainer:
         for there in everyone:
             self.env_steps += there["steps"]
             self.dropped += there["lost"]
-            self.faults.counts.update(there["faults"])
+            for kind, self._last_fault in there["faults"]:
+                self.faults[kind] += 1
             self.metrics.reported |= there["reported"]
             for task, steered, success, total in there["episodes"]:
                 self.episodes += 1
@@ -248,7 +246,7 @@ class Trainer:
             line["demo_share"] = self.demonstrations.share(self.env_steps / self.train.env_steps)
         if self.train.gate.enabled:
             line["gate_share"] = self.takeover.share if self.updates else 0.0
-        if faults := self.faults.counts.total():
+        if faults := self.faults.total():
             line |= {"faults": faults, "episodes_dropped": self.dropped}
         line |= self.metrics.means()
         line |= self.metrics.times(
@@ -260,11 +258,11 @@ class Trainer:
 
     def _keep(self) -> None:
         """Write a checkpoint where one is due, or the run has to end; all processes do so together."""
-        too_many = self.faults.counts.total() > self.faults_config.limit
-        if self.checkpoints and (too_many or self._stopping or self.checkpoints.due(self.env_steps)):
+        stops = self.faults.total() > self.faults_config.limit
+        if self.checkpoints and (stops or self._stopping or self.checkpoints.due(self.env_steps)):
             self._save()
-        if too_many:
-            raise self.faults.error(self.faults_config.limit)
+        if stops:
+            raise too_many(self.faults, self._last_fault, self.faults_config.limit)
         if self._stopping:
             raise Stopped(self.stop.name or "a signal to another process", self.env_steps)
 
@@ -276,7 +274,7 @@ class Trainer:
         """(what all processes share, what is this process's own) between two chunks."""
         demos, replay, device = self.demonstrations, self.replay, self.accelerator.device
         shared = {name: getattr(self, name) for name in SHARED} | {
-            "faults": self.faults.counts,
+            "faults": self.faults,
             "metrics": self.metrics.state_dict(),
             "algorithm": self.algorithm.training_state(),
         }
@@ -305,19 +303,17 @@ class Trainer:
             UserError: it does not fit this run.
         """
         try:
-            notes = self._load(checkpoint)
+            return self._load(checkpoint)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
                 "--resume", f"{checkpoint.folder} does not fit this run ({type(error).__name__}: {error})"
             ) from error
-        self._ready = self.world.all(len(self.replay) > 0)
-        return notes
 
     def _load(self, checkpoint: Checkpoint) -> list[str]:
         shared, notes = checkpoint.read(LEARNER), []
         for name in SHARED:
             setattr(self, name, shared[name])
-        self.faults.counts.update(shared["faults"])
+        self.faults.update(shared["faults"])
         self.metrics.load_state_dict(shared["metrics"])
         self.algorithm.load_training_state(shared["algorithm"])
         same = checkpoint.processes == self.world.size
@@ -333,6 +329,7 @@ class Trainer:
             own, dropped, note = reshard(checkpoint, self.world, self.collector, self.replay)
             self.dropped += dropped
             notes.append(note)
+        self._ready = self.world.all(len(self.replay) > 0)
         self.takeover.load_state_dict(own["gate"])
         self.update_seconds, self.seconds = own["seconds"]["update"], own["seconds"]["total"]
         self.vec.repeatable = self.world.all(self.vec.repeatable)
@@ -340,8 +337,9 @@ class Trainer:
         if not self.vec.repeatable:  # no faults: it never said that it could
             lost = sum(self.world.gather(lost))
             self.dropped += lost
-        elif lost:
-            self.faults.add("unrepeatable", "--env.type: the simulator does not repeat an episode", lost)
+        else:
+            message = "--env.type: the simulator does not repeat an episode"
+            self._new_faults += [("unrepeatable", message)] * lost
         notes += lost_notes(lost, self.vec.repeatable)
         if same:  # last: building and looking may have drawn
             torch.set_rng_state(own["rng"])

@@ -1,4 +1,8 @@
-"""What goes wrong in a long run, counted; and signals that stop it in an orderly way."""
+"""What goes wrong in a long run, counted by kind; and signals that stop it in an orderly way.
+
+``crash`` and ``hang`` are a simulator's; ``observation``, ``reward``, ``chunk``, ``transition`` and ``loss``
+held NaN or Inf; an ``unrepeatable`` episode did not go as it had gone, when a run was resumed.
+"""
 
 from __future__ import annotations
 
@@ -28,33 +32,12 @@ class FaultsConfig:
             raise UserError("--faults.timeout", f"cannot be negative, got {self.timeout}")
 
 
-class FaultLog:
-    """Counts faults by kind.
-
-    ``crash`` and ``hang`` are a simulator's; ``observation``, ``reward``, ``chunk``, ``transition`` and
-    ``loss`` held NaN or Inf; an ``unrepeatable`` episode did not go as it had gone, when a run was resumed.
-
-    Attributes:
-        counts: of all processes, over the whole run.
-        new: of this process, not yet in ``counts``.
-    """
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.new: Counter[str] = Counter()
-        self._last = "--faults.limit: on another process"
-
-    def add(self, kind: str, message: str, count: int = 1) -> None:
-        """Note what happened here."""
-        self.new[kind] += count
-        self._last = message
-
-    def error(self, limit: int) -> UserError:
-        """That there are more than ``limit``, with what happened last on this process."""
-        option, _, message = self._last.partition(": ")
-        listed = ", ".join(f"{count} x {kind}" for kind, count in self.counts.items() if count)
-        count = f"stopped after {self.counts.total()} faults ({listed}), more than --faults.limit={limit}"
-        return UserError(option, f"{message}; {count}")
+def too_many(faults: Counter[str], last: str, limit: int) -> UserError:
+    """That there are more than ``limit`` faults, with what was said of the last."""
+    option, _, message = last.partition(": ")
+    listed = ", ".join(f"{count} x {kind}" for kind, count in faults.items())
+    count = f"stopped after {faults.total()} faults ({listed}), more than --faults.limit={limit}"
+    return UserError(option, f"{message}; {count}")
 
 
 class Stopped(Exception):

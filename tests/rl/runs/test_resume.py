@@ -191,7 +191,7 @@ def test_an_episode_that_does_not_repeat_is_dropped_and_said(other, tmp_path, mo
     monkeypatch.setattr("tests.helpers.point.PointEnv", other)
     trainer, lines, notes = resume(tmp_path, lines, rl, train)
     assert len(notes) == 1 and notes[0].startswith("3 running episodes did not repeat exactly")
-    assert trainer.faults.counts["unrepeatable"] == 3 and lines[-1]["faults"] == 3
+    assert trainer.faults["unrepeatable"] == 3 and lines[-1]["faults"] == 3
     assert trainer.env_steps >= 600
 
 
@@ -219,7 +219,7 @@ def test_an_environment_that_cannot_repeat_is_not_moved_to_come_back(name, tmp_p
     assert moves == ["reset"] * 3, "no episode is begun twice, none is lived through again"
     (note,) = notes
     assert note.startswith(f"{interrupted} interrupted episode") and "cannot repeat them" in note
-    assert again.dropped == interrupted and not again.faults.counts.total()
+    assert again.dropped == interrupted and not again.faults.total()
     collector = again.collector
     rollout = collector.rollout
     assert rollout.upcoming == trainer.collector.rollout.upcoming
