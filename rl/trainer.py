@@ -19,7 +19,7 @@ from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector, Episode
 from trimtab.rl.data.decoder import Decoder
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
-from trimtab.rl.data.demonstrations import Demonstrations, TransitionMaker
+from trimtab.rl.data.demonstrations import Demonstrations, make_transitions
 from trimtab.rl.data.memory import check_replay, replay_layout
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.data.returns import Transition
@@ -114,18 +114,19 @@ class Trainer:
         if spec:
             spec.check_memory(train.replay_capacity, self.rl.conditioning_limit)  # type: ignore[attr-defined]
             self.algorithm.decode = Decoder(adapter, self.space, spec)
-        settings = replay_layout(self.rl, adapter, self.space, width, spec)
-        check_replay(train.replay_capacity, **settings)
-        settings |= {"seed": self.seed + self.world.rank, "device": self.accelerator.device}
-        self.replay = ReplayBuffer(-(-train.replay_capacity // self.world.size), **settings)
+        layout = replay_layout(self.rl, adapter, self.space, width, spec)
+        check_replay(train.replay_capacity, layout)
+        settings = layout, self.seed + self.world.rank, self.accelerator.device
+        self.replay = ReplayBuffer(-(-train.replay_capacity // self.world.size), *settings)
         self.collector.start(self.algorithm)
         self.demonstrations: Demonstrations | None = None
         if self.demos.enabled:
             data = read_demonstrations(self.demos, adapter, train.reward, self.vec.task_descriptions[0])
-            size = self.demos.batch_size
-            make = TransitionMaker(self.runner, self.algorithm, train.reward, spec, self.seed, size)
-            transitions = make(data, self.progress)
-            self.demonstrations = Demonstrations(self.demos, transitions, **settings)
+            transitions = make_transitions(
+                *(data, self.runner, self.algorithm, self.collector.returns, spec),
+                *(self.seed, self.demos.batch_size, self.progress),
+            )
+            self.demonstrations = Demonstrations(self.demos, transitions, *settings)
             for note in data.summary(len(transitions), self.runner.fps) if self.progress else ():
                 tqdm.write(note)
 
