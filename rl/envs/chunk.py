@@ -235,10 +235,15 @@ def _time_limit(env: gym.Env) -> int | None:
     return int(limit) if limit and limit > 0 else None
 
 
-def stack_observations(observations: list[RawObservation]) -> RawObservation:
-    """Stack observations along a new first axis: entries (...) become (B, ...), nested ones too."""
+def stack_observations(
+    observations: list[RawObservation], join: Callable[[list[np.ndarray]], np.ndarray] = np.stack
+) -> RawObservation:
+    """Stack observations along a new first axis: entries (...) become (B, ...), nested ones too.
+
+    With ``np.concatenate`` as ``join`` it is the first axis that there is.
+    """
     stacked: RawObservation = {}
     for key, first in observations[0].items():
         entries = [observation[key] for observation in observations]
-        stacked[key] = stack_observations(entries) if isinstance(first, dict) else np.stack(entries)
+        stacked[key] = stack_observations(entries, join) if isinstance(first, dict) else join(entries)
     return stacked
