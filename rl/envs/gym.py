@@ -23,7 +23,7 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_ST
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import time_limit
-from trimtab.rl.envs.contract import SUCCESS_KEYS, flat, kind, read_number
+from trimtab.rl.envs.contract import SUCCESS_KEYS, flat, kind
 from trimtab.rl.envs.metaworld import choose_gl_backend
 
 BOX = "observation"  # the name of an observation that is a single array
@@ -317,7 +317,7 @@ def success_rule(text: str) -> Callable[[Any, Any, Mapping[str, Any]], Any] | No
         raise UserError(
             "--env.success", f"must be info.NAME, reward>=NUMBER, terminated or none, got '{text}'"
         )
-    return lambda reward, terminated, info: read_number(reward, "the reward") >= least
+    return lambda reward, terminated, info: bool(np.all(np.asarray(reward) >= least))
 
 
 def _look_up(info: Any, path: list[str]) -> Any:
