@@ -16,13 +16,14 @@ from tqdm import tqdm
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.folder import is_server, resolve_folder
 from trimtab.adapters.errors import reason
+from trimtab.adapters.inputs import input_notes
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.noise_samplers import NoiseSampler, constant_noise, own_noise, zero_noise
 from trimtab.policies.observe import ObserveConfig, build_observer
 from trimtab.recipes.support.reporting import write_grid_video
 from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.envs.contract import SUCCESS_KEYS
-from trimtab.rl.envs.hooks import check_base, check_buildable, task_names
+from trimtab.rl.envs.hooks import check_base, check_buildable, for_policy, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, unreported
 from trimtab.rl.runner import Encoded, PolicyRunner
@@ -63,6 +64,9 @@ class Session:
         self.tasks = task_names(self.env)
         if len(self.tasks) > 1 and not self.many:
             raise UserError("--env.task", ONE_TASK)
+        own = {policy: raw for raw, policy in self.adapter.renames().items()}
+        features = self.adapter.config.input_features
+        self.env = for_policy(self.env, {own.get(k, k): tuple(one.shape) for k, one in features.items()})
         self.runner = PolicyRunner(self.adapter, self.env)
 
     @contextmanager
@@ -145,7 +149,8 @@ class Session:
         if observation is None:
             return
         conditioning = self.runner.encode([observation], vec.task_descriptions[:1])
-        for note in self.runner.input_notes([observation], vec.task_descriptions[:1]):
+        history = self.runner.history([observation], vec.task_descriptions[:1])
+        for note in input_notes(self.adapter, history):
             self._say(f"note: {note}")
         self.runner.features(conditioning)
         prior = self.runner.prior(1, torch.Generator().manual_seed(0))
