@@ -73,15 +73,17 @@ def drawer_base(tmp_path_factory):
 
 def make_diffusion(folder, images=False, scheduler="DDIM", state_dim=2, env_dim=16, action_dim=2, **fields):
     """Save a random LeRobot DiffusionPolicy; the dimensions can be those of a real environment."""
-    from tests.helpers.tiny import make_tiny
-    from trimtab.adapters.tiny.parts import camera_features
+    from lerobot.configs import FeatureType, PolicyFeature
 
-    seen = camera_features(
-        int(images), env_dim=0 if images else env_dim, state_dim=state_dim, action_dim=action_dim
-    )
-    if scheduler == "DDPM":
-        fields |= {"noise_scheduler_type": "DDPM", "num_inference_steps": None}
-    make_tiny("diffusion", folder, **{**seen, **fields})
+    from tests.helpers.tiny import make_tiny
+
+    if (state_dim, env_dim, action_dim) != (2, 16, 2):
+        fields["input_features"] = {
+            "observation.state": PolicyFeature(FeatureType.STATE, (state_dim,)),
+            "observation.environment_state": PolicyFeature(FeatureType.ENV, (env_dim,)),
+        }
+        fields["output_features"] = {"action": PolicyFeature(FeatureType.ACTION, (action_dim,))}
+    make_tiny("diffusion", folder, images=images, scheduler=scheduler, **fields)
     return folder
 
 

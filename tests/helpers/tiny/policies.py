@@ -150,6 +150,15 @@ def groot(
     return WITHOUT_VARIANTS["groot"](folder, cameras=cameras, **fields)
 
 
+def diffusion(folder: Path, images: bool = False, scheduler: str = "DDIM", **fields: Any) -> Options:
+    """With one of ``images`` in place of the environment's state; with DDPM in place of DDIM."""
+    if images:
+        fields = {**camera_features(1, state_dim=2, action_dim=2), **fields}
+    if scheduler == "DDPM":
+        fields = {"noise_scheduler_type": "DDPM", "num_inference_steps": None, **fields}
+    return WITHOUT_VARIANTS["diffusion"](folder, **fields)
+
+
 def smolvla(folder: Path, **fields: Any) -> Options:
     """With ``load_vlm_weights``, random ones of its SmolVLM for LeRobot to load."""
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
@@ -172,6 +181,6 @@ def xvla(folder: Path, cameras: int = 2, **fields: Any) -> Options:
 
 OTHERS: tuple[Callable[..., Options], ...] = (
     *(act, eo1, evo1, fastwam, lingbot_va, molmoact2, vla_jepa, wall_x),
-    *(groot, smolvla, xvla),
+    *(diffusion, groot, smolvla, xvla),
 )
 BUILDERS |= {build.__name__: build for build in OTHERS}
