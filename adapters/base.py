@@ -91,7 +91,6 @@ class NoiseToChunk(abc.ABC):
 
     @property
     def config(self) -> Any:
-        """The policy's LeRobot config."""
         return self.policy.config
 
     def preprocess(self, observation: dict[str, Any]) -> dict[str, Any]:

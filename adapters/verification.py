@@ -17,6 +17,8 @@ MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ 
 def verify(adapter: NoiseToChunk) -> None:
     """What ``PolicyAdapter.verify`` does."""
     kind, spec = adapter.policy_type, adapter.noise_spec
+    if min(adapter.chunk_shape) < 1:
+        raise policy_error(f"of each chunk it executes {adapter.chunk_shape[0]} actions; it must be 1")
     generator = torch.Generator().manual_seed(0)
     count = min(2, adapter.max_batch or 2)
     observation = adapter.example_observation(count, generator)

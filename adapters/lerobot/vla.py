@@ -48,7 +48,6 @@ class PrefixLayer(DynamicLayer):
 
     @property
     def values(self) -> Tensor:
-        """(N * repeats, heads, length, dim)"""
         return repeat_rows(self._values, self.repeats)
 
     def __getitem__(self, index: int) -> Tensor:  # for models that keep pairs of keys and values

@@ -260,6 +260,7 @@ def test_libero_by_default(policy_server):
     adapter.observer = build_observer(ObserveConfig(inputs=["task"]), adapter, ["open the drawer"])
     adapter.check_identity(adapter.identity(policy_server), policy_server)  # asked with another task
     adapter.features = lambda conditioning: None  # as where no state is sent
+    adapter.offers_features = False
     assert ObserveConfig().resolved(adapter, []).inputs == ["state", "images"]
     adapter.close()
 
