@@ -40,12 +40,8 @@ class RunMetrics:
     def add_update(self, metrics: dict[str, Tensor]) -> None:
         """Note what an update reported, without the figures of a step left out for NaN or Inf."""
         for name, value in metrics.items():
-            finite = torch.isfinite(value)
             total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (
-                total + torch.where(finite, value, torch.zeros_like(value)),
-                count + finite.int(),
-            )
+            self.sums[name] = total + value.nan_to_num(0.0, 0.0, 0.0), count + value.isfinite().int()
 
     def add_episode(self, task: str, success: bool, total: float) -> None:
         """Note the outcome of an episode, and what the environment paid in it."""

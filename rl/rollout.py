@@ -200,32 +200,30 @@ class Rollout:
             for i in sorted(self.episode)
         ]
 
-    def load_state_dict(self, state: dict[int, dict[str, Any]]) -> list[int]:
+    def load_state_dict(self, state: list[dict[str, Any]]) -> list[int]:
         """Put environments where they were: reset with the episode's seed, the same actions executed again.
 
-        Every observation on the way must be the one that was seen then, to the bit. Where the environments
-        are known not to repeat (a robot above all), none is moved: they stay at the start of the episode that
-        they have just begun. The others of this rollout begin their upcoming episode.
+        Every observation on the way must be the one that was seen then, to the bit; where one is not, the
+        upcoming episode begins. Where the environments are known not to repeat (a robot above all), none is
+        moved: they stay at the start of the episode that they have just begun.
 
         Returns:
             those that are where they were.
         """
-        for i, saved in state.items():
+        for i, saved in enumerate(state):
             self.upcoming[i] = saved["upcoming"]
             self.generators[i].set_state(saved["generator"])
         if not self.vec.repeatable:
             return []
-        for i, saved in state.items():
+        for i, saved in enumerate(state):
             self.episode[i], self.traces[i] = saved["episode"], Trace(**saved["trace"])
-        lost = self._replay_episodes(list(state))
-        self.restart([i for i in sorted(self.episode) if i in lost or i not in state])
-        return [i for i in state if i not in lost]
+        lost = self._replay_episodes()
+        self.restart(sorted(lost))
+        return [i for i in self.episode if i not in lost]
 
-    def _replay_episodes(self, envs: list[int]) -> set[int]:
-        """Execute the traces of ``envs`` from their seeds; returns those that did not go as they had gone."""
-        runner, vec, traces = self.runner, self.vec, self.traces
-        if not envs:
-            return set()
+    def _replay_episodes(self) -> set[int]:
+        """Execute all traces from their seeds; returns environments that did not go as they had gone."""
+        runner, vec, traces, envs = self.runner, self.vec, self.traces, list(self.traces)
         observations = vec.reset({i: self.seed_of(self.episode[i]) for i in envs})
         lost = {i for i in envs if digest(observations[i]) != traces[i].digests[0]}
         for i in envs:

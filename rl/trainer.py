@@ -326,6 +326,15 @@ class Trainer:
                 self.demonstrations.load_state_dict(own["demonstrations"])
             self.recent.extend(Episode(**episode) for episode in own["recent"])
             self.metrics.sums = own["sums"]
+            self.vec.repeatable = self.world.all(self.vec.repeatable)
+            lost = self.collector.load_state_dict(own["collector"])
+            if not self.vec.repeatable:  # no faults: it never said that it could
+                lost = sum(self.world.gather(lost))
+                self.dropped += lost
+            else:
+                message = "--env.type: the simulator does not repeat an episode"
+                self._new_faults += [("unrepeatable", message)] * lost
+            notes += lost_notes(lost, self.vec.repeatable)
         else:
             own, dropped, note = reshard(checkpoint, self.world, self.collector, self.replay)
             self.dropped += dropped
@@ -333,15 +342,6 @@ class Trainer:
         self._ready = self.world.all(len(self.replay) > 0)
         self.takeover.load_state_dict(own["gate"])
         self.update_seconds, self.seconds = own["seconds"]["update"], own["seconds"]["total"]
-        self.vec.repeatable = self.world.all(self.vec.repeatable)
-        lost = self.collector.load_state_dict(own["collector"])
-        if not self.vec.repeatable:  # no faults: it never said that it could
-            lost = sum(self.world.gather(lost))
-            self.dropped += lost
-        else:
-            message = "--env.type: the simulator does not repeat an episode"
-            self._new_faults += [("unrepeatable", message)] * lost
-        notes += lost_notes(lost, self.vec.repeatable)
         if same:  # last: building and looking may have drawn
             torch.set_rng_state(own["rng"])
             if own["cuda_rng"] is not None and self.accelerator.device.type == "cuda":
