@@ -29,12 +29,10 @@ class Episode:
     """A training episode, running or finished.
 
     Attributes:
-        seed: its start.
-        task: its name, where the environment has one.
+        seed, task: its start, and its task's name where the environment has one.
         steered: whether the learner's policy acts in it, from start to end.
         success: whether the environment has reported success.
-        steps: environment steps.
-        total: undiscounted sum of the environment's own rewards.
+        steps, total: environment steps, and the undiscounted sum of the environment's own rewards.
         terminated: ended in a terminal state, not at the time limit.
         features, u: what was seen and chosen at each chunk, (chunks, d) and (chunks, dim); lists while it
             runs, like the rest.
@@ -65,8 +63,7 @@ class Collector:
     generator and its episodes from its own seeds, so a run repeats exactly.
 
     Args:
-        runner: the frozen policy.
-        vec: environments.
+        runner, vec: the frozen policy, and environments.
         rl: the algorithm's config: discount, length of returns, candidates, and what the replay keeps.
         reward: ``sparse`` or ``env`` (see ``returns.Returns``).
         seed: first of the training seeds; environment i takes seed + i, seed + i + num_envs, ...

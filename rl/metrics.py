@@ -91,14 +91,14 @@ class RunMetrics:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What all processes share; ``sums`` is each one's own."""
-        return {"successes": self.successes, "returns": self.returns, "reported": self.reported}
+        names = ("successes", "returns", "reported", "sums")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, last in state["successes"].items():
             self.successes[name].extend(last)
         self.returns.extend(state["returns"])
-        self.reported = state["reported"]
+        self.reported, self.sums = state["reported"], state["sums"]
 
 
 def rate(last: Collection[float]) -> float:

@@ -42,8 +42,7 @@ class Rollout:
     there is none.
 
     Args:
-        runner: the frozen policy.
-        vec: environments.
+        runner, vec: the frozen policy, and environments.
         following: (environment, its episode) -> number of the episode after that, ``None`` where there is
             none. It is asked when the episode begins; with ``None``, for the first one.
         seed_of: the seed of an episode, by its number; by default that number.
@@ -54,9 +53,8 @@ class Rollout:
 
     Attributes:
         episode, upcoming: of each environment that runs one, and the one after it.
-        observations: of each environment, to act on next.
-        generators: of each environment's noise.
-        traces: of the running episodes, where they are recorded.
+        observations, generators, traces: of each environment: what to act on next, of its noise, of its
+            running episode.
         envs, encoded, features: environments that ``encode_observations`` was asked for, and what it made.
         seconds: spent on the policy (``denoise``) and on waiting for simulators (``env_wait``); for which
             these worked (``env_busy``), and waited to be asked (``env_idle``).
@@ -205,10 +203,8 @@ class Rollout:
 
         Every observation on the way must be the one that was seen then, to the bit; where one is not, the
         upcoming episode begins. Where the environments are known not to repeat (a robot above all), none is
-        moved: they stay at the start of the episode that they have just begun.
-
-        Returns:
-            those that are where they were.
+        moved: they stay at the start of the episode that they have just begun. Returns those that are where
+        they were.
         """
         for i, saved in enumerate(state):
             self.upcoming[i] = saved["upcoming"]

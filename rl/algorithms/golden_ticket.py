@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
-from trimtab.policies.noise_samplers import constant_noise
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, TrainingResult
 from trimtab.rl.algorithms.base import AlgorithmConfig
@@ -194,8 +193,8 @@ class TicketSearch:
             seeds = list(range(first, first + share))
             first += share
             label = f"round {index + 1} of {len(counts)}: {count} constants"
-            sources = [constant_noise(noises[i]) for i in left for _ in seeds]
-            outcome = evaluate(self.runner, self.vec, sources, seeds * count, label, progress=self.progress)
+            fed = noises[left].repeat_interleave(share, 0)
+            outcome = evaluate(self.runner, self.vec, fed, seeds * count, label, progress=self.progress)
             won = outcome.successes.reshape(count, share).sum(1)
             successes[left] += won
             episodes[left] += share

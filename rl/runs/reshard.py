@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trimtab.rl.collector import Collector
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.runs.checkpoint import Checkpoint
@@ -12,22 +10,16 @@ from trimtab.rl.runs.processes import ProcessGroup
 
 def reshard(
     checkpoint: Checkpoint, world: ProcessGroup, collector: Collector, replay: ReplayBuffer
-) -> tuple[dict[str, Any], int, str]:
+) -> tuple[int, str]:
     """Take up the replay of a checkpoint of another number of processes; its running episodes are dropped.
 
     The processes take transitions in turn, oldest first, so that every shard is of all times. Seeds go on
     beyond all that were used.
 
-    Args:
-        checkpoint: what is resharded.
-        world: the processes of this run.
-        collector: a new one.
-        replay: takes this process's share.
-
     Returns:
-        (state of a process of the checkpoint, running episodes dropped, a line about it)
+        (running episodes dropped, a line about it)
     """
-    processes = [checkpoint.read(f"process-{rank}") for rank in range(checkpoint.processes)]
+    processes = [checkpoint.read(rank) for rank in range(checkpoint.processes)]
     total = 0
     for process in processes:
         count = len(process["rows"]["reward"])
@@ -40,4 +32,4 @@ def reshard(
         f"the checkpoint is of {checkpoint.processes} processes, this run has {world.size}: {total} "
         f"transitions resharded, {len(running)} running episodes dropped"
     )
-    return processes[min(world.rank, checkpoint.processes - 1)], len(running), note
+    return len(running), note
