@@ -124,6 +124,7 @@ class Collector:
 
     def _look_here(self) -> None:
         rollout = self.rollout
+        rollout.encode_observations()
         self._candidates, self._rows = self._look(rollout.encoded, rollout.features, rollout.envs)
 
     def _look(
@@ -167,7 +168,6 @@ class Collector:
         ended, encoded = rollout.final_observations()
         finals = self._look(encoded, self.runner.features(encoded), ended)[1] if encoded is not None else []
         rollout.start_next_episodes()
-        rollout.encode_observations()
         before = self._rows
         self._look_here()
         after = list(self._rows)
@@ -239,7 +239,6 @@ class Collector:
                 self._accumulators[i].load_state_dict(saved[i]["pending"])
             else:
                 self._episodes[i] = self._new_episode(i)
-        rollout.encode_observations()
         self._look_here()
         for i in back:
             rollout.generators[i].set_state(saved[i]["rollout"]["generator"])  # drawing has moved it
@@ -261,5 +260,4 @@ class Collector:
             rollout.generators[i].manual_seed(upcoming)
         rollout.restart(list(rollout.upcoming))
         self._episodes = [self._new_episode(i) for i in range(self.vec.num_envs)]
-        rollout.encode_observations()
         self._look_here()

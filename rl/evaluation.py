@@ -111,7 +111,7 @@ def evaluate(
     while rollout.episode:
         rollout.encode_observations()
         running = dict(rollout.episode)
-        acting = policy
+        acting: Any = policy
         if isinstance(policy, Tensor):
             acting = constant_noise(policy[[running[i] for i in rollout.envs]])
         rollout.begin(acting)

@@ -227,9 +227,9 @@ class Rollout:
         step = 0
         while going := [i for i in envs if i not in lost and step < len(traces[i].actions)]:
             for i in going if runner.adapter.remembers else ():
-                (encoded,) = self._encode([i], observations)
+                encoded: Any = self._encode([i], observations)
                 chunk = torch.as_tensor(traces[i].chunks[step]).unsqueeze(0)
-                runner.remember(i, encoded, chunk.to(runner.adapter.device))
+                runner.remember(i, encoded[0], chunk.to(runner.adapter.device))
             vec.send({i: traces[i].actions[step] for i in going}, dict.fromkeys(going))
             for i, result in vec.receive().items():
                 ended = result.ended or result.lost
