@@ -126,8 +126,7 @@ class Trainer:
         if self.demos.enabled:
             data = read_demonstrations(self.demos, adapter, train.reward, self.vec.task_descriptions[0])
             transitions = make_transitions(
-                *(data, self.runner, self.algorithm, self.collector.returns, spec),
-                *(self.seed, self.demos.batch_size, self.progress),
+                data, self.runner, self.algorithm, self.collector.returns, spec, self.seed, self.progress
             )
             self.demonstrations = Demonstrations(self.demos, transitions, *settings)
             for note in data.summary(len(transitions), self.runner.fps) if self.progress else ():

@@ -221,7 +221,7 @@ def test_a_signal_is_heeded_at_the_next_whole_chunk(number, tmp_path):
 
 
 def test_a_replay_that_the_machine_cannot_hold():
-    layout = Layout(10, 4, {"candidates": (16, 32)})
+    layout = Layout(10, 4, {"candidates": ((16, 32), torch.float16)})
     line = check_replay(1000, layout)
     assert line == f"replay: 1,000 transitions of {4 * 26 + 2 * 512:,} bytes, 1 MiB when full"
     with pytest.raises(UserError, match=r"--train.replay_capacity: .*lower it to [\d,]+ or less"):
