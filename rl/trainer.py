@@ -318,6 +318,7 @@ class Trainer:
         self.algorithm.load_training_state(state["algorithm"])
         self.takeover.load_state_dict(state["takeover"])
         self.recent.extend(Episode(**episode) for episode in state["recent"])
+        self.vec.repeatable = self.world.all(self.vec.repeatable)
         if checkpoint.processes != self.world.size:
             dropped, note = reshard(checkpoint, self.world, self.collector, self.replay)
             self.dropped += dropped
@@ -328,7 +329,6 @@ class Trainer:
         self._ready = self.world.all(len(self.replay) > 0)
         if self.demonstrations is not None:
             self.demonstrations.load_state_dict(state["demonstrations"])
-        self.vec.repeatable = self.world.all(self.vec.repeatable)
         lost = self.collector.load_state_dict(state["collector"])
         if not self.vec.repeatable:  # no faults: it never said that it could
             lost = sum(self.world.gather(lost))
