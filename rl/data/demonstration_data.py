@@ -78,22 +78,25 @@ class Demonstration:
 
     Attributes:
         first: row of its first frame.
-        rewards, successes: of each step that counts, (T,).
         final: row of the final observation; of a success in the last frame, that one: the value there has no
             weight.
+        actions: (T, action_dim) of the steps that count.
+        rewards, successes: (T,) of the same.
     """
 
     first: int
+    final: int
+    actions: np.ndarray
     rewards: np.ndarray
     successes: np.ndarray
-    final: int
 
     @staticmethod
-    def of(first: int, rewards: np.ndarray, successes: np.ndarray) -> Demonstration:
+    def of(first: int, actions: np.ndarray, rewards: np.ndarray, successes: np.ndarray) -> Demonstration:
         """Cut the recorded steps to those that count."""
         last = len(successes) - 1
-        length = int(successes.argmax()) + 1 if successes.any() else last
-        return Demonstration(first, rewards[:length], successes[:length], first + min(length, last))
+        end = int(successes.argmax()) + 1 if successes.any() else last
+        final = first + min(end, last)
+        return Demonstration(first, final, actions[:end], rewards[:end], successes[:end])
 
     @property
     def succeeded(self) -> bool:
@@ -102,6 +105,11 @@ class Demonstration:
     def starts(self, steps: int) -> list[int]:
         """Rows at which chunks of ``steps`` begin."""
         return list(range(self.first, self.first + len(self.rewards), steps))
+
+    def chunk(self, row: int, steps: int) -> np.ndarray:
+        """(steps, action_dim) executed from ``row``, as recorded; past the episode's end the last repeats."""
+        start = row - self.first
+        return self.actions[np.minimum(np.arange(start, start + steps), len(self.actions) - 1)]
 
 
 @dataclass
@@ -115,23 +123,12 @@ class DemonstrationData:
     notes: list[str]  # to show the user
     rule: str  # how success was told
 
-    def __post_init__(self) -> None:
-        actions = _column(self.dataset, "action").astype(np.float32)
-        self._actions = actions.reshape(len(actions), -1)  # LeRobot stores vectors of length 1 as numbers
-        self._last = np.zeros(len(actions), dtype=np.int64)  # of each row, that of its episode's last step
-        for episode in self.episodes:
-            self._last[episode.first : episode.final + 1] = episode.first + len(episode.rewards) - 1
-
     def summary(self, transitions: int, env_fps: float | None) -> list[str]:
         """Lines about the ``transitions`` that join the replay of an environment of ``env_fps``."""
         won = sum(episode.succeeded for episode in self.episodes)
         count = f"demonstrations: {len(self.episodes)} episodes, {won} succeed; {transitions} transitions; "
         told = f"success told by {self.rule}" + ("" if won else " (else: --demos.success=end)")
         return [*self.notes, count + told, *rate_warning(self.dataset, env_fps)]
-
-    def actions(self, row: int, steps: int) -> np.ndarray:
-        """(steps, action_dim) executed from ``row``, as recorded; past the episode's end the last repeats."""
-        return self._actions[np.minimum(np.arange(row, row + steps), self._last[row])]
 
     def history(self, rows: list[int]) -> dict[str, Any]:
         """What ``adapter.observe`` takes, for the frames ``rows`` and those before: (B, n_obs_steps, ...)."""
@@ -152,8 +149,7 @@ def read_demonstrations(
     Args:
         config, adapter: of the demonstrations, and the policy.
         reward: ``env`` needs the column ``next.reward``.
-        task: the environment's instruction; unless episodes are named, only those of this task take part,
-            where there are any.
+        task: the environment's instruction; unless episodes are named, those of this task take part, if any.
 
     Raises:
         UserError: the dataset is not there, is broken, or does not fit.
@@ -206,7 +202,8 @@ def read_demonstrations(
             why = f"no episode is of the task '{task}'" if task else "the environment names no task"
             notes.append(f"demonstrations: {why}; all {len(spans)} take part")
         spans = same or spans
-    episodes = [Demonstration.of(int(a), rewards[a:b], successes[a:b]) for a, b in spans]
+    actions = _column(dataset, "action").astype(np.float32).reshape(len(index), width)
+    episodes = [Demonstration.of(int(a), actions[a:b], rewards[a:b], successes[a:b]) for a, b in spans]
     episodes = [episode for episode in episodes if len(episode.rewards)]
     if not episodes:
         raise UserError(OPTION, "no episode of the dataset has a step to learn from")

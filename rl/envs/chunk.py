@@ -79,11 +79,8 @@ class ChunkEnv:
         keep_seen: return every step's observation, to record what was done.
         limit: steps of an episode, where the environment itself names no time limit.
 
-    Attributes:
-        render: whether frames are kept.
-        limit: the time limit in steps, or ``None``.
-        seed: that of the running episode.
-        layout: shape and dtype of each entry of the first observation; empty before it.
+    ``seed`` is that of the running episode, ``limit`` its time limit in steps or ``None``; frames are kept
+    where ``render`` is set. ``layout`` is that of the first observation; empty before it.
     """
 
     frame_every = 2  # steps from one kept frame to the next
@@ -125,8 +122,7 @@ class ChunkEnv:
     def step_chunk(self, actions: np.ndarray, next_seed: int | None) -> ChunkResult:
         """Execute ``actions`` (T, action_dim), un-normalised, until the chunk or the episode ends.
 
-        Args:
-            actions, next_seed: the latter begins the next episode should this one end, if not ``None``.
+        Should it end, the episode of ``next_seed`` begins; ``None`` leaves it ended.
 
         Raises:
             NotFinite: NaN or Inf in an action, observation or reward.

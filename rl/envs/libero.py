@@ -52,8 +52,7 @@ class LiberoChunksConfig(LiberoConfig):
 def prepare(link: bool = False) -> Path:
     """Let LIBERO run: no question at its first import, its meshes where they are, no display.
 
-    Args:
-        link: put a link to the meshes into LIBERO's own folder, for other commands.
+    With ``link``, a link to the meshes is put into LIBERO's own folder, for other commands.
 
     Returns:
         the folder of the meshes

@@ -36,11 +36,7 @@ RECORD = "base.json"  # in the folder of an embedded base: what it was made of
 
 
 def _task_classes() -> dict[str, type]:
-    """Meta-World's 50 environments by name, in the order of MT50, which is that of their one-hot.
-
-    Raises:
-        UserError: the simulator cannot be loaded, for instance with a MUJOCO_GL that it does not know.
-    """
+    """Meta-World's 50 environments by name, in the order of MT50, which is that of their one-hot."""
     choose_gl_backend()
     try:
         from metaworld import ALL_V3_ENVIRONMENTS
@@ -55,11 +51,7 @@ def task_names() -> list[str]:
 
 
 def resolve_task(name: str, option: str = "--env.task") -> str:
-    """Return Meta-World's name for ``name``; the ``-v3`` may be left out.
-
-    Raises:
-        UserError: no such task; the message names the closest ones.
-    """
+    """Meta-World's name for ``name``, whose ``-v3`` may be left out, or a ``UserError`` with the closest."""
     names, full = task_names(), name if name.endswith("-v3") else f"{name}-v3"
     if full in names:
         return full
@@ -258,11 +250,7 @@ class MetaworldStateConfig(EnvConfig):
         return split_tasks(self.task)
 
     def base_tasks(self, folder: Path) -> list[str]:
-        """The tasks of the embedded base in ``folder``; empty where there is another policy.
-
-        Raises:
-            UserError: its base.json is damaged.
-        """
+        """The tasks of the embedded base in ``folder``; empty where there is another policy."""
         record = folder / RECORD
         if not record.is_file():
             return []

@@ -169,7 +169,7 @@ def test_without_a_success_column_the_end_succeeds_and_a_line_says_so(tmp_path):
     assert [episode.succeeded for episode in data.episodes] == [True, True]
     assert [len(episode.rewards) for episode in data.episodes] == [10, 7]
     assert "no next.success, so every episode's end counts as success" in data.notes[0]
-    assert data.actions(8, 4).ravel() == pytest.approx([0.16, 0.18, 0.18, 0.18])
+    assert data.episodes[0].chunk(8, 4).ravel() == pytest.approx([0.16, 0.18, 0.18, 0.18])
     with pytest.raises(UserError, match=r"--demos.success: the dataset has no column next.success"):
         read_demonstrations(DemosConfig(root=str(root), success="column"), PointAdapter(), "sparse", "")
     with pytest.raises(UserError, match=r"--train.reward: env needs the column next.reward"):
