@@ -25,7 +25,7 @@ from trimtab.adapters.errors import reason
 from trimtab.recipes.finetune.data import batches, check_features
 from trimtab.recipes.finetune.lora_targets import put_lora
 from trimtab.recipes.support.launched import launched_processes
-from trimtab.rl.data.opening import open_dataset
+from trimtab.rl.data.demonstration_data import open_dataset
 from trimtab.rl.runs.progress import Progress
 
 LORA_RATE = 10.0  # LoRA learns best about ten times faster than full fine-tuning; LeRobot's docs do so too

@@ -22,9 +22,8 @@ from trimtab.recipes.embedded_base.dataset import SEED_OFFSET, demonstrate, reco
 from trimtab.recipes.embedded_base.demonstrators import Operator
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
+from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations, unreadable
 from trimtab.rl.data.demonstrations import Demonstrations, make_transitions
-from trimtab.rl.data.opening import unreadable
 from trimtab.rl.data.replay import Layout, ReplayBuffer
 from trimtab.rl.data.returns import Returns, Transition
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
