@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -90,7 +91,7 @@ class ChunkEnv:
     ) -> None:
         self.env = env
         self.n_obs_steps, self.keep_seen = n_obs_steps, keep_seen
-        self.limit = _time_limit(env) or limit or None
+        self.limit = time_limit(env) or limit or None
         self.layout: contract.Layout = {}
         self.seed = -1
         self.render = False
@@ -222,13 +223,24 @@ class ChunkEnv:
         return success
 
 
-def _time_limit(env: gym.Env) -> int | None:
+def time_limit(env: gym.Env) -> int | None:
     """The environment's ``_max_episode_steps``, or that of its spec, where it has one."""
     try:
         limit = env.get_wrapper_attr("_max_episode_steps")
     except AttributeError:
         limit = getattr(getattr(env, "spec", None), "max_episode_steps", None)
     return int(limit) if limit and limit > 0 else None
+
+
+def vector_envs(
+    name: str, makes: list[Callable[[], gym.Env]], n_envs: int, use_async: bool
+) -> dict[str, dict[int, gym.vector.VectorEnv]]:
+    """What a config's ``create_envs`` returns: ``{name: {task: vector environment}}``, a maker for each task."""
+    vectorised: Callable[..., gym.vector.VectorEnv] = gym.vector.SyncVectorEnv
+    if use_async and n_envs > 1:
+        vectorised = partial(gym.vector.AsyncVectorEnv, context="forkserver")
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    return {name: {i: vectorised([make] * n_envs, autoreset_mode=mode) for i, make in enumerate(makes)}}
 
 
 def stack_observations(

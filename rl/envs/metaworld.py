@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +23,7 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
 from trimtab.adapters.errors import UserError, reason
+from trimtab.rl.envs.chunk import vector_envs
 
 STATE_DIM = 39
 AGENT_DIM = 4
@@ -277,12 +277,5 @@ class MetaworldStateConfig(EnvConfig):
     def create_envs(
         self, n_envs: int, use_async_envs: bool = False
     ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
-        """LeRobot's form: ``{"metaworld_state": {task_id: vector environment}}``, one entry per task."""
-        vectorised: Callable[..., gym.vector.VectorEnv] = gym.vector.SyncVectorEnv
-        if use_async_envs and n_envs > 1:
-            vectorised = functools.partial(gym.vector.AsyncVectorEnv, context="forkserver")
-        mode, by_task = gym.vector.AutoresetMode.SAME_STEP, {}
-        for index, task in enumerate(self.task_names()):
-            make = functools.partial(MetaworldStateEnv, task, **self.gym_kwargs)
-            by_task[index] = vectorised([make] * n_envs, autoreset_mode=mode)
-        return {self.type: by_task}
+        makes = [functools.partial(MetaworldStateEnv, task, **self.gym_kwargs) for task in self.task_names()]
+        return vector_envs(self.type, makes, n_envs, use_async_envs)
