@@ -235,7 +235,7 @@ def time_limit(env: gym.Env) -> int | None:
 def vector_envs(
     name: str, makes: list[Callable[[], gym.Env]], n_envs: int, use_async: bool
 ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
-    """What a config's ``create_envs`` returns: ``{name: {task: vector environment}}``, a maker for each task."""
+    """What a config's ``create_envs`` returns, of a maker for each task."""
     vectorised: Callable[..., gym.vector.VectorEnv] = gym.vector.SyncVectorEnv
     if use_async and n_envs > 1:
         vectorised = partial(gym.vector.AsyncVectorEnv, context="forkserver")
