@@ -15,7 +15,7 @@ import torch
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-from trimtab.adapters import Conditioning, PolicyAdapter, UserError
+from trimtab.adapters import UserError
 from trimtab.rl.algorithms import Algorithm
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import OPTION, DemonstrationData, DemosConfig
@@ -114,14 +114,25 @@ def _look(
     spec: ConditioningSpec | None,
     generator: torch.Generator,
 ) -> list[Row]:
-    """What the replay keeps of B states, and of the ``actions`` (B, steps, action_dim) executed there."""
+    """What the replay keeps of B states, and of the ``actions`` (B, steps, action_dim) executed there.
+
+    Raises:
+        UserError: the policy's processors do not turn actions into chunks and back.
+    """
     adapter = runner.adapter
     # As the policy would have made them. Its preprocessor may need the observation for it (relative actions).
     last = {key: value[:, -1] if isinstance(value, Tensor) else value for key, value in history.items()}
     executed = adapter.preprocessor({**last, ACTION: actions})[ACTION]
     chunks = executed[..., : actions.shape[-1]].float().cpu()
     conditioning = adapter.observe(history)
-    check_round_trip(adapter, chunks, conditioning, actions)
+    back = torch.as_tensor(adapter.postprocess(chunks.to(adapter.device), conditioning)).float().cpu()
+    scale = actions.abs().max().clamp_min(1e-3)
+    if back.shape != actions.shape or not (back - actions).abs().max() <= 0.01 * scale:
+        raise UserError(
+            OPTION,
+            f"the processors of this {adapter.policy_type} policy do not turn the dataset's actions into "
+            "chunks and back, so the critic cannot be told what was executed",
+        )
     features, candidates = runner.features(conditioning), None
     if count := algorithm.config.candidates:
         prior = runner.prior(len(actions) * count, generator).to(adapter.device).unflatten(0, (-1, count))
@@ -129,19 +140,3 @@ def _look(
         candidates = algorithm.propose(features, prior, denoise, steering=False)
     found = observation_rows(features, candidates, conditioning, spec)
     return [(seen, kept | {"chunk": one}) for (seen, kept), one in zip(found, chunks.flatten(1).numpy())]
-
-
-def check_round_trip(
-    adapter: PolicyAdapter, chunks: Tensor, conditioning: Conditioning, actions: Tensor
-) -> None:
-    """Raise a UserError where the critic would be told other chunks than were executed: the policy's
-    postprocessor does not lead back what its preprocessor makes of actions.
-    """
-    found = torch.as_tensor(adapter.postprocess(chunks.to(adapter.device), conditioning)).float().cpu()
-    scale = actions.abs().max().clamp_min(1e-3)
-    if found.shape != actions.shape or not (found - actions).abs().max() <= 0.01 * scale:
-        raise UserError(
-            OPTION,
-            f"the processors of this {adapter.policy_type} policy do not turn the dataset's actions into "
-            "chunks and back, so the critic cannot be told what was executed",
-        )
