@@ -80,7 +80,8 @@ def make_transitions(
     """
     steps = runner.adapter.chunk_shape[0]
     seen = [(one, r) for one in data.episodes for r in dict.fromkeys([*one.starts(steps), one.final])]
-    generator, states = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    states: dict[int, Row] = {}
     size = min(data.config.batch_size, runner.adapter.max_batch or data.config.batch_size)
     bar = Progress(total=len(seen), desc="demonstrations", unit="state", disable=not progress)
     for start in range(0, len(seen), size):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -233,7 +233,7 @@ def time_limit(env: gym.Env) -> int | None:
 
 
 def vector_envs(
-    name: str, makes: list[Callable[[], gym.Env]], n_envs: int, use_async: bool
+    name: str, makes: Sequence[Callable[[], gym.Env]], n_envs: int, use_async: bool
 ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
     """What a config's ``create_envs`` returns, of a maker for each task."""
     vectorised: Callable[..., gym.vector.VectorEnv] = gym.vector.SyncVectorEnv
