@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from lerobot.configs import PreTrainedConfig
 from safetensors.torch import save_file
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS, read_weights
+from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS, read_weights, whole_folder
 from trimtab.adapters.checkpoint.folder import commit_of, is_server, resolve_folder
 from trimtab.adapters.checkpoint.identity import file_hash, placement, settings_hashes, weights_hash
 from trimtab.adapters.checkpoint.weights import load_weights
@@ -112,7 +111,6 @@ def save_artefact(
         check: called with the whole folder before it appears; where it raises, nothing is left.
     """
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     local = Path(base.path or "").expanduser().exists()
     reference = {
         "path": os.path.relpath(Path(base_folder).resolve(), folder) if local else base.path,
@@ -142,8 +140,7 @@ def save_artefact(
         training=training,
         **(acting or {}),
     )
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as work:
         write_weights(actor, work / WEIGHTS)
         if critic:
             write_weights(critic[0], work / CRITIC)
@@ -153,15 +150,10 @@ def save_artefact(
             (work / name).write_text(text, encoding="utf-8")
         if check is not None:
             check(work)
-        work.chmod(0o755)
         for file in work.iterdir():
             file.chmod(0o644)
         if folder.exists():
             shutil.rmtree(folder)
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return folder
 
 

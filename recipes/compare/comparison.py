@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -21,10 +20,9 @@ from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.compare.config import CompareConfig
 from trimtab.recipes.compare.methods import make_method
 from trimtab.recipes.compare.report import write_report
-from trimtab.recipes.compare.runs import Task
-from trimtab.recipes.compare.summary import summarise
+from trimtab.recipes.compare.runs import Run
 from trimtab.recipes.embedded_base.base import DEMONSTRATIONS
-from trimtab.recipes.embedded_base.dataset import REPO_ID
+from trimtab.recipes.embedded_base.demonstrations import REPO_ID
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.repeat import repeatable
 from trimtab.recipes.support.reporting import rate_text, read_json, write_json
@@ -99,11 +97,10 @@ class Comparison:
                 )
         # A server shows no weights.
         self.base_sha256 = None if self.server else file_hash(folder)
-        output = config.output_dir
-        if output is None or not (output / RECORD).is_file():
-            output = new_output_dir(output, "compare")
-        self.output = output
-        self._open: dict[str, Task] = {}
+        self.output = config.output_dir
+        if self.output is None or not (self.output / RECORD).is_file():
+            self.output = new_output_dir(self.output, "compare")
+        self._sessions: dict[str, Session] = {}
 
     def _tasks(self, folder: Path | str, text: str, option: str) -> list[str]:
         """The tasks that ``text`` lists, checked where that is possible."""
@@ -117,17 +114,6 @@ class Comparison:
 
     def _env(self, task: str) -> EnvConfig:
         return for_task(self.config.env, task) if task else self.config.env
-
-    def task(self, name: str) -> Task:
-        """One task, as its runs share it."""
-        if name not in self._open:
-            config = self.config
-            session = Session(
-                self.base.adapter, self._env(name), config.episodes, config.machine, config.observe
-            )
-            others = {other: self._env(other) for other in self.others if other != name}
-            self._open[name] = Task(config, session, self.base, others, self.dataset, self._folder(name))
-        return self._open[name]
 
     def plan(self) -> Iterator[tuple[str, str, int | None]]:
         """Task, method and seed of every run, seed by seed; one run of what learns nothing."""
@@ -155,40 +141,43 @@ class Comparison:
             **{key: getattr(config, key) for key in ("n_episodes", "final_episodes", "other_episodes")},
         }
         for key in method.uses:
-            value = self.dataset if key == "dataset" else getattr(config, key)
-            found[key] = draccus.encode(value)
+            found[key] = draccus.encode(self.dataset if key == "dataset" else getattr(config, key))
         if "dataset" in found:
             found["dataset"].pop("root", None)  # where it lies decides nothing
         return json.loads(json.dumps(found))
 
     def record(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
         """What a run has found; it is made now if it is not there."""
-        path = self._file(task, name, seed, "json")
+        make = self._isolated if self.config.isolate and not self.config.only else self._make
+        path, settings = self._file(task, name, seed, ".json"), self.settings(task, name, seed)
+        found = once(path, settings, lambda: make(task, name, seed))
+        return {"task": task, "method": name, "seed": seed} | found
 
-        def run() -> dict[str, Any]:
-            if self.config.isolate and not self.config.only:
-                return self._isolated(task, name, seed, path)
-            return self.task(task).record(name, self.methods[name], seed)
+    def _make(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
+        """Make the run in this process."""
+        config, method = self.config, self.methods[name]
+        if task not in self._sessions:
+            self._sessions[task] = Session(
+                self.base.adapter, self._env(task), config.episodes, config.machine, config.observe
+            )
+        session, label = self._sessions[task], f"{name}, {task}" + ("" if seed is None else f", seed {seed}")
+        others = self.others if method.uses or name == "base" else []
+        with session.evaluation_environments() as vec:
+            return Run(config, session, self.base, vec, label, seed or 0, self.dataset).record(
+                method,
+                {other: self._env(other) for other in others if other != task},
+                self._file(task, name, seed, ""),
+                video=seed in (None, config.seed_list()[0]),
+            )
 
-        return {"task": task, "method": name, "seed": seed} | once(path, self.settings(task, name, seed), run)
-
-    def _isolated(self, task: str, name: str, seed: int | None, path: Path) -> dict[str, Any]:
-        """Make the run in a process of its own.
-
-        Raises:
-            UserError: what stopped it there.
-        """
+    def _isolated(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
+        """Make the run in a process of its own, which says itself what stops it."""
         only = f"--only={task},{name}" + ("" if seed is None else f",{seed}")
         command = [sys.executable, "-m", "trimtab.recipes.cli", "compare"]
         command += [f"--config_path={self.output / RECORD}", only, f"--output_dir={self.output}"]
-        ran = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if ran.returncode:
-            last = [line for line in ran.stderr.splitlines() if "error: " in line]
-            if ran.returncode == 2 and last:
-                option, _, message = last[-1].split("error: ", 1)[1].partition(": ")
-                raise UserError(option, message)
-            raise RuntimeError(f"the run {only} ended with {ran.returncode}:\n{ran.stderr}")
-        return read_json(path)
+        if code := subprocess.run(command).returncode:
+            raise SystemExit(code)
+        return read_json(self._file(task, name, seed, ".json"))
 
     def only(self, text: str) -> None:
         """Make one run, which ``all`` has asked for."""
@@ -205,8 +194,8 @@ class Comparison:
         write_json(self.output / RECORD, json.loads(json.dumps(again, default=str)))
         runs: list[dict[str, Any]] = []
         text = ""
-        for task, name, seed in self.plan():
-            runs.append(self.record(task, name, seed))
+        for run in self.plan():
+            runs.append(self.record(*run))
             text = self.report(runs)
         return f"\n{text}\nall in {self.output}"
 
@@ -228,30 +217,25 @@ class Comparison:
         videos = [
             (f"{run['task']}: {run['method']}", path)
             for run in runs
-            if run["seed"] in (None, config.seed_list()[0])
-            and (path := self._file(run["task"], run["method"], run["seed"], "mp4")).is_file()
+            if (path := self._file(run["task"], run["method"], run["seed"], ".mp4")).is_file()
         ]
-        return write_report(self.output, "Methods compared", facts, runs, summarise(runs), videos)
-
-    def _folder(self, task: str) -> Path:
-        """Where a task's runs lie."""
-        return self.output / "runs" / (task or self.config.env.type)
+        return write_report(self.output, "Methods compared", facts, runs, videos)
 
     def _file(self, task: str, name: str, seed: int | None, suffix: str) -> Path:
-        """A file of one run."""
-        return self._folder(task) / (f"{name}.{suffix}" if seed is None else f"{name}-seed{seed}.{suffix}")
+        """A file of one run, or without a suffix its folder."""
+        run = name if seed is None else f"{name}-seed{seed}"
+        return self.output / "runs" / (task or self.config.env.type) / f"{run}{suffix}"
 
 
 def once(path: Path, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What an earlier run found with the same settings, else what ``run`` finds, written to ``path``."""
-    wanted = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if path.is_file():
         found = read_json(path)
-        if found["hash"] == wanted:
+        if found["settings"] == settings:
             print(f"{path} is there already")
             return found
         print(f"{path} was made with other settings; running it again")
-    found = {**run(), "settings": settings, "hash": wanted}
+    found = {**run(), "settings": settings}
     write_json(path, found)
     print(f"{path} written", flush=True)
     return found

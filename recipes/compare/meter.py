@@ -1,4 +1,4 @@
-"""What a run costs: CPU seconds of this process and its simulator workers, and its peak memory."""
+"""What a run costs: seconds, CPU seconds of this process and its simulator workers, and its peak memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import multiprocessing
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -28,16 +29,28 @@ class Meter:
             CLEAR.write_text("5")  # resets the kernel's high-water mark
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        self._wall, self._cpu = time.perf_counter(), self.cpu()
 
     def cpu(self) -> float:
         """CPU seconds so far, of all threads and of the simulator workers that have been seen."""
         for worker in multiprocessing.active_children():
-            try:
+            with contextlib.suppress(psutil.Error):  # it has just ended
                 times = psutil.Process(worker.pid).cpu_times()
-            except psutil.Error:  # it has just ended
-                continue
-            self._workers[worker.pid] = times.user + times.system
+                self._workers[worker.pid] = times.user + times.system
         return time.process_time() + sum(self._workers.values())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not counted in ``spent``."""
+        wall, cpu = time.perf_counter(), self.cpu()
+        yield
+        self._wall += time.perf_counter() - wall
+        self._cpu += self.cpu() - cpu
+
+    def spent(self) -> dict[str, float]:
+        """``wall_seconds`` and ``cpu_seconds``."""
+        seconds = time.perf_counter() - self._wall, self.cpu() - self._cpu
+        return dict(zip(("wall_seconds", "cpu_seconds"), (round(value, 2) for value in seconds)))
 
     def peak(self) -> dict[str, float]:
         """``peak_mb``, and ``peak_gpu_mb`` on a GPU."""

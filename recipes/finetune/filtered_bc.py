@@ -62,7 +62,7 @@ def rounds(
         this = Round(number, rollouts.collect(share, f"{label}: rollouts", progress))
         marks.append(time.perf_counter())
         if successes := [episode for episode in this.episodes if episode.success]:
-            recorder.add(successes)
+            recorder.add(episode.frames() for episode in successes)
             marks.append(time.perf_counter())
             data = DatasetConfig(REPO_ID, root=str(recorder.root))
             steps = tuner.config.steps or ROUND_STEPS

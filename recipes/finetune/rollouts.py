@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from lerobot.utils.constants import OBS_PREFIX
+from lerobot.utils.constants import ACTION, OBS_PREFIX
 from torch import Tensor
 
 from trimtab.policies.acting import ChunkPolicy
@@ -40,6 +41,18 @@ class RolloutEpisode:
     @property
     def success(self) -> bool:
         return bool(self.successes.any())
+
+    def frames(self) -> Iterator[dict[str, Any]]:
+        """Its steps, as a LeRobotDataset takes them."""
+        for step, action in enumerate(self.actions):
+            yield {
+                **{key: values[step] for key, values in self.observations.items()},
+                ACTION: action,
+                "next.reward": self.rewards[step : step + 1],
+                "next.success": self.successes[step : step + 1],
+                "next.done": np.array([step + 1 == len(self.actions)]),
+                "task": self.task,
+            }
 
 
 class Rollouts:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lerobot.configs.default import DatasetConfig, PeftConfig
 from lerobot.configs.train import TrainPipelineConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
+from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files, whole_folder
 from trimtab.adapters.checkpoint.identity import hash_files, settings_hashes
 from trimtab.adapters.checkpoint.legacy import processor_files
 from trimtab.adapters.errors import reason
@@ -49,8 +49,7 @@ class TuningConfig:
     # Processes that read a dataset's cameras.
     num_workers: int = 4
 
-    def check(self) -> None:
-        """Refuse values that no run can have."""
+    def __post_init__(self) -> None:
         if self.method not in ("lora", "full"):
             raise UserError("--method", f"must be lora or full, got {self.method}")
         if self.peft.method_type.upper() != "LORA":
@@ -80,6 +79,7 @@ class FineTuner:
 
     Attributes:
         adapter: acts with the weights as they are now.
+        base_sha256: of the base's weights.
         updates: gradient steps taken.
 
     Raises:
@@ -99,11 +99,10 @@ class FineTuner:
             )
         self.folder, self.options, self.config = folder.resolve(), options, config
         self.adapter, self.policy, self.updates = adapter, adapter.policy, 0
-        self.base_files = adapter.weights_files
-        self.base_hashes = self._hashes()
         self.model: Any = self.policy
+        self.base_sha256, self._settings = hash_files(adapter.weights_files), settings_hashes(self.folder)
         if config.method == "lora":
-            self._add_lora()
+            self._add_lora(adapter)
         else:
             for name, parameter in self.policy.named_parameters():
                 parameter.requires_grad_(name in adapter.trainable)
@@ -115,9 +114,8 @@ class FineTuner:
         )
         self.prepared = self.accelerator.prepare(self.model)
 
-    def _add_lora(self) -> None:
+    def _add_lora(self, base: PolicyAdapter) -> None:
         """Put LoRA layers into the policy, and act through them."""
-        base = self.adapter
         self.policy.config.pretrained_path = self.folder
         self.model = put_lora(self.policy, base.policy_type, base.trainable, self.config.peft)
         if not Path(self.options.path or "").expanduser().exists():  # on the Hub: name it, not its cache
@@ -180,8 +178,7 @@ class FineTuner:
         pipeline = self.pipeline(dataset, steps, seed)
         set_seed(seed)
         data, source = self._open(pipeline, self.config.num_workers)
-        optimizer, scheduler = make_optimizer_and_scheduler(pipeline, self.model)
-        optimizer, scheduler = self.accelerator.prepare(optimizer, scheduler)
+        optimizer, scheduler = self.accelerator.prepare(*make_optimizer_and_scheduler(pipeline, self.model))
         meters = {name: AverageMeter(name) for name in ("loss", "grad_norm", "lr", "update_s", "gpu_mem_gb")}
         tracker = MetricsTracker(
             pipeline.batch_size, data.num_frames, data.num_episodes, meters, accelerator=self.accelerator
@@ -190,27 +187,26 @@ class FineTuner:
         started = time.perf_counter()
         bar = Progress(range(1, steps + 1), desc=label, unit="step", leave=False)
         for step in bar:
-            batch = next(source)
-            with _blaming_dataset(first=step == 1):
+            with _blaming_dataset() if step == 1 else nullcontext():
                 update_policy(
                     tracker,
                     self.prepared,
-                    self._preprocess(batch, data),
+                    next(source),
                     optimizer,
                     pipeline.optimizer.grad_clip_norm,
                     accelerator=self.accelerator,
                     lr_scheduler=scheduler,
                 )
-            loss = tracker.metrics["loss"].val
-            if not math.isfinite(loss):
+            losses.append(tracker.metrics["loss"].val)
+            if not math.isfinite(losses[-1]):
                 raise UserError(
-                    "--learning_rate", f"the loss became {loss} at step {step}; nothing was saved; lower it"
+                    "--learning_rate",
+                    f"the loss became {losses[-1]} at step {step}; nothing was saved; lower it",
                 )
-            losses.append(loss)
             self.updates += 1
             on_step(losses, time.perf_counter() - started)
             if step % 50 == 1:
-                bar.set_postfix_str(f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}")
+                bar.set_postfix_str(f"loss {fmean(losses[-100:]):.4f}")
         self.policy.eval()
         return losses
 
@@ -221,22 +217,22 @@ class FineTuner:
             UserError: it does not fit the policy.
         """
         data, source = self._open(self.pipeline(dataset, 1, 0), 0)
-        batch = next(source)
-        with _blaming_dataset(first=True):
-            self._preprocess(batch, data)
+        with _blaming_dataset():
+            next(source)
         return data
 
     def _open(self, pipeline: TrainPipelineConfig, workers: int) -> tuple[Any, Iterator[dict[str, Any]]]:
+        """LeRobot's dataset, and preprocessed batches of it without end."""
         from lerobot.datasets.factory import make_dataset
 
-        config, chosen = self.policy.config, pipeline.dataset
+        chosen, drop = pipeline.dataset, self.config.drop_last_frames
         data = open_dataset("--dataset", chosen.repo_id, chosen.root, lambda: make_dataset(pipeline))
         check_features(data, self.adapter, self.options.rename_map)
-        drop = self.config.drop_last_frames
-        return data, batches(data, config, pipeline.batch_size, pipeline.seed or 0, workers, drop)
+        source = batches(data, self.policy.config, pipeline.batch_size, pipeline.seed or 0, workers, drop)
+        return data, map(partial(self._preprocess, data.meta.camera_keys), source)
 
-    def _preprocess(self, batch: dict[str, Any], data: Any) -> dict[str, Any]:
-        for key in data.meta.camera_keys:  # as lerobot-train does
+    def _preprocess(self, cameras: list[str], batch: dict[str, Any]) -> dict[str, Any]:
+        for key in cameras:  # as lerobot-train does
             if key in batch and batch[key].dtype == torch.uint8:
                 batch[key] = batch[key].float() / 255.0
         return self.adapter.preprocessor(batch)
@@ -252,9 +248,7 @@ class FineTuner:
         """
         from lerobot.configs import PreTrainedConfig
 
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with whole_folder(folder) as work:
             self.model.save_pretrained(work)
             # The config as it was saved: this run's device and sampler are no part of the policy.
             config = PreTrainedConfig.from_pretrained(str(self.folder))
@@ -264,12 +258,8 @@ class FineTuner:
             with processor_files(self.adapter, self.folder) as source:
                 for name in (PREPROCESSOR, POSTPROCESSOR, *state_files(source)):
                     shutil.copyfile(source / name, work / name)
-            work.chmod(0o755)
-            os.replace(work, folder)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        if self._hashes() != self.base_hashes:
+        now = hash_files(self.adapter.weights_files), settings_hashes(self.folder)
+        if now != (self.base_sha256, self._settings):
             raise RuntimeError(
                 "the base policy's files changed while it was fine-tuned; this is a bug of trimtab"
             )
@@ -283,12 +273,9 @@ class FineTuner:
             raise RuntimeError("the saved policy does not act as the trained one; this is a bug of trimtab")
         return saved
 
-    def _hashes(self) -> dict[str, str]:
-        return {"weights": hash_files(self.base_files), **settings_hashes(self.folder)}
-
 
 @contextmanager
-def _blaming_dataset(first: bool) -> Iterator[None]:
+def _blaming_dataset() -> Iterator[None]:
     """What the policy raises on the first batch is the dataset's fault; later it is a bug.
 
     Raises:
@@ -297,7 +284,7 @@ def _blaming_dataset(first: bool) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError) as error:
-        if not first or isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(
             "--dataset.repo_id", f"the dataset does not fit the policy: {reason(error)}"

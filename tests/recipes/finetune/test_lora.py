@@ -15,7 +15,7 @@ from trimtab.adapters.checkpoint.folder import is_peft
 from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.recipes.cli import main
 from trimtab.recipes.cli.lora import LoraConfig, means
-from trimtab.recipes.embedded_base.dataset import REPO_ID
+from trimtab.recipes.embedded_base.demonstrations import REPO_ID
 from trimtab.recipes.finetune.data import ColumnWindows, Recorder, batches
 from trimtab.recipes.finetune.lora_targets import default_targets
 from trimtab.recipes.finetune.rollouts import RolloutEpisode, Rollouts, as_recorded
@@ -279,6 +279,10 @@ def synthetic(length=24, episodes=2, seed=0, action=(0.5, -0.5, 0.25, -0.25), wi
     return made
 
 
+def record(folder, episodes, fps):
+    Recorder(folder, fps).add(episode.frames() for episode in episodes)
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_training_moves_the_policy_to_the_data(base, tmp_path, method):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -290,8 +294,8 @@ def test_training_moves_the_policy_to_the_data(base, tmp_path, method):
     for start, episode in zip((0, 24), episodes, strict=True):
         for key in WIDTH:
             episode.observations[key] = np.asarray(rows[key][start : start + 24], np.float32)
-    recorder.add(episodes[:1])
-    recorder.add(episodes[1:])  # a second round
+    recorder.add([episodes[0].frames()])
+    recorder.add([episodes[1].frames()])  # a second round
     assert (recorder.episodes, recorder.frames) == (2, 48)
     trained = tuner(base, method=method, learning_rate=3e-3, batch_size=32)
     target = torch.tensor(episodes[0].actions[0])
@@ -318,7 +322,7 @@ def test_training_moves_the_policy_to_the_data(base, tmp_path, method):
 
 
 def test_the_same_seed_gives_the_same_losses(base, tmp_path):
-    Recorder(tmp_path / "data", 80).add(synthetic())
+    record(tmp_path / "data", synthetic(), 80)
     data = DatasetConfig("a/b", root=str(tmp_path / "data"))
     runs = []
     for seed in (0, 0, 1):
@@ -335,7 +339,7 @@ def test_a_camera_dataset_trains_the_unet_alone(tmp_path):
     height, width = feature.shape[1:]
     state = {k: f.shape[0] for k, f in adapter.config.input_features.items() if len(f.shape) == 1}
     episodes = synthetic(20, 1, action=(0.1, 0.2), width=state, camera=(key, (height, width, 3)))
-    Recorder(tmp_path / "data", 10).add(episodes)
+    record(tmp_path / "data", episodes, 10)
     trained = tuner(folder, batch_size=2, drop_last_frames=0)
     names = {name for name, p in trained.policy.named_parameters() if p.requires_grad}
     assert names and all(name.startswith("diffusion.unet.") for name in names)
@@ -352,7 +356,7 @@ def test_a_vision_language_policy_trains_with_lerobots_own_targets(tmp_path):
     shape = (*feature.shape[1:], 3)
     width = {"observation.state": adapter.config.input_features["observation.state"].shape[0]}
     action = [0.1] * adapter.config.output_features["action"].shape[0]
-    Recorder(tmp_path / "data", 10).add(synthetic(6, 1, action=action, width=width, camera=(key, shape)))
+    record(tmp_path / "data", synthetic(6, 1, action=action, width=width, camera=(key, shape)), 10)
     config = TuningConfig(batch_size=2, num_workers=0)
     trained = FineTuner(adapter, Path(chosen.path), chosen, config)
     trained.fit(DatasetConfig("a/b", root=str(tmp_path / "data")), 2, 0)
@@ -417,13 +421,13 @@ def test_targets_and_datasets_that_do_not_fit_the_policy_are_refused_in_one_line
     (tmp_path / "empty").mkdir()
     line, _ = refused([*argv, "--dataset.repo_id=a/b", f"--dataset.root={tmp_path / 'empty'}"], capsys)
     assert "--dataset.root: cannot read" in line
-    Recorder(tmp_path / "lacks", 80).add(synthetic(width={"observation.state": 4}))
+    record(tmp_path / "lacks", synthetic(width={"observation.state": 4}), 80)
     line, _ = refused([*argv, "--dataset.repo_id=a/b", f"--dataset.root={tmp_path / 'lacks'}"], capsys)
     assert "has no observation.environment_state, which the policy needs; it has action, obs" in line
-    Recorder(tmp_path / "other", 80).add(synthetic(width={**WIDTH, "observation.state": 5}))
+    record(tmp_path / "other", synthetic(width={**WIDTH, "observation.state": 5}), 80)
     line, _ = refused([*argv, "--dataset.repo_id=a/b", f"--dataset.root={tmp_path / 'other'}"], capsys)
     assert "'observation.state' has shape (5,)" in line and "takes (4,)" in line
-    Recorder(tmp_path / "short", 80).add(synthetic(length=4))
+    record(tmp_path / "short", synthetic(length=4), 80)
     line, _ = refused([*argv, "--dataset.repo_id=a/b", f"--dataset.root={tmp_path / 'short'}"], capsys)
     assert "--drop_last_frames: no episode has more than 7 frames" in line
     assert not (tmp_path / "out").exists()
@@ -488,6 +492,6 @@ def test_the_noise_of_an_episode_depends_on_its_seed_alone(base):
 
 
 def test_drop_last_frames_of_zero_keeps_episodes_that_the_policys_own_would_drop(base, tmp_path):
-    Recorder(tmp_path / "short", 80).add(synthetic(length=4))  # the policy drops the last 7 unless told
+    record(tmp_path / "short", synthetic(length=4), 80)  # the policy drops the last 7 unless told
     data = DatasetConfig("a/b", root=str(tmp_path / "short"))
     assert len(tuner(base, batch_size=4, drop_last_frames=0).fit(data, 2, 0)) == 2
