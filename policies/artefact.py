@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,8 +151,6 @@ def save_artefact(
             check(work)
         for file in work.iterdir():
             file.chmod(0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
     return folder
 
 

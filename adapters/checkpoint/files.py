@@ -72,7 +72,7 @@ def state_files(folder: Path) -> list[str]:
 
 @contextmanager
 def whole_folder(folder: Path, option: str = "--output_dir") -> Iterator[Path]:
-    """A folder to write into, which becomes ``folder`` once all is written, and vanishes if that fails.
+    """A folder to write into, which takes the place of ``folder`` once all is written, or vanishes.
 
     Raises:
         UserError: ``option`` names a place that cannot be written.
@@ -85,6 +85,8 @@ def whole_folder(folder: Path, option: str = "--output_dir") -> Iterator[Path]:
     try:
         yield work
         work.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
         work.rename(folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)

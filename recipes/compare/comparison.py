@@ -27,7 +27,6 @@ from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.repeat import repeatable
 from trimtab.recipes.support.reporting import rate_text, read_json, write_json
 from trimtab.recipes.support.session import Session, base_of
-from trimtab.recipes.support.shared_configs import EVALUATION_SEED
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, task_names
 
@@ -36,9 +35,6 @@ RECORD = "compare_config.json"
 
 class Comparison:
     """All runs of a comparison.
-
-    Args:
-        config: settings.
 
     Raises:
         UserError: the policy, a task or a method cannot take part.
@@ -61,13 +57,10 @@ class Comparison:
         self.tasks = self._tasks(folder, config.tasks or config.env.task or "", "--tasks")
         self.tasks = self.tasks or [config.env.task or ""]
         self.others: list[str] = []
-        if config.other_episodes:
-            named = config.other_tasks
-            self.others = (
-                base_tasks(config.env, folder)
-                if named is None
-                else self._tasks(folder, named, "--other_tasks")
-            )
+        if config.other_episodes and config.other_tasks is None:
+            self.others = base_tasks(config.env, folder)
+        elif config.other_episodes:
+            self.others = self._tasks(folder, config.other_tasks, "--other_tasks")
         if "task" in (config.observe.inputs or ()) and (self.others or len(self.tasks) > 1):
             raise UserError(
                 "--observe.inputs",
@@ -136,7 +129,6 @@ class Comparison:
             "env": draccus.encode(self._env(task), EnvConfig),
             "method": method.settings(),
             "seed": seed,
-            "first_seed": EVALUATION_SEED,
             "others": [other for other in self.others if other != task],
             **{key: getattr(config, key) for key in ("n_episodes", "final_episodes", "other_episodes")},
         }
@@ -161,31 +153,26 @@ class Comparison:
                 self.base.adapter, self._env(task), config.episodes, config.machine, config.observe
             )
         session, label = self._sessions[task], f"{name}, {task}" + ("" if seed is None else f", seed {seed}")
-        others = self.others if method.uses or name == "base" else []
+        others = [other for other in self.others if other != task and (method.uses or name == "base")]
         with session.evaluation_environments() as vec:
-            return Run(config, session, self.base, vec, label, seed or 0, self.dataset).record(
-                method,
-                {other: self._env(other) for other in others if other != task},
-                self._file(task, name, seed, ""),
-                video=seed in (None, config.seed_list()[0]),
-            )
+            run = Run(config, session, self.base, vec, label, seed or 0, self.dataset)
+            path, video = self._file(task, name, seed, ""), seed in (None, config.seed_list()[0])
+            return run.record(method, {other: self._env(other) for other in others}, path, video)
 
     def _isolated(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
         """Make the run in a process of its own, which says itself what stops it."""
-        only = f"--only={task},{name}" + ("" if seed is None else f",{seed}")
-        command = [sys.executable, "-m", "trimtab.recipes.cli", "compare"]
-        command += [f"--config_path={self.output / RECORD}", only, f"--output_dir={self.output}"]
+        command = [sys.executable, "-m", "trimtab.recipes.cli", "compare", f"--output_dir={self.output}"]
+        command += [f"--config_path={self.output / RECORD}", f"--only={run_name(task, name, seed)}"]
         if code := subprocess.run(command).returncode:
             raise SystemExit(code)
         return read_json(self._file(task, name, seed, ".json"))
 
     def only(self, text: str) -> None:
         """Make one run, which ``all`` has asked for."""
-        task, name, seed = (*text.split(","), "", "")[:3]
-        chosen = task, name, int(seed) if seed.isdecimal() else None
-        if chosen not in list(self.plan()):
+        chosen = [run for run in self.plan() if run_name(*run) == text]
+        if not chosen:
             raise UserError("--only", f"'{text}' is no run of this comparison; TASK,METHOD,SEED")
-        self.record(*chosen)
+        self.record(*chosen[0])
 
     def all(self) -> str:
         """Make what is missing, report after each run, and return the last report."""
@@ -193,7 +180,6 @@ class Comparison:
         again = {k: v for k, v in again.items() if v is not None and k not in ("output_dir", "only")}
         write_json(self.output / RECORD, json.loads(json.dumps(again, default=str)))
         runs: list[dict[str, Any]] = []
-        text = ""
         for run in self.plan():
             runs.append(self.record(*run))
             text = self.report(runs)
@@ -225,6 +211,11 @@ class Comparison:
         """A file of one run, or without a suffix its folder."""
         run = name if seed is None else f"{name}-seed{seed}"
         return self.output / "runs" / (task or self.config.env.type) / f"{run}{suffix}"
+
+
+def run_name(task: str, name: str, seed: int | None) -> str:
+    """A run as ``--only`` names it."""
+    return f"{task},{name}" + ("" if seed is None else f",{seed}")
 
 
 def once(path: Path, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -16,15 +16,13 @@ from accelerate import Accelerator
 from draccus.utils import ParsingError
 from lerobot.configs.default import DatasetConfig
 
-from trimtab.adapters import UserError, load_adapter
+from trimtab.adapters import UserError
 from trimtab.policies.noise_samplers import zero_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
-from trimtab.recipes.cli.lora import DATASET_STEPS
 from trimtab.recipes.compare.config import METHODS
 from trimtab.recipes.compare.runs import Method, Run
 from trimtab.recipes.finetune.data import Recorder
-from trimtab.recipes.finetune.filtered_bc import rounds
-from trimtab.recipes.finetune.rollouts import Rollouts
+from trimtab.recipes.finetune.rollouts import Rollouts, rounds
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.option_dicts import Options, merge
 from trimtab.rl.algorithms import AlgorithmConfig
@@ -154,25 +152,17 @@ class Demonstrations(Method):
 
     def learn(self, run: Run) -> dict[str, Any]:
         dataset, count = good_demonstrations(run)
-        steps = self.tuning.steps or DATASET_STEPS
-        losses = make_tuner(run, self.tuning).fit(dataset, steps, run.seed, run.label)
+        losses = make_tuner(run, self.tuning).fit(dataset, run.seed, run.label)
         run.add_point(0, 0)
         return {"demonstrations": count, "updates": len(losses), "loss": losses[-1]}
 
 
 def make_tuner(run: Run, tuning: TuningConfig) -> FineTuner:
     """A copy of the base to be fine-tuned, which acts in its place."""
-    base = run.base
-    assert isinstance(base.folder, Path)  # what is on a server has no weights to tune
-    tuner = FineTuner(load_adapter(base.options), base.folder, base.options, tuning)
+    tuner = FineTuner(run.base.options, tuning)
     run.runner = PolicyRunner(tuner.adapter, run.session.env)
     run.policies, run.trained = {"actor": run.session.own_noise}, {"actor": tuner.trained_parameters}
-
-    def save(folder: Path, facts: dict[str, Any]) -> Path:
-        tuner.save(folder / "policy")
-        return folder / "policy"
-
-    run.save = save
+    run.save = lambda folder, facts: tuner.save(folder / "policy")
     return tuner
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,59 +81,46 @@ def _gain(paired: dict[str, Any] | None) -> str:
     return f"{_points(paired['difference'])} points{limits}"
 
 
-def _p(paired: dict[str, Any] | None) -> str:
-    worst = max(paired["p"]) if paired else None
-    return "< 0.0001" if worst is not None and worst < 1e-4 else _number(worst, ".4f")
+def row(entry: dict[str, Any]) -> dict[str, str]:
+    """What the first table shows of an entry, by column."""
+    worst = max(entry["against_base"]["p"]) if entry["against_base"] else None
+    return {
+        "method": label(entry),
+        "success": rate_text(entry["success"]),
+        "gain over the base": _gain(entry["against_base"]),
+        "p (McNemar)": "< 0.0001" if worst is not None and worst < 1e-4 else _number(worst, ".4f"),
+        **{f"steps (episodes) to {100 * level:.0f} %": _level(entry, level) for level in LEVELS},
+        "weights trained": _number(entry["trainable_parameters"], ","),
+        "artefact, MB": _number(entry["artefact_mb"], ".2f"),
+        "peak memory, MB": _number(entry["peak_mb"]),
+        "wall-clock, s": _number(entry["wall_seconds"]),
+        "CPU, s": _number(entry["cpu_seconds"]),
+        "other tasks, by what was learnt": _elsewhere(entry["other_tasks"]),
+        "other tasks, by the base afterwards": _elsewhere(entry["base_afterwards"]),
+    }
 
 
-def _each(values: Sequence[Any] | None, form: str) -> str:
-    return ", ".join(form.format(**one) if one else "-" for one in values or []) or "-"
-
-
-# What each column makes of an entry.
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "method": label,
-    "success": lambda entry: rate_text(entry["success"]),
-    "gain over the base": lambda entry: _gain(entry["against_base"]),
-    "p (McNemar)": lambda entry: _p(entry["against_base"]),
-    **{f"steps (episodes) to {100 * level:.0f} %": partial(_level, level=level) for level in LEVELS},
-    "weights trained": lambda entry: _number(entry["trainable_parameters"], ","),
-    "artefact, MB": lambda entry: _number(entry["artefact_mb"], ".2f"),
-    "peak memory, MB": lambda entry: _number(entry["peak_mb"]),
-    "wall-clock, s": lambda entry: _number(entry["wall_seconds"]),
-    "CPU, s": lambda entry: _number(entry["cpu_seconds"]),
-    "other tasks, by what was learnt": lambda entry: _elsewhere(entry["other_tasks"]),
-    "other tasks, by the base afterwards": lambda entry: _elsewhere(entry["base_afterwards"]),
-}
-LEARNING_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "while learning": label,
-    "steps to 90 %, each seed": lambda entry: ", ".join(
-        _steps(entry, steps) for steps in entry["to_level"]["90"]["steps"]
-    ),
-    "success at the last evaluation": lambda entry: (
-        rate_text(entry["last_point"]) if entry["last_point"] else "-"
-    ),
-    f"lowest window of {WINDOW} training episodes, each seed": lambda entry: _each(
-        entry["dips"], "{lowest:.2f}"
-    ),
-    "windows below the base": lambda entry: _each(entry["dips"], "{below}/{windows}"),
-}
+def learning_row(entry: dict[str, Any]) -> dict[str, str]:
+    """What the second table shows of an entry that takes environment steps."""
+    dips, last = entry["dips"] or [], entry["last_point"]
+    lowest = ", ".join("{lowest:.2f}".format(**dip) if dip else "-" for dip in dips)
+    below = ", ".join("{below}/{windows}".format(**dip) if dip else "-" for dip in dips)
+    return {
+        "while learning": label(entry),
+        "steps to 90 %, each seed": ", ".join(_steps(entry, n) for n in entry["to_level"]["90"]["steps"]),
+        "success at the last evaluation": rate_text(last) if last else "-",
+        f"lowest window of {WINDOW} training episodes, each seed": lowest or "-",
+        "windows below the base": below or "-",
+    }
 
 
 def tables(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[list[list[str]]]]]:
     """Each task with its tables: rows of cells, the first of them the header."""
     for task in dict.fromkeys(entry["task"] for entry in entries):
-        rows = [entry for entry in entries if entry["task"] == task]
-        learning = [row for row in rows if max(row["env_steps"]) and row["to_level"]]
-        kinds = [(COLUMNS, rows), (LEARNING_COLUMNS, learning)]
-        yield (
-            task,
-            [
-                [[*columns], *([c(row) for c in columns.values()] for row in of)]
-                for columns, of in kinds
-                if of
-            ],
-        )
+        mine = [entry for entry in entries if entry["task"] == task]
+        learning = [learning_row(one) for one in mine if max(one["env_steps"]) and one["to_level"]]
+        found = [rows for rows in ([row(one) for one in mine], learning) if rows]
+        yield task, [[list(rows[0]), *(list(cells.values()) for cells in rows)] for rows in found]
 
 
 def markdown(title: str, facts: Sequence[str], entries: Sequence[dict[str, Any]]) -> str:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import resource
 import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import draccus
+import psutil
 import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.recipes.compare.config import CompareConfig
-from trimtab.recipes.compare.meter import Meter
-from trimtab.recipes.support.reporting import outcomes
 from trimtab.recipes.support.session import Session
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -27,6 +29,51 @@ from trimtab.rl.runner import PolicyRunner
 
 Policies = dict[str, ChunkPolicy]
 Summaries = dict[str, dict[str, Any]]
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Meter:
+    """Starts to measure when it is made.
+
+    The peak is the main process': on Linux its largest resident memory since then (simulator workers come on
+    top), elsewhere the largest since the process began.
+    """
+
+    def __init__(self) -> None:
+        self._workers: dict[int, float] = {}
+        with contextlib.suppress(OSError):
+            CLEAR.write_text("5")  # resets the kernel's high-water mark
+        self._wall, self._cpu = time.perf_counter(), self.cpu()
+
+    def cpu(self) -> float:
+        """CPU seconds so far, of all threads and of the simulator workers that have been seen."""
+        for worker in multiprocessing.active_children():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                times = psutil.Process(worker.pid).cpu_times()
+                self._workers[worker.pid] = times.user + times.system
+        return time.process_time() + sum(self._workers.values())
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not counted in ``spent``."""
+        wall, cpu = time.perf_counter(), self.cpu()
+        yield
+        self._wall += time.perf_counter() - wall
+        self._cpu += self.cpu() - cpu
+
+    def spent(self) -> dict[str, float]:
+        """``wall_seconds`` and ``cpu_seconds``."""
+        seconds = time.perf_counter() - self._wall, self.cpu() - self._cpu
+        return dict(zip(("wall_seconds", "cpu_seconds"), (round(value, 2) for value in seconds)))
+
+    def peak(self) -> float:
+        """Largest resident memory, in bytes."""
+        with contextlib.suppress(OSError):
+            for line in STATUS.read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return 1024.0 * float(line.split()[1])
+        unit = 1.0 if sys.platform == "darwin" else 1024.0
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Method(ABC):
@@ -69,7 +116,7 @@ class Run:
         runner: what ``policies`` act through; a method that changes the weights replaces it.
         policies: to evaluate, by name; a method sets them before it calls ``note``.
         trained: weights that training made and each of them needs.
-        save: writes what is deployed under a folder, given facts about the run; returns where.
+        save: writes what is deployed into a folder, given facts about the run.
         points, episodes: for the record.
     """
 
@@ -83,7 +130,7 @@ class Run:
     runner: PolicyRunner = field(init=False)
     policies: Policies = field(init=False, default_factory=dict)
     trained: dict[str, int] = field(init=False, default_factory=dict)
-    save: Callable[[Path, dict[str, Any]], Path] | None = field(init=False, default=None)
+    save: Callable[[Path, dict[str, Any]], Any] | None = field(init=False, default=None)
     points: list[dict[str, Any]] = field(init=False, default_factory=list)
     episodes: list[list[int]] = field(init=False, default_factory=list)
     _meter: Meter = field(init=False, default_factory=Meter)
@@ -93,7 +140,7 @@ class Run:
 
     def training_environments(
         self, count: int | None = None, keep_seen: bool = False
-    ) -> AbstractContextManager[ChunkVectorEnv]:
+    ) -> contextlib.AbstractContextManager[ChunkVectorEnv]:
         """``count`` environments (default: as many as the comparison says); ``keep_seen`` as there."""
         return self.session.environments(count or self.config.num_envs, keep_seen=keep_seen)
 
@@ -141,14 +188,15 @@ class Run:
         spent = self._meter.spent()
         found |= {"points": self.points, "episodes": self.episodes}
         found["final"] = self.evaluate(self.config.final_seeds, f"{self.label}, final")
-        env = draccus.encode(session.env, EnvConfig)
-        facts = {"env": env, "seed": self.seed, "env_steps": self.config.env_steps, "deterministic": True}
-        saved = self.save(path, facts) if self.save else None
+        if self.save:
+            env = draccus.encode(session.env, EnvConfig)
+            facts = {"env": env, "seed": self.seed, "env_steps": self.config.env_steps}
+            self.save(path, facts | {"deterministic": True})
         found["cost"] = {
-            **self._meter.peak(),
+            "peak_mb": round(self._meter.peak() / 1e6, 1),
             **(spent if learns else dict.fromkeys(spent, 0.0)),
             "trainable_parameters": self.trained or dict.fromkeys(self.policies, 0),
-            "artefact_bytes": folder_bytes(saved) if saved else 0,
+            "artefact_bytes": folder_bytes(path),
         }
         found["others"] = self._elsewhere(others, self.policies)
         if learns and not method.tunes:  # the base's weights are as they were
@@ -186,7 +234,7 @@ def measure(
         with torch.random.fork_rng(devices=[]):
             outcome = evaluate(runner, vec, policy, seeds, f"{label}, {name}", progress=sys.stderr.isatty())
         require_success(outcome)
-        found[name] = outcome.summary() | {"won": outcomes({name: outcome})[name]}
+        found[name] = outcome.summary() | {"won": "".join(str(int(won)) for won in outcome.successes)}
     return found
 
 

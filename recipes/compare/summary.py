@@ -57,20 +57,22 @@ def elsewhere(
         ``before`` and ``after`` (rates), ``change``, ``flipped`` (episodes that ended otherwise),
         ``episodes``, and the change ``by_task``; ``None`` where there are no other tasks.
     """
-    olds = {task: [found["policy"]] * len(after) for task, found in before.items()}
-    news = {task: [run[task][policy] for run in after] for task in before}
-    if not before:
+    pairs = {task: [(found["policy"], run[task][policy]) for run in after] for task, found in before.items()}
+    if not pairs:
         return None
-    was, now = (pool([one for of in side.values() for one in of]) for side in (olds, news))
-    rates = {task: [pool(side[task])["success_rate"] for side in (olds, news)] for task in before}
-    pairs = ((a["won"], b["won"]) for task in before for a, b in zip(olds[task], news[task]))
+    every = [pair for found in pairs.values() for pair in found]
+    was, now = (pool(side) for side in zip(*every))
+    by_task = {}
+    for task, found in pairs.items():
+        old, new = (pool(side)["success_rate"] for side in zip(*found))
+        by_task[task] = new - old
     return {
         "before": was["success_rate"],
         "after": now["success_rate"],
         "change": now["success_rate"] - was["success_rate"],
-        "flipped": sum(a != b for old, new in pairs for a, b in zip(old, new, strict=True)),
+        "flipped": sum(a != b for old, new in every for a, b in zip(old["won"], new["won"], strict=True)),
         "episodes": was["episodes"],
-        "by_task": {task: new - old for task, (old, new) in rates.items()},
+        "by_task": by_task,
     }
 
 

@@ -134,9 +134,8 @@ def clone(dataset: Any, config: CloningConfig, seed: int) -> tuple[Any, Any, Any
     weights = list(policy.parameters())
     averaged = [weight.detach().clone() for weight in weights]
     policy.train()
-    losses: list[float] = []
-    progress = Progress(range(config.steps), desc="behaviour cloning", unit="step")
-    running: Tensor = torch.zeros(())
+    history: list[Tensor] = []
+    progress = Progress(range(1, config.steps + 1), desc="behaviour cloning", unit="step")
     for step in progress:
         loss, _ = policy.forward(windows[torch.randint(len(windows), (config.batch_size,))])
         optimizer.zero_grad(set_to_none=True)
@@ -144,12 +143,10 @@ def clone(dataset: Any, config: CloningConfig, seed: int) -> tuple[Any, Any, Any
         optimizer.step()
         schedule.step()
         torch._foreach_lerp_(averaged, [weight.detach() for weight in weights], 1.0 - config.ema)
-        running = running + loss.detach()
-        if (step + 1) % 100 == 0:
-            losses.append(float(running) / 100)
-            running = torch.zeros(())
-            progress.set_postfix_str(f"loss {losses[-1]:.4f}")
+        history.append(loss.detach())
+        if step % 100 == 0:
+            progress.set_postfix_str(f"loss {torch.stack(history[-100:]).mean():.4f}")
     with torch.no_grad():
         torch._foreach_copy_(weights, averaged)
     policy.eval()
-    return policy, pre, post, losses
+    return policy, pre, post, [float(part.mean()) for part in torch.stack(history).split(100)]

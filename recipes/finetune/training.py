@@ -19,15 +19,19 @@ from lerobot.configs.train import TrainPipelineConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files, whole_folder
+from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder
 from trimtab.adapters.checkpoint.identity import hash_files, settings_hashes
 from trimtab.adapters.checkpoint.legacy import processor_files
 from trimtab.adapters.errors import reason
+from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.finetune.data import batches, check_features
 from trimtab.recipes.finetune.lora_targets import put_lora
 from trimtab.recipes.support.launched import launched_processes
 from trimtab.rl.data.opening import open_dataset
 from trimtab.rl.runs.progress import Progress
 
+DATASET_STEPS = 20_000  # gradient steps by default
+LOG_EVERY = 100  # gradient steps behind one number of the loss curve
 LORA_RATE = 10.0  # LoRA learns best about ten times faster than full fine-tuning; LeRobot's docs do so too
 
 
@@ -72,23 +76,20 @@ class FineTuner:
     """A policy in training, and the adapter through which it acts meanwhile.
 
     Args:
-        adapter: the loaded base policy; its weights are trained in place (LoRA: layers are put in).
-        folder: the base's folder; never written to.
-        options: how the base was loaded.
+        options: the base policy; a copy of it is trained, its folder never written to.
         config: how to train.
 
     Attributes:
         adapter: acts with the weights as they are now.
-        base_sha256: of the base's weights.
+        folder, base_sha256: of the base, and of its weights.
         updates: gradient steps taken.
 
     Raises:
-        UserError: no layer of the policy matches the LoRA targets; several processes were launched.
+        UserError: the policy cannot be fine-tuned; no layer of it matches the LoRA targets; several processes
+            were launched.
     """
 
-    def __init__(
-        self, adapter: PolicyAdapter, folder: Path, options: PolicyConfig, config: TuningConfig
-    ) -> None:
+    def __init__(self, options: PolicyConfig, config: TuningConfig) -> None:
         from accelerate import Accelerator
 
         if launched_processes() > 1:  # as the environment says, whether or not the others are there
@@ -97,7 +98,18 @@ class FineTuner:
                 "trimtab lora runs in one process, and WORLD_SIZE says there are more; unset it, or for many "
                 "GPUs take `lerobot-train --peft...`",
             )
-        self.folder, self.options, self.config = folder.resolve(), options, config
+        path, option = options.path, "--policy.path"
+        if not path:
+            raise UserError(option, "name the folder or Hub repository of the base policy")
+        if is_server(path):
+            raise UserError(option, f"{path} is a policy server; its weights are out of reach")
+        if is_artefact(path):
+            raise UserError(option, f"{path} is a steered policy; name its base")
+        self.folder = resolve_folder(path, options.revision).resolve()
+        if is_peft(self.folder):
+            raise UserError(option, f"{path} is itself a LoRA adapter; name the policy that it adapts")
+        adapter = load_adapter(options)
+        self.options, self.config = options, config
         self.adapter, self.policy, self.updates = adapter, adapter.policy, 0
         self.model: Any = self.policy
         self.base_sha256, self._settings = hash_files(adapter.weights_files), settings_hashes(self.folder)
@@ -153,19 +165,19 @@ class FineTuner:
     def fit(
         self,
         dataset: DatasetConfig,
-        steps: int,
         seed: int,
         label: str = "fine-tuning",
-        on_step: Callable[[list[float], float], None] = lambda losses, seconds: None,
+        steps: int = DATASET_STEPS,
+        on_metrics: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> list[float]:
         """Train on a LeRobotDataset; return the loss of every step.
 
         Args:
             dataset: as for ``lerobot-train``.
-            steps: gradient steps.
             seed: of the batches and the noise in the loss.
             label: shown on the progress bar.
-            on_step: called after every step with the losses and the seconds so far.
+            steps: gradient steps, unless the config says how many.
+            on_metrics: called with the mean loss of every ``LOG_EVERY`` steps.
 
         Raises:
             UserError: the dataset does not fit the policy; the loss became NaN or Inf.
@@ -175,6 +187,7 @@ class FineTuner:
         from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
         from lerobot.utils.random_utils import set_seed
 
+        steps = self.config.steps or steps
         pipeline = self.pipeline(dataset, steps, seed)
         set_seed(seed)
         data, source = self._open(pipeline, self.config.num_workers)
@@ -204,7 +217,9 @@ class FineTuner:
                     f"the loss became {losses[-1]} at step {step}; nothing was saved; lower it",
                 )
             self.updates += 1
-            on_step(losses, time.perf_counter() - started)
+            if step % LOG_EVERY == 0 or step == steps:
+                seconds = round(time.perf_counter() - started, 3)
+                on_metrics({"step": step, "loss": means(losses)[-1], "seconds_total": seconds})
             if step % 50 == 1:
                 bar.set_postfix_str(f"loss {fmean(losses[-100:]):.4f}")
         self.policy.eval()
@@ -289,3 +304,8 @@ def _blaming_dataset() -> Iterator[None]:
         raise UserError(
             "--dataset.repo_id", f"the dataset does not fit the policy: {reason(error)}"
         ) from error
+
+
+def means(losses: list[float]) -> list[float]:
+    """The loss curve: the mean of every ``LOG_EVERY`` steps."""
+    return [fmean(losses[start : start + LOG_EVERY]) for start in range(0, len(losses), LOG_EVERY)]
