@@ -91,38 +91,39 @@ def _records(folder: Path, results: dict[str, Any], config: dict[str, Any]) -> l
     found: list[Record] = [
         {"method": method, "final": finals[name]} for name, method in FIXED.items() if name in finals
     ]
-    learnt = {"seed": results.get("seed", 0), "search_episodes": results.get("training_episodes", 0)}
+    learnt: Record = {
+        "seed": results.get("seed", 0),
+        "search_episodes": results.get("training_episodes", 0),
+    }
     if "steered" in finals:
         method = "steered"
         if config.get("rl"):
             method = f"{config['rl'].get('type', 'dsrl_sac')} ({config.get('noise', {}).get('type', 'full')})"
-        points = [
+        learnt |= {"method": method, "final": finals["steered"]}
+        learnt["points"] = [
             _point(line, round(line["success_rate"] * line["success_window"]), line["success_window"])
             for line in lines
             if line.get("success_window") and line["success_rate"] is not None
         ]
-        cost = {
+        learnt["cost"] = {
             "trainable_parameters": {"actor": results.get("actor_parameters")},
             "wall_seconds": seconds.get("steering"),
             "artefact_bytes": folder_bytes(folder / "artefact") or None,
         }
-        found.append({"method": method, "final": finals["steered"], "points": points, "cost": cost, **learnt})
     if "fine_tuned" in finals:
-        method = f"{results['method']}, {'own successes' if results['from_rollouts'] else 'demonstrations'}"
-        points = [
+        source = "own successes" if results["from_rollouts"] else "demonstrations"
+        learnt |= {"method": f"{results['method']}, {source}", "final": finals["fine_tuned"]}
+        learnt["points"] = [
             _point(line, line["eval"]["successes"], line["eval"]["episodes"])
             for line in lines
             if line.get("round") and "eval" in line
         ]
-        cost = {
+        learnt["cost"] = {
             "trainable_parameters": {"actor": results["trained_parameters"]},
             "artefact_bytes": results["saved_bytes"],
             "wall_seconds": sum(seconds.get(part, 0.0) for part in ("rollouts", "recording", "training")),
         }
-        found.append(
-            {"method": method, "final": finals["fine_tuned"], "points": points, "cost": cost, **learnt}
-        )
-    return found
+    return [*found, learnt] if "method" in learnt else found
 
 
 def _point(line: dict[str, Any], won: int, of: int) -> dict[str, Any]:

@@ -86,7 +86,7 @@ class Steering(Method):
         train = replace(self.train, env_steps=config.env_steps, log_every=config.grid)
         runner = PolicyRunner(adapter, run.session.env)
         reports = {"on_metrics": lines.append, "progress": False}
-        with run.training_environments(self.num_envs) as vec:
+        with run.session.environments(self.num_envs or config.num_envs) as vec:
             trainer = rl.make_trainer(runner, vec, self.noise, run.seed, **reports)
             if trainer is None:
                 accelerator = Accelerator(cpu=adapter.device.type == "cpu")
@@ -130,7 +130,7 @@ class FilteredCloning(Method):
         session, config = run.session, run.config
         tuner, count = make_tuner(run, self.tuning), config.env_steps // config.grid
         with (
-            run.training_environments(keep_seen=True) as vec,
+            session.environments(config.num_envs, keep_seen=True) as vec,
             tempfile.TemporaryDirectory(prefix="trimtab-successes-") as folder,
         ):
             rollouts = Rollouts(run.runner, vec, session.own_noise, training_seed(run.seed))

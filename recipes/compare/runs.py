@@ -138,12 +138,6 @@ class Run:
     def __post_init__(self) -> None:
         self.runner = self.session.runner
 
-    def training_environments(
-        self, count: int | None = None, keep_seen: bool = False
-    ) -> contextlib.AbstractContextManager[ChunkVectorEnv]:
-        """``count`` environments (default: as many as the comparison says); ``keep_seen`` as there."""
-        return self.session.environments(count or self.config.num_envs, keep_seen=keep_seen)
-
     def note(self, env_steps: int, ended: Iterable[tuple[bool, bool]]) -> None:
         """Tell the steps so far, and (success, steered) of the episodes that ended since the last call.
 

@@ -39,10 +39,8 @@ def check_features(dataset: Any, adapter: PolicyAdapter, rename_map: dict[str, s
     if hasattr(config, "max_action_dim"):  # pads states and actions of any size
         return
     for key, feature in {**config.input_features, **config.output_features}.items():
-        if key not in given or feature.type is FeatureType.VISUAL:
-            continue
-        shape, expected = tuple(given[key].shape), tuple(feature.shape)
-        if shape != expected:
+        shape, expected = tuple(given[key].shape) if key in given else (), tuple(feature.shape)
+        if shape not in ((), expected) and feature.type is not FeatureType.VISUAL:
             raise UserError(
                 "--dataset.repo_id", f"'{key}' has shape {shape} in {where}, the policy takes {expected}"
             )
@@ -102,13 +100,8 @@ def batches(
 ) -> Iterator[dict[str, Any]]:
     """Training batches without end, sampled as ``lerobot-train`` does.
 
-    Args:
-        dataset: from ``open_dataset``.
-        config: of the policy.
-        batch_size: frames per batch; the last of an epoch may have fewer.
-        seed: of the order.
-        workers: processes that read cameras.
-        drop_last: frames at an episode's end where no window starts; default: the policy's own.
+    ``workers`` processes read cameras. No window starts in the ``drop_last`` frames at an episode's end
+    (default: the policy's own).
 
     Raises:
         UserError: no episode is long enough.
@@ -133,16 +126,8 @@ def batches(
     if all(str(feature["dtype"]).startswith(NUMERIC) for feature in dataset.features.values()):
         chunks = BatchSampler(sampler, batch_size, drop_last=False)
         return cycle(DataLoader(ColumnWindows(dataset), sampler=chunks, batch_size=None))
-    return cycle(
-        DataLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=batch_size,
-            num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
-            persistent_workers=workers > 0,
-        )
-    )
+    processes = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
+    return cycle(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, **processes))
 
 
 class Recorder:

@@ -122,17 +122,11 @@ def as_recorded(value: Tensor) -> np.ndarray:
 
 @dataclass
 class Round:
-    """What a round did.
-
-    Attributes:
-        number: from 1.
-        episodes: those that ended in it.
-        losses: of its gradient steps; none where no episode succeeded, for nothing new is to be learnt.
-        seconds: what its parts took.
-    """
+    """What a round did, and what its parts took."""
 
     number: int
     episodes: list[RolloutEpisode]
+    # None where no episode succeeded, for nothing new is to be learnt.
     losses: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -153,11 +147,8 @@ def rounds(
     """Rounds of rolling out and of fine-tuning on all successes so far.
 
     Args:
-        tuner: trains; ``rollouts`` act through its adapter.
-        rollouts: of the task.
-        recorder: of the successes.
-        env_steps: of all rounds together, which share them evenly.
-        count: how many rounds.
+        tuner: trains; ``rollouts`` act through its adapter, ``recorder`` keeps the successes.
+        env_steps: of all ``count`` rounds together, which share them evenly.
         seed: round r fine-tunes with the seed ``seed + r``.
         progress: show the bar of the rollouts.
     """

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from lerobot.configs.default import DatasetConfig, PeftConfig
 from lerobot.configs.train import TrainPipelineConfig
+from torch import nn
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files, whole_folder
@@ -25,7 +27,6 @@ from trimtab.adapters.checkpoint.legacy import processor_files
 from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.finetune.data import batches, check_features
-from trimtab.recipes.finetune.lora_targets import put_lora
 from trimtab.recipes.support.launched import launched_processes
 from trimtab.rl.data.opening import open_dataset
 from trimtab.rl.runs.progress import Progress
@@ -33,6 +34,9 @@ from trimtab.rl.runs.progress import Progress
 DATASET_STEPS = 20_000  # gradient steps by default
 LOG_EVERY = 100  # gradient steps behind one number of the loss curve
 LORA_RATE = 10.0  # LoRA learns best about ten times faster than full fine-tuning; LeRobot's docs do so too
+# Where the default targets lie, for policies of which not every part should adapt.
+TRUNKS = {"diffusion": "diffusion.unet."}
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass
@@ -127,13 +131,30 @@ class FineTuner:
         self.prepared = self.accelerator.prepare(self.model)
 
     def _add_lora(self, base: PolicyAdapter) -> None:
-        """Put LoRA layers into the policy, and act through them."""
-        self.policy.config.pretrained_path = self.folder
-        self.model = put_lora(self.policy, base.policy_type, base.trainable, self.config.peft)
-        if not Path(self.options.path or "").expanduser().exists():  # on the Hub: name it, not its cache
+        """Freeze the policy, put LoRA layers into it with LeRobot's ``wrap_with_peft``, and act through them.
+
+        Without targets in the config, they are LeRobot's for the policy, or ``default_targets``; without an
+        alpha, it is the rank (a scaling of 1).
+        """
+        policy, chosen = self.policy, self.config.peft
+        policy.config.pretrained_path = self.folder
+        overrides = {**asdict(chosen), "lora_alpha": chosen.lora_alpha or chosen.r}
+        if not chosen.target_modules and not (policy._get_default_peft_targets() or {}).get("target_modules"):
+            overrides["target_modules"] = default_targets(policy, base.policy_type, base.trainable)
+        layers = [name for name, module in policy.named_modules() if isinstance(module, LAYERS)]
+        try:
+            self.model = policy.wrap_with_peft(peft_cli_overrides=overrides)
+        except (ValueError, TypeError, re.error) as error:
+            what = "matches no layer" if "not found" in str(error) else f"does not fit ({reason(error)})"
+            raise UserError(
+                "--peft.target_modules",
+                f"{chosen.target_modules or 'the default'} {what} of this {base.policy_type} policy; its "
+                f"layers are for instance {', '.join(layers[:: max(1, len(layers) // 4)][:4])}",
+            ) from error
+        if not Path(self.options.path).expanduser().exists():  # on the Hub: name it, not its cache
             saved = self.model.peft_config[self.model.active_adapter]
             saved.base_model_name_or_path, saved.revision = self.options.path, self.options.revision
-        self.adapter = type(base)(self.policy, base.preprocessor, base.postprocessor)
+        self.adapter = type(base)(policy, base.preprocessor, base.postprocessor)
         for name in ("notes", "weights_files", "trainable"):
             setattr(self.adapter, name, getattr(base, name))
 
@@ -226,11 +247,7 @@ class FineTuner:
         return losses
 
     def check(self, dataset: DatasetConfig) -> Any:
-        """Read one batch of ``dataset`` before any long work; returns LeRobot's dataset.
-
-        Raises:
-            UserError: it does not fit the policy.
-        """
+        """Read one batch of ``dataset`` before any long work, as ``fit`` will; returns LeRobot's dataset."""
         data, source = self._open(self.pipeline(dataset, 1, 0), 0)
         with _blaming_dataset():
             next(source)
@@ -291,11 +308,7 @@ class FineTuner:
 
 @contextmanager
 def _blaming_dataset() -> Iterator[None]:
-    """What the policy raises on the first batch is the dataset's fault; later it is a bug.
-
-    Raises:
-        UserError: in place of what the policy raised.
-    """
+    """What the policy raises on the first batch is the dataset's fault; later it is a bug."""
     try:
         yield
     except (RuntimeError, ValueError, KeyError) as error:
@@ -309,3 +322,19 @@ def _blaming_dataset() -> Iterator[None]:
 def means(losses: list[float]) -> list[float]:
     """The loss curve: the mean of every ``LOG_EVERY`` steps."""
     return [fmean(losses[start : start + LOG_EVERY]) for start in range(0, len(losses), LOG_EVERY)]
+
+
+def default_targets(policy: nn.Module, policy_type: str, trainable: set[str]) -> list[str]:
+    """The layers that LoRA adapts where LeRobot names none: linear and convolution layers.
+
+    Only those whose weights the policy leaves open to training, in the part that ``TRUNKS`` names. Layers
+    inside PyTorch's own attention are left out, for it reads their weights and never runs them.
+    """
+    modules = dict(policy.named_modules())
+    attention = tuple(f"{name}." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, LAYERS) and f"{name}.weight" in trainable
+        if name.startswith(TRUNKS.get(policy_type, "")) and not name.startswith(attention)
+    ]

@@ -243,7 +243,7 @@ class SB3SAC(Method):
         config, session = self.sac, run.session
         adapter = session.adapter
         space, runner = self.noise.build(adapter.noise_spec), PolicyRunner(adapter, session.env)
-        with run.training_environments() as vec:
+        with session.environments(run.config.num_envs) as vec:
             env = NoiseVecEnv(runner, vec, space, config.gamma, config.reward, training_seed(run.seed))
             model = make_sac(config, env, adapter.chunk_shape[0], run.seed, device=adapter.device)
             run.policies = {"actor": sb3_noise(model, space)}

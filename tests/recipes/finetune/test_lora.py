@@ -17,9 +17,8 @@ from trimtab.recipes.cli import main
 from trimtab.recipes.cli.lora import LoraConfig
 from trimtab.recipes.embedded_base.demonstrations import REPO_ID
 from trimtab.recipes.finetune.data import ColumnWindows, Recorder, batches
-from trimtab.recipes.finetune.lora_targets import default_targets
 from trimtab.recipes.finetune.rollouts import RolloutEpisode, Rollouts, as_recorded
-from trimtab.recipes.finetune.training import FineTuner, TuningConfig, means
+from trimtab.recipes.finetune.training import FineTuner, TuningConfig, default_targets, means
 from trimtab.recipes.support.options import parse
 from trimtab.recipes.support.session import Session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
