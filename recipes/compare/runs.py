@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import resource
 import sys
 import time
@@ -40,18 +39,17 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._workers: dict[int, float] = {}
         with contextlib.suppress(OSError):
             CLEAR.write_text("5")  # resets the kernel's high-water mark
         self._wall, self._cpu = time.perf_counter(), self.cpu()
 
     def cpu(self) -> float:
-        """CPU seconds so far, of all threads and of the simulator workers that have been seen."""
-        for worker in multiprocessing.active_children():
+        """CPU seconds so far, of this process, those that it started, and those of them that have ended."""
+        here, total = psutil.Process(), 0.0
+        for process in (here, *here.children(recursive=True)):
             with contextlib.suppress(psutil.Error):  # it has just ended
-                times = psutil.Process(worker.pid).cpu_times()
-                self._workers[worker.pid] = times.user + times.system
-        return time.process_time() + sum(self._workers.values())
+                total += sum(process.cpu_times()[:4])
+        return total
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
