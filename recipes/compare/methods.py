@@ -5,7 +5,6 @@ A package that `--env.discover_packages_path` names may add its own to ``KINDS``
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -116,54 +115,53 @@ def longest_episode(run: Run) -> int:
 
 
 @dataclass(frozen=True)
-class FilteredCloning(Method):
-    """The base fine-tuned on its own successes, a round every point of the grid: settings of
-    `trimtab lora --from_rollouts`.
-    """
+class FineTuning(Method):
+    """A copy of the base is fine-tuned, and acts in its place."""
 
     tuning: TuningConfig = field(default_factory=TuningConfig)
 
-    uses = ("env_steps", "grid", "num_envs")
     tunes = True
 
+    def tuner(self, run: Run) -> FineTuner:
+        """Who trains the copy."""
+        tuner = FineTuner(run.base.options, self.tuning)
+        run.runner = PolicyRunner(tuner.adapter, run.session.env)
+        run.policies, run.trained = {"actor": run.session.own_noise}, {"actor": tuner.trained_parameters}
+        run.save = lambda folder, facts: tuner.save(folder / "policy")
+        return tuner
+
+
+@dataclass(frozen=True)
+class FilteredCloning(FineTuning):
+    """`trimtab lora --from_rollouts`: on its own successes, a round every point of the grid."""
+
+    uses = ("env_steps", "grid", "num_envs")
+
     def learn(self, run: Run) -> dict[str, Any]:
-        session, config = run.session, run.config
-        tuner, count = make_tuner(run, self.tuning), config.env_steps // config.grid
+        session, config, tuner = run.session, run.config, self.tuner(run)
         with (
             session.environments(config.num_envs, keep_seen=True) as vec,
             tempfile.TemporaryDirectory(prefix="trimtab-successes-") as folder,
         ):
             rollouts = Rollouts(run.runner, vec, session.own_noise, training_seed(run.seed))
             recorder = Recorder(Path(folder) / "successes", session.env.fps)
-            shown = sys.stderr.isatty()
-            for done in rounds(tuner, rollouts, recorder, config.env_steps, count, run.seed, shown):
+            count = config.env_steps // config.grid
+            for done in rounds(tuner, rollouts, recorder, config.env_steps, count, run.seed):
                 run.note(rollouts.env_steps, [(episode.success, True) for episode in done.episodes])
         return {"updates": tuner.updates}
 
 
 @dataclass(frozen=True)
-class Demonstrations(Method):
-    """The base fine-tuned on demonstrations: settings of `trimtab lora`. Costs no environment steps."""
-
-    tuning: TuningConfig = field(default_factory=TuningConfig)
+class Demonstrations(FineTuning):
+    """`trimtab lora` on demonstrations. Costs no environment steps."""
 
     uses = ("dataset",)
-    tunes = True
 
     def learn(self, run: Run) -> dict[str, Any]:
         dataset, count = good_demonstrations(run)
-        losses = make_tuner(run, self.tuning).fit(dataset, run.seed, run.label)
+        losses = self.tuner(run).fit(dataset, run.seed, run.label)
         run.add_point(0, 0)
         return {"demonstrations": count, "updates": len(losses), "loss": losses[-1]}
-
-
-def make_tuner(run: Run, tuning: TuningConfig) -> FineTuner:
-    """A copy of the base to be fine-tuned, which acts in its place."""
-    tuner = FineTuner(run.base.options, tuning)
-    run.runner = PolicyRunner(tuner.adapter, run.session.env)
-    run.policies, run.trained = {"actor": run.session.own_noise}, {"actor": tuner.trained_parameters}
-    run.save = lambda folder, facts: tuner.save(folder / "policy")
-    return tuner
 
 
 def good_demonstrations(run: Run) -> tuple[DatasetConfig, int]:

@@ -224,7 +224,7 @@ def measure(
     found = {}
     for name, policy in policies.items():
         with torch.random.fork_rng(devices=[]):
-            outcome = evaluate(runner, vec, policy, seeds, f"{label}, {name}", progress=sys.stderr.isatty())
+            outcome = evaluate(runner, vec, policy, seeds, f"{label}, {name}")
         require_success(outcome)
         found[name] = outcome.summary() | {"won": "".join(str(int(won)) for won in outcome.successes)}
     return found

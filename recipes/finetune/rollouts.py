@@ -142,7 +142,6 @@ def rounds(
     env_steps: int,
     count: int,
     seed: int,
-    progress: bool = True,
 ) -> Iterator[Round]:
     """Rounds of rolling out and of fine-tuning on all successes so far.
 
@@ -150,12 +149,11 @@ def rounds(
         tuner: trains; ``rollouts`` act through its adapter, ``recorder`` keeps the successes.
         env_steps: of all ``count`` rounds together, which share them evenly.
         seed: round r fine-tunes with the seed ``seed + r``.
-        progress: show the bar of the rollouts.
     """
     for number in range(1, count + 1):
         label, marks = f"round {number}/{count}", [time.perf_counter()]
         share = env_steps * number // count - rollouts.env_steps
-        this = Round(number, rollouts.collect(share, f"{label}: rollouts", progress))
+        this = Round(number, rollouts.collect(share, f"{label}: rollouts"))
         marks.append(time.perf_counter())
         if successes := [episode for episode in this.episodes if episode.success]:
             recorder.add(episode.frames for episode in successes)
