@@ -95,8 +95,7 @@ def main(config: LoraConfig) -> None:
             "to an exact number of steps; learn from a dataset",
         )
     if config.dataset is not None:
-        data = tuner.check(config.dataset)
-        for line in rate_warning(data, config.env and config.env.fps):
+        for line in rate_warning(tuner.check(config.dataset), config.env and config.env.fps):
             print(line)
     if config.env is not None:
         check_base(config.env, tuner.folder)
@@ -124,15 +123,13 @@ def main(config: LoraConfig) -> None:
         seconds={name: round(value, 2) for name, value in run.seconds.items()},
     )
     write_json(output / "results.json", results)
-    again = repeatable(draccus.encode(config, LoraConfig))
-    again = {name: value for name, value in again.items() if value is not None and name != "output_dir"}
-    write_json(output / "config.json", again)
-    if config.env is not None:
-        after = Session(tuned, config.env, config.eval, config.machine)
+    write_json(output / "config.json", repeatable(draccus.encode(config, LoraConfig)))
+    if session is not None:
+        after = Session(tuned, session.env, config.eval, config.machine)
         after.record(after.own_noise, output / "after.mp4", "video: fine-tuned")
         print(f"\n{table(results['policies'])}\n")
-    name = "LoRA adapter" if config.method == "lora" else "policy"
-    print(f"{name} in {output / 'policy'}; all in {output}")
+    kind = "LoRA adapter" if config.method == "lora" else "policy"
+    print(f"{kind} in {output / 'policy'}; all in {output}")
 
 
 @dataclass
@@ -155,11 +152,7 @@ class Run:
         return {"losses": means(losses)}
 
     def from_rollouts(self, metrics: MetricsWriter) -> dict[str, Any]:
-        """Filtered behaviour cloning, the policy evaluated after each round.
-
-        Raises:
-            UserError: no episode of any round succeeded.
-        """
+        """Filtered behaviour cloning, the policy evaluated after each round."""
         config, session, last = self.config, self.session, self.evaluations["base"]
         metrics({"round": 0, "env_steps": 0, "eval": last.summary()})
         recorder = Recorder(self.output / "successes", session.env.fps)
@@ -174,30 +167,26 @@ class Run:
                     report = f"now {rate_text(last.summary())}"
                 steps, won, total = rollouts.env_steps, done.successes, len(done.episodes)
                 print(f"round {done.number}: {steps} steps, {won}/{total} episodes succeeded; {report}")
-                metrics(
-                    {
-                        "round": done.number,
-                        "env_steps": steps,
-                        "episodes": total,
-                        "successes": won,
-                        "success_rate": won / total if total else None,
-                        "updates": self.tuner.updates,
-                        "dataset_episodes": recorder.episodes,
-                        "dataset_frames": recorder.frames,
-                        **({"losses": means(done.losses)} if done.losses else {"skipped": True}),
-                        "eval": last.summary(),
-                    }
-                )
+                line: dict[str, Any] = {
+                    "round": done.number,
+                    "env_steps": steps,
+                    "episodes": total,
+                    "successes": won,
+                    "success_rate": won / total if total else None,
+                    "updates": self.tuner.updates,
+                    **({"losses": means(done.losses)} if done.losses else {"skipped": True}),
+                }
+                metrics(line | {"eval": last.summary()})
         lines = metrics.lines[1:]
         episodes = sum(line["episodes"] for line in lines)
         if not recorder.episodes:
             raise UserError(
                 "--env_steps",
-                f"none of {episodes} episodes in {rollouts.env_steps} steps succeeded: nothing to clone; "
-                "raise it, or start from a policy that succeeds at times",
+                f"none of {episodes} episodes in {steps} steps succeeded: nothing to clone; raise it, or "
+                "start from a policy that succeeds at times",
             )
         return {
-            "env_steps": rollouts.env_steps,
+            "env_steps": steps,
             "training_episodes": episodes,
             "dataset": {"repo_id": REPO_ID, "episodes": recorder.episodes, "frames": recorder.frames},
             "rounds": lines,

@@ -176,9 +176,7 @@ class Comparison:
 
     def all(self) -> str:
         """Make what is missing, report after each run, and return the last report."""
-        again = repeatable(draccus.encode(self.config, CompareConfig))
-        again = {k: v for k, v in again.items() if v is not None and k not in ("output_dir", "only")}
-        write_json(self.output / RECORD, json.loads(json.dumps(again, default=str)))
+        write_json(self.output / RECORD, repeatable(draccus.encode(self.config, CompareConfig)))
         runs: list[dict[str, Any]] = []
         for run in self.plan():
             runs.append(self.record(*run))
