@@ -116,10 +116,6 @@ class CompareConfig:
 
     @property
     def final_seeds(self) -> list[int]:
-        """Those of the end, and below those on each other task."""
+        """Those of the end."""
         first = EVALUATION_SEED + self.n_episodes
         return list(range(first, first + self.final_episodes))
-
-    @property
-    def other_seeds(self) -> list[int]:
-        return list(range(EVALUATION_SEED, EVALUATION_SEED + self.other_episodes))

@@ -8,7 +8,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -164,8 +164,7 @@ class Run:
 
         Args:
             others: environments of the policy's other tasks, by name.
-            path: where to save what is deployed, a folder; a video gets its name.
-            video: whether to make one.
+            path: where to save what is deployed, a folder; a ``video`` gets its name.
 
         Returns:
             ``points``: at each point of the grid the summary of each policy, with each episode's outcome:
@@ -174,7 +173,7 @@ class Run:
             its end, success, steered] of each training episode. ``others``, ``base_elsewhere``: the other
             tasks by policy, and by the base after training. ``cost``; and what the method adds.
         """
-        session, learns = self.session, bool(method.uses)
+        session = self.session
         identity = session.adapter.identity(self.base.folder)
         found = method.learn(self)
         spent = self._meter.spent()
@@ -186,12 +185,12 @@ class Run:
             self.save(path, facts | {"deterministic": True})
         found["cost"] = {
             "peak_mb": round(self._meter.peak() / 1e6, 1),
-            **(spent if learns else dict.fromkeys(spent, 0.0)),
+            **spent,
             "trainable_parameters": self.trained or dict.fromkeys(self.policies, 0),
             "artefact_bytes": folder_bytes(path),
         }
         found["others"] = self._elsewhere(others, self.policies)
-        if learns and not method.tunes:  # the base's weights are as they were
+        if method.uses and not method.tunes:  # the base's weights are as they were
             found["base_elsewhere"] = self._elsewhere(others, {"policy": session.own_noise})
         if video:
             if method.tunes:
@@ -203,13 +202,11 @@ class Run:
 
     def _elsewhere(self, others: dict[str, EnvConfig], policies: Policies) -> dict[str, Summaries]:
         """Evaluate ``policies`` on the other tasks: task -> policy -> summary with outcomes."""
-        found = {}
+        episodes, found = replace(self.session.eval, n_episodes=self.config.other_episodes), {}
         for task, env in others.items():
-            other = Session(self.session.adapter, env, self.session.eval, self.session.machine)
-            seeds = self.config.other_seeds
-            count = min(len(seeds), self.session.eval.batch_size)
-            with other.environments(count, other.evaluation_workers) as vec:
-                found[task] = measure(self.runner, vec, policies, seeds, f"{self.label}, {task}")
+            other = Session(self.session.adapter, env, episodes, self.session.machine)
+            with other.evaluation_environments() as vec:
+                found[task] = measure(self.runner, vec, policies, episodes.seeds, f"{self.label}, {task}")
         return found
 
 

@@ -141,12 +141,12 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         runs: records, each with ``task``, ``method`` and ``seed`` (``None`` of what learns nothing).
     """
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for run in sorted(runs, key=lambda run: run["seed"] or 0):
+    for run in runs:
         groups.setdefault((run["task"], run["method"]), []).append(run)
     entries = []
-    for task, method in dict.fromkeys((run["task"], run["method"]) for run in runs):
-        mine = groups[task, method]
-        base = groups[task, "base"][0] if method != "base" and (task, "base") in groups else None
+    for (task, method), mine in groups.items():
+        mine.sort(key=lambda run: run["seed"] or 0)
+        base = groups.get((task, "base"), [None])[0] if method != "base" else None
         for policy in mine[0]["final"]:
             entries.append({"task": task, "method": method, "policy": policy, **_entry(policy, mine, base)})
     return entries
