@@ -202,8 +202,9 @@ class Run:
 
     def _elsewhere(self, others: dict[str, EnvConfig], policies: Policies) -> dict[str, Summaries]:
         """Evaluate ``policies`` on the other tasks: task -> policy -> summary with outcomes."""
-        episodes, found = replace(self.session.eval, n_episodes=self.config.other_episodes), {}
+        found = {}
         for task, env in others.items():
+            episodes = replace(self.session.eval, n_episodes=self.config.other_episodes)
             other = Session(self.session.adapter, env, episodes, self.session.machine)
             with other.evaluation_environments() as vec:
                 found[task] = measure(self.runner, vec, policies, episodes.seeds, f"{self.label}, {task}")
