@@ -44,15 +44,15 @@ class Comparison:
         self.config = config
         self.methods = {name: make_method(name, config.settings.get(name)) for name in config.names()}
         path = config.policy.path
-        self.server = is_server(path)
-        if self.server and (tuned := [name for name, method in self.methods.items() if method.tunes]):
+        if is_server(path) and (tuned := [name for name, method in self.methods.items() if method.tunes]):
             raise UserError(
                 "--methods", f"what is on a policy server cannot be fine-tuned: leave out {', '.join(tuned)}"
             )
         if is_artefact(path):
             raise UserError("--policy.path", f"{path} is already steered; name its base policy")
         folder = base_of(config.policy)
-        if not self.server and is_peft(folder):
+        local = folder if isinstance(folder, Path) else None
+        if local and is_peft(local):
             raise UserError("--policy.path", f"{folder} is a LoRA adapter; name the policy that it adapts")
         self.tasks = self._tasks(folder, config.tasks or config.env.task or "", "--tasks")
         self.tasks = self.tasks or [config.env.task or ""]
@@ -68,8 +68,8 @@ class Comparison:
                 "--other_episodes=0",
             )
         self.dataset = config.dataset
-        if self.dataset is None and not self.server and (folder / DEMONSTRATIONS).is_dir():
-            self.dataset = DatasetConfig(REPO_ID, root=str(folder / DEMONSTRATIONS))
+        if self.dataset is None and local and (local / DEMONSTRATIONS).is_dir():
+            self.dataset = DatasetConfig(REPO_ID, root=str(local / DEMONSTRATIONS))
         for name, method in self.methods.items():
             if "dataset" in method.uses and self.dataset is None:
                 raise UserError(
@@ -89,7 +89,7 @@ class Comparison:
                     f"{chunks * steps} are needed, or leave it out of --methods",
                 )
         # A server shows no weights.
-        self.base_sha256 = None if self.server else file_hash(folder)
+        self.base_sha256 = file_hash(local) if local else None
         self.output = config.output_dir
         if self.output is None or not (self.output / RECORD).is_file():
             self.output = new_output_dir(self.output, "compare")
@@ -121,7 +121,7 @@ class Comparison:
         config, method = self.config, self.methods[name]
         loaded = draccus.encode(config.policy)
         # The hash of the weights says it, or it decides nothing.
-        for key in ("revision", "device", "tokenizer", "backbone", *(() if self.server else ("path",))):
+        for key in ("revision", "device", "tokenizer", "backbone", *(("path",) if self.base_sha256 else ())):
             loaded.pop(key, None)
         found = {
             "base_sha256": self.base_sha256,

@@ -84,7 +84,7 @@ class Steering(Method):
         rl = self.rl.within(config.env_steps, lambda: longest_episode(run))
         train = replace(self.train, env_steps=config.env_steps, log_every=config.grid)
         runner = PolicyRunner(adapter, run.session.env)
-        reports = {"on_metrics": lines.append, "progress": False}
+        reports: dict[str, Any] = {"on_metrics": lines.append, "progress": False}
         with run.session.environments(self.num_envs or config.num_envs) as vec:
             trainer = rl.make_trainer(runner, vec, self.noise, run.seed, **reports)
             if trainer is None:
@@ -95,7 +95,7 @@ class Steering(Method):
                     trainer.env_steps, [(episode.success, episode.steered) for episode in ended]
                 )
             self._take(run, trainer.run())
-        found = {"updates": trainer.updates, "metrics": lines}
+        found: dict[str, Any] = {"updates": trainer.updates, "metrics": lines}
         if not rl.replays:
             run.add_point(trainer.env_steps, trainer.env_steps)
             found["search_episodes"] = trainer.episodes

@@ -147,7 +147,8 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], entries: Sequence[dict[str,
     labels = list(dict.fromkeys(label(entry) for entry in entries))
     size = (7.0 * len(tasks), 5.0 + 0.2 * -(-len(labels) // 3))
     figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    panels, shown = dict(zip(tasks, axes[0])), {}
+    panels: dict[str, Any] = dict(zip(tasks, axes[0]))
+    shown: dict[str, Any] = {}
     for entry in entries:
         mine = [r for r in runs if (r["task"], r["method"]) == (entry["task"], entry["method"])]
         colour = plt.get_cmap("tab20")(labels.index(label(entry)) % 20)

@@ -88,7 +88,7 @@ def sustained(points: Sequence[dict[str, Any]], policy: str, level: float = LEVE
 
 def reached(runs: Sequence[dict[str, Any]], policy: str) -> dict[str, dict[str, Any]]:
     """Environment steps and episodes to each level: of each seed, and their median (the higher of two)."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for level in LEVELS:
         steps = [sustained(run["points"], policy, level) for run in runs]
         episodes = [

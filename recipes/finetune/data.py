@@ -126,7 +126,9 @@ def batches(
     if all(str(feature["dtype"]).startswith(NUMERIC) for feature in dataset.features.values()):
         chunks = BatchSampler(sampler, batch_size, drop_last=False)
         return cycle(DataLoader(ColumnWindows(dataset), sampler=chunks, batch_size=None))
-    processes = {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
+    processes: dict[str, Any] = (
+        {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
+    )
     return cycle(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, **processes))
 
 
