@@ -13,9 +13,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.encoders import ObservationEncoder
 from trimtab.policies.networks import (
     ClampInvertingGradients,
-    ConstantOutput,
     FeatureNormalizer,
-    NoFeatures,
     mlp,
     require_activation,
 )
@@ -99,34 +97,22 @@ class NoiseActor(nn.Module):
         observe: ObserveConfig | None = None,
     ) -> None:
         super().__init__()
-        self.net: Any  # its last layer makes mean and log_std
         self.encoder = ObservationEncoder(feature_dim, observe)
-        feature_dim = self.encoder.dim
-        self.space = space
-        self.config = config
+        self.space, self.config = space, config
         # Of the mean before squashing: where |squash(mean)| = mean_limit * bound.
         self.limit = space.bound * math.atanh(config.mean_limit) if config.mean_limit < 1.0 else None
-        if space.uses_features:
-            self.normalizer = FeatureNormalizer(feature_dim)
-            self.net = mlp(
-                feature_dim,
-                2 * space.dim,
-                config.hidden,
-                config.layers,
-                config.activation,
-                config.layer_norm,
-            )
-            nn.init.zeros_(self.net[-1].weight)
-        else:
-            self.normalizer = NoFeatures()
-            self.net = nn.Sequential(ConstantOutput(2 * space.dim))
-        nn.init.zeros_(self.net[-1].bias)
+        self.normalizer = FeatureNormalizer(self.encoder.dim if space.uses_features else 0)
+        size = config.hidden, config.layers, config.activation, config.layer_norm
+        self.net: Any = mlp(len(self.normalizer.mean), 2 * space.dim, *size)
+        for parameter in self.net[-1].parameters():  # it makes mean and log_std
+            nn.init.zeros_(parameter)
         if space.initial_std != 1.0:
             nn.init.constant_(self.net[-1].bias[space.dim :], self._raw_log_std(math.log(space.initial_std)))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, feature_dim) -> mean and log_std before squashing, each (B, dim)."""
-        mean, raw = self.net(self.normalizer(features)).chunk(2, dim=-1)
+        seen = features if self.space.uses_features else features[:, :0]
+        mean, raw = self.net(self.normalizer(seen)).chunk(2, dim=-1)
         mean = mean if self.limit is None else ClampInvertingGradients.apply(mean, self.limit)
         low, high = self.config.log_std_min, self.config.log_std_max
         if self.config.log_std_clamp:
@@ -190,6 +176,38 @@ class NoiseActor(nn.Module):
         u = self.choose(features, prior, deterministic)
         return self.space.expand(u, prior.to(u.device))
 
+    @torch.no_grad()
+    def begin_at(self, noise: Tensor) -> Tensor:
+        """Make a constant ``noise`` (*spec.shape) the mean of an untrained actor; its deviation stays.
+
+        Returns:
+            (dim,) that mean, before squashing.
+
+        Raises:
+            UserError: the actor's noise space cannot express it.
+        """
+        space, wanted = self.space, noise.unsqueeze(0).float()
+        if not space.determines_noise:
+            raise UserError(
+                "--noise.type", "this noise space draws a part of the noise afresh; use full for a warm start"
+            )
+        share = self.config.mean_limit if self.config.mean_limit < 1.0 else 0.999
+        u = space.project(wanted).clamp(-share * space.bound, share * space.bound)
+        if not torch.allclose(space.expand(u, wanted).float(), wanted, atol=1e-5):
+            largest, reach = float(wanted.abs().max()), share * space.bound * space.scale
+            if largest > reach:
+                raise UserError(
+                    "--noise.bound",
+                    f"the warm start reaches {largest:.2f}, an actor here {reach:.2f}; raise the bound to "
+                    f"{1.05 * largest:.2f}",
+                )
+            raise UserError(
+                "--noise.type", "this noise space cannot make the noise of the warm start; use full"
+            )
+        mean = space.unsquash(u[0]).to(self.net[-1].bias)
+        self.net[-1].bias[: space.dim] = mean
+        return mean
+
 
 def kl_to_prior(mean: Tensor, log_std: Tensor, prior_std: float = 1.0) -> Tensor:
     """KL(N(mean, std) || N(0, prior_std)) in nats, (B,): how far the noise has left what the base draws.
@@ -201,28 +219,16 @@ def kl_to_prior(mean: Tensor, log_std: Tensor, prior_std: float = 1.0) -> Tensor
 
 
 def constant_actor(noise: Tensor, space: NoiseSpace, config: ActorConfig | None = None) -> NoiseActor:
-    """The actor that always takes ``noise``, for a ``constant`` space: exact where it acts by its mean.
+    """The actor that always takes ``noise`` (*spec.shape), for a ``constant`` space.
 
-    Args:
-        noise: (*spec.shape).
-        space: built by ``ConstantNoiseConfig``.
-        config: its mean limit holds; its least deviation is what remains in draws.
+    It is exact where it acts by its mean; its least deviation is what remains in draws.
 
     Raises:
-        ValueError: a noise that the space cannot make, for example beyond its bound. A bound of 1.05 times
-            the largest entry leaves room.
+        UserError: a noise that the space cannot make, for example beyond its bound.
     """
     if space.uses_features:
         raise ValueError("an actor of one noise needs a noise space of the type 'constant'")
     actor = NoiseActor(0, space, config or ActorConfig())
-    noise = noise.unsqueeze(0).float()
-    u = space.project(noise)
-    reach = actor.config.mean_limit * space.bound
-    if not torch.allclose(space.expand(u, noise).float(), noise) or u.abs().max() > reach:
-        raise ValueError(
-            f"this noise space cannot make the noise; entries may reach {reach * space.scale:.2f}"
-        )
-    head = actor.net[-1].bias.data
-    head[: space.dim] = space.unsquash(u[0])
-    head[space.dim :] = -1e3  # the least deviation
+    actor.begin_at(noise)
+    actor.net[-1].bias.data[space.dim :] = -1e3  # the least deviation
     return actor

@@ -91,10 +91,10 @@ class ObserveConfig:
         example = adapter.example_observation(min(2, adapter.max_batch or 2), generator)
         batch = adapter.preprocess(example)
         states = any(name in batch for name in STATES)
-        cameras = [key for key in camera_names(adapter) if self.cameras is None or key in self.cameras]
+        cameras = [key for key in adapter.cameras() if self.cameras is None or key in self.cameras]
         unknown = set(self.cameras or ()) - set(cameras)
         if unknown:
-            known = ", ".join(camera_names(adapter)) or "none"
+            known = ", ".join(adapter.cameras()) or "none"
             raise UserError(
                 "--observe.cameras", f"the policy has no {', '.join(sorted(unknown))}, only {known}"
             )
@@ -178,12 +178,6 @@ def build_observer(config: ObserveConfig, adapter: PolicyAdapter, tasks: Sequenc
 def offers_features(adapter: PolicyAdapter) -> bool:
     """Whether the adapter makes backbone features: it is asked on an example."""
     return adapter.features(adapter.example_conditioning(1, torch.Generator().manual_seed(0))) is not None
-
-
-def camera_names(adapter: PolicyAdapter) -> list[str]:
-    """The policy's cameras, without those that LeRobot fills."""
-    features = adapter.config.input_features
-    return [key for key in features if len(features[key].shape) == 3 and "empty_camera" not in key]
 
 
 @torch.no_grad()

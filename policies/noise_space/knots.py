@@ -57,11 +57,9 @@ class KnotNoiseSpace(NoiseSpace):
         self.weights = weights.float()
         self.inverse = torch.linalg.pinv(weights).float()
 
-    def expand(self, u: Tensor, prior: Tensor) -> Tensor:
-        knots = u.unflatten(1, (-1, self.spec.shape[1]))
-        return (self.weights.to(u) @ knots).to(self.spec.dtype)
+    def _noise(self, u: Tensor, prior: Tensor) -> Tensor:
+        return self.weights.to(u) @ u.unflatten(1, (-1, self.spec.shape[1]))
 
-    def project(self, noise: Tensor, prior: Tensor | None = None) -> Tensor:
+    def _steered(self, noise: Tensor, prior: Tensor | None) -> Tensor:
         """For noise from elsewhere: the knots that come nearest to it (least squares)."""
-        knots = self.inverse.to(noise.device) @ noise.to(self.inverse.dtype)
-        return knots.flatten(1).clamp(-self.bound, self.bound)
+        return (self.inverse.to(noise.device) @ noise.to(self.inverse.dtype)).flatten(1)

@@ -84,12 +84,12 @@ class MaskedNoiseSpace(NoiseSpace):
         self._index = steered.flatten().nonzero().squeeze(1)
         super().__init__(spec, len(self._index), bound)
 
-    def expand(self, u: Tensor, prior: Tensor) -> Tensor:
+    def _noise(self, u: Tensor, prior: Tensor) -> Tensor:
         rest = self.unsteered(prior).flatten(1)
         return rest.index_copy(1, self._index.to(u.device), u.to(rest.dtype)).unflatten(1, self.spec.shape)
 
-    def project(self, noise: Tensor, prior: Tensor | None = None) -> Tensor:
-        return self.draw(noise).clamp(-self.bound, self.bound)
+    def _steered(self, noise: Tensor, prior: Tensor | None) -> Tensor:
+        return self.draw(noise)
 
     def draw(self, prior: Tensor) -> Tensor:
         return prior.flatten(1)[:, self._index.to(prior.device)]

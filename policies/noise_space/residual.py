@@ -52,18 +52,15 @@ class ResidualNoiseSpace(NoiseSpace):
         self.repeat = repeat
         self.initial_std = start
 
-    def expand(self, u: Tensor, prior: Tensor) -> Tensor:
-        eps = self.unsteered(prior)
-        delta = u.unsqueeze(1) if self.repeat else u.unflatten(1, self.spec.shape)
-        return (eps + delta).to(self.spec.dtype)
+    def _noise(self, u: Tensor, prior: Tensor) -> Tensor:
+        return self.unsteered(prior) + (u.unsqueeze(1) if self.repeat else u.unflatten(1, self.spec.shape))
 
-    def project(self, noise: Tensor, prior: Tensor | None = None) -> Tensor:
+    def _steered(self, noise: Tensor, prior: Tensor | None) -> Tensor:
         """Exact for noise from ``expand``; for other noise the delta that comes nearest, less the clip."""
         if prior is None:
             raise ValueError("what residual noise adds to the prior can be told with the prior only")
         delta = noise.float() - self.unsteered(prior).float()
-        delta = delta.mean(1) if self.repeat else delta.flatten(1)
-        return delta.clamp(-self.bound, self.bound)
+        return delta.mean(1) if self.repeat else delta.flatten(1)
 
     def draw(self, prior: Tensor) -> Tensor:
         """A second draw, independent of ``prior`` but decided by it: seeded by a hash of each row's bits."""

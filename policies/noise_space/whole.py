@@ -22,11 +22,11 @@ class FullNoiseConfig(NoiseSpaceConfig):
 class FullNoiseSpace(NoiseSpace):
     """``u`` is the whole noise, flattened."""
 
-    def expand(self, u: Tensor, prior: Tensor) -> Tensor:
-        return u.reshape(u.shape[0], *self.spec.shape).to(self.spec.dtype)
+    def _noise(self, u: Tensor, prior: Tensor) -> Tensor:
+        return u.unflatten(1, self.spec.shape)
 
-    def project(self, noise: Tensor, prior: Tensor | None = None) -> Tensor:
-        return noise.flatten(1).clamp(-self.bound, self.bound)
+    def _steered(self, noise: Tensor, prior: Tensor | None) -> Tensor:
+        return noise.flatten(1)
 
 
 @NoiseSpaceConfig.register_subclass("repeat")
@@ -45,11 +45,11 @@ class RepeatNoiseConfig(NoiseSpaceConfig):
 class RepeatNoiseSpace(NoiseSpace):
     """``u`` is the noise of one step; all steps get it."""
 
-    def expand(self, u: Tensor, prior: Tensor) -> Tensor:
-        return u.unsqueeze(1).expand(-1, self.spec.shape[0], -1).to(self.spec.dtype).contiguous()
+    def _noise(self, u: Tensor, prior: Tensor) -> Tensor:
+        return u.unsqueeze(1).repeat(1, self.spec.shape[0], 1)
 
-    def project(self, noise: Tensor, prior: Tensor | None = None) -> Tensor:
-        return noise[:, 0].clamp(-self.bound, self.bound)
+    def _steered(self, noise: Tensor, prior: Tensor | None) -> Tensor:
+        return noise[:, 0]
 
 
 @NoiseSpaceConfig.register_subclass("constant")
@@ -67,10 +67,9 @@ class ConstantNoiseConfig(NoiseSpaceConfig):
         super().__post_init__()
         full_or_repeat("--noise.ticket", self.ticket)
 
-    def build_unscaled(self, spec: NoiseSpec) -> FullNoiseSpace | RepeatNoiseSpace:
-        if self.ticket == "full":
-            space: FullNoiseSpace | RepeatNoiseSpace = FullNoiseSpace(spec, spec.size, self.bound)
-        else:
+    def build_unscaled(self, spec: NoiseSpec) -> NoiseSpace:
+        space: NoiseSpace = FullNoiseSpace(spec, spec.size, self.bound)
+        if self.ticket == "repeat":
             _, dim = rows_and_columns(spec, "--noise.ticket", "repeat")
             space = RepeatNoiseSpace(spec, dim, self.bound)
         space.uses_features = False

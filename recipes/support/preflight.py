@@ -14,7 +14,7 @@ from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import read_demonstrations
 from trimtab.rl.data.memory import check_replay, replay_layout
 from trimtab.rl.evaluation import Evaluation
-from trimtab.rl.warm_start import begin_at, read_constant
+from trimtab.rl.warm_start import read_constant
 
 # Evaluations by task and policy.
 Measured = dict[str, dict[str, Evaluation]]
@@ -44,7 +44,7 @@ def check_inputs(session: Session, config: Any, space: NoiseSpace) -> None:
         read_demonstrations(demos, session.adapter, config.train.reward, config.env.task or "")
     if warm_start:
         noise = read_constant(warm_start, session.adapter.noise_spec)
-        begin_at(NoiseActor(1, space, config.rl.actor), noise)
+        NoiseActor(1, space, config.rl.actor).begin_at(noise)
 
 
 def measure(session: Session, config: Any, space: NoiseSpace) -> tuple[Measured, dict[str, Any]]:

@@ -20,7 +20,6 @@ from trimtab.policies.artefact import save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_samplers import NoiseSampler, prior_noise, steered_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
-from trimtab.rl.warm_start import begin_at
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class BehaviorPolicy(TrainingResult):
         Raises:
             UserError: its noise space cannot express it.
         """
-        self.start = begin_at(self.actor, noise)
+        self.start = self.actor.begin_at(noise)
 
     def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:
         """Candidates of each observation, which the replay keeps and the algorithm may choose from.
