@@ -75,11 +75,7 @@ class ObserveConfig:
         return 0 if self.image_shape is None else self.image_shape[0] * self.image_size**2
 
     def resolved(self, adapter: PolicyAdapter, tasks: Sequence[str]) -> ObserveConfig:
-        """This config with nothing left open.
-
-        Args:
-            adapter: the loaded policy.
-            tasks: instructions of the run's environments.
+        """This config with nothing left open, for a loaded policy and the instructions of a run.
 
         Raises:
             UserError: the policy does not have what is asked for.
@@ -87,8 +83,9 @@ class ObserveConfig:
         inputs = self.inputs
         if inputs == ["features"] or (inputs is None and offers_features(adapter)):
             return replace(self, inputs=["features"], cameras=None, tasks=None)
-        generator = torch.Generator().manual_seed(0)
-        example = adapter.example_observation(min(2, adapter.max_batch or 2), generator)
+        example = adapter.example_observation(
+            min(2, adapter.max_batch or 2), torch.Generator().manual_seed(0)
+        )
         batch = adapter.preprocess(example)
         states = any(name in batch for name in STATES)
         cameras = [key for key in adapter.cameras() if self.cameras is None or key in self.cameras]
@@ -122,12 +119,7 @@ class ObserveConfig:
 
 
 class Observer:
-    """Packs observations for a noise actor; set as ``adapter.observer``, it is asked once per observation.
-
-    Args:
-        config: a resolved config.
-        adapter: the policy.
-    """
+    """Packs observations for a noise actor, by a resolved config; set as ``adapter.observer``."""
 
     def __init__(self, config: ObserveConfig, adapter: PolicyAdapter) -> None:
         self.config, self.adapter = config, adapter
@@ -138,9 +130,8 @@ class Observer:
         """Packed observations (B, d) float32.
 
         Args:
-            conditioning: what the policy made of the observations.
-            batch: what its preprocessor made of them; of a history, the states take part whole and the
-                cameras with their last image.
+            conditioning, batch: what the policy and its preprocessor made of the observations; of a history,
+                the states take part whole and the cameras with their last image.
             tasks: B instructions.
 
         Raises:
@@ -153,20 +144,17 @@ class Observer:
         if "state" in inputs:
             parts += [batch[name].flatten(1) for name in STATES if name in batch]
         if "task" in inputs:
-            parts.append(self._one_hot(tasks or [""] * conditioning.observations))
+            known = list(config.tasks or ())
+            tasks = tasks or [""] * conditioning.observations
+            if unknown := [task for task in tasks if task not in known]:
+                raise UserError(
+                    "--env.task",
+                    f"the noise actor was told of {', '.join(map(repr, known))}, not of {unknown[0]!r}",
+                )
+            parts.append(one_hot(torch.tensor([known.index(task) for task in tasks]), len(known)))
         if "images" in inputs:
             parts.append(images(self.adapter, batch, config.cameras or (), config.image_size).flatten(1))
         return torch.cat([part.to(self.adapter.device, torch.float32) for part in parts], 1)
-
-    def _one_hot(self, tasks: Sequence[str]) -> Tensor:
-        known = list(self.config.tasks or ())
-        unknown = [task for task in tasks if task not in known]
-        if unknown:
-            raise UserError(
-                "--env.task",
-                f"the noise actor was told of {', '.join(map(repr, known))}, not of {unknown[0]!r}",
-            )
-        return one_hot(torch.tensor([known.index(task) for task in tasks]), len(known))
 
 
 def build_observer(config: ObserveConfig, adapter: PolicyAdapter, tasks: Sequence[str]) -> Observer | None:
@@ -194,7 +182,11 @@ def images(adapter: PolicyAdapter, batch: dict[str, Any], cameras: Sequence[str]
     found = []
     for key in cameras:
         image = batch[key][:, -1] if batch[key].ndim == 5 else batch[key]
-        found.append(_small(_as_seen(adapter, key, image), size))
+        for step in getattr(adapter.preprocessor, "steps", ()):
+            if hasattr(step, "_tensor_stats") and key in step.features:
+                image = step._apply_transform(image, key, step.features[key].type, inverse=True)
+                break
+        found.append(_small(image, size))
     return torch.cat(found, 1)
 
 
@@ -205,14 +197,6 @@ def _small(image: Tensor, size: int) -> Tensor:
     if image.shape[-2:] != (size, size):
         image = interpolate(image.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
     return (image.float() * 255).round().clamp(0, 255)
-
-
-def _as_seen(adapter: PolicyAdapter, key: str, image: Tensor) -> Tensor:
-    """An image as it was before the policy's normalisation."""
-    for step in getattr(adapter.preprocessor, "steps", ()):
-        if hasattr(step, "_tensor_stats") and key in step.features:
-            return step._apply_transform(image, key, step.features[key].type, inverse=True)
-    return image
 
 
 def _check_images(

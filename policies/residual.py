@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trimtab.policies.acting import Choice, Denoise
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.encoders import ObservationEncoder
 from trimtab.policies.networks import ClampInvertingGradients, FeatureNormalizer, mlp
+from trimtab.policies.noise_samplers import NoiseSampler
 from trimtab.policies.observe import ObserveConfig
 
 WEIGHTS, SETTINGS = "residual.safetensors", "residual.json"
@@ -47,14 +51,8 @@ class ResidualActor(nn.Module):
         # Where tanh is flat nothing leads back: the noise actor's limit, for the same reason.
         self.limit = math.atanh(config.mean_limit) if config.mean_limit < 1.0 else None
         self.normalizer = FeatureNormalizer(self.encoder.dim)
-        self.net = mlp(
-            self.encoder.dim + chunk_size,
-            chunk_size,
-            config.hidden,
-            config.layers,
-            config.activation,
-            config.layer_norm,
-        )
+        size = config.hidden, config.layers, config.activation, config.layer_norm
+        self.net = mlp(self.encoder.dim + chunk_size, chunk_size, *size)
         for parameter in self.net[-1].parameters():
             nn.init.zeros_(parameter)
 
@@ -87,3 +85,15 @@ class ResidualActor(nn.Module):
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
         (folder / SETTINGS).write_text(json.dumps({"scale": self.scale}) + "\n", encoding="utf-8")
         return folder
+
+
+@dataclass(frozen=True)
+class CorrectedChunk:
+    """A ``ChunkPolicy`` that executes the chunk of ``base`` as ``actor`` corrects it."""
+
+    base: NoiseSampler
+    actor: ResidualActor
+    draws: ClassVar[int] = 1
+
+    def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
+        return Choice(self.actor.correct(features, self.base.act(features, prior, denoise).chunk))

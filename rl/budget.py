@@ -61,5 +61,5 @@ class TrainConfig:
         Raises:
             UserError: the replay is too small for it.
         """
-        own = asdict(rl.pace)
+        own = asdict(rl.pace) if rl.pace else {}
         return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})

@@ -8,7 +8,7 @@ from typing import Any
 
 from lerobot.configs import PreTrainedConfig
 
-from trimtab.adapters import UserError
+from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
@@ -20,32 +20,20 @@ FORMAT = 2  # 1: before LeRobot could load an artefact
 
 
 @dataclass
-class BaseReference:
+class BaseReference(PolicyConfig):
     """The base that an artefact steers: where it lies, how it was loaded, what tells it from any other.
 
     A path of a local folder is relative to the artefact's folder, and begins with a dot.
     """
 
-    # Folder, Hub repository, or address of a policy server.
-    path: str | None = None
-    revision: str | None = None
-    # How it was loaded; as in ``PolicyConfig``.
-    dtype: str | None = None
-    num_inference_steps: int | None = None
-    n_action_steps: int | None = None
-    rename_map: dict[str, str] = field(default_factory=dict)
-    tokenizer: str | None = None
-    backbone: str | None = None
-    base_path: str | None = None
     policy_type: str | None = None
     # What ``PolicyAdapter.identity`` says of it. Of files:
     sha256: str | None = None
-    files: dict[str, str] | None = None
+    files: dict[str, str] = field(default_factory=dict)
     weights_sha256: str | None = None
     weights_dtype: str | None = None
     weights_device: str | None = None
-    # Of a policy server: how it was asked, and what it answered.
-    remote: dict[str, Any] | None = None
+    # Of a policy server: what it answered.
     answer: Any = None
     tolerance: Any = None
 

@@ -86,7 +86,7 @@ class Steering(Method):
 
     def chunks_before_learning(self) -> int:
         train = self.train.at_pace_of(self.rl)
-        return max(train.first_update, train.warmup_transitions) if self.rl.replays else 0
+        return max(train.first_update or 0, train.warmup_transitions or 0)
 
     def learn(self, run: Run) -> dict[str, Any]:
         task, lines = run.task, []
@@ -94,8 +94,7 @@ class Steering(Method):
         runner = PolicyRunner(task.session.adapter, task.session.env)
         reports = {"on_metrics": lines.append, "progress": False}
         with run.training_environments(self.num_envs) as vec:
-            if not rl.replays:
-                search = rl.make_trainer(runner, vec, self.noise, run.seed, **reports)
+            if search := rl.make_trainer(runner, vec, self.noise, run.seed, **reports):
                 self._take(run, search.run())
                 run.add_point(search.env_steps, search.env_steps)
                 return {"updates": 0, "search_episodes": search.episodes, "metrics": lines}

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import draccus
 import torch
@@ -101,8 +101,8 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         require_known(self, discount_per=DISCOUNT_PER, precision=PRECISIONS, engine=ENGINES)
 
     @property
-    def pace(self) -> Pace:
-        """Its own."""
+    def pace(self) -> Pace | None:
+        """Its own; ``None`` where it keeps no replay and makes no updates."""
         return Pace()
 
     @property
@@ -118,9 +118,6 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     @property
     def type(self) -> str:
         return self.get_choice_name(self.__class__)
-
-    # Whether it learns from a replay of transitions; one that does not brings a trainer (``make_trainer``).
-    replays: ClassVar[bool] = True
 
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         """Raise a UserError where the algorithm cannot do what is asked; asked before any long work.

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import UserError
-from trimtab.policies.acting import Candidates, Choice, ChunkPolicy, CorrectedChunk, Denoise
+from trimtab.policies.acting import Candidates, Choice, ChunkPolicy, Denoise
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_samplers import own_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
-from trimtab.policies.residual import ResidualActor
+from trimtab.policies.residual import CorrectedChunk, ResidualActor
 from trimtab.rl.algorithms.acting import PLAIN_RUN, LoadedBase, RunRequest
 from trimtab.rl.algorithms.base import (
     Algorithm,
@@ -165,7 +165,7 @@ class Residual(Algorithm):
         return Choice(chunks, u)
 
     def deployed_policy(self, deterministic: bool = True) -> ChunkPolicy:
-        return CorrectedChunk(own_noise(self.space.spec), self.actor.correct)
+        return CorrectedChunk(own_noise(self.space.spec), self.actor)
 
     def save(self, output: Path, base: LoadedBase, noise: NoiseSpaceConfig, training: dict[str, Any]) -> Path:
         return self.actor.write(output / "residual")

@@ -216,7 +216,7 @@ def test_noise_that_a_constant_actor_cannot_make():
     noise[1] = 3.0
     with pytest.raises(UserError, match=r"--noise.bound: .*reaches 3.00, an actor here 1\.96"):
         constant_actor(noise, ConstantNoiseConfig().build(SPEC))
-    with pytest.raises(UserError, match="--noise.type: .*cannot make"):
+    with pytest.raises(UserError, match=r"--noise.type: .*cannot make"):
         constant_actor(noise, ConstantNoiseConfig(bound=9.0, ticket="repeat").build(SPEC))
     with pytest.raises(ValueError, match="of the type 'constant'"):
         constant_actor(noise, FullNoiseConfig(bound=9.0).build(SPEC))
