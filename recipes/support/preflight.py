@@ -59,7 +59,7 @@ def measure(session: Session, config: Any, space: NoiseSpace) -> tuple[Measured,
     found: Measured = {}
     details: dict[str, Any] = {}
     for task, vec in session.evaluations_by_task():
-        if not found and config.rl.pace is not None:
+        if not found and config.rl.pace:
             announce_memory(session, config.rl, config.train.replay_capacity, space)
         found[task], details[task], _ = session.baselines(vec, config.seed)
         untrained = config.rl.untrained(space)

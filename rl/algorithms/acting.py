@@ -45,11 +45,7 @@ class LoadedBase:
 
 
 class TrainingResult:
-    """What a run has learnt, as commands see it.
-
-    Attributes:
-        actor: what was trained to act.
-    """
+    """What a run has learnt, as commands see it; ``actor`` is what was trained to act."""
 
     actor: Any
 
@@ -70,23 +66,10 @@ class TrainingResult:
         return None
 
     def save(self, output: Path, base: LoadedBase, noise: NoiseSpaceConfig, training: dict[str, Any]) -> Path:
-        """Write what is deployed into a folder under ``output`` and return it.
-
-        Args:
-            output: folder of the run.
-            base: what it steers.
-            noise: config of the noise space.
-            training: facts about the run.
-        """
+        """Write what is deployed into a folder under ``output`` and return it; ``training`` holds facts."""
+        steered = base.adapter, base.options, base.folder
         return save_artefact(
-            output / "artefact",
-            self.actor,
-            noise,
-            base.adapter,
-            base.options,
-            base.folder,
-            training,
-            self.selecting_critic(),
+            output / "artefact", self.actor, noise, *steered, training, self.selecting_critic()
         )
 
 

@@ -44,6 +44,8 @@ class GoldenTicketConfig(AlgorithmConfig):
     keep: float = 0.5
     actor: ActorConfig = field(default_factory=ActorConfig)
 
+    pace = {}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.candidates < 2:
@@ -59,10 +61,6 @@ class GoldenTicketConfig(AlgorithmConfig):
                 f"{self.candidates} constants take at least {least} episodes, got {self.budget}; raise it, "
                 "or lower --rl.candidates or --rl.keep",
             )
-
-    @property
-    def pace(self) -> None:
-        return None
 
     @property
     def replayed(self) -> tuple[str, ...]:

@@ -35,12 +35,8 @@ def rank_correlation(
 ) -> Tensor:
     """Mean over states of Spearman's correlation of ``Q^W(s, u_k)`` and ``Q^A(s, a_k)`` over the pairs.
 
-    Within a state: over all states together the value of the state alone makes it look perfect.
-
-    Args:
-        noise_critic, critic: ``Q^W`` and ``Q^A``; their members are averaged.
-        features: (B, d).
-        u, chunks: (B, K, dim) and (B, K, steps * action_dim), pair by pair.
+    Within a state: over all states together the value of the state alone makes it look perfect. Members are
+    averaged; features (B, d), pairs (B, K, dim) and (B, K, steps * action_dim).
     """
     noise = noise_critic(features, u).mean(0)
     action = critic(features, chunks).mean(0)

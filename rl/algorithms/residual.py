@@ -29,13 +29,7 @@ from trimtab.policies.noise_samplers import own_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.residual import CorrectedChunk, ResidualActor
 from trimtab.rl.algorithms.acting import PLAIN_RUN, LoadedBase, RunRequest
-from trimtab.rl.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    Problem,
-    frozen,
-    require_positive,
-)
+from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, Problem, frozen, require_positive
 from trimtab.rl.data.replay import Batch
 
 
@@ -92,13 +86,11 @@ class Residual(Algorithm):
 
     def __init__(self, config: ResidualConfig, problem: Problem) -> None:
         super().__init__(config, problem)
-        chunk_size = problem.chunk_size
         self.bounds = problem.bounds if config.clip_targets else None
-        self.actor = ResidualActor(
-            problem.feature_dim, chunk_size, config.scale, config.actor, problem.observe
-        )
+        sizes = problem.feature_dim, problem.chunk_size
+        self.actor = ResidualActor(*sizes, config.scale, config.actor, problem.observe)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = CriticEnsemble(self.actor.encoder.dim, chunk_size, config.critic)
+        self.critic = CriticEnsemble(self.actor.encoder.dim, problem.chunk_size, config.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_optimizer = self._adam(self.critic, self.actor.encoder)
         self.actor_optimizer = self._adam(self.actor.net)
@@ -169,7 +161,3 @@ class Residual(Algorithm):
 
     def save(self, output: Path, base: LoadedBase, noise: NoiseSpaceConfig, training: dict[str, Any]) -> Path:
         return self.actor.write(output / "residual")
-
-    @torch.no_grad()
-    def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
-        return self.critic(self.actor.encoder(features), chunks).mean(0)
