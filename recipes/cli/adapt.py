@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import draccus
 from lerobot.envs.configs import EnvConfig
@@ -16,17 +16,17 @@ from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
-from trimtab.recipes.support.console import new_output_dir
+from trimtab.recipes.support.console import new_output_dir, say
 from trimtab.recipes.support.launched import launched_processes, make_accelerator
 from trimtab.recipes.support.option_dicts import flatten
-from trimtab.recipes.support.preflight import Measured, check_inputs, check_reward, measure
+from trimtab.recipes.support.preflight import check_inputs, check_reward, measure
 from trimtab.recipes.support.repeat import loaded_plugins
 from trimtab.recipes.support.reporting import (
     NAMES,
     MetricsWriter,
-    outcomes,
     plot_curve,
     rate_text,
+    results_of,
     summaries,
     table,
     write_json,
@@ -40,11 +40,10 @@ from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig
 from trimtab.rl.envs.vector import WorkerLost
-from trimtab.rl.evaluation import Evaluation, pooled
+from trimtab.rl.evaluation import pooled
 from trimtab.rl.runs.checkpoint import CheckpointConfig
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.runs.processes import ProcessGroup
-from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.seeds import MAX_SEED
 from trimtab.rl.trainer import Trainer
 
@@ -89,28 +88,12 @@ def check_run(seed: int, num_envs: int) -> None:
         raise UserError("--seed", f"must be between 0 and {MAX_SEED}, got {seed}")
 
 
-@dataclass
-class Outcome:
-    """What a steering run found.
+class Outcome(NamedTuple):
+    """What a steering run found: results.json, lines of metrics, and the folder of what is deployed."""
 
-    Attributes:
-        evaluations: by policy, over all tasks; ``by_task``: of each task.
-        untrained: what the noise space does before anything is learnt.
-        constants: details of the search for a constant noise.
-        folder: of what is deployed.
-        lines: of metrics.
-        parameters: weights trained.
-        seconds: by part of the run.
-    """
-
-    evaluations: dict[str, Evaluation]
-    by_task: Measured
-    untrained: Evaluation
-    constants: dict[str, Any]
+    results: dict[str, Any]
     lines: list[dict[str, Any]]
-    parameters: int
-    seconds: dict[str, float]
-    folder: Path = Path()
+    folder: Path
 
 
 def main(config: AdaptConfig) -> None:
@@ -123,7 +106,6 @@ def main(config: AdaptConfig) -> None:
     session, folder = open_session(
         config.policy, config.env, config.eval, config.machine, config.observe, many=True
     )
-    say = print if processes is None or processes.is_main_process else lambda text: None
     say(describe(session, folder))
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked != "no":
@@ -132,51 +114,47 @@ def main(config: AdaptConfig) -> None:
             "base, --rl.precision=bfloat16 for the learner"
         )
     try:
-        outcome = steer(session, folder, config, output)
+        results, lines, artefact = steer(session, folder, config, output)
     except Stopped as stopped:
         at = "after training" if stopped.env_steps is None else f"at {stopped.env_steps:,} environment steps"
         say(
             f"\nstopped by {stopped.name} {at}; go on with: trimtab adapt --resume=true --output_dir={output}"
         )
         return
-    say(f"\n{table(summaries(outcome.evaluations), config.train.reward == 'env')}\n")
-    for task, found in outcome.by_task.items() if len(outcome.by_task) > 1 else ():
-        say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(e.summary())}" for n, e in found.items()))
-    say(untrained_line(outcome.untrained.summary(), config.noise.type))
-    for line in waits(outcome.lines):
-        say(line)
-    say(f"{outcome.parameters:,} weights trained; artefact {outcome.folder}; all in {output}")
+    say(f"\n{table(results['policies'], config.train.reward == 'env')}\n")
+    for task, found in results["tasks"].items() if len(results["tasks"]) > 1 else ():
+        say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(one)}" for n, one in found.items()))
+    say(untrained_line(results, config.noise.type))
+    if waited := waits(lines[-1] if lines else {}):
+        say(waited)
+    say(f"{results['actor_parameters']:,} weights trained; artefact {artefact}; all in {output}")
 
 
-def untrained_line(summary: dict[str, Any], noise: str) -> str:
-    """One line about what the noise space alone does."""
-    return f"untrained actor ({noise} noise): {rate_text(summary)}"
+def untrained_line(results: dict[str, Any], noise: str) -> str:
+    """What the noise space alone does."""
+    return f"untrained actor ({noise} noise): {rate_text(results['untrained_actor'])}"
 
 
-def waits(lines: list[dict[str, Any]]) -> list[str]:
-    """A line about what waited for what while training, from the last of the metrics, if they say."""
-    last = lines[-1] if lines else {}
+def waits(last: dict[str, Any]) -> str:
+    """What waited for what while training, from the last line of the metrics; empty where it does not say."""
     names = {
         "learner_waits": "the learner waited for the environments {:.0%}",
         "envs_wait": "the environments waited for the learner {:.0%}",
         "denoise": "both waited for the base {:.0%}",
         "processes_wait": "the processes waited for each other {:.0%}",
     }
-    shares = {name: last.get(f"seconds_share/{name}") for name in names}
-    said = [names[name].format(share) for name, share in shares.items() if share is not None]
-    return [f"of {last['seconds_total']:.0f} s of training: " + ", ".join(said)] if said else []
+    shares = {said: last.get(f"seconds_share/{name}") for name, said in names.items()}
+    said = ", ".join(said.format(share) for said, share in shares.items() if share is not None)
+    return said and f"of {last['seconds_total']:.0f} s of training: {said}"
 
 
 def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Path) -> Outcome:
     """Evaluate the baselines, train, evaluate what was learnt, and write everything under ``output``.
 
-    With ``config.resume``, what ``output`` holds of it is taken up.
+    With ``config.resume``, what ``output`` holds of the run is taken up.
 
     Args:
-        session: the base policy in its environment.
         folder: where the base was loaded from.
-        config: of the run.
-        output: its folder.
 
     Raises:
         UserError: from the policy or the environment; nothing is written before training starts.
@@ -200,14 +178,13 @@ def _steer(
     accelerator: Any,
     signals: StopSignals,
 ) -> Outcome:
-    space, world = config.noise.build(session.adapter.noise_spec), session.world
+    space, world, clock = config.noise.build(session.adapter.noise_spec), session.world, Clock()
     check_inputs(session, config, space)
     identity = session.adapter.identity(folder)
     run = RunFolder(output, config, identity, config.checkpoint, world)
     checkpoint = run.newest() if config.resume else None
     if checkpoint is not None and not checkpoint.beside.get("repeatable", True):
         session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
-    clock = Clock()
     measured, constants = (run.baselines() if config.resume else None) or measure(session, config, space)
     check_reward(config.rl, config.train.reward, measured)
     run.begin(measured, constants)
@@ -230,10 +207,10 @@ def _steer(
             faults_config=config.faults,
             stop=signals,
         )
-        with MetricsWriter(output / METRICS if world.main else Path(os.devnull), kept) as lines:
-            trainer.on_metrics = lambda line: (lines(line), tracked(line))
+        with MetricsWriter(output / METRICS if world.main else Path(os.devnull), kept) as metrics:
+            trainer.on_metrics = lambda line: (metrics(line), tracked(line))
             if run.checkpoints:
-                run.checkpoints.beside = lambda: {"metrics": lines.offset(), "repeatable": vec.repeatable}
+                run.checkpoints.beside = lambda: {"metrics": metrics.offset(), "repeatable": vec.repeatable}
             for note in trainer.resume(checkpoint) if checkpoint else ():
                 print(note)
             signals.kept = checkpoint is not None
@@ -253,8 +230,21 @@ def _steer(
     untrained = pooled([found.pop("untrained") for found in measured.values()])
     names = next(iter(measured.values()))
     evaluations = {name: pooled([found[name] for found in measured.values()]) for name in names}
-    parameters = learnt.trained_parameters()["actor"]
-    outcome = Outcome(evaluations, measured, untrained, constants, lines.lines, parameters, clock.seconds)
+    results = results_of(
+        config,
+        evaluations,
+        tasks={task: summaries(found) for task, found in measured.items()},
+        untrained_actor=untrained.summary(),
+        constant_noise_search=constants,
+        env_steps=trainer.env_steps,
+        training_episodes=trainer.episodes,
+        updates=trainer.updates,
+        actor_parameters=learnt.trained_parameters()["actor"],
+        base_sha256=identity.get("sha256"),  # a policy server shows no weights
+        seconds=clock,
+        train=asdict(config.train),
+    )
+    artefact = Path()
     if world.main:
         facts = {
             "env": draccus.encode(config.env, EnvConfig),
@@ -262,62 +252,30 @@ def _steer(
             "env_steps": trainer.env_steps,
             "episodes": trainer.episodes,
             "deterministic": config.eval.deterministic,
-            "success": summaries(evaluations),
+            "success": results["policies"],
             "algorithm": config.rl.type,
             "plugins": loaded_plugins(),
         }
         base = LoadedBase(session.adapter, config.policy, folder)
-        outcome.folder = learnt.save(output, base, config.noise, facts)
-        write_results(output, outcome, config, trainer, identity)
+        artefact = learnt.save(output, base, config.noise, facts)
+        write_json(output / "results.json", results)
         run.write_config()
         title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
-        plot_curve(output / "curve.png", lines.lines, summaries(evaluations), title)
+        plot_curve(output / "curve.png", metrics.lines, results["policies"], title)
         session.record(session.own_noise, output / "before.mp4", "video: base policy")
         session.record(steered, output / "after.mp4", "video: steered")
         clock.lap("pictures")
-        write_results(output, outcome, config, trainer, identity)  # once more, with the last time in it
-    return outcome
+        write_json(output / "results.json", results)  # once more, with the last time in it
+    return Outcome(results, metrics.lines, artefact)
 
 
-class Clock:
+class Clock(dict[str, float]):
     """Seconds by part of a run."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
         self._started = time.perf_counter()
 
     def lap(self, name: str) -> None:
         """The part that ends now was ``name``."""
         now = time.perf_counter()
-        self.seconds[name], self._started = now - self._started, now
-
-
-def write_results(
-    output: Path,
-    outcome: Outcome,
-    config: AdaptConfig,
-    trainer: Any,
-    identity: dict[str, Any],
-) -> None:
-    """Write results.json: the table and how it came about."""
-    write_json(
-        output / "results.json",
-        {
-            "policies": summaries(outcome.evaluations),
-            "tasks": {task: summaries(found) for task, found in outcome.by_task.items()},
-            "outcomes": outcomes(outcome.evaluations),
-            "untrained_actor": outcome.untrained.summary(),
-            "constant_noise_search": outcome.constants,
-            "env": {"type": config.env.type, "task": config.env.task},
-            "seed": config.seed,
-            "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],
-            "env_steps": trainer.env_steps,
-            "training_episodes": trainer.episodes,
-            "updates": trainer.updates,
-            "actor_parameters": outcome.parameters,
-            "base_sha256": identity.get("sha256"),  # a policy server shows no weights
-            "seconds": {name: round(value, 2) for name, value in outcome.seconds.items()},
-            "machine": machine_record(),
-            "train": asdict(config.train),
-        },
-    )
+        self[name], self._started = round(now - self._started, 2), now

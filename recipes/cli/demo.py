@@ -6,20 +6,20 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.recipes.cli.adapt import AdaptConfig, check_run, steer, untrained_line
-from trimtab.recipes.embedded_base.base import RECORD, BaseConfig, cached_base
+from trimtab.recipes.embedded_base.base import BaseConfig, cached_base
 from trimtab.recipes.support.console import default_threads, new_output_dir
-from trimtab.recipes.support.reporting import read_json, summaries, table, write_json
+from trimtab.recipes.support.reporting import summaries, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.budget import TrainConfig
+from trimtab.rl.envs.hooks import base_tasks, for_task
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, resolve_task
 from trimtab.rl.evaluation import Evaluation, evaluate
 
@@ -29,15 +29,8 @@ def default_cache() -> Path:
     return Path(os.environ.get("TRIMTAB_CACHE") or "~/.cache/trimtab").expanduser()
 
 
-SHARED = (
-    "rl",
-    "noise",
-    "train",
-    "eval",
-    "machine",
-    "num_envs",
-    "seed",
-)  # options that mean what adapt's mean
+# Options that mean what adapt's mean.
+SHARED = ("rl", "noise", "train", "eval", "machine", "num_envs", "seed")
 
 
 @dataclass
@@ -79,14 +72,14 @@ def main(config: DemoConfig) -> None:
         config.machine.threads = default_threads(0)
 
     print(f"[1/3] a generalist that imitates operators of mixed skill on {len(base.tasks.split(','))} tasks")
-    MachineConfig(workers=0, threads=config.machine.threads).apply()
-    folder = cached_base(base, config.cache_dir or default_cache())
+    config.machine.apply()
+    path = cached_base(base, config.cache_dir or default_cache())
     base_seconds = time.perf_counter() - started
 
     print(f"[2/3] steering it on {config.task}: it stays frozen, a noise actor learns")
     adapt = AdaptConfig(
         env=MetaworldStateConfig(task=config.task, episode_length=base.episode_length),
-        policy=PolicyConfig(path=str(folder), device="cpu"),
+        policy=PolicyConfig(path=str(path), device="cpu"),
         output_dir=output,
         **{name: getattr(config, name) for name in SHARED},
     )
@@ -94,48 +87,35 @@ def main(config: DemoConfig) -> None:
     print(describe(session, folder))
     sha256 = file_hash(folder)
     before = other_tasks(session, folder, config, "before")
-    outcome = steer(session, folder, adapt, output)
+    results = steer(session, folder, adapt, output).results
 
     print("[3/3] the base's other tasks, without the actor, once more")
     after = other_tasks(session, folder, config, "after")
     same = sha256 == file_hash(folder) and all(
         (before[task].successes == after[task].successes).all() for task in before
     )
-    results = read_json(output / "results.json")
     results["seconds"] |= {"base": round(base_seconds, 2), "total": round(time.perf_counter() - started, 2)}
     results["other_tasks"] = {"before": summaries(before), "after": summaries(after), "unchanged": same}
     write_json(output / "results.json", results)
-    print(report(config, results, outcome.parameters, output))
+    parameters = results["actor_parameters"]
+    print(f"\n{table(results['policies'])}\n\n{untrained_line(results, config.noise.type)}")
+    print(
+        f"{config.task}: {results['env_steps']:,} environment steps ({results['training_episodes']} "
+        f"episodes), {parameters:,} weights trained ({parameters * 4 / 1e3:.0f} kB), base file unchanged"
+    )
+    for task, found in after.items():
+        won = f"{before[task].successes.sum()}/{len(found.seeds)} before"
+        print(f"{task}: {won}, {found.successes.sum()}/{len(found.seeds)} after")
+    print(f"{results['seconds']['total']:.0f} s in all; curve, videos, metrics and artefact in {output}")
 
 
 def other_tasks(session: Session, folder: Path, config: DemoConfig, when: str) -> dict[str, Evaluation]:
     """Evaluate the untouched base on its other tasks, each with the same seeds every time."""
     found: dict[str, Evaluation] = {}
-    others = [task for task in read_json(folder / RECORD)["tasks"] if task != config.task]
+    others = [task for task in base_tasks(session.env, folder) if task != config.task]
     for task in others if config.other_task_episodes > 0 else ():
-        env = MetaworldStateConfig(task=task, episode_length=config.base.episode_length)
-        env.check_base(folder)
-        other = Session(session.adapter, env, session.eval, session.machine)
+        other = Session(session.adapter, for_task(session.env, task), session.eval, session.machine)
         seeds = session.eval.seeds[: config.other_task_episodes]
         with other.environments(len(seeds), other.evaluation_workers) as vec:
             found[task] = evaluate(other.runner, vec, base_noise, seeds, f"{task}, {when}")
     return found
-
-
-def report(config: DemoConfig, results: dict[str, Any], parameters: int, output: Path) -> str:
-    """What the demo prints at the end."""
-    before, after = (results["other_tasks"][when] for when in ("before", "after"))
-    return "\n".join(
-        [
-            f"\n{table(results['policies'])}\n",
-            untrained_line(results["untrained_actor"], config.noise.type),
-            f"{config.task}: {results['env_steps']:,} environment steps ({results['training_episodes']} "
-            f"episodes), {parameters:,} weights trained ({parameters * 4 / 1e3:.0f} kB), base file unchanged",
-            *(
-                f"{task}: {before[task]['successes']}/{before[task]['episodes']} before, "
-                f"{entry['successes']}/{entry['episodes']} after"
-                for task, entry in after.items()
-            ),
-            f"{results['seconds']['total']:.0f} s in all; curve, videos, metrics and artefact in {output}",
-        ]
-    )

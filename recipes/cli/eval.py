@@ -11,11 +11,10 @@ from trimtab.adapters import PolicyConfig, UserError
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact
 from trimtab.recipes.support.console import new_output_dir
-from trimtab.recipes.support.reporting import outcomes, summaries, table, write_json
+from trimtab.recipes.support.reporting import results_of, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base
-from trimtab.rl.runs.threads import machine_record
 
 
 @dataclass
@@ -84,30 +83,20 @@ def main(config: EvaluateConfig) -> None:
         if steered is not None:
             evaluations["steered"] = session.evaluate(vec, policy, label="steered")
     session.record(policy, output / "rollouts.mp4", "video")
-    write_json(
-        output / "results.json",
-        {
-            "policies": summaries(evaluations),
-            "outcomes": outcomes(evaluations),
-            "base_sha256": session.adapter.identity(folder).get("sha256"),
-            "constant_noise_search": details,
-            "env": {"type": config.env.type, "task": config.env.task},
-            "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],
-            "machine": machine_record(),
-            "steered_by": steered
-            and {name: getattr(config.eval, name) for name in ("deterministic", "num_candidates")},
-        },
+    used = {name: getattr(config.eval, name) for name in ("deterministic", "num_candidates")}
+    results = results_of(
+        config,
+        evaluations,
+        base_sha256=session.adapter.identity(folder).get("sha256"),
+        constant_noise_search=details,
+        steered_by=steered and used,
     )
-    print(f"\n{table(summaries(evaluations))}\n\nall in {output}")
+    write_json(output / "results.json", results)
+    print(f"\n{table(results['policies'])}\n\nall in {output}")
 
 
 def acting(session: Session, steered: Steered | None) -> ChunkPolicy:
-    """What acts, as `lerobot-eval` of the same policy lets it act; the base where nothing steers it.
-
-    Args:
-        session: its ``eval`` is a complete ``SteeredEvalConfig``.
-        steered: the artefact.
-    """
+    """What acts, as `lerobot-eval` lets it act: the artefact by the session's ``eval``, or the plain base."""
     if steered is None:
         return session.own_noise
     return steered.policy(session.eval.deterministic, session.eval.num_candidates)

@@ -23,13 +23,19 @@ from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.repeat import repeatable
-from trimtab.recipes.support.reporting import MetricsWriter, outcomes, rate_text, summaries, table, write_json
+from trimtab.recipes.support.reporting import (
+    MetricsWriter,
+    rate_text,
+    results_of,
+    summaries,
+    table,
+    write_json,
+)
 from trimtab.recipes.support.session import Session, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.data.demonstration_data import rate_warning
 from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import Evaluation, require_success
-from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.seeds import training_seed
 
 DATASET_STEPS = 20_000  # gradient steps by default
@@ -118,7 +124,8 @@ def main(config: LoraConfig) -> None:
     run.finish()
     if run.evaluations:
         print(f"\n{table(summaries(run.evaluations))}\n")
-    print(f"{run.name} in {run.saved}; all in {output}")
+    name = "LoRA adapter" if config.method == "lora" else "policy"
+    print(f"{name} in {run.saved}; all in {output}")
 
 
 def open_base(config: LoraConfig) -> tuple[PolicyAdapter, Path]:
@@ -156,7 +163,6 @@ class Run:
 
     def __init__(self, config: LoraConfig, tuner: FineTuner, session: Session | None, output: Path) -> None:
         self.config, self.tuner, self.session, self.output = config, tuner, session, output
-        self.name = "LoRA adapter" if config.method == "lora" else "policy"
         self.saved = output / "policy"
         self.evaluations: dict[str, Evaluation] = {}
         self.details: dict[str, Any] = {}
@@ -222,47 +228,41 @@ class Run:
                     print(f"{report}; skipped, for there is nothing new to learn from")
                 lines.append(line | {"eval": last.summary()})
                 metrics(lines[-1])
-        self.details = {
-            "env_steps": rollouts.env_steps,
-            "training_episodes": sum(line["episodes"] for line in lines),
-            "dataset": {"repo_id": REPO_ID, "episodes": recorder.episodes, "frames": recorder.frames},
-            "rounds": lines,
-        }
+        episodes = sum(line["episodes"] for line in lines)
         if not recorder.episodes:
             raise UserError(
                 "--env_steps",
-                f"none of {self.details['training_episodes']} episodes in {rollouts.env_steps} steps "
-                "succeeded: nothing to clone; raise it, or start from a policy that succeeds at times",
+                f"none of {episodes} episodes in {rollouts.env_steps} steps succeeded: nothing to clone; "
+                "raise it, or start from a policy that succeeds at times",
             )
+        self.details = {
+            "env_steps": rollouts.env_steps,
+            "training_episodes": episodes,
+            "dataset": {"repo_id": REPO_ID, "episodes": recorder.episodes, "frames": recorder.frames},
+            "rounds": lines,
+        }
 
     def finish(self) -> None:
         """Save the result and write results.json, config.json and videos."""
-        saved = self.tuner.save(self.saved)
-        config = self.config
-        write_json(
-            self.output / "results.json",
-            {
-                "policies": summaries(self.evaluations),
-                "outcomes": outcomes(self.evaluations),
-                "method": config.method,
-                "from_rollouts": config.from_rollouts,
-                "env": {"type": config.env.type, "task": config.env.task} if config.env else None,
-                "seed": config.seed,
-                "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],
-                "updates": self.tuner.updates,
-                "trained_parameters": self.tuner.trained_parameters,
-                "saved_bytes": sum(path.stat().st_size for path in self.saved.iterdir()),
-                "base_sha256": self.tuner.base_hashes["weights"],
-                **self.details,
-                "seconds": {name: round(value, 2) for name, value in self.seconds.items()},
-                "machine": machine_record(),
-            },
+        config, tuned = self.config, self.tuner.save(self.saved)
+        results = results_of(
+            config,
+            self.evaluations,
+            method=config.method,
+            from_rollouts=config.from_rollouts,
+            updates=self.tuner.updates,
+            trained_parameters=self.tuner.trained_parameters,
+            saved_bytes=sum(path.stat().st_size for path in self.saved.iterdir()),
+            base_sha256=self.tuner.base_hashes["weights"],
+            **self.details,
+            seconds={name: round(value, 2) for name, value in self.seconds.items()},
         )
+        write_json(self.output / "results.json", results)
         again = repeatable(draccus.encode(config, LoraConfig))
-        again.pop("output_dir", None)
-        write_json(self.output / "config.json", {k: v for k, v in again.items() if v is not None})
+        again = {n: value for n, value in again.items() if value is not None and n != "output_dir"}
+        write_json(self.output / "config.json", again)
         if self.session is not None:
-            after = Session(saved, self.session.env, config.eval, config.machine)
+            after = Session(tuned, self.session.env, config.eval, config.machine)
             after.record(after.own_noise, self.output / "after.mp4", "video: fine-tuned")
 
     def _evaluate(self, session: Session, name: str, label: str) -> Evaluation:

@@ -7,13 +7,14 @@ from typing import Any
 from trimtab.adapters import UserError
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.recipes.support.console import say
 from trimtab.recipes.support.session import Session
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.algorithms.acting import RunRequest
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import read_demonstrations
 from trimtab.rl.data.memory import check_replay, replay_layout
-from trimtab.rl.evaluation import Evaluation
+from trimtab.rl.evaluation import Evaluation, unreported
 from trimtab.rl.warm_start import read_constant
 
 # Evaluations by task and policy.
@@ -21,12 +22,7 @@ Measured = dict[str, dict[str, Evaluation]]
 
 
 def check_inputs(session: Session, config: Any, space: NoiseSpace) -> None:
-    """Refuse what does not fit together before any long work.
-
-    Args:
-        session: of the run.
-        config: an ``AdaptConfig``.
-        space: its noise space.
+    """Refuse what does not fit together before any long work; ``config`` is an ``AdaptConfig``.
 
     Raises:
         UserError: the algorithm cannot learn in this noise space or from demonstrations, or the dataset or
@@ -50,17 +46,14 @@ def check_inputs(session: Session, config: Any, space: NoiseSpace) -> None:
 def measure(session: Session, config: Any, space: NoiseSpace) -> tuple[Measured, dict[str, Any]]:
     """Evaluate the baselines, and what the noise space itself does to the policy before any learning.
 
-    Args:
-        session, config, space: as for ``check_inputs``.
-
     Returns:
         (evaluations, details of the search for a constant)
     """
     found: Measured = {}
     details: dict[str, Any] = {}
     for task, vec in session.evaluations_by_task():
-        if not found and config.rl.pace:
-            announce_memory(session, config.rl, config.train.replay_capacity, space)
+        if not found and config.rl.pace and session.first is not None:
+            announce_memory(session, config, space)
         found[task], details[task], _ = session.baselines(vec, config.seed)
         untrained = config.rl.untrained(space)
         found[task]["untrained"] = (
@@ -69,37 +62,24 @@ def measure(session: Session, config: Any, space: NoiseSpace) -> tuple[Measured,
     return found, next(iter(details.values())) if len(details) == 1 else details
 
 
-def announce_memory(session: Session, rl: AlgorithmConfig, capacity: int, space: NoiseSpace) -> None:
-    """Say what the replay will take, or refuse it, before the long work, once an observation is known."""
-    if session.first is None:
-        return
-    keeps = "conditioning" in rl.replayed
-    spec = ConditioningSpec.of(session.adapter, session.first) if keeps else None
-    feature_dim = session.runner.features(session.first).shape[1]
-    line = check_replay(capacity, **replay_layout(rl, session.adapter, space, feature_dim, spec))
-    if session.world is None or session.world.main:
-        print(line)
+def announce_memory(session: Session, config: Any, space: NoiseSpace) -> None:
+    """Say what the replay will take, or refuse it, before the long work."""
+    spec = None
+    if "conditioning" in config.rl.replayed:
+        spec = ConditioningSpec.of(session.adapter, session.first)
+    width = session.runner.features(session.first).shape[1]
+    layout = replay_layout(config.rl, session.adapter, space, width, spec)
+    say(check_replay(config.train.replay_capacity, **layout))
 
 
 def check_reward(rl: AlgorithmConfig, reward: str, measured: Measured) -> None:
     """Refuse to learn from success where the environment reports none.
 
-    Args:
-        rl, reward: what is to learn, and from what.
-        measured: the baselines.
-
     Raises:
         UserError: names what the environment's ``info`` holds instead.
     """
     problem = rl.without_success(reward)
-    for task, found in measured.items() if problem else ():
-        base = found["base"]
-        if base.reported:
-            continue
-        option, mend = problem
-        episodes = sum(len(one.seeds) for one in found.values())
-        raise UserError(
-            option,
-            f"the environment never reported success in {episodes} episodes of {task} (its info held: "
-            f"{', '.join(base.info_keys) or 'nothing'}), so there is nothing to learn from; {mend}",
-        )
+    for found in measured.values() if problem else ():
+        if not found["base"].reported:
+            option, mend = problem
+            raise UserError(option, f"{unreported(found['base'])}, so there is nothing to learn from; {mend}")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from trimtab.rl.evaluation import Evaluation
+from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.statistics import wilson_interval
 
 NAMES = {
@@ -33,14 +34,9 @@ MIN_WINDOW = 15  # episodes behind a point of the success curve
 
 
 class MetricsWriter:
-    """Appends one JSON object per line; each line reaches the file whole.
+    """Appends one JSON object per line to ``path``, of which it keeps the first ``keep`` bytes.
 
-    Args:
-        path: the file; what it held is replaced.
-        keep: bytes of it to keep instead, when a run goes on from a checkpoint.
-
-    Attributes:
-        lines: all of the run's lines.
+    ``lines`` are all of the run's.
     """
 
     def __init__(self, path: Path, keep: int = 0) -> None:
@@ -85,9 +81,18 @@ def summaries(evaluations: dict[str, Evaluation]) -> dict[str, dict[str, Any]]:
     return {name: evaluation.summary() for name, evaluation in evaluations.items()}
 
 
-def outcomes(evaluations: dict[str, Evaluation]) -> dict[str, str]:
-    """Each episode's outcome, 1 or 0, in the order of the seeds: what a paired test needs."""
-    return {name: "".join(str(int(won)) for won in e.successes) for name, e in evaluations.items()}
+def results_of(config: Any, evaluations: dict[str, Evaluation], **more: Any) -> dict[str, Any]:
+    """Content of results.json: ``more``, and how the policies of a command did, and on which episodes."""
+    return {
+        "policies": summaries(evaluations),
+        # 1 or 0 for each episode, in the order of the seeds: what a paired test needs.
+        "outcomes": {n: "".join(str(int(won)) for won in e.successes) for n, e in evaluations.items()},
+        "env": config.env and {"type": config.env.type, "task": config.env.task},
+        "seed": config.seed,
+        "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],
+        **more,
+        "machine": machine_record(),
+    }
 
 
 def rate_text(summary: dict[str, Any]) -> str:
@@ -110,11 +115,9 @@ def return_text(summary: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, dict[str, Any]], returns: bool = False) -> str:
-    """A table of evaluation summaries with counts and 95 % Wilson intervals.
+    """A table of evaluation summaries by policy, with counts and 95 % Wilson intervals.
 
-    Args:
-        results: summaries by policy.
-        returns: show the environment's own return, too; it always is where success is not reported.
+    ``returns`` shows the environment's own return, too; it always is where success is not reported.
     """
     returns = returns or any(entry["success_rate"] is None for entry in results.values())
     rows = [["policy", "success", "95 % interval", "episodes", "mean steps", "return [95 % interval]"]]
@@ -130,27 +133,18 @@ def table(results: dict[str, dict[str, Any]], returns: bool = False) -> str:
         rows.append([NAMES.get(name, name), *success, f"{entry['mean_steps']:.0f}", return_text(entry)])
     if not returns:
         rows = [row[:-1] for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     rows.insert(1, ["-" * width for width in widths])
-    lines = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))])
+        for name, *cells in rows
+    )
 
 
 def plot_curve(
     path: Path, lines: Sequence[dict[str, Any]], results: dict[str, dict[str, Any]], title: str
 ) -> None:
-    """Draw success while learning, with the evaluated policies as levels, and the critic's calibration.
-
-    Where success is not reported, the return is drawn in its place.
-
-    Args:
-        path: PNG to write.
-        lines: the run's metrics.
-        results: summaries by policy.
-    """
+    """Draw success (or return) while learning, evaluated policies as levels, and the critic's calibration."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,11 +171,8 @@ def plot_curve(
             colour = COLOURS.get(name, "black")
             top.axhline(entry[measure], color=colour, linestyle="--", linewidth=1.4, label=label)
     warm = [line["env_steps"] for line in lines if line["acting"] == "untrained"]
-    if warm:
-        for axis in (top, bottom):
-            axis.axvspan(0, warm[-1], color="black", alpha=0.05, linewidth=0)
-        where = {"ha": "center", "va": "bottom", "transform": top.get_xaxis_transform()}
-        top.text(warm[-1] / 2, 0.935, "untrained", fontsize=8, **where)
+    for axis in (top, bottom) if warm else ():
+        axis.axvspan(0, warm[-1], color="black", alpha=0.05, linewidth=0, label="untrained")
     top.set(ylabel="success rate" if reported else "return", title=title)
     if reported:
         top.set_ylim(0, 1.08)
@@ -192,7 +183,6 @@ def plot_curve(
     bottom.axhline(0, color="black", linewidth=0.6)
     bottom.set(xlabel="environment steps", ylabel="critic")
     bottom.legend(loc="lower right", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -205,24 +195,22 @@ def write_grid_video(path: Path, evaluation: Evaluation, seeds: Sequence[int], f
     """
     from lerobot.utils.io_utils import write_video
 
-    recorded = [(seed, frames) for seed in seeds if (frames := evaluation.frames.get(seed))]
+    won = dict(zip(evaluation.seeds, evaluation.successes, strict=True))
+    recorded = [(won[seed], frames) for seed in seeds if (frames := evaluation.frames.get(seed))]
     if not recorded:
         return False
-    success = dict(zip(evaluation.seeds, evaluation.successes, strict=True))
-    columns = min(4, len(recorded))
-    rows = -(-len(recorded) // columns)
-    height, width = recorded[0][1][0].shape[:2]
-    video = []
+    columns, video = min(4, len(recorded)), []
     for t in range(max(len(frames) for _, frames in recorded) + fps // 2):
-        canvas = np.zeros((rows * height, columns * width, 3), dtype=np.uint8)
-        for index, (seed, frames) in enumerate(recorded):
-            y, x = divmod(index, columns)
-            tile = canvas[y * height : (y + 1) * height, x * width : (x + 1) * width]
-            tile[:] = frames[min(t, len(frames) - 1)]
+        tiles = []
+        for success, frames in recorded:
+            tile = frames[min(t, len(frames) - 1)].copy()
             if t >= len(frames) - 1 and evaluation.reported:
-                colour = (40, 180, 60) if success[seed] else (200, 50, 40)
-                tile[:6], tile[-6:], tile[:, :6], tile[:, -6:] = colour, colour, colour, colour
-        video.append(canvas)
+                colour = (40, 180, 60) if success else (200, 50, 40)
+                tile[:6] = tile[-6:] = tile[:, :6] = tile[:, -6:] = colour
+            tiles.append(tile)
+        tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
+        rows = [np.hstack(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
+        video.append(np.vstack(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, video, fps)
     return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class BestOfNConfig(AlgorithmConfig):
     # Share of the states in which the actor is trained at its mean (which is deployed), and not at a draw.
     mean_share: float = 0.5
 
-    pace = {"warmup_transitions": 0, "first_update": 64, "updates_per_transition": 2.0}
+    pace: ClassVar[dict[str, Any]] = AlgorithmConfig.pace | {"warmup_transitions": 0, "first_update": 64}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ from trimtab.rl.algorithms.base import (
     require_known,
     require_positive,
 )
-from trimtab.rl.algorithms.noise_critic import check_pairs, pick, rank_correlation
 from trimtab.rl.algorithms.dsrl_sac import SoftActorCritic, SoftConfig
+from trimtab.rl.algorithms.noise_critic import check_pairs, pick, rank_correlation
 from trimtab.rl.data.replay import Batch
 
 MODES = ("stored", "exact")
@@ -69,7 +70,7 @@ class DSRLNAConfig(SoftConfig):
     initial_temperature: float = 0.03
     learn_temperature: bool = False
 
-    pace = {"warmup_transitions": 0, "first_update": 64, "updates_per_transition": 2.0}
+    pace: ClassVar[dict[str, Any]] = AlgorithmConfig.pace | {"warmup_transitions": 0, "first_update": 64}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,7 +44,7 @@ class GoldenTicketConfig(AlgorithmConfig):
     keep: float = 0.5
     actor: ActorConfig = field(default_factory=ActorConfig)
 
-    pace = {}
+    pace: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         super().__post_init__()
