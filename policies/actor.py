@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 from trimtab.adapters import UserError
 from trimtab.policies.encoders import ObservationEncoder
-from trimtab.policies.networks import (
-    ClampInvertingGradients,
-    FeatureNormalizer,
-    mlp,
-    require_activation,
-)
+from trimtab.policies.networks import ClampInvertingGradients, FeatureNormalizer, mlp, require_activation
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.policies.observe import ObserveConfig
 
@@ -54,13 +49,7 @@ class ActorConfig:
 
 @dataclass
 class ActorOutput:
-    """A draw from the actor.
-
-    Attributes:
-        u: (B, dim) in [-space.bound, space.bound].
-        log_prob: (B,) log density of ``u``.
-        mean, log_std: (B, dim) of the Gaussian before squashing; the mean within its limit.
-    """
+    """A draw ``u`` (B, dim), its log density (B,), and mean and log_std (B, dim) before squashing."""
 
     u: Tensor
     log_prob: Tensor
@@ -69,24 +58,15 @@ class ActorOutput:
 
 
 class NoiseActor(nn.Module):
-    """Observation features -> distribution over ``u``.
+    """Observation features (``feature_dim`` long, without the pixels) -> distribution over ``u``.
 
     The head starts at mean 0 and the noise space's own deviation, which through ``NoiseSpace.squash`` is
     the policy's noise with its tails pressed in: before training, the steered policy samples much like the
     base does in this noise space. In a space that does not use the features there is nothing but a head.
 
-    ``act`` takes observations as they come; ``forward`` and ``sample`` take what ``encoder`` makes of them,
-    which is the same thing where there are no images.
-
-    Args:
-        feature_dim: length of the observation features, without the pixels.
-        space: the noise space.
-        config: network size.
-        observe: a resolved config, where images are looked at; they follow the features in a packed
-            observation.
-
-    Attributes:
-        encoder: of observations. The critics share it and train it; the actor's own loss does not.
+    ``choose`` and ``act`` take observations as they come; ``forward`` and ``sample`` what ``encoder`` makes
+    of them, which differs where ``observe``, a resolved config, looks at images. The critics share the
+    encoder and train it; the actor's own loss does not.
     """
 
     def __init__(
@@ -137,12 +117,7 @@ class NoiseActor(nn.Module):
         return slope * (math.atanh(2.0 * (log_std - low) / (high - low) - 1.0) - offset)
 
     def sample(self, features: Tensor, eps: Tensor | None = None) -> ActorOutput:
-        """Draw ``u`` by reparametrisation.
-
-        Args:
-            features: (B, feature_dim).
-            eps: (B, dim) standard normal draw; made here where ``None``.
-        """
+        """Draw ``u`` by reparametrisation, from ``eps`` (B, dim), a standard normal draw."""
         mean, log_std = self(features)
         eps = torch.randn_like(mean) if eps is None else eps
         z = mean + log_std.exp() * eps
@@ -180,11 +155,7 @@ class NoiseActor(nn.Module):
     def begin_at(self, noise: Tensor) -> Tensor:
         """Make a constant ``noise`` (*spec.shape) the mean of an untrained actor; its deviation stays.
 
-        Returns:
-            (dim,) that mean, before squashing.
-
-        Raises:
-            UserError: the actor's noise space cannot express it.
+        Returns that mean before squashing, (dim,). A UserError says that the noise space cannot express it.
         """
         space, wanted = self.space, noise.unsqueeze(0).float()
         if not space.determines_noise:
@@ -219,12 +190,9 @@ def kl_to_prior(mean: Tensor, log_std: Tensor, prior_std: float = 1.0) -> Tensor
 
 
 def constant_actor(noise: Tensor, space: NoiseSpace, config: ActorConfig | None = None) -> NoiseActor:
-    """The actor that always takes ``noise`` (*spec.shape), for a ``constant`` space.
+    """The actor that always takes ``noise`` (*spec.shape), for a ``constant`` space; see ``begin_at``.
 
     It is exact where it acts by its mean; its least deviation is what remains in draws.
-
-    Raises:
-        UserError: a noise that the space cannot make, for example beyond its bound.
     """
     if space.uses_features:
         raise ValueError("an actor of one noise needs a noise space of the type 'constant'")

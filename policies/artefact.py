@@ -52,7 +52,7 @@ class Steered:
         base_folder: where the base was found: its folder, or the address of its server.
         config: the artefact's config.json.
         critic: of the base's chunks, where one is stored.
-        base: how the base was loaded, to load it so again.
+        base: how the base was loaded.
     """
 
     adapter: PolicyAdapter
@@ -63,12 +63,10 @@ class Steered:
     base: PolicyConfig
 
     def policy(self, deterministic: bool = True, num_candidates: int = 1) -> ChunkPolicy:
-        """How it acts.
+        """How it acts: by the actor's mean or a draw.
 
-        Args:
-            deterministic: by the actor's mean.
-            num_candidates: more than 1: the actor's chunk and so many less one of the base's are decoded,
-                and the best by the critic is executed.
+        With more candidates than 1, that chunk and others of the base's are decoded, and the best by the
+        critic is executed.
         """
         if num_candidates == 1:
             return steered_noise(self.actor, deterministic)
@@ -189,11 +187,7 @@ def _relative(value: Any, folder: Path) -> Any:
 
 
 def _as_steered(options: PolicyConfig, saved: BaseReference, folder: Path) -> PolicyConfig:
-    """How the base was loaded when it was steered; what the user says anew comes first.
-
-    Raises:
-        UserError: a folder that it was loaded with is not where it was.
-    """
+    """How the base was loaded when it was steered; what the user says anew comes first."""
     default, loading = PolicyConfig(), PolicyConfig(device=options.device)
     for name in LOADED_WITH:
         value = getattr(options, name)
@@ -239,11 +233,7 @@ def is_artefact(path: str | None) -> bool:
 
 
 def read_config(folder: Path) -> TrimtabConfig:
-    """The config of an artefact.
-
-    Raises:
-        UserError: the file is missing, or is not the config of an artefact of this format.
-    """
+    """The config of an artefact, or a UserError where there is none of this format."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError("--policy.path", f"{folder} is no artefact, it lacks {CONFIG}")

@@ -38,11 +38,6 @@ class CriticEnsemble(nn.Module):
     cross-entropy, as in "Stop Regressing" (Farebrother et al., arXiv 2403.03950) with two classes. Whatever
     the scale of the returns, its first values lie in their middle, and a step of the optimiser moves them
     alike: few transitions are enough to tell chunks apart. Without, it learns values by squared error.
-
-    Args:
-        feature_dim, action_dim: sizes of the input.
-        config: size.
-        bounds: smallest and largest value that it can give.
     """
 
     def __init__(
@@ -79,9 +74,7 @@ class CriticEnsemble(nn.Module):
     def regress(self, features: Tensor, u: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, averaged over the batch and summed over the members, and the values without gradient.
 
-        Args:
-            features, u: as for ``forward``.
-            target: (B,) or (E, B), with m actions to a state (B, m) or (E, B, m); within ``bounds``, if any.
+        ``target`` is (B,) or (E, B), with m actions to a state (B, m) or (E, B, m); within ``bounds``.
         """
         outputs = self.net(self.normalizer(features), u)
         if self.bounds is None:

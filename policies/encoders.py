@@ -17,13 +17,9 @@ STRIDES = (2, 1, 1, 1)
 
 
 def random_shift(images: Tensor, pad: int) -> Tensor:
-    """Each image shifted by up to ``pad`` pixels each way, its border repeated: pad and crop in one gather.
+    """Each of images (B, C, H, W) shifted by up to ``pad`` pixels each way, its border repeated.
 
-    All channels of an image, so all cameras of an observation, move together.
-
-    Args:
-        images: (B, C, H, W) of any dtype.
-        pad: largest shift; 0 returns the images.
+    That is pad and crop in one gather. All channels, so all cameras of an observation, move together.
     """
     if pad == 0:
         return images
@@ -40,13 +36,8 @@ def random_shift(images: Tensor, pad: int) -> Tensor:
 class ObservationEncoder(nn.Module):
     """Packed observations -> what the networks look at; the identity where there are no pixels in them.
 
-    Args:
-        vector_dim: entries before the pixels.
-        observe: a resolved config; ``None`` = no pixels.
-
-    Attributes:
-        dim: length of what comes out: the vector, and ``image_dim`` entries for the images.
-        image_shape: of an observation's images, or ``None``.
+    ``vector_dim`` entries come before the pixels, of which ``observe`` (resolved; ``None``: there are none)
+    tells the shape. What comes out is ``dim`` long: the vector, and ``image_dim`` entries for the images.
     """
 
     def __init__(self, vector_dim: int, observe: ObserveConfig | None = None) -> None:

@@ -26,15 +26,10 @@ def require_activation(option: str, name: str) -> None:
 
 
 class EnsembleMLP(nn.Module):
-    """``members`` independent networks of a state and an action, with one output each.
+    """``members`` (E) independent networks of a state and an action, with one output each.
 
-    Args:
-        members: ensemble size E.
-        in_dim: length of a state and an action together.
-        hidden: width of the hidden layers.
-        layers: number of hidden layers.
-        layer_norm: normalise before each activation (no learnt affine part).
-        activation: ``relu`` or ``tanh``.
+    ``in_dim`` is the length of both together; ``layer_norm`` normalises before each activation (no learnt
+    affine part).
     """
 
     def __init__(

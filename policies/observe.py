@@ -172,12 +172,8 @@ def offers_features(adapter: PolicyAdapter) -> bool:
 def images(adapter: PolicyAdapter, batch: dict[str, Any], cameras: Sequence[str], size: int) -> Tensor:
     """Small images (B, 3 * cameras, size, size) with values 0, 1, ..., 255, float32.
 
-    Args:
-        adapter: the policy; its normalisation of images is undone.
-        batch: what its preprocessor made; images (B, 3, H, W), or with a history (B, T, 3, H, W), of which
-            the last one counts.
-        cameras: their names.
-        size: pixels to a side; other shapes are squeezed to the square.
+    ``batch`` is what the policy's preprocessor made; its normalisation is undone. Images are (B, 3, H, W), or
+    with a history (B, T, 3, H, W), of which the last one counts; other shapes are squeezed to the square.
     """
     found = []
     for key in cameras:

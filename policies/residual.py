@@ -30,11 +30,10 @@ class ResidualActor(nn.Module):
     2509.19301.
 
     Args:
-        feature_dim: length of the observation features, without the pixels.
+        feature_dim, observe: as for ``NoiseActor``.
         chunk_size: numbers in a chunk, steps * action_dim.
         scale: largest correction of an entry, in the policy's normalised actions.
         config: network size, and how far tanh may go; what it says of deviations has no meaning here.
-        observe: a resolved config, where images are looked at.
     """
 
     def __init__(
@@ -65,12 +64,9 @@ class ResidualActor(nn.Module):
 
     @torch.no_grad()
     def correct(self, observations: Tensor, chunks: Tensor, noise: float = 0.0) -> Tensor:
-        """What is executed in the place of ``chunks``.
+        """What is executed at observations (B, d) in the place of the base's chunks (B, steps, action_dim).
 
-        Args:
-            observations: (B, d) as they come, packed where images are looked at.
-            chunks: (B, steps, action_dim) of the base.
-            noise: deviation of the exploration noise; what comes out stays within ``scale`` of the base.
+        ``noise`` is the deviation of the exploration noise; all stays within ``scale`` of the base.
         """
         device = self.normalizer.mean.device
         base = chunks.flatten(1).to(device, torch.float32)

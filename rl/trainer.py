@@ -85,7 +85,8 @@ class Trainer:
         self.algorithm = self._build()
         self._make_replay()
         if self.train.warm_start:
-            self.algorithm.warm_start(read_constant(self.train.warm_start, self.runner.adapter.noise_spec))
+            noise = read_constant(self.train.warm_start, self.runner.adapter.noise_spec)
+            self.algorithm.start = self.algorithm.actor.begin_at(noise)
         world.share(self.algorithm)
         self.guard = StepGuard(world, self.train.clip_norm)
         self.guard.attach(self.algorithm)

@@ -4,10 +4,14 @@ A new space is a config with ``build_unscaled``, a ``NoiseSpace`` beside it, and
 """
 
 from trimtab.policies.noise_space.base import NoiseSpace, NoiseSpaceConfig
-from trimtab.policies.noise_space.knots import KnotNoiseConfig
-from trimtab.policies.noise_space.masked import MaskedNoiseConfig
-from trimtab.policies.noise_space.residual import ResidualNoiseConfig
-from trimtab.policies.noise_space.whole import ConstantNoiseConfig, FullNoiseConfig, RepeatNoiseConfig
+from trimtab.policies.noise_space.spaces import (
+    ConstantNoiseConfig,
+    FullNoiseConfig,
+    KnotNoiseConfig,
+    MaskedNoiseConfig,
+    RepeatNoiseConfig,
+    ResidualNoiseConfig,
+)
 
 __all__ = [
     "ConstantNoiseConfig",

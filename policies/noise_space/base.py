@@ -37,11 +37,7 @@ class NoiseSpaceConfig(draccus.ChoiceRegistry, abc.ABC):
         return self.get_choice_name(self.__class__)
 
     def build(self, spec: NoiseSpec) -> NoiseSpace:
-        """The noise space of this config for a policy's noise.
-
-        Raises:
-            UserError: the policy's noise has no such space.
-        """
+        """The noise space of this config for a policy's noise, or a UserError where it has no such space."""
         space = self.build_unscaled(spec)
         if self.unit == "bound":  # squash is tanh then, and log pi that of SAC's action in [-1, 1]
             space.scale, space.bound = space.bound, 1.0
@@ -125,16 +121,3 @@ class NoiseSpace(abc.ABC):
         """What the policy feeds itself where nothing is steered, in its dtype: ``prior``, or zero (act)."""
         prior = prior.to(self.spec.dtype)
         return torch.zeros_like(prior) if self.spec.distribution == "zero" else prior
-
-
-def rows_and_columns(spec: NoiseSpec, option: str, wish: str) -> tuple[int, int]:
-    """(steps, dim) of noise that has both, or a UserError that ``wish`` at ``option`` needs them."""
-    if len(spec.shape) != 2:
-        raise UserError(option, f"{wish} needs noise of shape (steps, dim), this has {spec.shape}")
-    return spec.shape
-
-
-def full_or_repeat(option: str, value: str) -> None:
-    """Raise a UserError unless ``value`` is one of the two."""
-    if value not in ("full", "repeat"):
-        raise UserError(option, f"'{value}' is neither full nor repeat")

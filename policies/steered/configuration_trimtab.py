@@ -38,11 +38,7 @@ class BaseReference(PolicyConfig):
     tolerance: Any = None
 
     def location(self, folder: Path) -> str:
-        """Where it lies, for the artefact in ``folder``: a folder, a Hub repository or a server's address.
-
-        Raises:
-            UserError: the artefact names no base.
-        """
+        """Where it lies, for the artefact in ``folder``: a folder, a Hub repository or a server's address."""
         if self.path is None:
             raise UserError("--policy.base.path", f"the artefact {folder} names no base policy")
         candidate = folder / Path(self.path).expanduser()
@@ -84,6 +80,8 @@ class TrimtabConfig(PreTrainedConfig):
     # Facts about the training run, for whoever reads the file.
     training: dict[str, Any] = field(default_factory=dict)
 
+    observation_delta_indices = action_delta_indices = reward_delta_indices = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_amp:
@@ -103,18 +101,6 @@ class TrimtabConfig(PreTrainedConfig):
     def chunk_size(self) -> int:
         """Length of the chunks that ``predict_action_chunk`` returns."""
         return self.n_action_steps
-
-    @property
-    def observation_delta_indices(self) -> None:
-        return None
-
-    @property
-    def action_delta_indices(self) -> None:
-        return None
-
-    @property
-    def reward_delta_indices(self) -> None:
-        return None
 
     def get_optimizer_preset(self) -> Any:
         raise UserError(

@@ -32,13 +32,7 @@ class TrimtabPolicy(PreTrainedPolicy):
 
     Batches are what the base's own processors make, actions are normalised as the base's are: LeRobot's
     commands run the processors around the policy. The base is no part of ``state_dict`` or ``parameters``.
-
-    Args:
-        config: the artefact's, perhaps changed on a command line.
-        steered: the loaded parts; default: from ``config.pretrained_path``.
-
-    Raises:
-        UserError: there is no artefact, or what it says does not fit.
+    ``steered`` are the loaded parts, by default from ``config.pretrained_path``.
     """
 
     config_class = TrimtabConfig
@@ -77,12 +71,7 @@ class TrimtabPolicy(PreTrainedPolicy):
         token: str | None = None,
         **kwargs: Any,
     ) -> TrimtabPolicy:
-        """Load an artefact from a folder or the Hub, and the base that it refers to.
-
-        Raises:
-            UserError: one clear line on a file that is missing or broken, and on a base that is not where
-                it was or not what it was.
-        """
+        """Load an artefact from a folder or the Hub, and the base that it refers to."""
         folder = resolve_folder(str(pretrained_name_or_path), revision, token)
         if not is_artefact(str(folder)):
             raise UserError("--policy.path", f"{folder} is not a policy of type {TYPE}")
@@ -114,9 +103,6 @@ class TrimtabPolicy(PreTrainedPolicy):
                 the first observation standing in for those before it.
             noise: (B, *noise_shape) the draw that the actor starts from; default: fresh.
             kwargs: for the plain base.
-
-        Raises:
-            UserError: the actions mean something else outside of their chunk.
         """
         if self._plain:
             return self.base.select_action(batch, **kwargs, **_given(noise))

@@ -64,13 +64,8 @@ def write_processors(
     """Write into ``folder`` the processors that LeRobot is to run around the steered base.
 
     Those of the base, with a first step of the artefact's own where renaming or the instructions ask for it;
-    for a policy server, which normalises by itself, processors that do nothing.
-
-    Args:
-        folder: of the artefact.
-        adapter: the loaded base.
-        options: how it was loaded: a tokenizer, backbone or renaming named there is written in.
-        base_folder: the base's folder, or the address of its server.
+    a tokenizer or backbone that ``options`` name is written in. For a policy server, which normalises by
+    itself, processors that do nothing.
     """
     if is_server(str(base_folder)):
         _write_plain(folder, adapter.device.type)

@@ -87,14 +87,6 @@ class BehaviorPolicy(TrainingResult):
     draws: int = 1
     start: Tensor | None = None
 
-    def warm_start(self, noise: Tensor) -> None:
-        """Let the actor begin at a constant ``noise`` (*noise_shape).
-
-        Raises:
-            UserError: its noise space cannot express it.
-        """
-        self.start = self.actor.begin_at(noise)
-
     def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:
         """Candidates of each observation, which the replay keeps and the algorithm may choose from.
 
@@ -107,12 +99,7 @@ class BehaviorPolicy(TrainingResult):
         return draw_candidates(self.space, prior, denoise)
 
     def act(
-        self,
-        features: Tensor,
-        prior: Tensor,
-        denoise: Denoise,
-        candidates: Candidates | None,
-        steered: Tensor,
+        self, features: Tensor, prior: Tensor, denoise: Denoise, candidates: Candidates, steered: Tensor
     ) -> Choice:
         """What is executed while learning.
 
@@ -120,7 +107,7 @@ class BehaviorPolicy(TrainingResult):
             features: (B, d).
             prior: (B, draws, *noise_shape) fresh draws.
             denoise: the frozen policy.
-            candidates: from ``propose``, where ``config.candidates`` asks for them.
+            candidates: from ``propose``; ``None`` where ``config.candidates`` asks for none.
             steered: (B,) bool: where what is learnt acts; the untrained policy acts elsewhere.
 
         Raises:

@@ -244,12 +244,7 @@ class BestOfN(Algorithm):
         return draw_candidates(self.space, prior, denoise, features, self.actor, proposed)
 
     def act(
-        self,
-        features: Tensor,
-        prior: Tensor,
-        denoise: Denoise,
-        candidates: Candidates | None,
-        steered: Tensor,
+        self, features: Tensor, prior: Tensor, denoise: Denoise, candidates: Candidates, steered: Tensor
     ) -> Choice:
         index = torch.zeros(len(features), dtype=torch.long)  # a draw from the prior like any other
         if steered.any():

@@ -45,6 +45,7 @@ class GoldenTicketConfig(AlgorithmConfig):
     actor: ActorConfig = field(default_factory=ActorConfig)
 
     pace: ClassVar[dict[str, Any]] = {}
+    replayed = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,10 +62,6 @@ class GoldenTicketConfig(AlgorithmConfig):
                 f"{self.candidates} constants take at least {least} episodes, got {self.budget}; raise it, "
                 "or lower --rl.candidates or --rl.keep",
             )
-
-    @property
-    def replayed(self) -> tuple[str, ...]:
-        return ()
 
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         refused = (
@@ -137,17 +134,8 @@ class TicketSearch:
     """Runs the search; to recipes it is what ``Trainer`` is for the other algorithms.
 
     Every round, the constants left meet the same new episodes, and all of their episodes so far decide who
-    stays. (They have met the same ones, so that luck of the draw counts for all alike.)
-
-    Args:
-        runner, vec: the frozen policy with the environment's processors, and environments.
-        rl, noise: configs; the noise space must be a constant one.
-        seed: seeds the constants and the episodes.
-        on_metrics: called with each line of metrics, one per round.
-        progress: show bars and a line per round.
-
-    Attributes:
-        env_steps, episodes: spent so far.
+    stays. (They have met the same ones, so that luck of the draw counts for all alike.) ``seed`` seeds
+    constants and episodes; ``on_metrics`` gets a line per round; ``env_steps`` and ``episodes`` are spent.
     """
 
     runner: PolicyRunner

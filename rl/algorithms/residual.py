@@ -1,14 +1,10 @@
 """A residual policy: what is learnt is added to the frozen policy's chunk, not fed to it as noise.
 
-The rival of noise steering that also leaves the base alone. The base draws its own noise and makes its
-chunk; a residual actor sees the observation and that chunk and adds a bounded correction, zero at the start.
-Residual policy learning: Silver et al., arXiv 1812.06298. Off-policy, on top of frozen policies that were
-cloned in chunks: ResFiT, Ankile et al., arXiv 2509.19301. The learner is TD3 (Fujimoto et al., arXiv
-1802.09477) on chunks: a deterministic actor, exploration noise, clipped double Q, smoothed targets.
-
-Where this differs from ResFiT: the correction is of whole chunks, as everything here, and not of single
-steps; no demonstrations join the replay; the ensemble, returns over n chunks and clipped targets are those of
-the other algorithms here, so that the comparison is between what is learnt and not between critics.
+A residual actor sees the observation and the chunk that the base makes of its own noise, and adds a bounded
+correction, zero at the start. Residual policy learning: Silver et al., arXiv 1812.06298; off-policy, on
+frozen policies that were cloned in chunks: ResFiT, Ankile et al., arXiv 2509.19301. The learner is TD3
+(Fujimoto et al., arXiv 1802.09477) on whole chunks: a deterministic actor, exploration noise, clipped double
+Q, smoothed targets. How it differs from ResFiT: ``residual.md``.
 """
 
 from __future__ import annotations
@@ -51,6 +47,9 @@ class ResidualConfig(AlgorithmConfig):
     # Weight of the mean squared correction (as a share of scale), in units of return.
     penalty: float = 0.01
 
+    candidates = 1  # the base's own chunk
+    replayed = ("chunk", "candidates", "next_candidates")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "scale")
@@ -58,20 +57,12 @@ class ResidualConfig(AlgorithmConfig):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--rl.{name}", f"cannot be negative, got {getattr(self, name)}")
 
-    @property
-    def candidates(self) -> int:
-        return 1  # the base's own chunk
-
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         if run.warm_start:
             raise UserError("--train.warm_start", "a residual policy chooses no noise; leave it out")
 
     def untrained(self, space: NoiseSpace) -> ChunkPolicy | None:
         return None
-
-    @property
-    def replayed(self) -> tuple[str, ...]:
-        return "chunk", "candidates", "next_candidates"
 
     def build(self, problem: Problem) -> Residual:
         return Residual(self, problem)
@@ -140,12 +131,7 @@ class Residual(Algorithm):
         return Candidates(u, denoise(noise.unflatten(0, prior.shape[:2])).float())
 
     def act(
-        self,
-        features: Tensor,
-        prior: Tensor,
-        denoise: Denoise,
-        candidates: Candidates | None,
-        steered: Tensor,
+        self, features: Tensor, prior: Tensor, denoise: Denoise, candidates: Candidates, steered: Tensor
     ) -> Choice:
         u, chunks = candidates.u[:, 0], candidates.chunks[:, 0]
         if steered.any():
