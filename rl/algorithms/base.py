@@ -87,14 +87,27 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma < 1.0:
             raise UserError("--rl.gamma", f"must be at least 0 and below 1, got {self.gamma}")
-        require_positive(self, "n_step", "batch_size", "learning_rate", "tau", "actor_every")
+        self.require_positive("n_step", "batch_size", "learning_rate", "tau", "actor_every")
         if self.tau > 1.0:
             raise UserError("--rl.tau", f"is a share, at most 1, got {self.tau}")
         if not 0.0 < self.learning_rate_end <= 1.0:
             raise UserError(
                 "--rl.learning_rate_end", f"is a share above 0 and at most 1, got {self.learning_rate_end}"
             )
-        require_known(self, discount_per=DISCOUNT_PER, precision=PRECISIONS, engine=ENGINES)
+        self.require_known(discount_per=DISCOUNT_PER, precision=PRECISIONS, engine=ENGINES)
+
+    def require_positive(self, *names: str) -> None:
+        """Raise a UserError for the first of ``names`` that is not a positive, finite number."""
+        for name in names:
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise UserError(f"--rl.{name}", f"must be positive, got {value}")
+
+    def require_known(self, **known: Sequence[str]) -> None:
+        """Raise a UserError for the first named setting that is none of its values."""
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise UserError(f"--rl.{name}", f"'{getattr(self, name)}' is none of {', '.join(values)}")
 
     @property
     def candidates(self) -> int:
@@ -135,21 +148,6 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         """Build the algorithm for ``problem``."""
 
 
-def require_positive(config: Any, *names: str) -> None:
-    """Raise a UserError for the first of ``names`` that is not a positive, finite number."""
-    for name in names:
-        value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--rl.{name}", f"must be positive, got {value}")
-
-
-def require_known(config: Any, **known: Sequence[str]) -> None:
-    """Raise a UserError for the first named setting that is none of its values."""
-    for name, values in known.items():
-        if getattr(config, name) not in values:
-            raise UserError(f"--rl.{name}", f"'{getattr(config, name)}' is none of {', '.join(values)}")
-
-
 class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
     """Learns from replayed transitions how to act on a frozen policy.
 
@@ -174,6 +172,7 @@ class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
 
     def __init__(self, config: AlgorithmConfig, problem: Problem) -> None:
         super().__init__()
+        config.check(problem.space)
         self.config, self.space, self.accelerator = config, problem.space, problem.accelerator
         self.updates = 0
         self._bfloat16 = use_bfloat16(config.precision, problem.accelerator.device)

@@ -29,16 +29,8 @@ from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
 from trimtab.policies.critic import LOSSES, CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, count_parameters
-from trimtab.rl.algorithms.base import (
-    RANKED_EVERY,
-    Algorithm,
-    AlgorithmConfig,
-    Problem,
-    frozen,
-    require_known,
-    require_positive,
-)
-from trimtab.rl.algorithms.noise_critic import check_pairs, pick, rank_correlation
+from trimtab.rl.algorithms.base import RANKED_EVERY, Algorithm, AlgorithmConfig, Problem, frozen
+from trimtab.rl.algorithms.dsrl_na import check_pairs, pick, rank_correlation
 from trimtab.rl.data.replay import Batch
 
 TARGETS = ("max", "sarsa", "softmax")
@@ -92,8 +84,8 @@ class BestOfNConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "num_candidates", "target_members", "temperature")
-        require_positive(self, "prior_weight", "regression_temperature")
+        self.require_positive("num_candidates", "target_members", "temperature")
+        self.require_positive("prior_weight", "regression_temperature")
         if not 0 <= self.proposed < self.num_candidates:
             raise UserError(
                 "--rl.actor_candidates",
@@ -102,7 +94,7 @@ class BestOfNConfig(AlgorithmConfig):
         for name, count in (("target_candidates", self.targets), ("distilled_pairs", self.pairs)):
             if not 1 <= count <= self.num_candidates:
                 raise UserError(f"--rl.{name}", f"must be from 1 to num_candidates={self.num_candidates}")
-        require_known(self, target=TARGETS, distillation=DISTILLATION, acting=ACTING, critic_loss=LOSSES)
+        self.require_known(target=TARGETS, distillation=DISTILLATION, acting=ACTING, critic_loss=LOSSES)
         if not 0.0 <= self.mean_share <= 1.0:
             raise UserError("--rl.mean_share", f"is a share, from 0 to 1, got {self.mean_share}")
 
@@ -142,7 +134,6 @@ class BestOfN(Algorithm):
     def __init__(self, config: BestOfNConfig, problem: Problem) -> None:
         super().__init__(config, problem)
         space = problem.space
-        config.check(space)
         within = problem.bounds if config.critic_loss == "logistic" else None  # what the critics cannot leave
         self.bounds = problem.bounds if config.clip_targets else within
         self.actor = NoiseActor(problem.feature_dim, space, config.actor, problem.observe)

@@ -27,15 +27,8 @@ from trimtab.policies.actor import ActorOutput, kl_to_prior
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest
-from trimtab.rl.algorithms.base import (
-    RANKED_EVERY,
-    AlgorithmConfig,
-    Problem,
-    require_known,
-    require_positive,
-)
+from trimtab.rl.algorithms.base import RANKED_EVERY, AlgorithmConfig, Problem
 from trimtab.rl.algorithms.dsrl_sac import SoftActorCritic, SoftConfig
-from trimtab.rl.algorithms.noise_critic import check_pairs, pick, rank_correlation
 from trimtab.rl.data.replay import Batch
 
 MODES = ("stored", "exact")
@@ -43,6 +36,37 @@ BOOTSTRAPS = ("importance", "noise_critic")
 REGULARIZERS = ("prior", "entropy")
 RANKED = 8  # noises per state that are decoded to rank them, in exact mode, and
 RANKED_STATES = 32  # of how many states
+
+
+def check_pairs(space: NoiseSpace, name: str) -> None:
+    """Raise a UserError where ``u`` does not tell the noise, so that a chunk is not its doing alone."""
+    if not space.determines_noise:
+        raise UserError(
+            "--noise.type",
+            f"{name} distils which noise made which chunk, which this space cannot express; use full, "
+            "repeat or knots, or dsrl_sac",
+        )
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (B, m) of ``values`` (B, K, dim): (B, m, dim)."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+@torch.no_grad()
+def rank_correlation(
+    noise_critic: CriticEnsemble, critic: CriticEnsemble, features: Tensor, u: Tensor, chunks: Tensor
+) -> Tensor:
+    """Mean over states of Spearman's correlation of ``Q^W(s, u_k)`` and ``Q^A(s, a_k)`` over the pairs.
+
+    Within a state: over all states together the value of the state alone makes it look perfect. Members are
+    averaged; features (B, d), pairs (B, K, dim) and (B, K, steps * action_dim).
+    """
+    noise = noise_critic(features, u).mean(0)
+    action = critic(features, chunks).mean(0)
+    first, second = (values.argsort(1).argsort(1).float() for values in (noise, action))
+    first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
+    return ((first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1)).clamp_min(1e-9)).mean()
 
 
 @AlgorithmConfig.register_subclass("dsrl_na")
@@ -74,10 +98,8 @@ class DSRLNAConfig(SoftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(
-            self, "num_candidates", "distillation_steps", "distilled_pairs", "conditioning_limit"
-        )
-        require_known(self, mode=MODES, bootstrap=BOOTSTRAPS, regularizer=REGULARIZERS)
+        self.require_positive("num_candidates", "distillation_steps", "distilled_pairs", "conditioning_limit")
+        self.require_known(mode=MODES, bootstrap=BOOTSTRAPS, regularizer=REGULARIZERS)
         if self.regularizer == "prior" and (self.learn_temperature or self.backup_entropy):
             raise UserError(
                 "--rl.regularizer",
@@ -117,7 +139,6 @@ class DSRLNA(SoftActorCritic):
 
     def __init__(self, config: DSRLNAConfig, problem: Problem) -> None:
         super().__init__(config, problem, problem.chunk_size)
-        config.check(problem.space)
         self.noise_critic = CriticEnsemble(
             self.actor.encoder.dim, problem.space.dim, config.critic, self.critic.bounds
         )

@@ -22,15 +22,7 @@ from torch import Tensor
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, ActorOutput, NoiseActor, kl_to_prior
 from trimtab.policies.critic import LOSSES, CriticConfig, CriticEnsemble
-from trimtab.rl.algorithms.base import (
-    MEASURED_EVERY,
-    Algorithm,
-    AlgorithmConfig,
-    Problem,
-    frozen,
-    require_known,
-    require_positive,
-)
+from trimtab.rl.algorithms.base import MEASURED_EVERY, Algorithm, AlgorithmConfig, Problem, frozen
 from trimtab.rl.data.replay import Batch
 
 
@@ -52,8 +44,8 @@ class SoftConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "initial_temperature")
-        require_known(self, critic_loss=LOSSES)
+        self.require_positive("initial_temperature")
+        self.require_known(critic_loss=LOSSES)
         if self.critic_loss == "logistic" and self.backup_entropy:
             raise UserError(
                 "--rl.critic_loss", "logistic needs values that are returns; backup_entropy=false"

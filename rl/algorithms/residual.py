@@ -25,7 +25,7 @@ from trimtab.policies.noise_samplers import own_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.residual import CorrectedChunk, ResidualActor
 from trimtab.rl.algorithms.acting import PLAIN_RUN, LoadedBase, RunRequest
-from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, Problem, frozen, require_positive
+from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, Problem, frozen
 from trimtab.rl.data.replay import Batch
 
 
@@ -52,7 +52,7 @@ class ResidualConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "scale")
+        self.require_positive("scale")
         for name in ("exploration", "target_noise", "target_clip", "penalty"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"--rl.{name}", f"cannot be negative, got {getattr(self, name)}")
