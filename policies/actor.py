@@ -86,8 +86,17 @@ class NoiseActor(nn.Module):
         self.net: Any = mlp(len(self.normalizer.mean), 2 * space.dim, *size)
         for parameter in self.net[-1].parameters():  # it makes mean and log_std
             nn.init.zeros_(parameter)
+        # A tanh leads log_std into its range: 0 at 0, with slope 1.
+        low, high = config.log_std_min, config.log_std_max
+        self.offset = math.atanh(-(high + low) / (high - low))
+        self.slope = 0.5 * (high - low) * (1.0 - math.tanh(self.offset) ** 2)
         if space.initial_std != 1.0:
-            nn.init.constant_(self.net[-1].bias[space.dim :], self._raw_log_std(math.log(space.initial_std)))
+            start = math.log(space.initial_std)
+            if not low < start < high:
+                raise UserError("--rl.actor.log_std_min", f"{low} leaves no room for a start at {start:.2f}")
+            if not config.log_std_clamp:
+                start = self.slope * (math.atanh(2.0 * (start - low) / (high - low) - 1.0) - self.offset)
+            nn.init.constant_(self.net[-1].bias[space.dim :], start)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, feature_dim) -> mean and log_std before squashing, each (B, dim)."""
@@ -97,24 +106,7 @@ class NoiseActor(nn.Module):
         low, high = self.config.log_std_min, self.config.log_std_max
         if self.config.log_std_clamp:
             return mean, raw.clamp(low, high)
-        offset, slope = self._log_std_curve()
-        return mean, low + 0.5 * (high - low) * (torch.tanh(raw / slope + offset) + 1.0)
-
-    def _log_std_curve(self) -> tuple[float, float]:
-        """Offset and slope of the tanh that leads log_std into its range: 0 at 0, with slope 1."""
-        low, high = self.config.log_std_min, self.config.log_std_max
-        offset = math.atanh(-(high + low) / (high - low))
-        return offset, 0.5 * (high - low) * (1.0 - math.tanh(offset) ** 2)
-
-    def _raw_log_std(self, log_std: float) -> float:
-        """What ``forward`` makes ``log_std`` of."""
-        low, high = self.config.log_std_min, self.config.log_std_max
-        if not low < log_std < high:
-            raise UserError("--rl.actor.log_std_min", f"{low} leaves no room for a start at {log_std:.2f}")
-        if self.config.log_std_clamp:
-            return log_std
-        offset, slope = self._log_std_curve()
-        return slope * (math.atanh(2.0 * (log_std - low) / (high - low) - 1.0) - offset)
+        return mean, low + 0.5 * (high - low) * (torch.tanh(raw / self.slope + self.offset) + 1.0)
 
     def sample(self, features: Tensor, eps: Tensor | None = None) -> ActorOutput:
         """Draw ``u`` by reparametrisation, from ``eps`` (B, dim), a standard normal draw."""

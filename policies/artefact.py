@@ -167,7 +167,7 @@ def _reference(
     values = {
         **vars(base),
         **{name: _relative(getattr(base, name), folder) for name in FOLDERS},
-        "path": os.path.relpath(Path(base_folder).resolve(), folder) if local else base.path,
+        "path": _relative(str(base_folder), folder) if local else base.path,
         # Of a Hub repository the commit, so that what happens to it later does not matter.
         "revision": base.revision if local else commit_of(base_folder) or base.revision,
         "device": None,
