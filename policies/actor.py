@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
-from trimtab.policies.encoders import ObservationEncoder
 from trimtab.policies.networks import ClampInvertingGradients, FeatureNormalizer, mlp, require_activation
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.observe import ObserveConfig
+from trimtab.policies.observe import ObservationEncoder, ObserveConfig
 
 
 @dataclass

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from trimtab.policies.acting import Choice, Denoise
 from trimtab.policies.actor import ActorConfig
-from trimtab.policies.encoders import ObservationEncoder
 from trimtab.policies.networks import ClampInvertingGradients, FeatureNormalizer, mlp
 from trimtab.policies.noise_samplers import NoiseSampler
-from trimtab.policies.observe import ObserveConfig
+from trimtab.policies.observe import ObservationEncoder, ObserveConfig
 
 WEIGHTS, SETTINGS = "residual.safetensors", "residual.json"
 

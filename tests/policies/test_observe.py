@@ -13,9 +13,14 @@ from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserErro
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import load_artefact, read_config, save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
-from trimtab.policies.encoders import ObservationEncoder, random_shift
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.policies.observe import ObserveConfig, Observer, build_observer
+from trimtab.policies.observe import (
+    ObservationEncoder,
+    ObserveConfig,
+    Observer,
+    build_observer,
+    random_shift,
+)
 from trimtab.policies.steered.processor_trimtab import RAW_TASK
 
 ALL = ["features", "state", "images", "task"]
