@@ -69,7 +69,7 @@ def announce_memory(session: Session, config: Any, space: NoiseSpace) -> None:
         spec = ConditioningSpec.of(session.adapter, session.first)
     width = session.runner.features(session.first).shape[1]
     layout = replay_layout(config.rl, session.adapter, space, width, spec)
-    say(check_replay(config.train.replay_capacity, **layout))
+    say(check_replay(config.train.replay_capacity, layout))
 
 
 def check_reward(rl: AlgorithmConfig, reward: str, measured: Measured) -> None:

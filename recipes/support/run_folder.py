@@ -145,7 +145,7 @@ def check_belongs(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
     Raises:
         UserError: names the first difference.
     """
-    then = checkpoint.manifest["belongs"]
+    then = checkpoint.belongs
     odd = sorted(k for k in then["base"] | now["base"] if then["base"].get(k) != now["base"].get(k))
     # Where the weights lie decides their hash in memory (a GPU's dtype) but not what they are.
     moved = {"weights_device"} if "weights_device" in odd else set()

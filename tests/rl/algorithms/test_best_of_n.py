@@ -18,7 +18,7 @@ from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.algorithms.dsrl_na import rank_correlation
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector
-from trimtab.rl.data.memory import replay_extra
+from trimtab.rl.data.memory import replay_layout
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
@@ -119,7 +119,7 @@ def test_target_from_stored_candidates_equals_fresh_ones():
         for _ in range(10):
             collector.begin(steering=False)
             transitions += collector.finish()[0]
-    replay = ReplayBuffer(50, 2, space.dim, 0, extra=replay_extra(rl, 2, space.dim))
+    replay = ReplayBuffer(50, replay_layout(rl, adapter, space, 2), 0)
     for transition in transitions:
         replay.add(transition)
     stored = {name: value.float() for name, value in replay.rows(0, len(replay)).items()}
@@ -345,12 +345,11 @@ def test_the_actor_proposes_some_of_the_candidates():
     for proposes in (False, True):
         with ChunkVectorEnv(config, 3, 0) as vec:
             rl = BestOfNConfig(gamma=0.95, n_step=1, num_candidates=5, actor_candidates=2)
-            collector = Collector(PolicyRunner(adapter, config), vec, rl, "sparse", 7)
+            runner = PolicyRunner(adapter, config)
+            collector = Collector(runner, vec, rl, "sparse", 7, assign=lambda: False)
             algorithm = rl.build(problem(2, space, 2, None))
             algorithm.actor.choose = lambda features, prior: choose(features)
             collector.start(algorithm)
-            collector.assign = lambda: False
-            collector.unsteer()
             rounds = []
             for _ in range(20):
                 collector.begin(steering=proposes)  # no episode is steered: a draw of the prior acts
