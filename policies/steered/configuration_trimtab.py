@@ -16,7 +16,7 @@ from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 
 TYPE = "trimtab"
-FORMAT = 2  # 1: before LeRobot could load an artefact
+FORMAT = 3  # of the artefact; another one is refused
 
 
 @dataclass
