@@ -76,30 +76,28 @@ class Steering(Method):
 
     def chunks_before_learning(self) -> int:
         train = self.train.at_pace_of(self.rl)
-        return max(train.first_update, train.warmup_transitions) if self.rl.replays else 0
+        return max(train.first_update or 0, train.warmup_transitions or 0)
 
     def learn(self, run: Run) -> dict[str, Any]:
         lines: list[dict[str, Any]] = []
         adapter, config = run.session.adapter, run.config
         rl = self.rl.within(config.env_steps, lambda: longest_episode(run))
-        train = replace(self.train, env_steps=config.env_steps, log_every=config.grid)
         runner = PolicyRunner(adapter, run.session.env)
         reports: dict[str, Any] = {"on_metrics": lines.append, "progress": False}
         with run.session.environments(self.num_envs or config.num_envs) as vec:
-            trainer = rl.make_trainer(runner, vec, self.noise, run.seed, **reports)
-            if trainer is None:
-                accelerator = Accelerator(cpu=adapter.device.type == "cpu")
-                trainer = Trainer(runner, vec, accelerator, train, rl, self.noise, run.seed, **reports)
-                self._take(run, trainer.algorithm)
-                trainer.on_step = lambda ended: run.note(
-                    trainer.env_steps, [(episode.success, episode.steered) for episode in ended]
-                )
-            self._take(run, trainer.run())
-        found: dict[str, Any] = {"updates": trainer.updates, "metrics": lines}
-        if not rl.replays:
-            run.add_point(trainer.env_steps, trainer.env_steps)
-            found["search_episodes"] = trainer.episodes
-        return found
+            if search := rl.make_trainer(runner, vec, self.noise, run.seed, **reports):
+                self._take(run, search.run())
+                run.add_point(search.env_steps, search.env_steps)
+                return {"updates": 0, "search_episodes": search.episodes, "metrics": lines}
+            train = replace(self.train, env_steps=config.env_steps, log_every=config.grid)
+            accelerator = Accelerator(cpu=adapter.device.type == "cpu")
+            trainer = Trainer(runner, vec, accelerator, train, rl, self.noise, run.seed, **reports)
+            self._take(run, trainer.algorithm)
+            trainer.on_step = lambda ended: run.note(
+                trainer.env_steps, [(episode.success, episode.steered) for episode in ended]
+            )
+            trainer.run()
+        return {"updates": trainer.updates, "metrics": lines}
 
     def _take(self, run: Run, learnt: TrainingResult) -> None:
         run.policies, run.trained = learnt.policies(), learnt.trained_parameters()
