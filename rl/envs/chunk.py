@@ -117,7 +117,7 @@ class ChunkEnv:
         self._keep(observation, self.n_obs_steps)
         self._succeeded(info)
         self.seed, self._step, self._running = int(seed), 0, True
-        self._frames = [np.array(self.env.render())] if self.render else []
+        self._frames = [self._frame()] if self.render else []
         return self.history()
 
     def step_chunk(self, actions: np.ndarray, next_seed: int | None) -> ChunkResult:
@@ -158,7 +158,7 @@ class ChunkEnv:
             successes.append(succeeded)
             ended = terminated or truncated
             if self.render and (ended or self._step % self.frame_every == 0):
-                self._frames.append(np.array(self.env.render()))
+                self._frames.append(self._frame())
             if ended:
                 break
         frames, self._frames = self._frames, []
@@ -200,6 +200,11 @@ class ChunkEnv:
     def history(self) -> RawObservation:
         """The last ``n_obs_steps`` observations, entries (n_obs_steps, ...)."""
         return stack_observations(list(self._history))
+
+    def _frame(self) -> np.ndarray:
+        """What is rendered now; of several cameras, one beside the other."""
+        frame = self.env.render()
+        return np.concatenate(frame, 1) if isinstance(frame, list | tuple) else np.array(frame)
 
     def _keep(self, observation: RawObservation, times: int = 1) -> None:
         """Take an observation into the history."""

