@@ -214,7 +214,7 @@ def _steer(
             for note in trainer.resume(checkpoint) if checkpoint else ():
                 print(note)
             signals.kept = checkpoint is not None
-            signals.deferred = run.checkpoints is not None and config.rl.replays
+            signals.deferred = trainer.checkpoints is not None
             learnt = trainer.run()
             signals.kept, signals.deferred = signals.deferred, False
             if signals():

@@ -15,7 +15,7 @@ from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import read_demonstrations
 from trimtab.rl.data.memory import check_replay, replay_layout
 from trimtab.rl.evaluation import Evaluation, unreported
-from trimtab.rl.warm_start import begin_at, read_constant
+from trimtab.rl.warm_start import read_constant
 
 # Evaluations by task and policy.
 Measured = dict[str, dict[str, Evaluation]]
@@ -40,7 +40,7 @@ def check_inputs(session: Session, config: Any, space: NoiseSpace) -> None:
         read_demonstrations(demos, session.adapter, config.train.reward, config.env.task or "")
     if warm_start:
         noise = read_constant(warm_start, session.adapter.noise_spec)
-        begin_at(NoiseActor(1, space, config.rl.actor), noise)
+        NoiseActor(1, space, config.rl.actor).begin_at(noise)
 
 
 def measure(session: Session, config: Any, space: NoiseSpace) -> tuple[Measured, dict[str, Any]]:
@@ -52,7 +52,7 @@ def measure(session: Session, config: Any, space: NoiseSpace) -> tuple[Measured,
     found: Measured = {}
     details: dict[str, Any] = {}
     for task, vec in session.evaluations_by_task():
-        if not found and config.rl.replays and session.first is not None:
+        if not found and config.rl.pace and session.first is not None:
             announce_memory(session, config, space)
         found[task], details[task], _ = session.baselines(vec, config.seed)
         untrained = config.rl.untrained(space)
