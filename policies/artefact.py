@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from lerobot.configs import PreTrainedConfig
 from safetensors.torch import save_file
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS, read_weights
+from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS, read_weights, whole_folder
 from trimtab.adapters.checkpoint.folder import commit_of, is_server, resolve_folder
 from trimtab.adapters.checkpoint.identity import file_hash, placement, settings_hashes, weights_hash
 from trimtab.adapters.checkpoint.weights import load_weights
@@ -103,7 +101,6 @@ def save_artefact(
         check: called with the whole folder before it appears; where it raises, nothing is left.
     """
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     originals = {new: old for old, new in adapter.renames().items()}
     looks = adapter.observer is not None and (actor.space.uses_features or actor.encoder.image_shape)
     config = TrimtabConfig(
@@ -125,22 +122,14 @@ def save_artefact(
         **(acting or {}),
     )
     steered = Steered(adapter, actor, base_folder, config, critic[0] if critic else None, base)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with whole_folder(folder) as work:
         write_files(steered, work)
         for name, text in (beside or {}).items():
             (work / name).write_text(text, encoding="utf-8")
         if check is not None:
             check(work)
-        work.chmod(0o755)
         for file in work.iterdir():
             file.chmod(0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return folder
 
 

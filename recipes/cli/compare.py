@@ -7,7 +7,6 @@ from trimtab.recipes.compare.comparison import Comparison
 from trimtab.recipes.compare.config import CompareConfig
 from trimtab.recipes.compare.folders import read_runs
 from trimtab.recipes.compare.report import write_report
-from trimtab.recipes.compare.summary import summarise
 from trimtab.recipes.support.console import new_output_dir
 
 
@@ -35,6 +34,5 @@ def report_folders(config: CompareConfig) -> None:
         "while learning, success is that of the last training episodes (adapt) or of each round's evaluation "
         "(lora): curves and steps to a level of the two kinds are not alike",
     ]
-    output.mkdir(parents=True, exist_ok=True)
-    text = write_report(output, "Comparison of runs", facts, runs, summarise(runs), videos)
+    text = write_report(output, "Comparison of runs", facts, runs, videos)
     print(f"{text}\nall in {output}")

@@ -5,6 +5,7 @@ Imports nothing heavy: options are read before anything else is loaded.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ PLACES = (
     *("policy.path", "policy.tokenizer", "policy.backbone", "policy.base_path"),
     *("demos.root", "train.warm_start", "dataset.root"),
 )
+ONCE = ("output_dir", "resume", "only")  # what the next run says anew
 # Packages that this process has loaded, by option. Importing cannot be undone, so this is the process's own.
 _loaded: dict[str, str] = {}
 
@@ -76,7 +78,9 @@ def without_plugins(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def repeatable(content: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a command's options that runs again from any folder: with plugins, and absolute paths."""
+    """A command's options as JSON that runs again from any folder: with plugins, and absolute paths."""
+    content = json.loads(json.dumps(content, default=str))
+    content = {name: value for name, value in content.items() if value is not None and name not in ONCE}
     plugins: dict[str, Any] = {}
     for option, package in _loaded.items():
         put(plugins, option, package)
