@@ -14,8 +14,10 @@ from trimtab.rl.takeover import TakeoverConfig
 class TrainConfig:
     """Budget and pace of a steering run; steps, transitions and capacities are those of all processes."""
 
-    # Environment steps to collect.
+    # Environment steps to collect; 0 learns from demonstrations alone.
     env_steps: int = 20_000
+    # Gradient steps on the demonstrations (--demos) alone, before the first environment step.
+    offline_updates: int = 0
     # Transitions collected with what an untrained actor draws, before the actor takes over. Default of this
     # and the next two: the algorithm's own pace.
     warmup_transitions: int | None = None
@@ -41,9 +43,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.reward not in REWARDS:
             raise UserError("--train.reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
-        for name in ("env_steps", "first_update", "replay_capacity", "log_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--train.{name}", f"must be at least 1, got {value}")
+        if self.offline_updates < 0:
+            raise UserError("--train.offline_updates", f"cannot be negative, got {self.offline_updates}")
+        least = dict.fromkeys(("env_steps", "first_update", "replay_capacity", "log_every"), 1)
+        least["env_steps"] = 0 if self.offline_updates else 1
+        for name, low in least.items():
+            if (value := getattr(self, name)) is not None and value < low:
+                raise UserError(f"--train.{name}", f"must be at least {low}, got {value}")
         for name in ("updates_per_transition", "clip_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"--train.{name}", f"must be positive, got {value}")
@@ -54,10 +60,25 @@ class TrainConfig:
         if self.first_update is not None and self.replay_capacity < self.first_update:
             raise UserError("--train.replay_capacity", f"cannot be below first_update={self.first_update}")
 
+    def share(self, env_steps: int, updates: int) -> float:
+        """How much of the run is done, from 0 to 1."""
+        return env_steps / self.env_steps if self.env_steps else updates / self.offline_updates
+
+    def check_learnt(self, updates: int, transitions: int) -> None:
+        """Raise a ``UserError`` where a run has ended before its first gradient step."""
+        if not updates:
+            raise UserError(
+                "--train.env_steps",
+                f"{self.env_steps} steps gave {transitions} transitions, learning starts at "
+                f"{self.first_update}; raise it, or lower --train.first_update",
+            )
+
     def at_pace_of(self, rl: AlgorithmConfig) -> TrainConfig:
         """A copy whose pace is the algorithm's own wherever it was left open.
 
         Raises:
             UserError: the replay is too small for it.
         """
-        return replace(self, **{name: v for name, v in rl.pace.items() if getattr(self, name) is None})
+        # Without a warm-up where the actor has learnt before it acts.
+        pace = rl.pace | ({"warmup_transitions": 0} if self.offline_updates else {})
+        return replace(self, **{name: v for name, v in pace.items() if getattr(self, name) is None})

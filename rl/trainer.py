@@ -21,7 +21,7 @@ from trimtab.rl.data.decoder import Decoder
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.data.demonstrations import Demonstrations, make_transitions
 from trimtab.rl.data.memory import check_replay, replay_layout
-from trimtab.rl.data.replay import ReplayBuffer
+from trimtab.rl.data.replay import Batch, ReplayBuffer
 from trimtab.rl.data.returns import Transition
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.metrics import RunMetrics, calibration
@@ -35,7 +35,7 @@ from trimtab.rl.seeds import training_seed
 from trimtab.rl.takeover import Takeover
 from trimtab.rl.warm_start import read_constant
 
-COUNTERS = (
+COUNTED = (
     *("transitions", "episodes", "updates", "env_steps", "dropped", "update_seconds", "seconds"),
     *("_owed", "_logged", "_warming"),
 )
@@ -50,8 +50,7 @@ class Trainer:
         accelerator: an ``accelerate.Accelerator``.
         train, rl, noise, demos, faults_config: configs.
         seed: seeds the networks, the replay, the noise and the episodes.
-        on_metrics: called with each line of metrics.
-        on_step: called after each chunk with the episodes that ended in it.
+        on_metrics, on_step: called with each line of metrics, and with the episodes that ended in a chunk.
         checkpoints: where to keep what it takes to go on, if anywhere.
         stop: signals that end the run.
         faults: of all processes over the whole run, by kind (``runs/faults.py``).
@@ -141,9 +140,10 @@ class Trainer:
             UserError: more faults than the limit, after a checkpoint; or the checkpoint cannot be written.
         """
         total = self.train.env_steps
-        done = min(self.env_steps, total)
-        bar = Progress(total=total, initial=done, desc="steering", unit="step", disable=not self.progress)
         started = time.perf_counter() - self.seconds
+        self._learn_offline(started)
+        done, silent = min(self.env_steps, total), not self.progress
+        bar = Progress(total=total, initial=done, desc="steering", unit="step", disable=silent)
         while self.env_steps < total:
             self._warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
             self.collector.begin(steering=self.updates > 0 and not self._warming)
@@ -163,32 +163,47 @@ class Trainer:
         if self._logged != self.env_steps:
             self._log()
         bar.close()
-        if not self.updates:
-            raise UserError(
-                "--train.env_steps",
-                f"{total} steps gave {self.transitions} transitions, learning starts at "
-                f"{self.train.first_update}; raise it, or lower --train.first_update",
-            )
-        self._save()
+        self.train.check_learnt(self.updates, self.transitions)
+        self._keep(end=True)
         return self.algorithm
+
+    def _learn_offline(self, started: float) -> None:
+        """Take the gradient steps on the demonstrations alone, unless a checkpoint is past them."""
+        total, demos = 0 if self.env_steps else self.train.offline_updates, self.demonstrations
+        if demos is None or self.updates >= total:
+            return
+        if self.updates == 0:
+            self.algorithm.fit_normalizer(demos.all_features())
+        bar = Progress(total=total, initial=self.updates, desc="learning offline", disable=not self.progress)
+        while self.updates < total:
+            count = min(self.train.log_every, total - self.updates)
+            self._update(count, lambda: demos.sample(self.rl.batch_size))
+            bar.update(count)
+            self.seconds = time.perf_counter() - started
+            self._log()
+            self._stopping = any(self.world.gather(self.stop()))
+            self._keep()
+        bar.close()
 
     def _learn(self) -> None:
         """Pay the gradient steps owed for the transitions collected so far."""
         if self.transitions < self.train.first_update or not self._ready:
             return
+        replay, demos, size = self.replay, self.demonstrations, self.rl.batch_size
         if self.updates == 0:
-            features = self.world.gather(self.replay.all_features())
-            features += [self.demonstrations.all_features()] if self.demonstrations else []
-            self.algorithm.fit_normalizer(torch.cat(features))
+            features = self.world.gather(replay.all_features())
+            self.algorithm.fit_normalizer(torch.cat(features + ([demos.all_features()] if demos else [])))
+        count, share = int(self._owed), self.train.share(self.env_steps, self.updates)
+        self._owed -= count
+        self._update(count, lambda: demos.mix(replay, size, share) if demos else replay.sample(size))
+
+    def _update(self, count: int, batch: Callable[[], Batch]) -> None:
+        """Take ``count`` gradient steps, each on a batch of its own."""
         started = time.perf_counter()
-        share, size = self.env_steps / self.train.env_steps, self.rl.batch_size
-        self.algorithm.progress(share)
-        demos = self.demonstrations
-        while self._owed >= 1.0:
-            batch = demos.mix(self.replay, size, share) if demos else self.replay.sample(size)
-            self.metrics.add_update(self.algorithm.update(batch))
+        self.algorithm.progress(self.train.share(self.env_steps, self.updates))
+        for _ in range(count):
+            self.metrics.add_update(self.algorithm.update(batch()))
             self.updates += 1
-            self._owed -= 1.0
         self.update_seconds += time.perf_counter() - started
 
     def _store(self, transitions: list[Transition], episodes: list[Episode], steps: int) -> None:
@@ -200,12 +215,7 @@ class Trainer:
             except ValueError as error:
                 self._new_faults.append(("transition", f"--policy.path: {error}"))
         lost, self.collector.lost = self.collector.lost, []
-        self._new_faults += lost
-        skipped = int(self.guard.skipped)
-        self.guard.skipped.zero_()
-        if self.world.main:  # every process leaves the same steps out
-            broken = "loss", "--rl.learning_rate: NaN or Inf in a gradient; lower it"
-            self._new_faults += [broken] * skipped
+        self._new_faults += [*lost, *self.guard.taken()]
         self.recent.extend(episodes)
         here = {
             "stored": self.replay.added - added,
@@ -247,7 +257,7 @@ class Trainer:
             "acting": "untrained" if self._warming else "actor",
         }
         if self.demonstrations is not None:
-            line["demo_share"] = self.demonstrations.share(self.env_steps / self.train.env_steps)
+            line["demo_share"] = self.demonstrations.share(self.train.share(self.env_steps, self.updates))
         if self.train.gate.enabled:
             line["gate_share"] = self.takeover.share if self.updates else 0.0
         if faults := self.faults.total():
@@ -260,32 +270,25 @@ class Trainer:
             line |= calibration(self.algorithm, self.recent) if self.updates else {}
             self.on_metrics(line)
 
-    def _keep(self) -> None:
+    def _keep(self, end: bool = False) -> None:
         """Write a checkpoint where one is due, or the run has to end; all processes do so together."""
         stops = self.faults.total() > self.faults_config.limit
-        if self.checkpoints and (stops or self._stopping or self.checkpoints.due(self.env_steps)):
-            self._save()
+        if self.checkpoints and (end or stops or self._stopping or self.checkpoints.due(self.env_steps)):
+            self.checkpoints.save(self.env_steps, self.state_dict())
         if stops:
             raise too_many(self.faults, self._last_fault, self.faults_config.limit)
         if self._stopping:
             raise Stopped(self.stop.name or "a signal to another process", self.env_steps)
 
-    def _save(self) -> None:
-        if self.checkpoints:
-            self.checkpoints.save(self.env_steps, self.state_dict())
-
     def state_dict(self) -> dict[str, Any]:
         """What it takes this process to go on from between two chunks."""
         demos, replay, device = self.demonstrations, self.replay, self.accelerator.device
-        weights = weights_digest(self.algorithm)
-        if len(set(self.world.gather(weights))) > 1:
-            raise RuntimeError("the processes' weights have drifted apart; this is a bug of trimtab")
         return {
-            **{name: getattr(self, name) for name in COUNTERS},
+            **{name: getattr(self, name) for name in COUNTED},
             "faults": self.faults,
             "metrics": self.metrics.state_dict(),
             "algorithm": self.algorithm.training_state(),
-            "weights": weights,
+            "weights": weights_digest(self.algorithm, self.world),
             "takeover": self.takeover.state_dict(),
             "recent": [vars(episode) for episode in self.recent],
             "rows": replay.rows(replay.added - len(replay), replay.added),
@@ -312,7 +315,7 @@ class Trainer:
 
     def _load(self, checkpoint: Checkpoint) -> list[str]:
         state = checkpoint.read(min(self.world.rank, checkpoint.processes - 1))
-        for name in COUNTERS:
+        for name in COUNTED:
             setattr(self, name, state[name])
         self.faults.update(state["faults"])
         self.metrics.load_state_dict(state["metrics"])

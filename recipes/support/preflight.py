@@ -32,6 +32,8 @@ def check_inputs(session: Session, config: Any, space: NoiseSpace) -> None:
     processes = session.world.size if session.world else 1
     config.rl.check(space, RunRequest(tasks, processes, config.resume, bool(warm_start)))
     demos.check(config.rl)
+    if config.train.offline_updates and not demos.enabled:
+        raise UserError("--train.offline_updates", "learns from demonstrations: give --demos.root=FOLDER")
     if tasks > 1 and demos.enabled:
         raise UserError("--env.task", "demonstrations are of one task; name one")
     if config.num_envs < tasks:

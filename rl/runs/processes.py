@@ -90,16 +90,25 @@ class StepGuard:
             torch._foreach_mul_(gradients, (self.clip / norm.clamp_min(1e-12)).clamp_max(1.0))
         optimizer.found_inf = broken  # type: ignore[attr-defined]
 
+    def taken(self) -> list[tuple[str, str]]:
+        """The faults since the last call, on the first process alone: all leave the same steps out."""
+        skipped = int(self.skipped)
+        self.skipped.zero_()
+        broken = "loss", "--rl.learning_rate: NaN or Inf in a gradient; lower it"
+        return [broken] * skipped if self.world.main else []
+
 
 def optimizers(algorithm: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """The optimisers among an algorithm's attributes, by name."""
     return {k: v for k, v in vars(algorithm).items() if isinstance(v, torch.optim.Optimizer)}
 
 
-def weights_digest(module: nn.Module) -> str:
-    """A hash of a module's weights and buffers."""
+def weights_digest(module: nn.Module, world: ProcessGroup) -> str:
+    """A hash of a module's weights and buffers, which must be the same on all processes."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    if len(set(world.gather(digest.hexdigest()))) > 1:
+        raise RuntimeError("the processes' weights have drifted apart; this is a bug of trimtab")
     return digest.hexdigest()
