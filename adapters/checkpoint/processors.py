@@ -203,7 +203,9 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
         path = weights if is_legacy(folder) else folder / name
         kinds = [feature.type.value for feature in features.values()]
         wanted = {kind: modes[kind] for kind in kinds if modes.get(kind, "IDENTITY") != "IDENTITY"}
-        if wanted and not any(_may_normalise(step) for step in pipeline.steps):
+        # Of LeRobot's common steps it is known which normalise; any other may.
+        own = [s for s in pipeline.steps if not type(s).__module__.startswith("lerobot.processor")]
+        if wanted and not own and not any(getattr(step, "norm_map", None) for step in pipeline.steps):
             kind, mode = next(iter(wanted.items()))
             raise policy_error(
                 f"by config.json, {kind} was normalised by {mode} in training, but no step of {path} {does} "
@@ -226,12 +228,6 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
 
 def _name(step: Any) -> str:
     return getattr(type(step), "_registry_name", None) or type(step).__name__
-
-
-def _may_normalise(step: Any) -> bool:
-    """Whether a step has statistics, or is not one of LeRobot's common ones, of which that is known."""
-    common = type(step).__module__.startswith("lerobot.processor")
-    return not common or bool(getattr(step, "norm_map", None))
 
 
 def _normalisation(step: Any, key: str, feature: Any) -> str | None:
