@@ -28,7 +28,7 @@ from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.finetune.data import batches, check_features
 from trimtab.recipes.support.launched import launched_processes
-from trimtab.rl.data.opening import open_dataset
+from trimtab.rl.data.demonstration_data import open_dataset
 from trimtab.rl.runs.progress import Progress
 
 DATASET_STEPS = 20_000  # gradient steps by default
