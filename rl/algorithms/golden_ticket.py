@@ -113,13 +113,10 @@ def episodes_each(counts: list[int], budget: int) -> list[int]:
 
 @dataclass
 class Ticket(TrainingResult):
-    """What a search found.
+    """What a search found: the best constant, ``noise`` (*spec.shape), and an actor that always takes it.
 
-    Attributes:
-        actor: always takes the best constant.
-        noise: that constant, (*spec.shape).
-        successes, episodes: of every candidate in the search, (candidates,). The winner's rate is biased
-            upwards, for it is the best of many: evaluate it on other episodes.
+    ``successes`` and ``episodes`` (candidates,) are those of the search. The winner's rate there is biased
+    upwards, for it is the best of many: evaluate it on other episodes.
     """
 
     actor: NoiseActor

@@ -90,9 +90,7 @@ class Residual(Algorithm):
     def td_target(self, batch: Batch, eps: Tensor | None = None) -> Tensor:
         """``R + D * min_e Qbar_e(s', a'_base + clip(rbar(s', a'_base) + noise))``, (B,); clipped.
 
-        Args:
-            batch: with ``next_candidates`` (B, 1, A), the base's chunk at s'.
-            eps: (B, A) standard normal draw for the noise; made here where ``None``.
+        ``next_candidates`` (B, 1, A) is the base's chunk at s', ``eps`` (B, A) the noise, standard normal.
         """
         features, base, config = batch["next_features"], batch["next_candidates"][:, 0], self.config
         correction = self.target_actor(features, base)
