@@ -22,6 +22,19 @@ class UserError(Exception):
         return f"{self.option}: {self.message}"
 
 
+def at_least(least: float, config: object, prefix: str, *names: str) -> None:
+    """Refuse fields of ``config`` below ``least``; their options begin with ``prefix``. ``None`` passes.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            must = f"must be at least {least}" if least else "cannot be negative"
+            raise UserError(f"{prefix}{name}", f"{must}, got {value}")
+
+
 def reason(error: BaseException, last: bool = False) -> str:
     """What an exception says, on one line: all of its text, and what its cause adds.
 

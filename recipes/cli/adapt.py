@@ -17,10 +17,14 @@ from trimtab.policies.artefact import is_artefact
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.support.console import new_output_dir, say
-from trimtab.recipes.support.launched import launched_processes, make_accelerator
-from trimtab.recipes.support.option_dicts import flatten
+from trimtab.recipes.support.launched import (
+    Trackers,
+    check_trackers,
+    launched_processes,
+    make_accelerator,
+)
+from trimtab.recipes.support.option_dicts import flatten, loaded_plugins
 from trimtab.recipes.support.preflight import check_inputs, check_reward, measure
-from trimtab.recipes.support.repeat import loaded_plugins
 from trimtab.recipes.support.reporting import (
     NAMES,
     MetricsWriter,
@@ -34,7 +38,6 @@ from trimtab.recipes.support.reporting import (
 from trimtab.recipes.support.run_folder import METRICS, RunFolder, disk_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
-from trimtab.recipes.support.trackers import Trackers, check_trackers
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.budget import TrainConfig
@@ -104,7 +107,7 @@ def main(config: AdaptConfig) -> None:
     if processes:  # the first one's clock names the folder
         output = ProcessGroup(processes).gather(output)[0]
     session, folder = open_session(
-        config.policy, config.env, config.eval, config.machine, config.observe, many=True
+        config.policy, config.env, config.eval, config.machine, observe=config.observe, many=True
     )
     say(describe(session, folder))
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -181,7 +184,7 @@ def _steer(
     space, world, clock = config.noise.build(session.adapter.noise_spec), session.world, Clock()
     check_inputs(session, config, space)
     identity = session.adapter.identity(folder)
-    run = RunFolder(output, config, identity, config.checkpoint, world)
+    run = RunFolder(output, config, identity, world)
     checkpoint = run.newest() if config.resume else None
     if checkpoint is not None and not checkpoint.beside.get("repeatable", True):
         session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
@@ -189,7 +192,7 @@ def _steer(
     check_reward(config.rl, config.train.reward, measured)
     run.begin(measured, constants)
     clock.lap("baselines")
-    tracked = Trackers(accelerator, check_trackers(config.trackers), "trimtab", flatten(run.config))
+    tracked = Trackers(accelerator, flatten(run.config))
     kept = checkpoint.beside["metrics"] if checkpoint else 0
     with session.environments(config.num_envs, faults=config.faults) as vec:
         if len(set(vec.task_names)) != len(session.tasks):

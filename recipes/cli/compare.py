@@ -13,7 +13,7 @@ from trimtab.recipes.support.console import new_output_dir
 
 def main(config: CompareConfig) -> None:
     if config.runs:
-        report_folders(config)
+        print(report_folders(config))
         return
     if not config.policy.path:
         raise UserError("--policy.path", "name the base policy, or with --runs=[...] folders to report on")
@@ -22,11 +22,11 @@ def main(config: CompareConfig) -> None:
     comparison = Comparison(config)
     if config.only:
         comparison.only(config.only)
-        return
-    print(comparison.all())
+    else:
+        print(comparison.all())
 
 
-def report_folders(config: CompareConfig) -> None:
+def report_folders(config: CompareConfig) -> str:
     """Report on runs that are there."""
     runs, videos = read_runs([path.expanduser() for path in config.runs])
     output = new_output_dir(config.output_dir, "compare")
@@ -37,4 +37,4 @@ def report_folders(config: CompareConfig) -> None:
     ]
     output.mkdir(parents=True, exist_ok=True)
     text = write_report(output, "Comparison of runs", facts, runs, summarise(runs), videos)
-    print(f"{text}\nall in {output}")
+    return f"{text}\nall in {output}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError
+from trimtab.adapters.errors import at_least
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact
 from trimtab.recipes.support.console import new_output_dir
@@ -28,15 +29,10 @@ class SteeredEvalConfig(EpisodesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_candidates is not None and self.num_candidates < 1:
-            raise UserError("--eval.num_candidates", f"must be at least 1, got {self.num_candidates}")
+        at_least(1, self, "--eval.", "num_candidates")
 
     def complete(self, steered: Steered | None) -> None:
-        """Fill in what was not set.
-
-        Raises:
-            UserError: there is nothing to choose among candidates by.
-        """
+        """Fill in what was not set."""
         config = steered.config if steered else None
         if self.deterministic is None:
             self.deterministic = config.deterministic if config else True

@@ -15,6 +15,7 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder
+from trimtab.adapters.errors import at_least
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.cli.adapt import check_run
 from trimtab.recipes.finetune.data import REPO_ID, Recorder
@@ -22,7 +23,7 @@ from trimtab.recipes.finetune.filtered_bc import rounds
 from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
 from trimtab.recipes.support.console import new_output_dir
-from trimtab.recipes.support.repeat import repeatable
+from trimtab.recipes.support.option_dicts import repeatable
 from trimtab.recipes.support.reporting import (
     MetricsWriter,
     rate_text,
@@ -83,8 +84,7 @@ class LoraConfig(TuningConfig):
     def __post_init__(self) -> None:
         self.check()
         check_run(self.seed, self.num_envs)
-        if self.rounds < 1:
-            raise UserError("--rounds", f"must be at least 1, got {self.rounds}")
+        at_least(1, self, "--", "rounds")
         if self.env_steps < self.rounds:
             raise UserError("--env_steps", f"must be at least one for each round, got {self.env_steps}")
         if self.from_rollouts and self.dataset is not None:
@@ -129,11 +129,7 @@ def main(config: LoraConfig) -> None:
 
 
 def open_base(config: LoraConfig) -> tuple[PolicyAdapter, Path]:
-    """Load the policy to be fine-tuned.
-
-    Raises:
-        UserError: it cannot be fine-tuned, or cannot be rolled out as asked.
-    """
+    """Load the policy; a ``UserError`` where it cannot be fine-tuned, or rolled out as asked."""
     path = config.policy.path
     if not path:
         raise UserError("--policy.path", "name the folder or Hub repository of the base policy")
@@ -189,11 +185,7 @@ class Run:
             self._evaluate(self.session, "fine_tuned", "fine-tuned")
 
     def from_rollouts(self, session: Session) -> None:
-        """Filtered behaviour cloning, the policy evaluated after each round.
-
-        Raises:
-            UserError: no episode of any round succeeded.
-        """
+        """Filtered behaviour cloning, the policy evaluated after each round."""
         config = self.config
         last = self._evaluate(session, "base", "base policy")
         require_success(last)

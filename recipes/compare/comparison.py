@@ -26,7 +26,7 @@ from trimtab.recipes.compare.summary import summarise
 from trimtab.recipes.embedded_base.base import DEMONSTRATIONS
 from trimtab.recipes.embedded_base.dataset import REPO_ID
 from trimtab.recipes.support.console import new_output_dir
-from trimtab.recipes.support.repeat import repeatable
+from trimtab.recipes.support.option_dicts import repeatable
 from trimtab.recipes.support.reporting import rate_text, read_json, write_json
 from trimtab.recipes.support.session import Session, base_of
 from trimtab.recipes.support.shared_configs import EVALUATION_SEED

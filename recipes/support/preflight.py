@@ -22,12 +22,7 @@ Measured = dict[str, dict[str, Evaluation]]
 
 
 def check_inputs(session: Session, config: Any, space: NoiseSpace) -> None:
-    """Refuse what does not fit together before any long work; ``config`` is an ``AdaptConfig``.
-
-    Raises:
-        UserError: the algorithm cannot learn in this noise space or from demonstrations, or the dataset or
-            the warm start is not there or does not fit the policy.
-    """
+    """Refuse what does not fit together before any long work; ``config`` is an ``AdaptConfig``."""
     tasks, demos, warm_start = len(session.tasks), config.demos, config.train.warm_start
     processes = session.world.size if session.world else 1
     config.rl.check(space, RunRequest(tasks, processes, config.resume, bool(warm_start)))
@@ -46,14 +41,18 @@ def check_inputs(session: Session, config: Any, space: NoiseSpace) -> None:
 def measure(session: Session, config: Any, space: NoiseSpace) -> tuple[Measured, dict[str, Any]]:
     """Evaluate the baselines, and what the noise space itself does to the policy before any learning.
 
-    Returns:
-        (evaluations, details of the search for a constant)
+    Returns the evaluations, and details of the search for a constant.
     """
     found: Measured = {}
     details: dict[str, Any] = {}
     for task, vec in session.evaluations_by_task():
-        if not found and config.rl.replays and session.first is not None:
-            announce_memory(session, config, space)
+        if not found and config.rl.replays and (first := session.first) is not None:
+            spec = (
+                ConditioningSpec.of(session.adapter, first) if "conditioning" in config.rl.replayed else None
+            )
+            width = session.runner.features(first).shape[1]
+            layout = replay_layout(config.rl, session.adapter, space, width, spec)
+            say(check_replay(config.train.replay_capacity, **layout))  # refuses what does not fit
         found[task], details[task], _ = session.baselines(vec, config.seed)
         untrained = config.rl.untrained(space)
         found[task]["untrained"] = (
@@ -62,22 +61,8 @@ def measure(session: Session, config: Any, space: NoiseSpace) -> tuple[Measured,
     return found, next(iter(details.values())) if len(details) == 1 else details
 
 
-def announce_memory(session: Session, config: Any, space: NoiseSpace) -> None:
-    """Say what the replay will take, or refuse it, before the long work."""
-    spec = None
-    if "conditioning" in config.rl.replayed:
-        spec = ConditioningSpec.of(session.adapter, session.first)
-    width = session.runner.features(session.first).shape[1]
-    layout = replay_layout(config.rl, session.adapter, space, width, spec)
-    say(check_replay(config.train.replay_capacity, **layout))
-
-
 def check_reward(rl: AlgorithmConfig, reward: str, measured: Measured) -> None:
-    """Refuse to learn from success where the environment reports none.
-
-    Raises:
-        UserError: names what the environment's ``info`` holds instead.
-    """
+    """Refuse to learn from success where the environment reports none."""
     problem = rl.without_success(reward)
     for found in measured.values() if problem else ():
         if not found["base"].reported:

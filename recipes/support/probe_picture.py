@@ -18,18 +18,15 @@ def plot_probe(
     title: str,
 ) -> None:
     """Draw spread by chunk step, the effect of noise rows and dimensions, and success by noise source."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     columns = 4 if success else 3
-    figure, axes = plt.subplots(1, columns, figsize=(4.2 * columns, 3.8), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.8), layout="constrained")
+    axes = figure.subplots(1, columns)
     figure.suptitle(fill(title, 40 * columns))
     axis, dims = axes[0], measured.spread.shape[1]
     lines = axis.plot(measured.spread, linewidth=1.2, alpha=0.8)
     axis.set(xlabel="step of the chunk", ylabel="standard deviation over noises", title="spread of actions")
-    axis.set_ylim(bottom=0)
     if dims <= 8:
         axis.legend(lines, [f"action {dim}" for dim in range(dims)], fontsize=7)
     axis = axes[1]
@@ -49,9 +46,7 @@ def plot_probe(
     )
     if success:
         _plot_success(axes[3], success, constants)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _plot_success(axis: Any, success: dict[str, dict[str, Any]], constants: list[dict[str, Any]]) -> None:

@@ -145,14 +145,10 @@ def plot_curve(
     path: Path, lines: Sequence[dict[str, Any]], results: dict[str, dict[str, Any]], title: str
 ) -> None:
     """Draw success (or return) while learning, evaluated policies as levels, and the critic's calibration."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(7.2, 6.0), sharex=True, height_ratios=(3, 1.2), layout="constrained"
-    )
+    figure = Figure(figsize=(7.2, 6.0), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
     reported = all(entry["success_rate"] is not None for entry in results.values())
     measure = "success_rate" if reported else "return_mean"
     # The first episodes to end are the short ones, which are the successes: leave those lines out.
@@ -184,7 +180,6 @@ def plot_curve(
     bottom.set(xlabel="environment steps", ylabel="critic")
     bottom.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def write_grid_video(path: Path, evaluation: Evaluation, seeds: Sequence[int], fps: int) -> bool:
