@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import draccus
+from draccus.utils import flatten
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
@@ -23,7 +23,7 @@ from trimtab.recipes.support.launched import (
     launched_processes,
     make_accelerator,
 )
-from trimtab.recipes.support.option_dicts import flatten, loaded_plugins
+from trimtab.recipes.support.option_dicts import loaded_plugins
 from trimtab.recipes.support.preflight import check_inputs, check_reward, measure
 from trimtab.recipes.support.reporting import (
     NAMES,
@@ -35,14 +35,13 @@ from trimtab.recipes.support.reporting import (
     table,
     write_json,
 )
-from trimtab.recipes.support.run_folder import METRICS, RunFolder, disk_errors
+from trimtab.recipes.support.run_folder import METRICS, RunFolder, run_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig
-from trimtab.rl.envs.vector import WorkerLost
 from trimtab.rl.evaluation import pooled
 from trimtab.rl.runs.checkpoint import CheckpointConfig
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
@@ -164,112 +163,100 @@ def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Pat
         Stopped: by a signal, once there is a checkpoint.
     """
     accelerator = make_accelerator(session.adapter.device.type, check_trackers(config.trackers), output)
-    session.world = ProcessGroup(accelerator)
-    signals = StopSignals()
-    try:
-        with signals.installed(), disk_errors(output):
-            return _steer(session, folder, config, output, accelerator, signals)
-    except WorkerLost as error:
-        raise UserError("--env.type", reason(error, last=True)) from error
-
-
-def _steer(
-    session: Session,
-    folder: Path | str,
-    config: AdaptConfig,
-    output: Path,
-    accelerator: Any,
-    signals: StopSignals,
-) -> Outcome:
-    space, world, clock = config.noise.build(session.adapter.noise_spec), session.world, Clock()
-    check_inputs(session, config, space)
-    identity = session.adapter.identity(folder)
-    run = RunFolder(output, config, identity, world)
-    checkpoint = run.newest() if config.resume else None
-    if checkpoint is not None and not checkpoint.beside.get("repeatable", True):
-        session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
-    measured, constants = (run.baselines() if config.resume else None) or measure(session, config, space)
-    check_reward(config.rl, config.train.reward, measured)
-    run.begin(measured, constants)
-    clock.lap("baselines")
-    tracked = Trackers(accelerator, flatten(run.config))
-    kept = checkpoint.beside["metrics"] if checkpoint else 0
-    with session.environments(config.num_envs, faults=config.faults) as vec:
-        if len(set(vec.task_names)) != len(session.tasks):
-            raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
-        trainer = config.rl.make_trainer(session.runner, vec, config.noise, config.seed) or Trainer(
-            session.runner,
-            vec,
-            accelerator,
-            config.train,
-            config.rl,
-            config.noise,
-            config.seed,
-            demos=config.demos,
-            checkpoints=run.checkpoints,
-            faults_config=config.faults,
-            stop=signals,
+    session.world = world = ProcessGroup(accelerator)
+    with StopSignals().installed() as signals, run_errors(output):
+        space, clock = config.noise.build(session.adapter.noise_spec), Clock()
+        check_inputs(session, config, space)
+        identity = session.adapter.identity(folder)
+        run = RunFolder(output, config, identity, world)
+        checkpoint = run.newest() if config.resume else None
+        if checkpoint is not None and not checkpoint.beside.get("repeatable", True):
+            session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
+        measured, constants = (run.baselines() if config.resume else None) or measure(session, config, space)
+        check_reward(config.rl, config.train.reward, measured)
+        run.begin(measured, constants)
+        clock.lap("baselines")
+        tracked = Trackers(accelerator, flatten(run.config))
+        kept = checkpoint.beside["metrics"] if checkpoint else 0
+        with session.environments(config.num_envs, faults=config.faults) as vec:
+            if len(set(vec.task_names)) != len(session.tasks):
+                raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
+            trainer = config.rl.make_trainer(session.runner, vec, config.noise, config.seed) or Trainer(
+                session.runner,
+                vec,
+                accelerator,
+                config.train,
+                config.rl,
+                config.noise,
+                config.seed,
+                demos=config.demos,
+                checkpoints=run.checkpoints,
+                faults_config=config.faults,
+                stop=signals,
+            )
+            with MetricsWriter(output / METRICS if world.main else Path(os.devnull), kept) as metrics:
+                trainer.on_metrics = lambda line: (metrics(line), tracked(line))
+                if run.checkpoints:
+                    run.checkpoints.beside = lambda: {
+                        "metrics": metrics.offset(),
+                        "repeatable": vec.repeatable,
+                    }
+                for note in trainer.resume(checkpoint) if checkpoint else ():
+                    print(note)
+                signals.kept = checkpoint is not None
+                signals.deferred = run.checkpoints is not None and config.rl.replays
+                learnt = trainer.run()
+                signals.kept, signals.deferred = signals.deferred, False
+                if signals():
+                    raise Stopped(signals.name)
+        tracked.close()
+        learnt.actor.eval()
+        clock.lap("steering")
+        steered = learnt.deployed_policy(config.eval.deterministic)
+        for task, vec in session.evaluations_by_task():
+            measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
+        clock.lap("steered_evaluation")
+        session.adapter.check_identity(identity, folder)
+        untrained = pooled([found.pop("untrained") for found in measured.values()])
+        names = next(iter(measured.values()))
+        evaluations = {name: pooled([found[name] for found in measured.values()]) for name in names}
+        results = results_of(
+            config,
+            evaluations,
+            tasks={task: summaries(found) for task, found in measured.items()},
+            untrained_actor=untrained.summary(),
+            constant_noise_search=constants,
+            env_steps=trainer.env_steps,
+            training_episodes=trainer.episodes,
+            updates=trainer.updates,
+            actor_parameters=learnt.trained_parameters()["actor"],
+            base_sha256=identity.get("sha256"),  # a policy server shows no weights
+            seconds=clock,
+            train=asdict(config.train),
         )
-        with MetricsWriter(output / METRICS if world.main else Path(os.devnull), kept) as metrics:
-            trainer.on_metrics = lambda line: (metrics(line), tracked(line))
-            if run.checkpoints:
-                run.checkpoints.beside = lambda: {"metrics": metrics.offset(), "repeatable": vec.repeatable}
-            for note in trainer.resume(checkpoint) if checkpoint else ():
-                print(note)
-            signals.kept = checkpoint is not None
-            signals.deferred = run.checkpoints is not None and config.rl.replays
-            learnt = trainer.run()
-            signals.kept, signals.deferred = signals.deferred, False
-            if signals():
-                raise Stopped(signals.name)
-    tracked.close()
-    learnt.actor.eval()
-    clock.lap("steering")
-    steered = learnt.deployed_policy(config.eval.deterministic)
-    for task, vec in session.evaluations_by_task():
-        measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
-    clock.lap("steered_evaluation")
-    session.adapter.check_identity(identity, folder)
-    untrained = pooled([found.pop("untrained") for found in measured.values()])
-    names = next(iter(measured.values()))
-    evaluations = {name: pooled([found[name] for found in measured.values()]) for name in names}
-    results = results_of(
-        config,
-        evaluations,
-        tasks={task: summaries(found) for task, found in measured.items()},
-        untrained_actor=untrained.summary(),
-        constant_noise_search=constants,
-        env_steps=trainer.env_steps,
-        training_episodes=trainer.episodes,
-        updates=trainer.updates,
-        actor_parameters=learnt.trained_parameters()["actor"],
-        base_sha256=identity.get("sha256"),  # a policy server shows no weights
-        seconds=clock,
-        train=asdict(config.train),
-    )
-    artefact = Path()
-    if world.main:
-        facts = {
-            "env": draccus.encode(config.env, EnvConfig),
-            "seed": config.seed,
-            "env_steps": trainer.env_steps,
-            "episodes": trainer.episodes,
-            "deterministic": config.eval.deterministic,
-            "success": results["policies"],
-            "algorithm": config.rl.type,
-            "plugins": loaded_plugins(),
-        }
-        base = LoadedBase(session.adapter, config.policy, folder)
-        artefact = learnt.save(output, base, config.noise, facts)
-        write_json(output / "results.json", results)
-        run.write_config()
-        title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
-        plot_curve(output / "curve.png", metrics.lines, results["policies"], title)
-        session.record(session.own_noise, output / "before.mp4", "video: base policy")
-        session.record(steered, output / "after.mp4", "video: steered")
-        clock.lap("pictures")
-        write_json(output / "results.json", results)  # once more, with the last time in it
-    return Outcome(results, metrics.lines, artefact)
+        artefact = Path()
+        if world.main:
+            facts = {
+                "env": draccus.encode(config.env, EnvConfig),
+                "seed": config.seed,
+                "env_steps": trainer.env_steps,
+                "episodes": trainer.episodes,
+                "deterministic": config.eval.deterministic,
+                "success": results["policies"],
+                "algorithm": config.rl.type,
+                "plugins": loaded_plugins(),
+            }
+            base = LoadedBase(session.adapter, config.policy, folder)
+            artefact = learnt.save(output, base, config.noise, facts)
+            write_json(output / "results.json", results)
+            run.write_config()
+            title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
+            plot_curve(output / "curve.png", metrics.lines, results["policies"], title)
+            session.record(session.own_noise, output / "before.mp4", "video: base policy")
+            session.record(steered, output / "after.mp4", "video: steered")
+            clock.lap("pictures")
+            write_json(output / "results.json", results)  # once more, with the last time in it
+        return Outcome(results, metrics.lines, artefact)
 
 
 class Clock(dict[str, float]):

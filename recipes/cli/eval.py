@@ -11,6 +11,7 @@ from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.errors import at_least
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact
+from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.reporting import results_of, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
@@ -33,11 +34,11 @@ class SteeredEvalConfig(EpisodesConfig):
 
     def complete(self, steered: Steered | None) -> None:
         """Fill in what was not set."""
-        config = steered.config if steered else None
+        said = steered.config if steered else TrimtabConfig()
         if self.deterministic is None:
-            self.deterministic = config.deterministic if config else True
+            self.deterministic = said.deterministic
         if self.num_candidates is None:
-            self.num_candidates = config.num_candidates if config else 1
+            self.num_candidates = said.num_candidates
         if self.num_candidates > 1 and (steered is None or steered.critic is None):
             raise UserError(
                 "--eval.num_candidates",

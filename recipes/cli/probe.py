@@ -20,8 +20,7 @@ from trimtab.policies.artefact import is_artefact
 from trimtab.policies.noise_samplers import base_noise, repeated_noise
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.diagnosis import as_json, diagnose
-from trimtab.recipes.support.probe_picture import plot_probe
-from trimtab.recipes.support.reporting import NAMES, summaries, table, write_json
+from trimtab.recipes.support.reporting import NAMES, plot_probe, summaries, table, write_json
 from trimtab.recipes.support.session import Session, base_of, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base
@@ -35,13 +34,8 @@ from trimtab.rl.statistics import wilson_interval
 class ProbeEvalConfig(EpisodesConfig):
     """How policies are evaluated, with fewer episodes than for a result."""
 
-    # Episodes under each kind of noise; all get the same ones.
     n_episodes: int = 50
-    # Random constant noises to try (0: none).
     constant_candidates: int = 8
-    # Episodes for each of them, on seeds of their own.
-    constant_episodes: int = 20
-    # Episodes of the base to render to a video (0: none).
     videos: int = 0
 
 

@@ -1,7 +1,4 @@
-"""Options as nested dicts: read from a command line or a file, merged, and kept to repeat a run.
-
-Imports nothing heavy: options are read before anything else is loaded.
-"""
+"""Options as nested dicts: read from a command line or a file, merged, and kept to repeat a run."""
 
 from __future__ import annotations
 
@@ -10,6 +7,9 @@ import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+
+from draccus.cfgparsing import load_config, parse_string
+from draccus.utils import flatten
 
 from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import UserError, reason
@@ -49,8 +49,6 @@ def read_arguments(args: list[str]) -> Options:
 
 
 def _value(option: str, text: str) -> Any:
-    from draccus.cfgparsing import parse_string
-
     try:
         value = parse_string(text)
     except Exception as error:  # YAML's errors come in many classes
@@ -66,8 +64,6 @@ def read_options(path: str | Path, option: str = "") -> Options:
     Raises:
         UserError: it cannot be read, or holds no options.
     """
-    from draccus.cfgparsing import load_config
-
     option = option or f"{CONFIG_PATH}={path}"
     try:
         with open(path, encoding="utf-8") as stream:
@@ -90,14 +86,6 @@ def merge(below: Options, above: Options) -> Options:
             value = merge({} if None not in types and types[0] != types[1] else before, value)
         merged[name] = value
     return merged
-
-
-def flatten(options: Options, prefix: str = "") -> Options:
-    """Nested options by dotted names: ``{"rl": {"gamma": 1}}`` -> ``{"rl.gamma": 1}``."""
-    flat: Options = {}
-    for name, value in options.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def value_at(options: Options, name: str) -> Any:

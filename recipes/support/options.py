@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import draccus
+from draccus.utils import flatten
 from lerobot.configs.parser import print_scoped_help
 
 from trimtab.adapters.checkpoint.folder import is_server
@@ -23,7 +24,6 @@ from trimtab.recipes.support.option_dicts import (
     CONFIG_PATH,
     Flag,
     Options,
-    flatten,
     load_plugins,
     merge,
     read_arguments,

@@ -11,6 +11,7 @@ from typing import Any
 
 import draccus
 import numpy as np
+from draccus.utils import flatten
 from safetensors import SafetensorError
 
 from trimtab.adapters import UserError
@@ -18,7 +19,6 @@ from trimtab.adapters.errors import reason
 from trimtab.recipes.support.console import say
 from trimtab.recipes.support.option_dicts import (
     Options,
-    flatten,
     merge,
     read_options,
     repeatable,
@@ -26,6 +26,7 @@ from trimtab.recipes.support.option_dicts import (
     without_plugins,
 )
 from trimtab.recipes.support.reporting import read_json, write_json
+from trimtab.rl.envs.vector import WorkerLost
 from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.runs.processes import ProcessGroup
@@ -160,10 +161,12 @@ def decode(values: dict[str, Any]) -> Evaluation:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A full or unwritable disk is for the user to mend: a ``UserError`` in place of the system's."""
+def run_errors(path: Path) -> Iterator[None]:
+    """A full or unwritable disk and a simulator that is lost are for the user to mend: a ``UserError``."""
     try:
         yield
+    except WorkerLost as error:
+        raise UserError("--env.type", reason(error, last=True)) from error
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in DISK:
             raise

@@ -225,21 +225,18 @@ class Session:
                 f"too, but success is read from the first of {names} that is there"
             )
 
-    def record(self, policy: ChunkPolicy, path: Path, label: str) -> bool:
+    def record(self, policy: ChunkPolicy, path: Path, label: str) -> None:
         """Render the first evaluation episodes under ``policy`` to an MP4, or say why it cannot be done."""
         seeds = self.eval.seeds[: self.eval.videos]
-        if not seeds:
-            return False
-        if not self._declared:
+        if seeds and not self._declared:
             print(f"no video {path.name}: this environment cannot repeat the episodes of the evaluation")
-            return False
-        try:
-            with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
-                outcome = evaluate(self.runner, vec, policy, seeds, label, record=seeds)
-            return write_grid_video(path, outcome, seeds, fps=20)
-        except Exception as error:  # a picture is never worth a run
-            print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")
-            return False
+        elif seeds:
+            try:
+                with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
+                    outcome = evaluate(self.runner, vec, policy, seeds, label, record=seeds)
+                write_grid_video(path, outcome)
+            except Exception as error:  # a picture is never worth a run
+                print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")
 
 
 def base_of(policy: PolicyConfig) -> Path | str:
