@@ -40,7 +40,7 @@ from trimtab.adapters.checkpoint.weights import (
     plain_names,
 )
 from trimtab.adapters.config import DTYPES, PolicyConfig
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, at_least, reason
 from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_class, adapter_types
 
@@ -84,10 +84,7 @@ def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
     """
     if not config.path:
         raise UserError(OPTION, "name the folder or Hub repository of the base policy")
-    if config.num_inference_steps is not None and config.num_inference_steps < 1:
-        raise UserError(
-            "--policy.num_inference_steps", f"must be at least 1, got {config.num_inference_steps}"
-        )
+    at_least(1, config, "--policy.", "num_inference_steps")
     if config.dtype is not None and config.dtype not in DTYPES:
         raise UserError("--policy.dtype", f"must be one of {', '.join(DTYPES)}, got {config.dtype}")
     if is_server(config.path):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.adapters import NoiseSpec, UserError
+from trimtab.adapters import NoiseSpec
+from trimtab.adapters.errors import at_least
 from trimtab.policies.noise_space.base import NoiseSpace, NoiseSpaceConfig, rows_and_columns
 
 
@@ -25,8 +26,7 @@ class KnotNoiseConfig(NoiseSpaceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.knots < 1:
-            raise UserError("--noise.knots", f"must be at least 1, got {self.knots}")
+        at_least(1, self, "--noise.", "knots")
 
     def build_unscaled(self, spec: NoiseSpec) -> KnotNoiseSpace:
         steps, dim = rows_and_columns(spec, "--noise.type", "knots")

@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import draccus
 from draccus.utils import flatten
@@ -90,14 +90,6 @@ def check_run(seed: int, num_envs: int) -> None:
         raise UserError("--seed", f"must be between 0 and {MAX_SEED}, got {seed}")
 
 
-class Outcome(NamedTuple):
-    """What a steering run found: results.json, lines of metrics, and the folder of what is deployed."""
-
-    results: dict[str, Any]
-    lines: list[dict[str, Any]]
-    folder: Path
-
-
 def main(config: AdaptConfig) -> None:
     if is_artefact(config.policy.path):
         raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
@@ -127,8 +119,8 @@ def main(config: AdaptConfig) -> None:
     for task, found in results["tasks"].items() if len(results["tasks"]) > 1 else ():
         say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(one)}" for n, one in found.items()))
     say(untrained_line(results, config.noise.type))
-    if waited := waits(lines[-1] if lines else {}):
-        say(waited)
+    for line in waits(lines[-1] if lines else {}):
+        say(line)
     say(f"{results['actor_parameters']:,} weights trained; artefact {artefact}; all in {output}")
 
 
@@ -137,26 +129,28 @@ def untrained_line(results: dict[str, Any], noise: str) -> str:
     return f"untrained actor ({noise} noise): {rate_text(results['untrained_actor'])}"
 
 
-def waits(last: dict[str, Any]) -> str:
-    """What waited for what while training, from the last line of the metrics; empty where it does not say."""
+def waits(last: dict[str, Any]) -> list[str]:
+    """What waited for what while training, if the last line of the metrics tells."""
     names = {
-        "learner_waits": "the learner waited for the environments {:.0%}",
-        "envs_wait": "the environments waited for the learner {:.0%}",
-        "denoise": "both waited for the base {:.0%}",
-        "processes_wait": "the processes waited for each other {:.0%}",
+        "learner_waits": "the learner waited for the environments",
+        "envs_wait": "the environments waited for the learner",
+        "denoise": "both waited for the base",
+        "processes_wait": "the processes waited for each other",
     }
     shares = {said: last.get(f"seconds_share/{name}") for name, said in names.items()}
-    said = ", ".join(said.format(share) for said, share in shares.items() if share is not None)
-    return said and f"of {last['seconds_total']:.0f} s of training: {said}"
+    told = ", ".join(f"{said} {share:.0%}" for said, share in shares.items() if share is not None)
+    return [f"of {last['seconds_total']:.0f} s of training: {told}"] if told else []
 
 
-def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Path) -> Outcome:
+def steer(
+    session: Session, folder: Path | str, config: AdaptConfig, output: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
     """Evaluate the baselines, train, evaluate what was learnt, and write everything under ``output``.
 
-    With ``config.resume``, what ``output`` holds of the run is taken up.
+    The base was loaded from ``folder``. With ``config.resume``, what ``output`` holds of the run is taken up.
 
-    Args:
-        folder: where the base was loaded from.
+    Returns:
+        what results.json holds, the lines of metrics, and the folder of what is deployed
 
     Raises:
         UserError: from the policy or the environment; nothing is written before training starts.
@@ -256,7 +250,7 @@ def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Pat
             session.record(steered, output / "after.mp4", "video: steered")
             clock.lap("pictures")
             write_json(output / "results.json", results)  # once more, with the last time in it
-        return Outcome(results, metrics.lines, artefact)
+        return results, metrics.lines, artefact
 
 
 class Clock(dict[str, float]):

@@ -80,7 +80,7 @@ def main(config: DemoConfig) -> None:
     print(describe(session, folder))
     sha256 = file_hash(folder)
     before = other_tasks(session, folder, config, "before")
-    results = steer(session, folder, adapt, output).results
+    results, _, _ = steer(session, folder, adapt, output)
 
     print("[3/3] the base's other tasks, without the actor, once more")
     after = other_tasks(session, folder, config, "after")

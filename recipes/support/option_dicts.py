@@ -106,9 +106,6 @@ def put(options: Options, name: str, value: Any) -> None:
     options[last] = value
 
 
-# What it takes to run a command again, from anywhere: plugins, and places.
-
-
 def load_plugins(*layers: Options) -> list[Options]:
     """Register other people's environments and policies as LeRobot's commands do; later ``layers`` win.
 

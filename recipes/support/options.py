@@ -47,13 +47,9 @@ TAKES_ADAPTS = {"eval": (), "probe": ("eval", "seed")}
 def parse[Config](
     config_class: type[Config], command: str, args: list[str], stack: ExitStack | None = None
 ) -> Config:
-    """The config that a command line asks for.
+    """The config that the ``--option=value`` arguments of a command ask for.
 
-    Args:
-        config_class: dataclass of the command.
-        command: its name.
-        args: ``--option=value`` arguments; ``--config_path`` names a file or a recipe.
-        stack: closes, after the command, what a tiny run has started.
+    ``stack`` closes, after the command, what a tiny run has started.
 
     Raises:
         UserError: an unknown option or a value that does not fit, named.
@@ -79,8 +75,7 @@ def parse[Config](
         kinds = {name: value for name, value in flatten(values).items() if name.endswith(".type")}
         print_scoped_help(config_class, [f"--{name}={value}" for name, value in kinds.items()])
         raise SystemExit(0)
-    for line in left_out(config_class, content, given):
-        say(line)
+    say_left_out(config_class, content, given)
     if tiny != "false":
         from trimtab.recipes.support.tiny import tiny_options
 
@@ -161,9 +156,8 @@ def without_implied(content: Options, algorithm: str) -> Options:
     return {name: value for name, value in found.items() if value != {}}
 
 
-def left_out(config_class: type, content: Options, given: Options) -> list[str]:
-    """A line for each part of a file that gets another type, about what differed from its type's defaults."""
-    lines = []
+def say_left_out(config_class: type, content: Options, given: Options) -> None:
+    """Say of each part of a file that gets another type what differed from its type's defaults."""
     for name, options in content.items():
         before, now = value_at(content, f"{name}.type"), value_at(given, f"{name}.type")
         if None in (before, now) or before == now:
@@ -175,11 +169,8 @@ def left_out(config_class: type, content: Options, given: Options) -> list[str]:
             defaults = {}
         chosen = [n for n, v in flatten(options).items() if n != "type" and (n, v) not in defaults.items()]
         if chosen:
-            lines.append(
-                f"--{name}.type={now} takes its own defaults; of the file's {before}, left out: "
-                + ", ".join(f"{name}.{one}" for one in chosen)
-            )
-    return lines
+            lost = ", ".join(f"{name}.{one}" for one in chosen)
+            say(f"--{name}.type={now} takes its own defaults; of the file's {before}, left out: {lost}")
 
 
 def decode[Config](

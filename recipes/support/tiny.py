@@ -151,9 +151,6 @@ def _config(folder: Path) -> dict[str, Any]:
         return {}
 
 
-# Sizes.
-
-
 def shrink(content: Options, command: str) -> None:
     """Budgets and sizes of seconds, in the place of the recipe's."""
     content |= merge(content, SIZES["budgets"][command])
@@ -192,9 +189,6 @@ def _shrink_steering(part: Options) -> None:
 def _shrink_tuning(part: Options) -> None:
     peft = part.get("peft") or {}
     part |= {**SIZES["tuning"], "peft": {**peft, "r": min(4, peft.get("r", 4))}}
-
-
-# The policy, what serves it, and its demonstrations.
 
 
 def made(kind: str, env: EnvConfig | None = None) -> tuple[Path, dict[str, Any]]:

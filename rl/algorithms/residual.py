@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.adapters import UserError
+from trimtab.adapters.errors import UserError, at_least
 from trimtab.policies.acting import Candidates, Choice, ChunkPolicy, CorrectedChunk, Denoise
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
@@ -60,9 +60,7 @@ class ResidualConfig(AlgorithmConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "scale")
-        for name in ("exploration", "target_noise", "target_clip", "penalty"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--rl.{name}", f"cannot be negative, got {getattr(self, name)}")
+        at_least(0, self, "--rl.", "exploration", "target_noise", "target_clip", "penalty")
 
     @property
     def candidates(self) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from trimtab.adapters import PolicyAdapter, UserError
+from trimtab.adapters.errors import at_least
 from trimtab.adapters.inputs import required_inputs
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.opening import open_dataset
@@ -50,8 +51,7 @@ class DemosConfig:
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
             raise UserError("--demos.share", f"is a share above 0 and at most 1, got {self.share}")
-        if self.batch_size < 1:
-            raise UserError("--demos.batch_size", f"must be at least 1, got {self.batch_size}")
+        at_least(1, self, "--demos.", "batch_size")
         for name, known in (("schedule", SCHEDULES), ("success", SUCCESS)):
             if getattr(self, name) not in known:
                 raise UserError(f"--demos.{name}", f"'{getattr(self, name)}' is none of {', '.join(known)}")

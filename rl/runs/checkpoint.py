@@ -28,9 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 
-from trimtab.adapters import UserError
 from trimtab.adapters.checkpoint.identity import hash_files
-from trimtab.adapters.errors import reason
+from trimtab.adapters.errors import UserError, at_least, reason
 from trimtab.rl.data.replay import Batch, ReplayBuffer
 from trimtab.rl.runs.packing import pack, unpack
 from trimtab.rl.runs.processes import ProcessGroup
@@ -49,10 +48,8 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise UserError("--checkpoint.every", f"cannot be negative, got {self.every}")
-        if self.keep < 1:
-            raise UserError("--checkpoint.keep", f"must be at least 1, got {self.keep}")
+        at_least(0, self, "--checkpoint.", "every")
+        at_least(1, self, "--checkpoint.", "keep")
 
 
 @dataclass

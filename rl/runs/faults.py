@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-from trimtab.adapters.errors import UserError
+from trimtab.adapters.errors import UserError, at_least
 
 # crash, hang: of a simulator. observation, reward, chunk, transition, loss: NaN or Inf in it.
 # unrepeatable: an episode that did not go as it had gone, when a run was resumed.
@@ -25,10 +25,7 @@ class FaultsConfig:
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise UserError("--faults.limit", f"cannot be negative, got {self.limit}")
-        if not self.timeout >= 0:
-            raise UserError("--faults.timeout", f"cannot be negative, got {self.timeout}")
+        at_least(0, self, "--faults.", "limit", "timeout")
 
 
 @dataclass
