@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.adapters import NoiseSpec
+from trimtab.adapters import NoiseSpec, UserError
 from trimtab.adapters.errors import at_least
 from trimtab.policies.noise_space.base import NoiseSpace, NoiseSpaceConfig, rows_and_columns
 
