@@ -13,8 +13,9 @@ from draccus.utils import flatten
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError
+from trimtab.policies.actor import NoiseActor
 from trimtab.policies.artefact import is_artefact
-from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.support.console import new_output_dir, say
 from trimtab.recipes.support.launched import (
@@ -24,7 +25,6 @@ from trimtab.recipes.support.launched import (
     make_accelerator,
 )
 from trimtab.recipes.support.option_dicts import loaded_plugins
-from trimtab.recipes.support.preflight import check_inputs, check_reward, measure
 from trimtab.recipes.support.reporting import (
     NAMES,
     MetricsWriter,
@@ -39,15 +39,21 @@ from trimtab.recipes.support.run_folder import METRICS, RunFolder, run_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
-from trimtab.rl.algorithms.acting import LoadedBase
+from trimtab.rl.algorithms.acting import LoadedBase, RunRequest
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.data.demonstration_data import DemosConfig
-from trimtab.rl.evaluation import pooled
+from trimtab.rl.data.decoder import ConditioningSpec
+from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
+from trimtab.rl.data.memory import check_replay, replay_layout
+from trimtab.rl.evaluation import Evaluation, pooled, unreported
 from trimtab.rl.runs.checkpoint import CheckpointConfig
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.runs.processes import ProcessGroup
 from trimtab.rl.seeds import MAX_SEED
 from trimtab.rl.trainer import Trainer
+from trimtab.rl.warm_start import begin_at, read_constant
+
+# Evaluations by task and policy.
+Measured = dict[str, dict[str, Evaluation]]
 
 
 @dataclass
@@ -251,6 +257,54 @@ def steer(
             clock.lap("pictures")
             write_json(output / "results.json", results)  # once more, with the last time in it
         return results, metrics.lines, artefact
+
+
+def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
+    """Refuse what does not fit together before any long work."""
+    tasks, demos, warm_start = len(session.tasks), config.demos, config.train.warm_start
+    config.rl.check(space, RunRequest(tasks, session.world.size, config.resume, bool(warm_start)))
+    demos.check(config.rl)
+    if tasks > 1 and demos.enabled:
+        raise UserError("--env.task", "demonstrations are of one task; name one")
+    if config.num_envs < tasks:
+        raise UserError("--num_envs", f"{tasks} tasks need as many environments or more")
+    if demos.enabled:
+        read_demonstrations(demos, session.adapter, config.train.reward, config.env.task or "")
+    if warm_start:
+        noise = read_constant(warm_start, session.adapter.noise_spec)
+        begin_at(NoiseActor(1, space, config.rl.actor), noise)
+
+
+def measure(session: Session, config: AdaptConfig, space: NoiseSpace) -> tuple[Measured, dict[str, Any]]:
+    """Evaluate the baselines, and what the noise space itself does to the policy before any learning.
+
+    Returns the evaluations, and details of the search for a constant.
+    """
+    found: Measured = {}
+    details: dict[str, Any] = {}
+    for task, vec in session.evaluations_by_task():
+        if not found and config.rl.replays and (first := session.first) is not None:
+            spec = (
+                ConditioningSpec.of(session.adapter, first) if "conditioning" in config.rl.replayed else None
+            )
+            width = session.runner.features(first).shape[1]
+            layout = replay_layout(config.rl, session.adapter, space, width, spec)
+            say(check_replay(config.train.replay_capacity, **layout))  # refuses what does not fit
+        found[task], details[task], _ = session.baselines(vec, config.seed)
+        untrained = config.rl.untrained(space)
+        found[task]["untrained"] = (
+            session.evaluate(vec, untrained, label="untrained actor") if untrained else found[task]["base"]
+        )
+    return found, next(iter(details.values())) if len(details) == 1 else details
+
+
+def check_reward(rl: AlgorithmConfig, reward: str, measured: Measured) -> None:
+    """Refuse to learn from success where the environment reports none."""
+    problem = rl.without_success(reward)
+    for found in measured.values() if problem else ():
+        if not found["base"].reported:
+            option, mend = problem
+            raise UserError(option, f"{unreported(found['base'])}, so there is nothing to learn from; {mend}")
 
 
 class Clock(dict[str, float]):
