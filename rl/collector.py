@@ -16,8 +16,8 @@ from trimtab.policies.acting import Candidates, Choice, Denoise
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.algorithms.acting import BehaviorPolicy
 from trimtab.rl.data.decoder import ConditioningSpec
+from trimtab.rl.data.memory import Row, observation_rows
 from trimtab.rl.data.returns import NStepAccumulator, Returns, Transition
-from trimtab.rl.data.rows import Row, observation_rows
 from trimtab.rl.envs.chunk import ChunkResult
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.rollout import Rollout
@@ -238,9 +238,8 @@ class Collector:
         running.total += float(result.rewards.sum())
         self.reported |= result.success_key is not None or running.success
         kept["chunk"] = self._chunks[i]
-        return self._accumulators[i].add(
-            features, self._u[i], reward, discount, next_features, result.ended, kept, next_kept
-        )
+        chunk = Transition(features, self._u[i], reward, discount, next_features, kept)
+        return self._accumulators[i].add(chunk, result.ended, next_kept)
 
     def _close_episode(self, i: int, result: ChunkResult, seed: int) -> Episode:
         running, self._running[i] = self._running[i], _Running(steered=self.assign())

@@ -18,7 +18,7 @@ from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector, Episode
 from trimtab.rl.data.decoder import Decoder
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
-from trimtab.rl.data.demonstrations import Demonstrations, TransitionMaker
+from trimtab.rl.data.demonstrations import Demonstrations, make_transitions
 from trimtab.rl.data.memory import check_replay, replay_layout
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.diagnostics import calibration
@@ -117,17 +117,25 @@ class Trainer:
         """The replay, this process's share of it, and the demonstrations beside it."""
         adapter, spec, world = self.runner.adapter, self.collector.spec, self.world
         layout = replay_layout(self.rl, adapter, self.space, self.collector.feature_dim, spec)
-        check_replay(self.train.replay_capacity, **layout)
-        settings = {**layout, "seed": self.seed + world.rank, "device": self.accelerator.device}
-        self.replay = ReplayBuffer(-(-self.train.replay_capacity // world.size), **settings)
+        check_replay(self.train.replay_capacity, layout)
+        settings = layout, self.seed + world.rank, self.accelerator.device
+        self.replay = ReplayBuffer(-(-self.train.replay_capacity // world.size), *settings)
         self.collector.start(self.algorithm)
         self.demonstrations: Demonstrations | None = None
         if self.demos.enabled:
             data = read_demonstrations(self.demos, adapter, self.train.reward, self.vec.task_descriptions[0])
-            size = self.demos.batch_size
-            make = TransitionMaker(self.runner, self.algorithm, self.train.reward, spec, self.seed, size)
-            transitions = make(data, self.progress)
-            self.demonstrations = Demonstrations(self.demos, transitions, **settings)
+            returns = self.collector.returns
+            transitions = make_transitions(
+                data,
+                self.runner,
+                self.algorithm,
+                returns,
+                spec,
+                self.seed,
+                self.demos.batch_size,
+                self.progress,
+            )
+            self.demonstrations = Demonstrations(self.demos, transitions, *settings)
             for note in data.summary(len(transitions), self.runner.fps) if self.progress else ():
                 tqdm.write(note)
 

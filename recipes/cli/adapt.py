@@ -289,7 +289,7 @@ def measure(session: Session, config: AdaptConfig, space: NoiseSpace) -> tuple[M
             )
             width = session.runner.features(first).shape[1]
             layout = replay_layout(config.rl, session.adapter, space, width, spec)
-            say(check_replay(config.train.replay_capacity, **layout))  # refuses what does not fit
+            say(check_replay(config.train.replay_capacity, layout))  # refuses what does not fit
         found[task], details[task], _ = session.baselines(vec, config.seed)
         untrained = config.rl.untrained(space)
         found[task]["untrained"] = (

@@ -112,7 +112,7 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
 
     @property
     def replayed(self) -> tuple[str, ...]:
-        """What the replay keeps for it, beside the transition: see ``rl.data.memory.replay_extra``."""
+        """What the replay keeps for it, beside the transition: see ``rl.data.memory.replay_layout``."""
         return ("chunk", "candidates", "candidates_u", "next_candidates") if self.candidates else ()
 
     @property

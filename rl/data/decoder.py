@@ -19,17 +19,15 @@ from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.runner import Encoded
 
 PREFIX = "conditioning."
-OPTION = "--rl.mode"
-MEND = "; use --rl.mode=stored"
+
+
+def _refusal(why: str, joined: str = "; ") -> UserError:
+    return UserError("--rl.mode", f"{why}{joined}use --rl.mode=stored")
 
 
 @dataclass(frozen=True)
 class ConditioningSpec:
-    """What one observation's conditioning consists of.
-
-    Attributes:
-        shapes, dtypes: of each tensor, without the batch dimension.
-    """
+    """Shapes (without the batch dimension) and dtypes of the tensors in one observation's conditioning."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
@@ -44,13 +42,11 @@ class ConditioningSpec:
         """
         name = adapter.policy_type
         if adapter.remembers or isinstance(conditioning, list):
-            raise UserError(OPTION, f"a {name} policy remembers its episode, which no replay holds{MEND}")
+            raise _refusal(f"a {name} policy remembers its episode, which no replay holds")
         if adapter.policy is None:
-            raise UserError(OPTION, f"a policy on a server ({name}) is not asked by the learner{MEND}")
+            raise _refusal(f"a policy on a server ({name}) is not asked by the learner")
         if conditioning.lists or conditioning.repeats != 1:
-            raise UserError(
-                OPTION, f"a {name} policy is conditioned on more than tensors, which no replay holds{MEND}"
-            )
+            raise _refusal(f"a {name} policy is conditioned on more than tensors, which no replay holds")
         tensors = conditioning.tensors
         return ConditioningSpec(
             {key: tuple(value.shape[1:]) for key, value in tensors.items()},
@@ -68,13 +64,12 @@ class ConditioningSpec:
 
     def check_memory(self, capacity: int, limit_mib: float) -> None:
         """Raise a UserError where ``capacity`` transitions take more than ``limit_mib`` MiB in float32."""
-        each = 8 * sum(math.prod(shape) for shape in self.shapes.values())
-        needed = each * capacity / 2**20
+        needed = 4 * capacity * sum(math.prod(shape) for shape in self.replayed.values()) / 2**20
         if needed > limit_mib:
-            raise UserError(
-                OPTION,
+            raise _refusal(
                 f"keeping the conditioning of {capacity} transitions takes {needed:,.0f} MiB, more than "
-                f"--rl.conditioning_limit={limit_mib:g}; lower --train.replay_capacity, or{MEND[1:]}",
+                f"--rl.conditioning_limit={limit_mib:g}; lower --train.replay_capacity, or",
+                joined=" ",
             )
 
     def row(self, conditioning: Conditioning, i: int) -> dict[str, np.ndarray]:
@@ -87,9 +82,7 @@ class ConditioningSpec:
         for name, shape in self.shapes.items():
             value = conditioning.tensors[name][i]
             if tuple(value.shape) != shape:
-                raise UserError(
-                    OPTION, f"the policy's conditioning changes its shape ('{name}': {shape}){MEND}"
-                )
+                raise _refusal(f"the policy's conditioning changes its shape ('{name}': {shape})")
             kept[PREFIX + name] = value.float().cpu().numpy()
         return kept
 

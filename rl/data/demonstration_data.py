@@ -1,8 +1,7 @@
-"""What demonstrations are made of: a LeRobotDataset's frames, cut into episodes and executed chunks."""
+"""What demonstrations are made of: a LeRobotDataset's frames, cut into episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from trimtab.adapters.errors import at_least
 from trimtab.adapters.inputs import required_inputs
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.opening import open_dataset
-from trimtab.rl.envs.chunk import ChunkResult
 
 OPTION = "--demos.repo_id"
 SCHEDULES = ("constant", "linear")
@@ -81,44 +79,29 @@ class Demonstration:
     Attributes:
         first: row of its first frame.
         rewards, successes: of each step that counts, (T,).
-        succeeded: whether the last of these steps succeeds.
-        frames: rows that belong to it.
+        final: row of the final observation; of a success in the last frame, that one: the value there has no
+            weight.
     """
 
     first: int
     rewards: np.ndarray
     successes: np.ndarray
-    succeeded: bool
-    frames: int
+    final: int
 
     @staticmethod
     def of(first: int, rewards: np.ndarray, successes: np.ndarray) -> Demonstration:
         """Cut the recorded steps to those that count."""
-        succeeded, frames = bool(successes.any()), len(successes)
-        length = int(successes.argmax()) + 1 if succeeded else frames - 1
-        return Demonstration(first, rewards[:length], successes[:length], succeeded, frames)
+        last = len(successes) - 1
+        length = int(successes.argmax()) + 1 if successes.any() else last
+        return Demonstration(first, rewards[:length], successes[:length], first + min(length, last))
 
     @property
-    def final(self) -> int:
-        """Row of the final observation; of a success, the nearest one: the value there has no weight."""
-        return self.first + min(len(self.rewards), self.frames - 1)
+    def succeeded(self) -> bool:
+        return bool(self.successes.any())
 
-    def states(self, steps: int) -> list[int]:
-        """Rows that the policy looks at: the starts of chunks of ``steps``, and the final observation."""
-        starts = list(range(self.first, self.first + len(self.rewards), steps))
-        return starts if not starts or starts[-1] == self.final else [*starts, self.final]
-
-    def chunks(self, steps: int) -> Iterator[tuple[int, ChunkResult, int]]:
-        """(row, what came of the chunk, row of what follows) of each executed chunk."""
-        end = self.first + len(self.rewards)
-        for row in range(self.first, end, steps):
-            part, last = slice(row - self.first, row - self.first + steps), row + steps >= end
-            rewards, successes = self.rewards[part], self.successes[part]
-            truncated = last and not self.succeeded
-            result = ChunkResult(
-                None, None, rewards, successes, terminated=last, truncated=truncated, seed=-1
-            )
-            yield row, result, self.final if last else row + steps
+    def starts(self, steps: int) -> list[int]:
+        """Rows at which chunks of ``steps`` begin."""
+        return list(range(self.first, self.first + len(self.rewards), steps))
 
 
 @dataclass
@@ -126,10 +109,9 @@ class DemonstrationData:
     """A LeRobotDataset, ready to be looked at.
 
     Attributes:
-        dataset: LeRobot's.
+        dataset: LeRobot's, whose items hold the policy's observation history.
         episodes: those that take part.
         keys: observations that the policy takes.
-        n_obs_steps: length of its observation history.
         notes: lines to show the user.
         rule: how success was told.
     """
@@ -137,19 +119,15 @@ class DemonstrationData:
     dataset: Any
     episodes: list[Demonstration]
     keys: list[str]
-    n_obs_steps: int
     notes: list[str] = field(default_factory=list)
     rule: str = ""
 
     def __post_init__(self) -> None:
         actions = _column(self.dataset, "action").astype(np.float32)
         self._actions = actions.reshape(len(actions), -1)  # LeRobot stores vectors of length 1 as numbers
-        self._first = np.zeros(len(self._actions), dtype=np.int64)  # of each row, of its episode,
-        self._last = np.zeros(len(self._actions), dtype=np.int64)  # the first row and the last step's
+        self._last = np.zeros(len(actions), dtype=np.int64)  # of each row, that of its episode's last step
         for episode in self.episodes:
-            rows = slice(episode.first, episode.first + episode.frames)
-            self._first[rows] = episode.first
-            self._last[rows] = episode.first + max(len(episode.rewards) - 1, 0)
+            self._last[episode.first : episode.final + 1] = episode.first + len(episode.rewards) - 1
 
     def summary(self, transitions: int, env_fps: float | None) -> list[str]:
         """Lines about the ``transitions`` that join the replay of an environment of ``env_fps``."""
@@ -163,40 +141,14 @@ class DemonstrationData:
         return self._actions[np.minimum(np.arange(row, row + steps), self._last[row])]
 
     def history(self, rows: list[int]) -> dict[str, Any]:
-        """What ``adapter.observe`` takes, for the frames ``rows`` and those before: (B, n_obs_steps, ...).
-
-        Before an episode's first frame that one repeats, as it does when a run starts.
-        """
-        back = np.arange(self.n_obs_steps - 1, -1, -1)
-        wanted = np.maximum(np.asarray(rows)[:, None] - back, self._first[rows][:, None])
-        frames = {int(row): self.dataset[int(row)] for row in np.unique(wanted)}
+        """What ``adapter.observe`` takes, for the frames ``rows`` and those before: (B, n_obs_steps, ...)."""
+        items = [self.dataset[row] for row in rows]
         batch: dict[str, Any] = {}
         for key in self.keys:
-            values = torch.stack([frames[int(row)][key] for row in wanted.ravel()])
-            values = values.unsqueeze(1) if values.ndim == 1 else values
-            batch[key] = values.unflatten(0, wanted.shape)
-        batch["task"] = [frames[row]["task"] for row in rows]
+            values = torch.stack([item[key] for item in items])
+            batch[key] = values.unsqueeze(-1) if values.ndim == 2 else values
+        batch["task"] = [item["task"] for item in items]
         return batch
-
-
-def _opened(config: DemosConfig) -> Any:
-    """The LeRobotDataset that a ``DemosConfig`` names.
-
-    Raises:
-        UserError: it is not there, is broken, or has no such episodes.
-    """
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    root = Path(config.root).expanduser() if config.root else None
-    name = config.repo_id or f"local/{root.resolve().name}"
-    make = partial(LeRobotDataset, name, root=root, revision=config.revision)
-    dataset = open_dataset("--demos", name, config.root, make)
-    if config.episodes is None:
-        return dataset
-    total = dataset.meta.total_episodes
-    if wrong := [index for index in config.episodes if not 0 <= index < total]:
-        raise UserError("--demos.episodes", f"the dataset has episodes 0 to {total - 1}, got {wrong[0]}")
-    return open_dataset("--demos", name, config.root, partial(make, episodes=sorted(set(config.episodes))))
 
 
 def read_demonstrations(
@@ -212,10 +164,18 @@ def read_demonstrations(
             where there are any.
 
     Raises:
-        UserError: the dataset does not fit.
+        UserError: the dataset is not there, is broken, or does not fit.
     """
-    dataset = _opened(config)
-    features, notes = dataset.features, []
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
+
+    root = Path(config.root).expanduser() if config.root else None
+    name = config.repo_id or f"local/{root.resolve().name}"
+    where = {"repo_id": name, "root": root, "revision": config.revision}
+    meta = open_dataset("--demos", name, config.root, partial(LeRobotDatasetMetadata, **where))
+    chosen, total = config.episodes, meta.total_episodes
+    if wrong := [index for index in chosen or () if not 0 <= index < total]:
+        raise UserError("--demos.episodes", f"the dataset has episodes 0 to {total - 1}, got {wrong[0]}")
+    features, notes = meta.features, []
     names = {adapter.renames().get(key, key): key for key in features if key.startswith("observation")}
     required = required_inputs(adapter, names)
     missing = [key for key in required if key not in names]
@@ -229,23 +189,23 @@ def read_demonstrations(
         raise UserError(OPTION, f"its actions have {width} numbers, the policy's {adapter.chunk_shape[1]}")
     if reward == "env" and "next.reward" not in features:
         raise UserError("--train.reward", "env needs the column next.reward, which the dataset lacks")
-    successes, rule = _successes(dataset, config)
+    keys = [names[key] for key in required]
+    times = [-back / meta.fps for back in reversed(range(adapter.n_obs_steps))]
+    history = {"episodes": chosen and sorted(set(chosen)), "delta_timestamps": dict.fromkeys(keys, times)}
+    dataset = open_dataset("--demos", name, config.root, partial(LeRobotDataset, **where, **history))
+    index = _column(dataset, "episode_index").reshape(-1)
+    firsts = np.flatnonzero(np.diff(index, prepend=index[:1] - 1))
+    successes, rule = _successes(dataset, config, firsts)
     if rule == GUESS:
         other = "" if "next.reward" not in features else ", and next.reward tells more than success"
         notes.append(
             f"demonstrations: the dataset has no next.success{other}, so every episode's end counts as "
             "success (--demos.success)"
         )
-    index = _column(dataset, "episode_index").reshape(-1)
-    rewards = (
-        _column(dataset, "next.reward").reshape(-1).astype(np.float64)
-        if reward == "env"
-        else np.zeros(len(index))
-    )
-    firsts = np.flatnonzero(np.diff(index, prepend=index[:1] - 1))
+    rewards = _column(dataset, "next.reward").reshape(-1) if reward == "env" else np.zeros(len(index))
     spans = list(zip(firsts, [*firsts[1:], len(index)], strict=True))
-    if config.episodes is None:
-        tasks = [str(name) for name in dataset.meta.tasks.index]
+    if chosen is None:
+        tasks = [str(name) for name in meta.tasks.index]
         ours = _column(dataset, "task_index").reshape(-1)[firsts]
         same = [span for span, number in zip(spans, ours, strict=True) if tasks[int(number)] == task]
         if same and len(same) < len(spans):
@@ -258,29 +218,29 @@ def read_demonstrations(
     episodes = [episode for episode in episodes if len(episode.rewards)]
     if not episodes:
         raise UserError(OPTION, "no episode of the dataset has a step to learn from")
-    keys = [names[key] for key in required]
-    return DemonstrationData(dataset, episodes, keys, adapter.n_obs_steps, notes, rule)
+    return DemonstrationData(dataset, episodes, keys, notes, rule)
 
 
-def _successes(dataset: Any, config: DemosConfig) -> tuple[np.ndarray, str]:
-    """(N,) whether each recorded step succeeds, and how that was told."""
-    kind, index = config.success, _column(dataset, "episode_index").reshape(-1)
-    if kind == "auto" and "next.success" in dataset.features:
+def _successes(dataset: Any, config: DemosConfig, firsts: np.ndarray) -> tuple[np.ndarray, str]:
+    """(N,) whether each recorded step succeeds, and how that was told; ``firsts``: episodes' first rows."""
+    kind, columns = config.success, dataset.features
+    if kind == "auto" and "next.success" in columns:
         kind = "column"
-    if kind == "auto" and "next.reward" in dataset.features:
+    if kind == "auto" and "next.reward" in columns:
         rewards = _column(dataset, "next.reward").reshape(-1)
-        level = sparse_level(rewards, np.diff(index, prepend=index[:1] - 1) != 0)
+        level = sparse_level(rewards, firsts)
         if level is not None:
             return rewards >= level, f"next.reward, which is {level - 1:g} without success and {level:g} with"
     column = {"column": "next.success", "reward": "next.reward"}.get(kind)
-    if column and column not in dataset.features:
+    if column is None:
+        ends = np.isin(np.arange(len(dataset)) + 1, [*firsts, len(dataset)])
+        return ends, GUESS if kind == "auto" else "every episode's end"
+    if column not in columns:
         raise UserError("--demos.success", f"the dataset has no column {column}")
-    if column == "next.success":
-        return _column(dataset, column).reshape(-1) > 0, column
-    if column == "next.reward":
-        threshold = config.reward_threshold
-        return _column(dataset, column).reshape(-1) >= threshold, f"{column} of {threshold:g} or more"
-    return np.diff(index, append=index[-1:] + 1) != 0, GUESS if kind == "auto" else "every episode's end"
+    values = _column(dataset, column).reshape(-1)
+    if kind == "column":
+        return values > 0, column
+    return values >= config.reward_threshold, f"{column} of {config.reward_threshold:g} or more"
 
 
 def sparse_level(rewards: np.ndarray, firsts: np.ndarray) -> float | None:
@@ -291,7 +251,7 @@ def sparse_level(rewards: np.ndarray, firsts: np.ndarray) -> float | None:
 
     Args:
         rewards: (N,) of each recorded step.
-        firsts: (N,) whether it is its episode's first.
+        firsts: of each episode, which is its first.
     """
     for low, high in SPARSE:
         won = rewards == high

@@ -18,10 +18,11 @@ from torch import Tensor
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
 from trimtab.rl.algorithms import Algorithm
 from trimtab.rl.data.decoder import ConditioningSpec
-from trimtab.rl.data.demonstration_data import OPTION, Demonstration, DemonstrationData, DemosConfig
-from trimtab.rl.data.replay import Batch, ReplayBuffer
+from trimtab.rl.data.demonstration_data import OPTION, DemonstrationData, DemosConfig
+from trimtab.rl.data.memory import Row, observation_rows
+from trimtab.rl.data.replay import Batch, Layout, ReplayBuffer
 from trimtab.rl.data.returns import NStepAccumulator, Returns, Transition
-from trimtab.rl.data.rows import Row, observation_rows
+from trimtab.rl.envs.chunk import ChunkResult
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.progress import Progress
 
@@ -34,11 +35,18 @@ class Demonstrations(ReplayBuffer):
     Args:
         config: which dataset, and how much of it.
         transitions: from ``make_transitions``.
-        settings: as for ``ReplayBuffer``, without the capacity.
+        layout, seed, device: as for ``ReplayBuffer``.
     """
 
-    def __init__(self, config: DemosConfig, transitions: list[Transition], **settings: Any) -> None:
-        super().__init__(max(1, len(transitions)), **settings)
+    def __init__(
+        self,
+        config: DemosConfig,
+        transitions: list[Transition],
+        layout: Layout,
+        seed: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(max(1, len(transitions)), layout, seed, device)
         self.config = config
         for transition in transitions:
             self.add(transition)
@@ -62,76 +70,75 @@ class Demonstrations(ReplayBuffer):
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-class TransitionMaker:
-    """Turns demonstrated episodes into transitions as the collector makes them.
+def make_transitions(
+    data: DemonstrationData,
+    runner: PolicyRunner,
+    algorithm: Algorithm,
+    returns: Returns,
+    spec: ConditioningSpec | None,
+    seed: int,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> list[Transition]:
+    """The transitions of demonstrated episodes, in order, as the collector makes those of a run.
 
     Args:
+        data: the demonstrations.
         runner: the frozen policy.
-        algorithm: proposes candidates; its config says what the replay keeps, the discount and ``n_step``.
-        reward: ``sparse`` or ``env`` (see ``returns.Returns``).
+        algorithm: proposes candidates; its config says what the replay keeps, and ``n_step``.
+        returns: what a chunk counts.
         spec: of the conditioning, where that is kept.
         seed: of the candidates' draws.
         batch_size: states that the policy looks at together.
     """
-
-    def __init__(
-        self,
-        runner: PolicyRunner,
-        algorithm: Algorithm,
-        reward: str,
-        spec: ConditioningSpec | None,
-        seed: int,
-        batch_size: int = 64,
-    ) -> None:
-        self.runner, self.algorithm, self.spec = runner, algorithm, spec
-        self.rl = rl = algorithm.config
-        steps = runner.adapter.chunk_shape[0]
-        self.returns = Returns(reward, rl.gamma, rl.discount_per, steps, rl.bootstrap_at_time_limit)
-        self.batch_size = min(batch_size, runner.adapter.max_batch or batch_size)
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, data: DemonstrationData, progress: bool = True) -> list[Transition]:
-        """All transitions of ``data``, episode by episode, in order."""
-        steps = self.runner.adapter.chunk_shape[0]
-        rows = [row for episode in data.episodes for row in episode.states(steps)]
-        states: dict[int, Row] = {}
-        bar = Progress(total=len(rows), desc="demonstrations", unit="state", disable=not progress)
-        for start in range(0, len(rows), self.batch_size):
-            some = rows[start : start + self.batch_size]
-            states |= zip(some, self._look(data, some), strict=True)
-            bar.update(len(some))
-        bar.close()
-        return [transition for episode in data.episodes for transition in self._episode(episode, states)]
-
-    def _look(self, data: DemonstrationData, rows: list[int]) -> list[Row]:
-        """Features of the states ``rows``, and what the replay keeps of each."""
-        adapter, history = self.runner.adapter, data.history(rows)
-        actions = torch.from_numpy(np.stack([data.actions(row, adapter.chunk_shape[0]) for row in rows]))
-        chunks = normalised(adapter, history, actions)
-        conditioning = adapter.observe(history)
-        check_round_trip(adapter, chunks, conditioning, actions)
-        features, candidates = self.runner.features(conditioning), None
-        if self.rl.candidates:
-            prior = self.runner.prior(len(rows) * self.rl.candidates, self._generator)
-            prior = prior.to(adapter.device).unflatten(0, (len(rows), -1))
-            denoise = partial(self.runner.denoise, conditioning)
-            candidates = self.algorithm.propose(features, prior, denoise, steering=False)
-        found = observation_rows(features, candidates, conditioning, self.spec)
-        return [
-            (seen, kept | {"chunk": chunk}) for (seen, kept), chunk in zip(found, chunks.flatten(1).numpy())
-        ]
-
-    def _episode(self, episode: Demonstration, states: dict) -> list[Transition]:
-        steps = self.runner.adapter.chunk_shape[0]
-        accumulator, done = NStepAccumulator(self.rl.n_step), []
-        unknown = np.zeros(self.algorithm.space.dim, dtype=np.float32)
-        for row, result, following in episode.chunks(steps):
-            reward, discount = self.returns.reward_and_discount(result, episode.succeeded)
-            (features, kept), (next_features, next_kept) = states[row], states[following]
-            done += accumulator.add(
-                features, unknown, reward, discount, next_features, result.ended, kept, next_kept
+    steps = runner.adapter.chunk_shape[0]
+    rows = [r for one in data.episodes for r in dict.fromkeys([*one.starts(steps), one.final])]
+    generator, states = torch.Generator().manual_seed(seed), {}
+    size = min(batch_size, runner.adapter.max_batch or batch_size)
+    bar = Progress(total=len(rows), desc="demonstrations", unit="state", disable=not progress)
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        states |= zip(some, _look(data, some, runner, algorithm, spec, generator), strict=True)
+        bar.update(len(some))
+    bar.close()
+    unknown, done = np.zeros(algorithm.space.dim, dtype=np.float32), []
+    for episode in data.episodes:
+        accumulator, starts = NStepAccumulator(algorithm.config.n_step), episode.starts(steps)
+        for row, following in zip(starts, [*starts[1:], episode.final], strict=True):
+            part = slice(row - episode.first, row - episode.first + steps)
+            last = row == starts[-1]
+            rewards, successes = episode.rewards[part], episode.successes[part]
+            result = ChunkResult(
+                None, None, rewards, successes, last, last and not episode.succeeded, seed=-1
             )
-        return done
+            reward, discount = returns.reward_and_discount(result, episode.succeeded)
+            (features, kept), (next_features, next_kept) = states[row], states[following]
+            chunk = Transition(features, unknown, reward, discount, next_features, kept)
+            done += accumulator.add(chunk, last, next_kept)
+    return done
+
+
+def _look(
+    data: DemonstrationData,
+    rows: list[int],
+    runner: PolicyRunner,
+    algorithm: Algorithm,
+    spec: ConditioningSpec | None,
+    generator: torch.Generator,
+) -> list[Row]:
+    """Features of the states ``rows``, and what the replay keeps of each."""
+    adapter, history = runner.adapter, data.history(rows)
+    actions = torch.from_numpy(np.stack([data.actions(row, adapter.chunk_shape[0]) for row in rows]))
+    chunks = normalised(adapter, history, actions)
+    conditioning = adapter.observe(history)
+    check_round_trip(adapter, chunks, conditioning, actions)
+    features, candidates = runner.features(conditioning), None
+    if count := algorithm.config.candidates:
+        prior = runner.prior(len(rows) * count, generator).to(adapter.device).unflatten(0, (len(rows), -1))
+        denoise = partial(runner.denoise, conditioning)
+        candidates = algorithm.propose(features, prior, denoise, steering=False)
+    found = observation_rows(features, candidates, conditioning, spec)
+    return [(seen, kept | {"chunk": one}) for (seen, kept), one in zip(found, chunks.flatten(1).numpy())]
 
 
 def normalised(adapter: PolicyAdapter, history: dict[str, Any], actions: Tensor) -> Tensor:

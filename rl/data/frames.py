@@ -6,7 +6,6 @@ import hashlib
 
 import numpy as np
 import torch
-from torch import Tensor
 
 
 class FrameStore:
@@ -17,13 +16,15 @@ class FrameStore:
 
     Args:
         size: pixels in a frame.
+
+    Attributes:
+        pixels: (slots, size) the frames, by slot.
     """
 
     def __init__(self, size: int) -> None:
         self.pixels = torch.empty(0, size, dtype=torch.uint8)
-        self._keys: list[bytes | None] = []
-        self._references: list[int] = []
-        self._slots: dict[bytes, int] = {}
+        self._slots: dict[bytes, int] = {}  # by content
+        self._held: dict[int, tuple[bytes, int]] = {}  # content and references, by slot
         self._free: list[int] = []
 
     def __len__(self) -> int:
@@ -35,30 +36,21 @@ class FrameStore:
         key = hashlib.blake2b(frame.tobytes(), digest_size=16).digest()
         slot = self._slots.get(key)
         if slot is None:
-            slot = self._free.pop() if self._free else self._grow()
+            slot = self._free.pop() if self._free else len(self._slots)
+            if slot == len(self.pixels):
+                wider = torch.empty(max(64, 2 * slot), self.pixels.shape[1], dtype=torch.uint8)
+                wider[:slot] = self.pixels
+                self.pixels = wider
             self.pixels[slot] = torch.from_numpy(frame)
-            self._slots[key], self._keys[slot] = slot, key
-        self._references[slot] += 1
+            self._slots[key] = slot
+        self._held[slot] = key, self._held.get(slot, (key, 0))[1] + 1
         return slot
 
     def release(self, slot: int) -> None:
         """Refer once less to the frame in ``slot``."""
-        self._references[slot] -= 1
-        if not self._references[slot]:
-            del self._slots[self._keys[slot]]
-            self._keys[slot] = None
+        key, references = self._held.pop(slot)
+        if references > 1:
+            self._held[slot] = key, references - 1
+        else:
+            del self._slots[key]
             self._free.append(slot)
-
-    def __getitem__(self, slots: Tensor) -> Tensor:
-        """Frames (B, size) uint8."""
-        return self.pixels[slots]
-
-    def _grow(self) -> int:
-        slot = len(self._references)
-        if slot == len(self.pixels):
-            wider = torch.empty(max(64, 2 * slot), self.pixels.shape[1], dtype=torch.uint8)
-            wider[:slot] = self.pixels
-            self.pixels = wider
-        self._references.append(0)
-        self._keys.append(None)
-        return slot

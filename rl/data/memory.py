@@ -1,24 +1,70 @@
-"""How much memory the replay takes, and whether the machine has it."""
+"""What the replay keeps for an algorithm, and whether the machine has the memory."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+import math
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import psutil
+from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter, UserError
+from trimtab.policies.acting import Candidates
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.decoder import ConditioningSpec
-from trimtab.rl.data.replay import transition_bytes
+from trimtab.rl.data.replay import Layout
+from trimtab.rl.runner import Encoded
 
+# Features (d,) of an observation, and what else is kept of it by name.
+Row = tuple[np.ndarray, dict[str, np.ndarray]]
 # What a container may use and uses, in the two versions of Linux control groups.
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+
+
+def replay_layout(
+    rl: AlgorithmConfig,
+    adapter: PolicyAdapter,
+    space: NoiseSpace,
+    feature_dim: int,
+    spec: ConditioningSpec | None = None,
+) -> Layout:
+    """What a transition of a run consists of.
+
+    Args:
+        rl: names in ``replayed`` what it needs: ``chunk`` (what was executed), ``candidates`` and
+            ``candidates_u`` (pairs of the state), the same with ``next_``, and ``conditioning`` (of both).
+        adapter, space: of the run.
+        feature_dim: length of an observation as the learner sees it.
+        spec: of the conditioning, where it is kept.
+    """
+    size = math.prod(adapter.chunk_shape)
+    shapes: dict[str, tuple[int, ...]] = {"chunk": (size,)}
+    for before in ("", "next_"):
+        shapes[f"{before}candidates"] = (rl.candidates, size)
+        shapes[f"{before}candidates_u"] = (rl.candidates, space.dim)
+    kept = {name: shapes[name] for name in rl.replayed if name != "conditioning"}
+    conditioning = spec.replayed if spec else {}
+    pixels = adapter.observer.config.pixels if adapter.observer else 0
+    return Layout(feature_dim, space.dim, kept | conditioning, tuple(conditioning), pixels)
+
+
+def observation_rows(
+    features: Tensor, candidates: Candidates | None, conditioning: Encoded, spec: ConditioningSpec | None
+) -> list[Row]:
+    """What the replay keeps of B observations; arguments as in ``replay_layout``."""
+    kept: list[dict[str, np.ndarray]] = [{} for _ in features]
+    if candidates is not None:
+        chunks, u = candidates.chunks.flatten(2).cpu().numpy(), candidates.u.float().cpu().numpy()
+        kept = [{"candidates": chunks[i], "candidates_u": u[i]} for i in range(len(kept))]
+    if spec is not None:
+        for i, row in enumerate(kept):
+            row |= spec.row(conditioning, i)  # type: ignore[arg-type]
+    return list(zip(features.cpu().numpy(), kept, strict=True))
 
 
 def available_memory() -> int:
@@ -32,70 +78,14 @@ def available_memory() -> int:
     return max(free, 0)
 
 
-def replay_extra(
-    rl: AlgorithmConfig, chunk_size: int, dim: int, spec: ConditioningSpec | None = None
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of what the replay keeps for an algorithm beside the transition, by name.
-
-    Args:
-        rl: names it in ``replayed``: ``chunk`` (what was executed), ``candidates`` and ``candidates_u``
-            (pairs of the state), the same with ``next_``, and ``conditioning`` (of both states).
-        chunk_size: numbers in a chunk, steps * action_dim.
-        dim: of the noise space.
-        spec: of the conditioning, where it is kept.
-    """
-    shapes: dict[str, tuple[int, ...]] = {"chunk": (chunk_size,)}
-    for before in ("", "next_"):
-        shapes[f"{before}candidates"] = (rl.candidates, chunk_size)
-        shapes[f"{before}candidates_u"] = (rl.candidates, dim)
-    kept = {name: shapes[name] for name in rl.replayed if name != "conditioning"}
-    return kept | (spec.replayed if spec else {})
-
-
-def replay_layout(
-    rl: AlgorithmConfig,
-    adapter: PolicyAdapter,
-    space: NoiseSpace,
-    feature_dim: int,
-    spec: ConditioningSpec | None,
-) -> dict[str, Any]:
-    """Arguments of ``ReplayBuffer`` and ``check_replay`` that say what a transition of a run consists of.
-
-    Args:
-        rl, adapter, space: of the run.
-        feature_dim: length of an observation as the learner sees it.
-        spec: of the conditioning, where it is kept.
-    """
-    steps, action_dim = adapter.chunk_shape
-    return {
-        "feature_dim": feature_dim,
-        "action_dim": space.dim,
-        "extra": replay_extra(rl, steps * action_dim, space.dim, spec),
-        "precise": spec.replayed if spec else (),
-        "pixels": adapter.observer.config.pixels if adapter.observer else 0,
-    }
-
-
-def check_replay(
-    capacity: int,
-    feature_dim: int,
-    action_dim: int,
-    extra: dict[str, tuple[int, ...]] | None = None,
-    precise: Container[str] = (),
-    pixels: int = 0,
-) -> str:
-    """One line about the memory that a replay takes once it is full.
-
-    Args:
-        capacity: transitions, of all processes on this machine.
-        feature_dim, action_dim, extra, precise, pixels: as for ``ReplayBuffer``.
+def check_replay(capacity: int, layout: Layout) -> str:
+    """One line about the memory that a replay of ``capacity`` transitions takes once it is full.
 
     Raises:
         UserError: more than the machine has.
     """
-    each = transition_bytes(feature_dim, action_dim, extra, precise, pixels)
-    free = available_memory()
-    total = each * capacity
+    each = layout.bytes + layout.pixels  # a frame counts once: two transitions share it
+    free, total = available_memory(), each * capacity
     if total > free:
         raise UserError(
             "--train.replay_capacity",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,61 +23,15 @@ REWARDS = ("sparse", "env")
 DISCOUNT_PER = ("step", "chunk")
 
 
-def step_rewards(result: ChunkResult, kind: str) -> np.ndarray:
-    """The learner's reward (k,) of each executed step.
-
-    Args:
-        result: an executed chunk.
-        kind: ``sparse`` (-1 at each step, 0 at a step that succeeds) or ``env`` (the environment's own).
-    """
-    if kind == "sparse":
-        return result.successes.astype(np.float64) - 1.0
-    return result.rewards.astype(np.float64)
-
-
-def chunk_return(
-    rewards: np.ndarray, gamma: float, terminated: bool, per: str = "step"
-) -> tuple[float, float]:
-    """Discounted reward of one chunk and the weight of what follows it.
-
-    Args:
-        rewards: (k,) of the steps really executed.
-        gamma: discount per environment step, or per chunk.
-        terminated: the chunk ended in a terminal state (a time limit is none).
-        per: ``step``, or ``chunk`` for the convention of DSRL's code (arXiv 2506.15799): rewards within a
-            chunk are summed, and ``gamma`` holds once per chunk, however many steps were executed.
-
-    Returns:
-        (sum of gamma^i r_i, gamma^k or 0), with ``chunk`` (sum of r_i, gamma or 0)
-    """
-    if per == "chunk":
-        return float(np.sum(rewards)), 0.0 if terminated else gamma
-    steps = len(rewards)
-    total = float(np.dot(gamma ** np.arange(steps), rewards))
-    return total, 0.0 if terminated else float(gamma**steps)
-
-
-def value_bounds(
-    kind: str, gamma: float, per: str = "step", chunk_steps: int = 1
-) -> tuple[float, float] | None:
-    """Smallest and largest possible return, or ``None`` where it is not known.
-
-    Args:
-        kind: of reward.
-        gamma, per: as for ``chunk_return``.
-        chunk_steps: most steps in a chunk, which a discount per chunk leaves undiscounted.
-    """
-    each = chunk_steps if per == "chunk" else 1
-    return (-each / (1.0 - gamma), 0.0) if kind == "sparse" else None
-
-
 @dataclass(frozen=True)
 class Returns:
     """What an executed chunk counts in a run: the one place that says what an episode's end is worth.
 
     Attributes:
-        reward: ``sparse`` or ``env`` (see ``step_rewards``).
-        gamma, per: as for ``chunk_return``.
+        reward: ``sparse`` (-1 at each step, 0 at a step that succeeds) or ``env`` (the environment's own).
+        gamma: discount per environment step, or per chunk.
+        per: ``step``, or ``chunk`` for the convention of DSRL's code (arXiv 2506.15799): rewards within a
+            chunk are summed, and ``gamma`` holds once per chunk, however many steps were executed.
         chunk_steps: most steps in a chunk.
         bootstrap_at_time_limit: whether what follows a time limit has a value.
     """
@@ -90,7 +45,8 @@ class Returns:
     @property
     def bounds(self) -> tuple[float, float] | None:
         """Smallest and largest possible return, or ``None`` where it is not known."""
-        return value_bounds(self.reward, self.gamma, self.per, self.chunk_steps)
+        each = self.chunk_steps if self.per == "chunk" else 1
+        return (-each / (1.0 - self.gamma), 0.0) if self.reward == "sparse" else None
 
     def reward_and_discount(self, result: ChunkResult, succeeded: bool) -> tuple[float, float]:
         """Reward of a chunk, and the weight of what follows it.
@@ -107,13 +63,18 @@ class Returns:
         bootstraps = result.truncated and self.bootstrap_at_time_limit
         if self.bounds and result.terminated and not bootstraps and not succeeded:
             return self.bounds[0], 0.0
-        final = result.ended and not bootstraps
-        return chunk_return(step_rewards(result, self.reward), self.gamma, final, self.per)
+        rewards = result.successes - 1.0 if self.reward == "sparse" else result.rewards.astype(np.float64)
+        if self.per == "chunk":
+            total, discount = np.sum(rewards), self.gamma
+        else:
+            total = np.dot(self.gamma ** np.arange(result.steps), rewards)
+            discount = self.gamma**result.steps
+        return float(total), 0.0 if result.ended and not bootstraps else float(discount)
 
 
 @dataclass
 class Transition:
-    """n chunks as one step of learning.
+    """One chunk, or n chunks, as one step of learning.
 
     Attributes:
         features: (d,) at the start.
@@ -141,47 +102,38 @@ class NStepAccumulator:
 
     def __init__(self, n: int) -> None:
         self.n = n
-        self._pending: deque[tuple[np.ndarray, np.ndarray, float, float, dict]] = deque()
+        self._pending: deque[Transition] = deque()
 
     def clear(self) -> None:
         """Forget what is pending."""
         self._pending.clear()
 
-    def state_dict(self) -> list[tuple]:
+    def state_dict(self) -> list[dict[str, Any]]:
         """What is pending."""
-        return list(self._pending)
+        return [dict(vars(chunk)) for chunk in self._pending]
 
-    def load_state_dict(self, state: list) -> None:
-        self._pending = deque(tuple(item) for item in state)
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        self._pending = deque(Transition(**chunk) for chunk in state)
 
     def add(
-        self,
-        features: np.ndarray,
-        u: np.ndarray,
-        reward: float,
-        discount: float,
-        next_features: np.ndarray,
-        ended: bool,
-        extra: dict[str, np.ndarray] | None = None,
-        next_extra: dict[str, np.ndarray] | None = None,
+        self, chunk: Transition, ended: bool, next_extra: dict[str, np.ndarray] | None = None
     ) -> list[Transition]:
         """Add an executed chunk and return the transitions that it completes, oldest first.
 
         Args:
-            features, u, reward, discount: of the chunk.
-            next_features: after it.
+            chunk: on its own; ``extra`` of the state it was chosen in.
             ended: whether the episode ended with it.
-            extra: what to keep of the chunk and the state it was chosen in.
             next_extra: what to keep of the state after it.
         """
-        self._pending.append((features, u, reward, discount, extra or {}))
+        self._pending.append(chunk)
+        following = {f"next_{name}": value for name, value in (next_extra or {}).items()}
         done: list[Transition] = []
         while self._pending and (ended or len(self._pending) == self.n):
             total, weight = 0.0, 1.0
-            for _, _, chunk_reward, chunk_discount, _ in self._pending:
-                total += weight * chunk_reward
-                weight *= chunk_discount
-            first_features, first_u, _, _, kept = self._pending.popleft()
-            kept = kept | {f"next_{name}": value for name, value in (next_extra or {}).items()}
-            done.append(Transition(first_features, first_u, total, weight, next_features, kept))
+            for one in self._pending:
+                total += weight * one.reward
+                weight *= one.discount
+            first = self._pending.popleft()
+            extra = first.extra | following
+            done.append(Transition(first.features, first.u, total, weight, chunk.next_features, extra))
         return done

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,9 @@ from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.support.reporting import write_json
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig, Problem
-from trimtab.rl.data.memory import replay_extra
+from trimtab.rl.data.memory import replay_layout
 from trimtab.rl.data.replay import ReplayBuffer
-from trimtab.rl.data.returns import Transition, value_bounds
+from trimtab.rl.data.returns import Returns, Transition
 
 STEPS, ACTION_DIM, FEATURES = 8, 4, 39  # those of the embedded base
 DIM = STEPS * ACTION_DIM
@@ -91,13 +92,14 @@ def ours(of: str, width: int, device: torch.device, transitions: int, **settings
     torch.manual_seed(0)
     config = OURS[of]({"hidden": width}, {"hidden": width}, **settings)
     space = FullNoiseConfig().build(NoiseSpec((STEPS, ACTION_DIM)))
-    bounds = value_bounds("sparse", config.gamma, config.discount_per, STEPS)
+    bounds = Returns("sparse", config.gamma, config.discount_per, STEPS).bounds
     accelerator = Accelerator(cpu=device.type == "cpu")
     algorithm = config.build(Problem(FEATURES, space, accelerator, bounds, DIM))
-    extra, rng = replay_extra(config, DIM, DIM), np.random.default_rng(0)
-    replay = ReplayBuffer(transitions, FEATURES, DIM, 0, device, extra)
+    policy, rng = SimpleNamespace(chunk_shape=(STEPS, ACTION_DIM), observer=None), np.random.default_rng(0)
+    layout = replay_layout(config, policy, space, FEATURES)
+    replay = ReplayBuffer(transitions, layout, 0, device)
     for _ in range(transitions):
-        more = {name: np.tanh(rng.standard_normal(shape)) for name, shape in extra.items()}
+        more = {name: np.tanh(rng.standard_normal(shape)) for name, shape in layout.extra.items()}
         seen, following = rng.standard_normal((2, FEATURES))
         u = np.tanh(rng.standard_normal(DIM))
         replay.add(Transition(seen, u, -rng.random(), 0.9, following, extra=more))

@@ -18,7 +18,7 @@ from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.algorithms.noise_critic import rank_correlation
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector
-from trimtab.rl.data.memory import replay_extra
+from trimtab.rl.data.memory import replay_layout
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
@@ -119,7 +119,7 @@ def test_target_from_stored_candidates_equals_fresh_ones():
         for _ in range(10):
             collector.begin(steering=False)
             transitions += collector.finish()[0]
-    replay = ReplayBuffer(50, 2, space.dim, 0, extra=replay_extra(rl, 2, space.dim))
+    replay = ReplayBuffer(50, replay_layout(rl, adapter, space, 2), 0)
     for transition in transitions:
         replay.add(transition)
     stored = {name: value.float() for name, value in replay.rows(0, len(replay)).items()}

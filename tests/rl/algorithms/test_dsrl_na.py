@@ -20,7 +20,7 @@ from trimtab.rl.algorithms import DSRLNAConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.data.decoder import ConditioningSpec, Decoder
-from trimtab.rl.data.memory import replay_extra
+from trimtab.rl.data.memory import replay_layout
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
@@ -392,16 +392,13 @@ def test_replayed_conditioning_decodes_to_what_was_executed(pusht_policy):
     adapter = load_adapter(PolicyConfig(path=str(pusht_policy), device="cpu"))
     config = PushtEnv(obs_type="environment_state_agent_pos", episode_length=10)
     space = FullNoiseConfig().build(adapter.noise_spec)
-    steps, action_dim = adapter.chunk_shape
     with ChunkVectorEnv(config, 2, 0, adapter.n_obs_steps) as vec:
         runner = PolicyRunner(adapter, config)
         rl = DSRLNAConfig(mode="exact", gamma=0.9, n_step=1)
         collector = Collector(runner, vec, rl, "sparse", 5)
         collector.start(Acts(space, prior_noise(space).choose))
-        extra = replay_extra(rl, steps * action_dim, space.dim, collector.spec)
-        replay = ReplayBuffer(
-            50, collector.feature_dim, space.dim, 0, extra=extra, precise=collector.spec.replayed
-        )
+        layout = replay_layout(rl, adapter, space, collector.feature_dim, collector.spec)
+        replay = ReplayBuffer(50, layout, 0)
         transitions, ended = [], 0
         for _ in range(6):
             collector.begin()

@@ -23,10 +23,10 @@ from trimtab.recipes.embedded_base.demonstrators import Operator
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
-from trimtab.rl.data.demonstrations import Demonstrations, TransitionMaker
+from trimtab.rl.data.demonstrations import Demonstrations, make_transitions
 from trimtab.rl.data.opening import unreadable
-from trimtab.rl.data.replay import ReplayBuffer
-from trimtab.rl.data.returns import Transition
+from trimtab.rl.data.replay import Layout, ReplayBuffer
+from trimtab.rl.data.returns import Returns, Transition
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
@@ -51,14 +51,20 @@ def adapter(tiny_base):
 
 
 def made(root, adapter, rl=None, reward="sparse", **settings):
-    """(data, transitions, maker)"""
+    """(data, transitions, what makes them again, so many states at a time)"""
     rl = rl or BestOfNConfig(num_candidates=3, target_candidates=2, gamma=GAMMA, n_step=2)
     task = MetaworldStateEnv(TASK).task_description
     data = read_demonstrations(DemosConfig(root=str(root), **settings), adapter, reward, task)
     space = FullNoiseConfig().build(adapter.noise_spec)
     algorithm = rl.build(problem(4, space, math.prod(adapter.chunk_shape)))  # of features it sees none
-    maker = TransitionMaker(PolicyRunner(adapter, MetaworldStateConfig()), algorithm, reward, None, 5, 7)
-    return data, maker(data, progress=False), maker
+    steps = adapter.chunk_shape[0]
+    returns = Returns(reward, rl.gamma, rl.discount_per, steps, rl.bootstrap_at_time_limit)
+    runner = PolicyRunner(adapter, MetaworldStateConfig())
+
+    def make(size):
+        return make_transitions(data, runner, algorithm, returns, None, 5, size, progress=False)
+
+    return data, make(7), make
 
 
 def test_transitions_are_those_made_by_hand(recorded, adapter):
@@ -120,10 +126,8 @@ def test_candidates_are_what_the_policy_makes_of_their_noise(recorded, adapter):
 
 
 def test_how_many_states_are_looked_at_together_changes_nothing(recorded, adapter):
-    _, one, maker = made(recorded, adapter)
-    maker.batch_size, maker._generator = 100, torch.Generator().manual_seed(5)
-    data, _, _ = made(recorded, adapter)
-    for first, second in zip(one, maker(data, progress=False), strict=True):
+    _, one, make = made(recorded, adapter)
+    for first, second in zip(one, make(100), strict=True):
         assert first.reward == second.reward and np.allclose(first.features, second.features, atol=1e-5)
         assert np.allclose(first.extra["chunk"], second.extra["chunk"], atol=1e-5)
 
@@ -379,17 +383,17 @@ def test_mixing():
     def transition(number):
         return Transition(np.full(2, number), np.zeros(1), -1.0, 0.9, np.full(2, number))
 
-    settings = {"feature_dim": 2, "action_dim": 1, "seed": 0}
-    replay = ReplayBuffer(10, **settings)
+    layout = Layout(2, 1)
+    replay = ReplayBuffer(10, layout, 0)
     for number in range(3):
         replay.add(transition(number))
-    demos = Demonstrations(DemosConfig(root="x", share=0.25), [transition(n) for n in (10, 11)], **settings)
+    demos = Demonstrations(DemosConfig(root="x", share=0.25), [transition(n) for n in (10, 11)], layout, 0)
     batch = demos.mix(replay, 8, 0.0)
     assert batch["features"].shape == (8, 2)
     assert ((batch["features"][:, 0] >= 10) == torch.tensor([True] * 2 + [False] * 6)).all()
     assert batch["u"][:2].isnan().all() and not batch["u"][2:].isnan().any()
     assert (demos.mix(replay, 8, 0.9)["features"][:, 0] >= 10).sum() == 2
-    falling = Demonstrations(DemosConfig(root="x", schedule="linear"), [transition(10)], **settings)
+    falling = Demonstrations(DemosConfig(root="x", schedule="linear"), [transition(10)], layout, 0)
     counts = [int((falling.mix(replay, 8, at)["features"][:, 0] >= 10).sum()) for at in (0.0, 0.5, 0.75, 1.0)]
     assert counts == [4, 2, 1, 0]
 

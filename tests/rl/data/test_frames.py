@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from trimtab.rl.data.frames import FrameStore
-from trimtab.rl.data.replay import ReplayBuffer
+from trimtab.rl.data.replay import Layout, ReplayBuffer
 from trimtab.rl.data.returns import NStepAccumulator, Transition
 
 PIXELS = 3 * 16 * 16
+LAYOUT = Layout(2 + PIXELS, 1, pixels=PIXELS)
 
 
 def observation(rng):
@@ -25,7 +26,8 @@ def episodes(count, chunks, n_step):
         for chunk in range(chunks):
             after = observation(rng)
             seen.append(after)
-            done += accumulator.add(before, np.zeros(1), float(len(done)), 0.9, after, chunk == chunks - 1)
+            transition = Transition(before, np.zeros(1), float(len(done)), 0.9, after)
+            done += accumulator.add(transition, chunk == chunks - 1)
             before = after
     return done, seen
 
@@ -35,7 +37,7 @@ def test_round_trip_is_exact_and_each_frame_is_kept_once(n_step):
     transitions, seen = episodes(5, 8, n_step)
     for row, transition in enumerate(transitions):
         transition.reward = float(row)
-    replay = ReplayBuffer(100, 2 + PIXELS, 1, seed=0, pixels=PIXELS)
+    replay = ReplayBuffer(100, LAYOUT, seed=0)
     for transition in transitions:
         replay.add(transition)
     assert len(transitions) == 40 and len(seen) == 45 == len(replay._frames)
@@ -51,7 +53,7 @@ def test_round_trip_is_exact_and_each_frame_is_kept_once(n_step):
 def test_memory_per_transition():
     """One frame of a 64 x 64 camera is 12 KiB; in float32, and twice, it would be 96."""
     transitions, seen = episodes(40, 25, 3)
-    replay = ReplayBuffer(len(transitions), 2 + PIXELS, 1, seed=0, pixels=PIXELS)
+    replay = ReplayBuffer(len(transitions), LAYOUT, seed=0)
     for transition in transitions:
         replay.add(transition)
     assert len(replay._frames) == len(seen) == 1.04 * len(transitions)
@@ -61,7 +63,7 @@ def test_memory_per_transition():
 
 def test_frames_go_with_their_last_transition():
     transitions, _ = episodes(3, 10, 2)
-    replay = ReplayBuffer(7, 2 + PIXELS, 1, seed=0, pixels=PIXELS)
+    replay = ReplayBuffer(7, LAYOUT, seed=0)
     for count, transition in enumerate(transitions, start=1):
         replay.add(transition)
         held = transitions[max(0, count - 7) : count]
@@ -77,7 +79,7 @@ def test_frames_are_kept_while_the_store_grows():
     store, count = FrameStore(2), 300  # its room doubles at 64, 128 and 256
     slots = [store.put(np.array([n % 256, n // 256], np.uint8)) for n in range(count)]
     wanted = torch.tensor([[n % 256, n // 256] for n in range(count)])
-    assert len(store) == count and torch.equal(store[torch.tensor(slots)].long(), wanted)
+    assert len(store) == count and torch.equal(store.pixels[slots].long(), wanted)
 
 
 def test_same_frame_twice_counts_twice():
@@ -85,15 +87,13 @@ def test_same_frame_twice_counts_twice():
     first, second, other = frames.put(one), frames.put(one.copy()), frames.put(one + 1)
     assert first == second != other and len(frames) == 2
     frames.release(first)
-    assert torch.equal(
-        frames[torch.tensor([first, other])], torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]]).byte()
-    )
+    assert torch.equal(frames.pixels[[first, other]], torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4]]).byte())
     frames.release(first)
     assert len(frames) == 1 and frames.put(one + 2) == first
 
 
 def test_nan_is_kept_out_and_leaves_no_frame():
-    replay = ReplayBuffer(4, 2 + PIXELS, 1, seed=0, pixels=PIXELS)
+    replay = ReplayBuffer(4, LAYOUT, seed=0)
     good = observation(np.random.default_rng(0))
     with pytest.raises(ValueError, match="'reward'"):
         replay.add(Transition(good, np.zeros(1), float("nan"), 0.5, good))
@@ -103,10 +103,10 @@ def test_nan_is_kept_out_and_leaves_no_frame():
 def test_pixels_go_through_a_checkpoint_in_parts():
     """The rows that a checkpoint holds fill another buffer, whose ring has wrapped, to the bit."""
     transitions, _ = episodes(5, 8, 3)
-    one = ReplayBuffer(30, 2 + PIXELS, 1, seed=0, pixels=PIXELS)
+    one = ReplayBuffer(30, LAYOUT, seed=0)
     for transition in transitions:
         one.add(transition)
-    other = ReplayBuffer(30, 2 + PIXELS, 1, seed=0, pixels=PIXELS)
+    other = ReplayBuffer(30, LAYOUT, seed=0)
     for start, stop in ((10, 25), (25, 40)):
         other.put(start, {name: value.clone() for name, value in one.rows(start, stop).items()})
     other.load_state_dict(one.state_dict())
@@ -121,4 +121,4 @@ def test_pixels_go_through_a_checkpoint_in_parts():
     rows = one.rows(20, 30)
     rows["pixels"] = rows["pixels"][:, :, :5]
     with pytest.raises(ValueError, match="pixels"):
-        ReplayBuffer(30, 2 + PIXELS, 1, seed=0, pixels=PIXELS).put(20, rows)
+        ReplayBuffer(30, LAYOUT, seed=0).put(20, rows)

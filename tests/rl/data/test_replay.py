@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.rl.data.replay import ReplayBuffer, storage_device
+from trimtab.rl.data.replay import Layout, ReplayBuffer, storage_device
 from trimtab.rl.data.returns import Transition
 
 
@@ -17,7 +17,7 @@ def transition(value, **changes):
 
 
 def test_oldest_makes_room():
-    replay = ReplayBuffer(4, 3, 2, seed=0)
+    replay = ReplayBuffer(4, Layout(3, 2), seed=0)
     for value in range(6):
         replay.add(transition(float(value)))
     assert len(replay) == 4
@@ -25,7 +25,7 @@ def test_oldest_makes_room():
 
 
 def test_rows_stay_together_and_sampling_repeats():
-    first, second = ReplayBuffer(10, 3, 2, seed=1), ReplayBuffer(10, 3, 2, seed=1)
+    first, second = ReplayBuffer(10, Layout(3, 2), seed=1), ReplayBuffer(10, Layout(3, 2), seed=1)
     for value in range(5):
         first.add(transition(float(value)))
         second.add(transition(float(value)))
@@ -37,7 +37,7 @@ def test_rows_stay_together_and_sampling_repeats():
 
 @pytest.mark.parametrize("name", ["features", "u", "reward", "next_features"])
 def test_nan_is_kept_out(name):
-    replay = ReplayBuffer(4, 3, 2, seed=0)
+    replay = ReplayBuffer(4, Layout(3, 2), seed=0)
     poison = float("nan") if name == "reward" else np.array([0.0, np.inf, 0.0][: 2 if name == "u" else 3])
     with pytest.raises(ValueError, match=f"'{name}'"):
         replay.add(transition(1.0, **{name: poison}))
@@ -53,7 +53,9 @@ def test_transitions_lie_on_a_gpu_with_four_times_their_room(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_replay_on_a_gpu_is_that_on_the_host():
     """The same draws, and the same rows to keep; what is kept comes back as it was."""
-    ours, host, again = (ReplayBuffer(10, 3, 2, seed=1, device=device) for device in ("cuda", "cpu", "cuda"))
+    ours, host, again = (
+        ReplayBuffer(10, Layout(3, 2), seed=1, device=device) for device in ("cuda", "cpu", "cuda")
+    )
     for value in range(13):
         for replay in (ours, host):
             replay.add(transition(float(value)))

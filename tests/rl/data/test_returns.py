@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trimtab.rl.data.returns import NStepAccumulator, Returns, chunk_return, step_rewards, value_bounds
+from trimtab.rl.data.returns import NStepAccumulator, Returns, Transition
 from trimtab.rl.envs.chunk import ChunkResult
 
 G = 0.9
@@ -13,25 +13,34 @@ def result(rewards, successes, terminated=False, truncated=False):
     return ChunkResult(None, None, np.array(rewards), np.array(successes), terminated, truncated, 0)
 
 
+def chunk_return(rewards, gamma, per="step", **end):
+    """The reward and discount of a chunk with these rewards of the environment's own."""
+    chunk = result(rewards, [False] * len(rewards), **end)
+    return Returns("env", gamma, per).reward_and_discount(chunk, succeeded=False)
+
+
 def test_step_rewards():
     chunk = result([0.2, 0.7, 1.0], [False, False, True], terminated=True)
-    assert step_rewards(chunk, "sparse").tolist() == [-1.0, -1.0, 0.0]
-    assert step_rewards(chunk, "env").tolist() == [0.2, 0.7, 1.0]
+    for gamma in (0.0, 0.1, 0.9):
+        sparse, _ = Returns("sparse", gamma).reward_and_discount(chunk, succeeded=True)
+        assert sparse == pytest.approx(-1.0 - gamma)
+        env, _ = Returns("env", gamma).reward_and_discount(chunk, succeeded=True)
+        assert env == pytest.approx(0.2 + 0.7 * gamma + gamma**2)
 
 
 def test_whole_chunk():
-    total, weight = chunk_return(np.array([-1.0, -1.0, -1.0, -1.0]), G, terminated=False)
+    total, weight = chunk_return([-1.0, -1.0, -1.0, -1.0], G)
     assert total == pytest.approx(-1 - 0.9 - 0.81 - 0.729)
     assert weight == pytest.approx(0.9**4)
 
 
 def test_short_last_chunk_weighs_gamma_to_the_steps_it_executed():
-    total, weight = chunk_return(np.array([-1.0, -1.0]), G, terminated=False)  # cut by the time limit
+    total, weight = chunk_return([-1.0, -1.0], G, truncated=True)  # cut by the time limit
     assert (total, weight) == (pytest.approx(-1.9), pytest.approx(0.81))
 
 
 def test_terminal_chunk_hands_nothing_on():
-    total, weight = chunk_return(np.array([-1.0, 0.0]), G, terminated=True)
+    total, weight = chunk_return([-1.0, 0.0], G, terminated=True)
     assert (total, weight) == (-1.0, 0.0)
 
 
@@ -42,7 +51,8 @@ def run_episode(n, chunks, truncated):
         ended = t == len(chunks) - 1
         if ended and not truncated:
             discount = 0.0
-        out += accumulator.add(np.array([t]), np.array([10 + t]), reward, discount, np.array([t + 1]), ended)
+        chunk = Transition(np.array([t]), np.array([10 + t]), reward, discount, np.array([t + 1]))
+        out += accumulator.add(chunk, ended)
     return out
 
 
@@ -67,26 +77,27 @@ def test_n_step_against_explicit_sums(n, truncated):
 
 def test_no_transition_crosses_an_episode():
     accumulator = NStepAccumulator(3)
-    accumulator.add(np.array([0]), np.array([0]), -1.0, 0.5, np.array([1]), False)
-    ended = accumulator.add(np.array([1]), np.array([0]), -1.0, 0.0, np.array([2]), True)
+    accumulator.add(Transition(np.array([0]), np.array([0]), -1.0, 0.5, np.array([1])), False)
+    ended = accumulator.add(Transition(np.array([1]), np.array([0]), -1.0, 0.0, np.array([2])), True)
     assert len(ended) == 2
-    assert accumulator.add(np.array([100]), np.array([0]), -5.0, 0.5, np.array([101]), False) == []
+    following = Transition(np.array([100]), np.array([0]), -5.0, 0.5, np.array([101]))
+    assert accumulator.add(following, False) == []
     assert all(item.next_features[0] <= 2 for item in ended)
 
 
 def test_value_bounds():
-    assert value_bounds("sparse", 0.99) == (pytest.approx(-100.0), 0.0)
-    assert value_bounds("env", 0.99) is None
+    assert Returns("sparse", 0.99).bounds == (pytest.approx(-100.0), 0.0)
+    assert Returns("env", 0.99).bounds is None
 
 
 def test_discount_per_chunk_is_the_references_convention():
     rewards = np.array([-1.0, -1.0, 0.0])
-    assert chunk_return(rewards, 0.9, terminated=False, per="chunk") == (-2.0, 0.9)
-    assert chunk_return(rewards[:1], 0.9, terminated=False, per="chunk") == (-1.0, 0.9)  # however short
-    assert chunk_return(rewards, 0.9, terminated=True, per="chunk") == (-2.0, 0.0)
+    assert chunk_return(rewards, 0.9, "chunk") == (-2.0, 0.9)
+    assert chunk_return(rewards[:1], 0.9, "chunk") == (-1.0, 0.9)  # however short
+    assert chunk_return(rewards, 0.9, "chunk", terminated=True) == (-2.0, 0.0)
     # the worst possible: every chunk of 4 steps fails for ever
     worst = sum(-4.0 * 0.9**i for i in range(2000))
-    assert value_bounds("sparse", 0.9, "chunk", 4) == (pytest.approx(worst), 0.0)
+    assert Returns("sparse", 0.9, "chunk", 4).bounds == (pytest.approx(worst), 0.0)
 
 
 def episode(returns, steps, end, n):
@@ -98,7 +109,7 @@ def episode(returns, steps, end, n):
         chunk = result([0.0] * length, successes, last and end != "limit", last and end == "limit")
         reward, discount = returns.reward_and_discount(chunk, bool(chunk.successes.any()))
         following = np.array([start + size])
-        out += accumulator.add(np.array([start]), np.zeros(1), reward, discount, following, last)
+        out += accumulator.add(Transition(np.array([start]), np.zeros(1), reward, discount, following), last)
     return out
 
 

@@ -20,6 +20,7 @@ from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.memory import check_replay
+from trimtab.rl.data.replay import Layout
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints, check
@@ -220,8 +221,8 @@ def test_a_signal_is_heeded_at_the_next_whole_chunk(number, tmp_path):
 
 
 def test_a_replay_that_the_machine_cannot_hold():
-    extra = {"candidates": (16, 32)}
-    line = check_replay(1000, 10, 4, extra)
+    layout = Layout(10, 4, {"candidates": (16, 32)})
+    line = check_replay(1000, layout)
     assert line == f"replay: 1,000 transitions of {4 * 26 + 2 * 512:,} bytes, 1 MiB when full"
     with pytest.raises(UserError, match=r"--train.replay_capacity: .*lower it to [\d,]+ or less"):
-        check_replay(10**12, 10, 4, extra)
+        check_replay(10**12, layout)
