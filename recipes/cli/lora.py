@@ -189,7 +189,7 @@ class Run:
         config = self.config
         last = self._evaluate(session, "base", "base policy")
         require_success(last)
-        recorder, lines = Recorder(self.output / "successes", session.env.fps), []
+        recorder = Recorder(self.output / "successes", session.env.fps)
         with (
             MetricsWriter(self.output / "metrics.jsonl") as metrics,
             session.environments(config.num_envs, keep_seen=True) as vec,
@@ -212,15 +212,13 @@ class Run:
                 if done.losses:
                     label = f"round {done.number}/{config.rounds}: evaluation"
                     last = self._evaluate(session, "fine_tuned", label)
-                    line["dataset_episodes"], line["dataset_frames"] = recorder.episodes, recorder.frames
                     line["losses"] = means(done.losses)
                     print(f"{report}; now {rate_text(last.summary())}")
                 else:
                     line["skipped"] = True
                     print(f"{report}; skipped, for there is nothing new to learn from")
-                lines.append(line | {"eval": last.summary()})
-                metrics(lines[-1])
-        episodes = sum(line["episodes"] for line in lines)
+                metrics(line | {"eval": last.summary()})
+        episodes = sum(line["episodes"] for line in metrics.lines[1:])
         if not recorder.episodes:
             raise UserError(
                 "--env_steps",
@@ -231,7 +229,6 @@ class Run:
             "env_steps": rollouts.env_steps,
             "training_episodes": episodes,
             "dataset": {"repo_id": REPO_ID, "episodes": recorder.episodes, "frames": recorder.frames},
-            "rounds": lines,
         }
 
     def finish(self) -> None:
