@@ -249,7 +249,6 @@ def steer(
             base = LoadedBase(session.adapter, config.policy, folder)
             artefact = learnt.save(output, base, config.noise, facts)
             write_json(output / "results.json", results)
-            run.write_config()
             title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
             plot_curve(output / "curve.png", metrics.lines, results["policies"], title)
             session.record(session.own_noise, output / "before.mp4", "video: base policy")

@@ -73,11 +73,7 @@ def resumed(given: Options, path: Path | None) -> Path | None:
 class RunFolder:
     """The folder of a steering run: what it is, what it had measured, and its checkpoints.
 
-    Args:
-        path: the folder.
-        config: an ``AdaptConfig``.
-        identity: of its base policy.
-        world: the processes; the main one writes.
+    It belongs to an ``AdaptConfig`` and the ``identity`` of a base policy; ``world``'s main process writes.
     """
 
     def __init__(self, path: Path, config: Any, identity: dict[str, Any], world: ProcessGroup) -> None:
@@ -95,10 +91,7 @@ class RunFolder:
         if self.world.main:
             content = {task: {n: encode(e) for n, e in by_name.items()} for task, by_name in measured.items()}
             write_json(self.path / BASELINES, {"base": self.belongs["base"], "measured": content, **details})
-            self.write_config()
-
-    def write_config(self) -> None:
-        write_json(self.path / CONFIG, self.config)
+            write_json(self.path / CONFIG, self.config)
 
     def baselines(self) -> tuple[dict[str, dict[str, Evaluation]], dict[str, Any]] | None:
         """What ``begin`` wrote; ``None`` where there is nothing that can be used."""
