@@ -26,65 +26,35 @@ from trimtab.rl.runner import Encoded, PolicyRunner
 
 @dataclass
 class Episode:
-    """A finished training episode.
+    """A training episode, running or finished.
 
     Attributes:
         seed: its start.
-        success: whether the environment ever reported success.
+        task: its name, where the environment has one.
+        steered: whether the learner's policy acts in it, from start to end.
+        success: whether the environment has reported success.
         steps: environment steps.
+        total: undiscounted sum of the environment's own rewards.
         terminated: ended in a terminal state, not at the time limit.
-        features, u: what was seen and chosen at each chunk, (chunks, d) and (chunks, dim).
+        features, u: what was seen and chosen at each chunk, (chunks, d) and (chunks, dim); lists while it
+            runs, like the rest.
         chunks: what was executed, (chunks, steps * action_dim), normalised; (chunks, 0) where the replay does
             not keep it.
         rewards, discounts: of each chunk.
-        steered: whether the learner's policy acted in it, from start to end.
-        task: its name, where the environment has one.
     """
 
     seed: int
-    success: bool
-    steps: int
-    terminated: bool
-    features: np.ndarray
-    u: np.ndarray
-    rewards: np.ndarray
-    discounts: np.ndarray
-    chunks: np.ndarray
-    steered: bool = True
-    task: str = ""
-    # Undiscounted sum of the environment's own rewards.
-    total: float = 0.0
-
-
-@dataclass
-class _Running:
-    """What a running episode has told so far."""
-
-    features: list[np.ndarray] = field(default_factory=list)
-    u: list[np.ndarray] = field(default_factory=list)
-    chunks: list[np.ndarray] = field(default_factory=list)
-    rewards: list[float] = field(default_factory=list)
-    discounts: list[float] = field(default_factory=list)
-    steps: int = 0
+    task: str
+    steered: bool
     success: bool = False
+    steps: int = 0
     total: float = 0.0
-    steered: bool = True
-
-
-@dataclass(frozen=True)
-class _Exploring:
-    """A learner in the episodes that run now, as a ``ChunkPolicy``."""
-
-    learner: BehaviorPolicy
-    candidates: Candidates | None
-    steered: Tensor
-
-    @property
-    def draws(self) -> int:
-        return self.learner.draws
-
-    def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
-        return self.learner.act(features, prior, denoise, self.candidates, self.steered)
+    terminated: bool = False
+    features: Any = field(default_factory=list)
+    u: Any = field(default_factory=list)
+    chunks: Any = field(default_factory=list)
+    rewards: Any = field(default_factory=list)
+    discounts: Any = field(default_factory=list)
 
 
 class Collector:
@@ -102,13 +72,15 @@ class Collector:
         seed: first of the training seeds; environment i takes seed + i, seed + i + num_envs, ...
         rank, processes: of a run in several; their episodes have different seeds.
         record: note what it takes to come back to the middle of the running episodes.
+        assign: asked when an episode starts: whether what is learnt acts in it.
 
     Attributes:
         spec: of the conditioning, where the replay keeps that.
         lost: faults since the last ``finish``, which each lost an episode: kind, and what was said.
         reported: whether an environment has reported success or failure so far.
-        assign: asked when an episode starts: whether what is learnt acts in it.
     """
+
+    learner: BehaviorPolicy
 
     def __init__(
         self,
@@ -120,50 +92,38 @@ class Collector:
         rank: int = 0,
         processes: int = 1,
         record: bool = False,
+        assign: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.runner, self.vec, self.rl = runner, vec, rl
+        self.runner, self.vec, self.rl, self.assign = runner, vec, rl, assign
         self.returns = Returns(
             reward, rl.gamma, rl.discount_per, runner.adapter.chunk_shape[0], rl.bootstrap_at_time_limit
         )
         self.lost: list[tuple[str, str]] = []
         self.reported = False
         self.env_steps = 0
-        self.assign: Callable[[], bool] = lambda: True
         self._steering = False
         envs, stride = range(vec.num_envs), vec.num_envs * processes
-        self.first_seed = seed + rank * vec.num_envs
-        self._accumulators = [NStepAccumulator(rl.n_step) for _ in envs]
-        self._running = [_Running() for _ in envs]
+        self.first_seed = first = seed + rank * vec.num_envs
         self.rollout = Rollout(
             runner,
             vec,
-            lambda i, seed: self.first_seed + i if seed is None else seed + stride,
+            lambda i, seed: first + i if seed is None else seed + stride,
             per_episode=False,
             record=record,
         )
         self.rollout.encode_observations()
+        self._accumulators = [NStepAccumulator(rl.n_step) for _ in envs]
+        self._episodes = [self._new_episode(i) for i in envs]
         keeps = "conditioning" in rl.replayed
         self.spec = ConditioningSpec.of(runner.adapter, self.rollout.encoded) if keeps else None
-
-    @property
-    def feature_dim(self) -> int:
-        """Length of an observation as the learner sees it."""
-        return self.rollout.features.shape[1]
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """See ``Rollout``."""
-        return self.rollout.seconds
 
     def start(self, learner: BehaviorPolicy) -> None:
         """Let ``learner`` act from here on."""
         self.learner = learner
         self._propose_here()
 
-    def unsteer(self) -> None:
-        """Leave the episodes that run now to the untrained policy."""
-        for running in self._running:
-            running.steered = False
+    def _new_episode(self, i: int) -> Episode:
+        return Episode(self.rollout.episode[i], self.vec.task_names[i], self.assign())
 
     def _propose_here(self) -> None:
         rollout = self.rollout
@@ -179,27 +139,29 @@ class Collector:
     def begin(self, steering: bool = True) -> None:
         """Let the learner act, and start stepping the chunks.
 
-        Args:
-            steering: whether what has been learnt acts, in the episodes that are steered; else the untrained
-                policy acts everywhere.
+        Without ``steering`` the untrained policy acts everywhere, else only in episodes that are not steered.
         """
         self._steering = steering
-        steered = torch.tensor([steering and running.steered for running in self._running])
-        choice = self.rollout.begin(_Exploring(self.learner, self._candidates, steered))
+        choice = self.rollout.begin(self)
         self._u = choice.u.float().cpu().numpy()
         self._chunks = choice.chunk.float().flatten(1).cpu().numpy()
+
+    @property
+    def draws(self) -> int:
+        """Of the ``ChunkPolicy`` that acts."""
+        return self.learner.draws
+
+    def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
+        """What the learner does in the episodes that run now, as a ``ChunkPolicy``."""
+        steered = torch.tensor([self._steering and episode.steered for episode in self._episodes])
+        return self.learner.act(features, prior, denoise, self._candidates, steered)
 
     def finish(self) -> tuple[list[Transition], list[Episode]]:
         """Wait for the simulators and return the transitions and episodes that are now complete."""
         rollout = self.rollout
-        results, began = rollout.receive(), dict(rollout.episode)
+        results = rollout.receive()
         started = time.perf_counter()
         before = observation_rows(rollout.features, self._candidates, rollout.encoded, self.spec)
-        for i, result in results.items():
-            if result.lost:
-                self.lost.append(result.lost)
-                self._accumulators[i].clear()
-                self._running[i] = _Running(steered=self.assign())
         ended, encoded = rollout.final_observations()
         finals = []
         if ended:
@@ -215,82 +177,70 @@ class Collector:
         episodes: list[Episode] = []
         for i, result in results.items():
             if result.lost:
-                continue
-            transitions += self._add(i, result, before[i], after[i])
+                self.lost.append(result.lost)
+                self._accumulators[i].clear()
+            else:
+                transitions += self._add(i, result, before[i], after[i])
+                self.env_steps += result.steps
             if result.ended:
-                episodes.append(self._close_episode(i, result, began[i]))
-            self.env_steps += result.steps
-        self.seconds["denoise"] += time.perf_counter() - started
+                episodes.append(self._episodes[i])
+            if result.ended or result.lost:
+                self._episodes[i] = self._new_episode(i)
+        for episode in episodes:
+            for name in ("features", "u", "chunks", "rewards", "discounts"):
+                setattr(episode, name, np.asarray(getattr(episode, name)))
+        self.rollout.seconds["denoise"] += time.perf_counter() - started
         return transitions, episodes
 
     def _add(self, i: int, result: ChunkResult, before: Row, after: Row) -> list[Transition]:
         """Take an executed chunk into the running episode; returns the transitions that it completes."""
-        running, (features, kept), (next_features, next_kept) = self._running[i], before, after
-        running.success |= bool(result.successes.any())
-        reward, discount = self.returns.reward_and_discount(result, running.success)
-        running.features.append(features)
-        running.u.append(self._u[i])
-        if "chunk" in self.rl.replayed:  # else nothing judges them, and some policies' differ in length
-            running.chunks.append(self._chunks[i])
-        running.rewards.append(reward)
-        running.discounts.append(discount)
-        running.steps += result.steps
-        running.total += float(result.rewards.sum())
-        self.reported |= result.success_key is not None or running.success
+        episode, (features, kept), (next_features, next_kept) = self._episodes[i], before, after
+        episode.success |= bool(result.successes.any())
+        reward, discount = self.returns.reward_and_discount(result, episode.success)
+        episode.features.append(features)
+        episode.u.append(self._u[i])
+        # Where nothing judges chunks, they are left out: some policies' differ in length.
+        episode.chunks.append(self._chunks[i] if "chunk" in self.rl.replayed else self._chunks[i, :0])
+        episode.rewards.append(reward)
+        episode.discounts.append(discount)
+        episode.steps += result.steps
+        episode.total += float(result.rewards.sum())
+        episode.terminated = result.terminated
+        self.reported |= result.success_key is not None or episode.success
         kept["chunk"] = self._chunks[i]
         chunk = Transition(features, self._u[i], reward, discount, next_features, kept)
         return self._accumulators[i].add(chunk, result.ended, next_kept)
 
-    def _close_episode(self, i: int, result: ChunkResult, seed: int) -> Episode:
-        running, self._running[i] = self._running[i], _Running(steered=self.assign())
-        return Episode(
-            seed=seed,
-            success=running.success,
-            steps=running.steps,
-            terminated=result.terminated,
-            features=np.stack(running.features),
-            u=np.stack(running.u),
-            rewards=np.asarray(running.rewards),
-            discounts=np.asarray(running.discounts),
-            steered=running.steered,
-            task=self.vec.task_names[i],
-            chunks=np.stack(running.chunks) if running.chunks else np.zeros((len(running.u), 0), np.float32),
-            total=running.total,
-        )
-
     def state_dict(self) -> dict[str, Any]:
         """All but the simulators, environment by environment, between two chunks."""
         drawn = self._candidates
-        own = [
+        envs = [
             {
                 "pending": self._accumulators[i].state_dict(),
-                "running": dict(vars(self._running[i])),
+                "running": vars(self._episodes[i]),
                 "candidates": None if drawn is None else {"u": drawn.u[i], "chunks": drawn.chunks[i]},
+                "rollout": state,
             }
-            for i in range(self.vec.num_envs)
+            for i, state in enumerate(self.rollout.state_dict())
         ]
-        envs = [mine | {"rollout": state} for mine, state in zip(own, self.rollout.state_dict(), strict=True)]
-        return {"env_steps": self.env_steps, "seconds": dict(self.seconds), "envs": envs}
+        return {"env_steps": self.env_steps, "seconds": dict(self.rollout.seconds), "envs": envs}
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Put a new collector where it was, as far as its environments repeat their episodes.
 
-        Args:
-            state: from ``state_dict``; ``None`` among its ``envs`` begins anew.
-
-        Returns:
-            how many running episodes could not be repeated and were dropped.
+        ``None`` among the ``envs`` of ``state`` begins anew. Returns how many running episodes could not be
+        repeated and were dropped.
         """
         self.env_steps = state["env_steps"]
-        self.seconds.update(state["seconds"])
+        self.rollout.seconds.update(state["seconds"])
         saved = {i: one for i, one in enumerate(state["envs"]) if one is not None}
         back = self.rollout.load_state_dict({i: one["rollout"] for i, one in saved.items()})
-        self._running = [
-            _Running(**saved[i]["running"]) if i in back else _Running(steered=self.assign())
-            for i in range(self.vec.num_envs)
-        ]
-        for i in back:
-            self._accumulators[i].load_state_dict(saved[i]["pending"])
+        for i in range(self.vec.num_envs):
+            if i in back:
+                self._episodes[i] = Episode(**saved[i]["running"])
+                self._accumulators[i].load_state_dict(saved[i]["pending"])
+            else:
+                self._episodes[i] = self._new_episode(i)
         self.rollout.encode_observations()
         self._propose_here()
         for i in back:

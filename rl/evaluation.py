@@ -26,9 +26,8 @@ class Evaluation:
     """The outcome of each evaluated episode.
 
     Attributes:
-        seeds: episode seeds, in the order asked for.
-        successes: (N,) bool, in the same order.
-        steps: (N,) environment steps of each episode.
+        seeds, successes, steps: of N episodes, in the order asked for: seeds, (N,) bool, (N,) environment
+            steps.
         frames: rendered frames by seed, for the seeds that were recorded.
         returns: (N,) undiscounted sum of the environment's own rewards; ``None`` where it was not kept.
         reported: whether the environment has reported success or failure at all.
@@ -82,8 +81,7 @@ def evaluate(
     the same start and the same draws.
 
     Args:
-        runner: the frozen policy.
-        vec: environments; each takes the next seed as it finishes.
+        runner, vec: the frozen policy and its environments; each takes the next seed as it finishes.
         policy: acts; or a noise sampler for each seed, to compare many in one sweep.
         seeds: episode seeds.
         label: shown on the progress bar with the running success rate.
@@ -97,55 +95,57 @@ def evaluate(
         here = evaluate(runner, vec, part, [seeds[k] for k in mine], label, (), progress and world.main)
         numbers, parts = zip(*world.gather((mine, here)), strict=True)
         return pooled(parts, np.argsort(np.concatenate(numbers)))
-    samplers = list(policy) if isinstance(policy, Sequence) else None
     total = len(seeds)
-    successes, steps = np.zeros(total, dtype=bool), np.zeros(total, dtype=np.int64)
-    returns, reported, info_keys = np.zeros(total), False, set()
-    frames: dict[int, list[np.ndarray]] = {}
-    queue = iter(range(total))
+    found = Evaluation(
+        [int(seed) for seed in seeds],
+        np.zeros(total, dtype=bool),
+        np.zeros(total, dtype=np.int64),
+        returns=np.zeros(total),
+        reported=False,
+    )
+    queue, info_keys = iter(range(total)), set()
     rollout = Rollout(
-        runner, vec, lambda i, k: next(queue, None), lambda k: int(seeds[k]), render=[int(s) for s in record]
+        runner, vec, lambda i, k: next(queue, None), lambda k: found.seeds[k], render=[int(s) for s in record]
     )
     bar = Progress(total=total, desc=label, unit="ep", disable=not progress, leave=False)
     while rollout.episode:
         rollout.encode_observations()
         running = dict(rollout.episode)
-        acting: Any = policy if samplers is None else _mixed([samplers[running[i]] for i in rollout.envs])
-        rollout.begin(acting)
+        mixed = isinstance(policy, Sequence)
+        rollout.begin(_mixed([policy[running[i]] for i in rollout.envs]) if mixed else policy)
         for i, result in rollout.receive().items():
             k = running[i]
-            successes[k] |= bool(result.successes.any())
-            steps[k] += result.steps
-            returns[k] += result.rewards.sum()
-            reported |= result.success_key is not None
+            found.successes[k] |= bool(result.successes.any())
+            found.steps[k] += result.steps
+            found.returns[k] += result.rewards.sum()
+            found.reported |= result.success_key is not None
             info_keys |= set(result.info_keys)
             if seeds[k] in record:
-                frames.setdefault(int(seeds[k]), []).extend(result.frames)
+                found.frames.setdefault(found.seeds[k], []).extend(result.frames)
             if result.ended:
                 bar.update()
-                if reported and bar.n:
-                    bar.set_postfix_str(f"success {successes.sum() / bar.n:.2f}")
+                if found.reported and bar.n:
+                    bar.set_postfix_str(f"success {found.successes.sum() / bar.n:.2f}")
         rollout.start_next_episodes()
     bar.close()
-    reported |= bool(successes.any())
-    return Evaluation(
-        [int(s) for s in seeds], successes, steps, frames, returns, reported, tuple(sorted(info_keys))
-    )
+    found.reported |= bool(found.successes.any())
+    found.info_keys = tuple(sorted(info_keys))
+    return found
 
 
 def pooled(evaluations: Sequence[Evaluation], order: np.ndarray | None = None) -> Evaluation:
     """The episodes of several evaluations as one, one after another or in another ``order``."""
 
-    def joined(values: list[Any]) -> np.ndarray:
-        return np.concatenate(values)[slice(None) if order is None else order]
+    def joined(name: str) -> np.ndarray:
+        values = np.concatenate([getattr(one, name) for one in evaluations])
+        return values if order is None else values[order]
 
-    returns = [one.returns for one in evaluations]
     return Evaluation(
-        [int(seed) for seed in joined([one.seeds for one in evaluations])],
-        joined([one.successes for one in evaluations]),
-        joined([one.steps for one in evaluations]),
+        joined("seeds").tolist(),
+        joined("successes"),
+        joined("steps"),
         evaluations[0].frames if len(evaluations) == 1 else {},
-        None if any(one is None for one in returns) else joined(returns),
+        None if any(one.returns is None for one in evaluations) else joined("returns"),
         any(one.reported for one in evaluations),
         tuple(sorted({key for one in evaluations for key in one.info_keys})),
     )
@@ -153,18 +153,14 @@ def pooled(evaluations: Sequence[Evaluation], order: np.ndarray | None = None) -
 
 def unreported(evaluation: Evaluation) -> str:
     """What to say where an environment does not tell whether an episode succeeds: what its ``info`` held."""
+    held = ", ".join(evaluation.info_keys) or "nothing"
     return (
-        f"the environment never reported success in {len(evaluation.seeds)} episodes (its info held: "
-        f"{', '.join(evaluation.info_keys) or 'nothing'})"
+        f"the environment never reported success in {len(evaluation.seeds)} episodes (its info held: {held})"
     )
 
 
 def require_success(evaluation: Evaluation) -> None:
-    """Refuse an environment that does not say whether an episode succeeds, where only that counts.
-
-    Raises:
-        UserError: names what its ``info`` holds.
-    """
+    """Raise a UserError where the environment reports no success and only that counts."""
     if not evaluation.reported:
         raise UserError("--env.type", f"{unreported(evaluation)}; this counts successes alone")
 
@@ -173,11 +169,8 @@ def _mixed(samplers: list[NoiseSampler]) -> NoiseSampler:
     """A sampler for each row as one: the policy is asked once for all."""
 
     def choose(features: Tensor | None, prior: Tensor) -> Tensor:
-        noise = torch.empty_like(prior)
-        for sampler in {id(s): s for s in samplers}.values():
-            rows = [row for row, other in enumerate(samplers) if other is sampler]
-            noise[rows] = sampler(features[rows], prior[rows]).to(noise)
-        return noise
+        rows = zip(samplers, features.split(1), prior.split(1), strict=True)
+        return torch.cat([sampler(seen, draw) for sampler, seen, draw in rows])
 
     return NoiseSampler(choose)
 
@@ -191,26 +184,19 @@ def best_constant(
     progress: bool = True,
     world: ProcessGroup | None = None,
 ) -> tuple[Tensor, list[float]]:
-    """The best of ``candidates`` random constant noises on ``seeds``.
+    """The best of ``candidates`` random constant noises on ``seeds``; ``seed`` is that of their draw.
 
-    Args:
-        runner: the frozen policy.
-        vec: environments.
-        candidates: how many to draw from the prior.
-        seeds: selection episodes of each candidate; evaluate the winner on others.
-        seed: seeds the draw.
-        world: as for ``evaluate``.
+    The winner's rate is biased upwards: evaluate it on other seeds.
 
     Returns:
-        (the winning noise, success rate of every candidate on ``seeds``; where the environment reports no
-        success, its mean return, which then decides)
+        (the winning noise, success rate of every candidate; where the environment reports no success, its
+        mean return, which then decides)
     """
     noises = runner.prior(candidates, torch.Generator().manual_seed(seed))
-    samplers = [constant_noise(noise) for noise in noises]
     outcome = evaluate(
         runner,
         vec,
-        [sampler for sampler in samplers for _ in seeds],
+        [sampler for sampler in map(constant_noise, noises) for _ in seeds],
         list(seeds) * candidates,
         f"searching {candidates} constant noises",
         progress=progress,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trimtab.policies.acting import Choice, ChunkPolicy
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation
+from trimtab.rl.envs.contract import flat
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import Encoded, PolicyRunner
 
@@ -48,7 +49,7 @@ class Rollout:
         seed_of: the seed of an episode, by its number; by default that number.
         per_episode: noise is drawn from a generator for each episode, seeded by it; else from one for each
             environment, seeded by its first.
-        render: episodes to render.
+        render: seeds of first episodes to render.
         record: keep a trace of each running episode, so that a run can be resumed.
 
     Attributes:
@@ -56,7 +57,7 @@ class Rollout:
         observations: of each environment, to act on next.
         generators: of each environment's noise.
         traces: of the running episodes, where they are recorded.
-        envs: those that ``encode_observations`` has encoded.
+        envs, encoded, features: environments that ``encode_observations`` was asked for, and what it made.
         seconds: spent on the policy (``denoise``) and on waiting for simulators (``env_wait``); for which
             these worked (``env_busy``), and waited to be asked (``env_idle``).
     """
@@ -114,26 +115,25 @@ class Rollout:
     def encode_observations(self, envs: list[int] | None = None, features: bool = True) -> None:
         """Encode the observations of ``envs``, by default of all that run an episode.
 
-        Args:
-            envs: environments.
-            features: make what a noise actor looks at, too.
+        With ``features``, make what a noise actor looks at, too.
         """
         self.envs = sorted(self.episode) if envs is None else envs
-        tasks = [self.vec.task_descriptions[i] for i in self.envs]
-        observations = [self.observations[i] for i in self.envs]
-        self.encoded: Encoded = self.runner.encode(observations, tasks, self.envs)
+        self.encoded = self._encode(self.envs, self.observations)
         self.features: Tensor | None = self.runner.features(self.encoded) if features else None
+
+    def _encode(self, envs: list[int], observations: dict[int, Any]) -> Encoded:
+        tasks = [self.vec.task_descriptions[i] for i in envs]
+        return self.runner.encode([observations[i] for i in envs], tasks, envs)
 
     def prior(self, draws: int, envs: list[int] | None = None) -> Tensor:
         """Noise draws (B, draws, *noise_shape) for ``envs``, by default for those looked at."""
-        return self.runner.priors(draws, [self.generators[i] for i in envs or self.envs])
+        priors = [self.runner.prior(draws, self.generators[i]) for i in envs or self.envs]
+        return torch.stack(priors).to(self.runner.adapter.device)
 
     def begin(self, policy: ChunkPolicy, limits: dict[int, int] | None = None) -> Choice:
         """Let ``policy`` act on what ``encode_observations`` encoded, and start stepping the chunks.
 
-        Args:
-            policy: acts.
-            limits: most steps to execute, by environment.
+        ``limits`` are the most steps to execute, by environment.
         """
         started = time.perf_counter()
         prior = self.prior(policy.draws)
@@ -142,41 +142,42 @@ class Rollout:
             for i, chunk, one in zip(self.envs, choice.chunk.float().cpu().numpy(), actions, strict=True):
                 self.traces[i].chunks.append(chunk[: len(one)])
         self.seconds["denoise"] += time.perf_counter() - started
-        self.send({i: a[: (limits or {}).get(i)] for i, a in zip(self.envs, actions, strict=True)})
-        return choice
-
-    def send(self, actions: dict[int, np.ndarray]) -> None:
-        """Start stepping ``actions`` (steps, action_dim) of each environment."""
-        self._lengths = {i: len(one) for i, one in actions.items()}
+        sent = {i: a[: (limits or {}).get(i)] for i, a in zip(self.envs, actions, strict=True)}
+        self._lengths = {i: len(one) for i, one in sent.items()}
         if self.record:
-            for i, one in actions.items():
+            for i, one in sent.items():
                 self.traces[i].actions.append(np.array(one))
         started = time.perf_counter()  # without workers, sending is stepping
-        following = {i: self.upcoming[i] for i in actions}
-        seeds = {i: None if k is None else self.seed_of(k) for i, k in following.items()}
-        self.vec.send(actions, seeds)
+        upcoming = {i: self.upcoming[i] for i in sent}
+        self.vec.send(sent, {i: None if k is None else self.seed_of(k) for i, k in upcoming.items()})
         self.seconds["env_wait"] += time.perf_counter() - started
+        return choice
 
     def receive(self) -> dict[int, ChunkResult]:
         """Wait for the simulators: the result of each chunk that was sent."""
         started = time.perf_counter()
-        results: dict[int, ChunkResult] = self.vec.receive()
+        self._results = self.vec.receive()
         self.seconds["env_wait"] += time.perf_counter() - started
         self.seconds["env_busy"] += self.vec.busy
         self.seconds["env_idle"] += self.vec.idle
-        self._results = results
-        return results
+        return self._results
 
     def final_observations(self) -> tuple[list[int], Encoded | None]:
         """Environments whose episode has ended in what ``receive`` brought, and the true last observations.
 
-        To be asked before ``start_next_episodes``.
+        To be asked before ``start_next_episodes``. A policy that remembers follows on from whole chunks only.
+        Where the time limit cut the last one short, the critic sees the final observation as an episode's
+        first: the nearest state that the policy can be in. (After a terminal state the value of what follows
+        has no weight.)
         """
         ended = {i: result for i, result in self._results.items() if result.ended}
         if not ended:
             return [], None
-        encoded = self.runner.encode_finals(ended, self._lengths, self.vec.task_descriptions)
-        return list(ended), encoded
+        for i, result in ended.items():
+            if result.steps < self._lengths[i]:
+                self.runner.forget(i)
+        finals = {i: result.final_observation for i, result in ended.items()}
+        return list(ended), self._encode(list(ended), finals)
 
     def start_next_episodes(self) -> None:
         """Take up the observations that ``receive`` brought; where an episode has ended, the next one's."""
@@ -186,8 +187,6 @@ class Rollout:
             if i in self.episode:
                 self.observations[i] = result.observation
                 self._note(i)
-
-    # Coming back to the middle of episodes.
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Of each environment its episodes, its generator and its trace; the simulators are not in it."""
@@ -208,9 +207,6 @@ class Rollout:
         are known not to repeat (a robot above all), none is moved: they stay at the start of the episode that
         they have just begun. The others of this rollout begin their upcoming episode.
 
-        Args:
-            state: of some environments, from ``state_dict``.
-
         Returns:
             those that are where they were.
         """
@@ -222,9 +218,8 @@ class Rollout:
         for i, saved in state.items():
             self.episode[i], self.traces[i] = saved["episode"], Trace(**saved["trace"])
         lost = self._replay_episodes(list(state))
-        back = [i for i in state if i not in lost]
-        self.restart([i for i in sorted(self.episode) if i not in back])
-        return back
+        self.restart([i for i in sorted(self.episode) if i in lost or i not in state])
+        return [i for i in state if i not in lost]
 
     def _replay_episodes(self, envs: list[int]) -> set[int]:
         """Execute the traces of ``envs`` from their seeds; returns those that did not go as they had gone."""
@@ -235,12 +230,10 @@ class Rollout:
         lost = {i for i in envs if digest(observations[i]) != traces[i].digests[0]}
         for i in envs:
             runner.forget(i)
-        for step in range(max(len(traces[i].actions) for i in envs)):
-            going = [i for i in envs if i not in lost and step < len(traces[i].actions)]
-            if not going:
-                break
+        step = 0
+        while going := [i for i in envs if i not in lost and step < len(traces[i].actions)]:
             for i in going if runner.adapter.remembers else ():
-                encoded = runner.encode([observations[i]], [vec.task_descriptions[i]], [i])[0]
+                (encoded,) = self._encode([i], observations)
                 chunk = torch.as_tensor(traces[i].chunks[step]).unsqueeze(0)
                 runner.remember(i, encoded, chunk.to(runner.adapter.device))
             vec.send({i: traces[i].actions[step] for i in going}, dict.fromkeys(going))
@@ -249,6 +242,7 @@ class Rollout:
                 if ended or digest(result.observation) != traces[i].digests[step + 1]:
                     lost.add(i)
                 observations[i] = result.observation
+            step += 1
         self.observations |= observations
         return lost
 
@@ -256,16 +250,7 @@ class Rollout:
 def digest(observation: RawObservation) -> str:
     """A short hash of an observation history."""
     found = hashlib.blake2b(digest_size=16)
-
-    def take(value: Any) -> None:
-        for key in sorted(value):
-            found.update(key.encode())
-            if isinstance(value[key], dict):
-                take(value[key])
-            else:
-                array = np.ascontiguousarray(value[key])
-                found.update(f"{array.dtype}{array.shape}".encode())
-                found.update(array.tobytes())
-
-    take(observation)
+    for path, array in sorted(flat(observation).items()):
+        found.update(f"{path}{array.dtype}{array.shape}".encode())
+        found.update(np.ascontiguousarray(array).tobytes())
     return found.hexdigest()

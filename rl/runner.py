@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
-from trimtab.adapters.inputs import input_notes
 from trimtab.policies.acting import Choice, ChunkPolicy, denoise_several
 from trimtab.policies.noise_samplers import base_noise
-from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
+from trimtab.rl.envs.chunk import RawObservation, stack_observations
 from trimtab.rl.envs.hooks import env_processors
 
 # One conditioning for all environments; of a policy that remembers, one for each: their episodes stand at
@@ -33,12 +32,8 @@ class PolicyRunner:
 
     A policy that remembers its episode (``adapter.remembers``) does so where ``slots`` name the
     environments: ``act`` keeps each one's conditioning and chunk, and the next ``encode`` follows on from
-    them, until ``forget``. Only ``act`` and ``forget`` change what is kept, so ``encode`` may look at any
-    observation. A runner remembers one set of environments at a time. Other policies ignore ``slots``.
-
-    Args:
-        adapter: the frozen policy.
-        env_config: the environment's LeRobot config.
+    them, until ``forget``. Nothing else changes what is kept. A runner remembers one set of environments at a
+    time. Other policies ignore ``slots``.
     """
 
     def __init__(self, adapter: PolicyAdapter, env_config: EnvConfig) -> None:
@@ -58,11 +53,10 @@ class PolicyRunner:
     def encode(
         self, observations: list[RawObservation], tasks: list[str], slots: Sequence[int] | None = None
     ) -> Encoded:
-        """Encode observation histories.
+        """Encode B observation histories, entries (n_obs_steps, ...), with their language instructions.
 
         Args:
-            observations: B raw histories, entries (n_obs_steps, ...).
-            tasks: B language instructions.
+            observations, tasks: B of each.
             slots: B environment indices, each with its last chunk executed to the end; without them a
                 policy that remembers sees each observation as an episode's first.
 
@@ -70,47 +64,20 @@ class PolicyRunner:
             one conditioning of B rows; with ``slots`` and a policy that remembers, B of one row each.
         """
         if slots is None or not self.adapter.remembers:
-            return self.adapter.observe(self._history(observations, tasks))
+            return self.adapter.observe(self.history(observations, tasks))
         encoded = []
         for observation, task, slot in zip(observations, tasks, slots, strict=True):
-            history = self._history([observation], [task])
+            history = self.history([observation], [task])
             encoded.append(self.adapter.observe(history, self._memory.get(slot)))
         return encoded
 
-    def encode_finals(
-        self, results: dict[int, ChunkResult], lengths: dict[int, int], tasks: Sequence[str]
-    ) -> Encoded:
-        """Encode the final observations of episodes that ended, and forget those episodes.
-
-        A policy that remembers follows on from whole chunks only. Where the time limit cut the last one
-        short, the critic sees the final observation as an episode's first: the nearest state that the policy
-        can be in. (After a terminal state the value of what follows has no weight.)
-
-        Args:
-            results: of the last chunks, by environment.
-            lengths, tasks: steps of each environment's whole chunk, and its instruction.
-        """
-        for i, result in results.items():
-            if result.steps < lengths[i]:
-                self.forget(i)
-        observations = [result.final_observation for result in results.values()]
-        encoded = self.encode(observations, [tasks[i] for i in results], list(results))
-        for i in results:
-            self.forget(i)
-        return encoded
-
-    def input_notes(self, observations: list[RawObservation], tasks: list[str]) -> list[str]:
-        """What the user should know of observations that ``encode`` takes, a line each."""
-        return input_notes(self.adapter, self._history(observations, tasks))
-
-    def _history(self, observations: list[RawObservation], tasks: list[str]) -> dict[str, Any]:
-        """What ``adapter.observe`` takes."""
+    def history(self, observations: list[RawObservation], tasks: list[str]) -> dict[str, Any]:
+        """What ``adapter.observe`` takes, of what ``encode`` takes."""
         from lerobot.envs.utils import preprocess_observation
 
-        batch = len(observations)
-        stacked = stack_observations(observations)
-        steps = self.adapter.n_obs_steps
-        flat: dict[str, Any] = preprocess_observation(_flatten(stacked))
+        batch, steps = len(observations), self.adapter.n_obs_steps
+        joined = stack_observations(observations, np.concatenate)
+        flat: dict[str, Any] = preprocess_observation(joined)  # (B * n_obs_steps, ...)
         flat["task"] = [task for task in tasks for _ in range(steps)]
         flat = self.env_preprocessor(flat)
         history: dict[str, Any] = {}
@@ -166,7 +133,7 @@ class PolicyRunner:
         prior: Tensor,
         slots: Sequence[int] | None = None,
     ) -> tuple[Choice, list[np.ndarray]]:
-        """What ``policy`` chooses, and the actions that the environments get for it.
+        """What ``policy`` chooses, and the actions (steps, action_dim) that each environment gets for it.
 
         Args:
             policy: acts.
@@ -174,9 +141,6 @@ class PolicyRunner:
                 not look takes ``None``.
             prior: (B, policy.draws, *noise_shape) draws.
             slots: as for ``encode``; a policy that remembers keeps the chunks as theirs.
-
-        Returns:
-            (the choice, B arrays (steps, action_dim))
         """
         lengths: list[int] = []
         denoise = partial(self.denoise, conditioning, lengths=lengths)
@@ -206,15 +170,3 @@ class PolicyRunner:
     def prior(self, count: int, generator: torch.Generator) -> Tensor:
         """Fresh draws (count, *noise_shape) from the policy's noise distribution, on the CPU."""
         return torch.randn((count, *self.adapter.noise_spec.shape), generator=generator)
-
-    def priors(self, count: int, generators: Sequence[torch.Generator]) -> Tensor:
-        """``count`` draws from each generator, (B, count, *noise_shape), where the policy computes."""
-        draws = [self.prior(count, generator) for generator in generators]
-        return torch.stack(draws).to(self.adapter.device)
-
-
-def _flatten(observation: Any) -> Any:
-    """Merge the batch and history axes of every array."""
-    if isinstance(observation, dict):
-        return {key: _flatten(value) for key, value in observation.items()}
-    return observation.reshape(-1, *observation.shape[2:])

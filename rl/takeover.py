@@ -40,12 +40,7 @@ class TakeoverConfig:
 
 
 class Takeover:
-    """See the module's docstring.
-
-    Args:
-        config: settings.
-        seed: of its draws.
-    """
+    """The schedule of one run, as the module's docstring has it; ``seed`` is that of its draws."""
 
     def __init__(self, config: TakeoverConfig, seed: int) -> None:
         self.config = config
@@ -73,12 +68,9 @@ class Takeover:
         return bool(self._rng.random() < self.share)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "rng": self._rng.bit_generator.state,
-            "base": list(self._base),
-            "steered": list(self._steered),
-        }
+        return {"rng": self._rng.bit_generator.state, "base": self._base, "steered": self._steered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rng.bit_generator.state = state["rng"]
-        self._base, self._steered = list(state["base"]), deque(state["steered"], self.config.window)
+        self._base = state["base"]
+        self._steered.extend(state["steered"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from tqdm import tqdm
 
 from trimtab.adapters import UserError
@@ -21,21 +22,20 @@ from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.data.demonstrations import Demonstrations, make_transitions
 from trimtab.rl.data.memory import check_replay, replay_layout
 from trimtab.rl.data.replay import ReplayBuffer
-from trimtab.rl.diagnostics import calibration
+from trimtab.rl.data.returns import Transition
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.metrics import RunMetrics
+from trimtab.rl.metrics import RunMetrics, calibration
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import LEARNER, Checkpoint, Checkpoints
-from trimtab.rl.runs.faults import FaultLog, FaultsConfig, Stopped, StopSignals, lost_notes
+from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals, lost_notes, too_many
 from trimtab.rl.runs.processes import ProcessGroup, StepGuard, weights_digest
 from trimtab.rl.runs.progress import Progress
 from trimtab.rl.runs.reshard import reshard
-from trimtab.rl.seeds import rng_state, set_rng_state, training_seed
+from trimtab.rl.seeds import training_seed
 from trimtab.rl.takeover import Takeover
 from trimtab.rl.warm_start import read_constant
 
-# Counters that all processes share.
-COUNTERS = ("transitions", "episodes", "updates", "env_steps", "dropped", "_owed", "_logged", "_warming")
+SHARED = ("transitions", "episodes", "updates", "env_steps", "dropped", "_owed", "_logged", "_warming")
 
 
 @dataclass
@@ -43,8 +43,7 @@ class Trainer:
     """One steering run; one of several processes' share of it, where there are several.
 
     Attributes:
-        runner: the frozen policy with the environment's processors.
-        vec: training environments.
+        runner, vec: the frozen policy, and training environments.
         accelerator: an ``accelerate.Accelerator``.
         train, rl, noise, demos, faults_config: configs.
         seed: seeds the networks, the replay, the noise and the episodes.
@@ -52,6 +51,7 @@ class Trainer:
         on_step: called after each chunk with the episodes that ended in it.
         checkpoints: where to keep what it takes to go on, if anywhere.
         stop: signals that end the run.
+        faults: of all processes over the whole run, by kind (``runs/faults.py``).
     """
 
     runner: PolicyRunner
@@ -74,66 +74,56 @@ class Trainer:
         self.demos.check(self.rl)
         self.world = world = ProcessGroup(self.accelerator)
         self.progress = self.progress and world.main
+        self.env_steps = self.transitions = self.episodes = self.updates = self.dropped = 0
+        self.update_seconds = self.seconds = 0.0
+        self._owed, self._logged, self._warming = 0.0, 0, True
+        self._ready = self._stopping = False
         torch.manual_seed(self.seed)
         self.space = self.noise.build(self.runner.adapter.noise_spec)
-        run = self.runner, self.vec, self.rl, self.train.reward, training_seed(self.seed)
-        self.collector = Collector(*run, world.rank, world.size, record=self.checkpoints is not None)
         self.takeover = Takeover(self.train.gate, self.seed + world.rank)
-        if self.train.gate.enabled:
-            self.collector.assign = lambda: self.updates > 0 and self.takeover()
-            self.collector.unsteer()
-        self.algorithm = self._build()
-        self._make_replay()
+        seed = training_seed(self.seed), world.rank, world.size
+        self.collector = Collector(
+            *(self.runner, self.vec, self.rl, self.train.reward, *seed),
+            record=self.checkpoints is not None,
+            assign=lambda: not self.train.gate.enabled or (self.updates > 0 and self.takeover()),
+        )
+        self._build()
         if self.train.warm_start:
             self.algorithm.warm_start(read_constant(self.train.warm_start, self.runner.adapter.noise_spec))
-        world.share(self.algorithm)
+        broadcast(self.algorithm.state_dict())  # every process begins with the first one's weights
         self.guard = StepGuard(world, self.train.clip_norm)
         self.guard.attach(self.algorithm)
         if world.rank:
             torch.manual_seed(self.seed + 1_000_003 * world.rank)  # from here on, each draws its own
-        self.env_steps = self.transitions = self.episodes = self.updates = self.dropped = 0
-        self.faults = FaultLog()
+        self.faults: Counter[str] = Counter()
+        self._new_faults: list[tuple[str, str]] = []  # kind, and what is said of it
+        self._last_fault = ""
         self.metrics = RunMetrics(world, list(dict.fromkeys(self.vec.task_names)))
         self.recent: deque[Episode] = deque(maxlen=20)
-        self.update_seconds = self.seconds = 0.0
-        self._owed, self._logged, self._warming = 0.0, 0, True
-        self._ready = self._stopping = False
 
-    def _build(self) -> Algorithm:
-        """The algorithm for what the collector sees."""
-        adapter, spec = self.runner.adapter, self.collector.spec
+    def _build(self) -> None:
+        """The algorithm for what the collector sees, its replay, and the demonstrations beside it."""
+        adapter, spec, train = self.runner.adapter, self.collector.spec, self.train
         observe = adapter.observer.config if adapter.observer else None
-        feature_dim = self.collector.feature_dim - (observe.pixels if observe else 0)
         bounds, (steps, action_dim) = self.collector.returns.bounds, adapter.chunk_shape
-        algorithm = self.rl.build(
+        width = self.collector.rollout.features.shape[1]
+        feature_dim = width - (observe.pixels if observe else 0)
+        self.algorithm: Algorithm = self.rl.build(
             Problem(feature_dim, self.space, self.accelerator, bounds, steps * action_dim, observe)
         )
         if spec:
-            spec.check_memory(self.train.replay_capacity, self.rl.conditioning_limit)  # type: ignore[attr-defined]
-            algorithm.decode = Decoder(adapter, self.space, spec)
-        return algorithm
-
-    def _make_replay(self) -> None:
-        """The replay, this process's share of it, and the demonstrations beside it."""
-        adapter, spec, world = self.runner.adapter, self.collector.spec, self.world
-        layout = replay_layout(self.rl, adapter, self.space, self.collector.feature_dim, spec)
-        check_replay(self.train.replay_capacity, layout)
-        settings = layout, self.seed + world.rank, self.accelerator.device
-        self.replay = ReplayBuffer(-(-self.train.replay_capacity // world.size), *settings)
+            spec.check_memory(train.replay_capacity, self.rl.conditioning_limit)  # type: ignore[attr-defined]
+            self.algorithm.decode = Decoder(adapter, self.space, spec)
+        layout = replay_layout(self.rl, adapter, self.space, width, spec)
+        check_replay(train.replay_capacity, layout)
+        settings = layout, self.seed + self.world.rank, self.accelerator.device
+        self.replay = ReplayBuffer(-(-train.replay_capacity // self.world.size), *settings)
         self.collector.start(self.algorithm)
         self.demonstrations: Demonstrations | None = None
         if self.demos.enabled:
-            data = read_demonstrations(self.demos, adapter, self.train.reward, self.vec.task_descriptions[0])
-            returns = self.collector.returns
+            data = read_demonstrations(self.demos, adapter, train.reward, self.vec.task_descriptions[0])
             transitions = make_transitions(
-                data,
-                self.runner,
-                self.algorithm,
-                returns,
-                spec,
-                self.seed,
-                self.demos.batch_size,
-                self.progress,
+                data, self.runner, self.algorithm, self.collector.returns, spec, self.seed, self.progress
             )
             self.demonstrations = Demonstrations(self.demos, transitions, *settings)
             for note in data.summary(len(transitions), self.runner.fps) if self.progress else ():
@@ -183,69 +173,67 @@ class Trainer:
         if self.transitions < self.train.first_update or not self._ready:
             return
         if self.updates == 0:
-            features = [self.world.rows(self.replay.all_features())]
+            features = self.world.gather(self.replay.all_features())
             features += [self.demonstrations.all_features()] if self.demonstrations else []
             self.algorithm.fit_normalizer(torch.cat(features))
         started = time.perf_counter()
         share, size = self.env_steps / self.train.env_steps, self.rl.batch_size
         self.algorithm.progress(share)
+        demos = self.demonstrations
         while self._owed >= 1.0:
-            demos = self.demonstrations
             batch = demos.mix(self.replay, size, share) if demos else self.replay.sample(size)
             self.metrics.add_update(self.algorithm.update(batch))
             self.updates += 1
             self._owed -= 1.0
         self.update_seconds += time.perf_counter() - started
 
-    def _store(self, transitions: list, episodes: list[Episode], steps: int) -> None:
+    def _store(self, transitions: list[Transition], episodes: list[Episode], steps: int) -> None:
         """Take up what a chunk has brought, here and on the other processes."""
-        stored = 0
+        added = self.replay.added
         for transition in transitions:
             try:
                 self.replay.add(transition)
-                stored += 1
             except ValueError as error:
-                self.faults.add("transition", f"--policy.path: {error}")
+                self._new_faults.append(("transition", f"--policy.path: {error}"))
         lost, self.collector.lost = self.collector.lost, []
-        for fault in lost:
-            self.faults.add(*fault)
-        if skipped := int(self.guard.skipped):
-            self.guard.skipped.zero_()
-            count = skipped if self.world.main else 0  # every process leaves the same steps out
-            self.faults.add("loss", "--rl.learning_rate: NaN or Inf in a gradient; lower it", count)
-        tasks = self.metrics.tasks
-        outcomes = [(tasks.index(e.task) if e.task else 0, e.steered, e.success) for e in episodes]
+        self._new_faults += lost
+        skipped = int(self.guard.skipped)
+        self.guard.skipped.zero_()
+        if self.world.main:  # every process leaves the same steps out
+            broken = "loss", "--rl.learning_rate: NaN or Inf in a gradient; lower it"
+            self._new_faults += [broken] * skipped
+        self.recent.extend(episodes)
         here = {
-            "stored": stored,
+            "stored": self.replay.added - added,
             "steps": steps,
             "lost": len(lost),
             "stop": self.stop(),
-            "empty": not len(self.replay),
+            "ready": len(self.replay) > 0,
             "reported": self.collector.reported,
-            "returns": sum(episode.total for episode in episodes),
+            "faults": self._new_faults,
+            "episodes": [(one.task, one.steered, one.success, one.total) for one in episodes],
         }
-        totals, outcomes = self.metrics.exchange(here, outcomes, self.faults)
-        self.transitions += int(totals["stored"])
-        self.env_steps += int(totals["steps"])
-        self.dropped += int(totals["lost"])
-        self._stopping, self._ready = totals["stop"] > 0, totals["empty"] == 0
-        self.metrics.add_returns([episode.total for episode in episodes], totals, len(outcomes))
+        everyone, self._new_faults = self.world.gather(here), []
+        brought = sum(there["stored"] for there in everyone)
+        self.transitions += brought
         if self.train.catch_up or self.transitions > self.train.first_update:
-            self._owed += int(totals["stored"]) * self.train.updates_per_transition / self.world.size
-        self.recent.extend(episodes)
-        for task, steered, success in outcomes:
-            self.metrics.add_episode(task, success)
-            self.takeover.add(steered, success)
-            self.episodes += 1
+            self._owed += brought * self.train.updates_per_transition / self.world.size
+        self._stopping = any(there["stop"] for there in everyone)
+        self._ready = all(there["ready"] for there in everyone)
+        for there in everyone:
+            self.env_steps += there["steps"]
+            self.dropped += there["lost"]
+            for kind, self._last_fault in there["faults"]:
+                self.faults[kind] += 1
+            self.metrics.reported |= there["reported"]
+            for task, steered, success, total in there["episodes"]:
+                self.episodes += 1
+                self.metrics.add_episode(task, success, total)
+                self.takeover.add(steered, success)
 
     def _log(self) -> None:
+        """Report a line of metrics; all processes make it together."""
         self._logged = self.env_steps
-        line = self._line()
-        if self.world.main:
-            self.on_metrics(line)
-
-    def _line(self) -> dict[str, Any]:
-        """A line of metrics; all processes make it together."""
         line: dict[str, Any] = {
             "env_steps": self.env_steps,
             "episodes": self.episodes,
@@ -258,48 +246,53 @@ class Trainer:
             line["demo_share"] = self.demonstrations.share(self.env_steps / self.train.env_steps)
         if self.train.gate.enabled:
             line["gate_share"] = self.takeover.share if self.updates else 0.0
-        if self.faults.total:
-            line |= {"faults": self.faults.total, "episodes_dropped": self.dropped}
+        if faults := self.faults.total():
+            line |= {"faults": faults, "episodes_dropped": self.dropped}
         line |= self.metrics.means()
-        line |= calibration(self.algorithm, list(self.recent)) if self.updates and self.world.main else {}
-        seconds = {**self.collector.seconds, "update": self.update_seconds}
-        return line | self.metrics.times(seconds, self.seconds)
+        line |= self.metrics.times(
+            {**self.collector.rollout.seconds, "update": self.update_seconds}, self.seconds
+        )
+        if self.world.main:
+            line |= calibration(self.algorithm, self.recent) if self.updates else {}
+            self.on_metrics(line)
 
     def _keep(self) -> None:
         """Write a checkpoint where one is due, or the run has to end; all processes do so together."""
-        too_many = self.faults.total > self.faults_config.limit
-        if self.checkpoints and (too_many or self._stopping or self.checkpoints.due(self.env_steps)):
+        stops = self.faults.total() > self.faults_config.limit
+        if self.checkpoints and (stops or self._stopping or self.checkpoints.due(self.env_steps)):
             self._save()
-        if too_many:
-            raise self.faults.error(self.faults_config.limit)
+        if stops:
+            raise too_many(self.faults, self._last_fault, self.faults_config.limit)
         if self._stopping:
             raise Stopped(self.stop.name or "a signal to another process", self.env_steps)
 
     def _save(self) -> None:
         if self.checkpoints:
-            self.checkpoints.save(self.env_steps, *self.state_dict(), self.replay)
+            self.checkpoints.save(self.env_steps, *self.state_dict())
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(what all processes share, what is this process's own) between two chunks."""
-        demos = self.demonstrations
-        shared = {name: getattr(self, name) for name in COUNTERS} | {
-            "faults": self.faults.counts,
+        demos, replay, device = self.demonstrations, self.replay, self.accelerator.device
+        shared = {name: getattr(self, name) for name in SHARED} | {
+            "faults": self.faults,
             "metrics": self.metrics.state_dict(),
             "algorithm": self.algorithm.training_state(),
         }
         own = {
-            "rng": rng_state(self.accelerator.device),
-            "replay": self.replay.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "rows": replay.rows(replay.added - len(replay), replay.added),
+            "added": replay.added,
+            "replay": replay.state_dict(),
             "demonstrations": demos.state_dict() if demos is not None else None,
             "gate": self.takeover.state_dict(),
-            "recent": [asdict(episode) for episode in self.recent],
-            "sums": dict(self.metrics.sums),
-            "counts": dict(self.metrics.counts),
+            "recent": [vars(episode) for episode in self.recent],
+            "sums": self.metrics.sums,
             "seconds": {"update": self.update_seconds, "total": self.seconds},
             "collector": self.collector.state_dict(),
-            "weights": (weights := weights_digest(self.algorithm)),
+            "weights": weights_digest(self.algorithm),
         }
-        if len(set(self.world.gather(weights))) > 1:
+        if len(set(self.world.gather(own["weights"]))) > 1:
             raise RuntimeError("the processes' weights have drifted apart; this is a bug of trimtab")
         return shared, own
 
@@ -310,48 +303,46 @@ class Trainer:
             UserError: it does not fit this run.
         """
         try:
-            notes = self._load(checkpoint)
+            return self._load(checkpoint)
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
                 "--resume", f"{checkpoint.folder} does not fit this run ({type(error).__name__}: {error})"
             ) from error
-        self._ready = self.world.all(len(self.replay) > 0)
-        if self.checkpoints:
-            self.checkpoints.go_on(checkpoint, self.replay)
-        return notes
 
     def _load(self, checkpoint: Checkpoint) -> list[str]:
-        shared, rank, notes = checkpoint.read(LEARNER), self.world.rank, []
-        for name in COUNTERS:
+        shared, notes = checkpoint.read(LEARNER), []
+        for name in SHARED:
             setattr(self, name, shared[name])
-        self.faults.counts |= shared["faults"]
+        self.faults.update(shared["faults"])
         self.metrics.load_state_dict(shared["metrics"])
         self.algorithm.load_training_state(shared["algorithm"])
         same = checkpoint.processes == self.world.size
         if same:
-            own = checkpoint.read(f"process-{rank}")
-            for start, rows in checkpoint.rows(rank):
-                self.replay.put(start, rows)
+            own = checkpoint.read(f"process-{self.world.rank}")
+            self.replay.put(own["added"] - len(own["rows"]["reward"]), own["rows"])
             self.replay.load_state_dict(own["replay"])
             if self.demonstrations is not None:
                 self.demonstrations.load_state_dict(own["demonstrations"])
             self.recent.extend(Episode(**episode) for episode in own["recent"])
-            self.metrics.sums, self.metrics.counts = dict(own["sums"]), dict(own["counts"])
+            self.metrics.sums = own["sums"]
         else:
             own, dropped, note = reshard(checkpoint, self.world, self.collector, self.replay)
             self.dropped += dropped
             notes.append(note)
+        self._ready = self.world.all(len(self.replay) > 0)
         self.takeover.load_state_dict(own["gate"])
         self.update_seconds, self.seconds = own["seconds"]["update"], own["seconds"]["total"]
         self.vec.repeatable = self.world.all(self.vec.repeatable)
         lost = self.collector.load_state_dict(own["collector"])
         if not self.vec.repeatable:  # no faults: it never said that it could
-            lost = int(self.world.sum([lost])[0])
+            lost = sum(self.world.gather(lost))
             self.dropped += lost
         else:
-            for _ in range(lost):
-                self.faults.add("unrepeatable", "--env.type: the simulator does not repeat an episode")
+            message = "--env.type: the simulator does not repeat an episode"
+            self._new_faults += [("unrepeatable", message)] * lost
         notes += lost_notes(lost, self.vec.repeatable)
         if same:  # last: building and looking may have drawn
-            set_rng_state(own["rng"], self.accelerator.device)
+            torch.set_rng_state(own["rng"])
+            if own["cuda_rng"] is not None and self.accelerator.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda_rng"], self.accelerator.device)
         return notes

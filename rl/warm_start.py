@@ -29,34 +29,24 @@ def read_constant(name: str, spec: NoiseSpec) -> Tensor:
         UserError: neither of the two, or of another policy's shape.
     """
     path = Path(name).expanduser()
-    if is_artefact(name):
-        noise = _of_artefact(path, spec)
-    elif path.is_file():
-        tensors = read_weights(path, OPTION)
-        if "noise" not in tensors:
-            raise UserError(OPTION, f"{path} holds no 'noise'; give best_constant.safetensors of a probe")
-        noise = tensors["noise"].float()
-    else:
+    saved = read_config(path) if is_artefact(name) else None
+    if saved is None and not path.is_file():
         raise UserError(OPTION, f"{path} is neither an artefact's folder nor a safetensors file")
-    _check_shape(path, tuple(noise.shape), spec)
-    return noise
-
-
-def _of_artefact(folder: Path, spec: NoiseSpec) -> Tensor:
-    saved = read_config(folder)
-    _check_shape(folder, tuple(saved.noise_shape), spec)
-    space = saved.noise.build(replace(spec, dtype=torch.float32))
-    if space.uses_features:
-        raise UserError(OPTION, f"{folder} chooses its noise by the observation; name one of constant noise")
-    actor = NoiseActor(saved.feature_dim, space, saved.actor, saved.observe)
-    load_weights(actor, read_weights(folder / WEIGHTS, OPTION), folder / WEIGHTS)
-    prior = torch.zeros(1, *spec.shape)
-    return actor.eval().act(prior.flatten(1), prior, deterministic=True)[0]
-
-
-def _check_shape(path: Path, shape: tuple[int, ...], spec: NoiseSpec) -> None:
+    tensors = read_weights(path / WEIGHTS if saved else path, OPTION)
+    if saved is None and "noise" not in tensors:
+        raise UserError(OPTION, f"{path} holds no 'noise'; give best_constant.safetensors of a probe")
+    shape = tuple(saved.noise_shape if saved else tensors["noise"].shape)
     if shape != tuple(spec.shape):
         raise UserError(OPTION, f"{path} holds noise of shape {shape}, this policy takes {tuple(spec.shape)}")
+    if saved is None:
+        return tensors["noise"].float()
+    space = saved.noise.build(replace(spec, dtype=torch.float32))
+    if space.uses_features:
+        raise UserError(OPTION, f"{path} chooses its noise by the observation; name one of constant noise")
+    actor = NoiseActor(saved.feature_dim, space, saved.actor, saved.observe)
+    load_weights(actor, tensors, path / WEIGHTS)
+    prior = torch.zeros(1, *spec.shape)
+    return actor.eval().act(prior.flatten(1), prior, deterministic=True)[0]
 
 
 @torch.no_grad()

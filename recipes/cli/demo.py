@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trimtab.adapters import PolicyConfig, UserError
@@ -18,7 +18,7 @@ from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.envs.hooks import base_tasks, for_task
+from trimtab.rl.envs.hooks import base_tasks
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, resolve_task
 from trimtab.rl.evaluation import Evaluation
 
@@ -107,7 +107,7 @@ def other_tasks(session: Session, folder: Path, config: DemoConfig, when: str) -
     found: dict[str, Evaluation] = {}
     others = [task for task in base_tasks(session.env, folder) if task != config.task]
     for task in others if config.other_task_episodes > 0 else ():
-        other = Session(session.adapter, for_task(session.env, task), session.eval, session.machine)
+        other = Session(session.adapter, replace(session.env, task=task), session.eval, session.machine)
         seeds = session.eval.seeds[: config.other_task_episodes]
         with other.environments(len(seeds), other.evaluation_workers) as vec:
             found[task] = other.evaluate(vec, base_noise, f"{task}, {when}", seeds)

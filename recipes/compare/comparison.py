@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from trimtab.recipes.support.reporting import rate_text, read_json, write_json
 from trimtab.recipes.support.session import Session, base_of
 from trimtab.recipes.support.shared_configs import EVALUATION_SEED
 from trimtab.rl.algorithms.acting import LoadedBase
-from trimtab.rl.envs.hooks import base_tasks, check_base, for_task, task_names
+from trimtab.rl.envs.hooks import base_tasks, check_base, task_names
 
 RECORD = "compare_config.json"
 
@@ -110,13 +111,13 @@ class Comparison:
         if not text.strip():
             return []
         env = self.config.env
-        names = task_names(for_task(env, text), option)
+        names = task_names(replace(env, task=text), option)
         for name in names:
-            check_base(for_task(env, name), folder)
+            check_base(replace(env, task=name), folder)
         return names or [name.strip() for name in text.split(",") if name.strip()]
 
     def _env(self, task: str) -> EnvConfig:
-        return for_task(self.config.env, task) if task else self.config.env
+        return replace(self.config.env, task=task) if task else self.config.env
 
     def task(self, name: str) -> Task:
         """One task, as its runs share it."""

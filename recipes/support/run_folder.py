@@ -119,7 +119,7 @@ class RunFolder:
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint of another base or config; the message names the first difference."""
-        then, now, where = checkpoint.manifest["belongs"], self.belongs, checkpoint.folder
+        then, now, where = checkpoint.belongs, self.belongs, checkpoint.folder
         odd = {name for name in then["base"] | now["base"] if then["base"].get(name) != now["base"].get(name)}
         # Where the weights lie decides their hash in memory (a GPU's dtype) but not what they are.
         if names := ", ".join(sorted(odd - {"weights_device"})):

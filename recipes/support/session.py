@@ -16,6 +16,7 @@ from tqdm import tqdm
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.folder import is_server, resolve_folder
 from trimtab.adapters.errors import reason
+from trimtab.adapters.inputs import input_notes
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.noise_samplers import NoiseSampler, constant_noise, own_noise, zero_noise
 from trimtab.policies.observe import ObserveConfig, build_observer
@@ -142,7 +143,7 @@ class Session:
         if observation is None:
             return
         conditioning = self.runner.encode([observation], tasks)
-        for note in self.runner.input_notes([observation], tasks):
+        for note in input_notes(self.adapter, self.runner.history([observation], tasks)):
             self._say(f"note: {note}")
         self.runner.features(conditioning)
         prior = self.runner.prior(1, torch.Generator().manual_seed(0))

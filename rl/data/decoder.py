@@ -7,7 +7,6 @@ megabytes (its prefix cache), that of a state-based diffusion policy some hundre
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.rl.data.replay import Entries, entries_bytes
 from trimtab.rl.runner import Encoded
 
 PREFIX = "conditioning."
@@ -54,17 +54,17 @@ class ConditioningSpec:
         )
 
     @property
-    def replayed(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the replay's entries: of the state, and of the one after it."""
+    def replayed(self) -> Entries:
+        """The replay's entries: of the state, and of the one after it."""
         return {
-            f"{before}{PREFIX}{name}": shape
+            f"{before}{PREFIX}{name}": (shape, torch.float32)
             for before in ("", "next_")
             for name, shape in self.shapes.items()
         }
 
     def check_memory(self, capacity: int, limit_mib: float) -> None:
         """Raise a UserError where ``capacity`` transitions take more than ``limit_mib`` MiB in float32."""
-        needed = 4 * capacity * sum(math.prod(shape) for shape in self.replayed.values()) / 2**20
+        needed = capacity * entries_bytes(self.replayed) / 2**20
         if needed > limit_mib:
             raise _refusal(
                 f"keeping the conditioning of {capacity} transitions takes {needed:,.0f} MiB, more than "
@@ -90,13 +90,7 @@ class ConditioningSpec:
 class Decoder:
     """The frozen policy, asked by the learner: replayed conditioning and ``u`` -> chunks.
 
-    Args:
-        adapter: the frozen policy.
-        space: a noise space whose ``u`` tells the whole noise.
-        spec: of the conditioning.
-
-    Attributes:
-        calls: how often the policy was asked (in batches).
+    ``u`` must tell the whole noise in its ``space``. ``calls`` counts how often the policy was asked.
     """
 
     def __init__(self, adapter: PolicyAdapter, space: NoiseSpace, spec: ConditioningSpec) -> None:
@@ -107,10 +101,7 @@ class Decoder:
     def __call__(self, batch: dict[str, Tensor], u: Tensor, following: bool = False) -> Tensor:
         """Chunks (B, m, steps * action_dim) for ``u`` (B, m, dim), normalised, float32, where ``u`` is.
 
-        Args:
-            batch: from the replay.
-            u: in the noise space.
-            following: decode for the state after the transition.
+        With ``following``, those of the state after the transition, of a ``batch`` from the replay.
         """
         before = ("next_" if following else "") + PREFIX
         device = self.adapter.device

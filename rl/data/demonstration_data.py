@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,21 +106,14 @@ class Demonstration:
 
 @dataclass
 class DemonstrationData:
-    """A LeRobotDataset, ready to be looked at.
+    """A LeRobotDataset, ready to be looked at."""
 
-    Attributes:
-        dataset: LeRobot's, whose items hold the policy's observation history.
-        episodes: those that take part.
-        keys: observations that the policy takes.
-        notes: lines to show the user.
-        rule: how success was told.
-    """
-
-    dataset: Any
-    episodes: list[Demonstration]
-    keys: list[str]
-    notes: list[str] = field(default_factory=list)
-    rule: str = ""
+    config: DemosConfig
+    dataset: Any  # LeRobot's, whose items hold the policy's observation history
+    episodes: list[Demonstration]  # those that take part
+    keys: list[str]  # observations that the policy takes
+    notes: list[str]  # to show the user
+    rule: str  # how success was told
 
     def __post_init__(self) -> None:
         actions = _column(self.dataset, "action").astype(np.float32)
@@ -157,8 +150,7 @@ def read_demonstrations(
     """Open the dataset of a ``DemosConfig``, check that it fits the policy, and cut it into episodes.
 
     Args:
-        config: the demonstrations' config.
-        adapter: the policy; its saved preprocessor is what the observations will go through.
+        config, adapter: of the demonstrations, and the policy.
         reward: ``env`` needs the column ``next.reward``.
         task: the environment's instruction; unless episodes are named, only those of this task take part,
             where there are any.
@@ -218,7 +210,7 @@ def read_demonstrations(
     episodes = [episode for episode in episodes if len(episode.rewards)]
     if not episodes:
         raise UserError(OPTION, "no episode of the dataset has a step to learn from")
-    return DemonstrationData(dataset, episodes, keys, notes, rule)
+    return DemonstrationData(config, dataset, episodes, keys, notes, rule)
 
 
 def _successes(dataset: Any, config: DemosConfig, firsts: np.ndarray) -> tuple[np.ndarray, str]:
@@ -247,11 +239,7 @@ def sparse_level(rewards: np.ndarray, firsts: np.ndarray) -> float | None:
     """The reward that says success, where it says nothing else; ``None`` of any other reward.
 
     HIL-SERL's recordings have 0 without success and 1 with, goal-conditioned environments -1 and 0. Where all
-    episodes begin at the higher one, it pays for each step survived.
-
-    Args:
-        rewards: (N,) of each recorded step.
-        firsts: of each episode, which is its first.
+    episodes begin at the higher one (``firsts`` are their first rows), it pays for each step survived.
     """
     for low, high in SPARSE:
         won = rewards == high

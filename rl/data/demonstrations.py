@@ -8,7 +8,6 @@ what the policy itself makes of noise: candidates are decoded for every state of
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +76,6 @@ def make_transitions(
     returns: Returns,
     spec: ConditioningSpec | None,
     seed: int,
-    batch_size: int = 64,
     progress: bool = True,
 ) -> list[Transition]:
     """The transitions of demonstrated episodes, in order, as the collector makes those of a run.
@@ -89,12 +87,11 @@ def make_transitions(
         returns: what a chunk counts.
         spec: of the conditioning, where that is kept.
         seed: of the candidates' draws.
-        batch_size: states that the policy looks at together.
     """
     steps = runner.adapter.chunk_shape[0]
     rows = [r for one in data.episodes for r in dict.fromkeys([*one.starts(steps), one.final])]
     generator, states = torch.Generator().manual_seed(seed), {}
-    size = min(batch_size, runner.adapter.max_batch or batch_size)
+    size = min(data.config.batch_size, runner.adapter.max_batch or data.config.batch_size)
     bar = Progress(total=len(rows), desc="demonstrations", unit="state", disable=not progress)
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
@@ -108,9 +105,8 @@ def make_transitions(
             part = slice(row - episode.first, row - episode.first + steps)
             last = row == starts[-1]
             rewards, successes = episode.rewards[part], episode.successes[part]
-            result = ChunkResult(
-                None, None, rewards, successes, last, last and not episode.succeeded, seed=-1
-            )
+            ends = last and not episode.succeeded
+            result = ChunkResult(None, None, rewards, successes, terminated=last, truncated=ends)
             reward, discount = returns.reward_and_discount(result, episode.succeeded)
             (features, kept), (next_features, next_kept) = states[row], states[following]
             chunk = Transition(features, unknown, reward, discount, next_features, kept)
@@ -129,7 +125,10 @@ def _look(
     """Features of the states ``rows``, and what the replay keeps of each."""
     adapter, history = runner.adapter, data.history(rows)
     actions = torch.from_numpy(np.stack([data.actions(row, adapter.chunk_shape[0]) for row in rows]))
-    chunks = normalised(adapter, history, actions)
+    # As the policy would have made them. Its preprocessor may need the observation for it (relative actions).
+    last = {key: value[:, -1] if isinstance(value, Tensor) else value for key, value in history.items()}
+    executed = adapter.preprocessor({**last, ACTION: actions})[ACTION]
+    chunks = executed[..., : actions.shape[-1]].float().cpu()
     conditioning = adapter.observe(history)
     check_round_trip(adapter, chunks, conditioning, actions)
     features, candidates = runner.features(conditioning), None
@@ -141,28 +140,11 @@ def _look(
     return [(seen, kept | {"chunk": one}) for (seen, kept), one in zip(found, chunks.flatten(1).numpy())]
 
 
-def normalised(adapter: PolicyAdapter, history: dict[str, Any], actions: Tensor) -> Tensor:
-    """Executed actions (B, steps, action_dim) as the policy would have made them, normalised.
-
-    The policy's own preprocessor does it, which may need the observation (relative actions).
-
-    Args:
-        adapter: the policy.
-        history: the observations before the chunks, (B, n_obs_steps, ...).
-        actions: as recorded.
-    """
-    last = {key: value[:, -1] if isinstance(value, Tensor) else value for key, value in history.items()}
-    batch = adapter.preprocessor({**last, ACTION: actions})
-    return batch[ACTION][..., : actions.shape[-1]].float().cpu()
-
-
 def check_round_trip(
     adapter: PolicyAdapter, chunks: Tensor, conditioning: Conditioning, actions: Tensor
 ) -> None:
-    """Refuse a policy whose postprocessor does not lead back what its preprocessor makes of actions.
-
-    Raises:
-        UserError: the critic would be told other chunks than were executed.
+    """Raise a UserError where the critic would be told other chunks than were executed: the policy's
+    postprocessor does not lead back what its preprocessor makes of actions.
     """
     found = torch.as_tensor(adapter.postprocess(chunks.to(adapter.device), conditioning)).float().cpu()
     scale = actions.abs().max().clamp_min(1e-3)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter, UserError
@@ -14,7 +15,7 @@ from trimtab.policies.acting import Candidates
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.decoder import ConditioningSpec
-from trimtab.rl.data.replay import Layout
+from trimtab.rl.data.replay import Layout, entries_bytes
 from trimtab.rl.runner import Encoded
 
 # Features (d,) of an observation, and what else is kept of it by name.
@@ -47,10 +48,9 @@ def replay_layout(
     for before in ("", "next_"):
         shapes[f"{before}candidates"] = (rl.candidates, size)
         shapes[f"{before}candidates_u"] = (rl.candidates, space.dim)
-    kept = {name: shapes[name] for name in rl.replayed if name != "conditioning"}
-    conditioning = spec.replayed if spec else {}
+    extra = {name: (shapes[name], torch.float16) for name in rl.replayed if name != "conditioning"}
     pixels = adapter.observer.config.pixels if adapter.observer else 0
-    return Layout(feature_dim, space.dim, kept | conditioning, tuple(conditioning), pixels)
+    return Layout(feature_dim, space.dim, extra | (spec.replayed if spec else {}), pixels)
 
 
 def observation_rows(
@@ -84,7 +84,7 @@ def check_replay(capacity: int, layout: Layout) -> str:
     Raises:
         UserError: more than the machine has.
     """
-    each = layout.bytes + layout.pixels  # a frame counts once: two transitions share it
+    each = entries_bytes(layout.entries) + layout.pixels  # a frame counts once: two transitions share it
     free, total = available_memory(), each * capacity
     if total > free:
         raise UserError(

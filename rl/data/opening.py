@@ -10,11 +10,7 @@ from trimtab.adapters.errors import UserError, reason
 
 
 def open_dataset(group: str, name: str | None, root: str | Path | None, make: Callable[[], Any]) -> Any:
-    """What ``make`` opens.
-
-    Args:
-        group: the options that name the dataset: those are ``GROUP.repo_id`` and ``GROUP.root``.
-        name, root: the dataset's name and folder.
+    """What ``make`` opens: the dataset that the options ``GROUP.repo_id`` and ``GROUP.root`` name.
 
     Raises:
         UserError: it is not there, or is broken.
@@ -29,23 +25,17 @@ def open_dataset(group: str, name: str | None, root: str | Path | None, make: Ca
 
 
 def unreadable(option: str, name: str | None, root: str | Path | None, error: Exception) -> UserError:
-    """The line about a dataset that cannot be opened, with the command that mends it, where LeRobot says one.
-
-    Args:
-        option: what names the dataset.
-        name, root: the dataset's name and folder.
-        error: whatever was raised.
-    """
+    """The line about a dataset that cannot be opened, with the command that mends it, if LeRobot says one."""
     folder = Path(root).expanduser() if root else None
     if folder and not (folder / "meta" / "info.json").is_file():  # LeRobot then asks the Hub
-        held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else ""
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
         why = f"it has no meta/info.json; it holds {held or 'nothing'}"
-        return UserError(option, f"cannot read {root} as a LeRobotDataset: {why}")
-    lines = [line.strip() for line in str(error).splitlines()]
-    at = next((at for at, line in enumerate(lines) if line.startswith("python -m ")), None)
-    if at is None:
-        return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {reason(error)}")
-    # What LeRobot says up to the command; its own is for a dataset on the Hub.
-    where = f" --root={folder} --push-to-hub=false" if folder else ""
-    said = " ".join(line for line in (*lines[:at], lines[at] + where) if line.strip("`"))
-    return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {said}")
+    else:
+        why = reason(error)
+        lines = [line.strip() for line in str(error).splitlines()]
+        for at, line in enumerate(lines):
+            if line.startswith("python -m "):  # up to the command; its own is for a dataset on the Hub
+                where = f" --root={folder} --push-to-hub=false" if folder else ""
+                why = " ".join(said for said in (*lines[:at], line + where) if said.strip("`"))
+                break
+    return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {why}")

@@ -1,38 +1,44 @@
-"""A ring buffer of transitions with uniform sampling."""
+"""A ring buffer of transitions with uniform sampling; frames in it are kept once."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.rl.data.frames import FrameStore
 from trimtab.rl.data.returns import Transition
 
 Batch = dict[str, Tensor]
 OBSERVED = ("features", "next_features")
 
 
+# Shape and dtype of each entry of a transition, by name.
+Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def entries_bytes(entries: Entries) -> int:
+    """Memory that they take."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in entries.values())
+
+
 @dataclass(frozen=True)
 class Layout:
-    """What a stored transition consists of: float32, pixels as uint8, what algorithms add as float16.
+    """What a stored transition consists of.
 
     Attributes:
         feature_dim: length of the observation features, or of packed observations.
         action_dim: length of ``u``.
-        extra: shapes of what ``Transition.extra`` holds, by name; anything else in it is not kept.
-        precise: names in ``extra`` that are kept as float32.
+        extra: what is kept of ``Transition.extra``.
         pixels: how many entries at the end of an observation are pixels (``policies/observe.py``).
     """
 
     feature_dim: int
     action_dim: int
-    extra: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    precise: Container[str] = ()
+    extra: Entries = field(default_factory=dict)
     pixels: int = 0
 
     @property
@@ -41,8 +47,8 @@ class Layout:
         return self.feature_dim - self.pixels
 
     @property
-    def entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each entry, by name, without the pixels."""
+    def entries(self) -> Entries:
+        """All of a transition but the pixels."""
         shapes: dict[str, tuple[int, ...]] = {
             "features": (self.vector,),
             "u": (self.action_dim,),
@@ -50,35 +56,64 @@ class Layout:
             "discount": (),
             "next_features": (self.vector,),
         }
-        coarse = [name for name in self.extra if name not in self.precise]
-        return {
-            name: (shape, torch.float16 if name in coarse else torch.float32)
-            for name, shape in {**shapes, **self.extra}.items()
-        }
+        return {name: (shape, torch.float32) for name, shape in shapes.items()} | self.extra
 
-    @property
-    def bytes(self) -> int:
-        """Memory of one transition, without its pixels."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.entries.values())
+
+class FrameStore:
+    """Frames of ``size`` uint8, each kept once and as long as something refers to it.
+
+    They are told apart by their content (128 bits of BLAKE2b): what a transition ends with is found again as
+    what another begins with, whoever adds them. Memory grows by doubling, and is touched as it fills.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.pixels = torch.empty(0, size, dtype=torch.uint8)
+        self._slots: dict[bytes, int] = {}  # by content
+        self._held: dict[int, tuple[bytes, int]] = {}  # content and references, by slot
+        self._free: list[int] = []
+
+    def __len__(self) -> int:
+        """Distinct frames that are held."""
+        return len(self._slots)
+
+    def put(self, frame: np.ndarray) -> int:
+        """Refer once more to ``frame`` (size,) uint8; returns its slot."""
+        key = hashlib.blake2b(frame.tobytes(), digest_size=16).digest()
+        slot = self._slots.get(key)
+        if slot is None:
+            slot = self._free.pop() if self._free else len(self._slots)
+            if slot == len(self.pixels):
+                wider = torch.empty(max(64, 2 * slot), self.pixels.shape[1], dtype=torch.uint8)
+                wider[:slot] = self.pixels
+                self.pixels = wider
+            self.pixels[slot] = torch.from_numpy(frame)
+            self._slots[key] = slot
+        self._held[slot] = key, self._held.get(slot, (key, 0))[1] + 1
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Refer once less to the frame in ``slot``."""
+        key, references = self._held.pop(slot)
+        if references > 1:
+            self._held[slot] = key, references - 1
+        else:
+            del self._slots[key]
+            self._free.append(slot)
 
 
 class ReplayBuffer:
-    """Holds the last ``capacity`` transitions.
+    """Holds the last ``capacity`` transitions; of ``added`` ever, the n-th lies in row ``n % capacity``.
 
     Args:
-        capacity: number of transitions.
-        layout: what they consist of.
+        capacity, layout: how many transitions, and what they consist of.
         seed: seeds the sampling.
         device: where batches go. On a GPU with room for it transitions lie there, too, pixels apart.
-
-    Attributes:
-        added: transitions ever added; the n-th lies in row ``n % capacity``.
     """
 
     def __init__(self, capacity: int, layout: Layout, seed: int, device: str | torch.device = "cpu") -> None:
         self.capacity, self.added = capacity, 0
         self._device = torch.device(device)
-        self._storage_device = storage_device(self._device, capacity * layout.bytes)
+        self._storage_device = storage_device(self._device, capacity * entries_bytes(layout.entries))
         self._generator = torch.Generator().manual_seed(seed)
         self._vector = layout.vector
         self._frames = FrameStore(layout.pixels) if layout.pixels else None

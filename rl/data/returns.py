@@ -121,7 +121,7 @@ class NStepAccumulator:
         """Add an executed chunk and return the transitions that it completes, oldest first.
 
         Args:
-            chunk: on its own; ``extra`` of the state it was chosen in.
+            chunk: a transition on its own, with what to keep of the state that it begins in.
             ended: whether the episode ended with it.
             next_extra: what to keep of the state after it.
         """

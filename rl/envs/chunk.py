@@ -40,20 +40,20 @@ class ChunkResult:
         seed: the seed that the running episode was reset with.
         frames: rendered frames of this chunk, where asked for.
         seen: (k) the raw observation before each of these steps, where asked for.
-        lost: the kind of fault that lost the episode, and its message; the rest is then empty, but
-            for the observation of the next episode.
+        lost: the kind of fault that lost the episode, and its message; nothing then holds but the
+            observation of the next episode.
         success_key: the name in ``info`` under which this environment has said so far whether it succeeded;
             ``None``: it never has.
         info_keys: what else its ``info`` has held.
     """
 
     observation: RawObservation | None
-    final_observation: RawObservation | None
-    rewards: np.ndarray
-    successes: np.ndarray
-    terminated: bool
-    truncated: bool
-    seed: int
+    final_observation: RawObservation | None = None
+    rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    successes: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    terminated: bool = False
+    truncated: bool = False
+    seed: int = -1
     frames: list[np.ndarray] = field(default_factory=list)
     seen: list[RawObservation] = field(default_factory=list)
     lost: tuple[str, str] | None = None
@@ -67,12 +67,6 @@ class ChunkResult:
     @property
     def steps(self) -> int:
         return len(self.rewards)
-
-
-def lost_episode(kind: str, message: str, observation: RawObservation | None) -> ChunkResult:
-    """The result of a chunk whose episode was lost to a fault, with the ``observation`` to go on from."""
-    empty = np.zeros(0)
-    return ChunkResult(observation, None, empty, empty.astype(bool), False, False, -1, lost=(kind, message))
 
 
 class ChunkEnv:
@@ -110,7 +104,7 @@ class ChunkEnv:
         self._info_keys: set[str] = set()
         self._frames: list[np.ndarray] = []
         # An environment may leave out what is slow to see (``libero.py``): all but what is handed on.
-        self._watch: Callable[[bool], None] | None = getattr(env.unwrapped, "watch", None)
+        self._watch: Callable[[bool], None] = getattr(env.unwrapped, "watch", lambda on: None)
 
     @property
     def task_description(self) -> str:
@@ -129,11 +123,10 @@ class ChunkEnv:
         return self.history()
 
     def step_chunk(self, actions: np.ndarray, next_seed: int | None) -> ChunkResult:
-        """Execute ``actions`` (T, action_dim) until the chunk or the episode ends.
+        """Execute ``actions`` (T, action_dim), un-normalised, until the chunk or the episode ends.
 
         Args:
-            actions: un-normalised actions.
-            next_seed: seed of the episode to start should this one end; ``None`` leaves it ended.
+            actions, next_seed: the latter begins the next episode should this one end, if not ``None``.
 
         Raises:
             NotFinite: NaN or Inf in an action, observation or reward.
@@ -148,8 +141,7 @@ class ChunkEnv:
         terminated = truncated = False
         left = len(actions) if self.limit is None else min(len(actions), self.limit - self._step)
         for number, action in enumerate(actions):
-            if self._watch is not None:
-                self._watch(self.keep_seen or number >= left - self.n_obs_steps)
+            self._watch(self.keep_seen or number >= left - self.n_obs_steps)
             if self.keep_seen:
                 seen.append(self._history[-1])
             # A copy, for the actions are recorded and environments clip and scale in place.
@@ -172,10 +164,9 @@ class ChunkEnv:
                 self._frames.append(np.array(self.env.render()))
             if ended:
                 break
-        history, frames, self._frames = self.history(), self._frames, []
+        frames, self._frames = self._frames, []
         result = ChunkResult(
-            observation=history,
-            final_observation=None,
+            observation=self.history(),
             rewards=np.asarray(rewards),
             successes=np.asarray(successes),
             terminated=terminated,
@@ -188,7 +179,7 @@ class ChunkEnv:
         )
         if result.ended:
             self._running = False
-            result.final_observation = history
+            result.final_observation = result.observation
             result.observation = None if next_seed is None else self.reset(next_seed)
         return result
 
@@ -196,26 +187,18 @@ class ChunkEnv:
         self.env.close()
 
     def check_actions(self, actions: np.ndarray) -> None:
-        """Refuse actions (T, action_dim) that the environment cannot take; nothing moves.
-
-        Raises:
-            NotFinite: NaN or Inf in them.
-            UserError: another shape than the environment takes.
-        """
+        """Raise a UserError for actions (T, action_dim) that the environment cannot take; nothing moves."""
         space = self.env.action_space
         if actions.shape[1:] != space.shape:
+            taken = space.shape if isinstance(space, gym.spaces.Box) else space
             raise UserError(
                 "--env.type",
-                f"the policy makes actions of shape {actions.shape[1:]}, the environment takes "
-                f"{space.shape if isinstance(space, gym.spaces.Box) else space}; choose the environment that "
-                "the policy was trained on",
+                f"the policy makes actions of shape {actions.shape[1:]}, the environment takes {taken}; "
+                "choose the environment that the policy was trained on",
             )
         if not np.isfinite(actions).all():
-            raise NotFinite(
-                "chunk",
-                "--policy.path",
-                "the policy produced a NaN or Inf action; its weights or statistics are broken",
-            )
+            broken = "the policy produced a NaN or Inf action; its weights or statistics are broken"
+            raise NotFinite("chunk", "--policy.path", broken)
 
     def history(self) -> RawObservation:
         """The last ``n_obs_steps`` observations, entries (n_obs_steps, ...)."""
@@ -226,11 +209,8 @@ class ChunkEnv:
         arrays = contract.flat(observation)
         for path, array in arrays.items():
             if array.dtype.kind == "f" and not np.isfinite(array).all():
-                raise NotFinite(
-                    "observation",
-                    "--env.type",
-                    f"the environment returned NaN or Inf in its observation '{path}'",
-                )
+                broken = f"the environment returned NaN or Inf in its observation '{path}'"
+                raise NotFinite("observation", "--env.type", broken)
         layout = contract.layout(arrays)
         if layout != self.layout:
             contract.check_layout(self.layout or layout, layout)
@@ -255,10 +235,15 @@ def _time_limit(env: gym.Env) -> int | None:
     return int(limit) if limit and limit > 0 else None
 
 
-def stack_observations(observations: list[RawObservation]) -> RawObservation:
-    """Stack observations along a new first axis: entries (...) become (B, ...), nested ones too."""
+def stack_observations(
+    observations: list[RawObservation], join: Callable[[list[np.ndarray]], np.ndarray] = np.stack
+) -> RawObservation:
+    """Stack observations along a new first axis: entries (...) become (B, ...), nested ones too.
+
+    With ``np.concatenate`` as ``join`` it is the first axis that there is.
+    """
     stacked: RawObservation = {}
     for key, first in observations[0].items():
         entries = [observation[key] for observation in observations]
-        stacked[key] = stack_observations(entries) if isinstance(first, dict) else np.stack(entries)
+        stacked[key] = stack_observations(entries, join) if isinstance(first, dict) else join(entries)
     return stacked

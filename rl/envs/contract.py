@@ -13,7 +13,6 @@ import numpy as np
 
 from trimtab.adapters.errors import UserError
 
-OPTION = "--env.type"
 # What success goes by, LeRobot's name first; and what LeRobot reads of an observation.
 SUCCESS_KEYS = ("is_success", "success", "succeed")
 READ = ("agent_pos", "environment_state", "pixels")
@@ -21,31 +20,35 @@ READ = ("agent_pos", "environment_state", "pixels")
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 
+def _broken(message: str) -> UserError:
+    return UserError("--env.type", message)
+
+
 def read_reset(returned: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The observation, as arrays of its own, and the info that ``reset`` returned."""
     if not isinstance(returned, tuple) or len(returned) != 2:
-        raise UserError(OPTION, f"reset must return (observation, info); it returns {kind(returned)}")
+        raise _broken(f"reset must return (observation, info); it returns {kind(returned)}")
     observation, info = returned
     if _readable(info) and isinstance(observation, Mapping) and not _readable(observation):
-        raise UserError(OPTION, "reset must return (observation, info); it returns (info, observation)")
+        raise _broken("reset must return (observation, info); it returns (info, observation)")
     return read_observation(observation), _read_info(info, "reset")
 
 
 def read_step(returned: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
     """Observation, as arrays of its own, reward, terminated, truncated and info that ``step`` returned."""
     if not isinstance(returned, tuple) or len(returned) != 5:
-        raise UserError(
-            OPTION,
-            "step must return (observation, reward, terminated, truncated, info); it returns "
-            f"{kind(returned)}",
-        )
+        wanted = "(observation, reward, terminated, truncated, info)"
+        raise _broken(f"step must return {wanted}; it returns {kind(returned)}")
     observation, reward, terminated, truncated, info = returned
     info = _read_info(info, "step")
     terminated, truncated = read_truth(terminated, "terminated"), read_truth(truncated, "truncated")
     if terminated or truncated:  # one that resets itself at once keeps the last observation here
         last = [info.get(key) for key in ("final_obs", "final_observation")]
         observation = next((one for one in last if isinstance(one, Mapping)), observation)
-    return read_observation(observation), read_number(reward, "the reward"), terminated, truncated, info
+    number = _number(reward)
+    if number is None:
+        raise _broken(f"the reward must be one number, the environment gives {kind(reward)}")
+    return read_observation(observation), number, terminated, truncated, info
 
 
 def read_observation(observation: Any) -> dict[str, Any]:
@@ -59,11 +62,8 @@ def read_observation(observation: Any) -> dict[str, Any]:
     given = f"{kind(observation)}: wrap it"
     if entries is not None:
         given = f"a dict with {', '.join(map(repr, observation)) or 'no entries'}"
-    raise UserError(
-        OPTION,
-        "observations must be a dict with agent_pos, environment_state or pixels; the environment gives "
-        f"{given}",
-    )
+    wanted = "a dict with agent_pos, environment_state or pixels"
+    raise _broken(f"observations must be {wanted}; the environment gives {given}")
 
 
 def _read_entries(observation: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -77,7 +77,7 @@ def _read_entries(observation: Mapping[str, Any], path: str = "") -> dict[str, A
         if array.dtype.kind in "biuf":
             entries[key] = array if array.ndim else array.reshape(1)
         elif array.dtype.kind not in "US":
-            raise UserError(OPTION, f"the observation's '{path}{key}' must be numbers, it is {kind(value)}")
+            raise _broken(f"the observation's '{path}{key}' must be numbers, it is {kind(value)}")
     return entries
 
 
@@ -85,10 +85,7 @@ def flat(observation: Mapping[str, Any], path: str = "") -> dict[str, np.ndarray
     """The arrays of an observation that ``read_observation`` has read, nested ones by path."""
     arrays: dict[str, np.ndarray] = {}
     for key, value in observation.items():
-        if isinstance(value, dict):
-            arrays |= flat(value, f"{path}{key}/")
-        else:
-            arrays[f"{path}{key}"] = value
+        arrays |= flat(value, f"{path}{key}/") if isinstance(value, dict) else {f"{path}{key}": value}
     return arrays
 
 
@@ -101,19 +98,15 @@ def check_layout(first: Layout, now: Layout) -> None:
     """Refuse other entries or shapes than the first observation's, and images that LeRobot cannot read."""
     for key in sorted(first.keys() ^ now.keys()):
         verb = "disappears" if key in first else "appears"
-        raise UserError(OPTION, f"every observation must hold the same entries, but '{key}' {verb}")
+        raise _broken(f"every observation must hold the same entries, but '{key}' {verb}")
     for key, (shape, dtype) in now.items():
         before = first[key][0]
         if shape != before:
-            raise UserError(
-                OPTION, f"the observation's '{key}' must keep its shape, but {before} becomes {shape}"
-            )
+            raise _broken(f"the observation's '{key}' must keep its shape, but {before} becomes {shape}")
         wrong = dtype != np.uint8 or len(shape) != 3 or shape[2] >= min(shape[:2])
         if key.split("/")[0] == "pixels" and wrong:
-            raise UserError(
-                OPTION,
-                f"the image '{key}' must be uint8 of (height, width, channels), it is {dtype} of {shape}",
-            )
+            wanted = "uint8 of (height, width, channels)"
+            raise _broken(f"the image '{key}' must be {wanted}, it is {dtype} of {shape}")
 
 
 def read_success(info: Mapping[str, Any]) -> tuple[str | None, bool]:
@@ -127,30 +120,21 @@ def read_success(info: Mapping[str, Any]) -> tuple[str | None, bool]:
 
 def read_truth(value: Any, name: str) -> bool:
     """``value`` as a bool, be it a bool, 0 or 1, of Python or NumPy, or an array of one of them."""
-    if isinstance(value, bool):
-        return value
     number = _number(value)
     if number not in (0, 1):
-        raise UserError(OPTION, f"{name} must be true or false, the environment gives {kind(value)}")
+        raise _broken(f"{name} must be true or false, the environment gives {kind(value)}")
     return bool(number)
 
 
-def read_number(value: Any, name: str) -> float:
-    """``value`` as a float, be it a number or an array of one."""
-    number = _number(value)
-    if number is None:
-        raise UserError(OPTION, f"{name} must be one number, the environment gives {kind(value)}")
-    return number
-
-
 def _number(value: Any) -> float | None:
+    """``value`` as a float, be it a number or an array of one; ``None`` if it is neither."""
     array = np.asarray(value)
     return float(array.item()) if array.size == 1 and array.dtype.kind in "biuf" else None
 
 
 def _read_info(info: Any, name: str) -> dict[str, Any]:
     if not isinstance(info, Mapping):
-        raise UserError(OPTION, f"{name} must return a dict as info, the environment gives {kind(info)}")
+        raise _broken(f"{name} must return a dict as info, the environment gives {kind(info)}")
     return dict(info)
 
 

@@ -15,55 +15,39 @@ from trimtab.rl.envs.contract import flat, layout, read_observation
 
 @dataclass
 class Description:
-    """What an environment says of itself; nothing has moved for it.
+    """What an environment says of itself; nothing has moved for it."""
 
-    Attributes:
-        instruction, task: what to do in words, and the task's name; empty where there is none.
-        repeatable: false where its metadata says that it cannot repeat an episode.
-        warnings: about a time limit or a frame rate.
-        blank: where it cannot repeat: an observation history of zeros as it declares it, if it does.
-    """
-
-    instruction: str
-    task: str
-    repeatable: bool
+    instruction: str  # what to do, in words; empty where there are none
+    task: str  # its name, likewise
+    repeatable: bool  # false where its metadata says that it cannot repeat an episode
     warnings: list[str]
+    # Where it cannot repeat: an observation history of zeros as it declares it, if it does.
     blank: dict[str, Any] | None
 
 
 @dataclass
 class Findings:
-    """What ``examine`` has found.
+    """What ``examine`` has found."""
 
-    Attributes:
-        repeatable: two resets with one seed agree, to the bit.
-        success_key: the name by which success was reported, if it was.
-        warnings: rules that do not hold.
-    """
-
-    repeatable: bool
-    success_key: str | None = None
+    repeatable: bool  # two resets with one seed agree, to the bit
+    success_key: str | None = None  # by which success was reported
     warnings: list[str] = field(default_factory=list)
 
 
 def describe(env: ChunkEnv, fps: float | None) -> Description:
     """What ``env`` says of itself, beside the frame rate ``fps`` of its config. It does not move."""
-    repeatable = all(_metadata(env.env, "repeatable"))
-    warnings = []
+    repeatable, warnings = all(_metadata(env.env, "repeatable")), []
     if env.limit is None:
         warnings.append(
             "the environment names no time limit (_max_episode_steps, its spec's, or episode_length in its "
             "config): an episode that it does not end itself goes on for ever"
         )
-    rendered = next(
-        (rate for rate in _metadata(env.env, "render_fps") if isinstance(rate, int | float)), None
-    )
-    if fps and rendered and round(rendered) != round(fps):
+    rates = [rate for rate in _metadata(env.env, "render_fps") if isinstance(rate, int | float)]
+    if fps and rates and round(rates[0]) != round(fps):
         warnings.append(
-            f"--env.fps is {fps:g}, its render_fps is {rendered:g}; what is recorded here says {fps:g}"
+            f"--env.fps is {fps:g}, its render_fps is {rates[0]:g}; what is recorded here says {fps:g}"
         )
-    space = getattr(env.env, "observation_space", None)
-    blank = None
+    space, blank = getattr(env.env, "observation_space", None), None
     if not repeatable and isinstance(space, gym.spaces.Dict):
         blank = read_observation(gym.vector.utils.create_empty_array(space, env.n_obs_steps, np.zeros))
     task = str(getattr(env.env.unwrapped, "task", "") or "")
@@ -82,8 +66,7 @@ def _metadata(env: gym.Env, name: str) -> list[Any]:
 def examine(env: ChunkEnv, chunk: np.ndarray, move: bool = True) -> Findings:
     """Step a chunk (T, action_dim) in an environment that has just been reset, and reset it twice more.
 
-    Args:
-        move: else nothing moves: only the chunk is looked at.
+    Without ``move`` nothing moves: only the chunk is looked at.
 
     Raises:
         UserError: a rule without which nothing can be right is broken.
@@ -120,7 +103,5 @@ def examine(env: ChunkEnv, chunk: np.ndarray, move: bool = True) -> Findings:
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Paths of the entries that differ between two observations of one layout."""
-    other = flat(second)
-    return ", ".join(
-        f"'{path}'" for path, array in flat(first).items() if not np.array_equal(array, other[path])
-    )
+    one, other = flat(first), flat(second)
+    return ", ".join(f"'{path}'" for path in one if not np.array_equal(one[path], other[path]))

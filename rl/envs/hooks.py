@@ -5,7 +5,8 @@ Nothing outside ``rl/envs`` asks for an environment's type. A LeRobot ``EnvConfi
 - ``task_names()``: the tasks that its ``task`` names, each of which it can be narrowed to;
 - ``check_base(folder)``: raises a ``UserError`` where the base policy in ``folder`` does not know them;
 - ``base_tasks(folder)``: all tasks that this base knows;
-- ``make_chunk_env(task_index, **options)``: its chunk-wise form, a ``ChunkEnv``;
+- ``make_chunk_env(task_index, **options)``: its chunk-wise form, a ``ChunkEnv`` with its ``options``; the
+  index is taken modulo the number of tasks;
 - ``tiny``, true: a simulator without cameras, which ``--tiny=true`` may run as it is.
 
 LeRobot's own configs define none of them. ``CHUNK_CONFIGS`` names configs of ours that run in their place.
@@ -13,7 +14,7 @@ LeRobot's own configs define none of them. ``CHUNK_CONFIGS`` names configs of ou
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,8 @@ def task_names(config: EnvConfig, option: str = "--env.task") -> list[str]:
         raise UserError(option if error.option == "--env.task" else error.option, error.message) from None
 
 
-def for_task(config: EnvConfig, task: str) -> EnvConfig:
-    """The config of one task."""
-    return replace(config, task=task)
-
-
 def check_base(config: EnvConfig, base: Path | str) -> None:
-    """Refuse tasks that the base policy does not know, where that can be told.
-
-    Args:
-        base: the policy's folder, or the address of its server.
-
-    Raises:
-        UserError: names the task.
-    """
+    """Refuse tasks that the base policy (its folder or server) does not know, where that can be told."""
     check = getattr(config, "check_base", None)
     if check is not None and isinstance(base, Path):
         check(base)
@@ -70,12 +59,7 @@ def base_tasks(config: EnvConfig, base: Path | str) -> list[str]:
 
 
 def make_chunk_env(config: EnvConfig, task_index: int, **options: Any) -> ChunkEnv:
-    """One environment of ``config`` that is stepped chunk by chunk.
-
-    Args:
-        task_index: which of its tasks, modulo their number.
-        options: those of ``ChunkEnv``.
-    """
+    """One environment of ``config``, stepped chunk by chunk; arguments as for the config's own."""
     make = getattr(config, "make_chunk_env", None)
     if make is not None:
         return make(task_index, **options)
@@ -105,11 +89,7 @@ def env_processors(config: EnvConfig, policy_config: Any) -> tuple[Any, Any]:
 
 
 def check_buildable(config: EnvConfig) -> None:
-    """Refuse LeRobot's configs whose environments LeRobot's vector factory does not build.
-
-    Raises:
-        UserError: says what to do instead.
-    """
+    """Raise a UserError for one of LeRobot's configs whose environments its vector factory does not build."""
     if type(config).create_envs is not EnvConfig.create_envs:
         return
     if isinstance(config, HubEnvConfig):
@@ -122,14 +102,10 @@ def check_buildable(config: EnvConfig) -> None:
 
 
 def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
-    """One bare environment of ``config``.
+    """One bare environment of ``config``: of its tasks that of ``task_index``, modulo their number.
 
     LeRobot's vector environments reset or freeze a sub-environment on their own, which would lose
     the last observation; the environment inside them does not.
-
-    Args:
-        config: any LeRobot environment config, ours included.
-        task_index: which of the config's tasks, modulo their number.
 
     Raises:
         UserError: a package is missing, or ``create_envs`` gives no environments of this process.

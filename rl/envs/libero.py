@@ -38,11 +38,7 @@ class LiberoChunksConfig(LiberoConfig):
     shadows: bool = True
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
-        """As LeRobot's; those of one process render only what is watched.
-
-        Raises:
-            UserError: LIBERO or its meshes are not installed.
-        """
+        """As LeRobot's, after ``prepare``; those of one process render only what is watched."""
         prepare()
         suites = super().create_envs(n_envs, use_async_envs)
         for by_task in suites.values():
@@ -60,7 +56,7 @@ def prepare(link: bool = False) -> Path:
         link: put a link to the meshes into LIBERO's own folder, for other commands.
 
     Returns:
-        the folder of the meshes.
+        the folder of the meshes
 
     Raises:
         UserError: LIBERO or its meshes are not installed, with the line that installs them.
@@ -93,18 +89,17 @@ def _write_config(root: Path) -> None:
     folder = Path(os.environ.get("LIBERO_CONFIG_PATH", Path.home() / ".libero"))
     if (folder / "config.yaml").exists():
         return
-    folders = {
-        "benchmark_root": root,
-        "bddl_files": root / "bddl_files",
-        "init_states": root / "init_files",
-        "datasets": root.parent / "datasets",
-        "assets": root / "assets",
-    }
+    lines = [
+        f"benchmark_root: {root}",
+        f"bddl_files: {root / 'bddl_files'}",
+        f"init_states: {root / 'init_files'}",
+        f"datasets: {root.parent / 'datasets'}",
+        f"assets: {root / 'assets'}\n",
+    ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / f"config.{os.getpid()}"
-        lines = [f"{name}: {path}\n" for name, path in folders.items()]
-        unfinished.write_text("".join(lines), encoding="utf-8")
+        unfinished.write_text("\n".join(lines), encoding="utf-8")
         unfinished.replace(folder / "config.yaml")
     except OSError as error:
         raise UserError(
@@ -132,7 +127,6 @@ def _watched_class() -> type:
         metadata = LiberoEnv.metadata | {"render_fps": 20}  # LeRobot's says 80; robosuite steps at 20 Hz
 
         def watch(self, on: bool) -> None:
-            """Whether the steps from here on render."""
             self._watching = on
             if self._env is None:
                 return

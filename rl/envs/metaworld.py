@@ -35,8 +35,8 @@ RENDER_SIZE = 256
 RECORD = "base.json"  # in the folder of an embedded base: what it was made of
 
 
-def task_names() -> list[str]:
-    """The 50 tasks of MT50 in Meta-World's order, which is that of their one-hot.
+def _task_classes() -> dict[str, type]:
+    """Meta-World's 50 environments by name, in the order of MT50, which is that of their one-hot.
 
     Raises:
         UserError: the simulator cannot be loaded, for instance with a MUJOCO_GL that it does not know.
@@ -46,7 +46,12 @@ def task_names() -> list[str]:
         from metaworld import ALL_V3_ENVIRONMENTS
     except (ImportError, RuntimeError, OSError) as error:
         raise UserError("--env.type", f"Meta-World cannot be loaded here: {reason(error)}") from error
-    return list(ALL_V3_ENVIRONMENTS)
+    return ALL_V3_ENVIRONMENTS
+
+
+def task_names() -> list[str]:
+    """The 50 tasks of MT50."""
+    return list(_task_classes())
 
 
 def resolve_task(name: str, option: str = "--env.task") -> str:
@@ -85,10 +90,7 @@ def choose_gl_backend() -> None:
 
 def make_simulator(task: str) -> Any:
     """Build Meta-World's own environment for ``task``, seeded resets, goal visible, cached hand reset."""
-    choose_gl_backend()
-    from metaworld import ALL_V3_ENVIRONMENTS
-
-    cls = type(f"Cached{task}", (ALL_V3_ENVIRONMENTS[task], _cached_reset_class()), {})
+    cls = type(f"Cached{task}", (_task_classes()[task], _cached_reset_class()), {})
     sim = cls(render_mode="rgb_array", camera_name="corner2", width=RENDER_SIZE, height=RENDER_SIZE)
     sim._partially_observable = False
     sim.__dict__.pop("sawyer_observation_space", None)  # cached while the goal was hidden
@@ -118,9 +120,7 @@ def _cached_reset_class() -> type:
         def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
             if "_pristine" not in self.__dict__:
                 self._pristine = {name: getattr(self.model, name).copy() for name in model_fields}
-                self._pristine_prev_obs = self._prev_obs.copy()
             self._restore_model()
-            self._prev_obs = self._pristine_prev_obs.copy()
             if seed is not None:
                 self.seed(seed)
             mujoco.mj_resetData(self.model, self.data)
@@ -163,12 +163,10 @@ class MetaworldStateEnv(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012 - Gymnasium's own form
 
     def __init__(self, task: str, episode_length: int = 160, render_mode: str | None = "rgb_array") -> None:
-        super().__init__()
         check_episode_length(episode_length)
-        choose_gl_backend()
+        self.task = resolve_task(task)  # loads Meta-World, which LeRobot's module imports
         from lerobot.envs.metaworld import TASK_DESCRIPTIONS
 
-        self.task = resolve_task(task)
         self.task_description = TASK_DESCRIPTIONS[self.task]
         self.render_mode = render_mode
         self._max_episode_steps = episode_length
@@ -177,11 +175,9 @@ class MetaworldStateEnv(gym.Env):
         self._renderer: Any = None
         self._steps = 0
         self.state = np.zeros(STATE_DIM)
+        sizes = {"agent_pos": AGENT_DIM, "environment_state": ENV_DIM}
         self.observation_space = gym.spaces.Dict(
-            {
-                "agent_pos": gym.spaces.Box(-np.inf, np.inf, (AGENT_DIM,), np.float64),
-                "environment_state": gym.spaces.Box(-np.inf, np.inf, (ENV_DIM,), np.float64),
-            }
+            {key: gym.spaces.Box(-np.inf, np.inf, (size,), np.float64) for key, size in sizes.items()}
         )
         self.action_space = gym.spaces.Box(-1.0, 1.0, (ACTION_DIM,), np.float32)
 
@@ -189,12 +185,10 @@ class MetaworldStateEnv(gym.Env):
         super().reset(seed=seed)
         if self._sim is None:
             self._sim = make_simulator(self.task)
-        if seed is None and self._steps == 0 and self._sim.current_seed is None:
-            seed = int(self.np_random.integers(2**31))  # Meta-World has no generator before its first seed
-        state, _ = self._sim.reset(seed=seed)
-        self._sim.current_seed = seed if seed is not None else self._sim.current_seed
+            if seed is None:  # Meta-World has no generator before its first seed
+                seed = int(self.np_random.integers(2**31))
+        self.state, _ = self._sim.reset(seed=seed)
         self._steps = 0
-        self.state = state
         return self._observation(), {"is_success": False}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
@@ -278,11 +272,7 @@ class MetaworldStateConfig(EnvConfig):
             raise UserError("--policy.path", f"{record} is damaged ({error})") from None
 
     def check_base(self, folder: Path) -> None:
-        """Refuse a task that the embedded base in ``folder`` was not trained on.
-
-        Raises:
-            UserError: names the task, and the command that makes a base which knows it.
-        """
+        """Raise a UserError for a task that the embedded base in ``folder`` was not trained on."""
         known = self.base_tasks(folder)
         for name in self.task_names() if known else ():
             if name not in known:
@@ -303,11 +293,8 @@ class MetaworldStateConfig(EnvConfig):
         vectorised: Callable[..., gym.vector.VectorEnv] = gym.vector.SyncVectorEnv
         if use_async_envs and n_envs > 1:
             vectorised = functools.partial(gym.vector.AsyncVectorEnv, context="forkserver")
-        by_task = {
-            index: vectorised(
-                [functools.partial(MetaworldStateEnv, task, **self.gym_kwargs)] * n_envs,
-                autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-            )
-            for index, task in enumerate(self.task_names())
-        }
+        mode, by_task = gym.vector.AutoresetMode.SAME_STEP, {}
+        for index, task in enumerate(self.task_names()):
+            make = functools.partial(MetaworldStateEnv, task, **self.gym_kwargs)
+            by_task[index] = vectorised([make] * n_envs, autoreset_mode=mode)
         return {self.type: by_task}

@@ -17,7 +17,7 @@ import torch
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters.errors import UserError, reason
-from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, NotFinite, RawObservation, lost_episode
+from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, NotFinite, RawObservation
 from trimtab.rl.envs.examine import Description, Findings, describe, examine
 from trimtab.rl.envs.hooks import make_chunk_env
 
@@ -38,8 +38,7 @@ class _Group:
     """The environments of one worker. A command goes to some of them, each with its arguments."""
 
     def __init__(self, config: EnvConfig, task: int | None, tolerant: bool, options: dict[str, Any]) -> None:
-        self._make = lambda i: make_chunk_env(config, i if task is None else task, **options)
-        self._tolerant, self._fps = tolerant, getattr(config, "fps", None)
+        self._config, self._task, self._tolerant, self._options = config, task, tolerant, options
         self.envs: dict[int, ChunkEnv] = {}
 
     def answer(self, command: str, arguments: Arguments) -> tuple[str, Any, float]:
@@ -54,8 +53,9 @@ class _Group:
             return "error", traceback.format_exc(), 0.0
 
     def build(self, i: int) -> Description:
-        self.envs[i] = self._make(i)
-        return describe(self.envs[i], self._fps)
+        task = i if self._task is None else self._task
+        self.envs[i] = make_chunk_env(self._config, task, **self._options)
+        return describe(self.envs[i], getattr(self._config, "fps", None))
 
     def examine(self, i: int, chunk: np.ndarray, move: bool) -> Findings:
         return examine(self.envs[i], chunk, move)
@@ -67,17 +67,18 @@ class _Group:
     def step(self, i: int, chunk: np.ndarray, next_seed: int | None) -> ChunkResult:
         try:
             return self.envs[i].step_chunk(chunk, next_seed)
-        except Exception as error:  # whatever a simulator raises
-            if not self._tolerant or (isinstance(error, UserError) and not isinstance(error, NotFinite)):
+        except NotFinite as error:
+            if not self._tolerant:
                 raise
-            if isinstance(error, NotFinite):
-                kind, message = error.kind, str(error)
-            else:
-                kind, message = "crash", f"--env.type: the simulator failed: {reason(error, last=True)}"
-                with contextlib.suppress(Exception):
-                    self.envs[i].close()
-                self.build(i)
-        return lost_episode(kind, message, None if next_seed is None else self.envs[i].reset(next_seed))
+            lost = error.kind, str(error)
+        except Exception as error:  # whatever a simulator raises
+            if not self._tolerant or isinstance(error, UserError):
+                raise
+            lost = "crash", f"--env.type: the simulator failed: {reason(error, last=True)}"
+            with contextlib.suppress(Exception):
+                self.envs[i].close()
+            self.build(i)
+        return ChunkResult(None if next_seed is None else self.envs[i].reset(next_seed), lost=lost)
 
     def close(self) -> None:
         for env in self.envs.values():
@@ -90,6 +91,7 @@ class _Here:
 
     def __init__(self, group: _Group) -> None:
         self._group = group
+        self.close = group.close
 
     def send(self, message: tuple[str, Arguments]) -> None:
         self._answer = self._group.answer(*message)
@@ -99,9 +101,6 @@ class _Here:
 
     def poll(self, timeout: float) -> bool:
         return True
-
-    def close(self) -> None:
-        self._group.close()
 
 
 def _serve(connection: Any, config: EnvConfig, settings: tuple[Any, ...]) -> None:
@@ -159,10 +158,8 @@ class ChunkVectorEnv:
 
     Args:
         config: a LeRobot environment config.
-        num_envs: number of environments.
         num_workers: processes; 0 steps them in this process.
-        n_obs_steps: observation history that the policy looks at.
-        keep_seen: return every step's observation in ``ChunkResult.seen``.
+        n_obs_steps, keep_seen: as for ``ChunkEnv``.
         task: run this task of the config in every environment.
         tolerant: an episode in which the simulator crashes or hangs, or NaN or Inf appears, is lost
             (``ChunkResult.lost``) and the next one starts, in a new worker where need be; else an error.
@@ -187,16 +184,15 @@ class ChunkVectorEnv:
         tolerant: bool = False,
         timeout: float = 0.0,
     ) -> None:
-        self.num_envs = num_envs
+        self.num_envs, self._local = num_envs, num_workers <= 0
         self._tolerant, self._timeout = tolerant, timeout
-        options = {"n_obs_steps": n_obs_steps, "keep_seen": keep_seen}
-        self._config, self._settings = config, (task, tolerant, options)
+        self._config = config
+        self._settings = task, tolerant, {"n_obs_steps": n_obs_steps, "keep_seen": keep_seen}
         self._workers: list[_Worker] = []
         # By worker: the command that it works on, and each environment's arguments.
         self._pending: dict[int, tuple[str, Arguments]] = {}
         self._sent = self.busy = self.idle = 0.0
         described: dict[int, Description] = {}
-        self._local = num_workers <= 0
         try:
             for part in np.array_split(np.arange(num_envs), max(1, min(num_workers, num_envs))):
                 self._workers.append(self._start(part.tolist()))
@@ -234,11 +230,13 @@ class ChunkVectorEnv:
         self, seeds: dict[int, int], render: dict[int, bool] | None = None
     ) -> dict[int, RawObservation]:
         """Reset the environments named in ``seeds`` and return their observation histories."""
-        return self._ask("reset", {i: ((render or {}).get(i, False), seed) for i, seed in seeds.items()})
+        self._send("reset", {i: ((render or {}).get(i, False), seed) for i, seed in seeds.items()})
+        return self._receive()
 
     def examine(self, chunk: np.ndarray, move: bool = True) -> Findings:
         """Ask the first environment whether it does what it must, as ``examine.examine`` finds it."""
-        return self._ask("examine", {0: (chunk, move)})[0]
+        self._send("examine", {0: (chunk, move)})
+        return self._receive()[0]
 
     def send(self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]) -> None:
         """Start stepping ``chunks`` (each (T, action_dim)); ``next_seeds`` as in ``ChunkEnv.step_chunk``."""
@@ -251,10 +249,6 @@ class ChunkVectorEnv:
             self._success_keys.add(key)
             self.on_success_key(key)
         return results
-
-    def _ask(self, command: str, arguments: Arguments) -> dict[int, Any]:
-        self._send(command, arguments)
-        return self._receive()
 
     def _send(self, command: str, arguments: Arguments) -> None:
         if self._pending:
@@ -299,8 +293,8 @@ class ChunkVectorEnv:
         observations, _ = worker.receive(BUILDING * self._timeout)
         if command == "reset":
             return observations
-        message = f"--env.type: {reason(lost, last=True)}"
-        return {i: lost_episode(lost.kind, message, observations.get(i)) for i in seeds}
+        fault = lost.kind, f"--env.type: {reason(lost, last=True)}"
+        return {i: ChunkResult(observations.get(i), lost=fault) for i in seeds}
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice."""

@@ -1,18 +1,19 @@
-"""What goes wrong in a long run, counted; and signals that stop it in an orderly way."""
+"""What goes wrong in a long run, counted by kind; and signals that stop it in an orderly way.
+
+``crash`` and ``hang`` are a simulator's; ``observation``, ``reward``, ``chunk``, ``transition`` and ``loss``
+held NaN or Inf; an ``unrepeatable`` episode did not go as it had gone, when a run was resumed.
+"""
 
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 
 from trimtab.adapters.errors import UserError, at_least
-
-# crash, hang: of a simulator. observation, reward, chunk, transition, loss: NaN or Inf in it.
-# unrepeatable: an episode that did not go as it had gone, when a run was resumed.
-KINDS = ("crash", "hang", "observation", "reward", "chunk", "transition", "loss", "unrepeatable")
 
 
 @dataclass
@@ -28,53 +29,18 @@ class FaultsConfig:
         at_least(0, self, "--faults.", "limit", "timeout")
 
 
-@dataclass
-class FaultLog:
-    """Counts faults of all processes.
-
-    Attributes:
-        counts: by kind, over the whole run.
-        last: what happened last on this process.
-    """
-
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    last: str = ""
-    _new: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-
-    def add(self, kind: str, message: str, count: int = 1) -> None:
-        """Note what happened here; it counts once ``take`` and ``put`` have been through."""
-        self._new[kind] += count
-        self.last = message
-
-    def take(self) -> list[float]:
-        """New faults of this process, by kind."""
-        found = [float(self._new[kind]) for kind in KINDS]
-        self._new = dict.fromkeys(KINDS, 0)
-        return found
-
-    def put(self, new: list[float]) -> None:
-        """Count new faults of all processes."""
-        for kind, count in zip(KINDS, new, strict=True):
-            self.counts[kind] += int(count)
-
-    def error(self, limit: int) -> UserError:
-        """That there are more than ``limit``, with what happened last on this process."""
-        option, _, message = (self.last or "--faults.limit: on another process").partition(": ")
-        count = f"stopped after {self.total} faults ({self}), more than --faults.limit={limit}"
-        return UserError(option, f"{message}; {count}")
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def __str__(self) -> str:
-        return ", ".join(f"{count} x {kind}" for kind, count in self.counts.items() if count) or "none"
+def too_many(faults: Counter[str], last: str, limit: int) -> UserError:
+    """That there are more than ``limit`` faults, with what was said of the last."""
+    option, _, message = last.partition(": ")
+    listed = ", ".join(f"{count} x {kind}" for kind, count in faults.items())
+    count = f"stopped after {faults.total()} faults ({listed}), more than --faults.limit={limit}"
+    return UserError(option, f"{message}; {count}")
 
 
 class Stopped(Exception):
     """A signal ended the run after its checkpoint was written.
 
-    Args:
+    Attributes:
         name: of the signal.
         env_steps: where its newest checkpoint stands; ``None`` after training.
     """
@@ -104,13 +70,9 @@ class StopSignals:
         name = signal.Signals(number).name
         again = self.name == name == "SIGINT"
         self.name = name
-        if again:
-            raise KeyboardInterrupt
-        if self.deferred:
+        if self.deferred and not again:
             return
-        if self.kept:
-            raise Stopped(name)
-        raise KeyboardInterrupt
+        raise Stopped(name) if self.kept and not again else KeyboardInterrupt
 
     @contextmanager
     def installed(self) -> Iterator[StopSignals]:
@@ -127,20 +89,11 @@ class StopSignals:
 
 
 def lost_notes(lost: int, repeatable: bool) -> list[str]:
-    """A line about running episodes that could not be taken up, if any.
-
-    Args:
-        lost: how many.
-        repeatable: whether the environments say that they repeat an episode.
-    """
+    """A line about ``lost`` running episodes that could not be taken up, if any."""
+    ending = "s" * (lost != 1)
     if not repeatable:
-        ending = "s" * (lost != 1)
         return [
             f"{lost} interrupted episode{ending} dropped, new ones begin: this environment cannot repeat them"
         ]
-    if not lost:
-        return []
-    return [
-        f"{lost} running episode{'s' * (lost > 1)} did not repeat exactly and start anew: "
-        "this simulator is not deterministic"
-    ]
+    fickle = "did not repeat exactly and start anew: this simulator is not deterministic"
+    return [f"{lost} running episode{ending} {fickle}"] if lost else []

@@ -1,18 +1,19 @@
-"""What several processes of one run do together: average, count, agree. One process does it alone, for free.
+"""What several processes of one run do together: average, gather, agree. One process does it alone, for free.
 
 All processes of a run step their environments chunk by chunk in step with each other, and every collective
-call is made by all of them, whatever their own environments have brought: a process without a finished
-episode, or with slow environments, sends zeros and is waited for.
+call is made by all of them, whatever their own environments have brought.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 
@@ -22,7 +23,7 @@ class ProcessGroup:
     Attributes:
         rank, size: of this process, and how many there are.
         main: whether this process writes.
-        waited: seconds spent on adding up, waiting for the others included.
+        waited: seconds spent on gathering and averaging, waiting for the others included.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -31,59 +32,30 @@ class ProcessGroup:
         self.main = self.rank == 0
         self.waited = 0.0
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sum over the processes, entry by entry."""
-        if self.size == 1:
-            return list(values)
-        # NCCL takes tensors on its device only; MPS has no float64, but no processes either.
-        total = torch.tensor(list(values), dtype=torch.float64, device=self.accelerator.device)
-        self._add_up(total)
-        return total.tolist()
-
-    def _add_up(self, flat: Tensor) -> None:
-        """Replace ``flat`` by its sum over the processes."""
-        started = time.perf_counter()
-        torch.distributed.all_reduce(flat)
-        self.waited += time.perf_counter() - started
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order."""
+        with self._waiting():
+            return gather_object([value])
 
     def all(self, here: bool) -> bool:
         """Whether ``here`` holds on every process; also a barrier."""
-        return self.sum([0.0 if here else 1.0])[0] == 0.0
+        return all(self.gather(here))
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its mean over the processes; all are sent as one."""
         if self.size == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        self._add_up(flat)
+        with self._waiting():
+            torch.distributed.all_reduce(flat)
         parts = (flat / self.size).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [p.view_as(t) for p, t in zip(parts, tensors, strict=True)])
 
-    def rows(self, rows: Tensor) -> Tensor:
-        """The rows (n, ...) of all processes, in their order; n may differ."""
-        if self.size == 1:
-            return rows
-        counts = [int(n) for n in self.sum([len(rows) if r == self.rank else 0.0 for r in range(self.size)])]
-        padded = torch.zeros(max(counts), *rows.shape[1:], dtype=rows.dtype, device=self.accelerator.device)
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        torch.distributed.all_gather(parts, padded)
-        found = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-        return found.to(rows.device)
-
-    def share(self, module: nn.Module) -> None:
-        """Give every process the weights and buffers of the first."""
-        if self.size > 1:
-            for value in module.state_dict().values():
-                torch.distributed.broadcast(value, 0)
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in their order."""
-        if self.size == 1:
-            return [value]
-        found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, value)
-        return found
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
 
 
 class StepGuard:
@@ -92,11 +64,8 @@ class StepGuard:
     A step whose gradients hold NaN or Inf is left out on every process (they see the same average): weights
     and the optimiser's state stay as they are. Adam's fused step does so on the device, without a wait.
 
-    Args:
-        world: the processes.
-        clip: largest norm of an optimiser's gradients; ``None`` leaves them as they are.
-
     Attributes:
+        clip: largest norm of an optimiser's gradients; ``None`` leaves them as they are.
         skipped: steps left out, a scalar on the learner's device.
     """
 
@@ -125,22 +94,6 @@ class StepGuard:
 def optimizers(algorithm: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """The optimisers among an algorithm's attributes, by name."""
     return {k: v for k, v in vars(algorithm).items() if isinstance(v, torch.optim.Optimizer)}
-
-
-def count_outcomes(outcomes: list[tuple[int, bool, bool]], tasks: list[str]) -> list[float]:
-    """How many episodes ended so, by task, steered or not, success or not: what processes can add up."""
-    counts = [0.0] * (4 * len(tasks))
-    for task, steered, success in outcomes:
-        counts[4 * task + 2 * steered + success] += 1.0
-    return counts
-
-
-def list_outcomes(counts: list[float]) -> list[tuple[int, bool, bool]]:
-    """The inverse of ``count_outcomes``, in an order of its own."""
-    found = []
-    for index, count in enumerate(counts):
-        found += [(index // 4, bool(index // 2 % 2), bool(index % 2))] * int(count)
-    return found
 
 
 def weights_digest(module: nn.Module) -> str:

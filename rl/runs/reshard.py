@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from trimtab.rl.collector import Collector
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.runs.checkpoint import Checkpoint
@@ -28,44 +26,34 @@ def reshard(
         replay: takes this process's share.
 
     Returns:
-        (state of a process of the checkpoint with the environments that are this process's, running episodes
-        dropped, a line about it)
+        (state of a process of the checkpoint with this process's environments, running episodes dropped, a
+        line about it)
     """
     rank, size, here = world.rank, world.size, collector.vec.num_envs
     processes = [checkpoint.read(f"process-{r}") for r in range(checkpoint.processes)]
-    total = _reshard_rows(checkpoint, world, replay)
-    envs = [one for process in processes for one in process["collector"]["envs"]]
-    start, count = collector.first_seed - rank * here, here * size
-    beyond = max(one["rollout"]["upcoming"] for one in envs) + 1
-    first = start + -(-(beyond - start) // count) * count
-    mine: list[dict[str, Any] | None] = []
+    total = 0
+    for process in processes:
+        count = len(process["rows"]["reward"])
+        mine = [n for n in range(count) if (total + n) % size == rank]
+        replay.put(replay.added, {name: value[mine] for name, value in process["rows"].items()})
+        total += count
+    saved = [one for process in processes for one in process["collector"]["envs"]]
+    first, count = collector.first_seed - rank * here, here * size
+    beyond = max(one["rollout"]["upcoming"] for one in saved) + 1
+    first += -(-(beyond - first) // count) * count
+    envs: list[dict[str, Any] | None] = []
     for i, number in enumerate(range(rank * here, (rank + 1) * here)):
         seed = collector.rollout.upcoming[i] = first + number
-        if number < len(envs):
-            mine.append(envs[number] | {"rollout": envs[number]["rollout"] | {"upcoming": seed}})
+        if number < len(saved):
+            envs.append(saved[number] | {"rollout": saved[number]["rollout"] | {"upcoming": seed}})
         else:
-            mine.append(None)
+            envs.append(None)
             collector.rollout.generators[i].manual_seed(seed)
     state = processes[min(rank, checkpoint.processes - 1)]
-    state["collector"]["envs"] = mine
-    dropped = max(0, len(envs) - count)
+    state["collector"]["envs"] = envs
+    dropped = max(0, len(saved) - count)
     note = (
         f"the checkpoint is of {checkpoint.processes} processes, this run has {size}: {total} transitions "
         f"resharded, {dropped} running episodes dropped"
     )
     return state, dropped, note
-
-
-def _reshard_rows(checkpoint: Checkpoint, world: ProcessGroup, replay: ReplayBuffer) -> int:
-    """Put every so many-th transition into ``replay``; returns how many there are in all."""
-    shard: list[dict[str, Tensor]] = []
-    total = 0
-    for process in range(checkpoint.processes):
-        for _, rows in checkpoint.rows(process):
-            count = len(next(iter(rows.values())))
-            mine = [n for n in range(count) if (total + n) % world.size == world.rank]
-            shard.append({name: value[mine] for name, value in rows.items()})
-            total += count
-    for rows in shard:
-        replay.put(replay.added, rows)
-    return total

@@ -116,7 +116,7 @@ class Run:
         result = {
             "weights": own["weights"],
             "replay": {name: float(value.double().sum()) for name, value in replay.items()},
-            "rng": own["rng"]["cpu"].sum().item(),
+            "rng": own["rng"].sum().item(),
             "counters": {k: v for k, v in shared.items() if isinstance(v, int | float)},
             "faults": shared["faults"],
             "notes": notes,

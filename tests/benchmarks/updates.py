@@ -99,7 +99,7 @@ def ours(of: str, width: int, device: torch.device, transitions: int, **settings
     layout = replay_layout(config, policy, space, FEATURES)
     replay = ReplayBuffer(transitions, layout, 0, device)
     for _ in range(transitions):
-        more = {name: np.tanh(rng.standard_normal(shape)) for name, shape in layout.extra.items()}
+        more = {name: np.tanh(rng.standard_normal(shape)) for name, (shape, _) in layout.extra.items()}
         seen, following = rng.standard_normal((2, FEATURES))
         u = np.tanh(rng.standard_normal(DIM))
         replay.add(Transition(seen, u, -rng.random(), 0.9, following, extra=more))

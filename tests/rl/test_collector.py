@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tests.helpers.acting import Acts
 from tests.helpers.faulty import FaultyConfig
@@ -13,11 +14,11 @@ from trimtab.adapters import PolicyConfig, load_adapter
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.rl.algorithms import DSRLSACConfig
 from trimtab.rl.collector import Collector
-from trimtab.rl.diagnostics import calibration, returns_to_go
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.metrics import SuccessWindow
+from trimtab.rl.metrics import WINDOW, RunMetrics, calibration, returns_to_go
 from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.runs.processes import ProcessGroup
 
 
 def collect(adapter, config, steps, n_step=1, envs=3, gamma=0.9, workers=0, tolerant=False, **settings):
@@ -200,9 +201,12 @@ def test_returns_to_go_and_calibration():
     assert calibration(Oracle(), []) == {}
 
 
-def test_success_window():
-    window = SuccessWindow(3)
-    assert window.rate == 0.0
-    for success in (True, False, False, False):
-        window.add(success)
-    assert (window.rate, len(window)) == (0.0, 3)
+def test_the_success_rate_is_that_of_the_last_episodes():
+    metrics = RunMetrics(ProcessGroup(Accelerator(cpu=True)), ["push", "pull"])
+    metrics.reported = True
+    assert metrics.rates()["success_rate"] == 0.0
+    for task, success in [("push", True)] + WINDOW * [("pull", False)] + [("push", True)]:
+        metrics.add_episode(task, success, 1.0)
+    found = metrics.rates()
+    assert (found["success_rate"], found["success_window"]) == (pytest.approx(1 / WINDOW), WINDOW)
+    assert (found["success_rate/push"], found["success_rate/pull"]) == (1.0, 0.0)

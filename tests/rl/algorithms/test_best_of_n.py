@@ -345,12 +345,11 @@ def test_the_actor_proposes_some_of_the_candidates():
     for proposes in (False, True):
         with ChunkVectorEnv(config, 3, 0) as vec:
             rl = BestOfNConfig(gamma=0.95, n_step=1, num_candidates=5, actor_candidates=2)
-            collector = Collector(PolicyRunner(adapter, config), vec, rl, "sparse", 7)
+            runner = PolicyRunner(adapter, config)
+            collector = Collector(runner, vec, rl, "sparse", 7, assign=lambda: False)
             algorithm = rl.build(problem(2, space, 2, None))
             algorithm.actor.choose = lambda features, prior: choose(features)
             collector.start(algorithm)
-            collector.assign = lambda: False
-            collector.unsteer()
             rounds = []
             for _ in range(20):
                 collector.begin(steering=proposes)  # no episode is steered: a draw of the prior acts

@@ -62,7 +62,8 @@ def made(root, adapter, rl=None, reward="sparse", **settings):
     runner = PolicyRunner(adapter, MetaworldStateConfig())
 
     def make(size):
-        return make_transitions(data, runner, algorithm, returns, None, 5, size, progress=False)
+        data.config.batch_size = size
+        return make_transitions(data, runner, algorithm, returns, None, 5, progress=False)
 
     return data, make(7), make
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from trimtab.rl.data.frames import FrameStore
-from trimtab.rl.data.replay import Layout, ReplayBuffer
+from trimtab.rl.data.replay import FrameStore, Layout, ReplayBuffer
 from trimtab.rl.data.returns import NStepAccumulator, Transition
 
 PIXELS = 3 * 16 * 16

@@ -74,7 +74,7 @@ def test_episodes_are_dropped_and_counted_and_the_run_goes_on(fault, workers, ki
     trainer.on_step = lambda episodes: (seeds.extend(e.seed for e in episodes), on_step(episodes))
     with trainer.vec:
         trainer.run()
-    counts = {kind: count for kind, count in trainer.faults.counts.items() if count}
+    counts = {kind: count for kind, count in trainer.faults.items() if count}
     assert set(counts) == {kind} and counts[kind] >= 2
     assert lines[-1]["faults"] == counts[kind] and lines[-1]["episodes_dropped"] >= 2
     assert trainer.env_steps >= 200 and trainer.updates > 10
@@ -97,11 +97,11 @@ def test_too_many_faults_stop_the_run_with_a_checkpoint(fault, message, tmp_path
     with trainer.vec, pytest.raises(UserError, match=r"--env.type: .*more than --faults.limit=10") as caught:
         trainer.run()
     assert message in str(caught.value)
-    assert 10 < trainer.faults.total <= 13, "at most one more chunk of every environment"
+    assert 10 < trainer.faults.total() <= 13, "at most one more chunk of every environment"
     found, notes = trainer.checkpoints.newest()
     assert found.env_steps == trainer.env_steps and not notes
-    counted = json.loads((found.folder / "learner.json").read_text())["state"]["faults"]
-    assert sum(counted.values()) == trainer.faults.total
+    counted = json.loads((found.folder / "learner.json").read_text())["faults"]
+    assert sum(counted.values()) == trainer.faults.total()
 
 
 def test_a_policy_that_makes_nan_chunks(tmp_path):
@@ -113,7 +113,7 @@ def test_a_policy_that_makes_nan_chunks(tmp_path):
         pytest.raises(UserError, match=r"--policy.path: the policy produced a NaN or Inf action"),
     ):
         trainer.run()
-    assert len(trainer.replay) == 0 and trainer.faults.counts["chunk"] == 6
+    assert len(trainer.replay) == 0 and trainer.faults["chunk"] == 6
 
 
 def test_nan_losses_never_reach_the_weights(tmp_path):
@@ -132,7 +132,7 @@ def test_nan_losses_never_reach_the_weights(tmp_path):
     with trainer.vec:
         trainer.run()
     check_sound(trainer)
-    assert trainer.faults.counts["loss"] == len(poisoned) > 5
+    assert trainer.faults["loss"] == len(poisoned) > 5
     assert all(np.isfinite(v) for line in lines for v in line.values() if isinstance(v, float))
     assert "critic_loss" in lines[-1]
 
@@ -221,7 +221,7 @@ def test_a_signal_is_heeded_at_the_next_whole_chunk(number, tmp_path):
 
 
 def test_a_replay_that_the_machine_cannot_hold():
-    layout = Layout(10, 4, {"candidates": (16, 32)})
+    layout = Layout(10, 4, {"candidates": ((16, 32), torch.float16)})
     line = check_replay(1000, layout)
     assert line == f"replay: 1,000 transitions of {4 * 26 + 2 * 512:,} bytes, 1 MiB when full"
     with pytest.raises(UserError, match=r"--train.replay_capacity: .*lower it to [\d,]+ or less"):

@@ -191,7 +191,7 @@ def test_an_episode_that_does_not_repeat_is_dropped_and_said(other, tmp_path, mo
     monkeypatch.setattr("tests.helpers.point.PointEnv", other)
     trainer, lines, notes = resume(tmp_path, lines, rl, train)
     assert len(notes) == 1 and notes[0].startswith("3 running episodes did not repeat exactly")
-    assert trainer.faults.counts["unrepeatable"] == 3 and lines[-1]["faults"] == 3
+    assert trainer.faults["unrepeatable"] == 3 and lines[-1]["faults"] == 3
     assert trainer.env_steps >= 600
 
 
@@ -219,11 +219,11 @@ def test_an_environment_that_cannot_repeat_is_not_moved_to_come_back(name, tmp_p
     assert moves == ["reset"] * 3, "no episode is begun twice, none is lived through again"
     (note,) = notes
     assert note.startswith(f"{interrupted} interrupted episode") and "cannot repeat them" in note
-    assert again.dropped == interrupted and not again.faults.total
+    assert again.dropped == interrupted and not again.faults.total()
     collector = again.collector
     rollout = collector.rollout
     assert rollout.upcoming == trainer.collector.rollout.upcoming
-    assert not any(running.features for running in collector._running)
+    assert not any(episode.features for episode in collector._episodes)
     assert not any(trace.actions for trace in rollout.traces.values())
     assert [len(trace.digests) for trace in rollout.traces.values()] == [1, 1, 1]
     assert not any(accumulator._pending for accumulator in collector._accumulators)
@@ -237,7 +237,7 @@ def test_an_environment_that_cannot_repeat_is_not_moved_to_come_back(name, tmp_p
 
 
 def damaged(folder, name, how):
-    """Replace a file of a checkpoint by a damaged one; files it is linked with stay whole."""
+    """Damage a file of a checkpoint."""
     path = folder / name
     content = path.read_bytes()
     path.unlink()
@@ -254,7 +254,7 @@ def test_every_damage_is_found_and_the_checkpoint_before_is_used(tmp_path):
     old, new = sorted(p for p in (tmp_path / "run").iterdir() if p.name.isdigit())
     assert (tmp_path / "run" / "last").resolve() == new
     names = sorted(str(p.relative_to(new)) for p in new.rglob("*") if p.is_file())
-    assert len(names) >= 7 and all(name.endswith((".json", ".safetensors")) for name in names)
+    assert len(names) >= 5 and all(name.endswith((".json", ".safetensors")) for name in names)
     checkpoints = trainer.checkpoints
     for how in ("truncated", "flipped", "missing"):
         for name in names:
@@ -289,20 +289,6 @@ def checkpoint_folders(folder):
     return sorted(place for place in folder.iterdir() if place.name.isdigit())
 
 
-def test_a_checkpoint_costs_what_is_new(tmp_path):
-    rl, train = RUNS["dsrl_sac"]
-    trainer, _ = make(tmp_path, rl, replace(train, replay_capacity=100_000), every=100)
-    go(trainer)
-    old, new = checkpoint_folders(tmp_path)
-    shared = {p.name for p in (old / "replay").iterdir()} & {p.name for p in (new / "replay").iterdir()}
-    assert len(shared) >= 4
-    for name in shared:
-        assert (old / "replay" / name).stat().st_ino == (new / "replay" / name).stat().st_ino
-    files = json.loads((new / "manifest.json").read_text())["files"]
-    rows = [files[f"replay/{name}"]["rows"] for name in shared]
-    assert sum(rows) > 0.7 * trainer.replay.added
-
-
 def test_trees_come_back_and_strange_values_do_not_go():
     tree = {
         "a": [1, 2.5, None, True, "x", {"b": torch.arange(3), "c": np.ones((2, 0))}],
@@ -334,6 +320,6 @@ def test_a_checkpoint_of_an_older_format_is_refused_in_one_line(tmp_path):
     go(trainer)
     manifest = checkpoint_folders(tmp_path)[-1] / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
-    with pytest.raises(UserError, match=r"--resume: .* another version \(format 1, this one reads 2\)"):
+    with pytest.raises(UserError, match=r"--resume: .* another version \(format 1, this one reads 3\)"):
         trainer.checkpoints.newest()
     assert manifest.is_file()
