@@ -155,7 +155,8 @@ def unreported(evaluation: Evaluation) -> str:
     """What to say where an environment does not tell whether an episode succeeds: what its ``info`` held."""
     held = ", ".join(evaluation.info_keys) or "nothing"
     return (
-        f"the environment never reported success in {len(evaluation.seeds)} episodes (its info held: {held})"
+        f"the environment never reported success in {len(evaluation.seeds)} episodes (its info held: {held}; "
+        "with --env.type=gym, --env.success=info.NAME, reward>=NUMBER or terminated says what it is)"
     )
 
 

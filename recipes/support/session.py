@@ -23,7 +23,7 @@ from trimtab.policies.observe import ObserveConfig, build_observer
 from trimtab.recipes.support.reporting import write_grid_video
 from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.envs.contract import SUCCESS_KEYS
-from trimtab.rl.envs.hooks import check_base, check_buildable, task_names
+from trimtab.rl.envs.hooks import check_base, check_buildable, for_policy, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, unreported
 from trimtab.rl.runner import Encoded, PolicyRunner
@@ -61,6 +61,9 @@ class Session:
         check_buildable(self.env)
         self.tasks = task_names(self.env)
         self._check_tasks(self.tasks)
+        own = {policy: raw for raw, policy in self.adapter.renames().items()}
+        features = self.adapter.config.input_features
+        self.env = for_policy(self.env, {own.get(k, k): tuple(one.shape) for k, one in features.items()})
         self.runner = PolicyRunner(self.adapter, self.env)
 
     def _check_tasks(self, names: Collection[str]) -> None:

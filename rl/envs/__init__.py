@@ -1,5 +1,5 @@
 """Chunk environments. Importing this registers trimtab's own types with LeRobot."""
 
-from trimtab.rl.envs import libero, metaworld
+from trimtab.rl.envs import gym, libero, metaworld
 
-__all__ = ["libero", "metaworld"]
+__all__ = ["gym", "libero", "metaworld"]

@@ -93,7 +93,7 @@ class ChunkEnv:
     ) -> None:
         self.env = env
         self.n_obs_steps, self.keep_seen = n_obs_steps, keep_seen
-        self.limit = _time_limit(env) or limit or None
+        self.limit = time_limit(env) or limit or None
         self.layout: contract.Layout = {}
         self.seed = -1
         self.render = False
@@ -226,7 +226,7 @@ class ChunkEnv:
         return success
 
 
-def _time_limit(env: gym.Env) -> int | None:
+def time_limit(env: gym.Env) -> int | None:
     """The environment's ``_max_episode_steps``, or that of its spec, where it has one."""
     try:
         limit = env.get_wrapper_attr("_max_episode_steps")

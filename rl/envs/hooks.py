@@ -5,6 +5,7 @@ Nothing outside ``rl/envs`` asks for an environment's type. A LeRobot ``EnvConfi
 - ``task_names()``: the tasks that its ``task`` names, each of which it can be narrowed to;
 - ``check_base(folder)``: raises a ``UserError`` where the base policy in ``folder`` does not know them;
 - ``base_tasks(folder)``: all tasks that this base knows;
+- ``for_policy(features)``: the config that hands on what a policy with these input features reads;
 - ``make_chunk_env(task_index, **options)``: its chunk-wise form, a ``ChunkEnv`` with its ``options``; the
   index is taken modulo the number of tasks;
 - ``tiny``, true: a simulator without cameras, which ``--tiny=true`` may run as it is.
@@ -56,6 +57,12 @@ def base_tasks(config: EnvConfig, base: Path | str) -> list[str]:
     """All tasks that the base policy knows; empty where nobody can tell."""
     ask = getattr(config, "base_tasks", None)
     return ask(base) if ask is not None and isinstance(base, Path) else []
+
+
+def for_policy(config: EnvConfig, features: dict[str, tuple[int, ...]]) -> EnvConfig:
+    """The config for a policy that reads ``features``: shapes by the environment's names for them."""
+    fit = getattr(config, "for_policy", None)
+    return config if fit is None else fit(features)
 
 
 def make_chunk_env(config: EnvConfig, task_index: int, **options: Any) -> ChunkEnv:

@@ -43,7 +43,7 @@ def test_eval_names_what_info_holds_where_success_is_not_in_it(policy, tmp_path,
     monkeypatch.setitem(lane.SUCCESS_KEYS, "plain", "goal_reached")
     assert run("eval", policy, tmp_path / "out", "--eval.constant_candidates=0") == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the env")]
-    assert "never reported success in 4 episodes (its info held: goal_reached)" in line
+    assert "never reported success in 4 episodes (its info held: goal_reached; with" in line
     assert "read from is_success, success, succeed" in line
 
 

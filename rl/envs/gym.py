@@ -1,0 +1,329 @@
+"""``--env.type=gym``: any environment that Gymnasium can make, or that a function of yours returns.
+
+LeRobot reads ``agent_pos``, ``environment_state`` and ``pixels`` of an observation. Here a Box or a dict with
+names of its own is handed on under these names, as the policy's input features ask for them. Success is what
+``success`` says it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from lerobot.envs.configs import EnvConfig
+from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_STATE, OBS_STR
+
+from trimtab.adapters.errors import UserError, reason
+from trimtab.rl.envs.chunk import time_limit
+from trimtab.rl.envs.contract import SUCCESS_KEYS, flat, kind
+from trimtab.rl.envs.metaworld import choose_gl_backend
+
+BOX = "observation"  # the name of an observation that is a single array
+# By LeRobot's feature: where its commands look for it in an environment's observation.
+RAW_NAMES = {OBS_STATE: "agent_pos", OBS_ENV_STATE: "environment_state", OBS_IMAGE: "pixels"}
+
+
+@EnvConfig.register_subclass("gym")
+@dataclass
+class GymConfig(EnvConfig):
+    """Any Gymnasium environment: a registered ``id``, or a ``factory`` of yours."""
+
+    # Its name in results, by default its id or factory; and the instruction of a policy that reads one.
+    task: str | None = None
+    # As gymnasium.make takes it: Hopper-v5, or my_package:Name-v0, which imports my_package first.
+    id: str = ""
+    # MODULE:FUNCTION that returns an environment. The module may lie in the current folder.
+    factory: str = ""
+    # Keyword arguments of either.
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    # Names of the policy's features for entries of the observation, as '{"cam": "observation.images.top"}'.
+    # Several entries of one feature are joined; a single array is called "observation".
+    rename_map: dict[str, str] = field(default_factory=dict)
+    # What success is: info.NAME, reward>=NUMBER, terminated, or none: compare returns. By default what the
+    # environment says in its info.
+    success: str = ""
+    # Time limit in steps; by default the environment's own.
+    episode_length: int | None = None
+
+    # By input feature of the policy, under the environment's name for it: its shape. ``None``: not known.
+    wanted: ClassVar[dict[str, tuple[int, ...]] | None] = None
+
+    def __post_init__(self) -> None:
+        if bool(self.id) == bool(self.factory):
+            found = "both" if self.id else "neither"
+            raise UserError("--env.id", f"name an --env.id or an --env.factory; this names {found}")
+        if self.episode_length is not None and self.episode_length < 1:
+            raise UserError("--env.episode_length", f"must be at least 1 step, got {self.episode_length}")
+        success_rule(self.success)
+        self.task = self.task or self.id or self.factory
+
+    @property
+    def gym_kwargs(self) -> dict[str, Any]:
+        return self.kwargs
+
+    def task_names(self) -> list[str]:
+        """The one task."""
+        return [str(self.task)]
+
+    def for_policy(self, features: dict[str, tuple[int, ...]]) -> GymConfig:
+        """This config for a policy with these input features: shapes by the environment's name for them."""
+        config = copy.copy(self)
+        config.wanted = features  # type: ignore[misc]
+        return config
+
+    def create_envs(
+        self, n_envs: int, use_async_envs: bool = False
+    ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
+        """LeRobot's form: ``{"gym": {0: vector environment}}``."""
+        vectorised: Callable[..., gym.vector.VectorEnv] = gym.vector.SyncVectorEnv
+        if use_async_envs and n_envs > 1:
+            vectorised = partial(gym.vector.AsyncVectorEnv, context="forkserver")
+        make = partial(make_env, self)
+        return {
+            self.type: {0: vectorised([make] * n_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)}
+        }
+
+
+def make_env(config: GymConfig) -> gym.Env:
+    """The environment of ``config``, with LeRobot's names, within its bounds, with a time limit.
+
+    Raises:
+        UserError: it cannot be made, or is none that a policy could act in.
+    """
+    choose_gl_backend()
+    name, option = config.factory or config.id, "--env.factory" if config.factory else "--env.id"
+    if not sys.path or sys.path[0] not in ("", str(Path.cwd())):
+        sys.path.insert(0, str(Path.cwd()))  # a command's path holds its own folder, not the current one
+    try:
+        env = _call_factory(config) if config.factory else _make_registered(config)
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        missing = str(error.name).partition(".")[0]
+        mend = f"install it (uv pip install {missing.replace('_', '-')}) or put it into the current folder"
+        raise UserError(
+            option, f"'{name}' needs the package '{missing}', which is not here: {mend}"
+        ) from error
+    except gym.error.UnregisteredEnv as error:
+        mend = f"if a package of its own registers it, name both: --env.id=PACKAGE:{name}"
+        raise UserError(option, f"{reason(error)} {mend}") from error
+    except Exception as error:  # whatever a simulator raises when it is built
+        raise UserError(option, f"'{name}' cannot be made: {reason(error)}") from error
+    if not isinstance(env, gym.Env):
+        raise UserError(option, f"'{name}' must return a gymnasium.Env, it returns {kind(env)}")
+    if not isinstance(env.action_space, gym.spaces.Box) or len(env.action_space.shape) != 1:
+        raise UserError(
+            "--env.type", f"policies make vectors of numbers, the environment takes {env.action_space}"
+        )
+    if config.episode_length:
+        env = gym.wrappers.TimeLimit(env, config.episode_length)
+    if time_limit(env) is None:
+        raise UserError(
+            "--env.episode_length", "this environment has no time limit: say how many steps an episode takes"
+        )
+    if config.task not in (config.id, config.factory):
+        env.unwrapped.task_description = config.task  # type: ignore[attr-defined]
+    return LeRobotNames(env, config)
+
+
+def _make_registered(config: GymConfig) -> gym.Env:
+    module, colon, name = config.id.rpartition(":")
+    if colon:
+        importlib.import_module(module)
+    spec = gym.spec(name)
+    rendering = {}
+    if isinstance(spec.entry_point, str):
+        creator = gym.envs.registration.load_env_creator(spec.entry_point)
+        if "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ()):
+            rendering = {"render_mode": "rgb_array"}
+    return gym.make(spec, disable_env_checker=True, **rendering | config.kwargs)
+
+
+def _call_factory(config: GymConfig) -> Any:
+    module, colon, name = config.factory.partition(":")
+    if not (module and colon and name):
+        raise UserError("--env.factory", f"must be MODULE:FUNCTION, got '{config.factory}'")
+    return getattr(importlib.import_module(module), name)(**config.kwargs)
+
+
+class LeRobotNames(gym.Wrapper):
+    """An environment whose observations have LeRobot's names and whose info says ``is_success``.
+
+    Actions are clipped to its bounds.
+    """
+
+    def __init__(self, env: gym.Env, config: GymConfig) -> None:
+        super().__init__(env)
+        spaces = _entries(env.observation_space)
+        self._sources = match(spaces, config)
+        self._succeeded = success_rule(config.success)
+        self.observation_space = _nested(
+            {
+                feature: spaces[paths[0]]
+                if len(paths) == 1
+                else gym.spaces.flatten_space(gym.spaces.Dict({path: spaces[path] for path in paths}))
+                for feature, paths in self._sources.items()
+            },
+            gym.spaces.Dict,
+        )
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        observation, info = self.env.reset(seed=seed, options=options)
+        return self._renamed(observation), info
+
+    def step(self, action: np.ndarray) -> tuple[dict, Any, bool, bool, dict]:
+        space: Any = self.env.action_space
+        action = np.clip(action, space.low, space.high).astype(space.dtype)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        info = dict(info)
+        if terminated or truncated:  # one that resets itself at once keeps its last observation here
+            last = [info.pop(key, None) for key in ("final_obs", "final_observation")]
+            observation = next((one for one in last if one is not None), observation)
+        if self._succeeded is not None:
+            success = self._succeeded(reward, terminated, info)
+            info = {key: value for key, value in info.items() if key not in (*SUCCESS_KEYS, "final_info")}
+            info |= {} if success is None else {"is_success": success}
+        return self._renamed(observation), reward, terminated, truncated, info
+
+    def _renamed(self, observation: Any) -> dict[str, Any]:
+        arrays = flat(observation) if isinstance(observation, Mapping) else {BOX: observation}
+        renamed = {}
+        for feature, paths in self._sources.items():
+            try:
+                parts = [np.asarray(arrays[path]) for path in paths]
+            except KeyError as error:
+                raise UserError("--env.type", f"an observation lacks {error}, which its space has") from None
+            renamed[feature] = parts[0] if len(parts) == 1 else np.concatenate([p.ravel() for p in parts])
+        return _nested(renamed, dict)
+
+
+def match(spaces: Mapping[str, gym.Space], config: GymConfig) -> dict[str, list[str]]:
+    """By feature, the entries of an observation that make it.
+
+    What ``rename_map`` does not name goes by its own name. Where a feature of the policy is then missing, the
+    one entry that has its shape and no other use takes its place.
+
+    Raises:
+        UserError: ``rename_map`` names an entry that there is not, or cameras that LeRobot would not read.
+    """
+    unknown = sorted(config.rename_map.keys() - spaces.keys())
+    if unknown:
+        raise UserError(
+            "--env.rename_map",
+            f"names {', '.join(unknown)}; the environment gives {', '.join(spaces) or 'nothing'}",
+        )
+    sources: dict[str, list[str]] = {}
+    for path, feature in config.rename_map.items():
+        sources.setdefault(feature, []).append(path)
+    spare = [path for path in spaces if path not in config.rename_map]
+    for feature, shape in (config.wanted or {}).items():
+        if feature not in sources:
+            named = [path for path in spare if _feature(path, spaces[path]) == feature]
+            fits = named or [path for path in spare if _fits(spaces[path], shape)]
+            if len(fits) == 1:
+                sources[feature] = fits
+    if config.wanted is None and spare == [BOX] and not _is_image(spaces[BOX]):
+        sources = {OBS_STATE: [BOX], OBS_ENV_STATE: [BOX]}  # LeRobot's commands: either may be asked for
+    used = {path for paths in sources.values() for path in paths}
+    for path in spare:
+        if path not in used and not (_is_image(spaces[path]) and OBS_IMAGE in sources):
+            sources.setdefault(_feature(path, spaces[path]), [path])
+    cameras = [name for name in sources if name.startswith(f"{OBS_IMAGES}.")]
+    if OBS_IMAGE in sources and cameras:
+        raise UserError(
+            "--env.rename_map",
+            f"gives {OBS_IMAGE} and {cameras[0]}: LeRobot reads either one camera or several",
+        )
+    return sources
+
+
+def _feature(path: str, space: gym.Space) -> str:
+    """LeRobot's name for an entry that has one of its own."""
+    name = path.removeprefix(f"{OBS_STR}.").replace("/", ".")
+    if path == BOX or name in ("state", "agent_pos"):
+        return OBS_IMAGE if _is_image(space) and path == BOX else OBS_STATE
+    if name == "environment_state":
+        return OBS_ENV_STATE
+    if _is_image(space):
+        name = name.removeprefix("pixels").removeprefix("images").removeprefix(".")
+        return f"{OBS_IMAGES}.{name}" if name not in ("", "image") else OBS_IMAGE
+    return f"{OBS_STR}.{name}"
+
+
+def _is_image(space: gym.Space) -> bool:
+    return space.dtype == np.uint8 and len(space.shape or ()) == 3
+
+
+def _fits(space: gym.Space, shape: tuple[int, ...]) -> bool:
+    return _is_image(space) if len(shape) == 3 else (space.shape or (1,)) == shape
+
+
+def _entries(space: gym.Space, path: str = "") -> dict[str, gym.Space]:
+    """The spaces of an observation's arrays by path; text is left out."""
+    if isinstance(space, gym.spaces.Dict):
+        inner = ((f"{path}/{key}" if path else key, one) for key, one in space.items())
+        return {p: s for where, one in inner for p, s in _entries(one, where).items()}
+    if isinstance(space, gym.spaces.Text):
+        return {}
+    if not isinstance(
+        space, gym.spaces.Box | gym.spaces.Discrete | gym.spaces.MultiBinary | gym.spaces.MultiDiscrete
+    ):
+        raise UserError("--env.type", f"observations must be arrays or a dict of them, '{path}' is {space}")
+    return {path or BOX: space}
+
+
+def _nested(features: Mapping[str, Any], make: Callable[[dict[str, Any]], Any]) -> Any:
+    """Entries by LeRobot's feature as an observation in which LeRobot finds them."""
+    cameras = {
+        name.removeprefix(f"{OBS_IMAGES}."): entry
+        for name, entry in features.items()
+        if name.startswith(f"{OBS_IMAGES}.")
+    }
+    raw = {
+        RAW_NAMES.get(name, name.removeprefix(f"{OBS_STR}.")): entry
+        for name, entry in features.items()
+        if not name.startswith(f"{OBS_IMAGES}.")
+    }
+    return make(raw | ({"pixels": make(cameras)} if cameras else {}))
+
+
+def success_rule(text: str) -> Callable[[Any, Any, Mapping[str, Any]], Any] | None:
+    """What tells from reward, terminated and info whether a step succeeds; it may say ``None``: not told.
+
+    Returns ``None`` where the environment's own word counts.
+
+    Raises:
+        UserError: no such rule.
+    """
+    if text in ("", "none", "terminated"):
+        rules = {"none": lambda reward, terminated, info: None, "terminated": lambda r, ended, info: ended}
+        return rules.get(text)
+    if text.startswith("info.") and text != "info.":
+        return lambda reward, terminated, info: _look_up(info, text.removeprefix("info.").split("."))
+    head, _, number = text.replace(" ", "").partition(">=")
+    try:
+        least = float(number)
+    except ValueError:
+        least = np.nan
+    if head != "reward" or not np.isfinite(least):
+        raise UserError(
+            "--env.success", f"must be info.NAME, reward>=NUMBER, terminated or none, got '{text}'"
+        )
+    return lambda reward, terminated, info: bool(np.all(np.asarray(reward) >= least))
+
+
+def _look_up(info: Any, path: list[str]) -> Any:
+    for start in (info, info.get("final_info")):
+        for key in path:
+            start = start.get(key) if isinstance(start, Mapping) else None
+        if start is not None:
+            return start
+    return None

@@ -1,0 +1,82 @@
+"""A Gymnasium environment in a file of the user's, a policy by lerobot-train, then trimtab's commands."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import reach
+from tests.helpers.small_runs import SMALL, check_results
+from trimtab.recipes.cli import main
+
+TRAIN = (
+    "--policy.type=diffusion --policy.push_to_hub=false --policy.device=cpu --wandb.enable=false "
+    "--dataset.repo_id=me/reach --num_workers=0 --steps=80 --batch_size=16 "
+    "--policy.n_obs_steps=1 --policy.horizon=8 --policy.n_action_steps=4 --policy.drop_n_last_frames=0 "
+    "--policy.down_dims=[16,32] --policy.diffusion_step_embed_dim=16 --policy.noise_scheduler_type=DDIM "
+    "--policy.num_train_timesteps=50 --policy.num_inference_steps=4 --policy.optimizer_lr=2e-3 "
+    "--policy.scheduler_warmup_steps=10"
+)
+ENV = ["--env.type=gym", "--env.factory=reach:make", "--env.fps=10"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A user's folder: the simulator's file, a dataset of it, a policy trained by lerobot-train."""
+    from lerobot.scripts import lerobot_train
+
+    folder = tmp_path_factory.mktemp("own")
+    shutil.copy(reach.__file__, folder / "reach.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", list(sys.path))
+        reach.demonstrate("data", episodes=16)
+        patch.setattr(
+            sys, "argv", ["lerobot-train", *TRAIN.split(), "--dataset.root=data", "--output_dir=base"]
+        )
+        lerobot_train.main()
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def policy(folder):
+    return f"--policy.path={folder / 'base/checkpoints/last/pretrained_model'}"
+
+
+def run(command, *options):
+    assert main([command, *options]) == 0
+
+
+def test_it_is_probed_steered_evaluated_and_exported(folder, policy, capsys):
+    known = [*ENV, "--env.success=terminated", policy]
+    run("probe", *known, "--eval.n_episodes=4", "--output_dir=probe")
+    assert "environment: gym, reach:make" in capsys.readouterr().out
+    run("adapt", *known, *SMALL, "--output_dir=steered")
+    results = check_results(Path("steered"), ["base", "zero_noise", "constant_noise", "steered"], 6)
+    assert results["policies"]["base"]["return_mean"] < 0
+    run(
+        "eval",
+        "--policy.path=steered/artefact",
+        *ENV,
+        "--env.success=terminated",
+        "--eval.n_episodes=4",
+        "--output_dir=ev",
+    )
+    run("export", "--run=steered", "--output_dir=artefact")
+
+
+def test_without_success_returns_are_compared(folder, policy, capsys):
+    options = [*ENV, policy, "--train.reward=env", *SMALL]
+    run("adapt", *options, "--env.success=none", "--output_dir=returns")
+    results = json.loads(Path("returns/results.json").read_text())["policies"]
+    for entry in results.values():
+        assert entry["success_rate"] is None and entry["successes"] is None
+        low, high = entry["return_ci95"]
+        assert low <= entry["return_mean"] <= high < 0
+    text = capsys.readouterr().out
+    assert "return" in text and "0.0 %" not in text
+    # Where nothing is said of success, the command says what there is to choose from.
+    assert main(["adapt", *ENV, policy, *SMALL, "--output_dir=refused"]) == 2
+    assert "--env.success" in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""Any Gymnasium environment: its observations under LeRobot's names, its success, what is refused."""
+
+import pickle
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from trimtab.adapters import UserError
+from trimtab.rl.envs.gym import GymConfig
+from trimtab.rl.envs.hooks import for_policy, make_chunk_env
+
+REACH = "tests.helpers.reach:make"
+
+
+class Shelf(gym.Env):
+    """Observations of every kind, under names of its own."""
+
+    observation_space = gym.spaces.Dict(
+        {
+            "arm": gym.spaces.Dict({"joints": gym.spaces.Box(-9, 9, (3,), np.float32)}),
+            "grip": gym.spaces.Discrete(2),
+            "front": gym.spaces.Box(0, 255, (12, 10, 3), np.uint8),
+            "wrist": gym.spaces.Box(0, 255, (12, 10, 3), np.uint8),
+            "said": gym.spaces.Text(9),
+        }
+    )
+    action_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, info=None, resets_itself=False):
+        self.info, self.resets_itself, self.taken = info or {}, resets_itself, []
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return self._observation(), {}
+
+    def step(self, action):
+        self.taken.append(action)
+        self.t += 1
+        observation, info, ended = self._observation(), dict(self.info), self.t == 3
+        if ended and self.resets_itself:
+            info["final_obs"] = observation
+            observation, _ = self.reset()
+        return observation, float(self.t), ended, False, info
+
+    def _observation(self):
+        frame = np.full((12, 10, 3), self.t, np.uint8)
+        joints = np.arange(3, dtype=np.float32) + self.t
+        return {"arm": {"joints": joints}, "grip": 1, "front": frame, "wrist": frame + 100, "said": "hm"}
+
+
+def shelf(**options):
+    return gym.wrappers.TimeLimit(Shelf(**options), 9)
+
+
+def made(features=None, **options):
+    options.setdefault("factory", f"{__name__}:shelf")
+    config = GymConfig(**options)
+    return make_chunk_env(for_policy(config, features) if features is not None else config, 0)
+
+
+def step(env, value=0.5, steps=3):
+    env.reset(0)
+    return env.step_chunk(np.full((steps, 2), value, np.float32), None)
+
+
+def test_a_box_is_the_state_and_whatever_else_of_its_shape_the_policy_reads():
+    config = GymConfig(id="Pendulum-v1")
+    for features, names in (
+        ({"observation.state": (3,)}, ["agent_pos"]),
+        ({"observation.environment_state": (3,)}, ["environment_state"]),
+        (
+            {"observation.state": (3,), "observation.environment_state": (3,)},
+            ["agent_pos", "environment_state"],
+        ),
+        ({"observation.state": (7,)}, ["agent_pos"]),  # `check_inputs` says that the shape is another
+        (None, ["agent_pos", "environment_state"]),  # LeRobot's own commands
+    ):
+        env = make_chunk_env(for_policy(config, features) if features else config, 0)
+        observation = env.reset(0)
+        assert sorted(observation) == names
+        assert all(entry.shape == (1, 3) for entry in observation.values())
+        assert env.limit == 200
+
+
+def test_entries_go_by_their_names_by_the_only_fitting_shape_and_by_the_map():
+    by_name = made({"observation.images.front": (3, 12, 10), "observation.images.wrist": (3, 12, 10)}).reset(
+        0
+    )
+    assert sorted(by_name) == ["arm.joints", "grip", "pixels"]
+    assert by_name["pixels"]["wrist"][0, 0, 0, 0] == 100 and by_name["pixels"]["front"].max() == 0
+    by_shape = made({"observation.state": (3,), "observation.images.front": (3, 12, 10)}).reset(0)
+    assert by_shape["agent_pos"].tolist() == [[0, 1, 2]] and by_shape["grip"].tolist() == [[1]]
+    joined = made(
+        {"observation.state": (4,), "observation.image": (3, 12, 10)},
+        rename_map={
+            "grip": "observation.state",
+            "arm/joints": "observation.state",
+            "wrist": "observation.image",
+        },
+    )
+    observation = joined.reset(0)
+    assert observation["agent_pos"].tolist() == [[1, 0, 1, 2]]
+    with pytest.raises(UserError, match=r"--env.rename_map: gives observation.image and observation.images"):
+        made({}, rename_map={"wrist": "observation.image", "front": "observation.images.front"}).reset(0)
+
+
+@pytest.mark.parametrize("resets_itself", [False, True])
+def test_the_last_observation_is_that_of_the_episode_that_ended(resets_itself):
+    env = made({"observation.state": (3,)}, kwargs={"resets_itself": resets_itself})
+    result = step(env, steps=5)
+    assert result.steps == 3 and result.terminated
+    assert result.final_observation["agent_pos"][-1].tolist() == [3, 4, 5]
+
+
+def test_actions_are_clipped_to_the_bounds():
+    env = made()
+    step(env, value=7.0, steps=1)
+    assert env.env.unwrapped.taken[0].tolist() == [1, 1] and env.env.unwrapped.taken[0].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("rule", "info", "key", "successes"),
+    [
+        ("", {}, None, [False, False, False]),
+        ("", {"success": True}, "success", [True, True, True]),
+        ("none", {"success": True, "final_info": {"is_success": True}}, None, [False, False, False]),
+        ("terminated", {}, "is_success", [False, False, True]),
+        ("reward>=2", {"success": True}, "is_success", [False, True, True]),
+        ("reward >= -1e1", {}, "is_success", [True, True, True]),
+        ("info.task.done", {"task": {"done": 1}}, "is_success", [True, True, True]),
+        ("info.task.done", {"final_info": {"task": {"done": np.bool_(False)}}}, "is_success", [False] * 3),
+        ("info.solved", {"task": {"done": 1}}, None, [False, False, False]),
+    ],
+)
+def test_success_is_what_is_named(rule, info, key, successes):
+    result = step(made(success=rule, kwargs={"info": info}))
+    assert result.success_key == key and result.successes.tolist() == successes
+
+
+def test_a_time_limit_and_what_it_is_called():
+    env = made(episode_length=2, task="tidy the shelf")
+    result = step(env)
+    assert result.truncated and result.steps == 2
+    assert env.task_description == "tidy the shelf"
+    assert GymConfig(id="Hopper-v5").task_names() == ["Hopper-v5"]
+    assert GymConfig(id="Hopper-v5", task="hop").task_names() == ["hop"]
+
+
+def test_a_module_of_the_current_folder_and_one_that_registers_itself(tmp_path, monkeypatch):
+    (tmp_path / "my_shelves.py").write_text(
+        "import gymnasium as gym\nfrom tests.rl.envs.test_gym import Shelf as make\n"
+        "gym.register('Shelf-v0', make, max_episode_steps=4)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = pickle.loads(pickle.dumps(GymConfig(id="my_shelves:Shelf-v0")))
+    assert make_chunk_env(config, 0).limit == 4
+    assert make_chunk_env(GymConfig(factory="my_shelves:make", episode_length=5), 0).limit == 5
+
+
+def test_lerobots_own_vector_environment():
+    vec = GymConfig(factory=REACH, success="terminated").create_envs(2)["gym"][0]
+    observation, _ = vec.reset(seed=[0, 1])
+    assert observation["agent_pos"].shape == (2, 4)
+    for _ in range(16):
+        *_, info = vec.step(np.zeros((2, 2), np.float32))
+    assert info["final_info"]["is_success"].tolist() == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factory": ""}, r"--env.id: name an --env.id or an --env.factory; this names neither"),
+        ({"id": "Hopper-v5", "factory": REACH}, r"--env.id: .* names both"),
+        (
+            {"id": "Hoper-v5", "factory": ""},
+            r"--env.id: .*Hoper.*Did you mean: `Hopper`.*--env.id=PACKAGE:Hoper-v5",
+        ),
+        (
+            {"id": "my_arms:A-v0", "factory": ""},
+            r"--env.id: .* needs the package 'my_arms', .*uv pip install my-arms",
+        ),
+        ({"id": "CartPole-v1", "factory": ""}, r"--env.type: policies make vectors .* takes Discrete\(2\)"),
+        ({"id": "Hopper-v5", "factory": "", "kwargs": {"wings": 2}}, r"--env.id: .*cannot be made.*wings"),
+        ({"factory": "shelf"}, r"--env.factory: must be MODULE:FUNCTION, got 'shelf'"),
+        ({"factory": "no_such:shelf"}, r"--env.factory: .* needs the package 'no_such'"),
+        ({"factory": "json:shelf"}, r"--env.factory: .*has no attribute 'shelf'"),
+        ({"factory": "math:sqrt"}, r"--env.factory: 'math:sqrt' cannot be made: .*argument"),
+        ({"factory": "builtins:dict"}, r"--env.factory: .* must return a gymnasium.Env, it returns a dict"),
+        ({"kwargs": {"info": 3, "wings": 2}}, r"--env.factory: .*wings"),
+        ({"factory": f"{__name__}:Shelf"}, r"--env.episode_length: .* no time limit"),
+        ({"episode_length": 0}, r"--env.episode_length: must be at least 1 step"),
+        (
+            {"success": "often"},
+            r"--env.success: must be info.NAME, reward>=NUMBER, terminated or none, got 'often'",
+        ),
+        ({"success": "reward>=high"}, r"--env.success: must be .* got 'reward>=high'"),
+        (
+            {"rename_map": {"lid": "observation.state"}},
+            r"--env.rename_map: names lid; the environment gives arm/jo",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said(options, message):
+    with pytest.raises(UserError, match=message):
+        made(**options)
