@@ -1,7 +1,7 @@
 """How a policy acts: from an observation and fresh draws of noise to the action chunk that is executed.
 
 Everything that acts is a ``ChunkPolicy``: a noise sampler (``noise_samplers.py``), the best of several
-candidates, a corrected chunk. Evaluation, rollouts, videos and artefacts take any of them.
+candidates, a corrected chunk (``residual.py``). Evaluation, rollouts, videos and artefacts take any of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimtab.adapters import Conditioning, PolicyAdapter
 from trimtab.policies.actor import NoiseActor
-from trimtab.policies.critic import CriticEnsemble, best_candidate
+from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 
 # The frozen policy at B observations: noise (B, K, *noise_shape) -> normalised chunks (B, K, steps, dim).
@@ -64,11 +64,7 @@ class Candidates:
 
 
 class ChunkPolicy(Protocol):
-    """How a policy acts.
-
-    Attributes:
-        draws: draws from the policy's noise distribution that it needs for each observation.
-    """
+    """How a policy acts; ``draws`` of its noise distribution are needed for each observation."""
 
     @property
     def draws(self) -> int: ...
@@ -96,9 +92,8 @@ def draw_candidates(
     """Candidates that an untrained actor would draw; the last ``proposed`` of them are the actor's own.
 
     Args:
-        space: noise space.
+        space, denoise: noise space and frozen policy.
         prior: (B, K, *noise_shape) fresh draws.
-        denoise: the frozen policy.
         features, actor: who proposes, and what it looks at (B, d).
         proposed: how many.
         mean: the actor's first proposal is its mean, which is what is deployed, and the others lie around it
@@ -141,28 +136,10 @@ class BestOfCandidates:
 def by_critic(actor: NoiseActor, critic: CriticEnsemble) -> Select:
     """Take the candidate whose mean value by ``critic`` is largest; ``actor`` holds the encoder."""
 
+    @torch.no_grad()
     def select(features: Tensor, chunks: Tensor) -> Tensor:
-        return best_candidate(critic, actor.encode(features), chunks)
+        device = critic.normalizer.mean.device
+        seen = actor.encode(features).float().to(device)
+        return critic(seen, chunks.flatten(2).float().to(device)).mean(0).argmax(1).to(chunks.device)
 
     return select
-
-
-@dataclass(frozen=True)
-class CorrectedChunk:
-    """Executes another policy's chunk with a correction.
-
-    Args:
-        base: whose chunk.
-        correct: observations (B, d), chunks (B, steps, action_dim) -> what is executed, of the same shape.
-    """
-
-    base: ChunkPolicy
-    correct: Callable[[Tensor, Tensor], Tensor]
-
-    @property
-    def draws(self) -> int:
-        return self.base.draws
-
-    def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
-        made = self.base.act(features, prior, denoise)
-        return Choice(self.correct(features, made.chunk), made.u)

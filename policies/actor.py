@@ -10,17 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
-from trimtab.policies.encoders import ObservationEncoder
-from trimtab.policies.networks import (
-    ClampInvertingGradients,
-    ConstantOutput,
-    FeatureNormalizer,
-    NoFeatures,
-    mlp,
-    require_activation,
-)
+from trimtab.policies.networks import ClampInvertingGradients, FeatureNormalizer, mlp, require_activation
 from trimtab.policies.noise_space import NoiseSpace
-from trimtab.policies.observe import ObserveConfig
+from trimtab.policies.observe import ObservationEncoder, ObserveConfig
 
 
 @dataclass
@@ -56,13 +48,7 @@ class ActorConfig:
 
 @dataclass
 class ActorOutput:
-    """A draw from the actor.
-
-    Attributes:
-        u: (B, dim) in [-space.bound, space.bound].
-        log_prob: (B,) log density of ``u``.
-        mean, log_std: (B, dim) of the Gaussian before squashing; the mean within its limit.
-    """
+    """A draw ``u`` (B, dim), its log density (B,), and mean and log_std (B, dim) before squashing."""
 
     u: Tensor
     log_prob: Tensor
@@ -71,24 +57,15 @@ class ActorOutput:
 
 
 class NoiseActor(nn.Module):
-    """Observation features -> distribution over ``u``.
+    """Observation features (``feature_dim`` long, without the pixels) -> distribution over ``u``.
 
     The head starts at mean 0 and the noise space's own deviation, which through ``NoiseSpace.squash`` is
     the policy's noise with its tails pressed in: before training, the steered policy samples much like the
     base does in this noise space. In a space that does not use the features there is nothing but a head.
 
-    ``act`` takes observations as they come; ``forward`` and ``sample`` take what ``encoder`` makes of them,
-    which is the same thing where there are no images.
-
-    Args:
-        feature_dim: length of the observation features, without the pixels.
-        space: the noise space.
-        config: network size.
-        observe: a resolved config, where images are looked at; they follow the features in a packed
-            observation.
-
-    Attributes:
-        encoder: of observations. The critics share it and train it; the actor's own loss does not.
+    ``choose`` and ``act`` take observations as they come; ``forward`` and ``sample`` what ``encoder`` makes
+    of them, which differs where ``observe``, a resolved config, looks at images. The critics share the
+    encoder and train it; the actor's own loss does not.
     """
 
     def __init__(
@@ -99,64 +76,39 @@ class NoiseActor(nn.Module):
         observe: ObserveConfig | None = None,
     ) -> None:
         super().__init__()
-        self.net: Any  # its last layer makes mean and log_std
         self.encoder = ObservationEncoder(feature_dim, observe)
-        feature_dim = self.encoder.dim
-        self.space = space
-        self.config = config
+        self.space, self.config = space, config
         # Of the mean before squashing: where |squash(mean)| = mean_limit * bound.
         self.limit = space.bound * math.atanh(config.mean_limit) if config.mean_limit < 1.0 else None
-        if space.uses_features:
-            self.normalizer = FeatureNormalizer(feature_dim)
-            self.net = mlp(
-                feature_dim,
-                2 * space.dim,
-                config.hidden,
-                config.layers,
-                config.activation,
-                config.layer_norm,
-            )
-            nn.init.zeros_(self.net[-1].weight)
-        else:
-            self.normalizer = NoFeatures()
-            self.net = nn.Sequential(ConstantOutput(2 * space.dim))
-        nn.init.zeros_(self.net[-1].bias)
+        self.normalizer = FeatureNormalizer(self.encoder.dim if space.uses_features else 0)
+        size = config.hidden, config.layers, config.activation, config.layer_norm
+        self.net: Any = mlp(len(self.normalizer.mean), 2 * space.dim, *size)
+        for parameter in self.net[-1].parameters():  # it makes mean and log_std
+            nn.init.zeros_(parameter)
+        # A tanh leads log_std into its range: 0 at 0, with slope 1.
+        low, high = config.log_std_min, config.log_std_max
+        self.offset = math.atanh(-(high + low) / (high - low))
+        self.slope = 0.5 * (high - low) * (1.0 - math.tanh(self.offset) ** 2)
         if space.initial_std != 1.0:
-            nn.init.constant_(self.net[-1].bias[space.dim :], self._raw_log_std(math.log(space.initial_std)))
+            start = math.log(space.initial_std)
+            if not low < start < high:
+                raise UserError("--rl.actor.log_std_min", f"{low} leaves no room for a start at {start:.2f}")
+            if not config.log_std_clamp:
+                start = self.slope * (math.atanh(2.0 * (start - low) / (high - low) - 1.0) - self.offset)
+            nn.init.constant_(self.net[-1].bias[space.dim :], start)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, feature_dim) -> mean and log_std before squashing, each (B, dim)."""
-        mean, raw = self.net(self.normalizer(features)).chunk(2, dim=-1)
+        seen = features if self.space.uses_features else features[:, :0]
+        mean, raw = self.net(self.normalizer(seen)).chunk(2, dim=-1)
         mean = mean if self.limit is None else ClampInvertingGradients.apply(mean, self.limit)
         low, high = self.config.log_std_min, self.config.log_std_max
         if self.config.log_std_clamp:
             return mean, raw.clamp(low, high)
-        offset, slope = self._log_std_curve()
-        return mean, low + 0.5 * (high - low) * (torch.tanh(raw / slope + offset) + 1.0)
-
-    def _log_std_curve(self) -> tuple[float, float]:
-        """Offset and slope of the tanh that leads log_std into its range: 0 at 0, with slope 1."""
-        low, high = self.config.log_std_min, self.config.log_std_max
-        offset = math.atanh(-(high + low) / (high - low))
-        return offset, 0.5 * (high - low) * (1.0 - math.tanh(offset) ** 2)
-
-    def _raw_log_std(self, log_std: float) -> float:
-        """What ``forward`` makes ``log_std`` of."""
-        low, high = self.config.log_std_min, self.config.log_std_max
-        if not low < log_std < high:
-            raise UserError("--rl.actor.log_std_min", f"{low} leaves no room for a start at {log_std:.2f}")
-        if self.config.log_std_clamp:
-            return log_std
-        offset, slope = self._log_std_curve()
-        return slope * (math.atanh(2.0 * (log_std - low) / (high - low) - 1.0) - offset)
+        return mean, low + 0.5 * (high - low) * (torch.tanh(raw / self.slope + self.offset) + 1.0)
 
     def sample(self, features: Tensor, eps: Tensor | None = None) -> ActorOutput:
-        """Draw ``u`` by reparametrisation.
-
-        Args:
-            features: (B, feature_dim).
-            eps: (B, dim) standard normal draw; made here where ``None``.
-        """
+        """Draw ``u`` by reparametrisation, from ``eps`` (B, dim), a standard normal draw."""
         mean, log_std = self(features)
         eps = torch.randn_like(mean) if eps is None else eps
         z = mean + log_std.exp() * eps
@@ -190,6 +142,34 @@ class NoiseActor(nn.Module):
         u = self.choose(features, prior, deterministic)
         return self.space.expand(u, prior.to(u.device))
 
+    @torch.no_grad()
+    def begin_at(self, noise: Tensor) -> Tensor:
+        """Make a constant ``noise`` (*spec.shape) the mean of an untrained actor; its deviation stays.
+
+        Returns that mean before squashing, (dim,). A UserError says that the noise space cannot express it.
+        """
+        space, wanted = self.space, noise.unsqueeze(0).float()
+        if not space.determines_noise:
+            raise UserError(
+                "--noise.type", "this noise space draws a part of the noise afresh; use full for a warm start"
+            )
+        share = self.config.mean_limit if self.config.mean_limit < 1.0 else 0.999
+        u = space.project(wanted).clamp(-share * space.bound, share * space.bound)
+        if not torch.allclose(space.expand(u, wanted).float(), wanted, atol=1e-5):
+            largest, reach = float(wanted.abs().max()), share * space.bound * space.scale
+            if largest > reach:
+                raise UserError(
+                    "--noise.bound",
+                    f"the warm start reaches {largest:.2f}, an actor here {reach:.2f}; raise the bound to "
+                    f"{1.05 * largest:.2f}",
+                )
+            raise UserError(
+                "--noise.type", "this noise space cannot make the noise of the warm start; use full"
+            )
+        mean = space.unsquash(u[0]).to(self.net[-1].bias)
+        self.net[-1].bias[: space.dim] = mean
+        return mean
+
 
 def kl_to_prior(mean: Tensor, log_std: Tensor, prior_std: float = 1.0) -> Tensor:
     """KL(N(mean, std) || N(0, prior_std)) in nats, (B,): how far the noise has left what the base draws.
@@ -201,28 +181,13 @@ def kl_to_prior(mean: Tensor, log_std: Tensor, prior_std: float = 1.0) -> Tensor
 
 
 def constant_actor(noise: Tensor, space: NoiseSpace, config: ActorConfig | None = None) -> NoiseActor:
-    """The actor that always takes ``noise``, for a ``constant`` space: exact where it acts by its mean.
+    """The actor that always takes ``noise`` (*spec.shape), for a ``constant`` space; see ``begin_at``.
 
-    Args:
-        noise: (*spec.shape).
-        space: built by ``ConstantNoiseConfig``.
-        config: its mean limit holds; its least deviation is what remains in draws.
-
-    Raises:
-        ValueError: a noise that the space cannot make, for example beyond its bound. A bound of 1.05 times
-            the largest entry leaves room.
+    It is exact where it acts by its mean; its least deviation is what remains in draws.
     """
     if space.uses_features:
         raise ValueError("an actor of one noise needs a noise space of the type 'constant'")
     actor = NoiseActor(0, space, config or ActorConfig())
-    noise = noise.unsqueeze(0).float()
-    u = space.project(noise)
-    reach = actor.config.mean_limit * space.bound
-    if not torch.allclose(space.expand(u, noise).float(), noise) or u.abs().max() > reach:
-        raise ValueError(
-            f"this noise space cannot make the noise; entries may reach {reach * space.scale:.2f}"
-        )
-    head = actor.net[-1].bias.data
-    head[: space.dim] = space.unsquash(u[0])
-    head[space.dim :] = -1e3  # the least deviation
+    actor.begin_at(noise)
+    actor.net[-1].bias.data[space.dim :] = -1e3  # the least deviation
     return actor

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +20,10 @@ from lerobot.configs import PreTrainedConfig
 from safetensors.torch import save_file
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS, read_weights
+from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS, read_weights, whole_folder
 from trimtab.adapters.checkpoint.folder import commit_of, is_server, resolve_folder
 from trimtab.adapters.checkpoint.identity import file_hash, placement, settings_hashes, weights_hash
 from trimtab.adapters.checkpoint.weights import load_weights
-from trimtab.adapters.config import RemoteConfig
 from trimtab.adapters.errors import reason
 from trimtab.policies.acting import BestOfCandidates, ChunkPolicy, by_critic
 from trimtab.policies.actor import NoiseActor
@@ -39,11 +36,8 @@ from trimtab.policies.steered.processor_trimtab import write_processors
 
 CRITIC = "critic.safetensors"
 # How the base was loaded; of these, what may lie in a folder.
-LOADED_WITH = (
-    *("dtype", "num_inference_steps", "n_action_steps"),
-    *("rename_map", "tokenizer", "backbone", "base_path"),
-)
 FOLDERS = ("tokenizer", "backbone", "base_path")
+LOADED_WITH = ("dtype", "num_inference_steps", "n_action_steps", "rename_map", "remote", *FOLDERS)
 
 
 @dataclass
@@ -56,7 +50,7 @@ class Steered:
         base_folder: where the base was found: its folder, or the address of its server.
         config: the artefact's config.json.
         critic: of the base's chunks, where one is stored.
-        base: how the base was loaded, to load it so again.
+        base: how the base was loaded.
     """
 
     adapter: PolicyAdapter
@@ -67,12 +61,10 @@ class Steered:
     base: PolicyConfig
 
     def policy(self, deterministic: bool = True, num_candidates: int = 1) -> ChunkPolicy:
-        """How it acts.
+        """How it acts: by the actor's mean or a draw.
 
-        Args:
-            deterministic: by the actor's mean.
-            num_candidates: more than 1: the actor's chunk and so many less one of the base's are decoded,
-                and the best by the critic is executed.
+        With more candidates than 1, that chunk and others of the base's are decoded, and the best by the
+        critic is executed.
         """
         if num_candidates == 1:
             return steered_noise(self.actor, deterministic)
@@ -100,11 +92,8 @@ def save_artefact(
 
     Args:
         folder: where; an artefact of an earlier run there is replaced.
-        actor: the trained actor.
-        noise: config of its noise space.
-        adapter: the base it was trained on.
-        base: how the base was named.
-        base_folder: where the base lies, or the address of its server.
+        actor, noise: the trained actor, and the config of its noise space.
+        adapter, base, base_folder: what it steers, how that was named, and where it lies (or its server).
         training: facts about the run for whoever reads the file; ``deterministic`` is how it is to act.
         critic: of the base's chunks, for ``num_candidates``, and its config.
         beside: texts to write beside, by file name (a model card).
@@ -112,16 +101,6 @@ def save_artefact(
         check: called with the whole folder before it appears; where it raises, nothing is left.
     """
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    local = Path(base.path or "").expanduser().exists()
-    reference = {
-        "path": os.path.relpath(Path(base_folder).resolve(), folder) if local else base.path,
-        # Of a Hub repository the commit, so that what happens to it later does not matter.
-        "revision": base.revision if local else commit_of(base_folder) or base.revision,
-        **{name: _relative(getattr(base, name), folder) for name in LOADED_WITH},
-        "policy_type": adapter.policy_type,
-        **adapter.identity(base_folder),
-    }
     originals = {new: old for old, new in adapter.renames().items()}
     looks = adapter.observer is not None and (actor.space.uses_features or actor.encoder.image_shape)
     config = TrimtabConfig(
@@ -129,7 +108,7 @@ def save_artefact(
         input_features={originals.get(k, k): v for k, v in adapter.config.input_features.items()},
         output_features=dict(adapter.config.output_features),
         device=adapter.device.type,
-        base=BaseReference(**reference),
+        base=_reference(adapter, base, base_folder, folder),
         noise=noise,
         noise_shape=list(adapter.noise_spec.shape),
         feature_dim=actor.encoder.vector_dim,
@@ -142,37 +121,50 @@ def save_artefact(
         training=training,
         **(acting or {}),
     )
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write_weights(actor, work / WEIGHTS)
-        if critic:
-            write_weights(critic[0], work / CRITIC)
-        write_config(config, work / CONFIG)
-        write_processors(work, adapter, base, base_folder)
+    steered = Steered(adapter, actor, base_folder, config, critic[0] if critic else None, base)
+    with whole_folder(folder) as work:
+        write_files(steered, work)
         for name, text in (beside or {}).items():
             (work / name).write_text(text, encoding="utf-8")
         if check is not None:
             check(work)
-        work.chmod(0o755)
         for file in work.iterdir():
             file.chmod(0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return folder
 
 
-def write_weights(module: torch.nn.Module, path: Path) -> None:
-    """Save a network's tensors under its own names."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}, path)
+def write_files(steered: Steered, folder: Path) -> None:
+    """The files of an artefact: its networks, its config as LeRobot writes one, its processors."""
+    for module, name in ((steered.actor, WEIGHTS), (steered.critic, CRITIC)):
+        if module is not None:
+            tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
+            save_file(tensors, folder / name)
+    write_config(steered.config, folder / CONFIG)
+    write_processors(folder, steered.adapter, steered.base, steered.base_folder)
 
 
 def write_config(config: TrimtabConfig, path: Path) -> None:
     """Save a config as LeRobot does, type first."""
     path.write_text(json.dumps(draccus.encode(config, PreTrainedConfig), indent=2) + "\n", encoding="utf-8")
+
+
+def _reference(
+    adapter: PolicyAdapter, base: PolicyConfig, base_folder: Path | str, folder: Path
+) -> BaseReference:
+    """The base as the artefact in ``folder`` refers to it."""
+    local = Path(base.path or "").expanduser().exists()
+    values = {
+        **vars(base),
+        **{name: _relative(getattr(base, name), folder) for name in FOLDERS},
+        "path": _relative(str(base_folder), folder) if local else base.path,
+        # Of a Hub repository the commit, so that what happens to it later does not matter.
+        "revision": base.revision if local else commit_of(base_folder) or base.revision,
+        "device": None,
+        "policy_type": adapter.policy_type,
+        **adapter.identity(base_folder),
+        "remote": base.remote,
+    }
+    return BaseReference(**values)
 
 
 def _relative(value: Any, folder: Path) -> Any:
@@ -183,31 +175,29 @@ def _relative(value: Any, folder: Path) -> Any:
     return path if path.startswith(".") else os.path.join(".", path)
 
 
-def _as_steered(config: PolicyConfig, saved: PolicyConfig, folder: Path) -> PolicyConfig:
-    """How the base was loaded when it was steered; what the user says anew comes first.
-
-    Raises:
-        UserError: a folder that it was loaded with is not where it was.
-    """
-    default = PolicyConfig()
+def _as_steered(options: PolicyConfig, saved: BaseReference, folder: Path) -> PolicyConfig:
+    """How the base was loaded when it was steered; what the user says anew comes first."""
+    default, loading = PolicyConfig(), PolicyConfig(device=options.device)
     for name in LOADED_WITH:
-        value = getattr(saved, name)
-        if getattr(config, name) != getattr(default, name):
-            setattr(saved, name, getattr(config, name))
-        elif name in FOLDERS and value and value.startswith("."):
-            if not (folder / value).exists():
-                raise UserError(
-                    f"--policy.{name}",
-                    f"the {name} that the base of {folder} was loaded with is not where it was "
-                    f"({(folder / value).resolve()}); name where it lies now",
-                )
-            setattr(saved, name, str((folder / value).resolve()))
-    return replace(saved, device=config.device)
+        value = getattr(options, name)
+        if value == getattr(default, name):
+            value = getattr(saved, name)
+            if name in FOLDERS and value and value.startswith("."):
+                where = (folder / value).resolve()
+                if not where.exists():
+                    raise UserError(
+                        f"--policy.{name}",
+                        f"the {name} that the base of {folder} was loaded with is not where it was "
+                        f"({where}); name where it lies now",
+                    )
+                value = str(where)
+        setattr(loading, name, value)
+    return loading
 
 
 def _check_base(adapter: PolicyAdapter, base: BaseReference, base_folder: Path, folder: Path) -> None:
     """Refuse a base whose settings or weights in memory are not those that were steered."""
-    parts, known = adapter.frozen_parts(adapter.policy), base.files or {}
+    parts, known = adapter.frozen_parts(adapter.policy), base.files
     now = settings_hashes(base_folder, {name: part for name, (_, part) in parts.items()})
     odd = [name for name in sorted(known.keys() | now.keys()) if known.get(name) != now.get(name)]
     same_device = placement(adapter.policy).items() <= vars(base).items()  # else rounding may differ
@@ -232,11 +222,7 @@ def is_artefact(path: str | None) -> bool:
 
 
 def read_config(folder: Path) -> TrimtabConfig:
-    """The config of an artefact.
-
-    Raises:
-        UserError: the file is missing, or is not the config of an artefact of this format.
-    """
+    """The config of an artefact, or a UserError where there is none of this format."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError("--policy.path", f"{folder} is no artefact, it lacks {CONFIG}")
@@ -246,12 +232,8 @@ def read_config(folder: Path) -> TrimtabConfig:
             raise ValueError(f"its type is not {TYPE}")
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']}, this version reads {FORMAT}: steer the base anew")
-        for name in ("path", "policy_type"):
-            if not isinstance(saved["base"][name], str):
-                raise ValueError(f"base.{name} is no text")
-        lacking = [name for name in ("noise", "noise_shape", "feature_dim") if name not in saved]
-        if lacking:
-            raise ValueError(f"it lacks {', '.join(lacking)}")
+        if not isinstance(saved["base"]["path"], str):
+            raise ValueError("base.path is no text")
         return draccus.decode(TrimtabConfig, saved)
     except (KeyError, TypeError, ValueError, AttributeError, DraccusException, UserError) as error:
         raise UserError(
@@ -271,33 +253,9 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
     """
     folder = Path(options.path).expanduser().resolve()
     saved = config or read_config(folder)
-    base, location = saved.base, saved.base.location(folder)
-    if is_server(base.path):
-        base_folder: Path | str = options.base_path or location
-        loading, adapter = _served_base(str(base_folder), base, options)
-    else:
-        loaded_with = PolicyConfig(**{name: getattr(base, name) for name in LOADED_WITH})
-        loading = _as_steered(options, loaded_with, folder)
-        try:
-            base_folder = resolve_folder(location, base.revision)
-        except UserError as error:
-            why = error.message
-            if location.startswith("."):  # relative to the artefact, and so says nothing to the reader
-                why = (
-                    f"there is no folder {(folder / location).resolve()}; if it has moved, `trimtab export "
-                    f"--run={folder} --policy.path=FOLDER` writes an artefact with its new location"
-                )
-            raise UserError(
-                "--policy.path", f"the base policy of {folder} is not where it was: {why}"
-            ) from None
-        if file_hash(base_folder, loading.base_path) != base.sha256:
-            raise UserError(
-                "--policy.path",
-                f"{base_folder} is not the base that {folder} steers: its weights have another hash",
-            )
-        adapter = load_adapter(replace(loading, path=str(base_folder)))
-        _check_base(adapter, base, base_folder, folder)
-        loading = replace(loading, path=location, revision=base.revision)
+    loading = _as_steered(options, saved.base, folder)
+    load = _served_base if is_server(saved.base.path) else _local_base
+    adapter, base_folder, loading = load(loading, saved.base, folder)
     shape = tuple(saved.noise_shape)
     if adapter.noise_spec.shape != shape:
         raise UserError(
@@ -309,7 +267,11 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
     # Whoever seeds torch and then loads meets the draws that follow on loading the base itself.
     with torch.random.fork_rng(devices=[]):
         actor = NoiseActor(saved.feature_dim, space, saved.actor, saved.observe)
-        critic = _critic(saved, adapter, actor.encoder.dim)
+        critic = None
+        if saved.critic is not None:
+            size, bounds = math.prod(adapter.chunk_shape), saved.critic_bounds
+            within: Any = tuple(bounds) if bounds else None
+            critic = CriticEnsemble(actor.encoder.dim, size, saved.critic, within).eval()
     for module, name in ((actor, WEIGHTS), (critic, CRITIC)):
         if module is None:
             continue
@@ -320,28 +282,36 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
     return Steered(adapter, actor.eval(), base_folder, saved, critic, loading)
 
 
-def _critic(saved: TrimtabConfig, adapter: PolicyAdapter, seen: int) -> CriticEnsemble | None:
-    if saved.critic is None:
-        return None
-    bounds: Any = saved.critic_bounds and tuple(saved.critic_bounds)
-    return CriticEnsemble(seen, math.prod(adapter.chunk_shape), saved.critic, bounds).eval()
+Loaded = tuple[PolicyAdapter, Path | str, PolicyConfig]  # the base, where it was found, how to load it so
 
 
-def _served_base(
-    address: str, saved: BaseReference, options: PolicyConfig
-) -> tuple[PolicyConfig, PolicyAdapter]:
+def _served_base(loading: PolicyConfig, base: BaseReference, folder: Path) -> Loaded:
     """The base on a policy server, asked as it was when it was steered, if it still answers likewise."""
-    try:
-        if saved.remote is None or saved.answer is None or saved.tolerance is None:
-            raise TypeError("remote, answer or tolerance is missing")
-        remote = RemoteConfig(**saved.remote)
-    except TypeError as error:
-        raise UserError(
-            "--policy.path", f"the artefact does not say how {address} answers ({error})"
-        ) from None
-    if options.remote != RemoteConfig():  # the user says anew how to ask
-        remote = options.remote
-    loading = PolicyConfig(path=address, device=options.device, remote=remote)
+    address = loading.base_path or base.location(folder)
+    loading = replace(loading, path=address, base_path=None)
     adapter = load_adapter(loading)
-    adapter.check_identity({"answer": saved.answer, "tolerance": saved.tolerance}, address)
-    return loading, adapter
+    adapter.check_identity({"answer": base.answer, "tolerance": base.tolerance}, address)
+    return adapter, address, loading
+
+
+def _local_base(loading: PolicyConfig, base: BaseReference, folder: Path) -> Loaded:
+    """The base of a folder or a Hub repository, if it is the one that was steered."""
+    location = base.location(folder)
+    try:
+        base_folder = resolve_folder(location, base.revision)
+    except UserError as error:
+        why = error.message
+        if location.startswith("."):  # relative to the artefact, and so says nothing to the reader
+            why = (
+                f"there is no folder {(folder / location).resolve()}; if it has moved, `trimtab export "
+                f"--run={folder} --policy.path=FOLDER` writes an artefact with its new location"
+            )
+        raise UserError("--policy.path", f"the base policy of {folder} is not where it was: {why}") from None
+    if file_hash(base_folder, loading.base_path) != base.sha256:
+        raise UserError(
+            "--policy.path",
+            f"{base_folder} is not the base that {folder} steers: its weights have another hash",
+        )
+    adapter = load_adapter(replace(loading, path=str(base_folder)))
+    _check_base(adapter, base, base_folder, folder)
+    return adapter, base_folder, replace(loading, path=location, revision=base.revision)

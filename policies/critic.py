@@ -1,4 +1,4 @@
-"""Critic ensembles over (observation features, noise or chunk), and the choice among chunks by one."""
+"""Critic ensembles over (observation features, noise or chunk)."""
 
 from __future__ import annotations
 
@@ -38,11 +38,6 @@ class CriticEnsemble(nn.Module):
     cross-entropy, as in "Stop Regressing" (Farebrother et al., arXiv 2403.03950) with two classes. Whatever
     the scale of the returns, its first values lie in their middle, and a step of the optimiser moves them
     alike: few transitions are enough to tell chunks apart. Without, it learns values by squared error.
-
-    Args:
-        feature_dim, action_dim: sizes of the input.
-        config: size.
-        bounds: smallest and largest value that it can give.
     """
 
     def __init__(
@@ -55,21 +50,15 @@ class CriticEnsemble(nn.Module):
         super().__init__()
         self.bounds, self.members = bounds, config.members
         self.normalizer = FeatureNormalizer(feature_dim)
-        self.net = EnsembleMLP(
-            config.members,
-            feature_dim + action_dim,
-            config.hidden,
-            config.layers,
-            config.layer_norm,
-            config.activation,
-        )
+        size = config.hidden, config.layers, config.layer_norm, config.activation
+        self.net = EnsembleMLP(config.members, feature_dim + action_dim, *size)
 
     def forward(self, features: Tensor, u: Tensor) -> Tensor:
         """Values: (B, feature_dim), (B, action_dim) -> (E, B).
 
         With m actions to a state, (B, m, action_dim) -> (E, B, m).
         """
-        return self._values(self._outputs(features, u))
+        return self._values(self.net(self.normalizer(features), u))
 
     @torch.no_grad()
     def smallest(self, features: Tensor, u: Tensor, count: int) -> Tensor:
@@ -80,16 +69,14 @@ class CriticEnsemble(nn.Module):
         members = None
         if count < self.members:
             members = torch.rand(self.members, device=u.device).argsort()[:count]
-        return self._values(self._outputs(features, u, members)).min(0).values
+        return self._values(self.net(self.normalizer(features), u, members)).min(0).values
 
     def regress(self, features: Tensor, u: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, averaged over the batch and summed over the members, and the values without gradient.
 
-        Args:
-            features, u: as for ``forward``.
-            target: (B,) or (E, B), with m actions to a state (B, m) or (E, B, m); within ``bounds``, if any.
+        ``target`` is (B,) or (E, B), with m actions to a state (B, m) or (E, B, m); within ``bounds``.
         """
-        outputs = self._outputs(features, u)
+        outputs = self.net(self.normalizer(features), u)
         if self.bounds is None:
             errors = (outputs - target).square()
         else:
@@ -98,19 +85,8 @@ class CriticEnsemble(nn.Module):
             errors = binary_cross_entropy_with_logits(outputs, probability, reduction="none")
         return errors.flatten(1).mean(1).sum(), self._values(outputs.detach())
 
-    def _outputs(self, features: Tensor, u: Tensor, members: Tensor | None = None) -> Tensor:
-        return self.net(self.normalizer(features), u, members)
-
     def _values(self, outputs: Tensor) -> Tensor:
         if self.bounds is None:
             return outputs
         low, high = self.bounds
         return low + (high - low) * torch.sigmoid(outputs)
-
-
-@torch.no_grad()
-def best_candidate(critic: CriticEnsemble, features: Tensor, chunks: Tensor) -> Tensor:
-    """Which chunk has the best mean value: (B, d), (B, K, steps, action_dim) -> (B,)."""
-    device = critic.normalizer.mean.device
-    values = critic(features.float().to(device), chunks.flatten(2).float().to(device))
-    return values.mean(0).argmax(1).to(chunks.device)

@@ -26,15 +26,10 @@ def require_activation(option: str, name: str) -> None:
 
 
 class EnsembleMLP(nn.Module):
-    """``members`` independent networks of a state and an action, with one output each.
+    """``members`` (E) independent networks of a state and an action, with one output each.
 
-    Args:
-        members: ensemble size E.
-        in_dim: length of a state and an action together.
-        hidden: width of the hidden layers.
-        layers: number of hidden layers.
-        layer_norm: normalise before each activation (no learnt affine part).
-        activation: ``relu`` or ``tanh``.
+    ``in_dim`` is the length of both together; ``layer_norm`` normalises before each activation (no learnt
+    affine part).
     """
 
     def __init__(
@@ -78,6 +73,13 @@ class EnsembleMLP(nn.Module):
 class Head(nn.Linear):
     """A last layer: in its own precision under ``torch.autocast``, too."""
 
+    def reset_parameters(self) -> None:
+        """As any other layer; of no inputs, zero."""
+        if self.in_features:
+            super().reset_parameters()
+        else:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
@@ -86,7 +88,12 @@ class Head(nn.Linear):
 def mlp(
     in_dim: int, out_dim: int, hidden: int, layers: int, activation: str = "relu", layer_norm: bool = False
 ) -> nn.Sequential:
-    """A plain network with ``layers`` hidden layers; ``layer_norm`` as in ``EnsembleMLP``."""
+    """A plain network with ``layers`` hidden layers; ``layer_norm`` as in ``EnsembleMLP``.
+
+    Of no inputs it makes one vector that is learnt: a last layer's bias.
+    """
+    if in_dim == 0:
+        return nn.Sequential(Head(0, out_dim))
     modules: list[nn.Module] = []
     for index in range(layers):
         modules.append(nn.Linear(in_dim if index == 0 else hidden, hidden))
@@ -142,35 +149,10 @@ class FeatureNormalizer(nn.Module):
 
         What follows them (an encoder's output, which learns) stays as it is.
         """
-        count = features.shape[1]
-        if count == 0:
-            return
-        self.mean[:count] = features.mean(0)
-        self.std[:count] = features.std(0).clamp_min(self.min_std)
+        count = min(features.shape[1], len(self.mean))
+        self.mean[:count] = features.mean(0)[:count]
+        self.std[:count] = features.std(0)[:count].clamp_min(self.min_std)
 
     def forward(self, features: Tensor) -> Tensor:
+        """(B, dim) of each; of (B, n) where ``dim`` is 0: (B, 0)."""
         return (features - self.mean).div_(self.std).clamp_(-self.clip, self.clip)
-
-
-class NoFeatures(FeatureNormalizer):
-    """Hands nothing on: for a network that does not look at the observation."""
-
-    def __init__(self) -> None:
-        super().__init__(0)
-
-    def fit(self, features: Tensor) -> None:
-        """Nothing to take."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features[:, :0]
-
-
-class ConstantOutput(nn.Module):
-    """One vector, whatever comes in: (B, n) -> (B, dim)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bias.expand(x.shape[0], -1)

@@ -68,9 +68,7 @@ def steered_noise(actor: NoiseActor, deterministic: bool = False) -> NoiseSample
 def prior_noise(space: NoiseSpace, mean: Tensor | None = None) -> NoiseSampler:
     """What an untrained actor draws: the policy's own noise, squashed into the noise space.
 
-    Args:
-        space: noise space.
-        mean: (dim,) of the actor's Gaussian before squashing, where that begins elsewhere than at 0.
+    ``mean`` (dim,) is that of the actor's Gaussian before squashing, where it begins elsewhere than at 0.
     """
 
     def choose(features: Tensor | None, prior: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 A packed observation is one row (d,) float32: first a vector (backbone features, state, task), then, where
 cameras take part, their pixels as whole numbers from 0 to 255, channels first. So it passes through whatever
 handles features; the replay keeps the pixels as uint8 (``rl/data/frames.py``), and the networks take the row
-apart (``policies/encoders.py``).
+apart (``ObservationEncoder``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
@@ -22,7 +22,8 @@ from trimtab.adapters.errors import at_least
 
 INPUTS = ("features", "state", "images", "task")
 STATES = (OBS_STATE, OBS_ENV_STATE)
-SMALLEST_IMAGE = 15  # the encoder's four convolutions take 14 off
+CHANNELS, STRIDES = 32, (2, 1, 1, 1)  # of the encoder's 3x3 convolutions
+SMALLEST_IMAGE = 15  # they take 14 off
 
 
 @dataclass
@@ -72,11 +73,7 @@ class ObserveConfig:
         return 0 if self.image_shape is None else self.image_shape[0] * self.image_size**2
 
     def resolved(self, adapter: PolicyAdapter, tasks: Sequence[str]) -> ObserveConfig:
-        """This config with nothing left open.
-
-        Args:
-            adapter: the loaded policy.
-            tasks: instructions of the run's environments.
+        """This config with nothing left open, for a loaded policy and the instructions of a run.
 
         Raises:
             UserError: the policy does not have what is asked for.
@@ -84,14 +81,15 @@ class ObserveConfig:
         inputs = self.inputs
         if inputs == ["features"] or (inputs is None and offers_features(adapter)):
             return replace(self, inputs=["features"], cameras=None, tasks=None)
-        generator = torch.Generator().manual_seed(0)
-        example = adapter.example_observation(min(2, adapter.max_batch or 2), generator)
+        example = adapter.example_observation(
+            min(2, adapter.max_batch or 2), torch.Generator().manual_seed(0)
+        )
         batch = adapter.preprocess(example)
         states = any(name in batch for name in STATES)
-        cameras = [key for key in camera_names(adapter) if self.cameras is None or key in self.cameras]
+        cameras = [key for key in adapter.cameras() if self.cameras is None or key in self.cameras]
         unknown = set(self.cameras or ()) - set(cameras)
         if unknown:
-            known = ", ".join(camera_names(adapter)) or "none"
+            known = ", ".join(adapter.cameras()) or "none"
             raise UserError(
                 "--observe.cameras", f"the policy has no {', '.join(sorted(unknown))}, only {known}"
             )
@@ -119,12 +117,7 @@ class ObserveConfig:
 
 
 class Observer:
-    """Packs observations for a noise actor; set as ``adapter.observer``, it is asked once per observation.
-
-    Args:
-        config: a resolved config.
-        adapter: the policy.
-    """
+    """Packs observations for a noise actor, by a resolved config; set as ``adapter.observer``."""
 
     def __init__(self, config: ObserveConfig, adapter: PolicyAdapter) -> None:
         self.config, self.adapter = config, adapter
@@ -135,9 +128,8 @@ class Observer:
         """Packed observations (B, d) float32.
 
         Args:
-            conditioning: what the policy made of the observations.
-            batch: what its preprocessor made of them; of a history, the states take part whole and the
-                cameras with their last image.
+            conditioning, batch: what the policy and its preprocessor made of the observations; of a history,
+                the states take part whole and the cameras with their last image.
             tasks: B instructions.
 
         Raises:
@@ -150,20 +142,17 @@ class Observer:
         if "state" in inputs:
             parts += [batch[name].flatten(1) for name in STATES if name in batch]
         if "task" in inputs:
-            parts.append(self._one_hot(tasks or [""] * conditioning.observations))
+            known = list(config.tasks or ())
+            tasks = tasks or [""] * conditioning.observations
+            if unknown := [task for task in tasks if task not in known]:
+                raise UserError(
+                    "--env.task",
+                    f"the noise actor was told of {', '.join(map(repr, known))}, not of {unknown[0]!r}",
+                )
+            parts.append(one_hot(torch.tensor([known.index(task) for task in tasks]), len(known)))
         if "images" in inputs:
             parts.append(images(self.adapter, batch, config.cameras or (), config.image_size).flatten(1))
         return torch.cat([part.to(self.adapter.device, torch.float32) for part in parts], 1)
-
-    def _one_hot(self, tasks: Sequence[str]) -> Tensor:
-        known = list(self.config.tasks or ())
-        unknown = [task for task in tasks if task not in known]
-        if unknown:
-            raise UserError(
-                "--env.task",
-                f"the noise actor was told of {', '.join(map(repr, known))}, not of {unknown[0]!r}",
-            )
-        return one_hot(torch.tensor([known.index(task) for task in tasks]), len(known))
 
 
 def build_observer(config: ObserveConfig, adapter: PolicyAdapter, tasks: Sequence[str]) -> Observer | None:
@@ -177,27 +166,21 @@ def offers_features(adapter: PolicyAdapter) -> bool:
     return adapter.features(adapter.example_conditioning(1, torch.Generator().manual_seed(0))) is not None
 
 
-def camera_names(adapter: PolicyAdapter) -> list[str]:
-    """The policy's cameras, without those that LeRobot fills."""
-    features = adapter.config.input_features
-    return [key for key in features if len(features[key].shape) == 3 and "empty_camera" not in key]
-
-
 @torch.no_grad()
 def images(adapter: PolicyAdapter, batch: dict[str, Any], cameras: Sequence[str], size: int) -> Tensor:
     """Small images (B, 3 * cameras, size, size) with values 0, 1, ..., 255, float32.
 
-    Args:
-        adapter: the policy; its normalisation of images is undone.
-        batch: what its preprocessor made; images (B, 3, H, W), or with a history (B, T, 3, H, W), of which
-            the last one counts.
-        cameras: their names.
-        size: pixels to a side; other shapes are squeezed to the square.
+    ``batch`` is what the policy's preprocessor made; its normalisation is undone. Images are (B, 3, H, W), or
+    with a history (B, T, 3, H, W), of which the last one counts; other shapes are squeezed to the square.
     """
     found = []
     for key in cameras:
         image = batch[key][:, -1] if batch[key].ndim == 5 else batch[key]
-        found.append(_small(_as_seen(adapter, key, image), size))
+        for step in getattr(adapter.preprocessor, "steps", ()):
+            if hasattr(step, "_tensor_stats") and key in step.features:
+                image = step._apply_transform(image, key, step.features[key].type, inverse=True)
+                break
+        found.append(_small(image, size))
     return torch.cat(found, 1)
 
 
@@ -208,14 +191,6 @@ def _small(image: Tensor, size: int) -> Tensor:
     if image.shape[-2:] != (size, size):
         image = interpolate(image.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
     return (image.float() * 255).round().clamp(0, 255)
-
-
-def _as_seen(adapter: PolicyAdapter, key: str, image: Tensor) -> Tensor:
-    """An image as it was before the policy's normalisation."""
-    for step in getattr(adapter.preprocessor, "steps", ()):
-        if hasattr(step, "_tensor_stats") and key in step.features:
-            return step._apply_transform(image, key, step.features[key].type, inverse=True)
-    return image
 
 
 def _check_images(
@@ -235,3 +210,63 @@ def _check_images(
             f"the preprocessor of this {adapter.policy_type} policy does not hand on {key} as an image; use "
             "features",
         )
+
+
+def random_shift(images: Tensor, pad: int) -> Tensor:
+    """Each of images (B, C, H, W) shifted by up to ``pad`` pixels each way, its border repeated.
+
+    That is pad and crop in one gather. All channels, so all cameras of an observation, move together.
+    """
+    if pad == 0:
+        return images
+    batch, _, height, width = images.shape
+    device = images.device
+    offset = torch.randint(-pad, pad + 1, (2, batch, 1), device=device)
+    rows = (torch.arange(height, device=device) + offset[0]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=device) + offset[1]).clamp(0, width - 1)
+    index = (rows.unsqueeze(2) * width + columns.unsqueeze(1)).flatten(1)  # (B, H * W)
+    flat = images.flatten(2)
+    return flat.gather(2, index.unsqueeze(1).expand_as(flat)).view_as(images)
+
+
+class ObservationEncoder(nn.Module):
+    """Packed observations -> what the networks look at; the identity where there are no pixels in them.
+
+    Architecture and augmentation of DrQ-v2 (Yarats et al., arXiv 2107.09645): four 3x3 convolutions, then a
+    linear layer, LayerNorm and tanh. One encoder serves all networks: the TD loss of the critic trains it,
+    everything else sees what it makes without gradient.
+
+    ``vector_dim`` entries come before the pixels, of which ``observe`` (resolved; ``None``: there are none)
+    tells the shape. What comes out is ``dim`` long: the vector, and ``image_dim`` entries for the images.
+    """
+
+    def __init__(self, vector_dim: int, observe: ObserveConfig | None = None) -> None:
+        super().__init__()
+        self.vector_dim = self.dim = vector_dim
+        self.image_shape = observe.image_shape if observe else None
+        if observe is None or self.image_shape is None:
+            return
+        self.shift = observe.shift
+        layers: list[nn.Module] = []
+        channels, size = self.image_shape[:2]
+        for stride in STRIDES:
+            convolution = nn.Conv2d(channels, CHANNELS, 3, stride)
+            nn.init.orthogonal_(convolution.weight, nn.init.calculate_gain("relu"))
+            nn.init.zeros_(convolution.bias)
+            layers += [convolution, nn.ReLU()]
+            channels, size = CHANNELS, (size - 3) // stride + 1
+        self.convolutions = nn.Sequential(*layers, nn.Flatten())
+        self.head = nn.Sequential(
+            nn.Linear(CHANNELS * size**2, observe.image_dim), nn.LayerNorm(observe.image_dim), nn.Tanh()
+        )
+        self.dim += observe.image_dim
+
+    def forward(self, observations: Tensor, augment: bool = False) -> Tensor:
+        """(B, vector_dim + pixels) -> (B, dim); ``augment`` shifts the images at random."""
+        if self.image_shape is None:
+            return observations
+        vector, pixels = observations[:, : self.vector_dim], observations[:, self.vector_dim :]
+        images = pixels.unflatten(1, self.image_shape)
+        if augment:
+            images = random_shift(images, self.shift)
+        return torch.cat([vector, self.head(self.convolutions(images / 255 - 0.5))], 1)

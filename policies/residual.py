@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from trimtab.policies.acting import Choice, Denoise
 from trimtab.policies.actor import ActorConfig
-from trimtab.policies.encoders import ObservationEncoder
 from trimtab.policies.networks import ClampInvertingGradients, FeatureNormalizer, mlp
-from trimtab.policies.observe import ObserveConfig
+from trimtab.policies.noise_samplers import NoiseSampler
+from trimtab.policies.observe import ObservationEncoder, ObserveConfig
 
 WEIGHTS, SETTINGS = "residual.safetensors", "residual.json"
 
@@ -26,11 +29,10 @@ class ResidualActor(nn.Module):
     2509.19301.
 
     Args:
-        feature_dim: length of the observation features, without the pixels.
+        feature_dim, observe: as for ``NoiseActor``.
         chunk_size: numbers in a chunk, steps * action_dim.
         scale: largest correction of an entry, in the policy's normalised actions.
         config: network size, and how far tanh may go; what it says of deviations has no meaning here.
-        observe: a resolved config, where images are looked at.
     """
 
     def __init__(
@@ -47,14 +49,8 @@ class ResidualActor(nn.Module):
         # Where tanh is flat nothing leads back: the noise actor's limit, for the same reason.
         self.limit = math.atanh(config.mean_limit) if config.mean_limit < 1.0 else None
         self.normalizer = FeatureNormalizer(self.encoder.dim)
-        self.net = mlp(
-            self.encoder.dim + chunk_size,
-            chunk_size,
-            config.hidden,
-            config.layers,
-            config.activation,
-            config.layer_norm,
-        )
+        size = config.hidden, config.layers, config.activation, config.layer_norm
+        self.net = mlp(self.encoder.dim + chunk_size, chunk_size, *size)
         for parameter in self.net[-1].parameters():
             nn.init.zeros_(parameter)
 
@@ -67,12 +63,9 @@ class ResidualActor(nn.Module):
 
     @torch.no_grad()
     def correct(self, observations: Tensor, chunks: Tensor, noise: float = 0.0) -> Tensor:
-        """What is executed in the place of ``chunks``.
+        """What is executed at observations (B, d) in the place of the base's chunks (B, steps, action_dim).
 
-        Args:
-            observations: (B, d) as they come, packed where images are looked at.
-            chunks: (B, steps, action_dim) of the base.
-            noise: deviation of the exploration noise; what comes out stays within ``scale`` of the base.
+        ``noise`` is the deviation of the exploration noise; all stays within ``scale`` of the base.
         """
         device = self.normalizer.mean.device
         base = chunks.flatten(1).to(device, torch.float32)
@@ -87,3 +80,15 @@ class ResidualActor(nn.Module):
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
         (folder / SETTINGS).write_text(json.dumps({"scale": self.scale}) + "\n", encoding="utf-8")
         return folder
+
+
+@dataclass(frozen=True)
+class CorrectedChunk:
+    """A ``ChunkPolicy`` that executes the chunk of ``base`` as ``actor`` corrects it."""
+
+    base: NoiseSampler
+    actor: ResidualActor
+    draws: ClassVar[int] = 1
+
+    def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
+        return Choice(self.actor.correct(features, self.base.act(features, prior, denoise).chunk))

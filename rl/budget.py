@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 
 from trimtab.adapters.errors import UserError, at_least
 from trimtab.rl.algorithms import AlgorithmConfig
@@ -57,5 +57,4 @@ class TrainConfig:
         Raises:
             UserError: the replay is too small for it.
         """
-        own = asdict(rl.pace)
-        return replace(self, **{name: value for name, value in own.items() if getattr(self, name) is None})
+        return replace(self, **{name: v for name, v in rl.pace.items() if getattr(self, name) is None})

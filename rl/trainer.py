@@ -89,7 +89,8 @@ class Trainer:
         )
         self._build()
         if self.train.warm_start:
-            self.algorithm.warm_start(read_constant(self.train.warm_start, self.runner.adapter.noise_spec))
+            noise = read_constant(self.train.warm_start, self.runner.adapter.noise_spec)
+            self.algorithm.start = self.algorithm.actor.begin_at(noise)
         broadcast(self.algorithm.state_dict())  # every process begins with the first one's weights
         self.guard = StepGuard(world, self.train.clip_norm)
         self.guard.attach(self.algorithm)

@@ -47,34 +47,3 @@ def read_constant(name: str, spec: NoiseSpec) -> Tensor:
     load_weights(actor, tensors, path / WEIGHTS)
     prior = torch.zeros(1, *spec.shape)
     return actor.eval().act(prior.flatten(1), prior, deterministic=True)[0]
-
-
-@torch.no_grad()
-def begin_at(actor: NoiseActor, noise: Tensor) -> Tensor:
-    """Make ``noise`` (*spec.shape) the mean of an untrained actor, whatever it sees; its deviation stays.
-
-    Returns:
-        (dim,) that mean, before squashing
-
-    Raises:
-        UserError: the actor's noise space cannot express it.
-    """
-    space, wanted = actor.space, noise.unsqueeze(0).float()
-    if not space.determines_noise:
-        raise UserError(
-            "--noise.type", "this noise space draws a part of the noise afresh; use full for a warm start"
-        )
-    share = actor.config.mean_limit if actor.config.mean_limit < 1.0 else 0.999
-    u = space.project(wanted).clamp(-share * space.bound, share * space.bound)
-    if not torch.allclose(space.expand(u, wanted).float(), wanted, atol=1e-5):
-        largest, reach = float(wanted.abs().max()), share * space.bound * space.scale
-        if largest > reach:
-            raise UserError(
-                "--noise.bound",
-                f"the warm start reaches {largest:.2f}, an actor here {reach:.2f}; raise the bound to "
-                f"{1.05 * largest:.2f}",
-            )
-        raise UserError("--noise.type", "this noise space cannot make the noise of the warm start; use full")
-    mean = space.unsquash(u[0]).to(actor.net[-1].bias)
-    actor.net[-1].bias[: space.dim] = mean
-    return mean

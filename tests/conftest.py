@@ -39,7 +39,7 @@ def tiny_base(tmp_path_factory):
     """An embedded base of two tasks, cloned for a few steps: real parts, no skill."""
     from trimtab.recipes.embedded_base.base import BaseConfig, make_base
     from trimtab.recipes.embedded_base.cloning import CloningConfig
-    from trimtab.recipes.embedded_base.demonstrators import Operator
+    from trimtab.recipes.embedded_base.demonstrations import Operator
 
     config = BaseConfig(
         tasks=TASKS,

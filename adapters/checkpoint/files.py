@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +68,29 @@ def state_files(folder: Path) -> list[str]:
         for _, step in processor_steps(folder / name)
     ]
     return [name for name in names if isinstance(name, str)]
+
+
+@contextmanager
+def whole_folder(folder: Path, option: str = "--output_dir") -> Iterator[Path]:
+    """A folder to write into, which takes the place of ``folder`` once all is written, or vanishes.
+
+    Raises:
+        UserError: ``option`` names a place that cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(option, f"cannot write to {folder.parent} ({error.strerror})") from None
+    try:
+        yield work
+        work.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        work.rename(folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
 def has_weights(folder: Path) -> bool:

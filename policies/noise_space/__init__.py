@@ -4,29 +4,22 @@ A new space is a config with ``build_unscaled``, a ``NoiseSpace`` beside it, and
 """
 
 from trimtab.policies.noise_space.base import NoiseSpace, NoiseSpaceConfig
-from trimtab.policies.noise_space.knots import KnotNoiseConfig, KnotNoiseSpace
-from trimtab.policies.noise_space.masked import MaskedNoiseConfig, MaskedNoiseSpace
-from trimtab.policies.noise_space.residual import ResidualNoiseConfig, ResidualNoiseSpace
-from trimtab.policies.noise_space.whole import (
+from trimtab.policies.noise_space.spaces import (
     ConstantNoiseConfig,
     FullNoiseConfig,
-    FullNoiseSpace,
+    KnotNoiseConfig,
+    MaskedNoiseConfig,
     RepeatNoiseConfig,
-    RepeatNoiseSpace,
+    ResidualNoiseConfig,
 )
 
 __all__ = [
     "ConstantNoiseConfig",
     "FullNoiseConfig",
-    "FullNoiseSpace",
     "KnotNoiseConfig",
-    "KnotNoiseSpace",
     "MaskedNoiseConfig",
-    "MaskedNoiseSpace",
     "NoiseSpace",
     "NoiseSpaceConfig",
     "RepeatNoiseConfig",
-    "RepeatNoiseSpace",
     "ResidualNoiseConfig",
-    "ResidualNoiseSpace",
 ]

@@ -37,13 +37,12 @@ class NoiseSpaceConfig(draccus.ChoiceRegistry, abc.ABC):
         return self.get_choice_name(self.__class__)
 
     def build(self, spec: NoiseSpec) -> NoiseSpace:
-        """The noise space of this config for a policy's noise.
-
-        Raises:
-            UserError: the policy's noise has no such space.
-        """
+        """The noise space of this config for a policy's noise, or a UserError where it has no such space."""
         space = self.build_unscaled(spec)
-        return ScaledNoiseSpace(space) if self.unit == "bound" else space
+        if self.unit == "bound":  # squash is tanh then, and log pi that of SAC's action in [-1, 1]
+            space.scale, space.bound = space.bound, 1.0
+            space.initial_std /= space.scale
+        return space
 
     @abc.abstractmethod
     def build_unscaled(self, spec: NoiseSpec) -> NoiseSpace:
@@ -70,15 +69,12 @@ class NoiseSpace(abc.ABC):
     determines_noise: bool = True
 
     def __init__(self, spec: NoiseSpec, dim: int, bound: float) -> None:
-        self.spec = spec
-        self.dim = dim
-        self.bound = bound
+        self.spec, self.dim, self.bound = spec, dim, bound
 
-    @abc.abstractmethod
     def expand(self, u: Tensor, prior: Tensor) -> Tensor:
         """Full noise for ``u``; ``prior`` (B, *spec.shape) is a fresh draw for what is not steered."""
+        return self._noise(self.scale * u, prior).to(self.spec.dtype)
 
-    @abc.abstractmethod
     def project(self, noise: Tensor, prior: Tensor | None = None) -> Tensor:
         """The ``u`` (B, dim) that stands for ``noise`` in the replay, clipped to the bound.
 
@@ -86,6 +82,15 @@ class NoiseSpace(abc.ABC):
             noise: (B, *spec.shape); need not come from ``expand``.
             prior: the draw that ``noise`` was made with; only ``residual`` needs it.
         """
+        return (self._steered(noise, prior) / self.scale).clamp(-self.bound, self.bound)
+
+    @abc.abstractmethod
+    def _noise(self, u: Tensor, prior: Tensor) -> Tensor:
+        """``expand`` for ``u`` in standard deviations of the prior."""
+
+    @abc.abstractmethod
+    def _steered(self, noise: Tensor, prior: Tensor | None) -> Tensor:
+        """The inverse of ``_noise``, without a bound."""
 
     def draw(self, prior: Tensor) -> Tensor:
         """The actor's randomness (B, dim), standard normal, made of ``prior``.
@@ -116,47 +121,3 @@ class NoiseSpace(abc.ABC):
         """What the policy feeds itself where nothing is steered, in its dtype: ``prior``, or zero (act)."""
         prior = prior.to(self.spec.dtype)
         return torch.zeros_like(prior) if self.spec.distribution == "zero" else prior
-
-
-class ScaledNoiseSpace(NoiseSpace):
-    """Another space whose ``u`` counts in its bound: the noise is what that makes of ``bound * u``.
-
-    ``squash`` is tanh then, and log pi that of SAC's action in [-1, 1].
-    """
-
-    def __init__(self, space: NoiseSpace) -> None:
-        super().__init__(space.spec, space.dim, 1.0)
-        self.space, self.scale = space, space.bound
-        self.initial_std = space.initial_std / self.scale
-        self.uses_features, self.determines_noise = space.uses_features, space.determines_noise
-
-    def expand(self, u: Tensor, prior: Tensor) -> Tensor:
-        return self.space.expand(self.scale * u, prior)
-
-    def project(self, noise: Tensor, prior: Tensor | None = None) -> Tensor:
-        return self.space.project(noise, prior) / self.scale
-
-    def draw(self, prior: Tensor) -> Tensor:
-        return self.space.draw(prior)
-
-
-def rows_and_columns(spec: NoiseSpec, option: str, wish: str) -> tuple[int, int]:
-    """(steps, dim) of noise that has both.
-
-    Args:
-        spec: the policy's noise.
-        option: what to name in the error, and
-        wish: what the user asked for there.
-
-    Raises:
-        UserError: noise of any other shape.
-    """
-    if len(spec.shape) != 2:
-        raise UserError(option, f"{wish} needs noise of shape (steps, dim), this has {spec.shape}")
-    return spec.shape
-
-
-def full_or_repeat(option: str, value: str) -> None:
-    """Raise a UserError unless ``value`` is one of the two."""
-    if value not in ("full", "repeat"):
-        raise UserError(option, f"'{value}' is neither full nor repeat")

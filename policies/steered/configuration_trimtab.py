@@ -8,53 +8,38 @@ from typing import Any
 
 from lerobot.configs import PreTrainedConfig
 
+from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.checkpoint.folder import is_server
-from trimtab.adapters.errors import UserError, at_least
+from trimtab.adapters.errors import at_least
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 
 TYPE = "trimtab"
-FORMAT = 2  # 1: before LeRobot could load an artefact
+FORMAT = 3  # of the artefact; another one is refused
 
 
 @dataclass
-class BaseReference:
+class BaseReference(PolicyConfig):
     """The base that an artefact steers: where it lies, how it was loaded, what tells it from any other.
 
     A path of a local folder is relative to the artefact's folder, and begins with a dot.
     """
 
-    # Folder, Hub repository, or address of a policy server.
-    path: str | None = None
-    revision: str | None = None
-    # How it was loaded; as in ``PolicyConfig``.
-    dtype: str | None = None
-    num_inference_steps: int | None = None
-    n_action_steps: int | None = None
-    rename_map: dict[str, str] = field(default_factory=dict)
-    tokenizer: str | None = None
-    backbone: str | None = None
-    base_path: str | None = None
     policy_type: str | None = None
     # What ``PolicyAdapter.identity`` says of it. Of files:
     sha256: str | None = None
-    files: dict[str, str] | None = None
+    files: dict[str, str] = field(default_factory=dict)
     weights_sha256: str | None = None
     weights_dtype: str | None = None
     weights_device: str | None = None
-    # Of a policy server: how it was asked, and what it answered.
-    remote: dict[str, Any] | None = None
+    # Of a policy server: what it answered.
     answer: Any = None
     tolerance: Any = None
 
     def location(self, folder: Path) -> str:
-        """Where it lies, for the artefact in ``folder``: a folder, a Hub repository or a server's address.
-
-        Raises:
-            UserError: the artefact names no base.
-        """
+        """Where it lies, for the artefact in ``folder``: a folder, a Hub repository or a server's address."""
         if self.path is None:
             raise UserError("--policy.base.path", f"the artefact {folder} names no base policy")
         candidate = folder / Path(self.path).expanduser()
@@ -96,6 +81,8 @@ class TrimtabConfig(PreTrainedConfig):
     # Facts about the training run, for whoever reads the file.
     training: dict[str, Any] = field(default_factory=dict)
 
+    observation_delta_indices = action_delta_indices = reward_delta_indices = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_amp:
@@ -114,18 +101,6 @@ class TrimtabConfig(PreTrainedConfig):
     def chunk_size(self) -> int:
         """Length of the chunks that ``predict_action_chunk`` returns."""
         return self.n_action_steps
-
-    @property
-    def observation_delta_indices(self) -> None:
-        return None
-
-    @property
-    def action_delta_indices(self) -> None:
-        return None
-
-    @property
-    def reward_delta_indices(self) -> None:
-        return None
 
     def get_optimizer_preset(self) -> Any:
         raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,15 @@ from lerobot.utils.constants import OBS_STR
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, PolicyConfig, UserError
-from trimtab.adapters.checkpoint.files import CONFIG, WEIGHTS
+from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR
 from trimtab.adapters.checkpoint.folder import resolve_folder
 from trimtab.policies.acting import ChunkPolicy, denoise_several
-from trimtab.policies.artefact import (
-    CRITIC,
-    Steered,
-    is_artefact,
-    load_artefact,
-    read_config,
-    write_config,
-    write_weights,
-)
+from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, write_files
 from trimtab.policies.noise_samplers import NoiseSampler, own_noise, steered_noise
 from trimtab.policies.steered.configuration_trimtab import TYPE, TrimtabConfig
-from trimtab.policies.steered.processor_trimtab import RAW_TASK, check_processors, write_processors
+from trimtab.policies.steered.processor_trimtab import RAW_TASK
 
 TASK = "task"
-TASKS = (TASK, RAW_TASK)
 # Policies whose `predict_action_chunk` takes noise beside the arguments of real-time chunking.
 REAL_TIME = ("pi0", "pi05", "smolvla")
 
@@ -40,13 +32,7 @@ class TrimtabPolicy(PreTrainedPolicy):
 
     Batches are what the base's own processors make, actions are normalised as the base's are: LeRobot's
     commands run the processors around the policy. The base is no part of ``state_dict`` or ``parameters``.
-
-    Args:
-        config: the artefact's, perhaps changed on a command line.
-        steered: the loaded parts; default: from ``config.pretrained_path``.
-
-    Raises:
-        UserError: there is no artefact, or what it says does not fit.
+    ``steered`` are the loaded parts, by default from ``config.pretrained_path``.
     """
 
     config_class = TrimtabConfig
@@ -70,7 +56,6 @@ class TrimtabPolicy(PreTrainedPolicy):
         self.steered = steered
         self.adapter = steered.adapter
         self.actor = steered.actor.requires_grad_(False)
-        self._critic = (steered.critic,)  # in a tuple, so that it is no part of the state either
         if config.compile_model:
             self.actor.compile()
         self.to(config.device)
@@ -86,12 +71,7 @@ class TrimtabPolicy(PreTrainedPolicy):
         token: str | None = None,
         **kwargs: Any,
     ) -> TrimtabPolicy:
-        """Load an artefact from a folder or the Hub, and the base that it refers to.
-
-        Raises:
-            UserError: one clear line on a file that is missing or broken, and on a base that is not where
-                it was or not what it was.
-        """
+        """Load an artefact from a folder or the Hub, and the base that it refers to."""
         folder = resolve_folder(str(pretrained_name_or_path), revision, token)
         if not is_artefact(str(folder)):
             raise UserError("--policy.path", f"{folder} is not a policy of type {TYPE}")
@@ -99,11 +79,7 @@ class TrimtabPolicy(PreTrainedPolicy):
         return cls(config, steered=_load(folder, config)).eval()
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        write_config(self.config, save_directory / CONFIG)
-        write_weights(self.actor, save_directory / WEIGHTS)
-        if self._critic[0] is not None:
-            write_weights(self._critic[0], save_directory / CRITIC)
-        write_processors(save_directory, self.adapter, self.steered.base, self.steered.base_folder)
+        write_files(replace(self.steered, config=self.config), save_directory)
 
     @property
     def base(self) -> Any:
@@ -127,20 +103,14 @@ class TrimtabPolicy(PreTrainedPolicy):
                 the first observation standing in for those before it.
             noise: (B, *noise_shape) the draw that the actor starts from; default: fresh.
             kwargs: for the plain base.
-
-        Raises:
-            UserError: the actions mean something else outside of their chunk.
         """
         if self._plain:
-            return self.base.select_action(batch, **_given(noise), **kwargs)
+            return self.base.select_action(batch, **kwargs, **_given(noise))
         if not self.steps_apart:
             raise UserError(
                 "--policy.path", f"{self.STEPS}; use trimtab eval, --inference.type=rtc or the policy server"
             )
-        observed = self._observed(batch)
-        while len(self._observations) < self.adapter.n_obs_steps - 1:
-            self._observations.append(observed)
-        self._observations.append(observed)
+        self._observations.extend([batch] * (1 if self._observations else self.adapter.n_obs_steps))
         if not self._actions:
             self._actions.extend(self._chunk(self._history(list(self._observations)), noise).unbind(1))
         return self._actions.popleft()
@@ -159,13 +129,13 @@ class TrimtabPolicy(PreTrainedPolicy):
                 (B, chunk_size, action_dim), from the noise that the actor chose.
         """
         if self._plain:
-            return self.base.predict_action_chunk(batch, **_given(noise), **kwargs)
-        if any(value is not None for value in kwargs.values()) or self._real_time:
+            return self.base.predict_action_chunk(batch, **kwargs, **_given(noise))
+        rtc = getattr(self.config, "rtc_config", None)
+        if any(value is not None for value in kwargs.values()) or (rtc is not None and rtc.enabled):
             return self._real_time_chunk(batch, noise, kwargs)
         if self._has_time(batch):
             return self._chunk(batch, noise)
-        seen = list(self._observations) or [self._observed(batch)]
-        seen = [seen[0]] * (self.adapter.n_obs_steps - len(seen)) + seen
+        seen = list(self._observations) or [batch] * self.adapter.n_obs_steps
         return self._chunk(self._history(seen), noise)
 
     @property
@@ -196,28 +166,16 @@ class TrimtabPolicy(PreTrainedPolicy):
     def _plain(self) -> bool:
         return not self.config.use_actor and self.base is not None
 
-    @property
-    def _real_time(self) -> bool:
-        rtc = getattr(self.config, "rtc_config", None)
-        return rtc is not None and rtc.enabled
-
-    def _observed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What is kept of one observation."""
-        if not self.adapter.history:
-            return batch
-        return {
-            key: value
-            for key, value in batch.items()
-            if key in TASKS or (key.startswith(OBS_STR) and isinstance(value, Tensor) and value.ndim)
-        }
-
     def _history(self, seen: list[dict[str, Any]]) -> dict[str, Any]:
         """What the adapter encodes: with the time axis that the base has."""
-        if not self.adapter.history:
-            return seen[-1]
         last = seen[-1]
-        return {
-            key: last[key] if key in TASKS else torch.stack([one[key] for one in seen], 1) for key in last
+        if not self.adapter.history:
+            return last
+        tasks = {key: last[key] for key in (TASK, RAW_TASK) if key in last}
+        return tasks | {
+            key: torch.stack([one[key] for one in seen], 1)
+            for key, value in last.items()
+            if key.startswith(OBS_STR) and isinstance(value, Tensor) and value.ndim
         }
 
     def _has_time(self, batch: dict[str, Any]) -> bool:
@@ -242,11 +200,10 @@ class TrimtabPolicy(PreTrainedPolicy):
                 "--env.type", f"the base policy needs {error.args[0]}, the observations are {given}"
             ) from None
 
-    def _prior(self, count: int, noise: Tensor | None) -> Tensor:
-        device = self.actor.normalizer.mean.device
+    def _prior(self, count: int, noise: Tensor | None = None) -> Tensor:
+        device, expected = self.actor.normalizer.mean.device, (count, *self.config.noise_shape)
         if noise is None:
-            return torch.randn(count, *self.config.noise_shape, device=device)
-        expected = (count, *self.config.noise_shape)
+            return torch.randn(expected, device=device)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, the policy takes {expected}")
         return noise.to(device, torch.float32)
@@ -270,7 +227,7 @@ class TrimtabPolicy(PreTrainedPolicy):
         prior = self._prior(count, noise).unsqueeze(1)
         if self.config.num_candidates > 1 and self.config.use_actor:
             policy = self.steered.policy(self.config.deterministic, self.config.num_candidates)
-            others = self._prior(count * (policy.draws - 1), None).unflatten(0, (count, -1))
+            others = self._prior(count * (policy.draws - 1)).unflatten(0, (count, -1))
             prior = torch.cat([others, prior], 1)  # the actor's draw is the last
         chunk = policy.act(
             self._seen(conditioning).to(prior), prior, partial(denoise_several, self.adapter, conditioning)
@@ -297,7 +254,13 @@ def _given(noise: Tensor | None) -> dict[str, Tensor]:
 
 
 def _load(folder: Path, config: TrimtabConfig) -> Steered:
-    check_processors(folder)
+    missing = [name for name in (PREPROCESSOR, POSTPROCESSOR) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            "--policy.path",
+            f"{folder} lacks {', '.join(missing)}, which LeRobot's commands need; write it anew with "
+            f"`trimtab export --run={folder} --output_dir=...`",
+        )
     return load_artefact(PolicyConfig(path=str(folder), device=config.device), config)
 
 

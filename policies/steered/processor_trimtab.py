@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lerobot.configs import PreTrainedConfig
 from lerobot.processor import (
     AddBatchDimensionProcessorStep,
     DeviceProcessorStep,
@@ -21,16 +20,13 @@ from lerobot.processor import (
     ProcessorStepRegistry,
     RenameObservationsProcessorStep,
     TransitionKey,
-    policy_action_to_transition,
-    transition_to_policy_action,
 )
 
-from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError
+from trimtab.adapters import PolicyAdapter, PolicyConfig
 from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
 from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.checkpoint.legacy import processor_files
-from trimtab.adapters.checkpoint.processors import RENAME_STEP, load_processors
-from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
+from trimtab.adapters.checkpoint.processors import RENAME_STEP
 
 OWN_RENAME_STEP = "trimtab_rename_observations"
 RAW_TASK = "trimtab_task"  # the instructions, before the base's processors make a prompt of them
@@ -62,60 +58,17 @@ class BaseRenameStep(RenameObservationsProcessorStep):
         return {"rename_map": self.rename_map, "keep_task": self.keep_task}
 
 
-def make_trimtab_pre_post_processors(
-    config: TrimtabConfig, dataset_stats: dict[str, Any] | None = None
-) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """Processors for a config without saved ones: those that its base was saved with.
-
-    LeRobot calls this where it is given no folder; from an artefact's folder it reads the files there.
-
-    Args:
-        config: of the steered policy.
-        dataset_stats: not used: the base's statistics are part of what was steered.
-
-    Raises:
-        UserError: the base is not where the config says.
-    """
-    location = config.base.location(Path(config.pretrained_path or "."))
-    if is_server(location):
-        return plain_processors(config.device)
-    base_config = PreTrainedConfig.from_pretrained(str(location))
-    base_config.device = config.device
-    return load_processors(base_config, Path(location))
-
-
-def plain_processors(device: str | None) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """Processors that normalise nothing, for a policy server, which does so itself."""
-    before = [
-        RenameObservationsProcessorStep(rename_map={}),
-        AddBatchDimensionProcessorStep(),
-        DeviceProcessorStep(device=device or "cpu"),
-    ]
-    return (
-        PolicyProcessorPipeline(steps=before, name=Path(PREPROCESSOR).stem),
-        PolicyProcessorPipeline(
-            steps=[DeviceProcessorStep(device="cpu")],
-            name=Path(POSTPROCESSOR).stem,
-            to_transition=policy_action_to_transition,
-            to_output=transition_to_policy_action,
-        ),
-    )
-
-
 def write_processors(
     folder: Path, adapter: PolicyAdapter, options: PolicyConfig, base_folder: Path | str
 ) -> None:
     """Write into ``folder`` the processors that LeRobot is to run around the steered base.
 
-    Args:
-        folder: of the artefact.
-        adapter: the loaded base.
-        options: how it was loaded: a tokenizer, backbone or renaming named there is written in.
-        base_folder: the base's folder, or the address of its server.
+    Those of the base, with a first step of the artefact's own where renaming or the instructions ask for it;
+    a tokenizer or backbone that ``options`` name is written in. For a policy server, which normalises by
+    itself, processors that do nothing.
     """
     if is_server(str(base_folder)):
-        for pipeline in plain_processors(adapter.device.type):
-            pipeline.save_pretrained(folder)
+        _write_plain(folder, adapter.device.type)
         return
     here: dict[str, Any] = {  # LeRobot's commands may run in another folder
         name: str(Path(value).expanduser().resolve())
@@ -124,45 +77,33 @@ def write_processors(
     }
     overrides = type(adapter).processor_overrides(adapter.config, replace(options, **here))
     looks = getattr(adapter.observer, "config", None)
-    keep_task = looks is not None and "task" in (looks.inputs or ())
-    named = {PREPROCESSOR: overrides, POSTPROCESSOR: {}}
+    settings = {
+        "rename_map": adapter.renames(),
+        "keep_task": looks is not None and "task" in (looks.inputs or ()),
+    }
     with processor_files(adapter, Path(base_folder)) as source:
-        _write_changed(folder, source, named, adapter.renames(), keep_task)
+        for name, changes in ((PREPROCESSOR, overrides), (POSTPROCESSOR, {})):
+            content = json.loads((source / name).read_text(encoding="utf-8"))
+            steps = content["steps"]
+            for step in steps:
+                own = step.get("registry_name")
+                step.setdefault("config", {}).update(changes.get(own, {}))
+                if own == RENAME_STEP:
+                    step["config"]["rename_map"] = {}
+            if name == PREPROCESSOR and any(settings.values()):
+                steps.insert(0, {"registry_name": OWN_RENAME_STEP, "config": settings})
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name in state_files(source):
+            shutil.copyfile(source / name, folder / name)
 
 
-def _write_changed(
-    folder: Path, source: Path, overrides: dict[str, dict[str, Any]], renames: dict[str, str], keep_task: bool
-) -> None:
-    """The processors in ``source``, with these overrides and with a first step of the artefact's own.
-
-    That step renames and keeps the instructions, where either is asked for.
-    """
-    for name, changes in overrides.items():
-        content = json.loads((source / name).read_text(encoding="utf-8"))
-        steps = content["steps"]
-        for step in steps:
-            own = step.get("registry_name")
-            step.setdefault("config", {}).update(changes.get(own, {}))
-            if own == RENAME_STEP:
-                step["config"]["rename_map"] = {}
-        if name == PREPROCESSOR and (renames or keep_task):
-            settings = {"rename_map": renames, "keep_task": keep_task}
-            steps.insert(0, {"registry_name": OWN_RENAME_STEP, "config": settings})
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    for name in state_files(source):
-        shutil.copyfile(source / name, folder / name)
-
-
-def check_processors(folder: Path) -> None:
-    """Refuse an artefact's folder without the processors.
-
-    Raises:
-        UserError: one is missing.
-    """
-    missing = [name for name in (PREPROCESSOR, POSTPROCESSOR) if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            "--policy.path",
-            f"{folder} lacks {', '.join(missing)}, which LeRobot's commands need; write it anew with "
-            f"`trimtab export --run={folder} --output_dir=...`",
-        )
+def _write_plain(folder: Path, device: str) -> None:
+    """Processors that normalise nothing."""
+    before = [
+        RenameObservationsProcessorStep(rename_map={}),
+        AddBatchDimensionProcessorStep(),
+        DeviceProcessorStep(device=device),
+    ]
+    after = DeviceProcessorStep(device="cpu")
+    for steps, name in ((before, PREPROCESSOR), ([after], POSTPROCESSOR)):
+        PolicyProcessorPipeline(steps=steps, name=Path(name).stem).save_pretrained(folder)

@@ -50,7 +50,7 @@ from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.runs.processes import ProcessGroup
 from trimtab.rl.seeds import MAX_SEED
 from trimtab.rl.trainer import Trainer
-from trimtab.rl.warm_start import begin_at, read_constant
+from trimtab.rl.warm_start import read_constant
 
 # Evaluations by task and policy.
 Measured = dict[str, dict[str, Evaluation]]
@@ -204,7 +204,7 @@ def steer(
                 for note in trainer.resume(checkpoint) if checkpoint else ():
                     print(note)
                 signals.kept = checkpoint is not None
-                signals.deferred = run.checkpoints is not None and config.rl.replays
+                signals.deferred = trainer.checkpoints is not None
                 learnt = trainer.run()
                 signals.kept, signals.deferred = signals.deferred, False
                 if signals():
@@ -271,7 +271,7 @@ def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> No
         read_demonstrations(demos, session.adapter, config.train.reward, config.env.task or "")
     if warm_start:
         noise = read_constant(warm_start, session.adapter.noise_spec)
-        begin_at(NoiseActor(1, space, config.rl.actor), noise)
+        NoiseActor(1, space, config.rl.actor).begin_at(noise)
 
 
 def measure(session: Session, config: AdaptConfig, space: NoiseSpace) -> tuple[Measured, dict[str, Any]]:
@@ -282,7 +282,7 @@ def measure(session: Session, config: AdaptConfig, space: NoiseSpace) -> tuple[M
     found: Measured = {}
     details: dict[str, Any] = {}
     for task, vec in session.evaluations_by_task():
-        if not found and config.rl.replays and (first := session.first) is not None:
+        if not found and config.rl.pace and (first := session.first) is not None:
             spec = (
                 ConditioningSpec.of(session.adapter, first) if "conditioning" in config.rl.replayed else None
             )

@@ -7,13 +7,12 @@ from trimtab.recipes.compare.comparison import Comparison
 from trimtab.recipes.compare.config import CompareConfig
 from trimtab.recipes.compare.folders import read_runs
 from trimtab.recipes.compare.report import write_report
-from trimtab.recipes.compare.summary import summarise
 from trimtab.recipes.support.console import new_output_dir
 
 
 def main(config: CompareConfig) -> None:
     if config.runs:
-        print(report_folders(config))
+        report_folders(config)
         return
     if not config.policy.path:
         raise UserError("--policy.path", "name the base policy, or with --runs=[...] folders to report on")
@@ -22,11 +21,11 @@ def main(config: CompareConfig) -> None:
     comparison = Comparison(config)
     if config.only:
         comparison.only(config.only)
-    else:
-        print(comparison.all())
+        return
+    print(comparison.all())
 
 
-def report_folders(config: CompareConfig) -> str:
+def report_folders(config: CompareConfig) -> None:
     """Report on runs that are there."""
     runs, videos = read_runs([path.expanduser() for path in config.runs])
     output = new_output_dir(config.output_dir, "compare")
@@ -35,6 +34,5 @@ def report_folders(config: CompareConfig) -> str:
         "while learning, success is that of the last training episodes (adapt) or of each round's evaluation "
         "(lora): curves and steps to a level of the two kinds are not alike",
     ]
-    output.mkdir(parents=True, exist_ok=True)
-    text = write_report(output, "Comparison of runs", facts, runs, summarise(runs), videos)
-    return f"{text}\nall in {output}"
+    text = write_report(output, "Comparison of runs", facts, runs, videos)
+    print(f"{text}\nall in {output}")

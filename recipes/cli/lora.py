@@ -6,41 +6,26 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean as mean
 from typing import Any
 
 import draccus
 from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
-from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder
-from trimtab.adapters.errors import at_least
-from trimtab.policies.artefact import is_artefact
+from trimtab.adapters import PolicyConfig, UserError
 from trimtab.recipes.cli.adapt import check_run
 from trimtab.recipes.finetune.data import REPO_ID, Recorder
-from trimtab.recipes.finetune.filtered_bc import rounds
-from trimtab.recipes.finetune.rollouts import Rollouts
-from trimtab.recipes.finetune.training import FineTuner, TuningConfig
+from trimtab.recipes.finetune.rollouts import Rollouts, rounds
+from trimtab.recipes.finetune.training import FineTuner, TuningConfig, means
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.option_dicts import repeatable
-from trimtab.recipes.support.reporting import (
-    MetricsWriter,
-    rate_text,
-    results_of,
-    summaries,
-    table,
-    write_json,
-)
+from trimtab.recipes.support.reporting import MetricsWriter, rate_text, results_of, table, write_json
 from trimtab.recipes.support.session import Session, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.data.demonstration_data import rate_warning
 from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.evaluation import Evaluation, require_success
 from trimtab.rl.seeds import training_seed
-
-DATASET_STEPS = 20_000  # gradient steps by default
-LOG_EVERY = 100  # gradient steps behind one number of the loss curve
 
 
 @dataclass
@@ -49,13 +34,6 @@ class FineTunedEvalConfig(EpisodesConfig):
 
     # Not searched here; `trimtab eval` on the result does.
     constant_candidates: int = 0
-
-    def __post_init__(self) -> None:
-        if self.constant_candidates:
-            raise UserError(
-                "--eval.constant_candidates", "no constant noise is sought here; run `trimtab eval` for that"
-            )
-        super().__post_init__()
 
 
 @dataclass
@@ -82,187 +60,141 @@ class LoraConfig(TuningConfig):
     output_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        self.check()
+        super().__post_init__()
         check_run(self.seed, self.num_envs)
-        at_least(1, self, "--", "rounds")
+        named, option = self.dataset is not None, "--dataset.repo_id"
+        if self.rounds < 1:
+            raise UserError("--rounds", f"must be at least 1, got {self.rounds}")
         if self.env_steps < self.rounds:
             raise UserError("--env_steps", f"must be at least one for each round, got {self.env_steps}")
-        if self.from_rollouts and self.dataset is not None:
-            raise UserError(
-                "--dataset.repo_id", "drop it, or drop --from_rollouts: they are two ways to learn"
-            )
+        if self.from_rollouts and named:
+            raise UserError(option, "drop it, or drop --from_rollouts: they are two ways to learn")
+        if not self.from_rollouts and not named:
+            raise UserError(option, "name a LeRobotDataset to learn from, or add --from_rollouts=true")
         if self.from_rollouts and self.env is None:
             raise UserError("--env.type", "--from_rollouts needs an environment to roll out in")
-        if not self.from_rollouts and self.dataset is None:
+        for name in ("streaming", "eval_split"):
+            if getattr(self.dataset, name, False):
+                raise UserError(f"--dataset.{name}", "not supported here; `lerobot-train --peft...` is")
+        if self.eval.constant_candidates:
             raise UserError(
-                "--dataset.repo_id", "name a LeRobotDataset to learn from, or add --from_rollouts=true"
+                "--eval.constant_candidates", "no constant noise is sought here; run `trimtab eval` for that"
             )
-        if self.dataset is not None and (self.dataset.streaming or self.dataset.eval_split):
-            name = "streaming" if self.dataset.streaming else "eval_split"
-            raise UserError(f"--dataset.{name}", "not supported here; `lerobot-train --peft...` is")
 
 
 def main(config: LoraConfig) -> None:
     output = new_output_dir(config.output_dir, "lora")
     config.machine.apply()
-    adapter, folder = open_base(config)
-    tuner = FineTuner(adapter, folder, config.policy, config)
-    if config.dataset is not None:
-        data = tuner.check(config.dataset)
-        for line in rate_warning(data, config.env and config.env.fps):
-            print(line)
-    session = None
-    if config.env is not None:
-        session = Session(tuner.adapter, config.env, config.eval, config.machine)
-        print(describe(session, folder))
-    run = Run(config, tuner, session, output)
-    print(f"{config.method}: {tuner.trained_parameters:,} weights to train")
-    if config.dataset is not None:
-        run.from_dataset(config.dataset)
-    elif session is not None:
-        run.from_rollouts(session)
-    run.finish()
-    if run.evaluations:
-        print(f"\n{table(summaries(run.evaluations))}\n")
-    name = "LoRA adapter" if config.method == "lora" else "policy"
-    print(f"{name} in {run.saved}; all in {output}")
-
-
-def open_base(config: LoraConfig) -> tuple[PolicyAdapter, Path]:
-    """Load the policy; a ``UserError`` where it cannot be fine-tuned, or rolled out as asked."""
-    path = config.policy.path
-    if not path:
-        raise UserError("--policy.path", "name the folder or Hub repository of the base policy")
-    if is_server(path):
-        raise UserError("--policy.path", f"{path} is a policy server; its weights are out of reach")
-    if is_artefact(path):
-        raise UserError("--policy.path", f"{path} is a steered policy; name its base")
-    folder = resolve_folder(path, config.policy.revision)
-    if is_peft(folder):
-        raise UserError("--policy.path", f"{path} is itself a LoRA adapter; name the policy that it adapts")
-    if config.env is not None:
-        check_base(config.env, folder)
-    adapter = load_adapter(config.policy)
-    for note in adapter.notes:
+    tuner, session = FineTuner(config.policy, config), None
+    for note in tuner.adapter.notes:
         print(f"note: {note}")
-    if config.from_rollouts and adapter.remembers:
+    if config.from_rollouts and tuner.adapter.remembers:
         raise UserError(
             "--from_rollouts",
-            f"a {adapter.policy_type} policy remembers its episode chunk by chunk, which cannot be cut to an "
-            "exact number of steps; learn from a dataset",
+            f"a {tuner.adapter.policy_type} policy remembers its episode chunk by chunk, which cannot be cut "
+            "to an exact number of steps; learn from a dataset",
         )
-    return adapter, folder
+    if config.dataset is not None:
+        for line in rate_warning(tuner.check(config.dataset), config.env and config.env.fps):
+            print(line)
+    if config.env is not None:
+        check_base(config.env, tuner.folder)
+        session = Session(tuner.adapter, config.env, config.eval, config.machine)
+        print(describe(session, tuner.folder))
+    print(f"{config.method}: {tuner.trained_parameters:,} weights to train")
+    run = Run(config, tuner, session, output)
+    if session is not None:
+        base = run.evaluate("base", "base policy")
+        if config.from_rollouts:
+            require_success(base)
+    with MetricsWriter(output / "metrics.jsonl") as metrics:
+        details = run.from_rollouts(metrics) if config.from_rollouts else run.from_dataset(metrics)
+    tuned = tuner.save(output / "policy")
+    results = results_of(
+        config,
+        run.evaluations,
+        method=config.method,
+        from_rollouts=config.from_rollouts,
+        updates=tuner.updates,
+        trained_parameters=tuner.trained_parameters,
+        saved_bytes=sum(path.stat().st_size for path in (output / "policy").iterdir()),
+        base_sha256=tuner.base_sha256,
+        **details,
+        seconds={name: round(value, 2) for name, value in run.seconds.items()},
+    )
+    write_json(output / "results.json", results)
+    write_json(output / "config.json", repeatable(draccus.encode(config, LoraConfig)))
+    if session is not None:
+        after = Session(tuned, session.env, config.eval, config.machine)
+        after.record(after.own_noise, output / "after.mp4", "video: fine-tuned")
+        print(f"\n{table(results['policies'])}\n")
+    kind = "LoRA adapter" if config.method == "lora" else "policy"
+    print(f"{kind} in {output / 'policy'}; all in {output}")
 
 
+@dataclass
 class Run:
-    """One fine-tuning, and what it leaves under ``output``."""
+    """One fine-tuning; ``from_dataset`` and ``from_rollouts`` return what results.json holds of it."""
 
-    def __init__(self, config: LoraConfig, tuner: FineTuner, session: Session | None, output: Path) -> None:
-        self.config, self.tuner, self.session, self.output = config, tuner, session, output
-        self.saved = output / "policy"
-        self.evaluations: dict[str, Evaluation] = {}
-        self.details: dict[str, Any] = {}
-        self.seconds: dict[str, float] = defaultdict(float)
+    config: LoraConfig
+    tuner: FineTuner
+    session: Session | None
+    output: Path
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def from_dataset(self, dataset: DatasetConfig) -> None:
+    def from_dataset(self, metrics: MetricsWriter) -> dict[str, Any]:
         """Fine-tune on the user's dataset."""
-        steps = self.config.steps or DATASET_STEPS
+        losses = self.tuner.fit(self.config.dataset, self.config.seed, on_metrics=metrics)
+        self.seconds["training"] = metrics.lines[-1]["seconds_total"]
         if self.session is not None:
-            self._evaluate(self.session, "base", "base policy")
-        with MetricsWriter(self.output / "metrics.jsonl") as metrics:
+            self.evaluate("fine_tuned", "fine-tuned")
+        return {"losses": means(losses)}
 
-            def on_step(losses: list[float], seconds: float) -> None:
-                step = len(losses)
-                if step % LOG_EVERY == 0 or step == steps:
-                    loss = means(losses)[-1]
-                    metrics({"step": step, "loss": loss, "seconds_total": round(seconds, 3)})
-
-            started = time.perf_counter()
-            losses = self.tuner.fit(dataset, steps, self.config.seed, on_step=on_step)
-            self.seconds["training"] = time.perf_counter() - started
-        self.details = {"losses": means(losses)}
-        if self.session is not None:
-            self._evaluate(self.session, "fine_tuned", "fine-tuned")
-
-    def from_rollouts(self, session: Session) -> None:
+    def from_rollouts(self, metrics: MetricsWriter) -> dict[str, Any]:
         """Filtered behaviour cloning, the policy evaluated after each round."""
-        config = self.config
-        last = self._evaluate(session, "base", "base policy")
-        require_success(last)
+        config, session, last = self.config, self.session, self.evaluations["base"]
+        metrics({"round": 0, "env_steps": 0, "eval": last.summary()})
         recorder = Recorder(self.output / "successes", session.env.fps)
-        with (
-            MetricsWriter(self.output / "metrics.jsonl") as metrics,
-            session.environments(config.num_envs, keep_seen=True) as vec,
-        ):
-            metrics({"round": 0, "env_steps": 0, "eval": last.summary()})
+        with session.environments(config.num_envs, keep_seen=True) as vec:
             rollouts = Rollouts(session.runner, vec, session.own_noise, training_seed(config.seed))
             for done in rounds(self.tuner, rollouts, recorder, config.env_steps, config.rounds, config.seed):
                 for part, seconds in done.seconds.items():
                     self.seconds[part] += seconds
-                total, spent = len(done.episodes), rollouts.env_steps
+                report = "skipped, for there is nothing new to learn from"
+                if done.losses:
+                    last = self.evaluate("fine_tuned", f"round {done.number}/{config.rounds}: evaluation")
+                    report = f"now {rate_text(last.summary())}"
+                steps, won, total = rollouts.env_steps, done.successes, len(done.episodes)
+                print(f"round {done.number}: {steps} steps, {won}/{total} episodes succeeded; {report}")
                 line: dict[str, Any] = {
                     "round": done.number,
-                    "env_steps": spent,
+                    "env_steps": steps,
                     "episodes": total,
-                    "successes": done.successes,
-                    "success_rate": done.successes / total if total else None,
+                    "successes": won,
+                    "success_rate": won / total if total else None,
                     "updates": self.tuner.updates,
+                    **({"losses": means(done.losses)} if done.losses else {"skipped": True}),
                 }
-                report = f"round {done.number}: {spent} steps, {done.successes}/{total} episodes succeeded"
-                if done.losses:
-                    label = f"round {done.number}/{config.rounds}: evaluation"
-                    last = self._evaluate(session, "fine_tuned", label)
-                    line["losses"] = means(done.losses)
-                    print(f"{report}; now {rate_text(last.summary())}")
-                else:
-                    line["skipped"] = True
-                    print(f"{report}; skipped, for there is nothing new to learn from")
                 metrics(line | {"eval": last.summary()})
-        episodes = sum(line["episodes"] for line in metrics.lines[1:])
+        lines = metrics.lines[1:]
+        episodes = sum(line["episodes"] for line in lines)
         if not recorder.episodes:
             raise UserError(
                 "--env_steps",
-                f"none of {episodes} episodes in {rollouts.env_steps} steps succeeded: nothing to clone; "
-                "raise it, or start from a policy that succeeds at times",
+                f"none of {episodes} episodes in {steps} steps succeeded: nothing to clone; raise it, or "
+                "start from a policy that succeeds at times",
             )
-        self.details = {
-            "env_steps": rollouts.env_steps,
+        return {
+            "env_steps": steps,
             "training_episodes": episodes,
             "dataset": {"repo_id": REPO_ID, "episodes": recorder.episodes, "frames": recorder.frames},
+            "rounds": lines,
         }
 
-    def finish(self) -> None:
-        """Save the result and write results.json, config.json and videos."""
-        config, tuned = self.config, self.tuner.save(self.saved)
-        results = results_of(
-            config,
-            self.evaluations,
-            method=config.method,
-            from_rollouts=config.from_rollouts,
-            updates=self.tuner.updates,
-            trained_parameters=self.tuner.trained_parameters,
-            saved_bytes=sum(path.stat().st_size for path in self.saved.iterdir()),
-            base_sha256=self.tuner.base_hashes["weights"],
-            **self.details,
-            seconds={name: round(value, 2) for name, value in self.seconds.items()},
-        )
-        write_json(self.output / "results.json", results)
-        again = repeatable(draccus.encode(config, LoraConfig))
-        again = {n: value for n, value in again.items() if value is not None and n != "output_dir"}
-        write_json(self.output / "config.json", again)
-        if self.session is not None:
-            after = Session(tuned, self.session.env, config.eval, config.machine)
-            after.record(after.own_noise, self.output / "after.mp4", "video: fine-tuned")
-
-    def _evaluate(self, session: Session, name: str, label: str) -> Evaluation:
+    def evaluate(self, name: str, label: str) -> Evaluation:
         started = time.perf_counter()
-        with session.evaluation_environments() as vec:
-            self.evaluations[name] = session.evaluate(vec, session.own_noise, label=label)
-        part = "base_evaluation" if name == "base" else "evaluation"
-        self.seconds[part] += time.perf_counter() - started
+        with self.session.evaluation_environments() as vec:
+            self.evaluations[name] = self.session.evaluate(vec, self.session.own_noise, label=label)
+        self.seconds["base_evaluation" if name == "base" else "evaluation"] += time.perf_counter() - started
         return self.evaluations[name]
-
-
-def means(losses: list[float]) -> list[float]:
-    """The loss curve: the mean of every ``LOG_EVERY`` steps."""
-    return [mean(losses[start : start + LOG_EVERY]) for start in range(0, len(losses), LOG_EVERY)]

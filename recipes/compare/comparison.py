@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -22,15 +21,13 @@ from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.compare.config import CompareConfig
 from trimtab.recipes.compare.methods import make_method
 from trimtab.recipes.compare.report import write_report
-from trimtab.recipes.compare.runs import Task
-from trimtab.recipes.compare.summary import summarise
+from trimtab.recipes.compare.runs import Run
 from trimtab.recipes.embedded_base.base import DEMONSTRATIONS
-from trimtab.recipes.embedded_base.dataset import REPO_ID
+from trimtab.recipes.embedded_base.demonstrations import REPO_ID
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.option_dicts import repeatable
 from trimtab.recipes.support.reporting import rate_text, read_json, write_json
 from trimtab.recipes.support.session import Session, base_of
-from trimtab.recipes.support.shared_configs import EVALUATION_SEED
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.envs.hooks import base_tasks, check_base, task_names
 
@@ -40,9 +37,6 @@ RECORD = "compare_config.json"
 class Comparison:
     """All runs of a comparison.
 
-    Args:
-        config: settings.
-
     Raises:
         UserError: the policy, a task or a method cannot take part.
     """
@@ -51,26 +45,23 @@ class Comparison:
         self.config = config
         self.methods = {name: make_method(name, config.settings.get(name)) for name in config.names()}
         path = config.policy.path
-        self.server = is_server(path)
-        if self.server and (tuned := [name for name, method in self.methods.items() if method.tunes]):
+        if is_server(path) and (tuned := [name for name, method in self.methods.items() if method.tunes]):
             raise UserError(
                 "--methods", f"what is on a policy server cannot be fine-tuned: leave out {', '.join(tuned)}"
             )
         if is_artefact(path):
             raise UserError("--policy.path", f"{path} is already steered; name its base policy")
         folder = base_of(config.policy)
-        if not self.server and is_peft(folder):
+        local = folder if isinstance(folder, Path) else None
+        if local and is_peft(local):
             raise UserError("--policy.path", f"{folder} is a LoRA adapter; name the policy that it adapts")
         self.tasks = self._tasks(folder, config.tasks or config.env.task or "", "--tasks")
         self.tasks = self.tasks or [config.env.task or ""]
         self.others: list[str] = []
-        if config.other_episodes:
-            named = config.other_tasks
-            self.others = (
-                base_tasks(config.env, folder)
-                if named is None
-                else self._tasks(folder, named, "--other_tasks")
-            )
+        if config.other_episodes and config.other_tasks is None:
+            self.others = base_tasks(config.env, folder)
+        elif config.other_episodes:
+            self.others = self._tasks(folder, config.other_tasks, "--other_tasks")
         if "task" in (config.observe.inputs or ()) and (self.others or len(self.tasks) > 1):
             raise UserError(
                 "--observe.inputs",
@@ -78,8 +69,8 @@ class Comparison:
                 "--other_episodes=0",
             )
         self.dataset = config.dataset
-        if self.dataset is None and not self.server and (folder / DEMONSTRATIONS).is_dir():
-            self.dataset = DatasetConfig(REPO_ID, root=str(folder / DEMONSTRATIONS))
+        if self.dataset is None and local and (local / DEMONSTRATIONS).is_dir():
+            self.dataset = DatasetConfig(REPO_ID, root=str(local / DEMONSTRATIONS))
         for name, method in self.methods.items():
             if "dataset" in method.uses and self.dataset is None:
                 raise UserError(
@@ -99,12 +90,11 @@ class Comparison:
                     f"{chunks * steps} are needed, or leave it out of --methods",
                 )
         # A server shows no weights.
-        self.base_sha256 = None if self.server else file_hash(folder)
-        output = config.output_dir
-        if output is None or not (output / RECORD).is_file():
-            output = new_output_dir(output, "compare")
-        self.output = output
-        self._open: dict[str, Task] = {}
+        self.base_sha256 = file_hash(local) if local else None
+        self.output = config.output_dir
+        if self.output is None or not (self.output / RECORD).is_file():
+            self.output = new_output_dir(self.output, "compare")
+        self._sessions: dict[str, Session] = {}
 
     def _tasks(self, folder: Path | str, text: str, option: str) -> list[str]:
         """The tasks that ``text`` lists, checked where that is possible."""
@@ -119,17 +109,6 @@ class Comparison:
     def _env(self, task: str) -> EnvConfig:
         return replace(self.config.env, task=task) if task else self.config.env
 
-    def task(self, name: str) -> Task:
-        """One task, as its runs share it."""
-        if name not in self._open:
-            config = self.config
-            session = Session(
-                self.base.adapter, self._env(name), config.episodes, config.machine, config.observe
-            )
-            others = {other: self._env(other) for other in self.others if other != name}
-            self._open[name] = Task(config, session, self.base, others, self.dataset, self._folder(name))
-        return self._open[name]
-
     def plan(self) -> Iterator[tuple[str, str, int | None]]:
         """Task, method and seed of every run, seed by seed; one run of what learns nothing."""
         for seed in (None, *self.config.seed_list()):
@@ -143,7 +122,7 @@ class Comparison:
         config, method = self.config, self.methods[name]
         loaded = draccus.encode(config.policy)
         # The hash of the weights says it, or it decides nothing.
-        for key in ("revision", "device", "tokenizer", "backbone", *(() if self.server else ("path",))):
+        for key in ("revision", "device", "tokenizer", "backbone", *(("path",) if self.base_sha256 else ())):
             loaded.pop(key, None)
         found = {
             "base_sha256": self.base_sha256,
@@ -151,63 +130,57 @@ class Comparison:
             "env": draccus.encode(self._env(task), EnvConfig),
             "method": method.settings(),
             "seed": seed,
-            "first_seed": EVALUATION_SEED,
             "others": [other for other in self.others if other != task],
             **{key: getattr(config, key) for key in ("n_episodes", "final_episodes", "other_episodes")},
         }
         for key in method.uses:
-            value = self.dataset if key == "dataset" else getattr(config, key)
-            found[key] = draccus.encode(value)
+            found[key] = draccus.encode(self.dataset if key == "dataset" else getattr(config, key))
         if "dataset" in found:
             found["dataset"].pop("root", None)  # where it lies decides nothing
         return json.loads(json.dumps(found))
 
     def record(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
         """What a run has found; it is made now if it is not there."""
-        path = self._file(task, name, seed, "json")
+        make = self._isolated if self.config.isolate and not self.config.only else self._make
+        path, settings = self._file(task, name, seed, ".json"), self.settings(task, name, seed)
+        found = once(path, settings, lambda: make(task, name, seed))
+        return {"task": task, "method": name, "seed": seed} | found
 
-        def run() -> dict[str, Any]:
-            if self.config.isolate and not self.config.only:
-                return self._isolated(task, name, seed, path)
-            return self.task(task).record(name, self.methods[name], seed)
+    def _make(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
+        """Make the run in this process."""
+        config, method = self.config, self.methods[name]
+        if task not in self._sessions:
+            self._sessions[task] = Session(
+                self.base.adapter, self._env(task), config.episodes, config.machine, config.observe
+            )
+        session, label = self._sessions[task], f"{name}, {task}" + ("" if seed is None else f", seed {seed}")
+        others = [other for other in self.others if other != task and (method.uses or name == "base")]
+        with session.evaluation_environments() as vec:
+            run = Run(config, session, self.base, vec, label, seed or 0, self.dataset)
+            path, video = self._file(task, name, seed, ""), seed in (None, config.seed_list()[0])
+            return run.record(method, {other: self._env(other) for other in others}, path, video)
 
-        return {"task": task, "method": name, "seed": seed} | once(path, self.settings(task, name, seed), run)
-
-    def _isolated(self, task: str, name: str, seed: int | None, path: Path) -> dict[str, Any]:
-        """Make the run in a process of its own.
-
-        Raises:
-            UserError: what stopped it there.
-        """
-        only = f"--only={task},{name}" + ("" if seed is None else f",{seed}")
-        command = [sys.executable, "-m", "trimtab.recipes.cli", "compare"]
-        command += [f"--config_path={self.output / RECORD}", only, f"--output_dir={self.output}"]
-        ran = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-        if ran.returncode:
-            last = [line for line in ran.stderr.splitlines() if "error: " in line]
-            if ran.returncode == 2 and last:
-                option, _, message = last[-1].split("error: ", 1)[1].partition(": ")
-                raise UserError(option, message)
-            raise RuntimeError(f"the run {only} ended with {ran.returncode}:\n{ran.stderr}")
-        return read_json(path)
+    def _isolated(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
+        """Make the run in a process of its own, which says itself what stops it."""
+        command = [sys.executable, "-m", "trimtab.recipes.cli", "compare", f"--output_dir={self.output}"]
+        command += [f"--config_path={self.output / RECORD}", f"--only={run_name(task, name, seed)}"]
+        if code := subprocess.run(command).returncode:
+            raise SystemExit(code)
+        return read_json(self._file(task, name, seed, ".json"))
 
     def only(self, text: str) -> None:
         """Make one run, which ``all`` has asked for."""
-        task, name, seed = (*text.split(","), "", "")[:3]
-        chosen = task, name, int(seed) if seed.isdecimal() else None
-        if chosen not in list(self.plan()):
+        chosen = [run for run in self.plan() if run_name(*run) == text]
+        if not chosen:
             raise UserError("--only", f"'{text}' is no run of this comparison; TASK,METHOD,SEED")
-        self.record(*chosen)
+        self.record(*chosen[0])
 
     def all(self) -> str:
         """Make what is missing, report after each run, and return the last report."""
-        again = repeatable(draccus.encode(self.config, CompareConfig))
-        again = {k: v for k, v in again.items() if v is not None and k not in ("output_dir", "only")}
-        write_json(self.output / RECORD, json.loads(json.dumps(again, default=str)))
+        write_json(self.output / RECORD, repeatable(draccus.encode(self.config, CompareConfig)))
         runs: list[dict[str, Any]] = []
-        text = ""
-        for task, name, seed in self.plan():
-            runs.append(self.record(task, name, seed))
+        for run in self.plan():
+            runs.append(self.record(*run))
             text = self.report(runs)
         return f"\n{text}\nall in {self.output}"
 
@@ -229,30 +202,30 @@ class Comparison:
         videos = [
             (f"{run['task']}: {run['method']}", path)
             for run in runs
-            if run["seed"] in (None, config.seed_list()[0])
-            and (path := self._file(run["task"], run["method"], run["seed"], "mp4")).is_file()
+            if (path := self._file(run["task"], run["method"], run["seed"], ".mp4")).is_file()
         ]
-        return write_report(self.output, "Methods compared", facts, runs, summarise(runs), videos)
-
-    def _folder(self, task: str) -> Path:
-        """Where a task's runs lie."""
-        return self.output / "runs" / (task or self.config.env.type)
+        return write_report(self.output, "Methods compared", facts, runs, videos)
 
     def _file(self, task: str, name: str, seed: int | None, suffix: str) -> Path:
-        """A file of one run."""
-        return self._folder(task) / (f"{name}.{suffix}" if seed is None else f"{name}-seed{seed}.{suffix}")
+        """A file of one run, or without a suffix its folder."""
+        run = name if seed is None else f"{name}-seed{seed}"
+        return self.output / "runs" / (task or self.config.env.type) / f"{run}{suffix}"
+
+
+def run_name(task: str, name: str, seed: int | None) -> str:
+    """A run as ``--only`` names it."""
+    return f"{task},{name}" + ("" if seed is None else f",{seed}")
 
 
 def once(path: Path, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What an earlier run found with the same settings, else what ``run`` finds, written to ``path``."""
-    wanted = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if path.is_file():
         found = read_json(path)
-        if found["hash"] == wanted:
+        if found["settings"] == settings:
             print(f"{path} is there already")
             return found
         print(f"{path} was made with other settings; running it again")
-    found = {**run(), "settings": settings, "hash": wanted}
+    found = {**run(), "settings": settings}
     write_json(path, found)
     print(f"{path} written", flush=True)
     return found

@@ -70,27 +70,25 @@ class CompareConfig:
         at_least(1, self, "--", "env_steps", "grid", "n_episodes", "final_episodes", "batch_size", "num_envs")
         at_least(0, self, "--", "other_episodes", "videos")
         if self.grid is None:  # as many points, up to ten, as the budget has equal parts
-            points = next(n for n in range(10, 0, -1) if self.env_steps % n == 0)
-            self.grid = self.env_steps // points
+            self.grid = self.env_steps // next(n for n in range(10, 0, -1) if self.env_steps % n == 0)
         if self.env_steps % self.grid:
             raise UserError(
                 "--grid", f"--env_steps={self.env_steps} must be a multiple of it, for an equal budget"
             )
-        self.names()
+        for option, what, names in (
+            ("--methods", "", self.names()),
+            ("--settings", "method ", self.settings),
+        ):
+            for name in names:
+                if name not in METHODS:
+                    raise UserError(option, f"there is no {what}'{name}'; choose from {', '.join(METHODS)}")
         self.seed_list()
-        for name in self.settings:
-            if name not in METHODS:
-                raise UserError(
-                    "--settings", f"there is no method '{name}'; choose from {', '.join(METHODS)}"
-                )
 
     def names(self) -> list[str]:
         """The methods, the base first: all others are compared with it."""
-        names = [name.strip() for name in self.methods.split(",") if name.strip()]
-        for name in names:
-            if name not in METHODS:
-                raise UserError("--methods", f"there is no '{name}'; choose from {', '.join(METHODS)}")
-        return list(dict.fromkeys(["base", *names]))
+        return list(
+            dict.fromkeys(["base", *(name.strip() for name in self.methods.split(",") if name.strip())])
+        )
 
     def seed_list(self) -> list[int]:
         """The training seeds."""
@@ -117,8 +115,3 @@ class CompareConfig:
         """Those of the end."""
         first = EVALUATION_SEED + self.n_episodes
         return list(range(first, first + self.final_episodes))
-
-    @property
-    def other_seeds(self) -> list[int]:
-        """Those on each other task."""
-        return list(range(EVALUATION_SEED, EVALUATION_SEED + self.other_episodes))

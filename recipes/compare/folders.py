@@ -16,6 +16,7 @@ RESULTS, METRICS = "results.json", "metrics.jsonl"
 OPTION = "--runs"
 # What learns nothing, by its name in a run's results and in a comparison.
 FIXED = {"base": "base", "zero_noise": "zero_noise", "constant_noise": "best_constant"}
+DIFFER = "{0} and {2} have not the same %s: {1}, {3}"
 Record = dict[str, Any]
 
 
@@ -30,32 +31,31 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Record], list[tuple[str, Pa
     runs: dict[tuple[str, str, int | None], Record] = {}
     videos: list[tuple[str, Path]] = []
     first: dict[str, tuple[Any, Path]] = {}  # what the folders must share, and which said it first
-
-    def share(what: str, value: Any, folder: Path, differs: str) -> None:
-        if value is None:
-            return
-        known, other = first.setdefault(what, (value, folder))
-        if value != known:
-            raise UserError(OPTION, differs.format(folder=folder, other=other, value=value, known=known))
-
     for folder in folders:
         results, config = _read(folder)
-        differs = "{folder} and {other} have not the same %s: {value}, {known}"
-        share("base", results.get("base_sha256"), folder, differs % "base policy")
-        env = config.get("env") or {}
-        settings = {name: value for name, value in env.items() if name != "task"}
-        share("environment", settings or None, folder, differs % "environment")
         task = results["env"]["task"] or results["env"]["type"]
-        differs = "{folder} was evaluated on seeds {value}, {other} on {known}"
-        share(f"seeds of {task}", results["evaluation_seeds"], folder, differs)
-        records = _records(folder, results, config, task)
+        env = {name: value for name, value in (config.get("env") or {}).items() if name != "task"}
+        for what, value, differ in (
+            ("base", results.get("base_sha256"), DIFFER % "base policy"),
+            ("environment", env or None, DIFFER % "environment"),
+            (f"seeds of {task}", results["evaluation_seeds"], "{0} was evaluated on seeds {1}, {2} on {3}"),
+        ):
+            if value is not None:
+                known, other = first.setdefault(what, (value, folder))
+                if value != known:
+                    raise UserError(OPTION, differ.format(folder, value, other, known))
+        records = _records(folder, results, config)
         for record in records:
-            key = (task, record["method"], record["seed"])
-            if key in runs and record["method"] not in FIXED.values():
+            if record["final"]["success_rate"] is None:
                 raise UserError(
-                    OPTION, f"{folder} is a second run of {record['method']}, seed {record['seed']}"
+                    OPTION, f"a run on {task} reports no success, and a comparison counts successes alone"
                 )
-            runs.setdefault(key, record)
+            policy = "policy" if record["method"] in FIXED.values() else "actor"
+            key = (task, record["method"], record.setdefault("seed", None))
+            if key in runs and policy == "actor":
+                raise UserError(OPTION, f"{folder} is a second run of {key[1]}, seed {key[2]}")
+            blank = {"task": task, "points": [], "episodes": [], "cost": {}}
+            runs.setdefault(key, blank | record | {"final": {policy: record["final"]}})
         method = records[-1]["method"] if records else ""
         for name in ("before", "after", "rollouts"):
             if (folder / f"{name}.mp4").is_file():
@@ -83,54 +83,47 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return results, config
 
 
-def _records(folder: Path, results: dict[str, Any], config: dict[str, Any], task: str) -> list[Record]:
+def _records(folder: Path, results: dict[str, Any], config: dict[str, Any]) -> list[Record]:
     """What the run has found: one record per policy."""
-
-    def record(method: str, policy: str, name: str, seed: int | None = None, **more: Any) -> Record:
-        final = results["policies"][name]
-        if final["success_rate"] is None:
-            raise UserError(
-                OPTION, f"a run on {task} reports no success, and a comparison counts successes alone"
-            )
-        final = final | {"won": (results.get("outcomes") or {}).get(name, "")}
-        made: Record = {"task": task, "method": method, "seed": seed, "final": {policy: final}}
-        return made | {"points": [], "episodes": [], "cost": {}} | more
-
-    found = [record(method, "policy", name) for name, method in FIXED.items() if name in results["policies"]]
-    path, seconds = folder / METRICS, results.get("seconds", {})
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    lines = [json.loads(line) for line in text.splitlines() if line]
-    learnt = {"seed": results.get("seed", 0), "search_episodes": results.get("training_episodes", 0)}
-    if "steered" in results["policies"]:
+    path, seconds, won = folder / METRICS, results.get("seconds", {}), results.get("outcomes") or {}
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    finals = {name: final | {"won": won.get(name, "")} for name, final in results["policies"].items()}
+    found: list[Record] = [
+        {"method": method, "final": finals[name]} for name, method in FIXED.items() if name in finals
+    ]
+    learnt: Record = {
+        "seed": results.get("seed", 0),
+        "search_episodes": results.get("training_episodes", 0),
+    }
+    if "steered" in finals:
         method = "steered"
         if config.get("rl"):
             method = f"{config['rl'].get('type', 'dsrl_sac')} ({config.get('noise', {}).get('type', 'full')})"
-        points = [
+        learnt |= {"method": method, "final": finals["steered"]}
+        learnt["points"] = [
             _point(line, round(line["success_rate"] * line["success_window"]), line["success_window"])
             for line in lines
             if line.get("success_window") and line["success_rate"] is not None
         ]
-        cost = {
+        learnt["cost"] = {
             "trainable_parameters": {"actor": results.get("actor_parameters")},
             "wall_seconds": seconds.get("steering"),
+            "artefact_bytes": folder_bytes(folder / "artefact") or None,
         }
-        if (folder / "artefact").is_dir():
-            cost["artefact_bytes"] = folder_bytes(folder / "artefact")
-        found.append(record(method, "actor", "steered", **learnt, points=points, cost=cost))
-    if "fine_tuned" in results["policies"]:
-        method = f"{results['method']}{', own successes' if results['from_rollouts'] else ', demonstrations'}"
-        points = [
+    if "fine_tuned" in finals:
+        source = "own successes" if results["from_rollouts"] else "demonstrations"
+        learnt |= {"method": f"{results['method']}, {source}", "final": finals["fine_tuned"]}
+        learnt["points"] = [
             _point(line, line["eval"]["successes"], line["eval"]["episodes"])
             for line in lines
             if line.get("round") and "eval" in line
         ]
-        cost = {
+        learnt["cost"] = {
             "trainable_parameters": {"actor": results["trained_parameters"]},
             "artefact_bytes": results["saved_bytes"],
             "wall_seconds": sum(seconds.get(part, 0.0) for part in ("rollouts", "recording", "training")),
         }
-        found.append(record(method, "actor", "fine_tuned", **learnt, points=points, cost=cost))
-    return found
+    return [*found, learnt] if "method" in learnt else found
 
 
 def _point(line: dict[str, Any], won: int, of: int) -> dict[str, Any]:

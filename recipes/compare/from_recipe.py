@@ -44,15 +44,18 @@ def comparison(content: dict[str, Any], lora: dict[str, Any] | None, server: boo
     train = steered.pop("train", {})
     if others := {name: value for name, value in train.items() if name not in OWN_TRAIN}:
         steered["train"] = others
-    for part, values in IMPLIED_DEFAULTS.get(steered.get("rl", {}).get("type"), {}).items():
-        steered.setdefault(part, values)  # as adapt does
+    algorithm = steered.get("rl", {}).get("type")
+    steered = IMPLIED_DEFAULTS.get(algorithm, {}) | steered  # as adapt does
     methods, settings = [*LEARN_NOTHING_NEW], {"steered": steered} if steered else {}
     if server:
         options["isolate"] = False  # one robot, one process
     else:
         methods.append(FINE_TUNED)
         if lora is not None and lora.get("from_rollouts"):
-            settings[FINE_TUNED] = {"tuning": tuning_of(lora)}
+            from trimtab.recipes.finetune.training import TuningConfig
+
+            known = {field.name for field in fields(TuningConfig)}
+            settings[FINE_TUNED] = {"tuning": {n: value for n, value in lora.items() if n in known}}
     evaluation = content.get("eval") or {}
     given = {name: evaluation[name] for name in ("n_episodes", "batch_size", "videos") if name in evaluation}
     if "n_episodes" in given:
@@ -60,10 +63,3 @@ def comparison(content: dict[str, Any], lora: dict[str, Any] | None, server: boo
     if "env_steps" in train:
         given["env_steps"] = train["env_steps"]
     return options | {"methods": ",".join(methods), "settings": settings} | given
-
-
-def tuning_of(lora: dict[str, Any]) -> dict[str, Any]:
-    """How to fine-tune, of the options of `trimtab lora`."""
-    from trimtab.recipes.finetune.training import TuningConfig
-
-    return {field.name: lora[field.name] for field in fields(TuningConfig) if field.name in lora}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.recipes.compare.summary import LEVELS, WINDOW
+from trimtab.recipes.compare.summary import LEVELS, WINDOW, summarise
 from trimtab.recipes.support.reporting import rate_text, write_json
 
 # Names in tables, where a method's own would mislead.
@@ -69,9 +68,9 @@ def _level(entry: dict[str, Any], level: float) -> str:
     found = (entry["to_level"] or {}).get(f"{100 * level:.0f}")
     if found is None:
         return "-"
-    if max(entry["env_steps"]) == 0:  # costs no steps
-        return "0" if found["steps_median"] == 0 else "-"
     steps, episodes = found["steps_median"], found["episodes_median"]
+    if max(entry["env_steps"]) == 0:  # costs no steps
+        return "0" if steps == 0 else "-"
     return _steps(entry, steps) + ("" if None in (steps, episodes) else f" ({episodes:.0f})")
 
 
@@ -82,58 +81,46 @@ def _gain(paired: dict[str, Any] | None) -> str:
     return f"{_points(paired['difference'])} points{limits}"
 
 
-def _p(paired: dict[str, Any] | None) -> str:
-    worst = max(paired["p"]) if paired else None
-    return "< 0.0001" if worst is not None and worst < 1e-4 else _number(worst, ".4f")
+def row(entry: dict[str, Any]) -> dict[str, str]:
+    """What the first table shows of an entry, by column."""
+    worst = max(entry["against_base"]["p"]) if entry["against_base"] else None
+    return {
+        "method": label(entry),
+        "success": rate_text(entry["success"]),
+        "gain over the base": _gain(entry["against_base"]),
+        "p (McNemar)": "< 0.0001" if worst is not None and worst < 1e-4 else _number(worst, ".4f"),
+        **{f"steps (episodes) to {100 * level:.0f} %": _level(entry, level) for level in LEVELS},
+        "weights trained": _number(entry["trainable_parameters"], ","),
+        "artefact, MB": _number(entry["artefact_mb"], ".2f"),
+        "peak memory, MB": _number(entry["peak_mb"]),
+        "wall-clock, s": _number(entry["wall_seconds"]),
+        "CPU, s": _number(entry["cpu_seconds"]),
+        "other tasks, by what was learnt": _elsewhere(entry["other_tasks"]),
+        "other tasks, by the base afterwards": _elsewhere(entry["base_afterwards"]),
+    }
 
 
-def _each(values: Sequence[Any] | None, form: str) -> str:
-    return ", ".join(form.format(**one) if one else "-" for one in values or []) or "-"
-
-
-# What each column makes of an entry.
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "method": label,
-    "success": lambda entry: rate_text(entry["success"]),
-    "gain over the base": lambda entry: _gain(entry["against_base"]),
-    "p (McNemar)": lambda entry: _p(entry["against_base"]),
-    **{f"steps (episodes) to {100 * level:.0f} %": partial(_level, level=level) for level in LEVELS},
-    "weights trained": lambda entry: _number(entry["trainable_parameters"], ","),
-    "artefact, MB": lambda entry: _number(entry["artefact_mb"], ".2f"),
-    "peak memory, MB": lambda entry: _number(entry["peak_mb"]),
-    "wall-clock, s": lambda entry: _number(entry["wall_seconds"]),
-    "CPU, s": lambda entry: _number(entry["cpu_seconds"]),
-    "other tasks, by what was learnt": lambda entry: _elsewhere(entry["other_tasks"]),
-    "other tasks, by the base afterwards": lambda entry: _elsewhere(entry["base_afterwards"]),
-}
-LEARNING_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "while learning": label,
-    "steps to 90 %, each seed": lambda entry: ", ".join(
-        _steps(entry, steps) for steps in entry["to_level"]["90"]["steps"]
-    ),
-    "success at the last evaluation": lambda entry: (
-        rate_text(entry["last_point"]) if entry["last_point"] else "-"
-    ),
-    f"lowest window of {WINDOW} training episodes, each seed": lambda entry: _each(
-        entry["dips"], "{lowest:.2f}"
-    ),
-    "windows below the base": lambda entry: _each(entry["dips"], "{below}/{windows}"),
-}
+def learning_row(entry: dict[str, Any]) -> dict[str, str]:
+    """What the second table shows of an entry that takes environment steps."""
+    dips, last = entry["dips"] or [], entry["last_point"]
+    lowest = ", ".join("{lowest:.2f}".format(**dip) if dip else "-" for dip in dips)
+    below = ", ".join("{below}/{windows}".format(**dip) if dip else "-" for dip in dips)
+    return {
+        "while learning": label(entry),
+        "steps to 90 %, each seed": ", ".join(_steps(entry, n) for n in entry["to_level"]["90"]["steps"]),
+        "success at the last evaluation": rate_text(last) if last else "-",
+        f"lowest window of {WINDOW} training episodes, each seed": lowest or "-",
+        "windows below the base": below or "-",
+    }
 
 
 def tables(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[list[list[str]]]]]:
     """Each task with its tables: rows of cells, the first of them the header."""
     for task in dict.fromkeys(entry["task"] for entry in entries):
-        rows = [entry for entry in entries if entry["task"] == task]
-        learning = [row for row in rows if max(row["env_steps"]) and row["to_level"]]
-        yield (
-            task,
-            [
-                [list(columns), *([cell(row) for cell in columns.values()] for row in of)]
-                for columns, of in ((COLUMNS, rows), (LEARNING_COLUMNS, learning))
-                if of
-            ],
-        )
+        mine = [entry for entry in entries if entry["task"] == task]
+        learning = [learning_row(one) for one in mine if max(one["env_steps"]) and one["to_level"]]
+        found = [rows for rows in ([row(one) for one in mine], learning) if rows]
+        yield task, [[list(rows[0]), *(list(cells.values()) for cells in rows)] for rows in found]
 
 
 def markdown(title: str, facts: Sequence[str], entries: Sequence[dict[str, Any]]) -> str:
@@ -160,45 +147,38 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], entries: Sequence[dict[str,
     labels = list(dict.fromkeys(label(entry) for entry in entries))
     size = (7.0 * len(tasks), 5.0 + 0.2 * -(-len(labels) // 3))
     figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    panels: dict[str, Any] = dict(zip(tasks, axes[0]))
     shown: dict[str, Any] = {}
-    for axis, task in zip(axes[0], tasks):
-        for row in (entry for entry in entries if entry["task"] == task):
-            mine = [r for r in runs if (r["task"], r["method"]) == (task, row["method"])]
-            number = labels.index(label(row))
-            colour = "black" if row["method"] == "base" else plt.get_cmap("tab20")(number % 20)
-            shown[label(row)] = _draw(axis, row, mine, colour)
+    for entry in entries:
+        mine = [r for r in runs if (r["task"], r["method"]) == (entry["task"], entry["method"])]
+        colour = plt.get_cmap("tab20")(labels.index(label(entry)) % 20)
+        shown[label(entry)] = _draw(panels[entry["task"]], entry, mine, colour)
+    for task, axis in panels.items():
         axis.set(title=task, xlabel="environment steps", ylim=(0, 1.03))
         axis.set_xlim(left=0)
     axes[0][0].set_ylabel("success rate on the evaluation episodes")
     # Beside the panels: a curve may lie anywhere.
     figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=3, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw(axis: Any, row: dict[str, Any], runs: Sequence[dict[str, Any]], colour: Any) -> Any:
+def _draw(axis: Any, entry: dict[str, Any], runs: Sequence[dict[str, Any]], colour: Any) -> Any:
     """Draw the runs of one row; returns what stands for it in the legend."""
-    policy = row["policy"]
-    if max(row["env_steps"]) == 0:
-        style = "--" if row["method"] == "base" else ":"
-        rate = row["success"]["success_rate"]
-        return axis.axhline(rate, color=colour, linestyle=style, linewidth=1.3)
-    curves = [
-        [(point["grid"], point[policy]["success_rate"]) for point in run["points"]]
-        for run in runs
-        if run["points"]
-    ]
-    if all(len(curve) == 1 for curve in curves):
-        return axis.plot(*zip(*(curve[0] for curve in curves)), "D", color=colour, markersize=5)[0]
-    for curve in curves:
-        axis.plot(*zip(*curve), color=colour, linewidth=0.8, alpha=0.5)
+    if max(entry["env_steps"]) == 0:
+        style = {"color": "black", "linestyle": "--"} if entry["method"] == "base" else {"linestyle": ":"}
+        return axis.axhline(entry["success"]["success_rate"], **{"color": colour, "linewidth": 1.3, **style})
     by_step: dict[int, list[float]] = {}
-    for step, rate in (point for curve in curves for point in curve):
-        by_step.setdefault(step, []).append(rate)
-    steps = sorted(by_step)
-    means = [statistics.fmean(by_step[step]) for step in steps]
-    return axis.plot(steps, means, color=colour, linewidth=2, marker=".")[0]
+    for run in runs:
+        curve = [(point["grid"], point[entry["policy"]]["success_rate"]) for point in run["points"]]
+        axis.plot(*zip(*curve), color=colour, linewidth=0.8, alpha=0.5)
+        for step, rate in curve:
+            by_step.setdefault(step, []).append(rate)
+    if all(len(run["points"]) == 1 for run in runs):
+        ends = [(step, rate) for step, rates in by_step.items() for rate in rates]
+        return axis.plot(*zip(*ends), "D", color=colour, markersize=5)[0]
+    means = [(step, statistics.fmean(rates)) for step, rates in sorted(by_step.items())]
+    return axis.plot(*zip(*means), color=colour, linewidth=2, marker=".")[0]
 
 
 STYLE = """
@@ -211,10 +191,6 @@ figcaption { font-size: 13px; color: #555 } .notes { color: #555; font-size: 13p
 """
 
 
-def _embedded(path: Path, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 def page(
     title: str,
     facts: Sequence[str],
@@ -222,42 +198,35 @@ def page(
     curve: Path,
     videos: Sequence[tuple[str, Path]],
 ) -> str:
-    """The report as one HTML file that refers to no other.
-
-    Args:
-        title, facts, entries: as for ``markdown``.
-        curve: the figure, PNG.
-        videos: (caption, MP4).
-    """
+    """The report as one HTML file that refers to no other; ``curve`` is a PNG, ``videos`` (caption, MP4)."""
 
     def element(tag: str, text: str) -> str:
         return f"<{tag}>{html.escape(text)}</{tag}>"
 
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return f"<tr>{''.join(element(tag, cell) for cell in cells)}</tr>"
+
+    def embedded(path: Path, kind: str) -> str:
+        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
     parts = [
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{element('title', title)}",
-        f"<style>{STYLE}</style></head><body>{element('h1', title)}<ul>",
-        *(element("li", fact) for fact in facts),
-        "</ul>",
+        f"<style>{STYLE}</style></head><body>{element('h1', title)}",
+        f"<ul>{''.join(element('li', fact) for fact in facts)}</ul>",
     ]
     for task, found in tables(entries):
         parts.append(element("h2", task))
         for header, *rows in found:
-            parts.append("<div class='wide'><table><thead><tr>")
-            parts += [element("th", name) for name in header]
-            parts.append("</tr></thead><tbody>")
-            parts += ["<tr>" + "".join(element("td", cell) for cell in row) + "</tr>" for row in rows]
-            parts.append("</tbody></table></div>")
+            parts += ["<div class='wide'><table>", line("th", header), *(line("td", row) for row in rows)]
+            parts.append("</table></div>")
     parts += [f"<p class='notes'>{html.escape(text)}</p>" for text in NOTES]
     parts.append(element("h2", CURVE_TITLE.capitalize()))
-    parts.append(f"<img alt='{CURVE_TITLE}' src='{_embedded(curve, 'image/png')}'>")
+    parts.append(f"<img alt='{CURVE_TITLE}' src='{embedded(curve, 'image/png')}'>")
     if videos:
         parts.append("<h2>Videos</h2><p class='notes'>Green border: success; red: failure.</p>")
     for caption, path in videos:
-        source = _embedded(path, "video/mp4")
-        parts.append(
-            f"<figure><video controls loop muted src='{source}'></video>"
-            f"{element('figcaption', caption)}</figure>"
-        )
+        video = f"<video controls loop muted src='{embedded(path, 'video/mp4')}'></video>"
+        parts.append(f"<figure>{video}{element('figcaption', caption)}</figure>")
     return "\n".join([*parts, "</body></html>", ""])
 
 
@@ -266,12 +235,12 @@ def write_report(
     title: str,
     facts: Sequence[str],
     runs: Sequence[dict[str, Any]],
-    entries: Sequence[dict[str, Any]],
     videos: Sequence[tuple[str, Path]],
 ) -> str:
     """Write compare.md, compare.json, curve.png and report.html; return the Markdown."""
-    text, curve = markdown(title, facts, entries), output / "curve.png"
-    write_json(output / "compare.json", {"title": title, "facts": list(facts), "methods": list(entries)})
+    entries, curve = summarise(runs), output / "curve.png"
+    text = markdown(title, facts, entries)
+    write_json(output / "compare.json", {"title": title, "facts": list(facts), "methods": entries})
     (output / "compare.md").write_text(text, encoding="utf-8")
     plot(curve, runs, entries)
     (output / "report.html").write_text(page(title, facts, entries, curve, videos), encoding="utf-8")

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import draccus
+import psutil
 import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.recipes.compare.config import CompareConfig
-from trimtab.recipes.compare.meter import Meter
 from trimtab.recipes.support.session import Session
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -26,6 +27,51 @@ from trimtab.rl.evaluation import evaluate, require_success
 from trimtab.rl.runner import PolicyRunner
 
 Policies = dict[str, ChunkPolicy]
+Summaries = dict[str, dict[str, Any]]
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Meter:
+    """Starts to measure when it is made.
+
+    The peak is the main process': on Linux its largest resident memory since then (simulator workers come on
+    top), elsewhere the largest since the process began.
+    """
+
+    def __init__(self) -> None:
+        with contextlib.suppress(OSError):
+            CLEAR.write_text("5")  # resets the kernel's high-water mark
+        self._wall, self._cpu = time.perf_counter(), self.cpu()
+
+    def cpu(self) -> float:
+        """CPU seconds so far, of this process, those that it started, and those of them that have ended."""
+        here, total = psutil.Process(), 0.0
+        for process in (here, *here.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                total += sum(process.cpu_times()[:4])
+        return total
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done meanwhile is not counted in ``spent``."""
+        wall, cpu = time.perf_counter(), self.cpu()
+        yield
+        self._wall += time.perf_counter() - wall
+        self._cpu += self.cpu() - cpu
+
+    def spent(self) -> dict[str, float]:
+        """``wall_seconds`` and ``cpu_seconds``."""
+        seconds = time.perf_counter() - self._wall, self.cpu() - self._cpu
+        return dict(zip(("wall_seconds", "cpu_seconds"), (round(value, 2) for value in seconds)))
+
+    def peak(self) -> float:
+        """Largest resident memory, in bytes."""
+        with contextlib.suppress(OSError):
+            for line in STATUS.read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return 1024.0 * float(line.split()[1])
+        unit = 1.0 if sys.platform == "darwin" else 1024.0
+        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Method(ABC):
@@ -54,34 +100,71 @@ class Method(ABC):
 
 
 @dataclass
-class Task:
-    """One task of a comparison: the frozen policy, its episodes, and where the runs go.
+class Run:
+    """A run in progress: what a method may use, and what it has shown so far.
 
     Attributes:
         config: of the comparison.
-        session: the policy in the environment, with the task.
+        session: the frozen policy in the environment of the task.
         base: the same policy, and how it was loaded.
-        others: environments of the policy's other tasks, by name.
+        vec: evaluation environments; training has its own.
+        label: on progress bars.
+        seed: of training.
         dataset: demonstrations, if any.
-        folder: of the task's records, videos and artefacts.
+        runner: what ``policies`` act through; a method that changes the weights replaces it.
+        policies: to evaluate, by name; a method sets them before it calls ``note``.
+        trained: weights that training made and each of them needs.
+        save: writes what is deployed into a folder, given facts about the run.
+        points, episodes: for the record.
     """
 
     config: CompareConfig
     session: Session
     base: LoadedBase
-    others: dict[str, EnvConfig]
-    dataset: DatasetConfig | None
-    folder: Path
+    vec: ChunkVectorEnv
+    label: str
+    seed: int
+    dataset: DatasetConfig | None = None
+    runner: PolicyRunner = field(init=False)
+    policies: Policies = field(init=False, default_factory=dict)
+    trained: dict[str, int] = field(init=False, default_factory=dict)
+    save: Callable[[Path, dict[str, Any]], Any] | None = field(init=False, default=None)
+    points: list[dict[str, Any]] = field(init=False, default_factory=list)
+    episodes: list[list[int]] = field(init=False, default_factory=list)
+    _meter: Meter = field(init=False, default_factory=Meter)
 
-    @contextmanager
-    def begin(self, label: str, seed: int) -> Iterator[Run]:
-        """A run, with its evaluation environments."""
-        meter = Meter()
-        with self.session.evaluation_environments() as vec:
-            yield Run(self, vec, meter, label, seed, self.session.runner)
+    def __post_init__(self) -> None:
+        self.runner = self.session.runner
 
-    def record(self, name: str, method: Method, seed: int | None) -> dict[str, Any]:
-        """Run ``method`` and return its record.
+    def note(self, env_steps: int, ended: Iterable[tuple[bool, bool]]) -> None:
+        """Tell the steps so far, and (success, steered) of the episodes that ended since the last call.
+
+        Whenever the run passes a point of the grid, its policies are evaluated.
+        """
+        self.episodes += [[env_steps, int(success), int(steered)] for success, steered in ended]
+        passed = env_steps // self.config.grid * self.config.grid
+        if passed > (self.points[-1]["grid"] if self.points else 0):
+            self.add_point(passed, env_steps)
+
+    def add_point(self, grid: int, env_steps: int) -> None:
+        """Evaluate now."""
+        point = self.evaluate(self.session.eval.seeds, f"{self.label} at {env_steps}")
+        self.points.append({"grid": grid, "env_steps": env_steps} | point)
+
+    def evaluate(self, seeds: list[int], label: str) -> Summaries:
+        """Summaries of the policies on ``seeds``, by name; the time for it does not count as training."""
+        with self._meter.paused():
+            found = measure(self.runner, self.vec, self.policies, seeds, label)
+            rates = (f"{name} {entry['successes']}/{entry['episodes']}" for name, entry in found.items())
+            print(f"{label}: {', '.join(rates)}", flush=True)
+        return found
+
+    def record(self, method: Method, others: dict[str, EnvConfig], path: Path, video: bool) -> dict[str, Any]:
+        """Let ``method`` learn, and return all that is to be known of it.
+
+        Args:
+            others: environments of the policy's other tasks, by name.
+            path: where to save what is deployed, a folder; a ``video`` gets its name.
 
         Returns:
             ``points``: at each point of the grid the summary of each policy, with each episode's outcome:
@@ -90,147 +173,59 @@ class Task:
             its end, success, steered] of each training episode. ``others``, ``base_elsewhere``: the other
             tasks by policy, and by the base after training. ``cost``; and what the method adds.
         """
-        label = f"{name}, {self.session.env.task}" + ("" if seed is None else f", seed {seed}")
-        path = self.folder / (name if seed is None else f"{name}-seed{seed}")
-        adapter = self.session.adapter
-        identity = adapter.identity(self.base.folder)
-        with self.begin(label, seed or 0) as run:
-            found = method.learn(run)
-            spent = run.spent()
-            found |= {"points": run.points, "episodes": run.episodes}
-            found["final"] = run.evaluate(self.config.final_seeds, f"{label}, final")
-            saved = run.save(path, self._facts(run.seed))
-            found["cost"] = {
-                **run.meter.peak(),
-                **(spent if method.uses else dict.fromkeys(spent, 0.0)),
-                "trainable_parameters": run.trained or dict.fromkeys(run.policies, 0),
-                "artefact_bytes": folder_bytes(saved) if saved else 0,
-            }
-            if method.uses or name == "base":
-                found["others"] = self._elsewhere(run.runner, run.policies, label)
-            if method.uses and run.runner.adapter is adapter:  # the base's weights are as they were
-                own = {"policy": self.session.own_noise}
-                found["base_elsewhere"] = self._elsewhere(run.runner, own, f"{label}, base")
-            if seed in (None, self.config.seed_list()[0]):
-                policy = list(run.policies.values())[-1]
-                session, acting = self.session, run.runner.adapter
-                if acting is not adapter:
-                    session = Session(acting, session.env, session.eval, session.machine)
-                session.record(policy, path.with_suffix(".mp4"), f"video: {label}")
-        adapter.check_identity(identity, self.base.folder)
+        session = self.session
+        identity = session.adapter.identity(self.base.folder)
+        found = method.learn(self)
+        spent = self._meter.spent()
+        found |= {"points": self.points, "episodes": self.episodes}
+        found["final"] = self.evaluate(self.config.final_seeds, f"{self.label}, final")
+        if self.save:
+            env = draccus.encode(session.env, EnvConfig)
+            facts = {"env": env, "seed": self.seed, "env_steps": self.config.env_steps}
+            self.save(path, facts | {"deterministic": True})
+        found["cost"] = {
+            "peak_mb": round(self._meter.peak() / 1e6, 1),
+            **spent,
+            "trainable_parameters": self.trained or dict.fromkeys(self.policies, 0),
+            "artefact_bytes": folder_bytes(path),
+        }
+        found["others"] = self._elsewhere(others, self.policies)
+        if method.uses and not method.tunes:  # the base's weights are as they were
+            found["base_elsewhere"] = self._elsewhere(others, {"policy": session.own_noise})
+        if video:
+            if method.tunes:
+                session = Session(self.runner.adapter, session.env, session.eval, session.machine)
+            policy = list(self.policies.values())[-1]
+            session.record(policy, path.with_suffix(".mp4"), f"video: {self.label}")
+        self.base.adapter.check_identity(identity, self.base.folder)
         return found
 
-    def _facts(self, seed: int) -> dict[str, Any]:
-        """What an artefact says of the run that made it."""
-        env = draccus.encode(self.session.env, EnvConfig)
-        return {"env": env, "seed": seed, "env_steps": self.config.env_steps, "deterministic": True}
-
-    def _elsewhere(
-        self, runner: PolicyRunner, policies: Policies, label: str
-    ) -> dict[str, dict[str, dict[str, Any]]]:
+    def _elsewhere(self, others: dict[str, EnvConfig], policies: Policies) -> dict[str, Summaries]:
         """Evaluate ``policies`` on the other tasks: task -> policy -> summary with outcomes."""
-        found: dict[str, dict[str, dict[str, Any]]] = {}
-        for task, env in self.others.items():
-            other = Session(self.session.adapter, env, self.session.eval, self.session.machine)
-            count = min(len(self.config.other_seeds), self.session.eval.batch_size)
-            with other.environments(count, other.evaluation_workers) as vec:
-                found[task] = {
-                    name: measure(runner, vec, policy, self.config.other_seeds, f"{label}, {task}")
-                    for name, policy in policies.items()
-                }
+        found = {}
+        for task, env in others.items():
+            episodes = replace(self.session.eval, n_episodes=self.config.other_episodes)
+            other = Session(self.session.adapter, env, episodes, self.session.machine)
+            with other.evaluation_environments() as vec:
+                found[task] = measure(self.runner, vec, policies, episodes.seeds, f"{self.label}, {task}")
         return found
-
-
-@dataclass
-class Run:
-    """A run in progress: what a method may use, and what it has shown so far.
-
-    Attributes:
-        task: what is learnt.
-        vec: evaluation environments; training has its own.
-        meter: what the run costs.
-        label: on progress bars.
-        seed: of training.
-        runner: what ``policies`` act through; a method that changes the weights replaces it.
-        policies: to evaluate, by name; a method sets them before it calls ``note``.
-        trained: weights that training made and each of them needs.
-        save: writes what is deployed under a folder, given facts about the run; returns where.
-        points, episodes: for the record.
-    """
-
-    task: Task
-    vec: ChunkVectorEnv
-    meter: Meter
-    label: str
-    seed: int
-    runner: PolicyRunner
-    policies: Policies = field(default_factory=dict)
-    trained: dict[str, int] = field(default_factory=dict)
-    save: Callable[[Path, dict[str, Any]], Path | None] = lambda folder, facts: None
-    points: list[dict[str, Any]] = field(default_factory=list)
-    episodes: list[list[int]] = field(default_factory=list)
-    _wall: float = field(default_factory=time.perf_counter)
-    _cpu: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._cpu = self.meter.cpu()
-
-    def training_environments(self, count: int | None = None, keep_seen: bool = False) -> ChunkVectorEnv:
-        """``count`` environments (default: as many as the task says); ``keep_seen`` as there."""
-        session, count = self.task.session, count or self.task.config.num_envs
-        history = session.adapter.n_obs_steps
-        return ChunkVectorEnv(session.env, count, session.machine.workers, history, keep_seen=keep_seen)
-
-    def note(self, env_steps: int, ended: Iterable[tuple[bool, bool]]) -> None:
-        """Tell the steps so far, and (success, steered) of the episodes that ended since the last call.
-
-        Whenever the run passes a point of the grid, its policies are evaluated.
-        """
-        self.episodes += [[env_steps, int(success), int(steered)] for success, steered in ended]
-        grid = self.task.config.grid
-        passed = env_steps // grid * grid
-        if passed > (self.points[-1]["grid"] if self.points else 0):
-            self.add_point(passed, env_steps)
-
-    def add_point(self, grid: int, env_steps: int) -> None:
-        """Evaluate now."""
-        point = self.evaluate(self.task.session.eval.seeds, f"{self.label} at {env_steps}")
-        self.points.append({"grid": grid, "env_steps": env_steps} | point)
-
-    def evaluate(self, seeds: list[int], label: str) -> dict[str, dict[str, Any]]:
-        """Summaries of the policies on ``seeds``, by name; the time for it does not count as training."""
-        wall, cpu = time.perf_counter(), self.meter.cpu()
-        found = {
-            name: measure(self.runner, self.vec, policy, seeds, f"{label}, {name}")
-            for name, policy in self.policies.items()
-        }
-        rates = (f"{name} {entry['successes']}/{entry['episodes']}" for name, entry in found.items())
-        print(f"{label}: {', '.join(rates)}", flush=True)
-        self._wall += time.perf_counter() - wall
-        self._cpu += self.meter.cpu() - cpu
-        return found
-
-    def spent(self) -> dict[str, float]:
-        """``wall_seconds`` and ``cpu_seconds`` of training so far."""
-        return {
-            "wall_seconds": round(time.perf_counter() - self._wall, 2),
-            "cpu_seconds": round(self.meter.cpu() - self._cpu, 2),
-        }
 
 
 def measure(
-    runner: PolicyRunner, vec: ChunkVectorEnv, policy: ChunkPolicy, seeds: list[int], label: str
-) -> dict[str, Any]:
-    """Evaluate; whatever draws it makes, training goes on with its own.
+    runner: PolicyRunner, vec: ChunkVectorEnv, policies: Policies, seeds: list[int], label: str
+) -> Summaries:
+    """Evaluate each policy; whatever draws it makes, training goes on with its own.
 
     Returns:
-        the summary with each episode's outcome, 1 or 0, in the order of the seeds; and the longest one.
+        by name, the summary with each episode's outcome, 1 or 0, in the order of the seeds.
     """
-    with torch.random.fork_rng(devices=[]):
-        outcome = evaluate(runner, vec, policy, seeds, label, progress=sys.stderr.isatty())
-    require_success(outcome)
-    won = "".join(str(int(success)) for success in outcome.successes)
-    return outcome.summary() | {"won": won, "longest": int(outcome.steps.max())}
+    found = {}
+    for name, policy in policies.items():
+        with torch.random.fork_rng(devices=[]):
+            outcome = evaluate(runner, vec, policy, seeds, f"{label}, {name}")
+        require_success(outcome)
+        found[name] = outcome.summary() | {"won": "".join(str(int(won)) for won in outcome.successes)}
+    return found
 
 
 def folder_bytes(folder: Path) -> int:

@@ -58,19 +58,19 @@ def elsewhere(
         ``episodes``, and the change ``by_task``; ``None`` where there are no other tasks.
     """
     pairs = {task: [(found["policy"], run[task][policy]) for run in after] for task, found in before.items()}
-    rows = [pair for found in pairs.values() for pair in found]
-    if not rows:
+    if not pairs:
         return None
-    was, now = (pool(column) for column in zip(*rows))
+    every = [pair for found in pairs.values() for pair in found]
+    was, now = (pool(side) for side in zip(*every))
     by_task = {}
     for task, found in pairs.items():
-        old, new = (pool(column)["success_rate"] for column in zip(*found))
+        old, new = (pool(side)["success_rate"] for side in zip(*found))
         by_task[task] = new - old
     return {
         "before": was["success_rate"],
         "after": now["success_rate"],
         "change": now["success_rate"] - was["success_rate"],
-        "flipped": sum(a != b for old, new in rows for a, b in zip(old["won"], new["won"], strict=True)),
+        "flipped": sum(a != b for old, new in every for a, b in zip(old["won"], new["won"], strict=True)),
         "episodes": was["episodes"],
         "by_task": by_task,
     }
@@ -88,25 +88,18 @@ def sustained(points: Sequence[dict[str, Any]], policy: str, level: float = LEVE
 
 def reached(runs: Sequence[dict[str, Any]], policy: str) -> dict[str, dict[str, Any]]:
     """Environment steps and episodes to each level: of each seed, and their median (the higher of two)."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for level in LEVELS:
         steps = [sustained(run["points"], policy, level) for run in runs]
         episodes = [
             None if step is None or not run["episodes"] else sum(end[0] <= step for end in run["episodes"])
             for step, run in zip(steps, runs, strict=True)
         ]
-        found[f"{100 * level:.0f}"] = {
-            "steps": steps,
-            "steps_median": _median(steps),
-            "episodes": episodes,
-            "episodes_median": _median(episodes),
-        }
+        values = found[f"{100 * level:.0f}"] = {"steps": steps, "episodes": episodes}
+        for name, of in tuple(values.items()):
+            middle = statistics.median_high([math.inf if value is None else value for value in of])
+            values[f"{name}_median"] = None if math.isinf(middle) else middle
     return found
-
-
-def _median(values: Sequence[float | None]) -> float | None:
-    middle = statistics.median_high([math.inf if value is None else value for value in values])
-    return None if math.isinf(middle) else middle
 
 
 def dip(
@@ -147,51 +140,44 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Args:
         runs: records, each with ``task``, ``method`` and ``seed`` (``None`` of what learns nothing).
     """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["task"], run["method"]), []).append(run)
     entries = []
-    for task, method in dict.fromkeys((run["task"], run["method"]) for run in runs):
-        mine = [run for run in runs if (run["task"], run["method"]) == (task, method)]
+    for (task, method), mine in groups.items():
         mine.sort(key=lambda run: run["seed"] or 0)
-        base = next((run for run in runs if (run["task"], run["method"]) == (task, "base")), None)
+        base = groups.get((task, "base"), [None])[0] if method != "base" else None
         for policy in mine[0]["final"]:
-            entry = _entry(policy, mine)
-            if base is not None and method != "base":
-                entry |= _beside_base(policy, mine, base)
-            entries.append({"task": task, "method": method, "policy": policy} | entry)
+            entries.append({"task": task, "method": method, "policy": policy, **_entry(policy, mine, base)})
     return entries
 
 
-def _entry(policy: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _entry(policy: str, runs: list[dict[str, Any]], base: dict[str, Any] | None) -> dict[str, Any]:
     finals, curves = [run["final"][policy] for run in runs], bool(runs[0]["points"])
-    return {
+    found = {
         "has_acting": "acting" in runs[0]["final"],
         "seeds": [run["seed"] for run in runs],
         "success": pool(finals),
         "success_by_seed": [final["success_rate"] for final in finals],
-        "against_base": None,
         "to_level": reached(runs, policy) if curves else None,
         "last_point": pool([run["points"][-1][policy] for run in runs]) if curves else None,
-        "dips": None,
         "env_steps": [run["points"][-1]["env_steps"] if run["points"] else 0 for run in runs],
         "training_episodes": [len(run["episodes"]) or run.get("search_episodes", 0) for run in runs],
         "trainable_parameters": runs[0]["cost"].get("trainable_parameters", {}).get(policy),
         "artefact_mb": _mean([run["cost"].get("artefact_bytes") for run in runs], 1e-6),
         **{name: _mean([run["cost"].get(name) for run in runs]) for name in COSTS},
-        "other_tasks": None,
-        "base_afterwards": None,
+        **dict.fromkeys(("against_base", "dips", "other_tasks", "base_afterwards")),
     }
-
-
-def _beside_base(policy: str, runs: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
-    """What an entry says of a method beside the base of the same task."""
+    if base is None:
+        return found
+    found["against_base"] = against(base["final"]["policy"], finals)
+    if any(run["episodes"] for run in runs):
+        every = pool([base["final"]["policy"], *(point["policy"] for point in base["points"])])
+        found["dips"] = [dip(run["episodes"], every) for run in runs]
     before = base.get("others") or {}
-    own = pool([base["final"]["policy"], *(point["policy"] for point in base["points"])])
-    found: dict[str, Any] = {
-        "against_base": against(base["final"]["policy"], [run["final"][policy] for run in runs]),
-        "dips": [dip(run["episodes"], own) for run in runs] if any(run["episodes"] for run in runs) else None,
-    }
-    if all("others" in run for run in runs):
+    if all(run.get("others") for run in runs):
         found["other_tasks"] = elsewhere(before, [run["others"] for run in runs], policy)
-    if all("base_elsewhere" in run for run in runs):
+    if all(run.get("base_elsewhere") for run in runs):
         found["base_afterwards"] = elsewhere(before, [run["base_elsewhere"] for run in runs], "policy")
     return found
 

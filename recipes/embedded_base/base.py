@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import UserError
-from trimtab.recipes.embedded_base.cloning import CloningConfig
-from trimtab.recipes.embedded_base.demonstrators import Operator
+from trimtab.adapters.checkpoint.files import whole_folder
+from trimtab.recipes.embedded_base.cloning import CloningConfig, clone
+from trimtab.recipes.embedded_base.demonstrations import REPO_ID, Operator, record, with_centers
 from trimtab.rl.envs.metaworld import RECORD, check_episode_length, resolve_task, split_tasks
 
 DEMONSTRATIONS = "demonstrations"
@@ -112,17 +111,9 @@ def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") ->
     import datasets
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from trimtab.recipes.embedded_base.cloning import clone
-    from trimtab.recipes.embedded_base.dataset import REPO_ID, record, with_centers
-
     datasets.disable_progress_bars()
     tasks = config.tasks.split(",")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(option, f"cannot write to {folder.parent} ({error.strerror})") from None
-    try:
+    with whole_folder(folder, option) as work:
         data = work / DEMONSTRATIONS
         operators = with_centers(config.demonstrators)
         rates = record(data, tasks, operators, config.episodes, config.episode_length, config.seed)
@@ -143,11 +134,6 @@ def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") ->
             "loss": losses,
         }
         (work / RECORD).write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
-        work.chmod(0o755)
         if folder.exists():
             raise FileExistsError(f"{folder} appeared while the base was being made")
-        work.rename(folder)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return made

@@ -12,6 +12,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
 from trimtab.adapters.errors import UserError, at_least
+from trimtab.recipes.finetune.data import ColumnWindows
 from trimtab.rl.runs.progress import Progress
 
 COLUMNS = (OBS_STATE, OBS_ENV_STATE, ACTION)
@@ -52,34 +53,16 @@ class CloningConfig:
             raise UserError("--cloning.horizon", f"must be a multiple of {factor} (2 per down_dims entry)")
 
 
-class WindowSampler:
-    """Samples (observation, action window) pairs like LeRobot's dataset with delta timestamps.
+def training_windows(dataset: Any, policy_config: Any, preprocessor: Any) -> ColumnWindows:
+    """The training batches of a LeRobotDataset, by frame, normalised by ``preprocessor`` once for all."""
+    from lerobot.datasets.factory import resolve_delta_timestamps
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    A window starts at a frame and has ``horizon`` actions; past the episode's end the last action is
-    repeated and marked in ``action_is_pad``. Columns are read once, and normalised by ``preprocessor``.
-
-    Attributes:
-        last: (N,) index of the last frame of each frame's episode.
-    """
-
-    def __init__(self, dataset: Any, preprocessor: Any, horizon: int) -> None:
-        columns = dataset.hf_dataset.with_format("numpy")
-        raw = {key: torch.from_numpy(np.asarray(columns[key][:], dtype=np.float32)) for key in COLUMNS}
-        self.horizon, self.columns = horizon, preprocessor(raw)
-        episode = torch.from_numpy(np.asarray(columns["episode_index"][:]).reshape(-1))
-        ends = torch.nonzero(torch.diff(episode, append=episode[-1:] + 1)).squeeze(1)
-        self.last = ends[torch.searchsorted(ends, torch.arange(len(episode)))]
-
-    def batch(self, index: Tensor) -> dict[str, Tensor]:
-        """The training batch for frames ``index`` (B,), with n_obs_steps = 1."""
-        window = index[:, None] + torch.arange(self.horizon)
-        end = self.last[index][:, None]
-        return {
-            OBS_STATE: self.columns[OBS_STATE][index][:, None],
-            OBS_ENV_STATE: self.columns[OBS_ENV_STATE][index][:, None],
-            ACTION: self.columns[ACTION][torch.minimum(window, end)],
-            "action_is_pad": window > end,
-        }
+    deltas = resolve_delta_timestamps(policy_config, dataset.meta)
+    windows = ColumnWindows(LeRobotDataset(dataset.repo_id, root=dataset.root, delta_timestamps=deltas))
+    normalised = preprocessor({key: windows.columns[key] for key in COLUMNS})
+    windows.columns |= {key: normalised[key] for key in COLUMNS}
+    return windows
 
 
 def widened(stats: dict[str, dict[str, Any]]) -> dict[str, dict[str, np.ndarray]]:
@@ -107,8 +90,7 @@ def make_policy(dataset_meta: Any, config: CloningConfig) -> tuple[Any, Any, Any
     from lerobot.policies.factory import make_pre_post_processors
     from lerobot.utils.feature_utils import dataset_to_policy_features
 
-    features = dataset_to_policy_features(dataset_meta.features)
-    by_range = NormalizationMode.MIN_MAX
+    features, by_range = dataset_to_policy_features(dataset_meta.features), NormalizationMode.MIN_MAX
     policy_config = DiffusionConfig(
         input_features={k: f for k, f in features.items() if f.type is not FeatureType.ACTION},
         output_features={k: f for k, f in features.items() if f.type is FeatureType.ACTION},
@@ -142,7 +124,7 @@ def clone(dataset: Any, config: CloningConfig, seed: int) -> tuple[Any, Any, Any
     """
     torch.manual_seed(seed)
     policy, pre, post = make_policy(dataset.meta, config)
-    sampler = WindowSampler(dataset, pre, config.horizon)
+    windows = training_windows(dataset, policy.config, pre)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -150,23 +132,19 @@ def clone(dataset: Any, config: CloningConfig, seed: int) -> tuple[Any, Any, Any
     weights = list(policy.parameters())
     averaged = [weight.detach().clone() for weight in weights]
     policy.train()
-    losses: list[float] = []
-    progress = Progress(range(config.steps), desc="behaviour cloning", unit="step")
-    running: Tensor = torch.zeros(())
+    history: list[Tensor] = []
+    progress = Progress(range(1, config.steps + 1), desc="behaviour cloning", unit="step")
     for step in progress:
-        index = torch.randint(len(sampler.last), (config.batch_size,))
-        loss, _ = policy.forward(sampler.batch(index))
+        loss, _ = policy.forward(windows[torch.randint(len(windows), (config.batch_size,))])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         schedule.step()
         torch._foreach_lerp_(averaged, [weight.detach() for weight in weights], 1.0 - config.ema)
-        running = running + loss.detach()
-        if (step + 1) % 100 == 0:
-            losses.append(float(running) / 100)
-            running = torch.zeros(())
-            progress.set_postfix_str(f"loss {losses[-1]:.4f}")
+        history.append(loss.detach())
+        if step % 100 == 0:
+            progress.set_postfix_str(f"loss {torch.stack(history[-100:]).mean():.4f}")
     with torch.no_grad():
         torch._foreach_copy_(weights, averaged)
     policy.eval()
-    return policy, pre, post, losses
+    return policy, pre, post, [float(part.mean()) for part in torch.stack(history).split(100)]

@@ -1,21 +1,19 @@
-"""What fine-tuning reads: LeRobotDatasets, and a recording of a policy's own successes as one."""
+"""What fine-tuning reads: LeRobotDatasets, and a recording of episodes as one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from lerobot.configs import FeatureType, PreTrainedConfig
-from lerobot.utils.constants import ACTION
 
 from trimtab.adapters import PolicyAdapter, UserError
 from trimtab.adapters.inputs import required_inputs
-from trimtab.recipes.embedded_base.dataset import no_image_embedding
-from trimtab.recipes.finetune.rollouts import RolloutEpisode
 
 REPO_ID = "trimtab/own_successes"
 NUMERIC = ("float", "int", "uint", "bool")
@@ -41,10 +39,8 @@ def check_features(dataset: Any, adapter: PolicyAdapter, rename_map: dict[str, s
     if hasattr(config, "max_action_dim"):  # pads states and actions of any size
         return
     for key, feature in {**config.input_features, **config.output_features}.items():
-        if key not in given or feature.type is FeatureType.VISUAL:
-            continue
-        shape, expected = tuple(given[key].shape), tuple(feature.shape)
-        if shape != expected:
+        shape, expected = tuple(given[key].shape) if key in given else (), tuple(feature.shape)
+        if shape not in ((), expected) and feature.type is not FeatureType.VISUAL:
             raise UserError(
                 "--dataset.repo_id", f"'{key}' has shape {shape} in {where}, the policy takes {expected}"
             )
@@ -59,13 +55,16 @@ class ColumnWindows(torch.utils.data.Dataset):
 
     Args:
         dataset: a LeRobotDataset with delta timestamps, whose features all are numbers.
+
+    Attributes:
+        columns: (frames, ...) by feature; what is put in their place is served.
     """
 
     def __init__(self, dataset: Any) -> None:
         from lerobot.datasets.feature_utils import get_delta_indices
 
         rows = dataset.hf_dataset.with_format("numpy")
-        self._columns = {
+        self.columns = {
             key: torch.from_numpy(np.array(rows[key][:]))
             for key in rows.column_names
             if key in dataset.features
@@ -73,7 +72,7 @@ class ColumnWindows(torch.utils.data.Dataset):
         deltas = get_delta_indices(dataset.delta_timestamps or {}, dataset.fps)
         self._deltas = {key: torch.tensor(steps) for key, steps in deltas.items()}
         _, episode, lengths = torch.unique_consecutive(
-            self._columns["episode_index"], return_inverse=True, return_counts=True
+            self.columns["episode_index"], return_inverse=True, return_counts=True
         )
         self._last = (lengths.cumsum(0) - 1)[episode]
         self._first = self._last - lengths[episode] + 1
@@ -82,18 +81,16 @@ class ColumnWindows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._first)
 
-    def __getitem__(self, index: Sequence[int]) -> dict[str, Any]:
-        """The collated batch of the frames ``index``."""
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        """The collated batch of the frames ``index`` (B,)."""
         rows = torch.as_tensor(index)
         first, last = self._first[rows][:, None], self._last[rows][:, None]
         batch: dict[str, Any] = {}
-        for key, column in self._columns.items():
-            if key in self._deltas:
-                window = rows[:, None] + self._deltas[key]
-                batch[key] = column[window.clamp(first, last)]
+        for key, column in self.columns.items():
+            window = rows[:, None] + self._deltas[key] if key in self._deltas else None
+            batch[key] = column[rows if window is None else window.clamp(first, last)]
+            if window is not None:
                 batch[f"{key}_is_pad"] = (window < first) | (window > last)
-            else:
-                batch[key] = column[rows]
         batch["task"] = [self._tasks[number] for number in batch["task_index"].tolist()]
         return batch
 
@@ -103,13 +100,8 @@ def batches(
 ) -> Iterator[dict[str, Any]]:
     """Training batches without end, sampled as ``lerobot-train`` does.
 
-    Args:
-        dataset: from ``open_dataset``.
-        config: of the policy.
-        batch_size: frames per batch; the last of an epoch may have fewer.
-        seed: of the order.
-        workers: processes that read cameras.
-        drop_last: frames at an episode's end where no window starts; default: the policy's own.
+    ``workers`` processes read cameras. No window starts in the ``drop_last`` frames at an episode's end
+    (default: the policy's own).
 
     Raises:
         UserError: no episode is long enough.
@@ -134,16 +126,10 @@ def batches(
     if all(str(feature["dtype"]).startswith(NUMERIC) for feature in dataset.features.values()):
         chunks = BatchSampler(sampler, batch_size, drop_last=False)
         return cycle(DataLoader(ColumnWindows(dataset), sampler=chunks, batch_size=None))
-    return cycle(
-        DataLoader(
-            dataset,
-            sampler=sampler,
-            batch_size=batch_size,
-            num_workers=workers,
-            multiprocessing_context="spawn" if workers else None,
-            persistent_workers=workers > 0,
-        )
+    processes: dict[str, Any] = (
+        {"multiprocessing_context": "spawn", "persistent_workers": True} if workers else {}
     )
+    return cycle(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, **processes))
 
 
 class Recorder:
@@ -153,49 +139,37 @@ class Recorder:
         episodes, frames: recorded so far.
     """
 
-    def __init__(self, root: Path, fps: int) -> None:
-        self.root, self.fps = root, fps
+    def __init__(self, root: Path, fps: int, repo_id: str = REPO_ID) -> None:
+        self.root, self.fps, self.repo_id = root, fps, repo_id
         self.episodes = self.frames = 0
 
-    def add(self, episodes: Sequence[RolloutEpisode]) -> None:
-        """Record ``episodes``, at least one."""
+    def add(self, episodes: Iterable[Iterable[dict[str, Any]]]) -> None:
+        """Record the frames of ``episodes``, at least one, each as ``LeRobotDataset.add_frame`` takes it."""
+        from lerobot.datasets import dataset_writer
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-        columns = [_columns(episode) for episode in episodes]
-        if self.episodes:
-            dataset = LeRobotDataset.resume(REPO_ID, root=self.root)
-        else:
-            features = {key: _feature(values) for key, values in columns[0].items()}
-            dataset = LeRobotDataset.create(REPO_ID, self.fps, features, root=self.root, use_videos=False)
-        cameras = any(values.dtype == np.uint8 for values in columns[0].values())
-        with nullcontext() if cameras else no_image_embedding():
-            for episode, values in zip(episodes, columns):
-                for step in range(len(episode.actions)):
-                    dataset.add_frame(
-                        {k: column[step] for k, column in values.items()} | {"task": episode.task}
+        dataset: Any = LeRobotDataset.resume(self.repo_id, root=self.root) if self.episodes else None
+        for episode in episodes:
+            for frame in episode:
+                if dataset is None:
+                    features = {key: _feature(value) for key, value in frame.items() if key != "task"}
+                    dataset = LeRobotDataset.create(
+                        self.repo_id, self.fps, features, root=self.root, use_videos=False
                     )
+                dataset.add_frame(frame)
+                self.frames += 1
+            # LeRobot maps it over every frame, images or not: three quarters of the recording time.
+            unmapped = mock.patch.object(dataset_writer, "embed_images", lambda frames: frames)
+            with nullcontext() if dataset.meta.camera_keys else unmapped:
                 dataset.save_episode()
+            self.episodes += 1
         dataset.finalize()
-        self.episodes += len(episodes)
-        self.frames += sum(len(episode.actions) for episode in episodes)
 
 
-def _columns(episode: RolloutEpisode) -> dict[str, np.ndarray]:
-    """What the dataset holds of an episode's T steps, (T, ...) each."""
-    steps = len(episode.actions)
+def _feature(value: np.ndarray) -> dict[str, Any]:
+    camera = value.dtype == np.uint8
     return {
-        **episode.observations,
-        ACTION: episode.actions,
-        "next.reward": episode.rewards[:, None],
-        "next.success": episode.successes[:, None],
-        "next.done": np.arange(1, steps + 1)[:, None] == steps,
-    }
-
-
-def _feature(values: np.ndarray) -> dict[str, Any]:
-    camera = values.dtype == np.uint8
-    return {
-        "dtype": "image" if camera else str(values.dtype),
-        "shape": values.shape[1:],
+        "dtype": "image" if camera else str(value.dtype),
+        "shape": value.shape,
         "names": ["height", "width", "channels"] if camera else None,
     }

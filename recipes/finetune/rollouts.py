@@ -1,45 +1,40 @@
-"""Rollouts of a policy under its own noise, frame by frame, with an exact budget of environment steps."""
+"""Filtered behaviour cloning, the baseline of all steering: the base fine-tuned on its own successes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from lerobot.utils.constants import OBS_PREFIX
+from lerobot.configs.default import DatasetConfig
+from lerobot.utils.constants import ACTION, OBS_PREFIX
 from torch import Tensor
 
 from trimtab.policies.acting import ChunkPolicy
+from trimtab.recipes.finetune.data import REPO_ID, Recorder
+from trimtab.recipes.finetune.training import FineTuner
 from trimtab.rl.envs.chunk import ChunkResult, stack_observations
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.progress import Progress
 
+ROUND_STEPS = 800  # gradient steps of a round by default
+
 
 @dataclass
 class RolloutEpisode:
-    """A finished episode, step by step.
-
-    Attributes:
-        seed: its start.
-        observations: what the policy's preprocessor takes at each step, by LeRobot's keys, (T, ...).
-        actions: (T, action_dim), as a dataset for the policy holds them.
-        rewards, successes: (T,) the environment's own.
-        task: the language instruction.
-    """
+    """A finished episode: the seed of its start, and its steps as a LeRobotDataset takes them."""
 
     seed: int
-    observations: dict[str, np.ndarray]
-    actions: np.ndarray
-    rewards: np.ndarray
-    successes: np.ndarray
-    task: str
+    frames: list[dict[str, Any]]
 
     @property
     def success(self) -> bool:
-        return bool(self.successes.any())
+        return any(frame["next.success"].item() for frame in self.frames)
 
 
 class Rollouts:
@@ -101,18 +96,21 @@ class Rollouts:
         results = [result for result, _ in chunks]
         seen = [observation for result in results for observation in result.seen]
         flat = {**preprocess_observation(stack_observations(seen)), "task": [task] * len(seen)}
-        return RolloutEpisode(
-            seed=results[0].seed,
-            observations={
-                key: as_recorded(value)
-                for key, value in self.runner.env_preprocessor(flat).items()
-                if key.startswith(OBS_PREFIX) and isinstance(value, Tensor) and len(value) == len(seen)
-            },
-            actions=np.concatenate([actions for _, actions in chunks]).astype(np.float32),
-            rewards=np.concatenate([result.rewards for result in results]).astype(np.float32),
-            successes=np.concatenate([result.successes for result in results]).astype(bool),
-            task=task,
-        )
+        columns = {
+            key: as_recorded(value)
+            for key, value in self.runner.env_preprocessor(flat).items()
+            if key.startswith(OBS_PREFIX) and isinstance(value, Tensor) and len(value) == len(seen)
+        }
+        rewards = np.concatenate([result.rewards for result in results]).astype(np.float32)
+        successes = np.concatenate([result.successes for result in results]).astype(bool)
+        columns |= {
+            ACTION: np.concatenate([actions for _, actions in chunks]).astype(np.float32),
+            "next.reward": rewards[:, None],
+            "next.success": successes[:, None],
+            "next.done": np.arange(1, len(seen) + 1)[:, None] == len(seen),
+        }
+        frames = [dict(zip(columns, row)) | {"task": task} for row in zip(*columns.values(), strict=True)]
+        return RolloutEpisode(results[0].seed, frames)
 
 
 def as_recorded(value: Tensor) -> np.ndarray:
@@ -120,3 +118,49 @@ def as_recorded(value: Tensor) -> np.ndarray:
     if value.ndim == 4:
         return (value * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return value.float().cpu().numpy()
+
+
+@dataclass
+class Round:
+    """What a round did, and what its parts took."""
+
+    number: int
+    episodes: list[RolloutEpisode]
+    # None where no episode succeeded, for nothing new is to be learnt.
+    losses: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def successes(self) -> int:
+        return sum(episode.success for episode in self.episodes)
+
+
+def rounds(
+    tuner: FineTuner,
+    rollouts: Rollouts,
+    recorder: Recorder,
+    env_steps: int,
+    count: int,
+    seed: int,
+) -> Iterator[Round]:
+    """Rounds of rolling out and of fine-tuning on all successes so far.
+
+    Args:
+        tuner: trains; ``rollouts`` act through its adapter, ``recorder`` keeps the successes.
+        env_steps: of all ``count`` rounds together, which share them evenly.
+        seed: round r fine-tunes with the seed ``seed + r``.
+    """
+    for number in range(1, count + 1):
+        label, marks = f"round {number}/{count}", [time.perf_counter()]
+        share = env_steps * number // count - rollouts.env_steps
+        this = Round(number, rollouts.collect(share, f"{label}: rollouts"))
+        marks.append(time.perf_counter())
+        if successes := [episode for episode in this.episodes if episode.success]:
+            recorder.add(episode.frames for episode in successes)
+            marks.append(time.perf_counter())
+            data = DatasetConfig(REPO_ID, root=str(recorder.root))
+            this.losses = tuner.fit(data, seed + number, f"{label}: fine-tuning", ROUND_STEPS)
+            marks.append(time.perf_counter())
+        parts = ("rollouts", "recording", "training")
+        this.seconds = {name: end - start for name, start, end in zip(parts, marks, marks[1:])}
+        yield this

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import math
-import os
+import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from lerobot.configs.default import DatasetConfig, PeftConfig
 from lerobot.configs.train import TrainPipelineConfig
+from torch import nn
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapter
-from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
+from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files, whole_folder
+from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder
 from trimtab.adapters.checkpoint.identity import hash_files, settings_hashes
 from trimtab.adapters.checkpoint.legacy import processor_files
 from trimtab.adapters.errors import at_least, reason
+from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.finetune.data import batches, check_features
-from trimtab.recipes.finetune.lora_targets import put_lora
 from trimtab.recipes.support.launched import launched_processes
 from trimtab.rl.data.opening import open_dataset
 from trimtab.rl.runs.progress import Progress
 
+DATASET_STEPS = 20_000  # gradient steps by default
+LOG_EVERY = 100  # gradient steps behind one number of the loss curve
 LORA_RATE = 10.0  # LoRA learns best about ten times faster than full fine-tuning; LeRobot's docs do so too
+# Where the default targets lie, for policies of which not every part should adapt.
+TRUNKS = {"diffusion": "diffusion.unet."}
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 @dataclass
@@ -49,8 +57,7 @@ class TuningConfig:
     # Processes that read a dataset's cameras.
     num_workers: int = 4
 
-    def check(self) -> None:
-        """Refuse values that no run can have."""
+    def __post_init__(self) -> None:
         if self.method not in ("lora", "full"):
             raise UserError("--method", f"must be lora or full, got {self.method}")
         if self.peft.method_type.upper() != "LORA":
@@ -66,22 +73,20 @@ class FineTuner:
     """A policy in training, and the adapter through which it acts meanwhile.
 
     Args:
-        adapter: the loaded base policy; its weights are trained in place (LoRA: layers are put in).
-        folder: the base's folder; never written to.
-        options: how the base was loaded.
+        options: the base policy; a copy of it is trained, its folder never written to.
         config: how to train.
 
     Attributes:
         adapter: acts with the weights as they are now.
+        folder, base_sha256: of the base, and of its weights.
         updates: gradient steps taken.
 
     Raises:
-        UserError: no layer of the policy matches the LoRA targets; several processes were launched.
+        UserError: the policy cannot be fine-tuned; no layer of it matches the LoRA targets; several processes
+            were launched.
     """
 
-    def __init__(
-        self, adapter: PolicyAdapter, folder: Path, options: PolicyConfig, config: TuningConfig
-    ) -> None:
+    def __init__(self, options: PolicyConfig, config: TuningConfig) -> None:
         from accelerate import Accelerator
 
         if launched_processes() > 1:  # as the environment says, whether or not the others are there
@@ -90,13 +95,23 @@ class FineTuner:
                 "trimtab lora runs in one process, and WORLD_SIZE says there are more; unset it, or for many "
                 "GPUs take `lerobot-train --peft...`",
             )
-        self.folder, self.options, self.config = folder.resolve(), options, config
+        path, option = options.path, "--policy.path"
+        if not path:
+            raise UserError(option, "name the folder or Hub repository of the base policy")
+        if is_server(path):
+            raise UserError(option, f"{path} is a policy server; its weights are out of reach")
+        if is_artefact(path):
+            raise UserError(option, f"{path} is a steered policy; name its base")
+        self.folder = resolve_folder(path, options.revision).resolve()
+        if is_peft(self.folder):
+            raise UserError(option, f"{path} is itself a LoRA adapter; name the policy that it adapts")
+        adapter = load_adapter(options)
+        self.options, self.config = options, config
         self.adapter, self.policy, self.updates = adapter, adapter.policy, 0
-        self.base_files = adapter.weights_files
-        self.base_hashes = self._hashes()
         self.model: Any = self.policy
+        self.base_sha256, self._settings = hash_files(adapter.weights_files), settings_hashes(self.folder)
         if config.method == "lora":
-            self._add_lora()
+            self._add_lora(adapter)
         else:
             for name, parameter in self.policy.named_parameters():
                 parameter.requires_grad_(name in adapter.trainable)
@@ -108,15 +123,31 @@ class FineTuner:
         )
         self.prepared = self.accelerator.prepare(self.model)
 
-    def _add_lora(self) -> None:
-        """Put LoRA layers into the policy, and act through them."""
-        base = self.adapter
-        self.policy.config.pretrained_path = self.folder
-        self.model = put_lora(self.policy, base.policy_type, base.trainable, self.config.peft)
-        if not Path(self.options.path or "").expanduser().exists():  # on the Hub: name it, not its cache
+    def _add_lora(self, base: PolicyAdapter) -> None:
+        """Freeze the policy, put LoRA layers into it with LeRobot's ``wrap_with_peft``, and act through them.
+
+        Without targets in the config, they are LeRobot's for the policy, or ``default_targets``; without an
+        alpha, it is the rank (a scaling of 1).
+        """
+        policy, chosen = self.policy, self.config.peft
+        policy.config.pretrained_path = self.folder
+        overrides = {**asdict(chosen), "lora_alpha": chosen.lora_alpha or chosen.r}
+        if not chosen.target_modules and not (policy._get_default_peft_targets() or {}).get("target_modules"):
+            overrides["target_modules"] = default_targets(policy, base.policy_type, base.trainable)
+        layers = [name for name, module in policy.named_modules() if isinstance(module, LAYERS)]
+        try:
+            self.model = policy.wrap_with_peft(peft_cli_overrides=overrides)
+        except (ValueError, TypeError, re.error) as error:
+            what = "matches no layer" if "not found" in str(error) else f"does not fit ({reason(error)})"
+            raise UserError(
+                "--peft.target_modules",
+                f"{chosen.target_modules or 'the default'} {what} of this {base.policy_type} policy; its "
+                f"layers are for instance {', '.join(layers[:: max(1, len(layers) // 4)][:4])}",
+            ) from error
+        if not Path(self.options.path).expanduser().exists():  # on the Hub: name it, not its cache
             saved = self.model.peft_config[self.model.active_adapter]
             saved.base_model_name_or_path, saved.revision = self.options.path, self.options.revision
-        self.adapter = type(base)(self.policy, base.preprocessor, base.postprocessor)
+        self.adapter = type(base)(policy, base.preprocessor, base.postprocessor)
         for name in ("notes", "weights_files", "trainable"):
             setattr(self.adapter, name, getattr(base, name))
 
@@ -148,19 +179,19 @@ class FineTuner:
     def fit(
         self,
         dataset: DatasetConfig,
-        steps: int,
         seed: int,
         label: str = "fine-tuning",
-        on_step: Callable[[list[float], float], None] = lambda losses, seconds: None,
+        steps: int = DATASET_STEPS,
+        on_metrics: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> list[float]:
         """Train on a LeRobotDataset; return the loss of every step.
 
         Args:
             dataset: as for ``lerobot-train``.
-            steps: gradient steps.
             seed: of the batches and the noise in the loss.
             label: shown on the progress bar.
-            on_step: called after every step with the losses and the seconds so far.
+            steps: gradient steps, unless the config says how many.
+            on_metrics: called with the mean loss of every ``LOG_EVERY`` steps.
 
         Raises:
             UserError: the dataset does not fit the policy; the loss became NaN or Inf.
@@ -170,11 +201,11 @@ class FineTuner:
         from lerobot.utils.logging_utils import AverageMeter, MetricsTracker
         from lerobot.utils.random_utils import set_seed
 
+        steps = self.config.steps or steps
         pipeline = self.pipeline(dataset, steps, seed)
         set_seed(seed)
         data, source = self._open(pipeline, self.config.num_workers)
-        optimizer, scheduler = make_optimizer_and_scheduler(pipeline, self.model)
-        optimizer, scheduler = self.accelerator.prepare(optimizer, scheduler)
+        optimizer, scheduler = self.accelerator.prepare(*make_optimizer_and_scheduler(pipeline, self.model))
         meters = {name: AverageMeter(name) for name in ("loss", "grad_norm", "lr", "update_s", "gpu_mem_gb")}
         tracker = MetricsTracker(
             pipeline.batch_size, data.num_frames, data.num_episodes, meters, accelerator=self.accelerator
@@ -183,53 +214,50 @@ class FineTuner:
         started = time.perf_counter()
         bar = Progress(range(1, steps + 1), desc=label, unit="step", leave=False)
         for step in bar:
-            batch = next(source)
-            with _blaming_dataset(first=step == 1):
+            with _blaming_dataset() if step == 1 else nullcontext():
                 update_policy(
                     tracker,
                     self.prepared,
-                    self._preprocess(batch, data),
+                    next(source),
                     optimizer,
                     pipeline.optimizer.grad_clip_norm,
                     accelerator=self.accelerator,
                     lr_scheduler=scheduler,
                 )
-            loss = tracker.metrics["loss"].val
-            if not math.isfinite(loss):
+            losses.append(tracker.metrics["loss"].val)
+            if not math.isfinite(losses[-1]):
                 raise UserError(
-                    "--learning_rate", f"the loss became {loss} at step {step}; nothing was saved; lower it"
+                    "--learning_rate",
+                    f"the loss became {losses[-1]} at step {step}; nothing was saved; lower it",
                 )
-            losses.append(loss)
             self.updates += 1
-            on_step(losses, time.perf_counter() - started)
+            if step % LOG_EVERY == 0 or step == steps:
+                seconds = round(time.perf_counter() - started, 3)
+                on_metrics({"step": step, "loss": means(losses)[-1], "seconds_total": seconds})
             if step % 50 == 1:
-                bar.set_postfix_str(f"loss {sum(losses[-100:]) / len(losses[-100:]):.4f}")
+                bar.set_postfix_str(f"loss {fmean(losses[-100:]):.4f}")
         self.policy.eval()
         return losses
 
     def check(self, dataset: DatasetConfig) -> Any:
-        """Read one batch of ``dataset`` before any long work; returns LeRobot's dataset.
-
-        Raises:
-            UserError: it does not fit the policy.
-        """
+        """Read one batch of ``dataset`` before any long work, as ``fit`` will; returns LeRobot's dataset."""
         data, source = self._open(self.pipeline(dataset, 1, 0), 0)
-        batch = next(source)
-        with _blaming_dataset(first=True):
-            self._preprocess(batch, data)
+        with _blaming_dataset():
+            next(source)
         return data
 
     def _open(self, pipeline: TrainPipelineConfig, workers: int) -> tuple[Any, Iterator[dict[str, Any]]]:
+        """LeRobot's dataset, and preprocessed batches of it without end."""
         from lerobot.datasets.factory import make_dataset
 
-        config, chosen = self.policy.config, pipeline.dataset
+        chosen, drop = pipeline.dataset, self.config.drop_last_frames
         data = open_dataset("--dataset", chosen.repo_id, chosen.root, lambda: make_dataset(pipeline))
         check_features(data, self.adapter, self.options.rename_map)
-        drop = self.config.drop_last_frames
-        return data, batches(data, config, pipeline.batch_size, pipeline.seed or 0, workers, drop)
+        source = batches(data, self.policy.config, pipeline.batch_size, pipeline.seed or 0, workers, drop)
+        return data, map(partial(self._preprocess, data.meta.camera_keys), source)
 
-    def _preprocess(self, batch: dict[str, Any], data: Any) -> dict[str, Any]:
-        for key in data.meta.camera_keys:  # as lerobot-train does
+    def _preprocess(self, cameras: list[str], batch: dict[str, Any]) -> dict[str, Any]:
+        for key in cameras:  # as lerobot-train does
             if key in batch and batch[key].dtype == torch.uint8:
                 batch[key] = batch[key].float() / 255.0
         return self.adapter.preprocessor(batch)
@@ -245,9 +273,7 @@ class FineTuner:
         """
         from lerobot.configs import PreTrainedConfig
 
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with whole_folder(folder) as work:
             self.model.save_pretrained(work)
             # The config as it was saved: this run's device and sampler are no part of the policy.
             config = PreTrainedConfig.from_pretrained(str(self.folder))
@@ -257,12 +283,8 @@ class FineTuner:
             with processor_files(self.adapter, self.folder) as source:
                 for name in (PREPROCESSOR, POSTPROCESSOR, *state_files(source)):
                     shutil.copyfile(source / name, work / name)
-            work.chmod(0o755)
-            os.replace(work, folder)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        if self._hashes() != self.base_hashes:
+        now = hash_files(self.adapter.weights_files), settings_hashes(self.folder)
+        if now != (self.base_sha256, self._settings):
             raise RuntimeError(
                 "the base policy's files changed while it was fine-tuned; this is a bug of trimtab"
             )
@@ -276,22 +298,36 @@ class FineTuner:
             raise RuntimeError("the saved policy does not act as the trained one; this is a bug of trimtab")
         return saved
 
-    def _hashes(self) -> dict[str, str]:
-        return {"weights": hash_files(self.base_files), **settings_hashes(self.folder)}
-
 
 @contextmanager
-def _blaming_dataset(first: bool) -> Iterator[None]:
-    """What the policy raises on the first batch is the dataset's fault; later it is a bug.
-
-    Raises:
-        UserError: in place of what the policy raised.
-    """
+def _blaming_dataset() -> Iterator[None]:
+    """What the policy raises on the first batch is the dataset's fault; later it is a bug."""
     try:
         yield
     except (RuntimeError, ValueError, KeyError) as error:
-        if not first or isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(
             "--dataset.repo_id", f"the dataset does not fit the policy: {reason(error)}"
         ) from error
+
+
+def means(losses: list[float]) -> list[float]:
+    """The loss curve: the mean of every ``LOG_EVERY`` steps."""
+    return [fmean(losses[start : start + LOG_EVERY]) for start in range(0, len(losses), LOG_EVERY)]
+
+
+def default_targets(policy: nn.Module, policy_type: str, trainable: set[str]) -> list[str]:
+    """The layers that LoRA adapts where LeRobot names none: linear and convolution layers.
+
+    Only those whose weights the policy leaves open to training, in the part that ``TRUNKS`` names. Layers
+    inside PyTorch's own attention are left out, for it reads their weights and never runs them.
+    """
+    modules = dict(policy.named_modules())
+    attention = tuple(f"{name}." for name, m in modules.items() if isinstance(m, nn.MultiheadAttention))
+    return [
+        name
+        for name, module in modules.items()
+        if isinstance(module, LAYERS) and f"{name}.weight" in trainable
+        if name.startswith(TRUNKS.get(policy_type, "")) and not name.startswith(attention)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from copy import deepcopy
@@ -16,6 +17,7 @@ from trimtab.adapters.errors import UserError, reason
 
 Options = dict[str, Any]
 CONFIG_PATH = "--config_path"
+ONCE = ("output_dir", "resume", "only")  # what the next run says anew
 PLUGIN = "discover_packages_path"
 # Options that may name a folder or file of this machine.
 PLACES = (
@@ -154,8 +156,9 @@ def without_plugins(content: Options) -> Options:
 
 
 def repeatable(content: Options) -> Options:
-    """A copy of a command's options that runs again from any folder: with plugins, and absolute paths."""
-    found = absolute(content)
+    """A command's options as JSON that runs again from any folder: with plugins, and absolute paths."""
+    content = json.loads(json.dumps(content, default=str))
+    found = absolute({n: value for n, value in content.items() if value is not None and n not in ONCE})
     for option, package in _loaded.items():
         put(found, option, package)
     return found

@@ -147,7 +147,7 @@ def without_implied(content: Options, algorithm: str) -> Options:
     """A file's options without those outside of ``rl`` that are the algorithm's own: its pace, its noise."""
     own = dict(IMPLIED_DEFAULTS.get(algorithm, {}))
     if algorithm in AlgorithmConfig.get_known_choices():
-        own["train"] = dataclasses.asdict(AlgorithmConfig.get_choice_class(algorithm)().pace)
+        own["train"] = dict(AlgorithmConfig.get_choice_class(algorithm).pace)
     found = dict(content)
     for part, values in own.items():
         if isinstance(found.get(part), dict):

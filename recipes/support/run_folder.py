@@ -78,8 +78,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: Any, identity: dict[str, Any], world: ProcessGroup) -> None:
         self.path, self.world = path, world
-        options = repeatable(json.loads(json.dumps(draccus.encode(config))))
-        self.config = {name: value for name, value in options.items() if name not in ("output_dir", "resume")}
+        self.config = repeatable(draccus.encode(config))
         self.belongs = {"base": json.loads(json.dumps(identity)), "config": fixed(self.config)}
         self.checkpoints: Checkpoints | None = None
         if config.checkpoint.every:

@@ -264,7 +264,7 @@ def demonstrations(folder: Path, policy: dict[str, Any], world: dict[str, Any]) 
             session = Session(adapter, env, EpisodesConfig(), machine)
             with session.environments(1, keep_seen=True) as vec:
                 episodes = Rollouts(session.runner, vec, session.own_noise, 0).collect(STEPS, progress=False)
-            Recorder(root, session.env.fps).add(episodes)
+            Recorder(root, session.env.fps).add(episode.frames for episode in episodes)
             write_json(done, {})
     say("tiny: lora learns from a recorded episode of the random policy, which never succeeds")
     return {"repo_id": REPO_ID, "root": str(root)}

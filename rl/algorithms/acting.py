@@ -20,7 +20,6 @@ from trimtab.policies.artefact import save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_samplers import NoiseSampler, prior_noise, steered_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
-from trimtab.rl.warm_start import begin_at
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,7 @@ class LoadedBase:
 
 
 class TrainingResult:
-    """What a run has learnt, as commands see it.
-
-    Attributes:
-        actor: what was trained to act.
-    """
+    """What a run has learnt, as commands see it; ``actor`` is what was trained to act."""
 
     actor: Any
 
@@ -71,23 +66,10 @@ class TrainingResult:
         return None
 
     def save(self, output: Path, base: LoadedBase, noise: NoiseSpaceConfig, training: dict[str, Any]) -> Path:
-        """Write what is deployed into a folder under ``output`` and return it.
-
-        Args:
-            output: folder of the run.
-            base: what it steers.
-            noise: config of the noise space.
-            training: facts about the run.
-        """
+        """Write what is deployed into a folder under ``output`` and return it; ``training`` holds facts."""
+        steered = base.adapter, base.options, base.folder
         return save_artefact(
-            output / "artefact",
-            self.actor,
-            noise,
-            base.adapter,
-            base.options,
-            base.folder,
-            training,
-            self.selecting_critic(),
+            output / "artefact", self.actor, noise, *steered, training, self.selecting_critic()
         )
 
 
@@ -105,14 +87,6 @@ class BehaviorPolicy(TrainingResult):
     draws: int = 1
     start: Tensor | None = None
 
-    def warm_start(self, noise: Tensor) -> None:
-        """Let the actor begin at a constant ``noise`` (*noise_shape).
-
-        Raises:
-            UserError: its noise space cannot express it.
-        """
-        self.start = begin_at(self.actor, noise)
-
     def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:
         """Candidates of each observation, which the replay keeps and the algorithm may choose from.
 
@@ -125,12 +99,7 @@ class BehaviorPolicy(TrainingResult):
         return draw_candidates(self.space, prior, denoise)
 
     def act(
-        self,
-        features: Tensor,
-        prior: Tensor,
-        denoise: Denoise,
-        candidates: Candidates | None,
-        steered: Tensor,
+        self, features: Tensor, prior: Tensor, denoise: Denoise, candidates: Candidates, steered: Tensor
     ) -> Choice:
         """What is executed while learning.
 
@@ -138,7 +107,7 @@ class BehaviorPolicy(TrainingResult):
             features: (B, d).
             prior: (B, draws, *noise_shape) fresh draws.
             denoise: the frozen policy.
-            candidates: from ``propose``, where ``config.candidates`` asks for them.
+            candidates: from ``propose``; ``None`` where ``config.candidates`` asks for none.
             steered: (B,) bool: where what is learnt acts; the untrained policy acts elsewhere.
 
         Raises:

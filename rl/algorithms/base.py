@@ -27,8 +27,6 @@ from trimtab.rl.runs.processes import optimizers
 
 MEASURED_EVERY = 10  # updates; what metrics take part in no loss
 RANKED_EVERY = 50  # updates; metrics that cost as much as a step
-# Of an optimiser's groups: its weights are the algorithm's, its rate follows from the steps of the run.
-UNSAVED = "params", "lr"
 
 
 @dataclass(frozen=True)
@@ -50,15 +48,6 @@ class Problem:
     bounds: tuple[float, float] | None
     chunk_size: int = 0
     observe: ObserveConfig | None = None
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How early and how often an algorithm learns, where ``TrainConfig`` leaves it open."""
-
-    warmup_transitions: int = 800
-    first_update: int = 256
-    updates_per_transition: float = 2.0
 
 
 @dataclass
@@ -88,22 +77,37 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     # How updates run: eager; compile: networks through torch.compile; cuda_graph: recorded and replayed.
     engine: str = "eager"
 
+    # How early and how often it learns, where ``TrainConfig`` leaves that open; empty where it has no replay.
+    pace: ClassVar[dict[str, Any]] = {
+        "warmup_transitions": 800,
+        "first_update": 256,
+        "updates_per_transition": 2.0,
+    }
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.gamma < 1.0:
             raise UserError("--rl.gamma", f"must be at least 0 and below 1, got {self.gamma}")
-        require_positive(self, "n_step", "batch_size", "learning_rate", "tau", "actor_every")
+        self.require_positive("n_step", "batch_size", "learning_rate", "tau", "actor_every")
         if self.tau > 1.0:
             raise UserError("--rl.tau", f"is a share, at most 1, got {self.tau}")
         if not 0.0 < self.learning_rate_end <= 1.0:
             raise UserError(
                 "--rl.learning_rate_end", f"is a share above 0 and at most 1, got {self.learning_rate_end}"
             )
-        require_known(self, discount_per=DISCOUNT_PER, precision=PRECISIONS, engine=ENGINES)
+        self.require_known(discount_per=DISCOUNT_PER, precision=PRECISIONS, engine=ENGINES)
 
-    @property
-    def pace(self) -> Pace:
-        """Its own."""
-        return Pace()
+    def require_positive(self, *names: str) -> None:
+        """Raise a UserError for the first of ``names`` that is not a positive, finite number."""
+        for name in names:
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise UserError(f"--rl.{name}", f"must be positive, got {value}")
+
+    def require_known(self, **known: Sequence[str]) -> None:
+        """Raise a UserError for the first named setting that is none of its values."""
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise UserError(f"--rl.{name}", f"'{getattr(self, name)}' is none of {', '.join(values)}")
 
     @property
     def candidates(self) -> int:
@@ -119,16 +123,8 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
     def type(self) -> str:
         return self.get_choice_name(self.__class__)
 
-    # Whether it learns from a replay of transitions; one that does not brings a trainer (``make_trainer``).
-    replays: ClassVar[bool] = True
-
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
-        """Raise a UserError where the algorithm cannot do what is asked; asked before any long work.
-
-        Args:
-            space: that it is to learn in.
-            run: what else is asked of it.
-        """
+        """Raise a UserError where it cannot learn in ``space`` or do what ``run`` asks, before long work."""
 
     def untrained(self, space: NoiseSpace) -> ChunkPolicy | None:
         """What acts before anything is learnt; ``None``: the base as it is."""
@@ -152,30 +148,11 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         """Build the algorithm for ``problem``."""
 
 
-def require_positive(config: Any, *names: str) -> None:
-    """Raise a UserError for the first of ``names`` that is not a positive, finite number."""
-    for name in names:
-        value = getattr(config, name)
-        if not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--rl.{name}", f"must be positive, got {value}")
-
-
-def require_known(config: Any, **known: Sequence[str]) -> None:
-    """Raise a UserError for the first named setting that is none of its values."""
-    for name, values in known.items():
-        if getattr(config, name) not in values:
-            raise UserError(f"--rl.{name}", f"'{getattr(config, name)}' is none of {', '.join(values)}")
-
-
 class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
     """Learns from replayed transitions how to act on a frozen policy.
 
     What comes from outside (``act``, ``update``, ``value``) holds observations as they are replayed,
     images packed; the losses take a batch after ``encode_batch``.
-
-    Args:
-        config: settings.
-        problem: what it learns for.
 
     Attributes:
         decode: the frozen policy on replayed conditioning, where ``config.replayed`` asks for that.
@@ -195,6 +172,7 @@ class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
 
     def __init__(self, config: AlgorithmConfig, problem: Problem) -> None:
         super().__init__()
+        config.check(problem.space)
         self.config, self.space, self.accelerator = config, problem.space, problem.accelerator
         self.updates = 0
         self._bfloat16 = use_bfloat16(config.precision, problem.accelerator.device)
@@ -267,15 +245,14 @@ class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
         low, high = values.aminmax()
         return {"q_mean": values.mean(), "q_min": low, "q_max": high}
 
-    @abc.abstractmethod
+    @torch.no_grad()
     def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
         """The critic's estimate (B,) of the return, for diagnostics.
 
-        Args:
-            features: (B, d).
-            u: (B, dim) noises, and
-            chunks: (B, steps * action_dim) what was executed; it looks at either.
+        ``features`` (B, d) were seen; it looks at the noises ``u`` (B, dim), or at ``chunks`` (B, steps *
+        action_dim), which were executed.
         """
+        return self.critic(self.actor.encoder(features), chunks).mean(0)
 
     def fit_normalizer(self, features: Tensor) -> None:
         """Take the statistics that standardise the observation features."""
@@ -284,11 +261,7 @@ class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
             network.normalizer.fit(features.to(self.accelerator.device))
 
     def progress(self, share: float) -> None:
-        """Let the learning rates fall: linearly, to ``config.learning_rate_end`` of what they were.
-
-        Args:
-            share: of the run's environment steps that have been made; more than all of them count as all.
-        """
+        """Let the learning rates fall linearly, once ``share`` of the run's environment steps are made."""
         rate = self.config.learning_rate * (1.0 - min(share, 1.0) * (1.0 - self.config.learning_rate_end))
         for group in (group for optimizer in optimizers(self).values() for group in optimizer.param_groups):
             if isinstance(group["lr"], Tensor):
@@ -297,27 +270,18 @@ class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
                 group["lr"] = rate
 
     def training_state(self) -> dict[str, Any]:
-        """Networks, temperature, normalisers, counters and optimisers, to go on learning from."""
+        """Networks, temperature, normalisers, counters and what optimisers hold, to go on learning from."""
         counters = {name: value for name, value in vars(self).items() if type(value) is int}
-        states: dict[str, Any] = {}
-        for name, optimizer in optimizers(self).items():
-            state = optimizer.state_dict()
-            groups = [{k: v for k, v in group.items() if k not in UNSAVED} for group in state["param_groups"]]
-            states[name] = {"state": state["state"], "groups": groups}
+        states = {name: optimizer.state_dict()["state"] for name, optimizer in optimizers(self).items()}
         return {"tensors": self.state_dict(), "counters": counters, "optimizers": states}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """The inverse of ``training_state``."""
+        """The inverse of ``training_state``; an optimiser's settings are the config's."""
         self.load_state_dict(state["tensors"])
-        for name, value in state["counters"].items():
-            setattr(self, name, value)
+        vars(self).update(state["counters"])
         for name, optimizer in optimizers(self).items():
-            saved, now = state["optimizers"][name], optimizer.state_dict()
-            for group, settings in zip(now["param_groups"], saved["groups"], strict=True):
-                # A tuple (Adam's betas) comes back as a list.
-                group |= {k: tuple(v) if isinstance(group[k], tuple) else v for k, v in settings.items()}
-            by_index = {int(index): dict(entry) for index, entry in saved["state"].items()}
-            optimizer.load_state_dict({"state": by_index, "param_groups": now["param_groups"]})
+            by_index = {int(index): dict(entry) for index, entry in state["optimizers"][name].items()}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": by_index})
 
     def _adam(self, *parts: nn.Module | nn.Parameter) -> torch.optim.Adam:
         """A fused Adam over the parameters of ``parts``, which are moved to the learner's device."""

@@ -1,20 +1,16 @@
 """Best-of-N: an action critic picks among candidate chunks of the frozen policy, and is distilled into noise.
 
-At every observation the collector decodes N noises, which share the observation's encoding, and keeps the
-(noise, chunk) pairs with the transition. The action critic learns by TD over the stored candidates, as in
-EMaQ (Ghasemipour et al., arXiv 2007.11091) and the best-of-N of Q-chunking (Li et al., arXiv 2507.07969),
-with proposals from the frozen policy. The base is never called by the learner.
-
-What is deployed is one noise per chunk: a noise critic is regressed onto the action critic on the stored
-pairs (the distillation of DSRL-NA, arXiv 2506.15799, equation 4), and the noise actor climbs it with a
-penalty on its distance from the prior, in half of the states at its mean, which is what is deployed. Both
-happen in the same update as the TD step.
+The action critic learns by TD over the stored (noise, chunk) pairs of each observation, as in EMaQ
+(Ghasemipour et al., arXiv 2007.11091) and the best-of-N of Q-chunking (Li et al., arXiv 2507.07969). What is
+deployed is one noise per chunk: a noise critic is regressed onto the action critic on those pairs (DSRL-NA,
+arXiv 2506.15799, equation 4), and the noise actor climbs it, held near the prior. See ``best_of_n.md``.
 """
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,17 +29,8 @@ from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
 from trimtab.policies.critic import LOSSES, CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, count_parameters
-from trimtab.rl.algorithms.base import (
-    RANKED_EVERY,
-    Algorithm,
-    AlgorithmConfig,
-    Pace,
-    Problem,
-    frozen,
-    require_known,
-    require_positive,
-)
-from trimtab.rl.algorithms.noise_critic import check_pairs, pick, rank_correlation
+from trimtab.rl.algorithms.base import RANKED_EVERY, Algorithm, AlgorithmConfig, Problem, frozen
+from trimtab.rl.algorithms.dsrl_na import check_pairs, pick, rank_correlation
 from trimtab.rl.data.replay import Batch
 
 TARGETS = ("max", "sarsa", "softmax")
@@ -93,13 +80,12 @@ class BestOfNConfig(AlgorithmConfig):
     # Share of the states in which the actor is trained at its mean (which is deployed), and not at a draw.
     mean_share: float = 0.5
 
+    pace: ClassVar[dict[str, Any]] = AlgorithmConfig.pace | {"warmup_transitions": 0, "first_update": 64}
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(
-            self,
-            *("num_candidates", "target_members", "temperature"),
-            *("prior_weight", "regression_temperature"),
-        )
+        self.require_positive("num_candidates", "target_members", "temperature")
+        self.require_positive("prior_weight", "regression_temperature")
         if not 0 <= self.proposed < self.num_candidates:
             raise UserError(
                 "--rl.actor_candidates",
@@ -108,13 +94,9 @@ class BestOfNConfig(AlgorithmConfig):
         for name, count in (("target_candidates", self.targets), ("distilled_pairs", self.pairs)):
             if not 1 <= count <= self.num_candidates:
                 raise UserError(f"--rl.{name}", f"must be from 1 to num_candidates={self.num_candidates}")
-        require_known(self, target=TARGETS, distillation=DISTILLATION, acting=ACTING, critic_loss=LOSSES)
+        self.require_known(target=TARGETS, distillation=DISTILLATION, acting=ACTING, critic_loss=LOSSES)
         if not 0.0 <= self.mean_share <= 1.0:
             raise UserError("--rl.mean_share", f"is a share, from 0 to 1, got {self.mean_share}")
-
-    @property
-    def pace(self) -> Pace:
-        return Pace(warmup_transitions=0, first_update=64, updates_per_transition=2.0)
 
     @property
     def candidates(self) -> int:
@@ -152,26 +134,21 @@ class BestOfN(Algorithm):
     def __init__(self, config: BestOfNConfig, problem: Problem) -> None:
         super().__init__(config, problem)
         space = problem.space
-        config.check(space)
-        # What the critics cannot leave.
-        within = problem.bounds if config.critic_loss == "logistic" else None
+        within = problem.bounds if config.critic_loss == "logistic" else None  # what the critics cannot leave
         self.bounds = problem.bounds if config.clip_targets else within
         self.actor = NoiseActor(problem.feature_dim, space, config.actor, problem.observe)
         feature_dim = self.actor.encoder.dim
         self.critic = CriticEnsemble(feature_dim, problem.chunk_size, config.critic, within)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic, within)
-        critics = self.critic, self.noise_critic, self.actor.encoder
-        self.critic_optimizer = self._adam(*critics)
+        self.critic_optimizer = self._adam(self.critic, self.noise_critic, self.actor.encoder)
         self.actor_optimizer = self._adam(self.actor.net)
 
     @torch.no_grad()
     def td_target(self, batch: Batch, index: Tensor) -> Tensor:
-        """``R + D * V(s')`` with ``V`` over stored candidates, (B,); clipped to the possible returns.
+        """``R + D * V(s')``, (B,), clipped to the possible returns.
 
-        Args:
-            batch: with ``next_candidates`` (B, K, A).
-            index: (B, m) which of them to look at.
+        ``V`` is over those of ``next_candidates`` (B, K, A) that ``index`` (B, m) names.
         """
         chunks = pick(batch["next_candidates"], index)
         values = self.target_critic.smallest(batch["next_features"], chunks, self.config.target_members)
@@ -184,11 +161,9 @@ class BestOfN(Algorithm):
         return self.bootstrap(batch, value)
 
     def distillation_loss(self, batch: Batch, index: Tensor) -> Tensor:
-        """Of ``Q^W_e(s, u_k)`` from ``mean Q^A(s, a_k)`` on stored pairs; its gradient reaches ``Q^W`` alone.
+        """Of ``Q^W_e(s, u_k)`` from ``mean Q^A(s, a_k)`` on the stored pairs that ``index`` (B, m) names.
 
-        Args:
-            batch: with ``candidates`` (B, K, A) and ``candidates_u`` (B, K, dim).
-            index: (B, m) which pairs to use.
+        Equation 4 of arXiv 2506.15799; its gradient reaches ``Q^W`` alone.
         """
         features = batch["features"].detach()
         with torch.no_grad():
@@ -204,8 +179,7 @@ class BestOfN(Algorithm):
         is good on average so far around is not yet what is best in the middle.
         """
         features = batch["features"].detach()
-        shape = len(features), self.space.dim
-        eps = torch.randn(shape, dtype=features.dtype, device=features.device)
+        eps = torch.randn(len(features), self.space.dim, dtype=features.dtype, device=features.device)
         row = torch.arange(len(features) + 1, device=features.device)
         at_mean = (row * self.config.mean_share).floor().diff() > 0
         drawn = self.actor.sample(features, eps.masked_fill(at_mean.unsqueeze(1), 0.0))
@@ -252,10 +226,8 @@ class BestOfN(Algorithm):
                 "noise_rms": self.space.scale * u.detach().square().mean().sqrt(),
             }
         if self.every(RANKED_EVERY):
-            pairs = batch["candidates_u"], batch["candidates"]
-            metrics["rank_correlation"] = rank_correlation(
-                self.noise_critic, self.critic, batch["features"], *pairs
-            )
+            seen = batch["features"], batch["candidates_u"], batch["candidates"]
+            metrics["rank_correlation"] = rank_correlation(self.noise_critic, self.critic, *seen)
         return metrics
 
     def propose(self, features: Tensor, prior: Tensor, denoise: Denoise, steering: bool) -> Candidates:
@@ -263,12 +235,7 @@ class BestOfN(Algorithm):
         return draw_candidates(self.space, prior, denoise, features, self.actor, proposed)
 
     def act(
-        self,
-        features: Tensor,
-        prior: Tensor,
-        denoise: Denoise,
-        candidates: Candidates | None,
-        steered: Tensor,
+        self, features: Tensor, prior: Tensor, denoise: Denoise, candidates: Candidates, steered: Tensor
     ) -> Choice:
         index = torch.zeros(len(features), dtype=torch.long)  # a draw from the prior like any other
         if steered.any():
@@ -297,7 +264,3 @@ class BestOfN(Algorithm):
             member = torch.randint(len(values), (values.shape[1],), device=values.device)
             return values[member, torch.arange(values.shape[1], device=values.device)].argmax(1)
         return torch.multinomial(torch.softmax(values.mean(0) / self.config.temperature, 1), 1).squeeze(1)
-
-    @torch.no_grad()
-    def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
-        return self.critic(self.actor.encoder(features), chunks).mean(0)

@@ -1,19 +1,15 @@
 """DSRL-NA: an action critic learns by TD, a noise critic is distilled from it, the noise actor climbs that.
 
 Source: Wagenmaker et al., arXiv 2506.15799, Algorithm 1 ("noise aliasing": many noises make the same chunk,
-and a critic of chunks shares what it learns among them). Two modes:
+and a critic of chunks shares what it learns among them). Two modes (``dsrl_na.md``):
 
-``stored``, the default, never calls the frozen policy while learning. The collector decodes K noises per
-observation, which share its encoding, and keeps the (noise, chunk) pairs with the transition. Distillation
-takes its pairs from there. The TD target needs the value of what the actor would do at s', where nothing
-decodes the actor's noise: the target noise critic judges the noise itself (``bootstrap=noise_critic``), or
-one stored pair stands for it, drawn with weights ``w_k ~ pi(u_k | s') / p(u_k)`` (``importance``: sampling
+``stored``, the default, never calls the frozen policy while learning: the (noise, chunk) pairs are those that
+the collector decoded. At s' nothing decodes the actor's noise: the target noise critic judges the noise
+itself, or one stored pair stands for it, drawn with weights ``w_k ~ pi(u_k | s') / p(u_k)`` (sampling
 importance resampling, Rubin 1988; the pairs come from the prior p).
 
-``exact`` is the paper's: the actor's noise at s', and fresh noises to distil on, are decoded by the frozen
-policy, from conditioning that the replay keeps. It is for small policies, and the reference in tests.
-
-In both, distillation noise keeps to the bound of the noise space, as the actor does.
+``exact`` is the paper's: the frozen policy decodes the actor's noise at s' and fresh noises to distil on,
+from conditioning that the replay keeps.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,16 +27,8 @@ from trimtab.policies.actor import ActorOutput, kl_to_prior
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest
-from trimtab.rl.algorithms.base import (
-    RANKED_EVERY,
-    AlgorithmConfig,
-    Pace,
-    Problem,
-    require_known,
-    require_positive,
-)
-from trimtab.rl.algorithms.noise_critic import check_pairs, pick, rank_correlation
-from trimtab.rl.algorithms.soft import SoftActorCritic, SoftConfig
+from trimtab.rl.algorithms.base import RANKED_EVERY, AlgorithmConfig, Problem
+from trimtab.rl.algorithms.dsrl_sac import SoftActorCritic, SoftConfig
 from trimtab.rl.data.replay import Batch
 
 MODES = ("stored", "exact")
@@ -47,6 +36,37 @@ BOOTSTRAPS = ("importance", "noise_critic")
 REGULARIZERS = ("prior", "entropy")
 RANKED = 8  # noises per state that are decoded to rank them, in exact mode, and
 RANKED_STATES = 32  # of how many states
+
+
+def check_pairs(space: NoiseSpace, name: str) -> None:
+    """Raise a UserError where ``u`` does not tell the noise, so that a chunk is not its doing alone."""
+    if not space.determines_noise:
+        raise UserError(
+            "--noise.type",
+            f"{name} distils which noise made which chunk, which this space cannot express; use full, "
+            "repeat or knots, or dsrl_sac",
+        )
+
+
+def pick(values: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` (B, m) of ``values`` (B, K, dim): (B, m, dim)."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+@torch.no_grad()
+def rank_correlation(
+    noise_critic: CriticEnsemble, critic: CriticEnsemble, features: Tensor, u: Tensor, chunks: Tensor
+) -> Tensor:
+    """Mean over states of Spearman's correlation of ``Q^W(s, u_k)`` and ``Q^A(s, a_k)`` over the pairs.
+
+    Within a state: over all states together the value of the state alone makes it look perfect. Members are
+    averaged; features (B, d), pairs (B, K, dim) and (B, K, steps * action_dim).
+    """
+    noise = noise_critic(features, u).mean(0)
+    action = critic(features, chunks).mean(0)
+    first, second = (values.argsort(1).argsort(1).float() for values in (noise, action))
+    first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
+    return ((first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1)).clamp_min(1e-9)).mean()
 
 
 @AlgorithmConfig.register_subclass("dsrl_na")
@@ -74,12 +94,12 @@ class DSRLNAConfig(SoftConfig):
     initial_temperature: float = 0.03
     learn_temperature: bool = False
 
+    pace: ClassVar[dict[str, Any]] = AlgorithmConfig.pace | {"warmup_transitions": 0, "first_update": 64}
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(
-            self, "num_candidates", "distillation_steps", "distilled_pairs", "conditioning_limit"
-        )
-        require_known(self, mode=MODES, bootstrap=BOOTSTRAPS, regularizer=REGULARIZERS)
+        self.require_positive("num_candidates", "distillation_steps", "distilled_pairs", "conditioning_limit")
+        self.require_known(mode=MODES, bootstrap=BOOTSTRAPS, regularizer=REGULARIZERS)
         if self.regularizer == "prior" and (self.learn_temperature or self.backup_entropy):
             raise UserError(
                 "--rl.regularizer",
@@ -88,10 +108,6 @@ class DSRLNAConfig(SoftConfig):
             )
         if self.mode == "stored" and self.distilled_pairs > self.num_candidates:
             raise UserError("--rl.distilled_pairs", f"at most num_candidates={self.num_candidates}")
-
-    @property
-    def pace(self) -> Pace:
-        return Pace(warmup_transitions=0, first_update=64, updates_per_transition=2.0)
 
     @property
     def candidates(self) -> int:
@@ -116,21 +132,21 @@ class DSRLNA(SoftActorCritic):
 
     Attributes:
         base_calls: how often the learner asked the frozen policy, in batches; 0 in stored mode.
+        importance: whether a stored candidate stands for the actor's noise at the next state.
     """
 
     config: DSRLNAConfig
 
     def __init__(self, config: DSRLNAConfig, problem: Problem) -> None:
         super().__init__(config, problem, problem.chunk_size)
-        config.check(problem.space)
         self.noise_critic = CriticEnsemble(
             self.actor.encoder.dim, problem.space.dim, config.critic, self.critic.bounds
         )
         self.noise_optimizer = self._adam(self.noise_critic)
-        self.by_noise_critic = config.mode == "stored" and config.bootstrap == "noise_critic"
-        if self.by_noise_critic:
+        self.exact, self.base_calls = config.mode == "exact", 0
+        self.importance = not self.exact and config.bootstrap == "importance"
+        if not self.exact and not self.importance:
             self.target_noise_critic = copy.deepcopy(self.noise_critic).requires_grad_(False)
-        self.base_calls = 0
 
     @property
     def obstacle(self) -> str:
@@ -141,19 +157,14 @@ class DSRLNA(SoftActorCritic):
         return self.noise_critic
 
     def _decode(self, batch: Batch, u: Tensor, following: bool = False) -> Tensor:
-        if self.config.mode != "exact" or self.decode is None:
-            raise RuntimeError("only exact mode asks the frozen policy, and needs `decode`")
+        assert self.decode is not None
         self.base_calls += 1
         return self.decode(batch, u, following)
 
     def log_ratio(self, features: Tensor, u: Tensor) -> Tensor:
-        """``log pi(u_k | s) - log p(u_k)``, (B, K).
+        """``log pi(u_k | s) - log p(u_k)``, (B, K), of features (B, d) and ``u`` (B, K, dim).
 
         ``p`` is what the candidates were drawn from, N(0, initial_std) squashed; the squash cancels.
-
-        Args:
-            features: (B, d).
-            u: (B, K, dim).
         """
         space, z = self.space, self.space.unsquash(u, 0.999)
         mean, log_std = (value.unsqueeze(1) for value in self.actor(features))
@@ -175,20 +186,18 @@ class DSRLNA(SoftActorCritic):
         (importance); with ``bootstrap=noise_critic`` the value is ``min_e Qbar^W_e(s', u')``.
         """
         features = batch["next_features"]
-        if self.config.mode == "stored" and not self.by_noise_critic:
+        if self.importance:
             ratio = self.log_ratio(features, batch["next_candidates_u"])
             chosen = torch.multinomial(torch.softmax(ratio, 1), 1)
             value = self.target_critic(features, pick(batch["next_candidates"], chosen)[:, 0])
-            log_prob = value.new_zeros(len(features))
-            if self.config.backup_entropy:
-                log_prob = self.log_density(features, pick(batch["next_candidates_u"], chosen)[:, 0])
+            log_prob = self.log_density(features, pick(batch["next_candidates_u"], chosen)[:, 0])
             return self.soft_bootstrap(batch, value.min(0).values, log_prob)
         following = self.actor.sample(features)
-        if self.by_noise_critic:
-            value = self.target_noise_critic(features, following.u)
-        else:
+        if self.exact:
             chunk = self._decode(batch, following.u.unsqueeze(1), following=True)[:, 0]
             value = self.target_critic(features, chunk)
+        else:
+            value = self.target_noise_critic(features, following.u)
         return self.soft_bootstrap(batch, value.min(0).values, following.log_prob)
 
     def pairs(self, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
@@ -196,20 +205,17 @@ class DSRLNA(SoftActorCritic):
 
         Stored ones without replacement, or fresh draws of the noise space, decoded.
         """
-        size, device = len(batch["reward"]), batch["reward"].device
-        if self.config.mode == "stored":
+        size, device, space = len(batch["reward"]), batch["reward"].device, self.space
+        if not self.exact:
             order = torch.rand(size, self.config.num_candidates, device=device).argsort(1)[:, :count]
             return pick(batch["candidates_u"], order), pick(batch["candidates"], order)
-        space = self.space
         u = space.squash(space.initial_std * torch.randn(size, count, space.dim, device=device))
         return u, self._decode(batch, u)
 
     def distillation_loss(self, batch: Batch, u: Tensor, chunks: Tensor) -> Tensor:
-        """Of ``Q^W_e(s, u)`` from ``Q^A_e(s, a)``, member by member; its gradient reaches ``Q^W`` alone.
+        """Of ``Q^W_e(s, u)`` from ``Q^A_e(s, a)``, member by member, on ``pairs``.
 
-        Args:
-            batch: its ``features`` (B, d).
-            u, chunks: from ``pairs``.
+        Equation 4 of arXiv 2506.15799; its gradient reaches ``Q^W`` alone.
         """
         features = batch["features"].detach()
         with torch.no_grad():
@@ -252,15 +258,12 @@ class DSRLNA(SoftActorCritic):
     @torch.no_grad()
     def diagnose(self, batch: Batch) -> dict[str, Tensor]:
         """Rank correlation of the two critics; of importance weights, how many candidates they amount to."""
-        if self.config.mode == "exact":
+        if self.exact:
             batch = {name: value[:RANKED_STATES] for name, value in batch.items()}
-            u, chunks = self.pairs(batch, RANKED)
-        else:
-            u, chunks = batch["candidates_u"], batch["candidates"]
-        ranks = rank_correlation(self.noise_critic, self.critic, batch["features"], u, chunks)
+        pairs = self.pairs(batch, RANKED) if self.exact else (batch["candidates_u"], batch["candidates"])
+        ranks = rank_correlation(self.noise_critic, self.critic, batch["features"], *pairs)
         metrics = {"rank_correlation": ranks}
-        if self.config.mode == "stored" and not self.by_noise_critic:
-            ratio = self.log_ratio(batch["next_features"], batch["next_candidates_u"])
-            weights = torch.softmax(ratio, 1)
+        if self.importance:
+            weights = torch.softmax(self.log_ratio(batch["next_features"], batch["next_candidates_u"]), 1)
             metrics["effective_candidates"] = (1.0 / weights.square().sum(1)).mean()
         return metrics

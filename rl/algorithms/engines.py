@@ -36,21 +36,21 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def use_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether to multiply in bfloat16; where ``device`` has none, a line says so."""
-    if precision == "bfloat16" and not has_bfloat16(device):
-        print(
-            f"--rl.precision={precision}: this {device.type} has no bfloat16; float32 it is", file=sys.stderr
-        )
+    wanted = precision == "bfloat16"
+    if wanted and not has_bfloat16(device):
+        _say(f"--rl.precision={precision}: this {device.type} has no bfloat16; float32 it is")
         return False
-    return precision == "bfloat16"
+    return wanted
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class Compiled:
     """Runs an update with its networks through ``torch.compile``.
 
     What cannot be compiled (no C++ compiler, a backend that fails) runs as it is. Who acts is not concerned.
-
-    Args:
-        algorithm: whose networks.
     """
 
     def __init__(self, algorithm: nn.Module) -> None:
@@ -82,8 +82,7 @@ class Compiled:
                 except Exception as error:  # of many classes, from dynamo to the compiler's exit code
                     self.works = False
                     why = reason(error.__cause__ or error)
-                    line = f"--rl.engine=compile: cannot compile here ({why}); it runs uncompiled"
-                    print(line, file=sys.stderr)
+                    _say(f"--rl.engine=compile: cannot compile here ({why}); it runs uncompiled")
             return plain(*args)
 
         return forward
@@ -96,9 +95,6 @@ class Captured:
     the same memory. What an update does depends on its number, so there is one graph for each phase. Draws
     come from the device's default generator, which a graph advances as the update itself does. Where
     recording fails, updates go on as they are: what was being recorded has not been executed.
-
-    Args:
-        device: the learner's.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -138,20 +134,15 @@ class Captured:
         except RuntimeError as error:
             self.works = False
             self._recorded.clear()
-            line = f"--rl.engine=cuda_graph: cannot be captured ({reason(error)}); it runs as it is"
-            print(line, file=sys.stderr)
+            _say(f"--rl.engine=cuda_graph: cannot be captured ({reason(error)}); it runs as it is")
 
 
 def make_engine(
     name: str, algorithm: nn.Module, accelerator: Any, obstacle: str
 ) -> Compiled | Captured | None:
-    """The engine of this name, ``None`` for ``eager`` and where CUDA graphs cannot be recorded.
+    """The engine of this name for an algorithm; ``None``: updates run as they are.
 
-    Args:
-        name: one of ``ENGINES``.
-        algorithm: whose updates it runs.
-        accelerator: an ``accelerate.Accelerator``.
-        obstacle: why the algorithm's updates cannot be recorded, if so.
+    ``obstacle`` says why the algorithm's updates cannot be recorded as CUDA graphs, if so.
     """
     if name == "compile":
         return Compiled(algorithm)
@@ -162,6 +153,6 @@ def make_engine(
     elif accelerator.num_processes > 1:
         obstacle = "gradients are averaged over several processes"
     if obstacle:
-        print(f"--rl.engine={name}: {obstacle}; updates run as they are", file=sys.stderr)
+        _say(f"--rl.engine={name}: {obstacle}; updates run as they are")
         return None
     return Captured(accelerator.device)

@@ -23,7 +23,7 @@ from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
 from trimtab.policies.noise_samplers import constant_noise
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, TrainingResult
-from trimtab.rl.algorithms.base import AlgorithmConfig
+from trimtab.rl.algorithms.base import AlgorithmConfig, Problem
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
@@ -44,6 +44,9 @@ class GoldenTicketConfig(AlgorithmConfig):
     keep: float = 0.5
     actor: ActorConfig = field(default_factory=ActorConfig)
 
+    pace: ClassVar[dict[str, Any]] = {}
+    replayed = ()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(2, self, "--rl.", "candidates")
@@ -59,12 +62,6 @@ class GoldenTicketConfig(AlgorithmConfig):
                 "or lower --rl.candidates or --rl.keep",
             )
 
-    @property
-    def replayed(self) -> tuple[str, ...]:
-        return ()
-
-    replays: ClassVar[bool] = False
-
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         refused = (
             (space.uses_features, "--noise.type", "seeks one noise for all observations; use constant"),
@@ -77,11 +74,8 @@ class GoldenTicketConfig(AlgorithmConfig):
             if asked:
                 raise UserError(option, f"golden_ticket {why}")
 
-    def without_success(self, reward: str) -> tuple[str, str] | None:
-        return (
-            "--rl.type",
-            "golden_ticket counts successes; take another --rl.type, with --train.reward=env",
-        )
+    def without_success(self, reward: str) -> tuple[str, str]:
+        return "--rl.type", "golden_ticket counts successes; take another --rl.type, with --train.reward=env"
 
     def within(self, env_steps: int, episode_steps: Callable[[], int]) -> GoldenTicketConfig:
         budget, candidates = max(2, env_steps // episode_steps()), self.candidates
@@ -89,13 +83,10 @@ class GoldenTicketConfig(AlgorithmConfig):
             candidates //= 2
         return replace(self, budget=budget, candidates=candidates)
 
-    def make_trainer(
-        self, runner: PolicyRunner, vec: ChunkVectorEnv, noise: NoiseSpaceConfig, seed: int, **options: Any
-    ) -> TicketSearch:
+    def make_trainer(self, runner: Any, vec: Any, noise: NoiseSpaceConfig, seed: int, **options: Any) -> Any:
         return TicketSearch(runner, vec, self, noise, seed, **options)
 
-    def build(self, *arguments: Any, **named: Any) -> NoReturn:
-        """It has no critic and no gradient: ``TicketSearch`` runs it, not ``Trainer``."""
+    def build(self, problem: Problem) -> NoReturn:
         raise TypeError("golden_ticket is run by TicketSearch")
 
 
@@ -111,9 +102,7 @@ def sizes(candidates: int, keep: float) -> list[int]:
 def episodes_each(counts: list[int], budget: int) -> list[int]:
     """Episodes of each constant in each round: what is left, shared equally among the rounds left.
 
-    Args:
-        counts: constants in each round.
-        budget: at least their sum.
+    ``counts`` are the constants in each round; ``budget`` is at least their sum.
     """
     each = []
     for index, count in enumerate(counts):
@@ -144,19 +133,8 @@ class TicketSearch:
     """Runs the search; to recipes it is what ``Trainer`` is for the other algorithms.
 
     Every round, the constants left meet the same new episodes, and all of their episodes so far decide who
-    stays. (They have met the same ones, so that luck of the draw counts for all alike.)
-
-    Args:
-        runner: the frozen policy with the environment's processors.
-        vec: environments.
-        rl, noise: configs; the noise space must be a constant one.
-        seed: seeds the constants and the episodes.
-        on_metrics: called with each line of metrics, one per round.
-        progress: show bars and a line per round.
-
-    Attributes:
-        env_steps, episodes: spent so far.
-        updates: of gradient: none.
+    stays. (They have met the same ones, so that luck of the draw counts for all alike.) ``seed`` seeds
+    constants and episodes; ``on_metrics`` gets a line per round; ``env_steps`` and ``episodes`` are spent.
     """
 
     runner: PolicyRunner
@@ -168,7 +146,8 @@ class TicketSearch:
     progress: bool = True
     env_steps: int = field(init=False, default=0)
     episodes: int = field(init=False, default=0)
-    updates: int = field(init=False, default=0)
+    updates: ClassVar[int] = 0  # of gradient
+    checkpoints: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         self.space = self.noise.build(self.runner.adapter.noise_spec)
@@ -177,8 +156,8 @@ class TicketSearch:
     def draw(self) -> Tensor:
         """The constants, (candidates, *spec.shape): prior draws, clipped to what an actor can make."""
         prior = self.runner.prior(self.rl.candidates, torch.Generator().manual_seed(self.seed))
-        reach = self.rl.actor.mean_limit * self.space.bound
-        return self.space.expand(self.space.project(prior).clamp(-0.999 * reach, 0.999 * reach), prior)
+        reach = 0.999 * self.rl.actor.mean_limit * self.space.bound
+        return self.space.expand(self.space.project(prior).clamp(-reach, reach), prior)
 
     def run(self) -> Ticket:
         """Spend the budget and return the best constant."""
@@ -188,45 +167,43 @@ class TicketSearch:
         episodes = np.zeros_like(successes)
         left, first = np.arange(self.rl.candidates), training_seed(self.seed)
         each = episodes_each(counts, self.rl.budget)
-        for index, (count, share) in enumerate(zip(counts, each, strict=True)):
+        for number, (count, share) in enumerate(zip(counts, each, strict=True), 1):
             left = _best(left, successes, episodes, count)
             seeds = list(range(first, first + share))
             first += share
-            label = f"round {index + 1} of {len(counts)}: {count} constants"
-            sources = [constant_noise(noises[i]) for i in left for _ in seeds]
-            outcome = evaluate(self.runner, self.vec, sources, seeds * count, label, progress=self.progress)
-            won = outcome.successes.reshape(count, share).sum(1)
-            successes[left] += won
+            label = f"round {number} of {len(counts)}: {count} constants"
+            samplers = [constant_noise(noises[i]) for i in left for _ in seeds]
+            outcome = evaluate(self.runner, self.vec, samplers, seeds * count, label, progress=self.progress)
+            successes[left] += outcome.successes.reshape(count, share).sum(1)
             episodes[left] += share
             self.env_steps += int(outcome.steps.sum())
             self.episodes += share * count
             best = int(_best(left, successes, episodes, 1)[0])
-            interval = wilson_interval(int(successes[best]), int(episodes[best]))
+            low, high = wilson_interval(int(successes[best]), int(episodes[best]))
             if self.progress:
-                low, high = (100 * limit for limit in interval)
                 tqdm.write(
                     f"{label}, episodes each: {share}; best {successes[best]}/{episodes[best]} "
-                    f"[{low:.1f}, {high:.1f}] %, all {won.sum()}/{share * count}"
+                    f"[{100 * low:.1f}, {100 * high:.1f}] %, all {outcome.successes.sum()}/{share * count}"
                 )
             self.on_metrics(
                 {
                     "env_steps": self.env_steps,
                     "episodes": self.episodes,
-                    "updates": 0,
-                    "round": index + 1,
+                    "updates": self.updates,
+                    "round": number,
                     "candidates": count,
-                    "success_rate": float(won.sum() / (share * count)),
+                    "success_rate": float(outcome.successes.sum() / (share * count)),
                     "success_window": share * count,
                     "return_mean": float(outcome.returns.mean()),
                     "acting": "constants",
                     "best_success": float(successes[best] / episodes[best]),
                     "best_episodes": int(episodes[best]),
-                    "best_ci95": list(interval),
+                    "best_ci95": [low, high],
                     "seconds_total": round(time.perf_counter() - started, 3),
                 }
             )
-        noise = noises[int(_best(left, successes, episodes, 1)[0])]
-        return Ticket(constant_actor(noise, self.space, self.rl.actor), noise, successes, episodes)
+        actor = constant_actor(noises[best], self.space, self.rl.actor)
+        return Ticket(actor, noises[best], successes, episodes)
 
 
 def _best(left: np.ndarray, successes: np.ndarray, episodes: np.ndarray, count: int) -> np.ndarray:

@@ -1,14 +1,10 @@
 """A residual policy: what is learnt is added to the frozen policy's chunk, not fed to it as noise.
 
-The rival of noise steering that also leaves the base alone. The base draws its own noise and makes its
-chunk; a residual actor sees the observation and that chunk and adds a bounded correction, zero at the start.
-Residual policy learning: Silver et al., arXiv 1812.06298. Off-policy, on top of frozen policies that were
-cloned in chunks: ResFiT, Ankile et al., arXiv 2509.19301. The learner is TD3 (Fujimoto et al., arXiv
-1802.09477) on chunks: a deterministic actor, exploration noise, clipped double Q, smoothed targets.
-
-Where this differs from ResFiT: the correction is of whole chunks, as everything here, and not of single
-steps; no demonstrations join the replay; the ensemble, returns over n chunks and clipped targets are those of
-the other algorithms here, so that the comparison is between what is learnt and not between critics.
+A residual actor sees the observation and the chunk that the base makes of its own noise, and adds a bounded
+correction, zero at the start. Residual policy learning: Silver et al., arXiv 1812.06298; off-policy, on
+frozen policies that were cloned in chunks: ResFiT, Ankile et al., arXiv 2509.19301. The learner is TD3
+(Fujimoto et al., arXiv 1802.09477) on whole chunks: a deterministic actor, exploration noise, clipped double
+Q, smoothed targets. How it differs from ResFiT: ``residual.md``.
 """
 
 from __future__ import annotations
@@ -22,20 +18,14 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters.errors import UserError, at_least
-from trimtab.policies.acting import Candidates, Choice, ChunkPolicy, CorrectedChunk, Denoise
+from trimtab.policies.acting import Candidates, Choice, ChunkPolicy, Denoise
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_samplers import own_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
-from trimtab.policies.residual import ResidualActor
+from trimtab.policies.residual import CorrectedChunk, ResidualActor
 from trimtab.rl.algorithms.acting import PLAIN_RUN, LoadedBase, RunRequest
-from trimtab.rl.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    Problem,
-    frozen,
-    require_positive,
-)
+from trimtab.rl.algorithms.base import Algorithm, AlgorithmConfig, Problem, frozen
 from trimtab.rl.data.replay import Batch
 
 
@@ -57,14 +47,13 @@ class ResidualConfig(AlgorithmConfig):
     # Weight of the mean squared correction (as a share of scale), in units of return.
     penalty: float = 0.01
 
+    candidates = 1  # the base's own chunk
+    replayed = ("chunk", "candidates", "next_candidates")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "scale")
+        self.require_positive("scale")
         at_least(0, self, "--rl.", "exploration", "target_noise", "target_clip", "penalty")
-
-    @property
-    def candidates(self) -> int:
-        return 1  # the base's own chunk
 
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         if run.warm_start:
@@ -72,10 +61,6 @@ class ResidualConfig(AlgorithmConfig):
 
     def untrained(self, space: NoiseSpace) -> ChunkPolicy | None:
         return None
-
-    @property
-    def replayed(self) -> tuple[str, ...]:
-        return "chunk", "candidates", "next_candidates"
 
     def build(self, problem: Problem) -> Residual:
         return Residual(self, problem)
@@ -90,13 +75,11 @@ class Residual(Algorithm):
 
     def __init__(self, config: ResidualConfig, problem: Problem) -> None:
         super().__init__(config, problem)
-        chunk_size = problem.chunk_size
         self.bounds = problem.bounds if config.clip_targets else None
-        self.actor = ResidualActor(
-            problem.feature_dim, chunk_size, config.scale, config.actor, problem.observe
-        )
+        sizes = problem.feature_dim, problem.chunk_size
+        self.actor = ResidualActor(*sizes, config.scale, config.actor, problem.observe)
         self.target_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = CriticEnsemble(self.actor.encoder.dim, chunk_size, config.critic)
+        self.critic = CriticEnsemble(self.actor.encoder.dim, problem.chunk_size, config.critic)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.critic_optimizer = self._adam(self.critic, self.actor.encoder)
         self.actor_optimizer = self._adam(self.actor.net)
@@ -146,12 +129,7 @@ class Residual(Algorithm):
         return Candidates(u, denoise(noise.unflatten(0, prior.shape[:2])).float())
 
     def act(
-        self,
-        features: Tensor,
-        prior: Tensor,
-        denoise: Denoise,
-        candidates: Candidates | None,
-        steered: Tensor,
+        self, features: Tensor, prior: Tensor, denoise: Denoise, candidates: Candidates, steered: Tensor
     ) -> Choice:
         u, chunks = candidates.u[:, 0], candidates.chunks[:, 0]
         if steered.any():
@@ -163,11 +141,7 @@ class Residual(Algorithm):
         return Choice(chunks, u)
 
     def deployed_policy(self, deterministic: bool = True) -> ChunkPolicy:
-        return CorrectedChunk(own_noise(self.space.spec), self.actor.correct)
+        return CorrectedChunk(own_noise(self.space.spec), self.actor)
 
     def save(self, output: Path, base: LoadedBase, noise: NoiseSpaceConfig, training: dict[str, Any]) -> Path:
         return self.actor.write(output / "residual")
-
-    @torch.no_grad()
-    def value(self, features: Tensor, u: Tensor, chunks: Tensor) -> Tensor:
-        return self.critic(self.actor.encoder(features), chunks).mean(0)

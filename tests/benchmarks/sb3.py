@@ -240,15 +240,15 @@ class SB3SAC(Method):
     uses = Steering.uses
 
     def learn(self, run: Run) -> dict[str, Any]:
-        config, session = self.sac, run.task.session
+        config, session = self.sac, run.session
         adapter = session.adapter
         space, runner = self.noise.build(adapter.noise_spec), PolicyRunner(adapter, session.env)
-        with run.training_environments() as vec:
+        with session.environments(run.config.num_envs) as vec:
             env = NoiseVecEnv(runner, vec, space, config.gamma, config.reward, training_seed(run.seed))
             model = make_sac(config, env, adapter.chunk_shape[0], run.seed, device=adapter.device)
             run.policies = {"actor": sb3_noise(model, space)}
             run.trained = {"actor": sum(weight.numel() for weight in model.actor.parameters())}
-            learn(model, env, run.task.config.env_steps, lambda steps, ended: run.note(steps, steered(ended)))
+            learn(model, env, run.config.env_steps, lambda steps, ended: run.note(steps, steered(ended)))
         return {"updates": model._n_updates}
 
 

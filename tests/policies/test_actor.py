@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import distributions as D
 
-from trimtab.adapters import NoiseSpec
+from trimtab.adapters import NoiseSpec, UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor, kl_to_prior
 from trimtab.policies.networks import ClampInvertingGradients
 from trimtab.policies.noise_samplers import base_noise, constant_noise, prior_noise, steered_noise, zero_noise
@@ -214,9 +214,9 @@ def test_an_actor_of_one_noise(ticket):
 def test_noise_that_a_constant_actor_cannot_make():
     noise = torch.zeros(4, 2)
     noise[1] = 3.0
-    with pytest.raises(ValueError, match=r"may reach 1\.96"):
+    with pytest.raises(UserError, match=r"--noise.bound: .*reaches 3.00, an actor here 1\.96"):
         constant_actor(noise, ConstantNoiseConfig().build(SPEC))
-    with pytest.raises(ValueError, match="cannot make"):
+    with pytest.raises(UserError, match=r"--noise.type: .*cannot make"):
         constant_actor(noise, ConstantNoiseConfig(bound=9.0, ticket="repeat").build(SPEC))
     with pytest.raises(ValueError, match="of the type 'constant'"):
         constant_actor(noise, FullNoiseConfig(bound=9.0).build(SPEC))

@@ -123,7 +123,7 @@ def test_an_artefact_of_an_older_format_is_refused_in_one_line(base, tmp_path):
     out = save(base, tmp_path / "artefact", FullNoiseConfig(), trained(base, FullNoiseConfig()))
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"format": 1}))
-    with pytest.raises(UserError, match=r"--policy.path: .*format 1, this version reads 2: steer the base"):
+    with pytest.raises(UserError, match=r"--policy.path: .*format 1, this version reads 3: steer the base"):
         load(out)
 
 

@@ -18,7 +18,7 @@ from trimtab.policies.noise_space import (
     RepeatNoiseConfig,
     ResidualNoiseConfig,
 )
-from trimtab.policies.noise_space.knots import knot_weights
+from trimtab.policies.noise_space.spaces import knot_weights
 
 STEPS, DIM = 6, 3
 LIVE = torch.zeros(STEPS, DIM, dtype=torch.bool)

@@ -13,9 +13,14 @@ from trimtab.adapters import Conditioning, PolicyAdapter, PolicyConfig, UserErro
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import load_artefact, read_config, save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
-from trimtab.policies.encoders import ObservationEncoder, random_shift
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.policies.observe import ObserveConfig, Observer, build_observer
+from trimtab.policies.observe import (
+    ObservationEncoder,
+    ObserveConfig,
+    Observer,
+    build_observer,
+    random_shift,
+)
 from trimtab.policies.steered.processor_trimtab import RAW_TASK
 
 ALL = ["features", "state", "images", "task"]
@@ -251,8 +256,8 @@ def test_artefact_of_an_actor_that_looks_at_images(camera, tmp_path):
     expected = adapter.denoise(conditioning, chosen)
     policy = load(out)
     policy.reset()
-    policy._observations.append(policy._observed(before(dict(raw[0]))))
-    policy._observations.append(policy._observed(before(dict(raw[1]))))
+    policy._observations.append(before(dict(raw[0])))
+    policy._observations.append(before(dict(raw[1])))
     batch = policy._history(list(policy._observations))
     assert torch.allclose(policy.predict_action_chunk(batch, prior), expected, atol=1e-5)
     policy.reset()

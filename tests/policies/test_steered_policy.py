@@ -335,7 +335,7 @@ def test_best_of_candidates_is_the_critics_choice(pair, tmp_path, bounds):
     options = PolicyConfig(path=str(base), device="cpu")
     _, actor = artefact_of(options, tmp_path / "artefact", critic=(critic, size))
     policy = load(tmp_path / "artefact", "--num_candidates=5")
-    assert policy._critic[0].bounds == bounds
+    assert policy.steered.critic.bounds == bounds
     batch = processors(tmp_path / "artefact")[0](observations(adapter, 1)[0])
     torch.manual_seed(6)
     chunk = policy.predict_action_chunk(dict(batch))

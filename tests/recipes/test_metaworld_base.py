@@ -8,9 +8,8 @@ import torch
 
 from trimtab.adapters import UserError
 from trimtab.recipes.embedded_base.base import BaseConfig, cached_base, make_base
-from trimtab.recipes.embedded_base.cloning import CloningConfig, WindowSampler, make_policy, widened
-from trimtab.recipes.embedded_base.dataset import REPO_ID, start_center
-from trimtab.recipes.embedded_base.demonstrators import Demonstrator, Operator
+from trimtab.recipes.embedded_base.cloning import CloningConfig, make_policy, training_windows, widened
+from trimtab.recipes.embedded_base.demonstrations import REPO_ID, Operator, demonstrate, start_center
 from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 
@@ -47,11 +46,11 @@ def test_training_windows_equal_lerobots_own(dataset):
         root=dataset.root,
         delta_timestamps={"action": [i / fps for i in range(8)], "observation.state": [0.0]},
     )
-    _, preprocessor, _ = make_policy(dataset.meta, CloningConfig())
-    sampler = WindowSampler(dataset, preprocessor, 8)
-    last = int(sampler.last[0])
+    policy, preprocessor, _ = make_policy(dataset.meta, CloningConfig())
+    ours = training_windows(dataset, policy.config, preprocessor)
+    last = int(dataset.meta.episodes["dataset_to_index"][0]) - 1
     index = torch.tensor([0, 5, last - 3, last, last + 1, len(dataset) - 1])
-    batch = sampler.batch(index)
+    batch = ours[index]
     for row, frame in enumerate(index.tolist()):
         item = windows[frame]
         expected = preprocessor({"action": item["action"], "observation.state": item["observation.state"]})
@@ -106,15 +105,8 @@ def test_a_careful_expert_succeeds_and_a_blind_one_misses():
     def rate(operator):
         env, won = MetaworldStateEnv("button-press-topdown-v3", episode_length=160), 0
         for seed in range(8):
-            rng = np.random.default_rng(seed)
-            env.reset(seed=seed)
-            demonstrator = Demonstrator(env.task, operator)
-            demonstrator.start(env.state, rng)
-            ended = False
-            while not ended:
-                _, _, terminated, truncated, _ = env.step(demonstrator.act(env.state, rng))
-                ended = terminated or truncated
-            won += terminated
+            *_, last = demonstrate(env, operator, seed)
+            won += last["next.success"][0]
         return won / 8
 
     assert rate(Operator()) >= 0.9
@@ -140,12 +132,12 @@ def test_cache_is_found_again_and_keyed_by_everything(tmp_path, capsys):
 
 
 def test_interrupted_making_leaves_nothing(tmp_path, monkeypatch):
-    from trimtab.recipes.embedded_base import cloning
+    from trimtab.recipes.embedded_base import base
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cloning, "clone", interrupt)
+    monkeypatch.setattr(base, "clone", interrupt)
     config = BaseConfig(tasks="reach", demonstrators={}, episodes=1, episode_length=5).resolved()
     with pytest.raises(KeyboardInterrupt):
         make_base(config, tmp_path / "base")

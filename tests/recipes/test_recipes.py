@@ -26,8 +26,7 @@ from trimtab.recipes.cli.probe import ProbeConfig
 from trimtab.recipes.cli.recipes import ADAPT, FOLDER, LORA, RECIPES
 from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
 from trimtab.recipes.compare.methods import make_method
-from trimtab.recipes.finetune.lora_targets import LAYERS, default_targets
-from trimtab.recipes.finetune.training import TuningConfig
+from trimtab.recipes.finetune.training import LAYERS, TuningConfig, default_targets
 from trimtab.recipes.support.options import config_file, parse
 from trimtab.recipes.support.shared_configs import SELECTION_SEED
 

@@ -20,7 +20,7 @@ from trimtab.recipes.compare.comparison import once
 from trimtab.recipes.compare.config import ALL, METHODS, CompareConfig
 from trimtab.recipes.compare.folders import read_runs
 from trimtab.recipes.compare.from_recipe import comparison
-from trimtab.recipes.compare.meter import Meter
+from trimtab.recipes.compare.runs import Meter
 from trimtab.rl.algorithms import BestOfNConfig
 
 FEW = {"train": {"first_update": 8, "warmup_transitions": 0}}

@@ -1,6 +1,7 @@
 """The methods of a comparison: what their names say, what they learn from, and what a run of one leaves."""
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -21,8 +22,8 @@ from trimtab.recipes.compare.methods import (
     make_method,
 )
 from trimtab.recipes.compare.report import label
-from trimtab.recipes.compare.runs import Task
-from trimtab.recipes.embedded_base.dataset import REPO_ID
+from trimtab.recipes.compare.runs import Run
+from trimtab.recipes.embedded_base.demonstrations import REPO_ID
 from trimtab.recipes.finetune.training import TuningConfig
 from trimtab.recipes.support.session import Session
 from trimtab.recipes.support.shared_configs import MachineConfig
@@ -34,13 +35,15 @@ from trimtab.rl.envs.metaworld import MetaworldStateConfig
 from trimtab.rl.evaluation import evaluate
 
 
-def task(adapter, env, folder, dataset=None, **settings):
-    """A small task of a comparison; ``folder`` is the base's."""
+@contextmanager
+def begin(adapter, env, folder, dataset=None, **settings):
+    """A small run of a comparison; ``folder`` is the base's."""
     small = {"env_steps": 300, "grid": 300, "num_envs": 3, "n_episodes": 4, "final_episodes": 2, "videos": 0}
     config = CompareConfig(**(small | settings))
     session = Session(adapter, env, config.episodes, MachineConfig(workers=0))
     base = LoadedBase(adapter, PolicyConfig(path=str(folder), device="cpu"), folder)
-    return Task(config, session, base, {}, dataset, folder)
+    with session.evaluation_environments() as vec:
+        yield Run(config, session, base, vec, "a run", 0, dataset)
 
 
 def point_run(grid, tmp_path):
@@ -49,12 +52,11 @@ def point_run(grid, tmp_path):
         BestOfNConfig(num_candidates=4, target_candidates=2, batch_size=16, acting="thompson"),
         train=TrainConfig(first_update=16, warmup_transitions=0, updates_per_transition=1.0),
     )
-    one = task(PointAdapter(), PointConfig(), tmp_path, grid=grid)
-    with one.begin("point", 0) as run:
+    with begin(PointAdapter(), PointConfig(), tmp_path, grid=grid) as run:
         found = method.learn(run)
         return found | {
             **{"points": run.points, "episodes": run.episodes, "trained": run.trained},
-            "final": run.evaluate(one.config.final_seeds, "final"),
+            "final": run.evaluate(run.config.final_seeds, "final"),
         }
 
 
@@ -75,10 +77,10 @@ def test_filtered_behaviour_cloning_trains_a_copy_of_the_base(drawer_base):
     before = {name: value.clone() for name, value in adapter.policy.state_dict().items()}
     hashed = file_hash(drawer_base)
     tuning = TuningConfig(method="full", steps=20, learning_rate=5e-4, batch_size=16)
-    one = task(adapter, env, drawer_base, env_steps=1600, grid=800, num_envs=4, n_episodes=3)
-    with one.begin("baseline", 0) as run:
+    small = {"env_steps": 1600, "grid": 800, "num_envs": 4, "n_episodes": 3}
+    with begin(adapter, env, drawer_base, **small) as run:
         found = FilteredCloning(tuning).learn(run)
-        final = run.evaluate(one.config.final_seeds, "final")
+        final = run.evaluate(run.config.final_seeds, "final")
     assert [point["env_steps"] for point in run.points] == [800, 1600]  # to the step
     assert {key for key in run.points[0] if isinstance(run.points[0][key], dict)} == {"actor"}
     assert run.points[0]["actor"]["episodes"] == 3 and final["actor"]["episodes"] == 2
@@ -129,9 +131,8 @@ def test_a_method_can_be_changed_by_its_name():
 
 
 def test_a_search_gets_the_episodes_that_fit_were_all_as_long_as_the_longest(tmp_path):
-    one = task(PointAdapter(), PointConfig(limit=35), tmp_path, n_episodes=8)
-    session, seeds = one.session, one.session.eval.seeds
-    with one.begin("search", 0) as run:
+    with begin(PointAdapter(), PointConfig(limit=35), tmp_path, n_episodes=8) as run:
+        session, seeds = run.session, run.session.eval.seeds
         steps = evaluate(session.runner, run.vec, session.own_noise, seeds, progress=False).steps
         found = GoldenTicketConfig(candidates=16, budget=100).within(700, lambda: longest_episode(run))
     assert min(steps) < max(steps) == 35
@@ -145,7 +146,8 @@ def test_fine_tuning_learns_from_the_demonstrations_that_are_named_and_succeed(t
 
     def good(episodes):
         named = replace(data, episodes=episodes)
-        return good_demonstrations(task(adapter, env, two_task_base, dataset=named, n_episodes=1))
+        with begin(adapter, env, two_task_base, dataset=named, n_episodes=1) as run:
+            return good_demonstrations(run)
 
     dataset, count = good(None)
     assert count == len(dataset.episodes) > 0

@@ -9,14 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trimtab.recipes.compare.report import COLUMNS, LEARNING_COLUMNS, markdown
+from trimtab.recipes.compare.report import learning_row, markdown, row
 from trimtab.recipes.compare.summary import against, dip, elsewhere, summarise, sustained
 from trimtab.rl.statistics import p_below
-
-
-def cells(entry, columns=COLUMNS):
-    return [cell(entry) for cell in columns.values()]
-
 
 STORED = Path(__file__).parents[3] / "recipes/configs/metaworld/comparison"
 
@@ -68,9 +63,9 @@ def test_levels_and_rows():
     assert entry["to_level"]["90"]["steps_median"] is None
     assert entry["success"]["successes"] == 10 and entry["success"]["episodes"] == 12
     assert entry["cpu_seconds"] == 11.0 and entry["artefact_mb"] == 2.0
-    row = cells(entry)
-    assert row[4:7] == ["100 (2)", "300 (4)", "> 308"] and row[3] == "0.5000"
-    assert "| m |" in markdown("x", [], [entry]) and "+58.3 points" in row[2]
+    found = list(row(entry).values())
+    assert found[4:7] == ["100 (2)", "300 (4)", "> 308"] and found[3] == "0.5000"
+    assert "| m |" in markdown("x", [], [entry]) and "+58.3 points" in found[2]
 
 
 def test_the_median_of_two_seeds_is_the_later():
@@ -80,7 +75,7 @@ def test_the_median_of_two_seeds_is_the_later():
     assert entry["to_level"]["80"]["episodes_median"] == 4
     runs[2]["points"][-1]["env_steps"] = 320
     (entry,) = summarise([runs[0], runs[2]])
-    assert cells(entry)[5] == "> 320"  # not within what either has spent
+    assert list(row(entry).values())[5] == "> 320"  # not within what either has spent
     assert entry["to_level"]["80"]["steps"] == [200, None] and entry["to_level"]["80"]["steps_median"] is None
 
 
@@ -168,6 +163,6 @@ def test_what_happened_while_learning():
     assert entry["last_point"]["successes"] == 19 and entry["last_point"]["episodes"] == 20
     assert entry["dips"][0]["windows"] == 11 and entry["dips"][0]["lowest"] == 0.5
     assert entry["dips"][1] is None  # four episodes are no window
-    below, row = entry["dips"][0]["below"], cells(entry, LEARNING_COLUMNS)
-    assert row[0] == "m" and row[1] == "200, 300" and row[3:] == ["0.50, -", f"{below}/11, -"]
-    assert f"| {' | '.join(row)} |" in markdown("x", [], [entry])
+    below, found = entry["dips"][0]["below"], list(learning_row(entry).values())
+    assert found[0] == "m" and found[1] == "200, 300" and found[3:] == ["0.50, -", f"{below}/11, -"]
+    assert f"| {' | '.join(found)} |" in markdown("x", [], [entry])

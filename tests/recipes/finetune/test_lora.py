@@ -14,12 +14,11 @@ from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.folder import is_peft
 from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.recipes.cli import main
-from trimtab.recipes.cli.lora import LoraConfig, means
-from trimtab.recipes.embedded_base.dataset import REPO_ID
+from trimtab.recipes.cli.lora import LoraConfig
+from trimtab.recipes.embedded_base.demonstrations import REPO_ID
 from trimtab.recipes.finetune.data import ColumnWindows, Recorder, batches
-from trimtab.recipes.finetune.lora_targets import default_targets
 from trimtab.recipes.finetune.rollouts import RolloutEpisode, Rollouts, as_recorded
-from trimtab.recipes.finetune.training import FineTuner, TuningConfig
+from trimtab.recipes.finetune.training import FineTuner, TuningConfig, default_targets, means
 from trimtab.recipes.support.options import parse
 from trimtab.recipes.support.session import Session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
@@ -48,7 +47,7 @@ def options(path):
 
 def tuner(path, **fields):
     config = TuningConfig(**{"num_workers": 0, **fields})
-    return FineTuner(load_adapter(options(path)), Path(path), options(path), config)
+    return FineTuner(options(path), config)
 
 
 @pytest.fixture(scope="module", params=["lora", "full"])
@@ -213,16 +212,16 @@ def test_rollouts_spend_the_exact_budget_and_record_what_the_environment_replays
             assert taken - before == steps
         assert rollouts.env_steps == taken == 143
     assert [e.seed for e in episodes[:3]] == [training_seed(0) + i for i in range(3)]
-    assert len(episodes) == 3 and all(len(e.actions) == 30 for e in episodes)
+    assert len(episodes) == 3 and all(len(e.frames) == 30 for e in episodes)
     single = MetaworldStateEnv("drawer-close-v3", episode_length=30)
     episode = episodes[1]
     observation, _ = single.reset(seed=episode.seed)
-    for t, action in enumerate(episode.actions):
+    for frame in episode.frames:
         for key, name in (("state", "agent_pos"), ("environment_state", "environment_state")):
-            recorded = episode.observations[f"observation.{key}"][t]
+            recorded = frame[f"observation.{key}"]
             assert np.array_equal(recorded, observation[name].astype(np.float32))
-        observation, _, _, _, info = single.step(action)
-        assert info["is_success"] == episode.successes[t]
+        observation, _, _, _, info = single.step(frame["action"])
+        assert info["is_success"] == frame["next.success"].item()
     single.close()
 
 
@@ -268,15 +267,19 @@ def synthetic(length=24, episodes=2, seed=0, action=(0.5, -0.5, 0.25, -0.25), wi
     rng = np.random.default_rng(seed)
     made = []
     for number in range(episodes):
-        observations = {k: rng.normal(0, 0.1, (length, n)).astype(np.float32) for k, n in width.items()}
+        columns = {k: rng.normal(0, 0.1, (length, n)).astype(np.float32) for k, n in width.items()}
         if camera:
-            observations[camera[0]] = rng.integers(0, 255, (length, *camera[1]), dtype=np.uint8)
-        success = np.arange(length) == length - 1
-        actions = np.tile(np.asarray(action, np.float32), (length, 1))
-        made.append(
-            RolloutEpisode(number, observations, actions, success.astype(np.float32), success, "push")
-        )
+            columns[camera[0]] = rng.integers(0, 255, (length, *camera[1]), dtype=np.uint8)
+        success = (np.arange(length) == length - 1)[:, None]
+        columns |= {"next.reward": success.astype(np.float32), "next.success": success, "next.done": success}
+        columns["action"] = np.tile(np.asarray(action, np.float32), (length, 1))
+        rows = zip(*columns.values(), strict=True)
+        made.append(RolloutEpisode(number, [dict(zip(columns, row)) | {"task": "push"} for row in rows]))
     return made
+
+
+def record(folder, episodes, fps):
+    Recorder(folder, fps).add(episode.frames for episode in episodes)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -288,17 +291,18 @@ def test_training_moves_the_policy_to_the_data(base, tmp_path, method):
     rows, stats = demonstrations.hf_dataset.with_format("numpy"), demonstrations.meta.stats["action"]
     episodes = synthetic(action=0.25 * stats["min"] + 0.75 * stats["max"])  # within what the policy can do
     for start, episode in zip((0, 24), episodes, strict=True):
-        for key in WIDTH:
-            episode.observations[key] = np.asarray(rows[key][start : start + 24], np.float32)
-    recorder.add(episodes[:1])
-    recorder.add(episodes[1:])  # a second round
+        for step, frame in enumerate(episode.frames):
+            frame |= {key: np.asarray(rows[key][start + step], np.float32) for key in WIDTH}
+    recorder.add([episodes[0].frames])
+    recorder.add([episodes[1].frames])  # a second round
     assert (recorder.episodes, recorder.frames) == (2, 48)
     trained = tuner(base, method=method, learning_rate=3e-3, batch_size=32)
-    target = torch.tensor(episodes[0].actions[0])
+    target = torch.tensor(episodes[0].frames[0]["action"])
 
     def distance():
         observation = {
-            key: torch.from_numpy(values[:8, None]) for key, values in episodes[0].observations.items()
+            key: torch.from_numpy(np.stack([frame[key] for frame in episodes[0].frames[:8]])[:, None])
+            for key in WIDTH
         }
         adapter = trained.adapter
         noise = torch.randn(8, *adapter.noise_spec.shape, generator=torch.Generator().manual_seed(0))
@@ -309,7 +313,7 @@ def test_training_moves_the_policy_to_the_data(base, tmp_path, method):
     before = distance()
     frozen = {n: p.clone() for n, p in trained.model.named_parameters() if not p.requires_grad}
     assert bool(frozen) == (method == "lora")
-    losses = trained.fit(DatasetConfig("a/b", root=str(tmp_path / "data")), 150, seed=0)
+    losses = trained.fit(DatasetConfig("a/b", root=str(tmp_path / "data")), 0, steps=150)
     assert len(losses) == 150 == trained.updates
     assert np.mean(losses[-20:]) < 0.2 * np.mean(losses[:5])
     assert distance() < 0.3 * before
@@ -318,12 +322,12 @@ def test_training_moves_the_policy_to_the_data(base, tmp_path, method):
 
 
 def test_the_same_seed_gives_the_same_losses(base, tmp_path):
-    Recorder(tmp_path / "data", 80).add(synthetic())
+    record(tmp_path / "data", synthetic(), 80)
     data = DatasetConfig("a/b", root=str(tmp_path / "data"))
     runs = []
     for seed in (0, 0, 1):
         torch.manual_seed(5)  # LoRA's own start
-        runs.append(tuner(base, batch_size=8).fit(data, 5, seed))
+        runs.append(tuner(base, batch_size=8).fit(data, seed, steps=5))
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -335,11 +339,11 @@ def test_a_camera_dataset_trains_the_unet_alone(tmp_path):
     height, width = feature.shape[1:]
     state = {k: f.shape[0] for k, f in adapter.config.input_features.items() if len(f.shape) == 1}
     episodes = synthetic(20, 1, action=(0.1, 0.2), width=state, camera=(key, (height, width, 3)))
-    Recorder(tmp_path / "data", 10).add(episodes)
+    record(tmp_path / "data", episodes, 10)
     trained = tuner(folder, batch_size=2, drop_last_frames=0)
     names = {name for name, p in trained.policy.named_parameters() if p.requires_grad}
     assert names and all(name.startswith("diffusion.unet.") for name in names)
-    assert len(trained.fit(DatasetConfig("a/b", root=str(tmp_path / "data")), 2, 0)) == 2
+    assert len(trained.fit(DatasetConfig("a/b", root=str(tmp_path / "data")), 0, steps=2)) == 2
     trained.save(tmp_path / "out")
 
 
@@ -352,10 +356,10 @@ def test_a_vision_language_policy_trains_with_lerobots_own_targets(tmp_path):
     shape = (*feature.shape[1:], 3)
     width = {"observation.state": adapter.config.input_features["observation.state"].shape[0]}
     action = [0.1] * adapter.config.output_features["action"].shape[0]
-    Recorder(tmp_path / "data", 10).add(synthetic(6, 1, action=action, width=width, camera=(key, shape)))
+    record(tmp_path / "data", synthetic(6, 1, action=action, width=width, camera=(key, shape)), 10)
     config = TuningConfig(batch_size=2, num_workers=0)
-    trained = FineTuner(adapter, Path(chosen.path), chosen, config)
-    trained.fit(DatasetConfig("a/b", root=str(tmp_path / "data")), 2, 0)
+    trained = FineTuner(chosen, config)
+    trained.fit(DatasetConfig("a/b", root=str(tmp_path / "data")), 0, steps=2)
     trained.save(tmp_path / "out")
     assert is_peft(tmp_path / "out")
 
@@ -417,13 +421,13 @@ def test_targets_and_datasets_that_do_not_fit_the_policy_are_refused_in_one_line
     (tmp_path / "empty").mkdir()
     line, _ = refused([*argv, "--dataset.repo_id=a/b", f"--dataset.root={tmp_path / 'empty'}"], capsys)
     assert "--dataset.root: cannot read" in line
-    Recorder(tmp_path / "lacks", 80).add(synthetic(width={"observation.state": 4}))
+    record(tmp_path / "lacks", synthetic(width={"observation.state": 4}), 80)
     line, _ = refused([*argv, "--dataset.repo_id=a/b", f"--dataset.root={tmp_path / 'lacks'}"], capsys)
     assert "has no observation.environment_state, which the policy needs; it has action, obs" in line
-    Recorder(tmp_path / "other", 80).add(synthetic(width={**WIDTH, "observation.state": 5}))
+    record(tmp_path / "other", synthetic(width={**WIDTH, "observation.state": 5}), 80)
     line, _ = refused([*argv, "--dataset.repo_id=a/b", f"--dataset.root={tmp_path / 'other'}"], capsys)
     assert "'observation.state' has shape (5,)" in line and "takes (4,)" in line
-    Recorder(tmp_path / "short", 80).add(synthetic(length=4))
+    record(tmp_path / "short", synthetic(length=4), 80)
     line, _ = refused([*argv, "--dataset.repo_id=a/b", f"--dataset.root={tmp_path / 'short'}"], capsys)
     assert "--drop_last_frames: no episode has more than 7 frames" in line
     assert not (tmp_path / "out").exists()
@@ -444,11 +448,8 @@ def test_a_run_without_a_success_skips_every_round_and_ends_in_one_line(base, tm
 def test_lora_of_a_lora_is_refused(base, tmp_path):
     trained = tuner(base, peft=PeftConfig(r=2))
     trained.save(tmp_path / "lora")
-    config = LoraConfig(policy=options(tmp_path / "lora"), dataset=DatasetConfig("a/b"))
-    from trimtab.recipes.cli.lora import open_base
-
     with pytest.raises(UserError, match="is itself a LoRA adapter"):
-        open_base(config)
+        tuner(tmp_path / "lora")
 
 
 @pytest.mark.parametrize(("method", "times"), [("lora", 10.0), ("full", 1.0)])
@@ -483,11 +484,11 @@ def test_the_noise_of_an_episode_depends_on_its_seed_alone(base):
         with session.environments(1, keep_seen=True) as vec:
             found += Rollouts(session.runner, vec, session.own_noise, seed).collect(steps, progress=False)
     assert [episode.seed for episode in found] == [7, 8, 8]
-    assert np.array_equal(found[1].actions, found[2].actions)
-    assert not np.array_equal(found[0].actions, found[1].actions)
+    actions = [[frame["action"].tolist() for frame in episode.frames] for episode in found]
+    assert actions[1] == actions[2] != actions[0]
 
 
 def test_drop_last_frames_of_zero_keeps_episodes_that_the_policys_own_would_drop(base, tmp_path):
-    Recorder(tmp_path / "short", 80).add(synthetic(length=4))  # the policy drops the last 7 unless told
+    record(tmp_path / "short", synthetic(length=4), 80)  # the policy drops the last 7 unless told
     data = DatasetConfig("a/b", root=str(tmp_path / "short"))
-    assert len(tuner(base, batch_size=4, drop_last_frames=0).fit(data, 2, 0)) == 2
+    assert len(tuner(base, batch_size=4, drop_last_frames=0).fit(data, 0, steps=2)) == 2

@@ -156,10 +156,10 @@ def test_another_algorithm_over_the_config_of_a_run(run):
     config = read(path, "--rl.type=dsrl_na")
     assert asdict(config.rl) == asdict(DSRLNAConfig())
     assert config.train.first_update == 16, "named by the user"
-    own = DSRLNAConfig().pace.updates_per_transition
+    own = DSRLNAConfig.pace["updates_per_transition"]
     assert config.train.updates_per_transition == own
     saved = json.loads((run / "config.json").read_text())["train"]["updates_per_transition"]
-    assert saved == DSRLSACConfig().pace.updates_per_transition
+    assert saved == DSRLSACConfig.pace["updates_per_transition"]
 
 
 def test_other_noise_environment_and_preset(run, tmp_path, capsys):

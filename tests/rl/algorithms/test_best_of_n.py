@@ -15,7 +15,7 @@ from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_samplers import base_noise, steered_noise
 from trimtab.policies.noise_space import FullNoiseConfig, MaskedNoiseConfig, ResidualNoiseConfig
 from trimtab.rl.algorithms import BestOfNConfig
-from trimtab.rl.algorithms.noise_critic import rank_correlation
+from trimtab.rl.algorithms.dsrl_na import rank_correlation
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.data.memory import replay_layout

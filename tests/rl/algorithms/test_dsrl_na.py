@@ -397,7 +397,7 @@ def test_replayed_conditioning_decodes_to_what_was_executed(pusht_policy):
         rl = DSRLNAConfig(mode="exact", gamma=0.9, n_step=1)
         collector = Collector(runner, vec, rl, "sparse", 5)
         collector.start(Acts(space, prior_noise(space).choose))
-        layout = replay_layout(rl, adapter, space, collector.feature_dim, collector.spec)
+        layout = replay_layout(rl, adapter, space, collector.rollout.features.shape[1], collector.spec)
         replay = ReplayBuffer(50, layout, 0)
         transitions, ended = [], 0
         for _ in range(6):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import NoiseSpec, PolicyConfig, UserError
-from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
+from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import load_artefact
 from trimtab.policies.noise_samplers import base_noise, constant_noise, steered_noise
 from trimtab.policies.noise_space import (
@@ -30,7 +30,7 @@ from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.seeds import training_seed
 from trimtab.rl.trainer import Trainer
-from trimtab.rl.warm_start import begin_at, read_constant
+from trimtab.rl.warm_start import read_constant
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_warm_start_is_the_constant_where_the_actor_acts_by_its_mean(noise, tm
     space = noise.build(SPEC)
     actor = NoiseActor(3, space, ActorConfig(hidden=16, layers=2))
     before = actor(torch.randn(5, 3))[1]
-    begin_at(actor, read_constant(str(tmp_path / "best_constant.safetensors"), SPEC))
+    actor.begin_at(read_constant(str(tmp_path / "best_constant.safetensors"), SPEC))
     features, prior = torch.randn(5, 3), torch.randn(5, *SPEC.shape)
     assert torch.allclose(actor.act(features, prior, deterministic=True), wanted.expand(5, -1, -1), atol=1e-5)
     assert torch.equal(actor(features)[1], before)  # it still explores
@@ -150,7 +150,7 @@ def test_a_warm_start_is_the_constant_where_the_actor_acts_by_its_mean(noise, tm
 def test_a_repeated_constant_starts_a_repeated_actor():
     wanted = torch.tensor([[0.5, -1.0]]).expand(4, 2)
     actor = NoiseActor(3, RepeatNoiseConfig().build(SPEC), ActorConfig())
-    begin_at(actor, wanted)
+    actor.begin_at(wanted)
     made = actor.act(torch.randn(5, 3), torch.randn(5, 4, 2), deterministic=True)
     assert torch.allclose(made, wanted.expand(5, -1, -1), atol=1e-6)
 
@@ -165,7 +165,7 @@ def test_a_repeated_constant_starts_a_repeated_actor():
 )
 def test_a_warm_start_that_the_space_cannot_make(noise, wanted, message):
     with pytest.raises(UserError, match=message):
-        begin_at(NoiseActor(3, noise.build(SPEC), ActorConfig()), wanted)
+        NoiseActor(3, noise.build(SPEC), ActorConfig()).begin_at(wanted)
 
 
 def test_what_is_no_constant(tmp_path):
@@ -256,9 +256,3 @@ def test_refused_in_one_line_before_any_work(options, message, tiny_base, tmp_pa
     assert main(argv) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_an_artefact_that_looks_is_no_constant(tmp_path):
-    space = FullNoiseConfig().build(SPEC)
-    with pytest.raises(ValueError, match="constant"):
-        constant_actor(torch.zeros(4, 2), space)

@@ -18,8 +18,7 @@ from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.cli import main
-from trimtab.recipes.embedded_base.dataset import SEED_OFFSET, demonstrate, record
-from trimtab.recipes.embedded_base.demonstrators import Operator
+from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET, Operator, demonstrate, record
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations

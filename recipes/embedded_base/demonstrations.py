@@ -1,0 +1,156 @@
+"""Demonstrations of Meta-World tasks by operators of mixed skill, recorded as a LeRobotDataset.
+
+An operator acts as Meta-World's scripted expert would on what it *sees*, with noise. A careful one sees the
+object where it is. A careless one sees it displaced, for a whole episode, and mostly misses. A policy that
+imitates both keeps both habits and picks one of them by its noise: that is what steering can use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
+
+from trimtab.adapters.errors import UserError
+from trimtab.recipes.finetune.data import Recorder
+from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
+from trimtab.rl.runs.progress import Progress
+
+REPO_ID = "trimtab/metaworld_demonstrations"
+SEED_OFFSET = 50_000_000  # demonstrations never start where training or evaluation does
+OBJECT = slice(4, 7)  # where every Meta-World state holds the (first) object's position, in metres
+KINDS = ("careful", "shift", "blind_spot")
+
+
+@dataclass
+class Operator:
+    """How one task's demonstrations are performed."""
+
+    # ``careful``; ``shift`` (the object is seen displaced in a random direction); or ``blind_spot``
+    # (displaced along x, away from the middle: to the right where the object lies right of ``center``, to the
+    # left where it lies left of it).
+    kind: str = "careful"
+    # Share of the episodes with that error.
+    p_bad: float = 0.0
+    # Size of the error in metres; an episode draws a factor of U(0.5, 1.3) for ``shift`` and U(0.8, 1.3) for
+    # ``blind_spot``.
+    offset: float = 0.0
+    # What divides left from right, x in metres, for ``blind_spot``; ``None`` takes the median of the task's
+    # start states.
+    center: float | None = None
+    # Standard deviation of the Gaussian noise on every action, in action units.
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UserError("--demonstrators", f"kind '{self.kind}' is none of {', '.join(KINDS)}")
+        if not 0.0 <= self.p_bad <= 1.0:
+            raise UserError("--demonstrators", f"p_bad is a probability, got {self.p_bad}")
+        if self.offset < 0 or self.noise < 0:
+            raise UserError("--demonstrators", "offset and noise cannot be negative")
+
+    def error(self, object_position: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Draw an episode's error of sight (3,) in metres for an object at ``object_position``."""
+        if self.kind == "careful" or rng.random() >= self.p_bad:
+            return np.zeros(3)
+        if self.kind == "shift":
+            angle = rng.uniform(0.0, 2.0 * np.pi)
+            size = self.offset * rng.uniform(0.5, 1.3)
+            return np.array([size * np.cos(angle), size * np.sin(angle), 0.0])
+        side = 1.0 if object_position[0] > (self.center or 0.0) else -1.0
+        return np.array([side * self.offset * rng.uniform(0.8, 1.3), 0.0, 0.0])
+
+
+def start_center(env: MetaworldStateEnv, episodes: int = 64) -> float:
+    """Median x of the object over start states, in metres: what `left` and `right` mean for a task."""
+    xs = []
+    for seed in range(SEED_OFFSET, SEED_OFFSET + episodes):
+        env.reset(seed=seed)
+        xs.append(env.state[OBJECT][0])
+    return float(np.median(xs))
+
+
+def with_centers(operators: dict[str, Operator]) -> dict[str, Operator]:
+    """The same operators, with a ``center`` measured for each blind spot that leaves it open."""
+    centered = dict(operators)
+    for task, operator in operators.items():
+        if operator.kind == "blind_spot" and operator.center is None:
+            env = MetaworldStateEnv(task)
+            centered[task] = replace(operator, center=start_center(env))
+            env.close()
+    return centered
+
+
+def demonstrate(env: MetaworldStateEnv, operator: Operator, seed: int) -> Iterator[dict[str, Any]]:
+    """Yield the frames of one demonstration in the dataset's format."""
+    from lerobot.envs.metaworld import TASK_POLICY_MAPPING
+
+    rng, expert = np.random.default_rng([seed, 1]), TASK_POLICY_MAPPING[env.task]()
+    observation, _ = env.reset(seed=seed)
+    error = operator.error(env.state[OBJECT], rng)
+    ended = False
+    while not ended:
+        seen = env.state.copy()
+        seen[OBJECT] += error
+        wanted = np.asarray(expert.get_action(seen), dtype=np.float64)
+        noisy = wanted + rng.normal(0.0, operator.noise, wanted.shape)
+        action = np.clip(noisy, -1.0, 1.0).astype(np.float32)
+        following, reward, terminated, truncated, info = env.step(action)
+        ended = terminated or truncated
+        yield {
+            OBS_STATE: observation["agent_pos"].astype(np.float32),
+            OBS_ENV_STATE: observation["environment_state"].astype(np.float32),
+            ACTION: action,
+            "next.reward": np.array([reward], dtype=np.float32),
+            "next.success": np.array([info["is_success"]]),
+            "next.done": np.array([ended]),
+            "task": env.task_description,
+        }
+        observation = following
+
+
+def record(
+    root: Path,
+    tasks: list[str],
+    operators: dict[str, Operator],
+    episodes: int,
+    episode_length: int,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Record ``episodes`` demonstrations of each task under ``root``; failures are kept.
+
+    Args:
+        root: dataset folder, must not exist.
+        tasks: Meta-World task names.
+        operators: by task; a task without one is demonstrated with care.
+        episodes: demonstrations per task.
+        episode_length: time limit in steps.
+        seed: shifts the start states and the operators' errors.
+
+    Returns:
+        The demonstrators' success rate by task.
+    """
+    rates: dict[str, float] = {}
+    progress = Progress(total=len(tasks) * episodes, desc="demonstrations", unit="ep")
+
+    def all_episodes() -> Iterator[list[dict[str, Any]]]:
+        for task in tasks:
+            env = MetaworldStateEnv(task, episode_length=episode_length)
+            successes = 0
+            for episode in range(episodes):
+                start = SEED_OFFSET + seed * 100_000 + episode
+                frames = list(demonstrate(env, operators.get(task, Operator()), start))
+                yield frames
+                successes += bool(frames[-1]["next.success"][0])
+                progress.update()
+                progress.set_postfix_str(f"{task} success {successes / (episode + 1):.2f}")
+            env.close()
+            rates[task] = successes / episodes
+
+    Recorder(root, MetaworldStateConfig().fps, REPO_ID).add(all_episodes())
+    progress.close()
+    return rates
