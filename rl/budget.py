@@ -43,11 +43,9 @@ class TrainConfig:
             raise UserError("--train.reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
         at_least(1, self, "--train.", "env_steps", "first_update", "replay_capacity", "log_every")
         at_least(0, self, "--train.", "warmup_transitions")
-        updates = self.updates_per_transition
-        if updates is not None and not updates > 0:
-            raise UserError("--train.updates_per_transition", f"must be positive, got {updates}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UserError("--train.clip_norm", f"must be positive, got {self.clip_norm}")
+        for name in ("updates_per_transition", "clip_norm"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"--train.{name}", f"must be positive, got {value}")
         if self.first_update is not None and self.replay_capacity < self.first_update:
             raise UserError("--train.replay_capacity", f"cannot be below first_update={self.first_update}")
 

@@ -84,9 +84,11 @@ def config_class(command: str) -> type:
 
 def _run(command: str, args: list[str]) -> int:
     from trimtab.recipes.support.console import quiet, start_worker_server
+    from trimtab.rl.rendering import choose_gl_backend
     from trimtab.rl.runs.threads import spin_briefly
 
     spin_briefly()  # before torch is imported
+    choose_gl_backend()  # before a plugin imports a simulator
     quiet()
     if not {"-h", "--help"} & set(args):
         start_worker_server()

@@ -34,12 +34,7 @@ class ConditioningSpec:
 
     @staticmethod
     def of(adapter: PolicyAdapter, conditioning: Encoded) -> ConditioningSpec:
-        """Of what a policy made of an observation.
-
-        Raises:
-            UserError: it cannot be kept: the policy is on a server, remembers its episode, or conditions
-                on something else than tensors.
-        """
+        """Of what a policy made of an observation; a ``UserError`` says why that cannot be kept."""
         name = adapter.policy_type
         if adapter.remembers or isinstance(conditioning, list):
             raise _refusal(f"a {name} policy remembers its episode, which no replay holds")
@@ -73,11 +68,7 @@ class ConditioningSpec:
             )
 
     def row(self, conditioning: Conditioning, i: int) -> dict[str, np.ndarray]:
-        """That of observation ``i``, float32, as the replay keeps it.
-
-        Raises:
-            UserError: its shape differs from that of the first observation.
-        """
+        """That of observation ``i``, float32, as the replay keeps it; its shape must not change."""
         kept = {}
         for name, shape in self.shapes.items():
             value = conditioning.tensors[name][i]

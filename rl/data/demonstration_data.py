@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,10 +12,9 @@ import numpy as np
 import torch
 
 from trimtab.adapters import PolicyAdapter, UserError
-from trimtab.adapters.errors import at_least
+from trimtab.adapters.errors import at_least, reason
 from trimtab.adapters.inputs import required_inputs
 from trimtab.rl.algorithms import AlgorithmConfig
-from trimtab.rl.data.opening import open_dataset
 
 OPTION = "--demos.repo_id"
 SCHEDULES = ("constant", "linear")
@@ -78,22 +78,25 @@ class Demonstration:
 
     Attributes:
         first: row of its first frame.
-        rewards, successes: of each step that counts, (T,).
         final: row of the final observation; of a success in the last frame, that one: the value there has no
             weight.
+        actions: (T, action_dim) of the steps that count.
+        rewards, successes: (T,) of the same.
     """
 
     first: int
+    final: int
+    actions: np.ndarray
     rewards: np.ndarray
     successes: np.ndarray
-    final: int
 
     @staticmethod
-    def of(first: int, rewards: np.ndarray, successes: np.ndarray) -> Demonstration:
+    def of(first: int, actions: np.ndarray, rewards: np.ndarray, successes: np.ndarray) -> Demonstration:
         """Cut the recorded steps to those that count."""
         last = len(successes) - 1
-        length = int(successes.argmax()) + 1 if successes.any() else last
-        return Demonstration(first, rewards[:length], successes[:length], first + min(length, last))
+        end = int(successes.argmax()) + 1 if successes.any() else last
+        final = first + min(end, last)
+        return Demonstration(first, final, actions[:end], rewards[:end], successes[:end])
 
     @property
     def succeeded(self) -> bool:
@@ -102,6 +105,11 @@ class Demonstration:
     def starts(self, steps: int) -> list[int]:
         """Rows at which chunks of ``steps`` begin."""
         return list(range(self.first, self.first + len(self.rewards), steps))
+
+    def chunk(self, row: int, steps: int) -> np.ndarray:
+        """(steps, action_dim) executed from ``row``, as recorded; past the episode's end the last repeats."""
+        start = row - self.first
+        return self.actions[np.minimum(np.arange(start, start + steps), len(self.actions) - 1)]
 
 
 @dataclass
@@ -115,23 +123,12 @@ class DemonstrationData:
     notes: list[str]  # to show the user
     rule: str  # how success was told
 
-    def __post_init__(self) -> None:
-        actions = _column(self.dataset, "action").astype(np.float32)
-        self._actions = actions.reshape(len(actions), -1)  # LeRobot stores vectors of length 1 as numbers
-        self._last = np.zeros(len(actions), dtype=np.int64)  # of each row, that of its episode's last step
-        for episode in self.episodes:
-            self._last[episode.first : episode.final + 1] = episode.first + len(episode.rewards) - 1
-
     def summary(self, transitions: int, env_fps: float | None) -> list[str]:
         """Lines about the ``transitions`` that join the replay of an environment of ``env_fps``."""
         won = sum(episode.succeeded for episode in self.episodes)
         count = f"demonstrations: {len(self.episodes)} episodes, {won} succeed; {transitions} transitions; "
         told = f"success told by {self.rule}" + ("" if won else " (else: --demos.success=end)")
         return [*self.notes, count + told, *rate_warning(self.dataset, env_fps)]
-
-    def actions(self, row: int, steps: int) -> np.ndarray:
-        """(steps, action_dim) executed from ``row``, as recorded; past the episode's end the last repeats."""
-        return self._actions[np.minimum(np.arange(row, row + steps), self._last[row])]
 
     def history(self, rows: list[int]) -> dict[str, Any]:
         """What ``adapter.observe`` takes, for the frames ``rows`` and those before: (B, n_obs_steps, ...)."""
@@ -144,6 +141,38 @@ class DemonstrationData:
         return batch
 
 
+def open_dataset(group: str, name: str | None, root: str | Path | None, make: Callable[[], Any]) -> Any:
+    """What ``make`` opens: the dataset that the options ``GROUP.repo_id`` and ``GROUP.root`` name.
+
+    Raises:
+        UserError: it is not there, or is broken.
+    """
+    option = f"{group}.root" if root else f"{group}.repo_id"
+    if root and not Path(root).expanduser().is_dir():
+        raise UserError(option, f"there is no folder {root}")
+    try:
+        return make()
+    except Exception as error:  # LeRobot, datasets and the Hub have their own for each way to fail
+        raise unreadable(option, name, root, error) from error
+
+
+def unreadable(option: str, name: str | None, root: str | Path | None, error: Exception) -> UserError:
+    """The line about a dataset that cannot be opened, with the command that mends it, if LeRobot says one."""
+    folder = Path(root).expanduser() if root else None
+    if folder and not (folder / "meta" / "info.json").is_file():  # LeRobot then asks the Hub
+        held = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+        why = f"it has no meta/info.json; it holds {held or 'nothing'}"
+    else:
+        why = reason(error)
+        lines = [line.strip() for line in str(error).splitlines()]
+        for at, line in enumerate(lines):
+            if line.startswith("python -m "):  # up to the command; its own is for a dataset on the Hub
+                where = f" --root={folder} --push-to-hub=false" if folder else ""
+                why = " ".join(said for said in (*lines[:at], line + where) if said.strip("`"))
+                break
+    return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {why}")
+
+
 def read_demonstrations(
     config: DemosConfig, adapter: PolicyAdapter, reward: str, task: str
 ) -> DemonstrationData:
@@ -152,8 +181,7 @@ def read_demonstrations(
     Args:
         config, adapter: of the demonstrations, and the policy.
         reward: ``env`` needs the column ``next.reward``.
-        task: the environment's instruction; unless episodes are named, only those of this task take part,
-            where there are any.
+        task: the environment's instruction; unless episodes are named, those of this task take part, if any.
 
     Raises:
         UserError: the dataset is not there, is broken, or does not fit.
@@ -206,7 +234,8 @@ def read_demonstrations(
             why = f"no episode is of the task '{task}'" if task else "the environment names no task"
             notes.append(f"demonstrations: {why}; all {len(spans)} take part")
         spans = same or spans
-    episodes = [Demonstration.of(int(a), rewards[a:b], successes[a:b]) for a, b in spans]
+    actions = _column(dataset, "action").astype(np.float32).reshape(len(index), width)
+    episodes = [Demonstration.of(int(a), actions[a:b], rewards[a:b], successes[a:b]) for a, b in spans]
     episodes = [episode for episode in episodes if len(episode.rewards)]
     if not episodes:
         raise UserError(OPTION, "no episode of the dataset has a step to learn from")

@@ -8,13 +8,14 @@ what the policy itself makes of noise: candidates are decoded for every state of
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-from trimtab.adapters import Conditioning, PolicyAdapter, UserError
+from trimtab.adapters import UserError
 from trimtab.rl.algorithms import Algorithm
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import OPTION, DemonstrationData, DemosConfig
@@ -30,11 +31,6 @@ class Demonstrations(ReplayBuffer):
     """Transitions from demonstrations, beside the replay of a run.
 
     ``u`` of a batch is NaN: nothing may use it, and what did would be seen at once.
-
-    Args:
-        config: which dataset, and how much of it.
-        transitions: from ``make_transitions``.
-        layout, seed, device: as for ``ReplayBuffer``.
     """
 
     def __init__(
@@ -80,23 +76,20 @@ def make_transitions(
 ) -> list[Transition]:
     """The transitions of demonstrated episodes, in order, as the collector makes those of a run.
 
-    Args:
-        data: the demonstrations.
-        runner: the frozen policy.
-        algorithm: proposes candidates; its config says what the replay keeps, and ``n_step``.
-        returns: what a chunk counts.
-        spec: of the conditioning, where that is kept.
-        seed: of the candidates' draws.
+    The ``algorithm`` proposes candidates, from draws of ``seed``; a ``spec`` says how conditioning is kept.
     """
     steps = runner.adapter.chunk_shape[0]
-    rows = [r for one in data.episodes for r in dict.fromkeys([*one.starts(steps), one.final])]
-    generator, states = torch.Generator().manual_seed(seed), {}
+    seen = [(one, r) for one in data.episodes for r in dict.fromkeys([*one.starts(steps), one.final])]
+    generator = torch.Generator().manual_seed(seed)
+    states: dict[int, Row] = {}
     size = min(data.config.batch_size, runner.adapter.max_batch or data.config.batch_size)
-    bar = Progress(total=len(rows), desc="demonstrations", unit="state", disable=not progress)
-    for start in range(0, len(rows), size):
-        some = rows[start : start + size]
-        states |= zip(some, _look(data, some, runner, algorithm, spec, generator), strict=True)
-        bar.update(len(some))
+    bar = Progress(total=len(seen), desc="demonstrations", unit="state", disable=not progress)
+    for start in range(0, len(seen), size):
+        rows = [row for _, row in seen[start : start + size]]
+        actions = np.stack([one.chunk(row, steps) for one, row in seen[start : start + size]])
+        found = _look(data.history(rows), torch.from_numpy(actions), runner, algorithm, spec, generator)
+        states |= zip(rows, found, strict=True)
+        bar.update(len(rows))
     bar.close()
     unknown, done = np.zeros(algorithm.space.dim, dtype=np.float32), []
     for episode in data.episodes:
@@ -115,42 +108,36 @@ def make_transitions(
 
 
 def _look(
-    data: DemonstrationData,
-    rows: list[int],
+    history: dict[str, Any],
+    actions: Tensor,
     runner: PolicyRunner,
     algorithm: Algorithm,
     spec: ConditioningSpec | None,
     generator: torch.Generator,
 ) -> list[Row]:
-    """Features of the states ``rows``, and what the replay keeps of each."""
-    adapter, history = runner.adapter, data.history(rows)
-    actions = torch.from_numpy(np.stack([data.actions(row, adapter.chunk_shape[0]) for row in rows]))
+    """What the replay keeps of B states, and of the ``actions`` (B, steps, action_dim) executed there.
+
+    Raises:
+        UserError: the policy's processors do not turn actions into chunks and back.
+    """
+    adapter = runner.adapter
     # As the policy would have made them. Its preprocessor may need the observation for it (relative actions).
     last = {key: value[:, -1] if isinstance(value, Tensor) else value for key, value in history.items()}
     executed = adapter.preprocessor({**last, ACTION: actions})[ACTION]
     chunks = executed[..., : actions.shape[-1]].float().cpu()
     conditioning = adapter.observe(history)
-    check_round_trip(adapter, chunks, conditioning, actions)
-    features, candidates = runner.features(conditioning), None
-    if count := algorithm.config.candidates:
-        prior = runner.prior(len(rows) * count, generator).to(adapter.device).unflatten(0, (len(rows), -1))
-        denoise = partial(runner.denoise, conditioning)
-        candidates = algorithm.propose(features, prior, denoise, steering=False)
-    found = observation_rows(features, candidates, conditioning, spec)
-    return [(seen, kept | {"chunk": one}) for (seen, kept), one in zip(found, chunks.flatten(1).numpy())]
-
-
-def check_round_trip(
-    adapter: PolicyAdapter, chunks: Tensor, conditioning: Conditioning, actions: Tensor
-) -> None:
-    """Raise a UserError where the critic would be told other chunks than were executed: the policy's
-    postprocessor does not lead back what its preprocessor makes of actions.
-    """
-    found = torch.as_tensor(adapter.postprocess(chunks.to(adapter.device), conditioning)).float().cpu()
+    back = torch.as_tensor(adapter.postprocess(chunks.to(adapter.device), conditioning)).float().cpu()
     scale = actions.abs().max().clamp_min(1e-3)
-    if found.shape != actions.shape or not (found - actions).abs().max() <= 0.01 * scale:
+    if back.shape != actions.shape or not (back - actions).abs().max() <= 0.01 * scale:
         raise UserError(
             OPTION,
             f"the processors of this {adapter.policy_type} policy do not turn the dataset's actions into "
             "chunks and back, so the critic cannot be told what was executed",
         )
+    features, candidates = runner.features(conditioning), None
+    if count := algorithm.config.candidates:
+        prior = runner.prior(len(actions) * count, generator).to(adapter.device).unflatten(0, (-1, count))
+        denoise = partial(runner.denoise, conditioning)
+        candidates = algorithm.propose(features, prior, denoise, steering=False)
+    found = observation_rows(features, candidates, conditioning, spec)
+    return [(seen, kept | {"chunk": one}) for (seen, kept), one in zip(found, chunks.flatten(1).numpy())]

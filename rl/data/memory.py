@@ -34,14 +34,10 @@ def replay_layout(
     feature_dim: int,
     spec: ConditioningSpec | None = None,
 ) -> Layout:
-    """What a transition of a run consists of.
+    """What a transition of a run consists of, with observations of ``feature_dim`` numbers.
 
-    Args:
-        rl: names in ``replayed`` what it needs: ``chunk`` (what was executed), ``candidates`` and
-            ``candidates_u`` (pairs of the state), the same with ``next_``, and ``conditioning`` (of both).
-        adapter, space: of the run.
-        feature_dim: length of an observation as the learner sees it.
-        spec: of the conditioning, where it is kept.
+    ``rl.replayed`` names what else there is: ``chunk`` (what was executed), ``candidates`` and
+    ``candidates_u`` (pairs of the state), the same with ``next_``, and ``conditioning`` (of both states).
     """
     size = math.prod(adapter.chunk_shape)
     shapes: dict[str, tuple[int, ...]] = {"chunk": (size,)}
@@ -56,7 +52,7 @@ def replay_layout(
 def observation_rows(
     features: Tensor, candidates: Candidates | None, conditioning: Encoded, spec: ConditioningSpec | None
 ) -> list[Row]:
-    """What the replay keeps of B observations; arguments as in ``replay_layout``."""
+    """What the replay keeps of B observations."""
     kept: list[dict[str, np.ndarray]] = [{} for _ in features]
     if candidates is not None:
         chunks, u = candidates.chunks.flatten(2).cpu().numpy(), candidates.u.float().cpu().numpy()

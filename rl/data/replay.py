@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,25 +22,17 @@ Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def entries_bytes(entries: Entries) -> int:
-    """Memory that they take."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in entries.values())
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a stored transition consists of.
+    """What a stored transition consists of."""
 
-    Attributes:
-        feature_dim: length of the observation features, or of packed observations.
-        action_dim: length of ``u``.
-        extra: what is kept of ``Transition.extra``.
-        pixels: how many entries at the end of an observation are pixels (``policies/observe.py``).
-    """
-
-    feature_dim: int
-    action_dim: int
-    extra: Entries = field(default_factory=dict)
-    pixels: int = 0
+    feature_dim: int  # length of the observation features, or of packed observations
+    action_dim: int  # length of u
+    extra: Entries = field(default_factory=dict)  # what is kept of Transition.extra
+    pixels: int = 0  # entries at the end of an observation that are pixels (policies/observe.py)
 
     @property
     def vector(self) -> int:
@@ -69,7 +62,8 @@ class FrameStore:
     def __init__(self, size: int) -> None:
         self.pixels = torch.empty(0, size, dtype=torch.uint8)
         self._slots: dict[bytes, int] = {}  # by content
-        self._held: dict[int, tuple[bytes, int]] = {}  # content and references, by slot
+        self._contents: dict[int, bytes] = {}  # by slot
+        self._references: Counter[int] = Counter()
         self._free: list[int] = []
 
     def __len__(self) -> int:
@@ -87,17 +81,15 @@ class FrameStore:
                 wider[:slot] = self.pixels
                 self.pixels = wider
             self.pixels[slot] = torch.from_numpy(frame)
-            self._slots[key] = slot
-        self._held[slot] = key, self._held.get(slot, (key, 0))[1] + 1
+            self._slots[key], self._contents[slot] = slot, key
+        self._references[slot] += 1
         return slot
 
     def release(self, slot: int) -> None:
         """Refer once less to the frame in ``slot``."""
-        key, references = self._held.pop(slot)
-        if references > 1:
-            self._held[slot] = key, references - 1
-        else:
-            del self._slots[key]
+        self._references[slot] -= 1
+        if not self._references[slot]:
+            del self._slots[self._contents[slot]]
             self._free.append(slot)
 
 

@@ -25,21 +25,17 @@ DISCOUNT_PER = ("step", "chunk")
 
 @dataclass(frozen=True)
 class Returns:
-    """What an executed chunk counts in a run: the one place that says what an episode's end is worth.
+    """What an executed chunk counts in a run: the one place that says what an episode's end is worth."""
 
-    Attributes:
-        reward: ``sparse`` (-1 at each step, 0 at a step that succeeds) or ``env`` (the environment's own).
-        gamma: discount per environment step, or per chunk.
-        per: ``step``, or ``chunk`` for the convention of DSRL's code (arXiv 2506.15799): rewards within a
-            chunk are summed, and ``gamma`` holds once per chunk, however many steps were executed.
-        chunk_steps: most steps in a chunk.
-        bootstrap_at_time_limit: whether what follows a time limit has a value.
-    """
-
+    # sparse: -1 at each step, 0 at a step that succeeds; env: the environment's own.
     reward: str
     gamma: float
+    # step; or chunk, as in DSRL's code (arXiv 2506.15799): rewards within a chunk are summed, and gamma holds
+    # once per chunk, however many steps were executed.
     per: str = "step"
+    # Most steps in a chunk.
     chunk_steps: int = 1
+    # Whether what follows a time limit has a value.
     bootstrap_at_time_limit: bool = True
 
     @property
@@ -51,9 +47,6 @@ class Returns:
     def reward_and_discount(self, result: ChunkResult, succeeded: bool) -> tuple[float, float]:
         """Reward of a chunk, and the weight of what follows it.
 
-        With the sparse reward a chunk in which the episode fails is worth the lowest return, and nothing
-        follows: had it gone on, it could not have got less. The environment's own reward is left alone.
-
         Args:
             result: the executed chunk. If it ends both terminated and truncated, it is not known which: a
                 time limit as long as these bootstrap, else terminal.
@@ -62,6 +55,7 @@ class Returns:
         """
         bootstraps = result.truncated and self.bootstrap_at_time_limit
         if self.bounds and result.terminated and not bootstraps and not succeeded:
+            # The sparse reward's: had the episode gone on, it could not have got less.
             return self.bounds[0], 0.0
         rewards = result.successes - 1.0 if self.reward == "sparse" else result.rewards.astype(np.float64)
         if self.per == "chunk":
@@ -74,22 +68,14 @@ class Returns:
 
 @dataclass
 class Transition:
-    """One chunk, or n chunks, as one step of learning.
+    """One chunk, or n chunks, as one step of learning."""
 
-    Attributes:
-        features: (d,) at the start.
-        u: (dim,) the first chunk's noise, in the noise space.
-        reward: discounted reward over the n chunks.
-        discount: weight of the value at ``next_features``.
-        next_features: (d,) after the n chunks, or at the episode's true last observation.
-        extra: what an algorithm keeps beside that, by name; of the state after the n chunks ``next_...``.
-    """
-
-    features: np.ndarray
-    u: np.ndarray
-    reward: float
-    discount: float
-    next_features: np.ndarray
+    features: np.ndarray  # (d,) at the start
+    u: np.ndarray  # (dim,) the first chunk's noise, in the noise space
+    reward: float  # discounted, over the n chunks
+    discount: float  # weight of the value at next_features
+    next_features: np.ndarray  # (d,) after the n chunks, or at the episode's true last observation
+    # What an algorithm keeps beside that, by name; of the state after the n chunks `next_...`.
     extra: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -105,11 +91,9 @@ class NStepAccumulator:
         self._pending: deque[Transition] = deque()
 
     def clear(self) -> None:
-        """Forget what is pending."""
         self._pending.clear()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """What is pending."""
         return [dict(vars(chunk)) for chunk in self._pending]
 
     def load_state_dict(self, state: list[dict[str, Any]]) -> None:
@@ -118,11 +102,10 @@ class NStepAccumulator:
     def add(
         self, chunk: Transition, ended: bool, next_extra: dict[str, np.ndarray] | None = None
     ) -> list[Transition]:
-        """Add an executed chunk and return the transitions that it completes, oldest first.
+        """The transitions that an executed chunk completes, oldest first.
 
         Args:
-            chunk: a transition on its own, with what to keep of the state that it begins in.
-            ended: whether the episode ended with it.
+            chunk: on its own; if it ``ended`` the episode, it completes all that are pending.
             next_extra: what to keep of the state after it.
         """
         self._pending.append(chunk)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -79,11 +80,8 @@ class ChunkEnv:
         keep_seen: return every step's observation, to record what was done.
         limit: steps of an episode, where the environment itself names no time limit.
 
-    Attributes:
-        render: whether frames are kept.
-        limit: the time limit in steps, or ``None``.
-        seed: that of the running episode.
-        layout: shape and dtype of each entry of the first observation; empty before it.
+    ``seed`` is that of the running episode, ``limit`` its time limit in steps or ``None``; frames are kept
+    where ``render`` is set. ``layout`` is that of the first observation; empty before it.
     """
 
     frame_every = 2  # steps from one kept frame to the next
@@ -119,14 +117,13 @@ class ChunkEnv:
         self._keep(observation, self.n_obs_steps)
         self._succeeded(info)
         self.seed, self._step, self._running = int(seed), 0, True
-        self._frames = [np.array(self.env.render())] if self.render else []
+        self._frames = [self._frame()] if self.render else []
         return self.history()
 
     def step_chunk(self, actions: np.ndarray, next_seed: int | None) -> ChunkResult:
         """Execute ``actions`` (T, action_dim), un-normalised, until the chunk or the episode ends.
 
-        Args:
-            actions, next_seed: the latter begins the next episode should this one end, if not ``None``.
+        Should it end, the episode of ``next_seed`` begins; ``None`` leaves it ended.
 
         Raises:
             NotFinite: NaN or Inf in an action, observation or reward.
@@ -161,7 +158,7 @@ class ChunkEnv:
             successes.append(succeeded)
             ended = terminated or truncated
             if self.render and (ended or self._step % self.frame_every == 0):
-                self._frames.append(np.array(self.env.render()))
+                self._frames.append(self._frame())
             if ended:
                 break
         frames, self._frames = self._frames, []
@@ -204,6 +201,11 @@ class ChunkEnv:
         """The last ``n_obs_steps`` observations, entries (n_obs_steps, ...)."""
         return stack_observations(list(self._history))
 
+    def _frame(self) -> np.ndarray:
+        """What is rendered now; of several cameras, one beside the other."""
+        frame = self.env.render()
+        return np.concatenate(frame, 1) if isinstance(frame, list | tuple) else np.array(frame)
+
     def _keep(self, observation: RawObservation, times: int = 1) -> None:
         """Take an observation into the history."""
         arrays = contract.flat(observation)
@@ -233,6 +235,17 @@ def time_limit(env: gym.Env) -> int | None:
     except AttributeError:
         limit = getattr(getattr(env, "spec", None), "max_episode_steps", None)
     return int(limit) if limit and limit > 0 else None
+
+
+def vector_envs(
+    name: str, makes: Sequence[Callable[[], gym.Env]], n_envs: int, use_async: bool
+) -> dict[str, dict[int, gym.vector.VectorEnv]]:
+    """What a config's ``create_envs`` returns, of a maker for each task."""
+    vectorised: Callable[..., gym.vector.VectorEnv] = gym.vector.SyncVectorEnv
+    if use_async and n_envs > 1:
+        vectorised = partial(gym.vector.AsyncVectorEnv, context="forkserver")
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    return {name: {i: vectorised([make] * n_envs, autoreset_mode=mode) for i, make in enumerate(makes)}}
 
 
 def stack_observations(

