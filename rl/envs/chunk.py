@@ -92,12 +92,6 @@ class ChunkEnv:
         # An environment may leave out what is slow to see (``libero.py``): all but what is handed on.
         self._watch: Callable[[bool], None] = getattr(env.unwrapped, "watch", lambda on: None)
 
-    @property
-    def task_description(self) -> str:
-        """The language instruction, as ``lerobot-eval`` finds it; empty where there is none."""
-        named = (getattr(self.env.unwrapped, name, None) for name in ("task_description", "task"))
-        return next((text for text in named if isinstance(text, str) and text), "")
-
     def reset(self, seed: int) -> RawObservation:
         """Start the episode of ``seed`` and return its observation history."""
         self._running = False  # until it has returned
