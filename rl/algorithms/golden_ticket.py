@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
-from trimtab.policies.noise_samplers import constant_noise
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, TrainingResult
 from trimtab.rl.algorithms.base import AlgorithmConfig, Problem
@@ -173,8 +172,8 @@ class TicketSearch:
             seeds = list(range(first, first + share))
             first += share
             label = f"round {number} of {len(counts)}: {count} constants"
-            samplers = [constant_noise(noises[i]) for i in left for _ in seeds]
-            outcome = evaluate(self.runner, self.vec, samplers, seeds * count, label, progress=self.progress)
+            fed = noises[left].repeat_interleave(share, 0)
+            outcome = evaluate(self.runner, self.vec, fed, seeds * count, label, progress=self.progress)
             successes[left] += outcome.successes.reshape(count, share).sum(1)
             episodes[left] += share
             self.env_steps += int(outcome.steps.sum())

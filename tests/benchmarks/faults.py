@@ -111,14 +111,14 @@ class Run:
         trainer, notes = self.trainer()
         with trainer.vec, disk_errors(self.folder):
             trainer.run()
-        shared, own = trainer.state_dict()
+        state = trainer.state_dict()
         replay = trainer.replay.rows(trainer.replay.added - len(trainer.replay), trainer.replay.added)
         result = {
-            "weights": own["weights"],
+            "weights": state["weights"],
             "replay": {name: float(value.double().sum()) for name, value in replay.items()},
-            "rng": own["rng"].sum().item(),
-            "counters": {k: v for k, v in shared.items() if isinstance(v, int | float)},
-            "faults": shared["faults"],
+            "rng": state["rng"].sum().item(),
+            "counters": {k: v for k, v in state.items() if isinstance(v, int | float) and "seconds" not in k},
+            "faults": state["faults"],
             "notes": notes,
         }
         (self.folder / "result.json").write_text(json.dumps(result))
