@@ -82,7 +82,7 @@ class ObserveConfig:
             UserError: the policy does not have what is asked for.
         """
         inputs = self.inputs
-        if inputs == ["features"] or (inputs is None and offers_features(adapter)):
+        if inputs == ["features"] or (inputs is None and adapter.offers_features):
             return replace(self, inputs=["features"], cameras=None, tasks=None)
         example = adapter.example_observation(
             min(2, adapter.max_batch or 2), torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ class ObserveConfig:
             raise UserError(
                 "--policy.path", f"the {name} adapter offers nothing to steer by: no features, no input"
             )
-        if "features" in inputs and not offers_features(adapter):
+        if "features" in inputs and not adapter.offers_features:
             raise UserError("--observe.inputs", f"the {name} adapter offers no features; use state, images")
         if "state" in inputs and not states:
             raise UserError("--observe.inputs", f"the {name} policy is given no state; leave it out")
@@ -162,11 +162,6 @@ def build_observer(config: ObserveConfig, adapter: PolicyAdapter, tasks: Sequenc
     """The observer of a run; ``None`` where backbone features are all there is to see."""
     resolved = config.resolved(adapter, tasks)
     return None if resolved.inputs == ["features"] else Observer(resolved, adapter)
-
-
-def offers_features(adapter: PolicyAdapter) -> bool:
-    """Whether the adapter makes backbone features: it is asked on an example."""
-    return adapter.features(adapter.example_conditioning(1, torch.Generator().manual_seed(0))) is not None
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError, load_adapte
 from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files, whole_folder
 from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder
 from trimtab.adapters.checkpoint.identity import hash_files, settings_hashes
-from trimtab.adapters.checkpoint.legacy import processor_files
+from trimtab.adapters.checkpoint.processors import processor_files
 from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.finetune.data import batches, check_features

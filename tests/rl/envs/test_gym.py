@@ -6,6 +6,7 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
+from lerobot.envs.utils import env_to_policy_features
 
 from trimtab.adapters import UserError
 from trimtab.rl.envs.examine import describe
@@ -172,7 +173,9 @@ def test_a_module_of_the_current_folder_and_one_that_registers_itself(tmp_path, 
 
 
 def test_lerobots_own_vector_environment():
-    vec = GymConfig(factory=REACH, success="terminated").create_envs(2)["gym"][0]
+    config = GymConfig(factory=REACH, success="terminated")
+    vec = config.create_envs(2)["gym"][0]
+    assert env_to_policy_features(config)["action"].shape == (2,)  # from which LeRobot makes the policy
     observation, _ = vec.reset(seed=[0, 1])
     assert observation["agent_pos"].shape == (2, 4)
     for _ in range(16):
