@@ -75,20 +75,13 @@ class Demonstration:
     A success ends it, as it ends an episode of a run. Where none comes, what follows the last action is not
     recorded: the last frame then is the final observation, and its action is left out. Nor is recorded
     whether the episode had failed or its time was up (``next.done`` is true in both), so it ends as both.
-
-    Attributes:
-        first: row of its first frame.
-        final: row of the final observation; of a success in the last frame, that one: the value there has no
-            weight.
-        actions: (T, action_dim) of the steps that count.
-        rewards, successes: (T,) of the same.
     """
 
-    first: int
-    final: int
-    actions: np.ndarray
-    rewards: np.ndarray
-    successes: np.ndarray
+    first: int  # row of its first frame
+    final: int  # of the final observation; if a success came in the last frame, that: its value has no weight
+    actions: np.ndarray  # (T, action_dim) of the steps that count
+    rewards: np.ndarray  # (T,)
+    successes: np.ndarray  # (T,)
 
     @staticmethod
     def of(first: int, actions: np.ndarray, rewards: np.ndarray, successes: np.ndarray) -> Demonstration:
