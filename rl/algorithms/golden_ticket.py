@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trimtab.adapters import UserError
+from trimtab.adapters.errors import UserError, at_least
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, TrainingResult
@@ -48,8 +48,7 @@ class GoldenTicketConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.candidates < 2:
-            raise UserError("--rl.candidates", f"must be at least 2, got {self.candidates}")
+        at_least(2, self, "--rl.", "candidates")
         if not 0.0 < self.keep < 1.0:
             raise UserError("--rl.keep", f"is a share, above 0 and below 1, got {self.keep}")
         if self.budget > SEEDS_PER_RUN:
