@@ -3,7 +3,7 @@
 from trimtab.adapters.base import NoiseSpec
 from trimtab.adapters.conditioning import Conditioning
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
+from trimtab.adapters.errors import UserError, policy_error
 from trimtab.adapters.loading import load_adapter
 from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_types, register_adapter
@@ -16,5 +16,6 @@ __all__ = [
     "UserError",
     "adapter_types",
     "load_adapter",
+    "policy_error",
     "register_adapter",
 ]

@@ -6,7 +6,7 @@ import abc
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, ClassVar
 
 import torch
@@ -23,18 +23,12 @@ class NoiseSpec:
 
     A policy that draws something else (evo1: uniform) gets it from a standard normal by a fixed map
     (``native_noise``), so that one prior serves every noise space and algorithm.
-
-    Attributes:
-        shape: shape of one sample, without the batch dimension.
-        distribution: what the policy itself feeds in: ``normal``, ``uniform``, or ``zero`` (act).
-        dtype: dtype that ``denoise`` takes.
-        live: boolean mask of ``shape``: entries that can change the executed actions; ``None`` = all.
     """
 
-    shape: tuple[int, ...]
-    distribution: str = "normal"
-    dtype: torch.dtype = torch.float32
-    live: Tensor | None = None
+    shape: tuple[int, ...]  # of one sample, without the batch dimension
+    distribution: str = "normal"  # what the policy itself feeds in: normal, uniform, or zero (act)
+    dtype: torch.dtype = torch.float32  # that denoise takes
+    live: Tensor | None = None  # mask of shape: entries that can change the executed actions; None = all
 
     def __post_init__(self) -> None:
         if self.live is not None and self.live.all():
@@ -44,6 +38,11 @@ class NoiseSpec:
     def size(self) -> int:
         """Number of entries of one sample."""
         return math.prod(self.shape)
+
+
+def steps_with(name: str, pipeline: Any) -> list[Any]:
+    """The steps of a processor that have an attribute ``name``; of a plain function, none."""
+    return [step for step in getattr(pipeline, "steps", ()) if hasattr(step, name)]
 
 
 def _checked(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -58,43 +57,24 @@ def _checked(denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
 class NoiseToChunk(abc.ABC):
     """The function of a loaded policy: ``postprocess(denoise(observe(observation), noise))``.
 
-    A subclass's ``encode``, ``follow`` and ``denoise`` run without gradients, and ``denoise`` checks its
-    noise first (``check_noise``).
-
-    Args:
-        policy: a loaded LeRobot policy in eval mode, without gradients.
-        preprocessor, postprocessor: the policy's own saved pipelines.
-
-    Attributes:
-        policy_type: LeRobot's name of the policy type.
-        history: whether the policy takes a time axis, (B, n_obs_steps, ...).
-        remembers: whether a chunk depends on the episode before it, through ``follow``.
-        rounding: share of the noise's effect by which chunks of the same noise may differ.
-        fills_missing_cameras: whether the policy runs with fewer cameras than its config names.
-        stacks_cameras: whether the policy's cameras must be of one size.
-        resizes_images: whether the policy takes images of any size.
-        reads_task: whether the policy reads an instruction.
-        max_batch: most noises that the policy denoises in one batch; ``None`` = any number.
-        noise_spec: the noise that ``denoise`` takes.
-        chunk_shape: (steps executed per chunk, action dimension after un-padding); with ``remembers`` of
-            an episode's first chunk, for later ones may have other steps.
-        n_obs_steps: length of the observation history that ``preprocess`` expects.
-        observer: (conditioning, batch, tasks) -> (B, d), what a noise actor is to see in the place of
-            ``features``; ``None`` = the features.
+    It takes a LeRobot policy in eval mode, without gradients, and its own saved pipelines. A subclass's
+    ``encode``, ``follow`` and ``denoise`` run without gradients; ``denoise`` first does ``check_noise``.
     """
 
-    policy_type: ClassVar[str] = ""
-    history: ClassVar[bool] = False
-    remembers: ClassVar[bool] = False
-    rounding: ClassVar[float] = 0.0
-    fills_missing_cameras: ClassVar[bool] = False
-    stacks_cameras: ClassVar[bool] = False
-    resizes_images: bool = False
-    reads_task: ClassVar[bool] = False
-    max_batch: ClassVar[int | None] = None
+    policy_type: ClassVar[str] = ""  # LeRobot's name
+    history: ClassVar[bool] = False  # takes a time axis, (B, n_obs_steps, ...)
+    remembers: ClassVar[bool] = False  # a chunk depends on the episode before it, through follow
+    rounding: ClassVar[float] = 0.0  # share of the noise's effect by which the same noise's chunks may differ
+    fills_missing_cameras: ClassVar[bool] = False  # runs with fewer cameras than its config names
+    stacks_cameras: ClassVar[bool] = False  # its cameras must be of one size
+    resizes_images: bool = False  # takes images of any size
+    reads_task: ClassVar[bool] = False  # reads an instruction
+    max_batch: ClassVar[int | None] = None  # most noises that it denoises in one batch; None = any number
     noise_spec: NoiseSpec
+    # (steps executed per chunk, action dimension after un-padding); with remembers, of an episode's first.
     chunk_shape: tuple[int, int]
-    n_obs_steps: int = 1
+    n_obs_steps: int = 1  # length of the observation history that preprocess expects
+    # (conditioning, batch, tasks) -> (B, d), what a noise actor is to see; None = the features.
     observer: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -111,22 +91,13 @@ class NoiseToChunk(abc.ABC):
 
     @property
     def config(self) -> Any:
-        """The policy's LeRobot config."""
         return self.policy.config
 
-    # Observations.
-
     def preprocess(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """Run the policy's saved preprocessor.
+        """The policy's batch on its device, from its saved preprocessor; with ``history``, with a time axis.
 
-        Args:
-            observation: LeRobot keys; tensors are (B, n_obs_steps, ...), ``task`` is a list of B strings.
-
-        Returns:
-            The policy's batch on its device; with ``history``, tensors (B, n_obs_steps, ...).
-
-        Raises:
-            UserError: the policy needs an input that the environment does not give.
+        ``observation`` has LeRobot's keys: tensors (B, n_obs_steps, ...), ``task`` a list of B strings. A
+        ``UserError`` says what the policy needs and the environment does not give.
         """
         self.check_observation(observation)
         lead = next((tuple(v.shape[:2]) for v in observation.values() if isinstance(v, Tensor)), (0, 1))
@@ -153,10 +124,7 @@ class NoiseToChunk(abc.ABC):
 
     def renames(self) -> dict[str, str]:
         """Other names that the preprocessor gives to observations."""
-        for step in getattr(self.preprocessor, "steps", ()):
-            if hasattr(step, "rename_map"):
-                return step.rename_map
-        return {}
+        return next((step.rename_map for step in steps_with("rename_map", self.preprocessor)), {})
 
     def cameras(self) -> list[str]:
         """The cameras that the policy was trained on, by its own names; not those that LeRobot fills."""
@@ -170,12 +138,10 @@ class NoiseToChunk(abc.ABC):
     def observe(
         self, observation: dict[str, Any], before: tuple[Conditioning, Tensor] | None = None
     ) -> Conditioning:
-        """``encode(preprocess(observation))``, and what ``postprocess`` needs of the observation.
+        """``encode(preprocess(observation))``, with the state that relative actions will be added to.
 
         With ``before``, the (conditioning, chunk) that led here, ``follow`` takes the place of ``encode``.
-
-        A policy with relative actions adds them to the state it saw; LeRobot remembers the state of the
-        last observation only, so it is kept with each conditioning.
+        LeRobot itself remembers the state of the last observation alone.
         """
         batch = self.preprocess(observation)
         conditioning = self.encode(batch) if before is None else self.follow(*before, batch)
@@ -201,9 +167,8 @@ class NoiseToChunk(abc.ABC):
 
     def example_observation(self, batch_size: int, generator: torch.Generator) -> dict[str, Any]:
         """A random observation within the policy's own statistics, with a task."""
-        stats: dict[str, Any] = {}
-        for step in getattr(self.preprocessor, "steps", ()):
-            stats = getattr(step, "_tensor_stats", None) or stats
+        steps = steps_with("_tensor_stats", self.preprocessor)
+        stats: dict[str, Any] = next((step._tensor_stats for step in steps if step._tensor_stats), {})
         originals = {new: old for old, new in self.renames().items()}
         observation: dict[str, Any] = {}
         for key, feature in self.config.input_features.items():
@@ -227,8 +192,6 @@ class NoiseToChunk(abc.ABC):
         finally:
             self.observer = observer
 
-    # The function (observation, noise) -> chunk.
-
     @abc.abstractmethod
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         """Run what depends on the observation alone. ``batch`` is not changed."""
@@ -236,8 +199,7 @@ class NoiseToChunk(abc.ABC):
     def follow(self, conditioning: Conditioning, chunk: Tensor, batch: dict[str, Any]) -> Conditioning:
         """The conditioning of the next chunk of the same episodes. No argument is changed.
 
-        A policy that remembers its episode (``remembers``) keeps all its memory in the conditioning and
-        overrides this; for any other policy it is ``encode(batch)``.
+        A policy that remembers its episode keeps all its memory in the conditioning and overrides this.
 
         Args:
             conditioning: what ``chunk`` was denoised with, at the same chunk of all its episodes.
@@ -248,23 +210,15 @@ class NoiseToChunk(abc.ABC):
 
     @abc.abstractmethod
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        """Turn noise into an action chunk, deterministically.
+        """The chunk (B, steps, action_dim) in the policy's normalised space, deterministically.
 
         Args:
             conditioning: from ``encode``, for B noises. It is not changed.
             noise: (B, *noise_spec.shape) of ``noise_spec.dtype``.
-
-        Returns:
-            (B, steps, action_dim) in the policy's normalised space.
         """
 
     def check_noise(self, conditioning: Conditioning, noise: Tensor) -> None:
-        """Refuse noise of the wrong shape or dtype in one clear line.
-
-        Raises:
-            ValueError: shape, dtype or device differ from what ``noise_spec``, the conditioning's batch size
-                and the policy ask for.
-        """
+        """Refuse noise of another shape, dtype or device than the policy takes (``ValueError``)."""
         expected = (conditioning.batch_size, *self.noise_spec.shape)
         if tuple(noise.shape) != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, {self.policy_type} takes {expected}")
@@ -287,18 +241,14 @@ class NoiseToChunk(abc.ABC):
         return self._relative_step() is not None
 
     def _relative_step(self) -> Any:
-        for step in getattr(self.postprocessor, "steps", ()):
-            if getattr(step, "relative_step", None) is not None and step.enabled:
-                return step.relative_step
-        return None
+        steps = steps_with("relative_step", self.postprocessor)
+        return next((step.relative_step for step in steps if step.relative_step and step.enabled), None)
 
     def postprocess(self, chunk: Tensor, conditioning: Conditioning | None = None) -> Tensor:
         """Un-normalise a chunk (B, steps, action_dim) to what the environment takes, on the CPU.
 
-        Args:
-            chunk: from ``denoise``.
-            conditioning: what it was denoised with. A policy with relative actions needs it (from
-                ``observe``), unless the chunk belongs to the last observation that was preprocessed.
+        A policy with relative actions needs the ``conditioning`` that the chunk was denoised with (from
+        ``observe``), unless it belongs to the last observation that was preprocessed.
         """
         step = self._relative_step()
         if step is None or conditioning is None or RELATIVE_STATE not in conditioning.tensors:
@@ -313,3 +263,8 @@ class NoiseToChunk(abc.ABC):
     def features(self, conditioning: Conditioning) -> Tensor | None:
         """A backbone representation (B, d) that the noise actor may look at: the entry ``features``."""
         return conditioning.rows("features") if "features" in conditioning.tensors else None
+
+    @cached_property
+    def offers_features(self) -> bool:
+        """Whether there are ``features``: ``verify`` has seen it, else an example shows it."""
+        return self.features(self.example_conditioning(1, torch.Generator().manual_seed(0))) is not None

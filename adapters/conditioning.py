@@ -15,18 +15,12 @@ class Conditioning:
 
     ``repeat_interleave`` copies nothing: it counts. K noises for one observation so share one prefix; an
     adapter asks for ``rows`` of what is small and reads ``tensors`` and ``repeats`` of what is large.
-
-    Attributes:
-        tensors: by name, each (N, ...) for N observations.
-        lists: by name, each N Python values (strings, for most).
-        repeats: noises per observation; row ``i`` of the batch belongs to observation ``i // repeats``.
-        observed: (N, d) what a noise actor is to see of each, where ``PolicyAdapter.observer`` says so.
     """
 
-    tensors: dict[str, Tensor]
-    lists: dict[str, list[Any]] = field(default_factory=dict)
-    repeats: int = 1
-    observed: Tensor | None = None
+    tensors: dict[str, Tensor]  # by name, each (N, ...) for N observations
+    lists: dict[str, list[Any]] = field(default_factory=dict)  # by name, each N values (strings, for most)
+    repeats: int = 1  # noises per observation; row i of the batch belongs to observation i // repeats
+    observed: Tensor | None = None  # (N, d) what a noise actor is to see, where an observer says so
 
     @property
     def observations(self) -> int:
@@ -46,43 +40,17 @@ class Conditioning:
         return repeat_rows(self.tensors[name], self.repeats)
 
     def __getitem__(self, index: Any) -> Conditioning:
-        """Select rows of the batch; an integer keeps the batch dimension.
+        """Rows of the batch, each with an observation of its own; an integer keeps the batch dimension."""
+        rows = torch.arange(self.batch_size)[index.cpu() if isinstance(index, Tensor) else index]
+        chosen = torch.atleast_1d(rows).flatten() // self.repeats
 
-        Consecutive rows of whole observations, or all of one observation, come as views.
+        def part(tensor: Tensor) -> Tensor:
+            return tensor[chosen.to(tensor.device)]
 
-        Args:
-            index: integer, slice, list, or tensor or array of integers or of booleans.
-
-        Raises:
-            IndexError: out of range.
-        """
-        rows = torch.arange(self.batch_size)
-        if isinstance(index, Tensor):
-            index = index.cpu()
-        picked = torch.atleast_1d(rows[index]).flatten()
-        if not len(picked):
-            return self._take(slice(0, 0))
-        first, last = int(picked[0]) // self.repeats, int(picked[-1]) // self.repeats
-        consecutive = torch.equal(picked, rows[int(picked[0]) : int(picked[0]) + len(picked)])
-        count = last - first + 1  # of observations
-        if consecutive and (count == 1 or len(picked) == count * self.repeats):
-            return replace(self._take(slice(first, last + 1)), repeats=len(picked) // count)
-        return self._take(picked // self.repeats)
-
-    def _take(self, chosen: Tensor | slice) -> Conditioning:
-        """Observations, each used once."""
-
-        def part(value: Any) -> Any:
-            if isinstance(chosen, slice):
-                return value[chosen]
-            if isinstance(value, list):
-                return [value[index] for index in chosen.tolist()]
-            return value[chosen.to(value.device)]
-
-        tensors = {name: part(value) for name, value in self.tensors.items()}
-        lists = {name: part(value) for name, value in self.lists.items()}
         return Conditioning(
-            tensors, lists, observed=self.observed if self.observed is None else part(self.observed)
+            {name: part(tensor) for name, tensor in self.tensors.items()},
+            {name: [values[i] for i in chosen.tolist()] for name, values in self.lists.items()},
+            observed=None if self.observed is None else part(self.observed),
         )
 
     def repeat_interleave(self, k: int) -> Conditioning:

@@ -8,9 +8,8 @@ LONGEST = 600  # characters of a foreign error's text that a line of ours repeat
 class UserError(Exception):
     """Bad input. The command line prints it as one line and exits with code 2.
 
-    Args:
-        option: what the user has to change, as they would write it (``--policy.path``).
-        message: what is wrong and how to mend it, in one sentence.
+    ``option`` is what the user has to change, as they would write it (``--policy.path``), ``message`` what is
+    wrong and how to mend it, in one sentence.
     """
 
     def __init__(self, option: str, message: str) -> None:
@@ -22,15 +21,30 @@ class UserError(Exception):
         return f"{self.option}: {self.message}"
 
 
+def at_least(least: float, config: object, prefix: str, *names: str) -> None:
+    """Refuse fields of ``config`` below ``least``; their options begin with ``prefix``. ``None`` passes.
+
+    Raises:
+        UserError: names the option.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            must = f"must be at least {least}" if least else "cannot be negative"
+            raise UserError(f"{prefix}{name}", f"{must}, got {value}")
+
+
+def policy_error(message: str) -> UserError:
+    """The error of a base policy that cannot be used as it is: another ``--policy.path``, or a mended one."""
+    return UserError("--policy.path", message)
+
+
 def reason(error: BaseException, last: bool = False) -> str:
     """What an exception says, on one line: all of its text, and what its cause adds.
 
     Libraries put the sentence that helps on a later line, or into the ``__cause__``: draccus says "Couldn't
     instantiate class X" where the class itself says why. A long text keeps its beginning and its end.
-
-    Args:
-        error: what was raised.
-        last: the last line alone, for the output of another process, which ends in its error.
+    ``last`` takes the last line alone, for the output of another process, which ends in its error.
     """
     if last:
         lines = str(error).strip().splitlines()

@@ -8,7 +8,7 @@ affair: some fill what is missing with blank images, others fail. Names count af
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -36,11 +36,7 @@ def required_inputs(adapter: NoiseToChunk, given: Collection[str]) -> dict[str, 
 
 
 def check_inputs(adapter: NoiseToChunk, observation: dict[str, Any]) -> None:
-    """Refuse a raw observation that is not what the policy was trained on.
-
-    Raises:
-        UserError: an input is missing, or has another shape, layout or range.
-    """
+    """Refuse a raw observation that is not what the policy was trained on."""
     renames = adapter.renames()
     names = {renames.get(key, key): key for key in observation}
     if len(names) < len(observation):
@@ -49,52 +45,47 @@ def check_inputs(adapter: NoiseToChunk, observation: dict[str, Any]) -> None:
             "--policy.rename_map",
             f"gives {', '.join(twice) or 'one name'} to two observations; rename each to a name of its own",
         )
+    for fault in _faults(adapter, observation, names):
+        raise UserError("--env.type", fault)
+
+
+def _faults(adapter: NoiseToChunk, observation: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
+    """What is wrong with an observation whose keys are the values of ``names``, by their renamed ones."""
     required = required_inputs(adapter, names)
     missing = [key for key in required if key not in names]
     if missing:
-        raise UserError("--env.type", _lacking(adapter, observation, names, missing))
+        yield _lacking(adapter, observation, names, missing)
     used = adapter.cameras_used(names) - set(adapter.cameras())
     if used:
-        raise UserError(
-            "--env.type",
+        yield (
             f"this {adapter.policy_type} policy looks at every camera there is, also at "
             f"{', '.join(sorted(used))}, which it was not trained on; choose the environment that it was "
-            "trained on",
+            "trained on"
         )
     for key, feature in required.items():
-        _check_value(adapter, key, tuple(feature.shape), observation[names[key]])
+        yield from _value_faults(adapter, key, tuple(feature.shape), observation[names[key]])
     sizes = {key: observation[names[key]].shape[-2:] for key in adapter.cameras() if key in names}
     if adapter.stacks_cameras and len(set(sizes.values())) > 1:
         given = ", ".join(f"{key} {height} x {width}" for key, (height, width) in sizes.items())
-        raise UserError(
-            "--env.type",
-            f"this {adapter.policy_type} policy takes cameras of one size, the environment gives {given}",
-        )
+        yield f"this {adapter.policy_type} policy takes cameras of one size, the environment gives {given}"
 
 
-def _check_value(adapter: NoiseToChunk, key: str, wanted: tuple[int, ...], value: Tensor) -> None:
+def _value_faults(adapter: NoiseToChunk, key: str, wanted: tuple[int, ...], value: Tensor) -> Iterator[str]:
     shape = tuple(value.shape[2:])
     image = len(wanted) == 3
     if image and len(shape) == 3 and shape[0] != wanted[0] == shape[2]:
-        raise UserError(
-            "--env.type", f"gives {key} as (height, width, channels) {shape}; policies take channels first"
-        )
+        yield f"gives {key} as (height, width, channels) {shape}; policies take channels first"
     same = shape[0] == wanted[0] if image and len(shape) == 3 and adapter.resizes_images else shape == wanted
     if not same:
         mend = "; choose the environment that it was trained on"
         if image and len(shape) == 3 and shape[0] == wanted[0]:
             mend = " and does not resize its images" + mend
-        raise UserError(
-            "--env.type", f"the policy needs {key} of shape {wanted}, the environment gives {shape}{mend}"
-        )
+        yield f"the policy needs {key} of shape {wanted}, the environment gives {shape}{mend}"
     if value.is_meta:  # shapes alone, where operations are counted
         return
     if image and (not value.is_floating_point() or value.amax() > BRIGHTEST):
-        raise UserError(
-            "--env.type",
-            f"gives {key} as {value.dtype} up to {value.max().item():g}; policies take images as floats from "
-            "0 to 1",
-        )
+        most = value.max().item()
+        yield f"gives {key} as {value.dtype} up to {most:g}; policies take images as floats from 0 to 1"
 
 
 def _lacking(

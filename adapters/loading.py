@@ -10,37 +10,12 @@ from typing import Any
 
 import torch
 
-from trimtab.adapters.checkpoint.files import (
-    OLD_STATISTICS,
-    OPTION,
-    PREPROCESSOR,
-    processor_steps,
-    read_weights,
-)
-from trimtab.adapters.checkpoint.folder import (
-    is_peft,
-    is_server,
-    read_policy_type,
-    resolve_folder,
-    weights_files,
-)
-from trimtab.adapters.checkpoint.legacy import is_legacy, statistics, take_statistics
-from trimtab.adapters.checkpoint.processors import (
-    RENAME_STEP,
-    check_processors,
-    load_processors,
-    processor_error,
-)
-from trimtab.adapters.checkpoint.saved_config import read_config, set_to_act
-from trimtab.adapters.checkpoint.weights import (
-    check_part,
-    load_peft,
-    load_weights,
-    no_larger_than,
-    plain_names,
-)
+from trimtab.adapters.checkpoint import processors, weights
+from trimtab.adapters.checkpoint.files import OLD_STATISTICS, PREPROCESSOR, processor_steps, read_weights
+from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder, weights_files
+from trimtab.adapters.checkpoint.saved_config import read_config, read_policy_type, set_to_act
 from trimtab.adapters.config import DTYPES, PolicyConfig
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, at_least, policy_error, reason
 from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_class, adapter_types
 
@@ -53,18 +28,13 @@ NO_NOISE = {
 }
 
 
-def load_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapter:
+def load_adapter(config: PolicyConfig) -> PolicyAdapter:
     """Load, check, freeze and wrap the policy that ``config`` names.
 
-    Args:
-        config: the policy and how to load it.
-        token: Hub token for private repositories; default: the Hub's own (``HF_TOKEN``).
-
-    Raises:
-        UserError: the folder is missing, half-written or broken; the type cannot be steered; the policy
-            samples at random or ignores its noise; no policy server answers.
+    ``UserError`` where the folder is missing, half-written or broken, the type cannot be steered, the policy
+    samples at random or ignores its noise, or no policy server answers.
     """
-    adapter = open_adapter(config, token)
+    adapter = open_adapter(config)
     try:
         adapter.verify()
     except BaseException as error:
@@ -72,54 +42,43 @@ def load_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapte
         if isinstance(error, UserError) or not isinstance(error, Exception):
             raise
         hint = f"; try another --policy.dtype than {config.dtype}" if config.dtype else ""
-        raise UserError(OPTION, f"{config.path} loads but does not run: {reason(error)}{hint}") from error
+        raise policy_error(f"{config.path} loads but does not run: {reason(error)}{hint}") from error
     return adapter
 
 
-def open_adapter(config: PolicyConfig, token: str | None = None) -> PolicyAdapter:
-    """``load_adapter`` without the final ``verify``, for whoever reports what it would find.
-
-    Raises:
-        UserError: as ``load_adapter``, less what ``verify`` raises.
-    """
+def open_adapter(config: PolicyConfig) -> PolicyAdapter:
+    """``load_adapter`` without the final ``verify``, for whoever reports what it would find."""
     if not config.path:
-        raise UserError(OPTION, "name the folder or Hub repository of the base policy")
-    if config.num_inference_steps is not None and config.num_inference_steps < 1:
-        raise UserError(
-            "--policy.num_inference_steps", f"must be at least 1, got {config.num_inference_steps}"
-        )
+        raise policy_error("name the folder or Hub repository of the base policy")
+    at_least(1, config, "--policy.", "num_inference_steps")
     if config.dtype is not None and config.dtype not in DTYPES:
         raise UserError("--policy.dtype", f"must be one of {', '.join(DTYPES)}, got {config.dtype}")
     if is_server(config.path):
         from trimtab.adapters.remote.adapter import RemoteAdapter
 
         return RemoteAdapter(config, _device(config.device))
-    folder = resolve_folder(config.path, config.revision, token)
+    folder = resolve_folder(config.path, config.revision)
     policy_type = read_policy_type(folder)
     device = _device(config.device)
     try:
         cls = adapter_class(policy_type)
         if cls is None and policy_type in NO_NOISE:
-            raise UserError(
-                OPTION, f"a policy of type '{policy_type}' cannot be steered: {NO_NOISE[policy_type]}"
-            )
+            raise policy_error(f"a policy of type '{policy_type}' cannot be steered: {NO_NOISE[policy_type]}")
         if cls is None:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"no adapter for policies of type '{policy_type}' yet; there is one for "
-                f"{', '.join(adapter_types())} (write your own: adapters/README.md)",
+                f"{', '.join(adapter_types())} (write your own: adapters/README.md)"
             )
-        return _build(cls, folder, config, device, token)
+        return _build(cls, folder, config, device)
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(
-            OPTION,
+        raise policy_error(
             f"a {policy_type} policy needs what is not installed ({reason(error)}); "
-            "what LeRobot's own types need: pip install 'lerobot_policy_trimtab[policies]'",
+            "what LeRobot's own types need: pip install 'lerobot_policy_trimtab[policies]'"
         ) from error
     except Exception as error:  # whatever a library makes of a config or a file that nobody foresaw
-        raise UserError(OPTION, f"{folder} cannot be loaded: {reason(error)}") from error
+        raise policy_error(f"{folder} cannot be loaded: {reason(error)}") from error
 
 
 def _device(name: str | None) -> str:
@@ -133,11 +92,9 @@ def _device(name: str | None) -> str:
     return device
 
 
-def _build(
-    cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, device: str, token: str | None
-) -> PolicyAdapter:
+def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, device: str) -> PolicyAdapter:
     peft = is_peft(folder)
-    files = weights_files(folder, options.base_path, token)
+    files = weights_files(folder, options.base_path)
     base_files = files[1:] if peft else files
     config = read_config(folder)
     config.device = device
@@ -146,13 +103,13 @@ def _build(
     notes = set_to_act(config) + list(cls.prepare_config(config, options))
     overrides = cls.processor_overrides(config, options)
     if options.rename_map:
-        overrides[RENAME_STEP] = {"rename_map": options.rename_map}
+        overrides[processors.RENAME_STEP] = {"rename_map": options.rename_map}
     taken = _taken(cls, options, folder, overrides)
-    saved = plain_names(read_weights(base_files, unchecked=OLD_STATISTICS), base_files[0])
-    with quietly(), no_larger_than(saved, base_files[0]):
+    saved = weights.plain_names(read_weights(base_files, unchecked=OLD_STATISTICS), base_files[0])
+    with quietly(), weights.no_larger_than(saved, base_files[0]):
         policy = cls.build(config)
-    old = take_statistics(saved, policy.state_dict())
-    stats = statistics(old, config, base_files[0]) if is_legacy(folder) else None
+    old = processors.take_statistics(saved, policy.state_dict())
+    stats = processors.statistics(old, config, base_files[0]) if processors.is_legacy(folder) else None
     if stats is not None:
         notes.append(
             f"a checkpoint of LeRobot before 0.4: processors made of the {len(old)} statistics among its "
@@ -163,9 +120,9 @@ def _build(
             f"{len(old)} statistics of an older LeRobot lie among the weights: left out for the saved "
             "processors'"
         )
-    load_weights(policy, cls.prepare_weights(saved, policy), base_files[0])
+    weights.load_weights(policy, cls.prepare_weights(saved, policy), base_files[0])
     if peft:
-        load_peft(policy, folder)
+        weights.load_peft(policy, folder)
     policy.to(device)
     if options.dtype and not hasattr(config, "dtype"):
         cls.cast(policy, getattr(torch, options.dtype))
@@ -173,12 +130,12 @@ def _build(
     policy.eval().requires_grad_(False)
     for part, where in cls.frozen_parts(policy).values():
         part.eval().requires_grad_(False)
-        check_part(part, where)
+        weights.check_part(part, where)
     try:
-        pre, post = load_processors(config, folder, overrides, stats)
+        pre, post = processors.load_processors(config, folder, overrides, stats)
     except Exception as error:
-        raise processor_error(error, folder, options, taken) from error
-    notes += check_processors(pre, post, config, folder, base_files[0])
+        raise processors.processor_error(error, folder, options, taken) from error
+    notes += processors.check_processors(pre, post, config, folder, base_files[0])
     adapter = cls(policy, pre, post)
     steps = adapter.chunk_shape[0]
     if options.n_action_steps not in (None, steps):
@@ -187,9 +144,7 @@ def _build(
             f"this {config.type} policy executes {steps} steps of each chunk; drop the option",
         )
     if min(adapter.chunk_shape) < 1:  # of a horizon that ends before the last of the observations
-        raise UserError(
-            OPTION, f"by its config.json, of each chunk it executes {steps} actions; it must be 1"
-        )
+        raise policy_error(f"by its config.json, of each chunk it executes {steps} actions; it must be 1")
     adapter.notes = [*notes, *_runner_notes(adapter)]
     adapter.trainable = trainable
     adapter.weights_files = files
@@ -201,9 +156,9 @@ def _taken(
 ) -> set[str]:
     """Which of ``tokenizer`` and ``backbone`` have an effect; refuse what is named in vain."""
     absent: set[str] = set()  # steps that are to be changed and are not there
-    if (options.tokenizer or options.rename_map) and not is_legacy(folder):
+    if (options.tokenizer or options.rename_map) and not processors.is_legacy(folder):
         absent = overrides.keys() - dict(processor_steps(folder / PREPROCESSOR)).keys()
-    if RENAME_STEP in absent:
+    if processors.RENAME_STEP in absent:
         raise UserError(
             "--policy.rename_map", f"{folder / PREPROCESSOR} has no step that renames observations"
         )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters.base import NoiseToChunk
-from trimtab.adapters.checkpoint.backbone import without_weights
-from trimtab.adapters.checkpoint.folder import weights_files
+from trimtab.adapters.checkpoint.folder import weights_files, without_weights
 from trimtab.adapters.checkpoint.identity import hash_files, placement, settings_hashes, weights_hash
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.inputs import check_inputs
@@ -22,45 +21,32 @@ class PolicyAdapter(NoiseToChunk):
 
     A subclass sets ``noise_spec`` and ``chunk_shape`` and writes ``encode`` and ``denoise``; the rest has
     defaults that suit a policy which looks at one observation and takes its batch as (B, ...).
-
-    Attributes:
-        steps_field: field of the config that ``--policy.num_inference_steps`` sets; ``None`` where
-            ``prepare_config`` takes the option.
-        dtype_field: field that ``--policy.dtype`` sets, where the config has it.
-        dtypes: the precisions that the policy runs in; empty = any.
-        backbone_fields: fields that ``--policy.backbone`` sets; empty where there is no such option.
-        loads_backbone: whether LeRobot would load the backbone's weights before the checkpoint's.
-        takes_tokenizer: whether ``--policy.tokenizer`` has an effect.
-        tokenizer_step: (name of a preprocessor's step, its entry) that names the tokenizer.
-        notes: lines to show the user about what was changed at load.
-        weights_files: the files that the weights were loaded from; empty where a loader did not say.
-        trainable: names of the parameters that the policy's own class leaves open to training.
     """
 
+    # Field of the config that --policy.num_inference_steps sets; None where prepare_config takes the option.
     steps_field: ClassVar[str | None] = None
-    dtype_field: ClassVar[str] = "dtype"
-    dtypes: ClassVar[tuple[str, ...]] = ()
-    backbone_fields: ClassVar[tuple[str, ...]] = ()
-    loads_backbone: ClassVar[bool] = False
-    takes_tokenizer: ClassVar[bool] = True
+    dtype_field: ClassVar[str] = "dtype"  # that --policy.dtype sets, where the config has it
+    dtypes: ClassVar[tuple[str, ...]] = ()  # precisions that it runs in; empty = any
+    backbone_fields: ClassVar[tuple[str, ...]] = ()  # that --policy.backbone sets; empty = no such option
+    loads_backbone: ClassVar[bool] = (
+        False  # LeRobot would load the backbone's weights before the checkpoint's
+    )
+    takes_tokenizer: ClassVar[bool] = True  # --policy.tokenizer has an effect
+    # (name of a preprocessor's step, its entry) that names the tokenizer.
     tokenizer_step: ClassVar[tuple[str, str]] = ("tokenizer_processor", "tokenizer_name")
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
-        self.notes: list[str] = []
-        self.weights_files: list[Path] = []
-        self.trainable: set[str] = set()
+        self.notes: list[str] = []  # lines to show the user about what was changed at load
+        self.weights_files: list[Path] = []  # that the weights were loaded from; empty where nobody said
+        self.trainable: set[str] = set()  # parameters that the policy's own class leaves open to training
 
     # Loading: what differs between policies. LeRobot's own `from_pretrained` is not used, for some of
     # them return random weights where a file is missing.
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        """Change the policy's config, in which the options are set, before the policy is built.
-
-        Returns:
-            A line for each change that the user should know of.
-        """
+        """Change the policy's config, in which the options are set; return a line for each change."""
         return []
 
     @classmethod
@@ -73,10 +59,7 @@ class PolicyAdapter(NoiseToChunk):
 
     @classmethod
     def frozen_parts(cls, policy: Any) -> dict[str, tuple[torch.nn.Module, Path]]:
-        """Models that the policy runs but its checkpoint does not hold, by name, with their folders.
-
-        Loading compares them with their files, and ``identity`` covers them. All have been built.
-        """
+        """Models that the policy runs but its checkpoint does not hold, by name, with their folders."""
         return {}
 
     @classmethod
@@ -86,10 +69,9 @@ class PolicyAdapter(NoiseToChunk):
 
     @classmethod
     def cast(cls, policy: Any, dtype: torch.dtype) -> None:
-        """Change the precision of a loaded policy whose config has no ``dtype``.
+        """Change the precision of what the weights file holds, where the config has no ``dtype``.
 
-        Everything that the weights file holds changes. Other buffers (rotary frequencies, position tables)
-        keep theirs, for they are computed, not learnt.
+        Other buffers (rotary frequencies, position tables) keep theirs: they are computed, not learnt.
         """
         for tensor in policy.state_dict(keep_vars=True).values():
             if tensor.is_floating_point():
@@ -105,22 +87,16 @@ class PolicyAdapter(NoiseToChunk):
     def close(self) -> None:
         """Let go of what the adapter holds outside this process."""
 
-    # What the policy is.
-
     @property
     def parameter_count(self) -> int | None:
         """Number of the policy's parameters; ``None`` where they are out of sight."""
-        return sum(parameter.numel() for parameter in self.policy.parameters())
+        return None if self.policy is None else sum(p.numel() for p in self.policy.parameters())
 
     def identity(self, base: Path | str) -> dict[str, Any]:
-        """What tells this base from any other, as JSON values.
+        """What tells this base, in a folder or at a server's address, from any other, as JSON values.
 
-        Args:
-            base: folder of the base, or address of its server.
-
-        Returns:
-            ``sha256`` of the weights' files; ``files``, the hashes of all else that makes the function;
-            ``weights_sha256`` of the weights in memory, with their ``weights_dtype`` and ``weights_device``.
+        ``sha256`` is of the weights' files, ``files`` has the hashes of all else that makes the function,
+        ``weights_sha256`` is of the weights in memory (``weights_dtype``, ``weights_device``).
         """
         base, parts = Path(base), self.frozen_parts(self.policy)
         return {
@@ -131,11 +107,7 @@ class PolicyAdapter(NoiseToChunk):
         }
 
     def check_identity(self, identity: dict[str, Any], base: Path | str) -> None:
-        """Raise where the base is no longer the one that ``identity`` described.
-
-        Raises:
-            RuntimeError: a file or the weights in memory have changed.
-        """
+        """Raise ``RuntimeError`` where the base is no longer the one that ``identity`` described."""
         now = self.identity(base)
         if now != identity:
             odd = ", ".join(sorted(k for k in now.keys() | identity.keys() if now.get(k) != identity.get(k)))
@@ -143,21 +115,13 @@ class PolicyAdapter(NoiseToChunk):
                 f"the base policy changed while it was steered ({odd}); this is a bug of trimtab"
             )
 
-    # What it takes, and whether noise steers it.
-
     def check_observation(self, observation: dict[str, Any]) -> None:
         check_inputs(self, observation)
 
     def verify(self) -> None:
-        """Check on the real weights that noise steers this policy, and steers it alone.
+        """Check on the real weights, on two observations, that noise steers this policy, and steers it alone.
 
-        On two observations, each alone and both together: chunks and actions have the declared shapes and are
-        finite, features too; the same observation and noise give the same chunk, encoded twice; another noise
-        gives each row another chunk, and in entries that are declared inert the same; a row does not depend
-        on the rows beside it.
-
-        Raises:
-            UserError: one of these does not hold, with what it means.
-            RuntimeError: rows of a batch influence each other.
+        README.md says what is checked. ``UserError`` where it does not hold; ``RuntimeError`` where a row of
+        a batch depends on the rows beside it.
         """
         verify(self)

@@ -12,11 +12,9 @@ _REGISTRY: dict[str, Callable[[], type[PolicyAdapter]]] = {}
 
 
 def register_adapter(policy_type: str, loader: Callable[[], type[PolicyAdapter]]) -> None:
-    """Register an adapter class for a LeRobot policy type.
+    """Register an adapter class for a LeRobot policy type, the ``type`` in the policy's ``config.json``.
 
-    Args:
-        policy_type: the ``type`` in the policy's ``config.json``.
-        loader: returns the class; called on first use, so that listing adapters imports nothing.
+    ``loader`` returns the class; it is called on first use, so that listing adapters imports nothing.
     """
     _REGISTRY[policy_type] = loader
 
@@ -32,26 +30,15 @@ def adapter_types() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def _load(module: str, name: str) -> type[PolicyAdapter]:
-    return getattr(import_module(f"trimtab.adapters.lerobot.{module}"), name)
+def _lerobot_adapter(policy_type: str) -> type[PolicyAdapter]:
+    """The class of this type in the module of its name, or of both pi0 and pi05 in ``pi``."""
+    module = import_module(f"trimtab.adapters.lerobot.{MODULES.get(policy_type, policy_type)}")
+    return next(cls for cls in vars(module).values() if getattr(cls, "policy_type", None) == policy_type)
 
 
-# LeRobot's policy types, each with the class that serves it: in the module of its name, or in `pi`.
-for _type, _name in {
-    "act": "ACTAdapter",
-    "diffusion": "DiffusionAdapter",
-    "eo1": "EO1Adapter",
-    "evo1": "Evo1Adapter",
-    "fastwam": "FastWAMAdapter",
-    "groot": "GrootAdapter",
-    "lingbot_va": "LingBotVAAdapter",
-    "molmoact2": "MolmoAct2Adapter",
-    "multi_task_dit": "MultiTaskDiTAdapter",
-    "pi0": "PI0Adapter",
-    "pi05": "PI05Adapter",
-    "smolvla": "SmolVLAAdapter",
-    "vla_jepa": "VLAJEPAAdapter",
-    "wall_x": "WallXAdapter",
-    "xvla": "XVLAAdapter",
-}.items():
-    register_adapter(_type, partial(_load, "pi" if _type.startswith("pi0") else _type, _name))
+MODULES = {"pi0": "pi", "pi05": "pi"}
+for _type in (
+    *("act", "diffusion", "eo1", "evo1", "fastwam", "groot", "lingbot_va", "molmoact2", "multi_task_dit"),
+    *("pi0", "pi05", "smolvla", "vla_jepa", "wall_x", "xvla"),
+):
+    register_adapter(_type, partial(_lerobot_adapter, _type))

@@ -23,41 +23,25 @@ TINY = 1e-7  # rounding of float32, relative to the chunk
 
 @dataclass
 class Steerability:
-    """How a policy's executed chunk depends on its noise, in the units of the policy's own chunks.
+    """How a policy's executed chunk depends on its noise, in the units of the policy's own chunks."""
 
-    Attributes:
-        finite: every chunk was finite.
-        repeat_difference: largest difference between two calls with the same noises.
-        noise_difference: largest difference between chunks of one observation from different noises.
-        floor: differences up to here are rounding: the same noise in other places of a batch, and alone.
-        spread: (steps, action_dim) standard deviation over noises, root mean square over observations.
-        authority: standard deviation due to the noise over the total one (over observations and noises),
-            root mean square over the entries of the chunk.
-        column_effect: (dim,) root mean square change of the chunk where one noise dimension is drawn anew.
-        row_effect: (blocks, steps) the same for blocks of noise rows, by step of the chunk; empty where
-            the noise has no rows.
-        row_blocks: first noise row of each block, and the end of the last.
-        declared_inert: entries that the adapter says are inert; these were drawn anew together ...
-        inert_difference: ... with this largest change of a chunk.
-        rounding: share of the noise's effect by which the adapter lets the same noise's chunks differ.
-        seconds: (median, least, most) for ``encode`` of one observation, ``denoise`` of 1 noise and of 16.
-        observations, noises: how many of each were used.
-    """
-
-    finite: bool
-    repeat_difference: float
-    noise_difference: float
-    floor: float
-    spread: Tensor
+    finite: bool  # every chunk was
+    repeat_difference: float  # largest difference between two calls with the same noises
+    noise_difference: float  # largest difference between chunks of one observation from different noises
+    floor: float  # differences up to here are rounding: the same noise elsewhere in a batch, and alone
+    spread: Tensor  # (steps, action_dim) standard deviation over noises, root mean square over observations
+    # Standard deviation due to the noise over the total one (over observations and noises), root mean square
+    # over the entries of the chunk.
     authority: float
-    column_effect: Tensor
-    row_effect: Tensor
-    row_blocks: list[int]
-    declared_inert: int
-    inert_difference: float
+    column_effect: Tensor  # (dim,) root mean square change of the chunk where one noise dimension is redrawn
+    row_effect: Tensor  # (blocks, steps) the same for blocks of noise rows; empty where noise has no rows
+    row_blocks: list[int]  # first noise row of each block, and the end of the last
+    declared_inert: int  # entries that the adapter says are inert; redrawn together ...
+    inert_difference: float  # ... with this largest change of a chunk
     observations: int
     noises: int
-    rounding: float = 0.0
+    rounding: float = 0.0  # share of the noise's effect by which the same noise's chunks may differ
+    # (median, least, most) for encode of one observation, denoise of 1 noise and of 16.
     seconds: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     @property
@@ -78,12 +62,9 @@ class Steerability:
 
 def denoise_all(adapter: NoiseToChunk, conditioning: Conditioning, noises: Tensor) -> Tensor:
     """Chunks (K, steps, action_dim) for K noises of one observation, in batches that the policy takes."""
-    size = min(adapter.max_batch or MANY, MANY)
-    parts = []
-    for start in range(0, len(noises), size):
-        part = noises[start : start + size]
-        parts.append(adapter.denoise(conditioning.repeat_interleave(len(part)), part).float().cpu())
-    return torch.cat(parts)
+    parts = noises.split(min(adapter.max_batch or MANY, MANY))
+    chunks = [adapter.denoise(conditioning.repeat_interleave(len(part)), part) for part in parts]
+    return torch.cat(chunks).float().cpu()
 
 
 def measure(
@@ -97,11 +78,9 @@ def measure(
     """Measure what noise does to the executed chunks.
 
     Args:
-        adapter: the frozen policy.
         observations: encoded observations, one row each; two or more, or the noise's share of the spread
             means nothing.
-        noises: how many for each observation; all observations meet the same ones.
-        seed: of the noises.
+        noises: how many for each observation; all observations meet the same ones, drawn from ``seed``.
         repeats: of each timing; 0 times nothing.
         again: encodes one observation, to be timed.
     """
@@ -111,16 +90,21 @@ def measure(
     def draw(count: int) -> Tensor:
         return torch.randn((count, *spec.shape), generator=generator).to(adapter.device, spec.dtype)
 
+    def chunks_at(few: list[Conditioning], noises: Tensor) -> Tensor:  # (O, K, T, A)
+        return torch.stack([denoise_all(adapter, conditioning, noises) for conditioning in few])
+
     noise = draw(noises)
-    chunks = torch.stack([denoise_all(adapter, c, noise) for c in observations])  # (O, K, T, A)
-    repeat = torch.stack([denoise_all(adapter, c, noise) for c in observations])
+    chunks, repeat = chunks_at(observations, noise), chunks_at(observations, noise)
     finite = bool(torch.isfinite(chunks).all() and torch.isfinite(repeat).all())
     within = chunks.var(1, unbiased=False).mean(0)
     total = chunks.flatten(0, 1).var(0, unbiased=False)
     share = torch.where(total > 0, within / total.clamp_min(1e-30), 0.0)
     fresh, first, few = draw(1), noise[:1], observations[:CLOSE]
-    same = torch.stack([denoise_all(adapter, c, first.expand_as(noise)) for c in few])
-    base = torch.stack([denoise_all(adapter, c, first) for c in few])
+    same, base = chunks_at(few, first.expand_as(noise)), chunks_at(few, first)
+
+    def effects(noises: Tensor) -> Tensor:  # (K, T, A) change against ``first``, root mean square over few
+        return (chunks_at(few, noises) - base).square().mean(0).sqrt()
+
     floor = SLACK * float((same - base).abs().max()) + TINY * float(chunks.abs().max())
     columns = _resampled(first, fresh, list(range(spec.shape[-1] + 1)), -1)
     blocks: list[int] = []
@@ -128,14 +112,13 @@ def measure(
     if len(spec.shape) == 2:
         rows = spec.shape[0]
         blocks = sorted({round(i * rows / min(BLOCKS, rows)) for i in range(min(BLOCKS, rows) + 1)})
-        rows_anew = _resampled(first, fresh, blocks, 1)
-        row_effect = _effects(adapter, few, rows_anew, base).square().mean(-1).sqrt()
-    column_effect = _effects(adapter, few, columns, base).square().mean((-1, -2)).sqrt()
+        row_effect = effects(_resampled(first, fresh, blocks, 1)).square().mean(-1).sqrt()
+    column_effect = effects(columns).square().mean((-1, -2)).sqrt()
     inert, inert_difference = 0, 0.0
     if spec.live is not None:
         inert = int((~spec.live).sum())
         mixed = torch.where(spec.live.to(first.device), first, fresh)
-        inert_difference = float(_effects(adapter, few, mixed, base).max())
+        inert_difference = float(effects(mixed).max())
     return Steerability(
         finite=finite,
         repeat_difference=float((chunks - repeat).abs().max()),
@@ -164,12 +147,6 @@ def _resampled(noise: Tensor, fresh: Tensor, edges: list[int], axis: int) -> Ten
     return torch.cat(copies)
 
 
-def _effects(adapter: NoiseToChunk, observations: list[Conditioning], noises: Tensor, base: Tensor) -> Tensor:
-    """Change (K, steps, action_dim) against ``base`` (O, 1, T, A), root mean square over observations."""
-    chunks = torch.stack([denoise_all(adapter, c, noises) for c in observations])
-    return (chunks - base).square().mean(0).sqrt()
-
-
 def _times(
     adapter: NoiseToChunk,
     conditioning: Conditioning,
@@ -189,8 +166,9 @@ def _times(
             times.append(time.perf_counter() - start)
         return median(times[1:]), min(times[1:]), max(times[1:])
 
-    times = {
-        "denoise_1": seconds(lambda: adapter.denoise(conditioning, noises[:1])),
-        f"denoise_{MANY}": seconds(lambda: denoise_all(adapter, conditioning, noises)),
+    calls: dict[str, Callable[[], object] | None] = {
+        "encode": again,
+        "denoise_1": lambda: adapter.denoise(conditioning, noises[:1]),
+        f"denoise_{MANY}": lambda: denoise_all(adapter, conditioning, noises),
     }
-    return {"encode": seconds(again), **times} if again else times
+    return {name: seconds(call) for name, call in calls.items() if call}

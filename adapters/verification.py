@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters.base import NoiseToChunk
-from trimtab.adapters.checkpoint.files import OPTION
 from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.errors import UserError
+from trimtab.adapters.errors import policy_error
 
 BLIND = 1e-6  # effect of the noise, relative to the chunk, that is no more than rounding
 INERT = 1e-3  # share of the noise's effect up to which what inert entries do counts as rounding
@@ -16,16 +15,16 @@ MIXED = 0.1  # share of the noise's effect by which a row of a batch may differ 
 
 
 def verify(adapter: NoiseToChunk) -> None:
-    """Check what ``PolicyAdapter.verify`` names, on two observations."""
+    """What ``PolicyAdapter.verify`` does."""
     kind, spec = adapter.policy_type, adapter.noise_spec
     if min(adapter.chunk_shape) < 1:
-        raise UserError(OPTION, f"of each chunk it executes {adapter.chunk_shape[0]} actions; it must be 1")
+        raise policy_error(f"of each chunk it executes {adapter.chunk_shape[0]} actions; it must be 1")
     generator = torch.Generator().manual_seed(0)
     count = min(2, adapter.max_batch or 2)
     observation = adapter.example_observation(count, generator)
     conditioning = adapter.observe(observation)
     if conditioning.batch_size != count:
-        raise UserError(OPTION, f"of {count} observations this {kind} policy made {conditioning.batch_size}")
+        raise policy_error(f"of {count} observations this {kind} policy made {conditioning.batch_size}")
     first, second = (
         torch.randn((count, *spec.shape), generator=generator).to(adapter.device, spec.dtype)
         for _ in range(2)
@@ -33,32 +32,28 @@ def verify(adapter: NoiseToChunk) -> None:
     once = adapter.denoise(conditioning, first)
     check_produced(adapter, once, conditioning)
     if not torch.equal(once, adapter.denoise(conditioning, first)):
-        raise UserError(
-            OPTION,
+        raise policy_error(
             f"the same noise gave two different chunks: this {kind} policy draws randomness while it samples "
-            "and cannot be steered; save it with a deterministic sampler",
+            "and cannot be steered; save it with a deterministic sampler"
         )
     if not torch.equal(once, adapter.denoise(adapter.observe(observation), first)):
-        raise UserError(
-            OPTION,
+        raise policy_error(
             "the same observation, encoded twice, gave two different chunks: this "
-            f"{kind} policy draws randomness while it looks and cannot be steered",
+            f"{kind} policy draws randomness while it looks and cannot be steered"
         )
     effect = (once - adapter.denoise(conditioning, second)).abs().flatten(1).amax(1)
     if effect.min() <= BLIND * once.abs().max():
-        raise UserError(
-            OPTION,
+        raise policy_error(
             f"two different noises gave the same chunk: this {kind} policy ignores its noise and cannot be "
-            "steered",
+            "steered"
         )
     if spec.live is not None:
         mixed = torch.where(spec.live.to(first.device), first, second)
         change = (once - adapter.denoise(conditioning, mixed)).abs().flatten(1).amax(1)
         if (change > INERT * effect).any():
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"noise entries that the {kind} adapter declares inert move its chunks by "
-                f"{float(change.max()):.2g}, where all of the noise moves them by {float(effect.max()):.2g}",
+                f"{float(change.max()):.2g}, where all of the noise moves them by {float(effect.max()):.2g}"
             )
     for row in range(count if count > 1 else 0):
         here = conditioning[row]
@@ -76,28 +71,27 @@ def check_produced(adapter: NoiseToChunk, chunk: Tensor, conditioning: Condition
     rows, kind = conditioning.batch_size, adapter.policy_type
     declared = (rows, *adapter.chunk_shape)
     if tuple(chunk.shape) != declared:
-        raise UserError(
-            OPTION,
+        raise policy_error(
             f"the {kind} policy makes chunks of shape {tuple(chunk.shape)}, its adapter and config.json "
-            f"declare {declared} (rows, executed steps, action dimension)",
+            f"declare {declared} (rows, executed steps, action dimension)"
         )
     if not chunk.is_floating_point() or not torch.isfinite(chunk).all():
-        raise UserError(OPTION, "the policy turns ordinary noise into NaN or Inf; its weights are broken")
+        raise policy_error("the policy turns ordinary noise into NaN or Inf; its weights are broken")
     actions = torch.as_tensor(adapter.postprocess(chunk, conditioning))
     action = (adapter.config.output_features or {}).get("action")
     expected = (rows, adapter.chunk_shape[0], *(action.shape if action else actions.shape[2:]))
     if tuple(actions.shape) != expected:
-        raise UserError(
-            OPTION,
+        raise policy_error(
             f"its postprocessor makes actions of shape {tuple(actions.shape)}, config.json declares "
-            f"{expected} (rows, executed steps, action dimension)",
+            f"{expected} (rows, executed steps, action dimension)"
         )
     if not torch.isfinite(actions).all():
-        raise UserError(OPTION, "its postprocessor turns chunks into NaN or Inf; its statistics are broken")
+        raise policy_error("its postprocessor turns chunks into NaN or Inf; its statistics are broken")
     features = adapter.features(conditioning)
+    adapter.offers_features = features is not None
     if features is not None and (features.ndim != 2 or len(features) != rows):
-        raise UserError(
-            OPTION, f"the {kind} adapter's features have shape {tuple(features.shape)}, not ({rows}, d)"
+        raise policy_error(
+            f"the {kind} adapter's features have shape {tuple(features.shape)}, not ({rows}, d)"
         )
     if features is not None and not torch.isfinite(features).all():
-        raise UserError(OPTION, "the policy's features are NaN or Inf; its weights are broken")
+        raise policy_error("the policy's features are NaN or Inf; its weights are broken")

@@ -83,8 +83,9 @@ class NoiseActor(nn.Module):
         self.normalizer = FeatureNormalizer(self.encoder.dim if space.uses_features else 0)
         size = config.hidden, config.layers, config.activation, config.layer_norm
         self.net: Any = mlp(len(self.normalizer.mean), 2 * space.dim, *size)
-        for parameter in self.net[-1].parameters():  # it makes mean and log_std
-            nn.init.zeros_(parameter)
+        weight, bias = self.net[-1].parameters()  # of the layer that makes mean and log_std
+        nn.init.zeros_(weight)
+        nn.init.zeros_(bias)
         # A tanh leads log_std into its range: 0 at 0, with slope 1.
         low, high = config.log_std_min, config.log_std_max
         self.offset = math.atanh(-(high + low) / (high - low))
@@ -95,7 +96,7 @@ class NoiseActor(nn.Module):
                 raise UserError("--rl.actor.log_std_min", f"{low} leaves no room for a start at {start:.2f}")
             if not config.log_std_clamp:
                 start = self.slope * (math.atanh(2.0 * (start - low) / (high - low) - 1.0) - self.offset)
-            nn.init.constant_(self.net[-1].bias[space.dim :], start)
+            nn.init.constant_(bias[space.dim :], start)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(B, feature_dim) -> mean and log_std before squashing, each (B, dim)."""

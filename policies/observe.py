@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
+from trimtab.adapters.errors import at_least
 
 INPUTS = ("features", "state", "images", "task")
 STATES = (OBS_STATE, OBS_ENV_STATE)
@@ -54,12 +55,8 @@ class ObserveConfig:
                 raise UserError(
                     "--observe.inputs", f"takes some of {', '.join(INPUTS)}, each once, got {self.inputs}"
                 )
-        if self.image_size < SMALLEST_IMAGE:
-            raise UserError(
-                "--observe.image_size", f"must be at least {SMALLEST_IMAGE}, got {self.image_size}"
-            )
-        if self.image_dim < 1:
-            raise UserError("--observe.image_dim", f"must be at least 1, got {self.image_dim}")
+        at_least(SMALLEST_IMAGE, self, "--observe.", "image_size")
+        at_least(1, self, "--observe.", "image_dim")
         if not 0 <= self.shift < self.image_size:
             raise UserError("--observe.shift", f"must be between 0 and image_size - 1, got {self.shift}")
 
@@ -82,7 +79,7 @@ class ObserveConfig:
             UserError: the policy does not have what is asked for.
         """
         inputs = self.inputs
-        if inputs == ["features"] or (inputs is None and offers_features(adapter)):
+        if inputs == ["features"] or (inputs is None and adapter.offers_features):
             return replace(self, inputs=["features"], cameras=None, tasks=None)
         example = adapter.example_observation(
             min(2, adapter.max_batch or 2), torch.Generator().manual_seed(0)
@@ -103,7 +100,7 @@ class ObserveConfig:
             raise UserError(
                 "--policy.path", f"the {name} adapter offers nothing to steer by: no features, no input"
             )
-        if "features" in inputs and not offers_features(adapter):
+        if "features" in inputs and not adapter.offers_features:
             raise UserError("--observe.inputs", f"the {name} adapter offers no features; use state, images")
         if "state" in inputs and not states:
             raise UserError("--observe.inputs", f"the {name} policy is given no state; leave it out")
@@ -162,11 +159,6 @@ def build_observer(config: ObserveConfig, adapter: PolicyAdapter, tasks: Sequenc
     """The observer of a run; ``None`` where backbone features are all there is to see."""
     resolved = config.resolved(adapter, tasks)
     return None if resolved.inputs == ["features"] else Observer(resolved, adapter)
-
-
-def offers_features(adapter: PolicyAdapter) -> bool:
-    """Whether the adapter makes backbone features: it is asked on an example."""
-    return adapter.features(adapter.example_conditioning(1, torch.Generator().manual_seed(0))) is not None
 
 
 @torch.no_grad()

@@ -29,12 +29,10 @@ class Episode:
     """A training episode, running or finished.
 
     Attributes:
-        seed: its start.
-        task: its name, where the environment has one.
+        seed, task: its start, and its task's name where the environment has one.
         steered: whether the learner's policy acts in it, from start to end.
         success: whether the environment has reported success.
-        steps: environment steps.
-        total: undiscounted sum of the environment's own rewards.
+        steps, total: environment steps, and the undiscounted sum of the environment's own rewards.
         terminated: ended in a terminal state, not at the time limit.
         features, u: what was seen and chosen at each chunk, (chunks, d) and (chunks, dim); lists while it
             runs, like the rest.
@@ -65,8 +63,7 @@ class Collector:
     generator and its episodes from its own seeds, so a run repeats exactly.
 
     Args:
-        runner: the frozen policy.
-        vec: environments.
+        runner, vec: the frozen policy, and environments.
         rl: the algorithm's config: discount, length of returns, candidates, and what the replay keeps.
         reward: ``sparse`` or ``env`` (see ``returns.Returns``).
         seed: first of the training seeds; environment i takes seed + i, seed + i + num_envs, ...
@@ -102,12 +99,12 @@ class Collector:
         self.reported = False
         self.env_steps = 0
         self._steering = False
-        envs, stride = range(vec.num_envs), vec.num_envs * processes
+        envs, self.stride = range(vec.num_envs), vec.num_envs * processes
         self.first_seed = first = seed + rank * vec.num_envs
         self.rollout = Rollout(
             runner,
             vec,
-            lambda i, seed: first + i if seed is None else seed + stride,
+            lambda i, seed: first + i if seed is None else seed + self.stride,
             per_episode=False,
             record=record,
         )
@@ -120,21 +117,28 @@ class Collector:
     def start(self, learner: BehaviorPolicy) -> None:
         """Let ``learner`` act from here on."""
         self.learner = learner
-        self._propose_here()
+        self._look_here()
 
     def _new_episode(self, i: int) -> Episode:
         return Episode(self.rollout.episode[i], self.vec.task_names[i], self.assign())
 
-    def _propose_here(self) -> None:
+    def _look_here(self) -> None:
         rollout = self.rollout
-        self._candidates = self._propose(rollout.encoded, rollout.features, rollout.envs)
+        rollout.encode_observations()
+        self._candidates, self._rows = self._look(rollout.encoded, rollout.features, rollout.envs)
 
-    def _propose(self, encoded: Encoded, features: Tensor, envs: list[int]) -> Candidates | None:
-        """Draw and decode candidates of each observation, where the algorithm learns from them."""
-        if not self.rl.candidates:
-            return None
-        prior, denoise = self.rollout.prior(self.rl.candidates, envs), partial(self.runner.denoise, encoded)
-        return self.learner.propose(features, prior, denoise, self._steering)
+    def _look(
+        self, encoded: Encoded, features: Tensor, envs: list[int]
+    ) -> tuple[Candidates | None, list[Row]]:
+        """Candidates of each observation, where the algorithm learns from them, and what the replay keeps."""
+        candidates = None
+        if self.rl.candidates:
+            prior, denoise = (
+                self.rollout.prior(self.rl.candidates, envs),
+                partial(self.runner.denoise, encoded),
+            )
+            candidates = self.learner.propose(features, prior, denoise, self._steering)
+        return candidates, observation_rows(features, candidates, encoded, self.spec)
 
     def begin(self, steering: bool = True) -> None:
         """Let the learner act, and start stepping the chunks.
@@ -161,16 +165,12 @@ class Collector:
         rollout = self.rollout
         results = rollout.receive()
         started = time.perf_counter()
-        before = observation_rows(rollout.features, self._candidates, rollout.encoded, self.spec)
         ended, encoded = rollout.final_observations()
-        finals = []
-        if ended:
-            features = self.runner.features(encoded)
-            finals = observation_rows(features, self._propose(encoded, features, ended), encoded, self.spec)
+        finals = self._look(encoded, self.runner.features(encoded), ended)[1] if encoded is not None else []
         rollout.start_next_episodes()
-        rollout.encode_observations()
-        self._propose_here()
-        after = observation_rows(rollout.features, self._candidates, rollout.encoded, self.spec)
+        before = self._rows
+        self._look_here()
+        after = list(self._rows)
         for i, row in zip(ended, finals, strict=True):
             after[i] = row
         transitions: list[Transition] = []
@@ -189,7 +189,7 @@ class Collector:
         for episode in episodes:
             for name in ("features", "u", "chunks", "rewards", "discounts"):
                 setattr(episode, name, np.asarray(getattr(episode, name)))
-        self.rollout.seconds["denoise"] += time.perf_counter() - started
+        rollout.seconds["denoise"] += time.perf_counter() - started
         return transitions, episodes
 
     def _add(self, i: int, result: ChunkResult, before: Row, after: Row) -> list[Transition]:
@@ -228,25 +228,36 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Put a new collector where it was, as far as its environments repeat their episodes.
 
-        ``None`` among the ``envs`` of ``state`` begins anew. Returns how many running episodes could not be
-        repeated and were dropped.
+        Returns how many running episodes could not be repeated and were dropped.
         """
-        self.env_steps = state["env_steps"]
-        self.rollout.seconds.update(state["seconds"])
-        saved = {i: one for i, one in enumerate(state["envs"]) if one is not None}
-        back = self.rollout.load_state_dict({i: one["rollout"] for i, one in saved.items()})
+        rollout, saved, self.env_steps = self.rollout, state["envs"], state["env_steps"]
+        rollout.seconds.update(state["seconds"])
+        back = rollout.load_state_dict([one["rollout"] for one in saved])
         for i in range(self.vec.num_envs):
             if i in back:
                 self._episodes[i] = Episode(**saved[i]["running"])
                 self._accumulators[i].load_state_dict(saved[i]["pending"])
             else:
                 self._episodes[i] = self._new_episode(i)
-        self.rollout.encode_observations()
-        self._propose_here()
+        self._look_here()
         for i in back:
-            self.rollout.generators[i].set_state(saved[i]["rollout"]["generator"])  # drawing has moved it
+            rollout.generators[i].set_state(saved[i]["rollout"]["generator"])  # drawing has moved it
             if self._candidates is not None:
                 self._candidates.u[i] = saved[i]["candidates"]["u"]
                 self._candidates.chunks[i] = saved[i]["candidates"]["chunks"]
-        interrupted = [i for i in saved if saved[i]["rollout"]["trace"]["actions"] or self.vec.repeatable]
-        return sum(i not in back for i in interrupted)
+        self._rows = observation_rows(rollout.features, self._candidates, rollout.encoded, self.spec)
+        interrupted = [one["rollout"]["trace"]["actions"] or self.vec.repeatable for one in saved]
+        return sum(bool(began) and i not in back for i, began in enumerate(interrupted))
+
+    def skip(self, seed: int) -> None:
+        """Begin new episodes, none of a seed below ``seed``."""
+        rollout, stride = self.rollout, self.stride
+        first = self.first_seed + -(-(seed - self.first_seed) // stride) * stride
+        rollout.upcoming = {i: first + i for i in range(self.vec.num_envs)}
+        if not self.vec.repeatable:  # a robot's has just begun
+            return
+        for i, upcoming in rollout.upcoming.items():
+            rollout.generators[i].manual_seed(upcoming)
+        rollout.restart(list(rollout.upcoming))
+        self._episodes = [self._new_episode(i) for i in range(self.vec.num_envs)]
+        self._look_here()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimtab.adapters import UserError
 from trimtab.policies.acting import ChunkPolicy
-from trimtab.policies.noise_samplers import NoiseSampler, constant_noise
+from trimtab.policies.noise_samplers import constant_noise
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
@@ -67,7 +67,7 @@ class Evaluation:
 def evaluate(
     runner: PolicyRunner,
     vec: ChunkVectorEnv,
-    policy: ChunkPolicy | Sequence[NoiseSampler],
+    policy: ChunkPolicy | Tensor,
     seeds: Sequence[int],
     label: str = "evaluation",
     record: Sequence[int] = (),
@@ -82,7 +82,7 @@ def evaluate(
 
     Args:
         runner, vec: the frozen policy and its environments; each takes the next seed as it finishes.
-        policy: acts; or a noise sampler for each seed, to compare many in one sweep.
+        policy: acts; or a constant noise for each seed (N, *noise_shape), to compare many in one sweep.
         seeds: episode seeds.
         label: shown on the progress bar with the running success rate.
         record: seeds whose episodes are rendered (each must run first in its environment).
@@ -91,7 +91,7 @@ def evaluate(
     """
     if world is not None and world.size > 1:
         mine = list(range(world.rank, len(seeds), world.size))
-        part = [policy[k] for k in mine] if isinstance(policy, Sequence) else policy
+        part = policy[mine] if isinstance(policy, Tensor) else policy
         here = evaluate(runner, vec, part, [seeds[k] for k in mine], label, (), progress and world.main)
         numbers, parts = zip(*world.gather((mine, here)), strict=True)
         return pooled(parts, np.argsort(np.concatenate(numbers)))
@@ -111,8 +111,10 @@ def evaluate(
     while rollout.episode:
         rollout.encode_observations()
         running = dict(rollout.episode)
-        mixed = isinstance(policy, Sequence)
-        rollout.begin(_mixed([policy[running[i]] for i in rollout.envs]) if mixed else policy)
+        acting: Any = policy
+        if isinstance(policy, Tensor):
+            acting = constant_noise(policy[[running[i] for i in rollout.envs]])
+        rollout.begin(acting)
         for i, result in rollout.receive().items():
             k = running[i]
             found.successes[k] |= bool(result.successes.any())
@@ -152,7 +154,7 @@ def pooled(evaluations: Sequence[Evaluation], order: np.ndarray | None = None) -
 
 
 def unreported(evaluation: Evaluation) -> str:
-    """What to say where an environment does not tell whether an episode succeeds: what its ``info`` held."""
+    """Of an environment that does not tell whether an episode succeeds: what its ``info`` held."""
     held = ", ".join(evaluation.info_keys) or "nothing"
     return (
         f"the environment never reported success in {len(evaluation.seeds)} episodes (its info held: {held}; "
@@ -164,16 +166,6 @@ def require_success(evaluation: Evaluation) -> None:
     """Raise a UserError where the environment reports no success and only that counts."""
     if not evaluation.reported:
         raise UserError("--env.type", f"{unreported(evaluation)}; this counts successes alone")
-
-
-def _mixed(samplers: list[NoiseSampler]) -> NoiseSampler:
-    """A sampler for each row as one: the policy is asked once for all."""
-
-    def choose(features: Tensor | None, prior: Tensor) -> Tensor:
-        rows = zip(samplers, features.split(1), prior.split(1), strict=True)
-        return torch.cat([sampler(seen, draw) for sampler, seen, draw in rows])
-
-    return NoiseSampler(choose)
 
 
 def best_constant(
@@ -197,7 +189,7 @@ def best_constant(
     outcome = evaluate(
         runner,
         vec,
-        [sampler for sampler in map(constant_noise, noises) for _ in seeds],
+        noises.repeat_interleave(len(seeds), 0),
         list(seeds) * candidates,
         f"searching {candidates} constant noises",
         progress=progress,

@@ -40,12 +40,8 @@ class RunMetrics:
     def add_update(self, metrics: dict[str, Tensor]) -> None:
         """Note what an update reported, without the figures of a step left out for NaN or Inf."""
         for name, value in metrics.items():
-            finite = torch.isfinite(value)
             total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (
-                total + torch.where(finite, value, torch.zeros_like(value)),
-                count + finite.int(),
-            )
+            self.sums[name] = total + value.nan_to_num(0.0, 0.0, 0.0), count + value.isfinite().int()
 
     def add_episode(self, task: str, success: bool, total: float) -> None:
         """Note the outcome of an episode, and what the environment paid in it."""
@@ -95,14 +91,14 @@ class RunMetrics:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What all processes share; ``sums`` is each one's own."""
-        return {"successes": self.successes, "returns": self.returns, "reported": self.reported}
+        names = ("successes", "returns", "reported", "sums")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, last in state["successes"].items():
             self.successes[name].extend(last)
         self.returns.extend(state["returns"])
-        self.reported = state["reported"]
+        self.reported, self.sums = state["reported"], state["sums"]
 
 
 def rate(last: Collection[float]) -> float:

@@ -42,8 +42,7 @@ class Rollout:
     there is none.
 
     Args:
-        runner: the frozen policy.
-        vec: environments.
+        runner, vec: the frozen policy, and environments.
         following: (environment, its episode) -> number of the episode after that, ``None`` where there is
             none. It is asked when the episode begins; with ``None``, for the first one.
         seed_of: the seed of an episode, by its number; by default that number.
@@ -54,9 +53,8 @@ class Rollout:
 
     Attributes:
         episode, upcoming: of each environment that runs one, and the one after it.
-        observations: of each environment, to act on next.
-        generators: of each environment's noise.
-        traces: of the running episodes, where they are recorded.
+        observations, generators, traces: of each environment: what to act on next, of its noise, of its
+            running episode.
         envs, encoded, features: environments that ``encode_observations`` was asked for, and what it made.
         seconds: spent on the policy (``denoise``) and on waiting for simulators (``env_wait``); for which
             these worked (``env_busy``), and waited to be asked (``env_idle``).
@@ -200,32 +198,28 @@ class Rollout:
             for i in sorted(self.episode)
         ]
 
-    def load_state_dict(self, state: dict[int, dict[str, Any]]) -> list[int]:
+    def load_state_dict(self, state: list[dict[str, Any]]) -> list[int]:
         """Put environments where they were: reset with the episode's seed, the same actions executed again.
 
-        Every observation on the way must be the one that was seen then, to the bit. Where the environments
-        are known not to repeat (a robot above all), none is moved: they stay at the start of the episode that
-        they have just begun. The others of this rollout begin their upcoming episode.
-
-        Returns:
-            those that are where they were.
+        Every observation on the way must be the one that was seen then, to the bit; where one is not, the
+        upcoming episode begins. Where the environments are known not to repeat (a robot above all), none is
+        moved: they stay at the start of the episode that they have just begun. Returns those that are where
+        they were.
         """
-        for i, saved in state.items():
+        for i, saved in enumerate(state):
             self.upcoming[i] = saved["upcoming"]
             self.generators[i].set_state(saved["generator"])
         if not self.vec.repeatable:
             return []
-        for i, saved in state.items():
+        for i, saved in enumerate(state):
             self.episode[i], self.traces[i] = saved["episode"], Trace(**saved["trace"])
-        lost = self._replay_episodes(list(state))
-        self.restart([i for i in sorted(self.episode) if i in lost or i not in state])
-        return [i for i in state if i not in lost]
+        lost = self._replay_episodes()
+        self.restart(sorted(lost))
+        return [i for i in self.episode if i not in lost]
 
-    def _replay_episodes(self, envs: list[int]) -> set[int]:
-        """Execute the traces of ``envs`` from their seeds; returns those that did not go as they had gone."""
-        runner, vec, traces = self.runner, self.vec, self.traces
-        if not envs:
-            return set()
+    def _replay_episodes(self) -> set[int]:
+        """Execute all traces from their seeds; returns environments that did not go as they had gone."""
+        runner, vec, traces, envs = self.runner, self.vec, self.traces, list(self.traces)
         observations = vec.reset({i: self.seed_of(self.episode[i]) for i in envs})
         lost = {i for i in envs if digest(observations[i]) != traces[i].digests[0]}
         for i in envs:
@@ -233,9 +227,9 @@ class Rollout:
         step = 0
         while going := [i for i in envs if i not in lost and step < len(traces[i].actions)]:
             for i in going if runner.adapter.remembers else ():
-                (encoded,) = self._encode([i], observations)
+                encoded: Any = self._encode([i], observations)
                 chunk = torch.as_tensor(traces[i].chunks[step]).unsqueeze(0)
-                runner.remember(i, encoded, chunk.to(runner.adapter.device))
+                runner.remember(i, encoded[0], chunk.to(runner.adapter.device))
             vec.send({i: traces[i].actions[step] for i in going}, dict.fromkeys(going))
             for i, result in vec.receive().items():
                 ended = result.ended or result.lost

@@ -26,7 +26,7 @@ from trimtab.rl.data.returns import Transition
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.metrics import RunMetrics, calibration
 from trimtab.rl.runner import PolicyRunner
-from trimtab.rl.runs.checkpoint import LEARNER, Checkpoint, Checkpoints
+from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals, lost_notes, too_many
 from trimtab.rl.runs.processes import ProcessGroup, StepGuard, weights_digest
 from trimtab.rl.runs.progress import Progress
@@ -35,7 +35,10 @@ from trimtab.rl.seeds import training_seed
 from trimtab.rl.takeover import Takeover
 from trimtab.rl.warm_start import read_constant
 
-SHARED = ("transitions", "episodes", "updates", "env_steps", "dropped", "_owed", "_logged", "_warming")
+COUNTERS = (
+    *("transitions", "episodes", "updates", "env_steps", "dropped", "update_seconds", "seconds"),
+    *("_owed", "_logged", "_warming"),
+)
 
 
 @dataclass
@@ -269,33 +272,30 @@ class Trainer:
 
     def _save(self) -> None:
         if self.checkpoints:
-            self.checkpoints.save(self.env_steps, *self.state_dict())
+            self.checkpoints.save(self.env_steps, self.state_dict())
 
-    def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(what all processes share, what is this process's own) between two chunks."""
+    def state_dict(self) -> dict[str, Any]:
+        """What it takes this process to go on from between two chunks."""
         demos, replay, device = self.demonstrations, self.replay, self.accelerator.device
-        shared = {name: getattr(self, name) for name in SHARED} | {
+        weights = weights_digest(self.algorithm)
+        if len(set(self.world.gather(weights))) > 1:
+            raise RuntimeError("the processes' weights have drifted apart; this is a bug of trimtab")
+        return {
+            **{name: getattr(self, name) for name in COUNTERS},
             "faults": self.faults,
             "metrics": self.metrics.state_dict(),
             "algorithm": self.algorithm.training_state(),
-        }
-        own = {
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "weights": weights,
+            "takeover": self.takeover.state_dict(),
+            "recent": [vars(episode) for episode in self.recent],
             "rows": replay.rows(replay.added - len(replay), replay.added),
             "added": replay.added,
             "replay": replay.state_dict(),
             "demonstrations": demos.state_dict() if demos is not None else None,
-            "gate": self.takeover.state_dict(),
-            "recent": [vars(episode) for episode in self.recent],
-            "sums": self.metrics.sums,
-            "seconds": {"update": self.update_seconds, "total": self.seconds},
             "collector": self.collector.state_dict(),
-            "weights": weights_digest(self.algorithm),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
-        if len(set(self.world.gather(own["weights"]))) > 1:
-            raise RuntimeError("the processes' weights have drifted apart; this is a bug of trimtab")
-        return shared, own
 
     def resume(self, checkpoint: Checkpoint) -> list[str]:
         """Go on where ``checkpoint`` was written; returns lines about what could not be as it was.
@@ -311,39 +311,33 @@ class Trainer:
             ) from error
 
     def _load(self, checkpoint: Checkpoint) -> list[str]:
-        shared, notes = checkpoint.read(LEARNER), []
-        for name in SHARED:
-            setattr(self, name, shared[name])
-        self.faults.update(shared["faults"])
-        self.metrics.load_state_dict(shared["metrics"])
-        self.algorithm.load_training_state(shared["algorithm"])
-        same = checkpoint.processes == self.world.size
-        if same:
-            own = checkpoint.read(f"process-{self.world.rank}")
-            self.replay.put(own["added"] - len(own["rows"]["reward"]), own["rows"])
-            self.replay.load_state_dict(own["replay"])
-            if self.demonstrations is not None:
-                self.demonstrations.load_state_dict(own["demonstrations"])
-            self.recent.extend(Episode(**episode) for episode in own["recent"])
-            self.metrics.sums = own["sums"]
-        else:
-            own, dropped, note = reshard(checkpoint, self.world, self.collector, self.replay)
-            self.dropped += dropped
-            notes.append(note)
-        self._ready = self.world.all(len(self.replay) > 0)
-        self.takeover.load_state_dict(own["gate"])
-        self.update_seconds, self.seconds = own["seconds"]["update"], own["seconds"]["total"]
+        state = checkpoint.read(min(self.world.rank, checkpoint.processes - 1))
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.faults.update(state["faults"])
+        self.metrics.load_state_dict(state["metrics"])
+        self.algorithm.load_training_state(state["algorithm"])
+        self.takeover.load_state_dict(state["takeover"])
+        self.recent.extend(Episode(**episode) for episode in state["recent"])
         self.vec.repeatable = self.world.all(self.vec.repeatable)
-        lost = self.collector.load_state_dict(own["collector"])
+        if checkpoint.processes != self.world.size:
+            dropped, note = reshard(checkpoint, self.world, self.collector, self.replay)
+            self.dropped += dropped
+            self._ready = self.world.all(len(self.replay) > 0)
+            return [note]
+        self.replay.put(state["added"] - len(state["rows"]["reward"]), state["rows"])
+        self.replay.load_state_dict(state["replay"])
+        self._ready = self.world.all(len(self.replay) > 0)
+        if self.demonstrations is not None:
+            self.demonstrations.load_state_dict(state["demonstrations"])
+        lost = self.collector.load_state_dict(state["collector"])
         if not self.vec.repeatable:  # no faults: it never said that it could
             lost = sum(self.world.gather(lost))
             self.dropped += lost
         else:
             message = "--env.type: the simulator does not repeat an episode"
             self._new_faults += [("unrepeatable", message)] * lost
-        notes += lost_notes(lost, self.vec.repeatable)
-        if same:  # last: building and looking may have drawn
-            torch.set_rng_state(own["rng"])
-            if own["cuda_rng"] is not None and self.accelerator.device.type == "cuda":
-                torch.cuda.set_rng_state(own["cuda_rng"], self.accelerator.device)
-        return notes
+        torch.set_rng_state(state["rng"])  # last: building and looking may have drawn
+        if state["cuda_rng"] is not None and self.accelerator.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.accelerator.device)
+        return lost_notes(lost, self.vec.repeatable)

@@ -75,7 +75,7 @@ def make_diffusion(folder, images=False, scheduler="DDIM", state_dim=2, env_dim=
     """Save a random LeRobot DiffusionPolicy; the dimensions can be those of a real environment."""
     from lerobot.configs import FeatureType, PolicyFeature
 
-    from trimtab.adapters.tiny import make_tiny
+    from tests.helpers.tiny import make_tiny
 
     if (state_dim, env_dim, action_dim) != (2, 16, 2):
         fields["input_features"] = {

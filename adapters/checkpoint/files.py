@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 
 OPTION = "--policy.path"
 BACKBONE = "--policy.backbone"
@@ -36,17 +36,13 @@ OLD_STATISTICS = ("normalize_inputs.", "normalize_targets.", "unnormalize_output
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where it holds something else.
-
-    Raises:
-        UserError: not JSON, or not to be read.
-    """
+    """The object in a JSON file; empty where it holds something else."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(OPTION, f"{path} cannot be read ({error.strerror})") from None
+        raise policy_error(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(OPTION, f"{path} is not JSON ({error}); the folder is half-written") from None
+        raise policy_error(f"{path} is not JSON ({error}); the folder is half-written") from None
     return raw if isinstance(raw, dict) else {}
 
 
@@ -62,12 +58,8 @@ def processor_steps(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 def state_files(folder: Path) -> list[str]:
     """Names of the files that the saved processors in ``folder`` keep their statistics in."""
-    names = [
-        step.get("state_file")
-        for name in (PREPROCESSOR, POSTPROCESSOR)
-        for _, step in processor_steps(folder / name)
-    ]
-    return [name for name in names if isinstance(name, str)]
+    steps = [*processor_steps(folder / PREPROCESSOR), *processor_steps(folder / POSTPROCESSOR)]
+    return [step["state_file"] for _, step in steps if isinstance(step.get("state_file"), str)]
 
 
 @contextmanager
@@ -102,9 +94,6 @@ def whole_weights(folder: Path) -> list[Path]:
     """The files with a policy's whole weights: one, or its shards.
 
     LeRobot and transformers write either; where both are there, nobody can tell which is the newer.
-
-    Raises:
-        UserError: a shard is missing, or there are both.
     """
     whole, index = folder / WEIGHTS, folder / WEIGHTS_INDEX
     if not index.is_file():
@@ -113,28 +102,22 @@ def whole_weights(folder: Path) -> list[Path]:
     there = [path for path in shards if path.is_file()]
     if whole.is_file():
         if there and shards != [whole]:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{folder} holds weights twice, in {WEIGHTS} and in the {len(there)} shards of {index.name}; "
-                "remove those that do not count (LeRobot reads the former)",
+                "remove those that do not count (LeRobot reads the former)"
             )
         return [whole]  # the index has been left behind
     missing = [path.name for path in shards if path not in there]
     if missing:
-        raise UserError(
-            OPTION,
+        raise policy_error(
             f"{folder} lacks {len(missing)} of the {len(shards)} shards that {index.name} names: "
-            f"{', '.join(missing)}",
+            f"{', '.join(missing)}"
         )
     return shards
 
 
 def part_weights(folder: Path, option: str = OPTION) -> list[Path]:
-    """The safetensors files of a model that transformers or diffusers saved, whole or in shards.
-
-    Raises:
-        UserError: there are none.
-    """
+    """The safetensors files of a model that transformers or diffusers saved, whole or in shards."""
     name = next((name for name in PART_WEIGHTS if (folder / name).is_file()), None)
     if name is None:
         raise UserError(option, f"{folder} holds no weights in safetensors files")
@@ -155,11 +138,7 @@ def _shards(index: Path, option: str) -> list[Path]:
 
 @contextmanager
 def open_weights(path: Path, option: str = OPTION) -> Iterator[Any]:
-    """A safetensors file, of which ``keys()`` and ``get_tensor(name)`` read.
-
-    Raises:
-        UserError: truncated, or no safetensors file.
-    """
+    """A safetensors file, of which ``keys()`` and ``get_tensor(name)`` read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -174,13 +153,8 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """The tensors of a model that lies in one safetensors file or in shards.
 
-    Args:
-        paths: the file or files.
-        option: what the user has to change where one is broken.
-        unchecked: prefixes of tensors that may hold NaN or Inf.
-
-    Raises:
-        UserError: truncated, corrupt, holding NaN or Inf, or two files hold a tensor of one name.
+    ``option`` is what the user has to change where one is corrupt or holds NaN or Inf; the names of tensors
+    that may hold these begin with one of ``unchecked``.
     """
     tensors: dict[str, Tensor] = {}
     for path in [paths] if isinstance(paths, Path) else paths:

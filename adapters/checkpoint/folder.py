@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from trimtab.adapters.checkpoint.files import (
+    BACKBONE,
     CONFIG,
     OLD_STATISTICS,
     OPTION,
@@ -20,7 +26,7 @@ from trimtab.adapters.checkpoint.files import (
     read_json,
     whole_weights,
 )
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 
 REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name on the Hub
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")  # configs, tokenizers and processors
@@ -39,18 +45,9 @@ def find_folder(
     suffixes: tuple[str, ...] = SMALL_FILES,
     mend: str = "",
 ) -> Path:
-    """A local folder, or the Hub's copy of a repository.
+    """A local folder, or the Hub's copy of a repository: its files with ``suffixes``.
 
-    Args:
-        name: folder, or ``owner/name`` on the Hub.
-        option: what named it.
-        revision: branch, tag or commit on the Hub.
-        token: for private repositories; default: the Hub's own (``HF_TOKEN``, ``hf auth login``).
-        suffixes: of the files that are fetched.
-        mend: what else to say where there is nothing.
-
-    Raises:
-        UserError: neither a folder nor a reachable Hub repository.
+    Where there is nothing by the ``name`` that ``option`` gave, the error ends in ``mend``.
     """
     folder = Path(name).expanduser()
     if folder.exists():
@@ -77,14 +74,10 @@ def find_folder(
 
 
 def resolve_folder(path: str, revision: str | None = None, token: str | None = None) -> Path:
-    """The local folder of a whole policy, fetched from the Hub where ``path`` is a repository.
-
-    Raises:
-        UserError: nothing there, or the folder lacks a file that a saved policy has.
-    """
+    """The local folder of a whole policy, fetched from the Hub where ``path`` is a repository."""
     folder = find_folder(path, OPTION, revision, token, (*SMALL_FILES, ".safetensors"))
     if not folder.is_dir():
-        raise UserError(OPTION, f"{path} is a file; name the folder that holds {CONFIG}")
+        raise policy_error(f"{path} is a file; name the folder that holds {CONFIG}")
     nested = folder / "pretrained_model"
     if not (folder / CONFIG).exists() and (nested / CONFIG).exists():
         folder = nested  # a checkpoint folder of lerobot-train
@@ -98,10 +91,9 @@ def _check_whole(folder: Path) -> None:
     if not missing and is_peft(folder):
         missing += [name for name in (PEFT_CONFIG, PEFT_WEIGHTS) if not (folder / name).is_file()]
         if missing and has_weights(folder):
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{folder / CONFIG} says use_peft, but {' and '.join(missing)} is not there, only "
-                "whole weights; if the LoRA has been merged into them, set use_peft to false",
+                "whole weights; if the LoRA has been merged into them, set use_peft to false"
             )
     elif not has_weights(folder):
         missing.append(WEIGHTS)
@@ -124,9 +116,8 @@ def _check_whole(folder: Path) -> None:
     else:
         hint = "`lerobot-train` writes one under checkpoints/<step>/pretrained_model"
     shown = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
-    raise UserError(
-        OPTION,
-        f"{folder} is not a whole policy folder, it lacks {', '.join(missing)} (it holds {shown}); {hint}",
+    raise policy_error(
+        f"{folder} is not a whole policy folder, it lacks {', '.join(missing)} (it holds {shown}); {hint}"
     )
 
 
@@ -147,37 +138,28 @@ def commit_of(folder: Path | str) -> str | None:
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether the folder's weights are those of a PEFT (LoRA) adapter: by ``use_peft``, as for LeRobot.
-
-    Raises:
-        UserError: it holds an adapter and whole weights, and its config does not say which counts.
-    """
+    """Whether the folder's weights are those of a PEFT (LoRA) adapter: by ``use_peft``, as for LeRobot."""
     use_peft = read_json(folder / CONFIG).get("use_peft") if (folder / CONFIG).is_file() else None
     adapter = (folder / PEFT_CONFIG).is_file() or (folder / PEFT_WEIGHTS).is_file()
     if not has_weights(folder):
         return use_peft is True or adapter
     if adapter and not isinstance(use_peft, bool):
-        raise UserError(
-            OPTION,
+        raise policy_error(
             f"{folder} holds whole weights and a LoRA ({PEFT_WEIGHTS}), and its {CONFIG} does not say which "
-            "counts: set use_peft to true (the LoRA, on its base) or to false (the whole weights)",
+            "counts: set use_peft to true (the LoRA, on its base) or to false (the whole weights)"
         )
     return use_peft is True
 
 
-def peft_base(folder: Path, base_path: str | None, token: str | None = None) -> Path:
-    """The folder of the policy that a PEFT checkpoint adapts: ``base_path``, or what the checkpoint says.
-
-    Raises:
-        UserError: no base is named, or none is there.
-    """
+def peft_base(folder: Path, base_path: str | None) -> Path:
+    """The folder of the policy that a PEFT checkpoint adapts: ``base_path``, or what the checkpoint says."""
     saved = read_json(folder / PEFT_CONFIG)
     named = base_path or saved.get("base_model_name_or_path")
     if not named:
-        raise UserError(OPTION, f"{folder / PEFT_CONFIG} names no base policy; add --policy.base_path=")
+        raise policy_error(f"{folder / PEFT_CONFIG} names no base policy; add --policy.base_path=")
     option = "--policy.base_path"
     try:
-        base = resolve_folder(named, None if base_path else saved.get("revision"), token)
+        base = resolve_folder(named, None if base_path else saved.get("revision"))
     except UserError as error:
         raise UserError(
             option, f"the base policy of the LoRA checkpoint {folder} was not found: {error.message}"
@@ -187,31 +169,45 @@ def peft_base(folder: Path, base_path: str | None, token: str | None = None) -> 
     return base
 
 
-def weights_files(folder: Path, base_path: str | None = None, token: str | None = None) -> list[Path]:
-    """The files with a policy's weights; of a PEFT checkpoint the adapter's and then its base's.
-
-    Raises:
-        UserError: the base of a PEFT checkpoint is not there; what counts cannot be told.
-    """
+def weights_files(folder: Path, base_path: str | None = None) -> list[Path]:
+    """The files with a policy's weights; of a PEFT checkpoint the adapter's and then its base's."""
     if is_peft(folder):
-        return [folder / PEFT_WEIGHTS, *whole_weights(peft_base(folder, base_path, token))]
+        return [folder / PEFT_WEIGHTS, *whole_weights(peft_base(folder, base_path))]
     return whole_weights(folder)
 
 
-def read_policy_type(folder: Path) -> str:
-    """The ``type`` in a policy folder's config.json.
+def backbone_folder(name: str, revision: str | None = None) -> Path:
+    """The folder with a backbone's config, tokenizer and processors; its weights are not fetched."""
+    return find_folder(
+        name, BACKBONE, revision, mend="; name a folder with the backbone's config and processors"
+    )
 
-    Raises:
-        UserError: not JSON, or no type.
+
+@contextmanager
+def without_weights(config: Any, *fields: str) -> Iterator[None]:
+    """While entered, ``fields`` of a policy's config name copies of its backbones without weights.
+
+    The policy's checkpoint holds them, but LeRobot loads, or downloads, the original ones first. Beside an
+    empty weights file it builds the same model with random ones, which the checkpoint replaces.
     """
-    raw = read_json(folder / CONFIG)
-    policy_type = raw.get("type")
-    if isinstance(policy_type, str):
-        return policy_type
-    keys = ", ".join(list(raw)[:8]) or "nothing"
-    whose = "it is not the config of a LeRobot policy"
-    if isinstance(raw.get("model_type"), str):
-        whose = f"it is the config of another library's '{raw['model_type']}' model"
-    elif "input_shapes" in raw:
-        whose = "LeRobot wrote such configs before 2025, and reads them no more"
-    raise UserError(OPTION, f"{folder / CONFIG} has no 'type' (it holds {keys}): {whose}")
+    from safetensors.torch import save_file
+
+    names = {field: getattr(config, field) for field in fields}
+    with TemporaryDirectory() as root:
+        try:
+            for field, name in names.items():
+                folder = backbone_folder(name)
+                if not (folder / CONFIG).is_file():
+                    raise UserError(
+                        BACKBONE, f"{folder} holds no {CONFIG}; name a folder with the backbone's config"
+                    )
+                copy = Path(root) / field
+                copy.mkdir()
+                for file in folder.iterdir():
+                    if file.suffix in SMALL_FILES and not file.name.endswith(".index.json"):
+                        shutil.copy(file, copy)
+                save_file({}, copy / WEIGHTS, metadata={"format": "pt"})
+                setattr(config, field, str(copy))
+            yield
+        finally:
+            vars(config).update(names)

@@ -23,15 +23,8 @@ from trimtab.adapters.checkpoint.folder import is_peft, weights_files
 
 # Entries of the JSON files that say where a policy lies, runs or comes from, not what it computes.
 ELSEWHERE = {
-    "base_model_name_or_path",
-    "_name_or_path",
-    "license",
-    "pretrained_path",
-    "private",
-    "push_to_hub",
-    "repo_id",
-    "revision",
-    "tags",
+    *("base_model_name_or_path", "_name_or_path", "pretrained_path", "repo_id", "revision"),
+    *("license", "private", "push_to_hub", "tags"),
 }
 
 
@@ -40,8 +33,7 @@ def hash_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
@@ -54,10 +46,9 @@ def settings_hashes(folder: Path, parts: Mapping[str, Path] | None = None) -> di
     """SHA-256 of every file beside the weights that decides what a policy computes, by name.
 
     These are the policy's config, both processors and their statistics, a PEFT adapter's config, and the
-    config and weights of each frozen part outside the checkpoint. JSON files are hashed by their content
-    without what may differ on another machine: devices, entries about the Hub (``ELSEWHERE``), and every
-    string that is a path or the name of a Hub repository (it holds a slash and no space). Tokenizers are
-    not covered.
+    config and weights of each frozen part outside the checkpoint; no tokenizers. JSON files are hashed by
+    content, without what may differ on another machine: devices, entries about the Hub (``ELSEWHERE``), and
+    every string that is a path or the name of a Hub repository (it holds a slash and no space).
     """
     names = [CONFIG, PREPROCESSOR, POSTPROCESSOR, *([PEFT_CONFIG] if is_peft(folder) else [])]
     paths = {name: folder / name for name in (*names, *state_files(folder))}

@@ -1,19 +1,35 @@
-"""The processors of a policy: loaded by LeRobot, and checked to normalise what was normalised in training."""
+"""The processors of a policy: loaded by LeRobot, and checked to normalise what was normalised in training.
+
+Checkpoints of LeRobot before 0.4 hold the statistics among the weights and no processors: their policies
+normalised in buffers of their own (``normalize_inputs.buffer_observation_state.mean``). From those LeRobot's
+own factory makes the processors that it would save today. Nothing is written into the folder.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trimtab.adapters.checkpoint.files import OPTION, POSTPROCESSOR, PREPROCESSOR, processor_steps
-from trimtab.adapters.checkpoint.legacy import is_legacy, make_processors, read_statistics
+from trimtab.adapters.checkpoint.files import (
+    OLD_STATISTICS,
+    OPTION,
+    POSTPROCESSOR,
+    PREPROCESSOR,
+    processor_steps,
+    read_weights,
+    whole_weights,
+)
 from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 
 # The statistics that LeRobot's normalisers compute with; without them they pass values through as they are.
 STATISTICS = {
@@ -22,11 +38,101 @@ STATISTICS = {
     "QUANTILES": ("q01", "q99"),
     "QUANTILE10": ("q10", "q90"),
 }
+TOKENIZER_STEP = "tokenizer_processor"
 RENAME_STEP = "rename_observations_processor"
 DEVICE_STEP = "device_processor"
 # Entries of a processor step that name something to be fetched.
 FETCHED = {"tokenizer_name", "processor_name", "model_name", "checkpoint_path"}
 FAILED_STEP = re.compile(r"Failed to instantiate processor step '([^']+)'")
+# SmolVLA's had one set for each dataset that it was trained on (`normalize_inputs.so100-red_buffer_...`).
+BUFFER = re.compile(r"\w+\.(?:so\d+(?:-\w+?)?[_.])?buffer_(?P<feature>.+)\.(?P<statistic>mean|std|min|max)")
+# Made the actions; `normalize_targets`, of the loss, counts where it stands alone.
+EXECUTED = "unnormalize_outputs"
+
+
+def is_legacy(folder: Path) -> bool:
+    """Whether a policy's folder (that ``resolve_folder`` let pass) has no processors of its own."""
+    return not (folder / PREPROCESSOR).is_file() and not (folder / POSTPROCESSOR).is_file()
+
+
+def take_statistics(saved: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take what is no tensor of the model but a statistic out of ``saved``, and return it."""
+    names = [name for name in saved if name.startswith(OLD_STATISTICS) and name not in state]
+    return {name: saved.pop(name) for name in names}
+
+
+def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dict[str, Tensor]]:
+    """Statistics by feature, as LeRobot's datasets have them, from what ``take_statistics`` returned.
+
+    The buffers' names have underscores where the features have dots.
+    """
+    features = [*config.input_features, *config.output_features]
+    stats: dict[str, dict[str, Tensor]] = {}
+    for name, value in old.items():
+        if "_targets." in name and EXECUTED + name[name.index(".") :] in old:
+            continue
+        match = BUFFER.fullmatch(name)
+        whose = [key for key in features if match and key.replace(".", "_") == match["feature"]]
+        if match is None or len(whose) != 1:
+            raise policy_error(
+                f"the statistic '{name}' in {path} belongs to {' and '.join(whose) or 'none'} of the "
+                f"features in config.json ({', '.join(features)}); correct their names"
+            )
+        known, statistic = stats.setdefault(whose[0], {}), match["statistic"]
+        if statistic in known and not torch.equal(known[statistic], value):
+            raise policy_error(
+                f"{path} holds several statistics of '{whose[0]}' that differ (one is '{name}'): the policy "
+                "was trained on several datasets; fine-tune it on one"
+            )
+        known[statistic] = value
+    return stats
+
+
+def make_processors(
+    config: Any, stats: dict[str, dict[str, Tensor]], overrides: dict[str, dict[str, Any]]
+) -> tuple[Any, Any]:
+    """The (pre-, post-) processor that LeRobot makes of these statistics, in memory."""
+    pre, post = _factory(config, overrides.get(TOKENIZER_STEP))(config, dataset_stats=stats)
+    for index, step in enumerate(pre.steps):
+        changes = overrides.get(getattr(type(step), "_registry_name", ""))
+        if changes:
+            pre.steps[index] = type(step)(**{**step.get_config(), **changes})
+    return pre, post
+
+
+def _factory(config: Any, tokenizer: dict[str, Any] | None) -> Callable[..., tuple[Any, Any]]:
+    """LeRobot's factory; with another tokenizer, its code with that bound anew, for it knows no option."""
+    from lerobot.policies.factory import make_pre_post_processors
+
+    if not tokenizer:
+        return make_pre_post_processors
+    module = import_module(type(config).__module__.replace("configuration_", "processor_"))
+    plain, step = getattr(module, f"make_{config.type}_pre_post_processors"), module.TokenizerProcessorStep
+
+    def local(**arguments: Any) -> Any:
+        return step(**{**arguments, **tokenizer})
+
+    names = vars(module) | {"TokenizerProcessorStep": local}
+    return FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__)
+
+
+def read_statistics(config: Any, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """``statistics`` from a folder whose policy is not loaded here."""
+    paths = whole_weights(folder)
+    saved = read_weights(paths, unchecked=OLD_STATISTICS)
+    return statistics(take_statistics(saved, {}), config, paths[0])
+
+
+@contextmanager
+def processor_files(adapter: Any, folder: Path) -> Iterator[Path]:
+    """A folder with the processors' files of a base: its own, or a temporary one with what was made."""
+    if not is_legacy(folder):
+        yield folder
+        return
+    with TemporaryDirectory() as made:
+        for pipeline in (adapter.preprocessor, adapter.postprocessor):
+            pipeline.save_pretrained(made)
+        yield Path(made)
 
 
 def load_processors(
@@ -66,15 +172,14 @@ def processor_error(
     try:
         before, after = (processor_steps(folder / name) for name in (PREPROCESSOR, POSTPROCESSOR))
     except UserError as broken:
-        return UserError(OPTION, f"{intro}: {broken.message}")
+        return policy_error(f"{intro}: {broken.message}")
     known = ProcessorStepRegistry.list()
     for file, steps in ((PREPROCESSOR, before), (POSTPROCESSOR, after)):
         unknown = [name for name, step in steps if step.get("registry_name") and name not in known]
         if unknown:
-            return UserError(
-                OPTION,
+            return policy_error(
                 f"{folder / file} has a step '{unknown[0]}', which LeRobot does not know; the code that it "
-                "was trained with registers it: name that package with --policy.discover_packages_path=",
+                "was trained with registers it: name that package with --policy.discover_packages_path="
             )
     failed = FAILED_STEP.search(str(error))
     why = reason(error)
@@ -103,12 +208,7 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
     """Refuse processors that do not normalise what the policy was trained to see and to say.
 
     LeRobot's pass on unchanged what they have no statistics of: raw normalised actions would be executed.
-
-    Returns:
-        A line for the user where config.json says otherwise than the processors.
-
-    Raises:
-        UserError: a (un)normaliser is missing; statistics are missing, or hold NaN or Inf.
+    Returns a line for the user where config.json says otherwise than the processors.
     """
     modes = getattr(config, "normalization_mapping", None) or {}
     modes = {kind: mode.value for kind, mode in modes.items() if mode}
@@ -123,11 +223,10 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
         wanted = {kind: modes[kind] for kind in kinds if modes.get(kind, "IDENTITY") != "IDENTITY"}
         if wanted and not any(_may_normalise(step) for step in pipeline.steps):
             kind, mode = next(iter(wanted.items()))
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"by config.json, {kind} was normalised by {mode} in training, but no step of {path} {does} "
                 f"it (it has {', '.join(map(_name, pipeline.steps)) or 'none'}); put the step back, or set "
-                f"normalization_mapping.{kind} to IDENTITY if it was trained without",
+                f"normalization_mapping.{kind} to IDENTITY if it was trained without"
             )
         for step in pipeline.steps:
             stats = getattr(step, "_tensor_stats", None) or getattr(step, "stats", None) or {}
@@ -197,6 +296,6 @@ def _check_statistics(stats: dict[str, Any], key: str, mode: str | None, step: s
         )
     else:
         there = f"there are statistics of {', '.join(stats)}; correct the names"
-    raise UserError(
-        OPTION, f"{path} normalises '{key}' by {mode} but has no finite {' and '.join(bad)} of it; {there}"
+    raise policy_error(
+        f"{path} normalises '{key}' by {mode} but has no finite {' and '.join(bad)} of it; {there}"
     )

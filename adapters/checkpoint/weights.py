@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from trimtab.adapters.checkpoint.files import BACKBONE, OPTION, PEFT_WEIGHTS, part_weights, read_weights
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import UserError, policy_error, reason
 
 COMPILED = "_orig_mod."
 # A policy may hold what its file does not (frozen encoders, layers that are cut off): so many times more
@@ -24,15 +24,12 @@ def plain_names(saved: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The tensors of a policy that was saved compiled, under the names of the plain one.
 
     ``torch.compile`` puts ``_orig_mod`` before the names of what it wraps.
-
-    Raises:
-        UserError: a name is there twice, with and without.
     """
     plain: dict[str, Tensor] = {}
     for name, tensor in saved.items():
         short = name.replace(COMPILED, "")
         if short in plain:
-            raise UserError(OPTION, f"{path} holds '{short}' twice, once as torch.compile names it")
+            raise policy_error(f"{path} holds '{short}' twice, once as torch.compile names it")
         plain[short] = tensor
     return plain
 
@@ -51,10 +48,9 @@ def no_larger_than(saved: dict[str, Tensor], path: Path) -> Iterator[None]:
         if parameter is not None and parameter.device.type != "meta":
             built += parameter.numel()
         if built > TIMES_MORE * size + BESIDES:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{path} holds {size:,} numbers, and the policy that its config describes far more "
-                f"(over {built:,}): look for a part's config that is missing or empty",
+                f"(over {built:,}): look for a part's config that is missing or empty"
             )
 
     hook = register_module_parameter_registration_hook(count)
@@ -95,9 +91,6 @@ def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) 
 
     LeRobot loads with ``strict=False`` by default, and some policies return random weights when the
     file is missing. Shared tensors are saved once; their other names are found by their storage.
-
-    Raises:
-        UserError: a tensor is missing, extra, or of another shape.
     """
     check_names(policy.state_dict(), saved, path)
     policy.load_state_dict(saved, strict=False)
@@ -105,10 +98,9 @@ def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) 
 
 
 def check_part(module: torch.nn.Module, folder: Path) -> None:
-    """Compare a frozen part outside the checkpoint with its files, one after another.
+    """Compare a frozen part outside the checkpoint with its files: its library draws what a file lacks.
 
-    Its library fills what a file lacks with random numbers. What the files hold beside (UMT5's decoder) is
-    not looked at.
+    What the files hold beside (UMT5's decoder) is not looked at.
     """
     state = module.state_dict()
     known: dict[str, Tensor] = {}
@@ -128,7 +120,7 @@ def load_peft(policy: torch.nn.Module, folder: Path) -> None:
     try:
         loaded = PeftModel.from_pretrained(policy, str(folder), is_trainable=False)
     except Exception as error:
-        raise UserError(OPTION, f"{folder} does not fit its base policy: {reason(error)}") from error
+        raise policy_error(f"{folder} does not fit its base policy: {reason(error)}") from error
     state: dict[str, Any] = get_peft_model_state_dict(loaded)
     check_names(state, saved, path)
     check_values(state, saved, path)

@@ -18,11 +18,7 @@ import torch
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
-from trimtab.adapters.policy_adapter import PolicyAdapter
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError, policy_error
 
 
 class ACTAdapter(PolicyAdapter):
@@ -42,24 +38,20 @@ class ACTAdapter(PolicyAdapter):
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
         """Refuse what has no latent, or no chunk that one latent decides, and options without effect."""
         if not config.use_vae:
-            raise UserError(
-                "--policy.path",
-                "this act policy was trained without its VAE (use_vae=false): it has no latent to steer",
+            raise policy_error(
+                "this act policy was trained without its VAE (use_vae=false): it has no latent to steer"
             )
         if config.temporal_ensemble_coeff is not None:
-            raise UserError(
-                "--policy.path",
+            raise policy_error(
                 "this act policy executes averages over all chunks so far (temporal_ensemble_coeff="
                 f"{config.temporal_ensemble_coeff}), so no one noise decides what is executed; in its "
                 "config.json, set temporal_ensemble_coeff to null and n_action_steps to the steps to execute "
-                f"of each chunk (at most {config.chunk_size})",
+                f"of each chunk (at most {config.chunk_size})"
             )
         if options.num_inference_steps is not None:
             raise UserError(
                 "--policy.num_inference_steps", "an act policy decodes in one step; drop the option"
             )
-        # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
-        config.pretrained_backbone_weights = None
         return []
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:

@@ -12,11 +12,7 @@ import torch
 from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
-from trimtab.adapters.policy_adapter import PolicyAdapter
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError
 
 DEFAULT_DDIM_STEPS = 10  # what a checkpoint saved with DDPM is sampled with, unless told otherwise
 
@@ -25,9 +21,6 @@ def use_ddim(config: Any, num_inference_steps: int | None) -> list[str]:
     """Switch DDPM, whose steps draw fresh noise, to DDIM, whose steps do not: same weights and betas.
 
     Changes ``config``, and returns a line for the user where something was switched.
-
-    Raises:
-        UserError: more steps than the policy was trained with.
     """
     notes = []
     if config.noise_scheduler_type != "DDIM":
@@ -75,6 +68,7 @@ class DiffusionAdapter(PolicyAdapter):
     dtypes = ("float32",)  # LeRobot gives the encoder, or joins to its output, float32 states
     history: ClassVar[bool] = True
     stacks_cameras = True
+    resize_field: ClassVar[str] = "resize_shape"
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
@@ -83,17 +77,12 @@ class DiffusionAdapter(PolicyAdapter):
         self.noise_spec = NoiseSpec((config.horizon, action_dim))
         self.chunk_shape = (steps_to_horizon(config), action_dim)
         self.n_obs_steps = config.n_obs_steps
+        # To one size; a crop alone would show another part of them.
+        self.resizes_images = getattr(config, self.resize_field) is not None
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
-        # The checkpoint's weights replace the backbone's anyway; asking for these would download them.
-        config.pretrained_backbone_weights = None
         return [*cap_steps(config), *use_ddim(config, options.num_inference_steps)]
-
-    @property
-    def resizes_images(self) -> bool:
-        """Whether the policy scales its images to one size first; a crop alone shows another part of them."""
-        return self.config.resize_shape is not None
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         batch = dict(batch)

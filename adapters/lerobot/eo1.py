@@ -15,11 +15,8 @@ from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
-from trimtab.adapters.lerobot.vla import VLAAdapter
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyConfig
+from trimtab.adapters.lerobot.vla import VLAAdapter, pooled, restore_prefix, store_prefix
 
 
 class EO1Adapter(VLAAdapter):
@@ -54,16 +51,12 @@ class EO1Adapter(VLAAdapter):
             tokens, image_grid_thw=batch["image_grid_thw"], attention_mask=mask, mm_token_type_ids=types
         )
         before = slice(span.start)
+        ids = {name: batch[name] for name in ("state_token_id", "action_token_id")}
         outputs = qwen(
             input_ids=tokens[:, before],
             attention_mask=mask[:, before],
             position_ids=position_ids[..., before],
-            inputs_embeds=model.embed_prefix(
-                tokens,
-                state,
-                state_token_id=batch["state_token_id"],
-                action_token_id=batch["action_token_id"],
-            )[:, before],
+            inputs_embeds=model.embed_prefix(tokens, state, **ids)[:, before],
             pixel_values=batch["pixel_values"],
             image_grid_thw=batch["image_grid_thw"],
             mm_token_type_ids=types[:, before],

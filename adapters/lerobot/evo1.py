@@ -14,12 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyConfig
 from trimtab.adapters.lerobot.injection import injected
-from trimtab.adapters.lerobot.prefix import pooled
-from trimtab.adapters.lerobot.vla import VLAAdapter
+from trimtab.adapters.lerobot.vla import VLAAdapter, pooled
 
 
 class Evo1Adapter(VLAAdapter):
@@ -45,14 +42,6 @@ class Evo1Adapter(VLAAdapter):
         half = config.vlm_dtype in ("bfloat16", "float16")
         config.use_flash_attn = config.use_flash_attn and half and str(config.device).startswith("cuda")
         return []
-
-    @classmethod
-    def build(cls, config: Any) -> Any:
-        from transformers import AutoTokenizer
-
-        policy = super().build(config)
-        policy.model.embedder.tokenizer = AutoTokenizer.from_pretrained(config.vlm_model_name)
-        return policy
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         policy = self.policy

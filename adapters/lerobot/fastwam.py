@@ -24,12 +24,10 @@ import torch
 from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
+from trimtab.adapters import Conditioning, PolicyConfig, UserError, policy_error
 from trimtab.adapters.checkpoint.files import BACKBONE, CONFIG, part_weights
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, reason
-from trimtab.adapters.lerobot.prefix import restore_prefix, store_layers
-from trimtab.adapters.lerobot.vla import VLAAdapter
+from trimtab.adapters.errors import reason
+from trimtab.adapters.lerobot.vla import VLAAdapter, restore_prefix, store_layers
 
 OLD_BLOCK = re.compile(r"mixtures\.([^.]+)\.blocks\.(\d+)\.")
 WAN_HINT = (
@@ -87,14 +85,11 @@ class FastWAMAdapter(VLAAdapter):
         config.tokenizer_model_id = options.tokenizer or config.tokenizer_model_id
         mode = config.video_dit_config.get("video_attention_mask_mode")
         if mode != "first_frame_causal":
-            raise UserError(
-                "--policy.path",
-                f"its video_attention_mask_mode is '{mode}', with which it cannot infer actions",
+            raise policy_error(
+                f"its video_attention_mask_mode is '{mode}', with which it cannot infer actions"
             )
         if not config.load_text_encoder:
-            raise UserError(
-                "--policy.path", "it was saved without its text encoder (load_text_encoder=false)"
-            )
+            raise policy_error("it was saved without its text encoder (load_text_encoder=false)")
         if config.torch_dtype != "float32" and not str(config.device).startswith("cuda"):
             # It relies on CUDA's autocast for its time embedding.
             if options.dtype:
@@ -136,13 +131,9 @@ class FastWAMAdapter(VLAAdapter):
     @classmethod
     def frozen_parts(cls, policy: Any) -> dict[str, tuple[torch.nn.Module, Path]]:
         model, config = policy.model, policy.config
-        return {
-            "vae": (model.vae.vae, wan_part_folder(cls._vae_source(config), "vae")),
-            "text_encoder": (
-                model.text_encoder.model,
-                wan_part_folder(config.text_encoder_model_id, "text_encoder"),
-            ),
-        }
+        vae = wan_part_folder(cls._vae_source(config), "vae")
+        text_encoder = wan_part_folder(config.text_encoder_model_id, "text_encoder")
+        return {"vae": (model.vae.vae, vae), "text_encoder": (model.text_encoder.model, text_encoder)}
 
     @staticmethod
     def _vae_source(config: Any) -> str:

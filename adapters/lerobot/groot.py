@@ -16,14 +16,12 @@ from lerobot.policies.groot.modeling_groot import GrootPolicy
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 
-from trimtab.adapters.base import NoiseSpec
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError
+from trimtab.adapters.base import steps_with
 from trimtab.adapters.checkpoint.files import BACKBONE
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import reason
 from trimtab.adapters.lerobot.injection import injected
-from trimtab.adapters.lerobot.prefix import pooled
-from trimtab.adapters.policy_adapter import PolicyAdapter
+from trimtab.adapters.lerobot.vla import pooled
 
 ENCODE_STEP = "groot_n1_7_vlm_encode_v1"  # LeRobot's name of the step that tokenizes
 TOKENS = ("backbone_features", "backbone_attention_mask", "image_mask")  # one entry per token of the prompt
@@ -37,12 +35,8 @@ class _UnloadedGrootPolicy(GrootPolicy):
     """
 
     def _create_groot_model(self) -> GR00TN17:
-        config = self.config
-        asked = {
-            "num_inference_timesteps": config.num_inference_timesteps,
-            "use_flash_attention": config.use_flash_attention,
-        }
-        asked = {name: value for name, value in asked.items() if value is not None}
+        config, names = self.config, ("num_inference_timesteps", "use_flash_attention")
+        asked = {name: value for name in names if (value := getattr(config, name)) is not None}
         base = GR00TN17Config.from_pretrained(config.base_model_path, **asked)
         dtype = {"dtype": torch.float32} if config.model_params_fp32 else {}
         return GR00TN17._from_config(base, load_backbone_weights=False, **dtype)
@@ -87,9 +81,8 @@ class GrootAdapter(PolicyAdapter):
 
     def cameras_used(self, given: Collection[str]) -> set[str]:
         """Those that the checkpoint names; all there are where it names none of these."""
-        for step in getattr(self.preprocessor, "steps", ()):
-            if hasattr(step, "_ordered_image_keys"):
-                return set(step._ordered_image_keys(dict.fromkeys(given)))
+        for step in steps_with("_ordered_image_keys", self.preprocessor):
+            return set(step._ordered_image_keys(dict.fromkeys(given)))
         return super().cameras_used(given)
 
     @property
@@ -98,10 +91,8 @@ class GrootAdapter(PolicyAdapter):
 
     def _relative_pack_step(self) -> Any:
         """The preprocessor's step that holds the state which native relative actions are added to."""
-        for step in getattr(self.postprocessor, "steps", ()):
-            if getattr(step, "use_relative_action", False):
-                return step.pack_step
-        return None
+        steps = steps_with("use_relative_action", self.postprocessor)
+        return next((step.pack_step for step in steps if step.use_relative_action), None)
 
     def observe(
         self, observation: dict[str, Any], before: tuple[Conditioning, Tensor] | None = None

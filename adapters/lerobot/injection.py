@@ -14,22 +14,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.policy_adapter import PolicyAdapter
+from trimtab.adapters import Conditioning, PolicyAdapter
 
 NORMAL_DRAWS = (torch.randn, torch.normal)
 
 
 class NoiseInjector(TorchFunctionMode):
-    """Returns ``noise`` from the first draws of its shape, in order.
-
-    Args:
-        noise: what the policy shall draw; one tensor per draw it makes.
-        functions: the factories to watch.
-
-    Attributes:
-        hits: draws replaced so far.
-    """
+    """Returns ``noise``, one tensor per draw, from the first draws of its shape that ``functions`` make."""
 
     def __init__(
         self, noise: Tensor | Sequence[Tensor], functions: Sequence[Callable] = NORMAL_DRAWS
@@ -37,7 +28,7 @@ class NoiseInjector(TorchFunctionMode):
         super().__init__()
         self.noise = [noise] if isinstance(noise, Tensor) else list(noise)
         self.functions = set(functions)
-        self.hits = 0
+        self.hits = 0  # draws replaced so far
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -49,11 +40,7 @@ class NoiseInjector(TorchFunctionMode):
         return out
 
     def check(self, policy_type: str) -> None:
-        """Raise where the policy drew less often than there was noise for.
-
-        Raises:
-            RuntimeError: a draw was not met; the policy's sampler is not the one that the adapter knows.
-        """
+        """Raise ``RuntimeError`` where the policy drew less often than there was noise for."""
         if self.hits != len(self.noise):
             raise RuntimeError(
                 f"{policy_type} drew its noise {self.hits} times where {len(self.noise)} were expected: "

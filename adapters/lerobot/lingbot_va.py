@@ -25,12 +25,9 @@ import torch
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig
 from trimtab.adapters.lerobot.fastwam import check_wan_folder, loading_wan, wan_part_folder
 from trimtab.adapters.lerobot.injection import injected
-from trimtab.adapters.policy_adapter import PolicyAdapter
 
 VIDEO_SEED = 0
 CACHE = "pos"  # LeRobot's name of its one cache
@@ -107,11 +104,7 @@ class LingBotVAAdapter(PolicyAdapter):
         return _joined(rows)
 
     def follow(self, conditioning: Conditioning, chunk: Tensor, batch: dict[str, Any]) -> Conditioning:
-        """As the base class; the last observations of ``batch`` are those after each action of ``chunk``.
-
-        Raises:
-            ValueError: the histories are shorter than the chunk.
-        """
+        """As the base class; the last observations of ``batch`` are those after each action of ``chunk``."""
         config, rows = self.config, []
         steps, per_frame = chunk.shape[1], config.action_per_frame
         if batch[config.obs_cam_keys[0]].shape[1] < steps:

@@ -12,22 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from lerobot.policies.molmoact2.modeling_molmoact2 import MolmoAct2Policy
-from lerobot.policies.molmoact2.molmoact2_hf_model.configuration_molmoact2 import MolmoAct2Config
-from lerobot.policies.molmoact2.molmoact2_hf_model.inference import _ActionFlowInputs
-from lerobot.policies.molmoact2.molmoact2_hf_model.modeling_molmoact2 import (
-    ActionExpertContext,
-    MolmoAct2ForConditionalGeneration,
-)
+from lerobot.policies.molmoact2.molmoact2_hf_model import modeling_molmoact2 as molmo
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.checkpoint.backbone import backbone_folder
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
-from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_layers
-from trimtab.adapters.policy_adapter import PolicyAdapter
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, policy_error
+from trimtab.adapters.checkpoint.folder import backbone_folder
+from trimtab.adapters.lerobot.vla import pooled, restore_prefix, store_layers
 
 PADDING = "action_dim_is_pad"
 
@@ -36,9 +27,9 @@ class _WithoutBackboneWeights(MolmoAct2Policy):
     """LeRobot's policy, its model built from the backbone's config: the checkpoint holds all weights."""
 
     def _load_hf_model(self) -> None:
-        config = MolmoAct2Config.from_pretrained(self.config.checkpoint_path)
+        config = molmo.MolmoAct2Config.from_pretrained(self.config.checkpoint_path)
         dtype = getattr(torch, self.config.model_dtype)
-        self.model = MolmoAct2ForConditionalGeneration._from_config(config, dtype=dtype)
+        self.model = molmo.MolmoAct2ForConditionalGeneration._from_config(config, dtype=dtype)
         self._override_loaded_max_action_horizon(self.config.chunk_size)
 
 
@@ -70,11 +61,10 @@ class MolmoAct2Adapter(PolicyAdapter):
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
         if "discrete" in (config.inference_action_mode, config.action_mode):
-            raise UserError(
-                "--policy.path",
+            raise policy_error(
                 "this molmoact2 policy writes action tokens (mode 'discrete') and draws no noise; one "
                 "trained with action_mode 'both' can be steered once its config.json says "
-                "inference_action_mode 'continuous'",
+                "inference_action_mode 'continuous'"
             )
         config.inference_action_mode = "continuous"
         folder = backbone_folder(config.checkpoint_path, config.checkpoint_revision)
@@ -130,7 +120,7 @@ class MolmoAct2Adapter(PolicyAdapter):
         steps = self.config.num_inference_steps or backbone.config.flow_matching_num_steps
         with self._precision():
             rope = expert.blocks[0].self_attn.rope
-            context = ActionExpertContext(
+            context = molmo.ActionExpertContext(
                 kv_contexts=restore_prefix(conditioning).layers,
                 cross_mask=conditioning.rows("cross_mask"),
                 self_mask=expert._build_self_attention_mask(None, horizon, device, dtype),
@@ -139,11 +129,9 @@ class MolmoAct2Adapter(PolicyAdapter):
             )
             times = [torch.full((count,), step / steps, device=device) for step in range(steps)]
             trajectory = backbone._mask_action_dim_tensor(
-                noise.to(dtype),
-                action_dim_is_pad=padding,
-                enabled=backbone.config.mask_action_dim_padding,
+                noise.to(dtype), action_dim_is_pad=padding, enabled=backbone.config.mask_action_dim_padding
             )
             modulations = expert.prepare_modulation_cache(times)
-            inputs = _ActionFlowInputs(trajectory, context, modulations, padding)
+            inputs = molmo._ActionFlowInputs(trajectory, context, modulations, padding)
             chunk = backbone._run_action_flow_loop(inputs, steps)
         return self.executed(chunk).float()

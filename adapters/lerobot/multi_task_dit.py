@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
+from trimtab.adapters import Conditioning, PolicyConfig
 from trimtab.adapters.lerobot.diffusion import DiffusionAdapter, cap_steps, use_ddim
 from trimtab.adapters.lerobot.injection import injected
 
@@ -27,6 +26,7 @@ class MultiTaskDiTAdapter(DiffusionAdapter):
     loads_backbone = True
     takes_tokenizer = True
     reads_task = True
+    resize_field = "image_resize_shape"
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
@@ -34,11 +34,6 @@ class MultiTaskDiTAdapter(DiffusionAdapter):
             return [*cap_steps(config), *use_ddim(config, options.num_inference_steps)]
         config.num_integration_steps = options.num_inference_steps or config.num_integration_steps
         return cap_steps(config)
-
-    @property
-    def resizes_images(self) -> bool:
-        """Whether the policy scales its images; it crops them in any case."""
-        return self.config.image_resize_shape is not None
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         batch = self.policy._prepare_batch(dict(batch))

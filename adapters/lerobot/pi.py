@@ -17,9 +17,8 @@ from lerobot.policies.common.vla_utils import make_att_2d_masks, pad_vector, pre
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
-from trimtab.adapters.lerobot.vla import VLAAdapter
+from trimtab.adapters import Conditioning
+from trimtab.adapters.lerobot.vla import VLAAdapter, pooled, restore_prefix, store_prefix
 
 
 class PiAdapter(VLAAdapter):

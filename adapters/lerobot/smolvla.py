@@ -14,10 +14,8 @@ from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
-from trimtab.adapters.lerobot.vla import VLAAdapter
+from trimtab.adapters import Conditioning, PolicyConfig
+from trimtab.adapters.lerobot.vla import VLAAdapter, pooled, restore_prefix, store_prefix
 
 
 class SmolVLAAdapter(VLAAdapter):
@@ -52,11 +50,7 @@ class SmolVLAAdapter(VLAAdapter):
         images, image_masks = policy.prepare_images(batch)
         state = policy.prepare_state(batch)
         embeddings, pad_mask, attention = model.embed_prefix(
-            images,
-            image_masks,
-            batch[OBS_LANGUAGE_TOKENS],
-            batch[OBS_LANGUAGE_ATTENTION_MASK],
-            state=state,
+            images, image_masks, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK], state=state
         )
         (hidden, _), cache = model.vlm_with_expert.forward(
             attention_mask=make_att_2d_masks(pad_mask, attention),

@@ -1,26 +1,92 @@
-"""What most vision-language-action policies have in common."""
+"""What most vision-language-action policies have in common, such as a key-value cache of the prefix.
+
+Any number of noises read the cache of an observation's prefix, and none changes it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.policy_adapter import PolicyAdapter
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter
+from trimtab.adapters.conditioning import repeat_rows
 
 
 class VLAAdapter(PolicyAdapter):
-    """A policy that reads a task, resizes its images and denoises a chunk of ``n_action_steps`` or more.
-
-    Attributes:
-        noise_fields: fields of the config that hold the shape of its noise.
-    """
+    """A policy that reads a task, resizes its images and denoises a chunk of ``n_action_steps`` or more."""
 
     reads_task = True
     resizes_images = True
-    noise_fields: ClassVar[tuple[str, str]] = ("chunk_size", "max_action_dim")
+    noise_fields: ClassVar[tuple[str, str]] = ("chunk_size", "max_action_dim")  # hold the shape of its noise
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
         config = policy.config
         self.noise_spec = NoiseSpec(tuple(getattr(config, name) for name in self.noise_fields))
         self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
+
+
+class PrefixLayer(DynamicLayer):
+    """One layer's prefix, (N, heads, length, dim); each row serves ``repeats`` noises.
+
+    ``update`` returns prefix and new entries together and stores nothing: no step has to copy or crop the
+    cache, and of the rows for K noises only one layer's exist at a time.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, repeats: int) -> None:
+        self._keys, self._values, self.repeats = keys, values, repeats
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    @property
+    def keys(self) -> Tensor:
+        """(N * repeats, heads, length, dim)"""
+        return repeat_rows(self._keys, self.repeats)
+
+    @property
+    def values(self) -> Tensor:
+        return repeat_rows(self._values, self.repeats)
+
+    def __getitem__(self, index: int) -> Tensor:  # for models that keep pairs of keys and values
+        return repeat_rows((self._keys, self._values)[index], self.repeats)
+
+    def get_seq_length(self) -> int:
+        return self._keys.shape[-2]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        return torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+
+    def crop(self, max_length: int) -> None:
+        """Nothing was added, so nothing is to be removed."""
+
+
+def store_layers(layers: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Keys and values of each layer as named tensors of a ``Conditioning``."""
+    tensors = {}
+    for index, (keys, values) in enumerate(layers):
+        tensors[f"keys.{index}"], tensors[f"values.{index}"] = keys, values
+    return tensors
+
+
+def store_prefix(cache: Cache) -> dict[str, Tensor]:
+    """A filled cache as named tensors of a ``Conditioning``."""
+    return store_layers((layer.keys, layer.values) for layer in cache.layers)
+
+
+def restore_prefix(conditioning: Conditioning) -> Cache:
+    """The cache that ``store_prefix`` wrote, for ``conditioning.batch_size`` noises."""
+    tensors = conditioning.tensors
+    layers: list[PrefixLayer] = []
+    while (name := f"keys.{len(layers)}") in tensors:
+        values = tensors[name.replace("keys", "values")]
+        layers.append(PrefixLayer(tensors[name], values, conditioning.repeats))
+    return Cache(layers=layers)
+
+
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, length, dim) over the entries where ``mask`` (B, length) is true, as float32."""
+    weight = mask.to(torch.float32).unsqueeze(-1)
+    return (hidden.float() * weight).sum(1) / weight.sum(1).clamp_min(1.0)

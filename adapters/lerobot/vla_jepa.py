@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trimtab.adapters import Conditioning, PolicyConfig, UserError, policy_error
 from trimtab.adapters.checkpoint.files import BACKBONE
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.errors import reason
 from trimtab.adapters.lerobot.injection import injected
 from trimtab.adapters.lerobot.vla import VLAAdapter
 
@@ -59,10 +58,9 @@ class VLAJEPAAdapter(VLAAdapter):
         for name, tensor in saved.items():
             frames = policy.config.jepa_tubelet_size
             if name.startswith(WORLD_MODEL[0]) and tensor.ndim == 5 and tensor.shape[2] != frames:
-                raise UserError(
-                    "--policy.path",
+                raise policy_error(
                     f"config.json says jepa_tubelet_size {frames}, the saved video encoder takes "
-                    f"{tensor.shape[2]} frames; correct config.json",
+                    f"{tensor.shape[2]} frames; correct config.json"
                 )
         return {name: tensor for name, tensor in saved.items() if not name.startswith(WORLD_MODEL)}
 

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from trimtab.adapters.checkpoint.backbone import backbone_folder
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
-from trimtab.adapters.lerobot.prefix import pooled, restore_prefix, store_prefix
-from trimtab.adapters.lerobot.vla import VLAAdapter
+from trimtab.adapters import Conditioning, PolicyConfig, policy_error
+from trimtab.adapters.checkpoint.folder import backbone_folder
+from trimtab.adapters.lerobot.vla import VLAAdapter, pooled, restore_prefix, store_prefix
 
 STEPS = 10  # LeRobot's default; its config has no field for it
 
@@ -35,10 +32,9 @@ class WallXAdapter(VLAAdapter):
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
         if config.prediction_mode != "diffusion":
-            raise UserError(
-                "--policy.path",
+            raise policy_error(
                 f"this wall_x policy writes action tokens (prediction_mode '{config.prediction_mode}') and "
-                "draws no noise; one trained with prediction_mode 'diffusion' can be steered",
+                "draws no noise; one trained with prediction_mode 'diffusion' can be steered"
             )
         config.pretrained_name_or_path = str(backbone_folder(config.pretrained_name_or_path))
         config.num_inference_steps = options.num_inference_steps or STEPS

@@ -14,10 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.conditioning import Conditioning
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter
 from trimtab.adapters.lerobot.injection import injected
-from trimtab.adapters.policy_adapter import PolicyAdapter
 
 SHARED = "model.vlm.language_model.shared.weight"
 EMBEDDING = "model.vlm.language_model.encoder.embed_tokens.weight"
@@ -55,6 +53,7 @@ class XVLAAdapter(PolicyAdapter):
         self.noise_spec = NoiseSpec(shape, live=live)
         width = space.postprocess(torch.zeros(1, *shape)).shape[-1]
         self.chunk_shape = (config.n_action_steps, width)
+        self.resizes_images = config.resize_imgs_with_padding is not None
 
     @classmethod
     def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
@@ -65,17 +64,11 @@ class XVLAAdapter(PolicyAdapter):
         aliases = {SHARED: EMBEDDING, EMBEDDING: SHARED}  # one tensor, of which a file may hold either name
         return {**{name: saved[other] for name, other in aliases.items() if other in saved}, **saved}
 
-    @property
-    def resizes_images(self) -> bool:
-        return self.config.resize_imgs_with_padding is not None
-
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         model = self.policy.model
         inputs = self.policy._build_model_inputs(batch)
         tokens = model.forward_vlm(
-            inputs["input_ids"],
-            inputs["image_input"].to(model._get_target_dtype()),
-            inputs["image_mask"],
+            inputs["input_ids"], inputs["image_input"].to(model._get_target_dtype()), inputs["image_mask"]
         )
         means = [entry.float().mean(1) for entry in tokens.values() if entry.shape[1]]
         features = torch.cat([*means, inputs["proprio"].float()], -1)

@@ -9,7 +9,8 @@ noises. The noise actor sees the raw state, and the server's prefix where it off
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,22 +18,10 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseSpec
-from trimtab.adapters.checkpoint.files import OPTION
-from trimtab.adapters.conditioning import Conditioning
-from trimtab.adapters.config import PolicyConfig
-from trimtab.adapters.errors import UserError
-from trimtab.adapters.policy_adapter import PolicyAdapter
-from trimtab.adapters.remote.observation import (
-    check_sent,
-    describe,
-    input_features,
-    is_image,
-    message_of,
-    sent_images,
-)
-from trimtab.adapters.remote.openpi_client import PolicyServer, ServerError
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError, policy_error
+from trimtab.adapters.remote.openpi_client import PolicyServer, ServerError, describe, is_image, sent_images
 
+DEFAULT_SIDE = 224  # of an example image that is sent as it is
 NOISE_DIM = 32  # openpi pads the actions of all its models to it
 MEND = (
     "openpi's own server ignores the noise it is sent. In its websocket_policy_server.py write "
@@ -40,36 +29,20 @@ MEND = (
     "`self._policy.infer(obs, noise=noise)`"
 )
 # What takes the place of options that have no effect on a server's policy.
-INSTEAD = {
-    "rename_map": "--policy.remote.keys",
-    "n_action_steps": "--policy.remote.n_action_steps",
-}
-
-
-@dataclass
-class ServedConfig:
-    """What the rest of the code asks of a policy's config."""
-
-    input_features: dict[str, PolicyFeature]
-    output_features: dict[str, PolicyFeature] = field(default_factory=dict)
+INSTEAD = {"rename_map": "--policy.remote.keys", "n_action_steps": "--policy.remote.n_action_steps"}
 
 
 class RemoteAdapter(PolicyAdapter):
     """``encode`` packs the observation, ``denoise`` sends it with each noise.
 
     Features: the raw states as they are sent, and the last token of the server's prefix where that is asked.
-
-    Args:
-        options: ``path`` is the server's address, ``remote`` says what it is sent.
-        device: where chunks and features are handed over.
-
-    Raises:
-        UserError: options that do not fit, nobody at the address, or answers unlike openpi's.
+    Chunks and features are handed over on ``device``.
     """
 
     policy_type: ClassVar[str] = "remote"
     reads_task = True
     rounding: ClassVar[float] = 0.1  # a server need not repeat itself to the bit
+    config: Any = None  # has the features alone
 
     def __init__(self, options: PolicyConfig, device: str) -> None:
         for name in vars(options).keys() - {"path", "device", "remote"}:
@@ -82,7 +55,7 @@ class RemoteAdapter(PolicyAdapter):
         self.policy = None  # out of sight
         self.preprocessor = self.postprocessor = lambda value: value
         self.device = torch.device(device)
-        self._config = ServedConfig(input_features(self.options))
+        self.config = SimpleNamespace(input_features=self._input_features(), output_features={})
         self._answer_shape: tuple[int, int] | None = None
         self.server = PolicyServer(options.path or "", self.options.timeout)
         try:
@@ -101,18 +74,18 @@ class RemoteAdapter(PolicyAdapter):
                 f"the server takes noise of shape {shape}; --policy.remote.noise_shape has no effect"
             )
         conditioning = self.example_conditioning(1, torch.Generator().manual_seed(0))
-        message = message_of(self.options, conditioning, 0)
+        message = self._message(conditioning, 0)
         if shape is not None:
             message[self.options.noise_key] = np.zeros((1, *shape), np.float32)
         try:
             horizon, action_dim = self._chunk(self.server.request(message)).shape
         except ServerError as error:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{error.message}; it was sent {', '.join(describe(message))} (change what with "
-                "--policy.remote.keys and --policy.remote.dims)",
+                "--policy.remote.keys and --policy.remote.dims)"
             ) from None
         self._answer_shape = (horizon, action_dim)
+        self.offers_features = "features" in conditioning.tensors
         steps = horizon if self.options.n_action_steps is None else self.options.n_action_steps
         if not 1 <= steps <= horizon:
             raise UserError(
@@ -121,7 +94,7 @@ class RemoteAdapter(PolicyAdapter):
             )
         self.noise_spec = NoiseSpec(shape or (horizon, NOISE_DIM))
         self.chunk_shape = (steps, action_dim)
-        self._config.output_features["action"] = PolicyFeature(FeatureType.ACTION, (action_dim,))
+        self.config.output_features["action"] = PolicyFeature(FeatureType.ACTION, (action_dim,))
         seen = [key for key in self.options.keys if not is_image(key)]
         if seen and not self.options.prefix_features and len(seen) < len(self.options.keys):
             notes.append(
@@ -130,21 +103,55 @@ class RemoteAdapter(PolicyAdapter):
             )
         return notes
 
-    @property
-    def config(self) -> ServedConfig:
-        return self._config
-
-    @property
-    def parameter_count(self) -> None:
-        return None
-
     def close(self) -> None:
         self.server.close()
 
-    # Observations.
+    def _input_features(self) -> dict[str, PolicyFeature]:
+        """The observations that are sent, as the features of a LeRobot config."""
+        features, dims = {}, self.options.dims
+        for key in self.options.keys:
+            if is_image(key):
+                side = self.options.image_size or DEFAULT_SIDE
+                features[key] = PolicyFeature(FeatureType.VISUAL, (3, side, side))
+            elif dims.get(key, 0) < 1:
+                raise UserError("--policy.remote.dims", f"say how many entries {key} has: {{{key}: 8}}")
+            else:
+                features[key] = PolicyFeature(FeatureType.STATE, (dims[key],))
+        if not features:
+            raise UserError("--policy.remote.keys", "name at least one observation to send")
+        return features
 
     def check_observation(self, observation: dict[str, Any]) -> None:
-        check_sent(self.options, observation)
+        missing = [key for key in self.options.keys if key not in observation]
+        if missing:
+            given = ", ".join(sorted(key for key in observation if key.startswith("observation"))) or "none"
+            raise UserError(
+                "--policy.remote.keys",
+                f"the server is sent {', '.join(missing)}, the environment gives {given}; choose the "
+                "environment that the policy was trained on, or map what there is to the server's names",
+            )
+        for key in self.options.keys:
+            shape, dim = tuple(observation[key].shape[2:]), self.options.dims.get(key)
+            if is_image(key) and len(shape) != 3:
+                raise UserError("--policy.remote.keys", f"{key} of shape {shape} is no image")
+            if not is_image(key) and shape != (dim,):
+                raise UserError(
+                    "--policy.remote.dims",
+                    f"{key} is said to have {dim} entries, the environment gives {shape}",
+                )
+
+    def _message(self, conditioning: Conditioning, row: int) -> dict[str, Any]:
+        """Observation ``row`` as the server takes it."""
+        content: dict[str, Any] = {}
+        for key, name in self.options.keys.items():
+            *parents, last = name.split(".")
+            inner = content
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[last] = conditioning.tensors[key][row].numpy()
+        if "task" in conditioning.lists:
+            content[self.options.prompt_key] = conditioning.lists["task"][row]
+        return content
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         tensors = {
@@ -163,7 +170,7 @@ class RemoteAdapter(PolicyAdapter):
 
     def _prefix(self, conditioning: Conditioning, row: int) -> Tensor:
         """What the model makes of images and instruction: the last token of its prefix (width,)."""
-        message = {"method": "get_prefix_rep", "obs": message_of(self.options, conditioning, row)}
+        message = {"method": "get_prefix_rep", "obs": self._message(conditioning, row)}
         try:
             answer = self.server.request(message)
         except ServerError as error:
@@ -178,12 +185,10 @@ class RemoteAdapter(PolicyAdapter):
             )
         return torch.from_numpy(tokens.reshape(-1, tokens.shape[-1])[-1].astype(np.float32))
 
-    # The function.
-
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
         chunks = []
         for row, sample in enumerate(noise.cpu().numpy()):
-            message = message_of(self.options, conditioning, row // conditioning.repeats)
+            message = self._message(conditioning, row // conditioning.repeats)
             message[self.options.noise_key] = sample[None]
             chunks.append(torch.from_numpy(self._chunk(self.server.request(message))))
         return self.executed(torch.stack(chunks)).to(noise.device)
@@ -192,20 +197,18 @@ class RemoteAdapter(PolicyAdapter):
         """The actions (horizon, action_dim) float32 in an answer, of the same shape every time."""
         actions = answer.get("actions") if isinstance(answer, dict) else None
         if not isinstance(actions, np.ndarray) or actions.dtype.kind not in "fiu":
-            raise UserError(OPTION, f"{self.server.url} answered without 'actions'")
+            raise policy_error(f"{self.server.url} answered without 'actions'")
         if actions.ndim == 3 and len(actions) == 1:
             actions = actions[0]
         expected = self._answer_shape
         if actions.ndim != 2 or not actions.size or (expected and actions.shape != expected):
             wanted = f"always {expected}" if expected else "(horizon, action dimension)"
-            raise UserError(
-                OPTION, f"{self.server.url} returned actions of shape {actions.shape}; they must be {wanted}"
+            raise policy_error(
+                f"{self.server.url} returned actions of shape {actions.shape}; they must be {wanted}"
             )
         if not np.isfinite(actions).all():
-            raise UserError(OPTION, f"{self.server.url} returned NaN or Inf actions")
+            raise policy_error(f"{self.server.url} returned NaN or Inf actions")
         return actions.astype(np.float32)
-
-    # Verification.
 
     def _two_chunks(self, repeat: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Chunks of one observation: for one noise, for it again, and for another."""
@@ -216,18 +219,13 @@ class RemoteAdapter(PolicyAdapter):
         return once, self.denoise(conditioning, first) if repeat else once, self.denoise(conditioning, second)
 
     def verify(self) -> None:
-        """Check that the server uses the noise it is sent.
-
-        Raises:
-            UserError: it does not, with the lines of the server to change.
-        """
+        """Check that the server uses the noise it is sent; a ``UserError`` names the lines to change."""
         try:
             once, again, other = self._two_chunks(repeat=True)
         except ServerError as error:
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{error.message}; it was sent noise of shape (1, {self.noise_spec.shape[0]}, "
-                f"{self.noise_spec.shape[1]}) (--policy.remote.noise_shape)",
+                f"{self.noise_spec.shape[1]}) (--policy.remote.noise_shape)"
             ) from None
         repeated, effect = float((once - again).abs().max()), float((once - other).abs().max())
         if repeated > self.rounding * effect:
@@ -236,7 +234,7 @@ class RemoteAdapter(PolicyAdapter):
             odd = "two different noises gave the same chunk"
         else:
             return
-        raise UserError(OPTION, f"{odd}: {self.server.url} ignores the noise it is sent. {MEND}")
+        raise policy_error(f"{odd}: {self.server.url} ignores the noise it is sent. {MEND}")
 
     def identity(self, base: Any) -> dict[str, Any]:
         """The server's answer to one fixed observation and noise, and how to ask it again."""
@@ -251,8 +249,8 @@ class RemoteAdapter(PolicyAdapter):
         now, known = self.identity(base)["answer"], identity["answer"]
         if len(now) == len(known) and np.abs(np.subtract(now, known)).max() <= identity["tolerance"]:
             return
-        raise UserError(
-            OPTION, f"{self.server.url} no longer answers as the base did: another policy is served there"
+        raise policy_error(
+            f"{self.server.url} no longer answers as the base did: another policy is served there"
         )
 
 

@@ -1,4 +1,4 @@
-"""The client's side of openpi's policy server: msgpack with NumPy arrays over a websocket.
+"""The client's side of openpi's policy server: msgpack with NumPy arrays over a websocket, and images.
 
 The messages are those of ``openpi_client``, byte for byte; that package itself cannot be used beside
 LeRobot, for it wants numpy < 2. Nothing is ever pickled.
@@ -6,7 +6,6 @@ LeRobot, for it wants numpy < 2. Nothing is ever pickled.
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import ssl
@@ -14,34 +13,43 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from trimtab.adapters import UserError, policy_error
 from trimtab.adapters.checkpoint.files import OPTION
-from trimtab.adapters.errors import UserError, reason
+from trimtab.adapters.config import RemoteConfig
+from trimtab.adapters.errors import reason
+
+try:
+    import msgpack
+    from websockets.exceptions import ConnectionClosed, WebSocketException
+    from websockets.sync.client import connect
+except ImportError:
+    raise policy_error(
+        "a policy server needs two more packages: pip install 'lerobot_policy_trimtab[remote]'"
+    ) from None
 
 API_KEY = "OPENPI_API_KEY"  # environment variable; sent as openpi's clients send theirs
 OPEN_TIMEOUT = 10.0  # seconds to connect
 CLOSE_TIMEOUT = 2.0  # seconds to say goodbye
-MISSING = "a policy server needs two more packages: pip install 'lerobot_policy_trimtab[remote]'"
 REFUSED_KINDS = "OVc"  # NumPy kinds that do not travel: objects, records, complex numbers
 
 
 def pack(message: Any) -> bytes:
     """Encode a message: msgpack, NumPy arrays and scalars as dicts of dtype, shape and bytes.
 
-    Raises:
-        ValueError: an array of objects, records or complex numbers.
-        TypeError: something that msgpack does not know.
+    ``ValueError`` or ``TypeError`` where it holds something else, such as an array of objects.
     """
-    return _msgpack().packb(message, default=_pack_numpy)
+    return msgpack.packb(message, default=_pack_numpy)
 
 
 def unpack(data: bytes) -> Any:
     """Decode what ``pack`` or openpi encoded. Arrays are read-only views of ``data``.
 
-    Raises:
-        ValueError, TypeError: not msgpack, or an array that is not what it says.
+    ``ValueError`` or ``TypeError`` where it is not msgpack, or an array is not what it says.
     """
-    return _msgpack().unpackb(data, object_hook=_unpack_numpy)
+    return msgpack.unpackb(data, object_hook=_unpack_numpy)
 
 
 def _pack_numpy(value: Any) -> Any:
@@ -73,53 +81,25 @@ def _dtype(name: Any) -> np.dtype:
     return dtype
 
 
-def _msgpack() -> Any:
-    try:
-        import msgpack
-    except ImportError:
-        raise UserError(OPTION, MISSING) from None
-    return msgpack
-
-
 class ServerError(UserError):
     """The server answered a request with its own traceback."""
 
 
 class PolicyServer:
-    """A connection to an openpi policy server, opened at once and again where it drops.
+    """A connection to an openpi policy server (``ws://host:port``), opened at once and again where it drops.
 
-    Args:
-        url: ``ws://host:port`` or ``wss://host:port``.
-        timeout: seconds to wait for an answer.
-
-    Attributes:
-        metadata: what the server says about itself.
-
-    Raises:
-        UserError: nobody listens there, or not with openpi's protocol; as do ``request``'s failures.
+    An answer has ``timeout`` seconds. What goes wrong, here and in ``request``, is a ``UserError``.
     """
 
     def __init__(self, url: str, timeout: float) -> None:
         self.url, self.timeout = url, timeout
         self._stack = ExitStack()
         self._connection: Any = None
-        self.metadata: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}  # what the server says about itself
         self._open()
 
     def _open(self) -> None:
-        try:
-            from websockets.exceptions import ConnectionClosed, WebSocketException
-            from websockets.sync.client import connect
-        except ImportError:
-            raise UserError(OPTION, MISSING) from None
-        options: dict[str, Any] = {}
-        known = inspect.signature(connect).parameters
-        if "ping_interval" in known:  # since websockets 15
-            # The server cannot answer a ping while it infers or compiles; the answer has its own timeout.
-            options["ping_interval"] = None
         key = os.environ.get(API_KEY)
-        if key:
-            options["additional_headers"] = {"Authorization": f"Api-Key {key}"}
         try:
             # Entered as a context: called plainly, websockets 17 warns.
             self._connection = self._stack.enter_context(
@@ -129,49 +109,42 @@ class PolicyServer:
                     max_size=None,
                     open_timeout=OPEN_TIMEOUT,
                     close_timeout=CLOSE_TIMEOUT,
-                    **options,
+                    # It cannot answer a ping while it infers or compiles; the answer has its own timeout.
+                    ping_interval=None,
+                    additional_headers={"Authorization": f"Api-Key {key}"} if key else None,
                 )
             )
         except TimeoutError:
-            raise UserError(OPTION, f"{self.url} did not answer within {OPEN_TIMEOUT:g} s") from None
+            raise policy_error(f"{self.url} did not answer within {OPEN_TIMEOUT:g} s") from None
         except ssl.SSLError as error:
-            raise UserError(OPTION, f"no secure connection to {self.url} ({reason(error)})") from None
+            raise policy_error(f"no secure connection to {self.url} ({reason(error)})") from None
         except OSError as error:
-            if error.errno is None:  # closed in the handshake, as websockets 13 says it
-                raise UserError(OPTION, self._refused(error)) from None
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"nobody listens at {self.url} ({reason(error)}); start openpi's server first "
-                "(scripts/serve_policy.py) or name its address",
+                "(scripts/serve_policy.py) or name its address"
             ) from None
         except (WebSocketException, EOFError, ValueError) as error:
-            raise UserError(OPTION, self._refused(error)) from None
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in (401, 403):
+                why = f"{self.url} refused access (HTTP {status}); put the server's key into {API_KEY}"
+            else:
+                why = f"{self.url} is not the address of an openpi policy server ({reason(error)})"
+            raise policy_error(why) from None
         try:
             metadata = self._receive("describe itself")
         except ConnectionClosed as error:
             self.close()
-            raise UserError(OPTION, f"{self.url} closed the connection at once ({reason(error)})") from None
+            raise policy_error(f"{self.url} closed the connection at once ({reason(error)})") from None
         if not isinstance(metadata, dict):
             self.close()
-            raise UserError(OPTION, f"{self.url} is not the address of an openpi policy server")
+            raise policy_error(f"{self.url} is not the address of an openpi policy server")
         self.metadata = metadata
-
-    def _refused(self, error: Exception) -> str:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
-            return f"{self.url} refused access (HTTP {status}); put the server's key into {API_KEY}"
-        return f"{self.url} is not the address of an openpi policy server ({reason(error)})"
 
     def request(self, message: dict[str, Any]) -> Any:
         """Send a message and return the answer; after a dropped connection, once more.
 
         The server keeps nothing between requests, so that sending one twice does no harm.
-
-        Raises:
-            UserError: no answer in time, a connection that drops again, or the server's own error.
         """
-        from websockets.exceptions import ConnectionClosed
-
         data = pack(message)
         for last in (False, True):
             try:
@@ -182,31 +155,26 @@ class PolicyServer:
             except ConnectionClosed as error:
                 self.close()
                 if last:
-                    raise UserError(
-                        OPTION, f"{self.url} dropped the connection twice ({reason(error)})"
-                    ) from None
+                    raise policy_error(f"{self.url} dropped the connection twice ({reason(error)})") from None
         raise AssertionError("unreachable")
 
     def _receive(self, what: str) -> Any:
-        from websockets.exceptions import ConnectionClosed
-
         try:
             data = self._connection.recv(timeout=self.timeout)
             if isinstance(data, bytes):
                 return unpack(data)
         except TimeoutError:
             self.close()  # a late answer would be taken for that to the next request
-            raise UserError(
-                OPTION,
+            raise policy_error(
                 f"{self.url} did not {what} within {self.timeout:g} s; raise --policy.remote.timeout if it "
-                "is still compiling",
+                "is still compiling"
             ) from None
         except (UserError, ConnectionClosed):
             raise
         except Exception as error:  # msgpack has an exception for each way of being cut short
             self.close()
-            raise UserError(
-                OPTION, f"{self.url} sent what is not openpi's message format ({reason(error)})"
+            raise policy_error(
+                f"{self.url} sent what is not openpi's message format ({reason(error)})"
             ) from None
         self.close()
         raise ServerError(
@@ -218,3 +186,47 @@ class PolicyServer:
         self._connection = None
         with suppress(Exception):
             self._stack.close()
+
+
+def is_image(key: str) -> bool:
+    """Whether an observation of this name is an image."""
+    return key.startswith("observation.image")
+
+
+def sent_images(options: RemoteConfig, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] as the server's: (B, side, side, 3) uint8, or channels first."""
+    if images.is_floating_point():
+        images = (images * 255).round().clamp(0, 255)
+    arrays = images.to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    if options.image_size:
+        arrays = np.stack([resize_with_pad(image, options.image_size) for image in arrays])
+    if options.channels_first:
+        arrays = arrays.transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(arrays))
+
+
+def describe(message: dict[str, Any], prefix: str = "") -> list[str]:
+    """The names in a message, with the shapes of arrays."""
+    names = []
+    for key, value in message.items():
+        if isinstance(value, dict):
+            names += describe(value, f"{prefix}{key}.")
+        else:
+            names.append(f"{prefix}{key}" + (f" {value.shape}" if isinstance(value, np.ndarray) else ""))
+    return names
+
+
+def resize_with_pad(image: np.ndarray, side: int) -> np.ndarray:
+    """Fit an image (H, W, 3) uint8 into (side, side, 3), centred on black, as openpi's clients do."""
+    from PIL import Image
+
+    height, width = image.shape[:2]
+    if (height, width) == (side, side):
+        return image
+    ratio = max(width / side, height / side)
+    inner = int(height / ratio), int(width / ratio)
+    canvas = np.zeros((side, side, 3), np.uint8)
+    top, left = (side - inner[0]) // 2, (side - inner[1]) // 2
+    small = Image.fromarray(image).resize(inner[::-1], Image.Resampling.BILINEAR)
+    canvas[top : top + inner[0], left : left + inner[1]] = np.asarray(small)
+    return canvas

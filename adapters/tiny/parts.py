@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,29 @@ from trimtab.adapters.registry import adapter_class
 
 STATE_DIM, ACTION_DIM = 5, 3
 WORDS = ("pick", "up", "the", "red", "cube", "press", "button", "close", "drawer", "push", "to", "goal")
-# Of molmoact2's and wall_x's prompts: one token each, as for a real tokenizer.
-PROMPT_WORDS = (
-    "a action are assistant camera complete control current expected helpful in is mode next of robot setup "
-    "should state take task view what"
+
+# Each message, its images before its text, as Qwen's own template orders them.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<bos> ' + message['role'] + ' ' }}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{{ '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<bos> assistant ' }}{% endif %}"
 )
 
-Sizes = dict[str, dict[str, Any]]  # fields of the configs of a backbone's parts
-# Narrow sizes: the fields of each policy type's config, and those of the backbones.
-SIZES: dict[str, Any] = json.loads(Path(__file__).with_name("sizes.json").read_text(encoding="utf-8"))
+Sizes = dict[str, Any]  # a backbone: its classes in transformers, and the fields of their configs
+
+
+def read_sizes(path: Path) -> dict[str, Any]:
+    """Narrow sizes: the fields of each policy type's config (with tuples for lists), and of the backbones."""
+    sizes = json.loads(path.read_text(encoding="utf-8"))
+    for fields in sizes["policies"].values():
+        fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return sizes
+
+
+SIZES = read_sizes(Path(__file__).with_name("sizes.json"))
 
 
 def camera_features(
@@ -31,13 +45,16 @@ def camera_features(
     size: int | tuple[int, int] = 64,
     state_dim: int = STATE_DIM,
     action_dim: int = ACTION_DIM,
+    env_dim: int = 0,
     single: str = "observation.image",
 ) -> dict[str, dict[str, PolicyFeature]]:
-    """``input_features`` (state and cameras) and ``output_features`` of a policy config.
+    """``input_features`` (states and cameras) and ``output_features`` of a policy config.
 
     ``size`` is the side of an image, or (height, width); ``single`` the name of an only camera.
     """
     inputs = {"observation.state": PolicyFeature(FeatureType.STATE, (state_dim,))}
+    if env_dim:
+        inputs["observation.environment_state"] = PolicyFeature(FeatureType.ENV, (env_dim,))
     height, width = (size, size) if isinstance(size, int) else size
     for index in range(cameras):
         name = single if cameras == 1 else f"observation.images.camera{index + 1}"
@@ -68,7 +85,7 @@ def make_config(policy_type: str, fields: dict[str, Any], **defaults: Any) -> An
     """LeRobot's config of a policy type: its narrow sizes and ``defaults``, but for ``fields``."""
     from lerobot.policies.factory import make_policy_config
 
-    sizes = {k: tuple(v) if isinstance(v, list) else v for k, v in SIZES["policies"][policy_type].items()}
+    sizes = SIZES["policies"].get(policy_type, {})
     values = {"device": "cpu", "push_to_hub": False, **sizes, **defaults, **fields}
     return make_policy_config(policy_type, **values)
 
@@ -82,12 +99,8 @@ def save_policy(
 ) -> None:
     """Build the policy of a config, random, and write the folder that `lerobot-train` would.
 
-    Args:
-        folder: where.
-        config: the policy's.
-        build: makes the policy; default: its adapter, which reads no weights of the backbone.
-        no_zeros: ``randomise`` it.
-        change: what to do with the preprocessor before it is saved.
+    ``build`` makes the policy; by default its adapter does, which reads no weights of the backbone.
+    ``no_zeros`` has it ``randomise``d, and ``change`` is called with the preprocessor before it is saved.
     """
     from lerobot.policies.factory import make_pre_post_processors
 
@@ -116,9 +129,31 @@ def randomise(policy: torch.nn.Module) -> None:
                 parameter.copy_(values / parameter.shape[-1] ** 0.5)
 
 
-def token_ids(tokenizer: Any, tokens: dict[str, str]) -> dict[str, int]:
-    """The ids of special tokens, by the name of the config's field without ``_id``."""
-    return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+def make_backbone(folder: Path, sizes: Sizes, **text: Any) -> Any:
+    """Save a backbone's config, tokenizer and processor, without weights; return the config.
+
+    ``text`` are fields of its text config that shall differ.
+    """
+    import transformers
+
+    tokenizer = word_tokenizer(folder, sizes.get("tokens"))
+    words = {"vocab_size": len(tokenizer), "pad_token_id": 0, **sizes["text"], **text}
+    config_class = getattr(transformers, sizes["config"])
+    config = config_class(text_config=words, vision_config={**sizes["vision"]}, **sizes["model"])
+    config.save_pretrained(folder)
+    if "processor" in sizes:
+        parts = {part: getattr(transformers, cls)(**fields) for part, (cls, fields) in sizes["parts"].items()}
+        processor = getattr(transformers, sizes["processor"])
+        processor(tokenizer=tokenizer, chat_template=CHAT_TEMPLATE, **parts).save_pretrained(folder)
+    return config
+
+
+def make_florence(folder: Path, sizes: Sizes = SIZES["florence"]) -> dict[str, Any]:
+    """Florence-2, of xvla: saves the tokenizer, and returns the config as X-VLA's config holds it."""
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    text = {"model_type": "bart", "vocab_size": len(word_tokenizer(folder)), **ids, **sizes["text"]}
+    vision = {**sizes["vision"], "projection_dim": text["d_model"]}
+    return {"vision_config": vision, "text_config": text, "pad_token_id": 0, "image_token_id": 1}
 
 
 def word_tokenizer(folder: Path, special: dict[str, str] | None = None) -> Any:
@@ -137,27 +172,6 @@ def word_tokenizer(folder: Path, special: dict[str, str] | None = None) -> Any:
         unk_token="<unk>",
         bos_token="<bos>",
         eos_token="<eos>",
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def byte_tokenizer(folder: Path, tokens: Sequence[str], padding_side: str = "left") -> Any:
-    """Save a Qwen2 tokenizer that knows single bytes, the words of prompts and ``tokens``; return it."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    names, merges = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"], []
-    for word in sorted({*WORDS, *PROMPT_WORDS.split()}):
-        word = f"Ġ{word}"  # with the space before it
-        for end in range(1, len(word)):
-            merges.append((word[:end], word[end]))
-            names.append(word[: end + 1])
-    tokenizer = Qwen2Tokenizer(
-        vocab={name: index for index, name in enumerate(dict.fromkeys(names))},
-        merges=list(dict.fromkeys(merges)),
-        extra_special_tokens=list(tokens),
-        padding_side=padding_side,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from trimtab.adapters.registry import adapter_class, register_adapter
+from trimtab.adapters import register_adapter
+from trimtab.adapters.registry import adapter_class
 from trimtab.adapters.tiny.parts import camera_features, make_config, save_policy, word_tokenizer
 
 MARK = "gemma_300m"

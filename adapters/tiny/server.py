@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import draccus
 import numpy as np
 import torch
 
-from trimtab.adapters.errors import UserError
-from trimtab.adapters.remote.openpi_client import MISSING, pack, unpack
+from trimtab.adapters import PolicyConfig, load_adapter
+from trimtab.adapters.remote.openpi_client import pack, unpack
 
 # Names of DROID's observations on the wire, as openpi's droid_policy.py has them, for what pusht gives.
 KEYS = {
@@ -27,21 +28,8 @@ KEYS = {
 
 @contextmanager
 def serving(policy: dict[str, Any]) -> Iterator[str]:
-    """Serve a policy on this machine for as long as the context lasts; yields the address.
-
-    Args:
-        policy: options that load it.
-
-    Raises:
-        UserError: the packages for servers are missing.
-    """
-    try:
-        from websockets.sync.server import serve
-    except ImportError:
-        raise UserError("--policy.path", MISSING) from None
-    import draccus
-
-    from trimtab.adapters import PolicyConfig, load_adapter
+    """Serve the policy that these options load for as long as the context lasts; yields the address."""
+    from websockets.sync.server import serve
 
     adapter = load_adapter(draccus.decode(PolicyConfig, policy))
     lock = threading.Lock()

@@ -25,8 +25,7 @@ from lerobot.processor import (
 from trimtab.adapters import PolicyAdapter, PolicyConfig
 from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
 from trimtab.adapters.checkpoint.folder import is_server
-from trimtab.adapters.checkpoint.legacy import processor_files
-from trimtab.adapters.checkpoint.processors import RENAME_STEP
+from trimtab.adapters.checkpoint.processors import RENAME_STEP, processor_files
 
 OWN_RENAME_STEP = "trimtab_rename_observations"
 RAW_TASK = "trimtab_task"  # the instructions, before the base's processors make a prompt of them

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trimtab.adapters import UserError
+from trimtab.adapters.errors import UserError, at_least
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
-from trimtab.policies.noise_samplers import constant_noise
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, TrainingResult
 from trimtab.rl.algorithms.base import AlgorithmConfig, Problem
@@ -49,8 +48,7 @@ class GoldenTicketConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.candidates < 2:
-            raise UserError("--rl.candidates", f"must be at least 2, got {self.candidates}")
+        at_least(2, self, "--rl.", "candidates")
         if not 0.0 < self.keep < 1.0:
             raise UserError("--rl.keep", f"is a share, above 0 and below 1, got {self.keep}")
         if self.budget > SEEDS_PER_RUN:
@@ -114,13 +112,10 @@ def episodes_each(counts: list[int], budget: int) -> list[int]:
 
 @dataclass
 class Ticket(TrainingResult):
-    """What a search found.
+    """What a search found: the best constant, ``noise`` (*spec.shape), and an actor that always takes it.
 
-    Attributes:
-        actor: always takes the best constant.
-        noise: that constant, (*spec.shape).
-        successes, episodes: of every candidate in the search, (candidates,). The winner's rate is biased
-            upwards, for it is the best of many: evaluate it on other episodes.
+    ``successes`` and ``episodes`` (candidates,) are those of the search. The winner's rate there is biased
+    upwards, for it is the best of many: evaluate it on other episodes.
     """
 
     actor: NoiseActor
@@ -173,8 +168,8 @@ class TicketSearch:
             seeds = list(range(first, first + share))
             first += share
             label = f"round {number} of {len(counts)}: {count} constants"
-            samplers = [constant_noise(noises[i]) for i in left for _ in seeds]
-            outcome = evaluate(self.runner, self.vec, samplers, seeds * count, label, progress=self.progress)
+            fed = noises[left].repeat_interleave(share, 0)
+            outcome = evaluate(self.runner, self.vec, fed, seeds * count, label, progress=self.progress)
             successes[left] += outcome.successes.reshape(count, share).sum(1)
             episodes[left] += share
             self.env_steps += int(outcome.steps.sum())

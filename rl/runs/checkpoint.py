@@ -2,8 +2,7 @@
 
     checkpoints/000500/            named by environment steps, as LeRobot names its own by updates
         config.json                    of the run, as `trimtab adapt` takes it
-        learner.json, .safetensors     what all processes share: networks, optimisers, counters
-        process-0.json, .safetensors   one process's own: replay, environments, generators
+        process-0.json, .safetensors   state of a process: networks, optimisers, replay, episodes, generators
         manifest.json                  written last: SHA-256 of every file above
     checkpoints/last -> 000500
 
@@ -29,13 +28,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, as_tensor, contiguous_format
 
-from trimtab.adapters import UserError
 from trimtab.adapters.checkpoint.identity import hash_files
-from trimtab.adapters.errors import reason
+from trimtab.adapters.errors import UserError, at_least, reason
 from trimtab.rl.runs.processes import ProcessGroup
 
 FORMAT = 3
-MANIFEST, LEARNER, LAST = "manifest.json", "learner", "last"
+MANIFEST, LAST = "manifest.json", "last"
 STORED = "$stored"
 
 
@@ -49,22 +47,16 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise UserError("--checkpoint.every", f"cannot be negative, got {self.every}")
-        if self.keep < 1:
-            raise UserError("--checkpoint.keep", f"must be at least 1, got {self.keep}")
+        at_least(0, self, "--checkpoint.", "every")
+        at_least(1, self, "--checkpoint.", "keep")
 
 
 @dataclass
 class Checkpoint:
-    """A whole checkpoint.
+    """A whole checkpoint in ``folder``.
 
-    Attributes:
-        folder: where it lies.
-        env_steps: of the run so far.
-        processes: how many wrote it.
-        belongs, beside: as for ``Checkpoints``.
-        files: SHA-256 of each, by name.
+    ``processes`` have written it, ``belongs`` and ``beside`` are as for ``Checkpoints``, and ``files`` holds
+    the SHA-256 of each.
     """
 
     folder: Path
@@ -74,10 +66,11 @@ class Checkpoint:
     beside: dict[str, Any]
     files: dict[str, str]
 
-    def read(self, name: str) -> dict[str, Any]:
-        """``learner``, or ``process-0``."""
-        content = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-        return unpack(content, load_file(self.folder / f"{name}.safetensors"))
+    def read(self, rank: int) -> dict[str, Any]:
+        """The state of a process."""
+        path = self.folder / f"process-{rank}"
+        content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return unpack(content, load_file(path.with_suffix(".safetensors")))
 
 
 @dataclass
@@ -106,13 +99,8 @@ class Checkpoints:
         every = self.config.every
         return bool(every) and env_steps // every > max(self._latest, 0) // every
 
-    def save(self, env_steps: int, shared: dict, own: dict) -> None:
-        """Write a checkpoint; all processes call it together.
-
-        Args:
-            env_steps: its name.
-            shared: state that all processes share; the main one's is written.
-            own: state of this process.
+    def save(self, env_steps: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint named ``env_steps`` of each process's ``state``; all call it together.
 
         Raises:
             UserError: it cannot be written. What was half-written is gone, earlier ones are as they were.
@@ -128,14 +116,13 @@ class Checkpoints:
                 work.mkdir(parents=True)
         files: dict[str, str] = {}
         with self._together(work):
-            files = write_tree(own, work, f"process-{self.world.rank}")
+            files = write_tree(state, work, f"process-{self.world.rank}")
         everyones = self.world.gather(files)
         with self._together(work):
             if main:
-                files = write_tree(shared, work, LEARNER)
-                files |= {name: write(text.encode(), work / name) for name, text in self.texts.items()}
                 for part in everyones:
                     files |= part
+                files |= {name: write(text.encode(), work / name) for name, text in self.texts.items()}
                 self._finish(work, target, files)
         self._latest = env_steps
 

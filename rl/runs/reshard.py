@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trimtab.rl.collector import Collector
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.runs.checkpoint import Checkpoint
@@ -12,48 +10,26 @@ from trimtab.rl.runs.processes import ProcessGroup
 
 def reshard(
     checkpoint: Checkpoint, world: ProcessGroup, collector: Collector, replay: ReplayBuffer
-) -> tuple[dict[str, Any], int, str]:
-    """Reshard the replay and the environments of a checkpoint for another number of processes.
+) -> tuple[int, str]:
+    """Take up the replay of a checkpoint of another number of processes; its running episodes are dropped.
 
-    The processes take transitions in turn, oldest first, so that every shard is of all times. An
-    environment goes on where it was as long as there is one of its number; the rest are dropped or begin
-    anew.
-
-    Args:
-        checkpoint: what is resharded.
-        world: the processes of this run.
-        collector: a new one, whose upcoming seeds go on beyond all that were used.
-        replay: takes this process's share.
+    The processes take transitions in turn, oldest first, so that every shard is of all times. Seeds go on
+    beyond all that were used.
 
     Returns:
-        (state of a process of the checkpoint with this process's environments, running episodes dropped, a
-        line about it)
+        (running episodes dropped, a line about it)
     """
-    rank, size, here = world.rank, world.size, collector.vec.num_envs
-    processes = [checkpoint.read(f"process-{r}") for r in range(checkpoint.processes)]
+    processes = [checkpoint.read(rank) for rank in range(checkpoint.processes)]
     total = 0
     for process in processes:
         count = len(process["rows"]["reward"])
-        mine = [n for n in range(count) if (total + n) % size == rank]
+        mine = [n for n in range(count) if (total + n) % world.size == world.rank]
         replay.put(replay.added, {name: value[mine] for name, value in process["rows"].items()})
         total += count
-    saved = [one for process in processes for one in process["collector"]["envs"]]
-    first, count = collector.first_seed - rank * here, here * size
-    beyond = max(one["rollout"]["upcoming"] for one in saved) + 1
-    first += -(-(beyond - first) // count) * count
-    envs: list[dict[str, Any] | None] = []
-    for i, number in enumerate(range(rank * here, (rank + 1) * here)):
-        seed = collector.rollout.upcoming[i] = first + number
-        if number < len(saved):
-            envs.append(saved[number] | {"rollout": saved[number]["rollout"] | {"upcoming": seed}})
-        else:
-            envs.append(None)
-            collector.rollout.generators[i].manual_seed(seed)
-    state = processes[min(rank, checkpoint.processes - 1)]
-    state["collector"]["envs"] = envs
-    dropped = max(0, len(saved) - count)
+    running = [one["rollout"] for process in processes for one in process["collector"]["envs"]]
+    collector.skip(max(one["upcoming"] for one in running) + 1)
     note = (
-        f"the checkpoint is of {checkpoint.processes} processes, this run has {size}: {total} transitions "
-        f"resharded, {dropped} running episodes dropped"
+        f"the checkpoint is of {checkpoint.processes} processes, this run has {world.size}: {total} "
+        f"transitions resharded, {len(running)} running episodes dropped"
     )
-    return state, dropped, note
+    return len(running), note

@@ -1,10 +1,9 @@
 """How many threads torch takes, and how they wait for each other: what the user's environment says wins.
 
-OpenMP's threads spin while they wait for each other, at the end of each of torch's small operations. On a
-busy machine one of them is not running, and the others spin for a time slice. Threads that spin for some
-microseconds and then sleep let the rest of the machine work, and lose nothing on an idle one: an update of
-best_of_n (two threads, two cores) takes 17.9 ms so, 17.8 as GNU's OpenMP comes, 24 where threads sleep at
-once; with two other programs beside, 32 to 34, 140 to 1,200, and 25 to 54.
+OpenMP's threads spin while they wait for each other. On a busy machine one of them is not running, and the
+others spin for a time slice, at each of torch's small operations. Threads that spin for some microseconds and
+then sleep let the rest of the machine work, and lose nothing on an idle one: an update of best_of_n (two
+threads, two cores) takes 17.9 ms so and 17.8 by default; with two other programs beside, 34 and up to 1,200.
 
 OpenMP reads the variable when it is loaded, so this module imports no torch and has to act before torch is.
 """

@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.adapter_cases import all_cases
 from tests.helpers.fuzz import Fuzz, inputs, limited_memory
-from trimtab.adapters.tiny import make_tiny
+from tests.helpers.tiny import make_tiny
 
 ALL = os.environ.get("TRIMTAB_FUZZ") == "all"
 SAMPLE = 6  # of each type

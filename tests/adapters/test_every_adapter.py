@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.helpers.adapter_cases import all_cases, noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import load_adapter
 from trimtab.adapters.checkpoint.identity import weights_hash
-from trimtab.adapters.tiny import make_tiny
 from trimtab.policies.observe import ObserveConfig
 
 BACKBONE_FIRST = ("fastwam", "molmoact2", "wall_x")

@@ -8,9 +8,9 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.utils import validate_visual_features_consistency
 
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.inputs import input_notes
-from trimtab.adapters.tiny import make_tiny
 from trimtab.adapters.tiny.parts import camera_features
 
 FRONT, LEFT, RIGHT = (f"observation.images.{name}" for name in ("front", "camera1", "camera2"))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter, registry
 from trimtab.adapters.checkpoint.identity import file_hash, settings_hashes, weights_hash
-from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from tests.helpers.adapter_cases import noise_like
 from tests.helpers.openpi_server import API_KEY
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.config import RemoteConfig
-from trimtab.adapters.remote.observation import resize_with_pad, sent_images
-from trimtab.adapters.remote.openpi_client import PolicyServer, pack, unpack
+from trimtab.adapters.remote.openpi_client import PolicyServer, pack, resize_with_pad, sent_images, unpack
 from trimtab.policies.observe import ObserveConfig, build_observer
 
 KEYS = {
@@ -261,6 +260,7 @@ def test_libero_by_default(policy_server):
     adapter.observer = build_observer(ObserveConfig(inputs=["task"]), adapter, ["open the drawer"])
     adapter.check_identity(adapter.identity(policy_server), policy_server)  # asked with another task
     adapter.features = lambda conditioning: None  # as where no state is sent
+    adapter.offers_features = False
     assert ObserveConfig().resolved(adapter, []).inputs == ["state", "images"]
     adapter.close()
 
@@ -420,5 +420,7 @@ def test_an_environment_that_does_not_fit(remote, observation):
 @pytest.mark.parametrize("package", ["websockets.sync.client", "msgpack"])
 def test_without_the_packages(package, policy_server, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
+    for module in ("adapter", "openpi_client"):  # as in a process that has not met a server yet
+        monkeypatch.delitem(sys.modules, f"trimtab.adapters.remote.{module}")
     with pytest.raises(UserError, match=r"pip install 'lerobot_policy_trimtab\[remote\]'"):
         connect(policy_server)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
-from trimtab.adapters.tiny import make_tiny
 
 COMPILED = ("diffusion", "smolvla", "pi0", "pi05")
 REAL_TIME = ("smolvla", "pi0", "pi05", "evo1", "molmoact2")

@@ -15,12 +15,19 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.weightless import WithoutMemory, to_fake
+from tests.helpers.tiny import backbones
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.loading import quietly
 from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_class
-from trimtab.adapters.tiny import backbones
-from trimtab.adapters.tiny.parts import camera_features, statistics, word_tokenizer
+from trimtab.adapters.tiny.parts import SIZES as NARROW
+from trimtab.adapters.tiny.parts import (
+    camera_features,
+    make_backbone,
+    make_florence,
+    statistics,
+    word_tokenizer,
+)
 
 Built = tuple[PolicyAdapter, dict[str, Any]]
 CAMERA = (480, 640)  # pixels, unless a policy was trained on others
@@ -137,7 +144,7 @@ def pi(policy_type: str) -> Callable[[str, int, Path], Built]:
 def smolvla(device: str, cameras: int, folder: Path) -> Built:
     """lerobot/smolvla_base; its vision tower looks at values, so it has some also where only counted."""
     vlm = str(folder)
-    backbones.make_smolvlm(folder, SIZES["smolvlm_500m"])
+    make_backbone(folder, {**NARROW["smolvlm"], **SIZES["smolvlm_500m"]})
     where = "cpu" if device == "meta" else device
     config = make_config("smolvla", features(cameras, 6), where, vlm_model_name=vlm, load_vlm_weights=False)
     if device == "meta":
@@ -170,7 +177,7 @@ def molmoact2(device: str, cameras: int, folder: Path) -> Built:
 def multi_task_dit(device: str, cameras: int, folder: Path) -> Built:
     """LeRobot's default sizes on CLIP ViT-B/16; the default objective, so DDIM."""
     clip = str(folder / "clip")  # LeRobot insists on "clip" in the path
-    backbones.make_clip(Path(clip), SIZES["clip_b16"])
+    make_backbone(Path(clip), {**NARROW["clip"], **SIZES["clip_b16"]})
     names = {"vision_encoder_name": clip, "text_encoder_name": clip}
     return assemble_weightless(make_config("multi_task_dit", features(cameras), **names))
 
@@ -180,7 +187,7 @@ def xvla(device: str, cameras: int, folder: Path) -> Built:
     config = make_config(
         "xvla",
         features(cameras, 20),
-        florence_config=backbones.make_florence(folder, SIZES["florence_2_large"], 51289),  # its vocabulary
+        florence_config=make_florence(folder, SIZES["florence_2_large"]),
         tokenizer_name=str(folder),
         resize_imgs_with_padding=(224, 224),
     )
@@ -215,7 +222,7 @@ def groot(device: str, cameras: int, folder: Path) -> Built:
     from lerobot.policies.groot.groot_n1_7 import GR00TN17Config
 
     base, qwen = folder / "gr00t", folder / "Qwen" / "Qwen3-VL-2B"
-    backbones.make_qwen3(qwen, SIZES["qwen3_vl_2b"])
+    make_backbone(qwen, {**NARROW["qwen3"], **SIZES["qwen3_vl_2b"]})
     GR00TN17Config(model_name=str(qwen)).save_pretrained(base)
 
     def local(preprocessor: Any) -> None:
@@ -228,7 +235,7 @@ def groot(device: str, cameras: int, folder: Path) -> Built:
 
 def vla_jepa(device: str, cameras: int, folder: Path) -> Built:
     """LeRobot's default sizes on LIBERO's 7 actions; it does not shrink the images."""
-    backbones.make_qwen3(folder, SIZES["qwen3_vl_2b"])
+    make_backbone(folder, {**NARROW["qwen3"], **SIZES["qwen3_vl_2b"]})
     config = make_config("vla_jepa", features(cameras, 7, 8), qwen_model_name=str(folder))
     return assemble_weightless(config)
 

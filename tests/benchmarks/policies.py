@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks.full_size import FULL_SIZE, RUNNABLE, full_size
 from tests.benchmarks.weightless import Counting
+from tests.helpers.tiny import TYPES, make_tiny
 from trimtab.adapters import PolicyAdapter, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
 from trimtab.adapters.loading import quietly
-from trimtab.adapters.tiny import TYPES, make_tiny
 from trimtab.recipes.cli.policies import COLUMNS, MANY, cells, markdown
 from trimtab.recipes.support.reporting import write_json
 

@@ -9,7 +9,7 @@ from torch import nn
 from tests.benchmarks.full_size import FULL_SIZE, RUNNABLE, full_size
 from tests.benchmarks.policies import main, operations
 from tests.benchmarks.weightless import Counting, WithoutMemory, to_fake
-from trimtab.adapters.tiny import TYPES
+from tests.helpers.tiny import TYPES
 from trimtab.recipes.cli.policies import MANY, ROWS
 
 

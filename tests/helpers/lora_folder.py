@@ -2,7 +2,7 @@
 
 import torch
 
-from trimtab.adapters.tiny import make_tiny
+from tests.helpers.tiny import make_tiny
 
 
 def make_lora(root):

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_diffusion
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.tiny import make_tiny
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import load_artefact, save_artefact
 from trimtab.policies.noise_space import RepeatNoiseConfig

@@ -15,7 +15,7 @@ from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
 from tests.helpers.steered import artefact_of
-from trimtab.adapters.tiny import make_tiny
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters.tiny.parts import camera_features
 
 TASK = "press the button"

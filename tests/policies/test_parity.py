@@ -14,8 +14,8 @@ from lerobot.scripts.lerobot_eval import rollout
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
 from tests.helpers.lane import LaneConfig, LaneEnv, make_lane_policy
 from tests.helpers.steered import artefact_of
+from tests.helpers.tiny import TYPES, make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.tiny import TYPES, make_tiny
 from trimtab.adapters.tiny.parts import camera_features
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import Steered, load_artefact, read_config, save_artefact

@@ -24,8 +24,8 @@ from tests.helpers.steered import (
     observations,
     processors,
 )
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
-from trimtab.adapters.tiny import make_tiny
 from trimtab.policies.actor import constant_actor
 from trimtab.policies.artefact import load_artefact, save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble

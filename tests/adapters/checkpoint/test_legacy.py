@@ -10,10 +10,10 @@ from lerobot.configs import FeatureType, PolicyFeature
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.identity import file_hash, hash_files
-from trimtab.adapters.checkpoint.legacy import processor_files
-from trimtab.adapters.tiny import make_tiny
+from trimtab.adapters.checkpoint.processors import processor_files
 
 CAMERAS = {
     "input_features": {

@@ -8,9 +8,9 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from safetensors.torch import load_file, save_file
 
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.errors import LONGEST, reason
-from trimtab.adapters.tiny import make_tiny
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.identity import file_hash
-from trimtab.adapters.tiny import make_tiny
 
 INDEX = "model.safetensors.index.json"
 

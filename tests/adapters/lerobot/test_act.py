@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
-from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture(scope="module", params=[{}, {"cameras": 2}, {"cameras": 0, "env_dim": 7}], ids=str)

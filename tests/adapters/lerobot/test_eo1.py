@@ -9,10 +9,10 @@ import torch
 
 from tests.helpers.adapter_cases import noise_like, with_injection
 from tests.helpers.fuzz import limited_memory
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
 from trimtab.adapters.checkpoint import weights
 from trimtab.adapters.lerobot.injection import NoiseInjector
-from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")

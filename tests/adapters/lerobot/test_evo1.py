@@ -7,9 +7,9 @@ import torch
 from lerobot.policies.evo1.modeling_evo1 import Evo1Policy
 
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
-from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
-from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import torch
 from lerobot.policies.groot.modeling_groot import GrootPolicy
 
 from tests.helpers.adapter_cases import noise_like, with_injection
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
 from trimtab.adapters.loading import open_adapter
-from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import torch
 
 from tests.helpers.adapter_cases import noise_like
 from tests.helpers.adapter_cases.lingbot_va import ROBOTWIN, first_chunk, frames, history
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
-from trimtab.adapters.tiny import make_tiny
 
 CHUNKS = 5  # more than the cache holds
 

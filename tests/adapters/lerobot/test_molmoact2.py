@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.helpers.adapter_cases import noise_like, with_injection
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
-from trimtab.adapters.tiny import make_tiny
 
 
 def edit_config(folder, **fields):

@@ -5,8 +5,8 @@ import torch
 
 from tests.helpers.adapter_cases import noise_like
 from tests.helpers.adapter_cases.multi_task_dit import stepwise
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
-from trimtab.adapters.tiny import make_tiny
 
 
 def observation(adapter, seed=3):

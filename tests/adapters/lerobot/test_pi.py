@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks.full_size import full_size
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
-from trimtab.adapters.tiny import make_tiny
 from trimtab.adapters.tiny.parts import camera_features
 from trimtab.adapters.tiny.pi0 import MARK
 

@@ -8,9 +8,9 @@ import torch
 from lerobot.policies.vla_jepa.modeling_vla_jepa import VLAJEPAPolicy
 
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
-from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from tests.helpers.adapter_cases import noise_like, with_injection
 from tests.helpers.adapter_cases.wall_x import in_float32
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
-from trimtab.adapters.tiny import make_tiny
 
 
 def tiny(folder, **fields):

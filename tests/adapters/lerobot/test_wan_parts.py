@@ -3,8 +3,8 @@
 import pytest
 
 from tests.helpers.broken_weights import a_third, poisoned, spoilt
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
-from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture(scope="module", params=["fastwam", "lingbot_va"])

@@ -8,10 +8,10 @@ from lerobot.policies.xvla.processor_xvla import XVLARotation6DToAxisAngleProces
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.adapter_cases import noise_like
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import UserError, load_adapter
 from trimtab.adapters.checkpoint.files import WEIGHTS
 from trimtab.adapters.lerobot.injection import NoiseInjector
-from trimtab.adapters.tiny import make_tiny
 
 
 @pytest.fixture(scope="module")

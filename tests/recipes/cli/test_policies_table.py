@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from trimtab.adapters.tiny import TYPES
+from tests.helpers.tiny import TYPES
 from trimtab.recipes.cli import main
 from trimtab.recipes.cli.policies import MANY
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_diffusion
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters.lerobot.diffusion import DiffusionAdapter
-from trimtab.adapters.tiny import make_tiny
 from trimtab.recipes.cli import main
 
 PUSHT = ["--env.type=pusht", "--env.obs_type=environment_state_agent_pos"]

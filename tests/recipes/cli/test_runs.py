@@ -321,7 +321,7 @@ def test_vision_language_policy_is_steered_from_pixels(tmp_path, capsys, monkeyp
     """A tiny SmolVLA on pusht's camera: probe, adapt in bfloat16, as after `accelerate launch` with
     mixed precision, and eval of an artefact that knows backbone and precision.
     """
-    from trimtab.adapters.tiny import make_tiny
+    from tests.helpers.tiny import make_tiny
     from trimtab.adapters.tiny.parts import camera_features
 
     features = camera_features(1, 96, state_dim=2, action_dim=2)
@@ -364,7 +364,7 @@ def test_images_and_state_steer_a_policy_from_pixels(tmp_path, capsys):
     """A tiny DiffusionPolicy on pusht's camera, whose actor and critic see the camera themselves: adapt,
     eval of the artefact, export. (LeRobot's path to the same actions: `tests/policies/test_observe.py`.)
     """
-    from trimtab.adapters.tiny import make_tiny
+    from tests.helpers.tiny import make_tiny
     from trimtab.adapters.tiny.parts import camera_features
 
     key = "observation.image"

@@ -348,7 +348,7 @@ def test_a_camera_dataset_trains_the_unet_alone(tmp_path):
 
 
 def test_a_vision_language_policy_trains_with_lerobots_own_targets(tmp_path):
-    from trimtab.adapters.tiny import make_tiny
+    from tests.helpers.tiny import make_tiny
 
     chosen = make_tiny("smolvla", tmp_path / "policy")
     adapter = load_adapter(chosen)

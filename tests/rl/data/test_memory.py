@@ -12,10 +12,10 @@ from lerobot.envs.utils import preprocess_observation
 
 from tests.helpers.acting import Acts
 from tests.helpers.point import PointAdapter, PointConfig
+from tests.helpers.tiny import make_tiny
 from trimtab.adapters import load_adapter
 from trimtab.adapters.lerobot.injection import NoiseInjector
 from trimtab.adapters.lerobot.lingbot_va import LingBotVAAdapter
-from trimtab.adapters.tiny import make_tiny
 from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.rl.algorithms import DSRLSACConfig

@@ -92,7 +92,7 @@ def test_frames_are_those_of_lerobot_and_only_those_that_are_looked_at(tmp_path,
 def test_a_tiny_smolvla_is_probed_steered_exported_and_evaluated_by_lerobot(tmp_path, monkeypatch):
     from lerobot.configs import FeatureType, PolicyFeature
 
-    from trimtab.adapters.tiny import make_tiny
+    from tests.helpers.tiny import make_tiny
 
     monkeypatch.setenv("LIBERO_CONFIG_PATH", str(tmp_path / "config"))
     names = ("observation.images.image", "observation.images.image2")

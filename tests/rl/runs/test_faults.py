@@ -100,7 +100,7 @@ def test_too_many_faults_stop_the_run_with_a_checkpoint(fault, message, tmp_path
     assert 10 < trainer.faults.total() <= 13, "at most one more chunk of every environment"
     found, notes = trainer.checkpoints.newest()
     assert found.env_steps == trainer.env_steps and not notes
-    counted = json.loads((found.folder / "learner.json").read_text())["faults"]
+    counted = json.loads((found.folder / "process-0.json").read_text())["faults"]
     assert sum(counted.values()) == trainer.faults.total()
 
 

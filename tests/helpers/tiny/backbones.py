@@ -1,39 +1,24 @@
-"""Config, tokenizer and processor of each backbone that a policy names; most without weights.
+"""Backbones of the policies whose tiny instances only the tests use.
 
 Every function saves into ``folder``. ``sizes`` are fields of the configs of its parts, narrow by default.
 """
 
-from __future__ import annotations
-
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trimtab.adapters.tiny.parts import (
-    SIZES,
-    WORDS,
-    Sizes,
-    byte_tokenizer,
-    token_ids,
-    word_tokenizer,
-)
+from trimtab.adapters.tiny.parts import CHAT_TEMPLATE, WORDS, Sizes, read_sizes, word_tokenizer
+from trimtab.adapters.tiny.parts import SIZES as SHIPPED
 
-QWEN_TOKENS = {
-    "image_token": "<|image_pad|>",
-    "video_token": "<|video_pad|>",
-    "vision_start_token": "<|vision_start|>",
-    "vision_end_token": "<|vision_end|>",
-}
-# Each message, its images before its text, as Qwen's own template orders them.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<bos> ' + message['role'] + ' ' }}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{{ '<eos>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<bos> assistant ' }}{% endif %}"
+QWEN_TOKENS = SHIPPED["qwen3"]["tokens"]
+SIZES = read_sizes(Path(__file__).with_name("sizes.json"))
+# Of molmoact2's and wall_x's prompts: one token each, as for a real tokenizer.
+PROMPT_WORDS = (
+    "a action are assistant camera complete control current expected helpful in is mode next of robot setup "
+    "should state take task view what"
 )
 WALL_X_TOKENS = ("<|im_start|>", "<|im_end|>", *QWEN_TOKENS.values())
 WALL_X_TOKENS += ("<|propri|>", "<|action|>", "<|action_fast|>")
@@ -52,6 +37,32 @@ MOLMO_TOKENS = {  # by the field of the model's config that holds their id
 MOLMO_PLAIN = ("<|im_start|>", "<|im_end|>", "<|image|>", "<|video|>", "<action_output>")
 STATE_LEVELS = 16
 LATENT_CHANNELS = 48  # LeRobot's code names this number of Wan 2.2's VAE
+
+
+def token_ids(tokenizer: Any, tokens: dict[str, str]) -> dict[str, int]:
+    """The ids of special tokens, by the name of the config's field without ``_id``."""
+    return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+
+
+def byte_tokenizer(folder: Path, tokens: Sequence[str], padding_side: str = "left") -> Any:
+    """Save a Qwen2 tokenizer that knows single bytes, the words of prompts and ``tokens``; return it."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    names, merges = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"], []
+    for word in sorted({*WORDS, *PROMPT_WORDS.split()}):
+        word = f"Ġ{word}"  # with the space before it
+        for end in range(1, len(word)):
+            merges.append((word[:end], word[end]))
+            names.append(word[: end + 1])
+    tokenizer = Qwen2Tokenizer(
+        vocab={name: index for index, name in enumerate(dict.fromkeys(names))},
+        merges=list(dict.fromkeys(merges)),
+        extra_special_tokens=list(tokens),
+        padding_side=padding_side,
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def _save_qwen_processor(folder: Path, tokenizer: Any, template: str) -> None:
@@ -110,26 +121,6 @@ def make_wall_x(
     _save_qwen_processor(folder, tokenizer, "{{ messages }}")
 
 
-def make_qwen3(folder: Path, sizes: Sizes = SIZES["qwen3"], **text: Any) -> Any:
-    """Qwen3-VL, of groot and vla_jepa; returns its config, whose text config differs in ``text``."""
-    from transformers import Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLProcessor, Qwen3VLVideoProcessor
-
-    tokenizer = word_tokenizer(folder, QWEN_TOKENS)
-    values = {"vocab_size": len(tokenizer), "pad_token_id": 0, **sizes["text"], **text}
-    vision = {"patch_size": 16, **sizes["vision"], "out_hidden_size": values["hidden_size"]}
-    ids = token_ids(tokenizer, QWEN_TOKENS)
-    config = Qwen3VLConfig(text_config=values, vision_config=vision, tie_word_embeddings=True, **ids)
-    config.save_pretrained(folder)
-    pixels = {"patch_size": vision["patch_size"], "merge_size": 2, "size": sizes["pixels"]}
-    Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**pixels),
-        tokenizer=tokenizer,
-        video_processor=Qwen3VLVideoProcessor(),
-        chat_template=CHAT_TEMPLATE,
-    ).save_pretrained(folder)
-    return config
-
-
 def make_internvl(folder: Path, sizes: Sizes = SIZES["internvl"]) -> Any:
     """InternVL, of evo1; returns its config."""
     from transformers import InternVLConfig
@@ -145,66 +136,6 @@ def make_internvl(folder: Path, sizes: Sizes = SIZES["internvl"]) -> Any:
     )
     config.save_pretrained(folder)
     return config
-
-
-def make_clip(folder: Path, sizes: Sizes = SIZES["clip"]) -> Any:
-    """CLIP, of multi_task_dit; returns its config."""
-    from transformers import CLIPConfig
-
-    text = {
-        "vocab_size": len(word_tokenizer(folder)),
-        "eos_token_id": 2,  # as OpenAI's configs have it: CLIP then pools at the largest token id
-        "pad_token_id": 0,
-        **sizes["text"],
-    }
-    width = text["projection_dim"]
-    config = CLIPConfig(text_config=text, vision_config=sizes["vision"], projection_dim=width)
-    config.save_pretrained(folder)
-    return config
-
-
-def make_smolvlm(folder: Path, sizes: Sizes = SIZES["smolvlm"], weights: bool = False) -> None:
-    """SmolVLM, of smolvla; with ``weights``, random ones for LeRobot to load."""
-    from transformers import (
-        SmolVLMConfig,
-        SmolVLMForConditionalGeneration,
-        SmolVLMImageProcessor,
-        SmolVLMProcessor,
-        SmolVLMVideoProcessor,
-    )
-
-    special = {
-        "fake_image_token": "<fake_token_around_image>",
-        "image_token": "<image>",
-        "global_image_token": "<global-img>",
-        "end_of_utterance_token": "<end_of_utterance>",
-    }
-    tokenizer = word_tokenizer(folder, special)
-    config = SmolVLMConfig(
-        text_config={"model_type": "llama", "vocab_size": len(tokenizer), "pad_token_id": 0, **sizes["text"]},
-        vision_config=sizes["vision"],
-        image_token_id=5,
-        **sizes["model"],
-    )
-    config.save_pretrained(folder)
-    if weights:
-        torch.manual_seed(0)
-        SmolVLMForConditionalGeneration(config).save_pretrained(folder)
-    SmolVLMProcessor(
-        image_processor=SmolVLMImageProcessor(),
-        tokenizer=tokenizer,
-        video_processor=SmolVLMVideoProcessor(),
-        chat_template="{{ messages }}",
-    ).save_pretrained(folder)
-
-
-def make_florence(folder: Path, sizes: Sizes = SIZES["florence"], words: int | None = None) -> dict[str, Any]:
-    """Florence-2, of xvla: saves the tokenizer, and returns the config as X-VLA's config holds it."""
-    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    tokenizer = word_tokenizer(folder)
-    text = {"model_type": "bart", "vocab_size": words or len(tokenizer), **ids, **sizes["text"]}
-    vision = {**sizes["vision"], "projection_dim": text["d_model"]}
-    return {"vision_config": vision, "text_config": text, "pad_token_id": 0, "image_token_id": 1}
 
 
 def make_molmo(folder: Path, sizes: Sizes = SIZES["molmo"], **fields: Any) -> Any:
