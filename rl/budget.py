@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from trimtab.adapters import UserError
+from trimtab.adapters.errors import UserError, at_least
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.returns import REWARDS
 from trimtab.rl.takeover import TakeoverConfig
@@ -41,16 +41,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.reward not in REWARDS:
             raise UserError("--train.reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
-        for name in ("env_steps", "first_update", "replay_capacity", "log_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--train.{name}", f"must be at least 1, got {value}")
+        at_least(1, self, "--train.", "env_steps", "first_update", "replay_capacity", "log_every")
+        at_least(0, self, "--train.", "warmup_transitions")
         for name in ("updates_per_transition", "clip_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"--train.{name}", f"must be positive, got {value}")
-        if (self.warmup_transitions or 0) < 0:
-            raise UserError(
-                "--train.warmup_transitions", f"cannot be negative, got {self.warmup_transitions}"
-            )
         if self.first_update is not None and self.replay_capacity < self.first_update:
             raise UserError("--train.replay_capacity", f"cannot be below first_update={self.first_update}")
 

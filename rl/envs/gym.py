@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.envs.configs import EnvConfig
-from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_STATE, OBS_STR
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_STATE, OBS_STR
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import time_limit, vector_envs
@@ -82,7 +83,11 @@ class GymConfig(EnvConfig):
     def create_envs(
         self, n_envs: int, use_async_envs: bool = False
     ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
-        return vector_envs(self.type, [partial(make_env, self)], n_envs, use_async_envs)
+        suites = vector_envs(self.type, [partial(make_env, self)], n_envs, use_async_envs)
+        space: Any = suites[self.type][0].single_action_space
+        self.features = {ACTION: PolicyFeature(FeatureType.ACTION, space.shape)}  # LeRobot asks for it next
+        self.features_map = {ACTION: ACTION}
+        return suites
 
 
 def make_env(config: GymConfig) -> gym.Env:

@@ -6,8 +6,10 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
+from lerobot.envs.utils import env_to_policy_features
 
 from trimtab.adapters import UserError
+from trimtab.rl.envs.examine import describe
 from trimtab.rl.envs.gym import GymConfig
 from trimtab.rl.envs.hooks import for_policy, make_chunk_env
 
@@ -153,7 +155,7 @@ def test_a_time_limit_and_what_it_is_called():
     env = made(episode_length=2, task="tidy the shelf")
     result = step(env)
     assert result.truncated and result.steps == 2
-    assert env.task_description == "tidy the shelf"
+    assert describe(env, None).instruction == "tidy the shelf"
     assert GymConfig(id="Hopper-v5").task_names() == ["Hopper-v5"]
     assert GymConfig(id="Hopper-v5", task="hop").task_names() == ["hop"]
 
@@ -171,7 +173,9 @@ def test_a_module_of_the_current_folder_and_one_that_registers_itself(tmp_path, 
 
 
 def test_lerobots_own_vector_environment():
-    vec = GymConfig(factory=REACH, success="terminated").create_envs(2)["gym"][0]
+    config = GymConfig(factory=REACH, success="terminated")
+    vec = config.create_envs(2)["gym"][0]
+    assert env_to_policy_features(config)["action"].shape == (2,)  # from which LeRobot makes the policy
     observation, _ = vec.reset(seed=[0, 1])
     assert observation["agent_pos"].shape == (2, 4)
     for _ in range(16):
