@@ -22,11 +22,7 @@ class UserError(Exception):
 
 
 def at_least(least: float, config: object, prefix: str, *names: str) -> None:
-    """Refuse fields of ``config`` below ``least``; their options begin with ``prefix``. ``None`` passes.
-
-    Raises:
-        UserError: names the option.
-    """
+    """Refuse fields of ``config`` below ``least``; their options begin with ``prefix``. ``None`` passes."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
