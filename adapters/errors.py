@@ -21,6 +21,15 @@ class UserError(Exception):
         return f"{self.option}: {self.message}"
 
 
+def at_least(least: float, config: object, prefix: str, *names: str) -> None:
+    """Refuse fields of ``config`` below ``least``; their options begin with ``prefix``. ``None`` passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            must = f"must be at least {least}" if least else "cannot be negative"
+            raise UserError(f"{prefix}{name}", f"{must}, got {value}")
+
+
 def policy_error(message: str) -> UserError:
     """The error of a base policy that cannot be used as it is: another ``--policy.path``, or a mended one."""
     return UserError("--policy.path", message)

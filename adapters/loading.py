@@ -15,7 +15,7 @@ from trimtab.adapters.checkpoint.files import OLD_STATISTICS, PREPROCESSOR, proc
 from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder, weights_files
 from trimtab.adapters.checkpoint.saved_config import read_config, read_policy_type, set_to_act
 from trimtab.adapters.config import DTYPES, PolicyConfig
-from trimtab.adapters.errors import UserError, policy_error, reason
+from trimtab.adapters.errors import UserError, at_least, policy_error, reason
 from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_class, adapter_types
 
@@ -50,9 +50,7 @@ def open_adapter(config: PolicyConfig) -> PolicyAdapter:
     """``load_adapter`` without the final ``verify``, for whoever reports what it would find."""
     if not config.path:
         raise policy_error("name the folder or Hub repository of the base policy")
-    denoising = config.num_inference_steps
-    if denoising is not None and denoising < 1:
-        raise UserError("--policy.num_inference_steps", f"must be at least 1, got {denoising}")
+    at_least(1, config, "--policy.", "num_inference_steps")
     if config.dtype is not None and config.dtype not in DTYPES:
         raise UserError("--policy.dtype", f"must be one of {', '.join(DTYPES)}, got {config.dtype}")
     if is_server(config.path):

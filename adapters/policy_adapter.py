@@ -69,10 +69,7 @@ class PolicyAdapter(NoiseToChunk):
 
     @classmethod
     def cast(cls, policy: Any, dtype: torch.dtype) -> None:
-        """Change the precision of what the weights file holds, where the config has no ``dtype``.
-
-        Other buffers (rotary frequencies, position tables) keep theirs: they are computed, not learnt.
-        """
+        """Change the precision of what the weights file holds, not of buffers that are computed."""
         for tensor in policy.state_dict(keep_vars=True).values():
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)

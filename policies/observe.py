@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, one_hot
 
 from trimtab.adapters import Conditioning, PolicyAdapter, UserError
+from trimtab.adapters.errors import at_least
 
 INPUTS = ("features", "state", "images", "task")
 STATES = (OBS_STATE, OBS_ENV_STATE)
@@ -54,12 +55,8 @@ class ObserveConfig:
                 raise UserError(
                     "--observe.inputs", f"takes some of {', '.join(INPUTS)}, each once, got {self.inputs}"
                 )
-        if self.image_size < SMALLEST_IMAGE:
-            raise UserError(
-                "--observe.image_size", f"must be at least {SMALLEST_IMAGE}, got {self.image_size}"
-            )
-        if self.image_dim < 1:
-            raise UserError("--observe.image_dim", f"must be at least 1, got {self.image_dim}")
+        at_least(SMALLEST_IMAGE, self, "--observe.", "image_size")
+        at_least(1, self, "--observe.", "image_dim")
         if not 0 <= self.shift < self.image_size:
             raise UserError("--observe.shift", f"must be between 0 and image_size - 1, got {self.shift}")
 

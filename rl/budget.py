@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from trimtab.adapters import UserError
+from trimtab.adapters.errors import UserError, at_least
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.data.returns import REWARDS
 from trimtab.rl.takeover import TakeoverConfig
@@ -43,20 +43,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.reward not in REWARDS:
             raise UserError("--train.reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
-        if self.offline_updates < 0:
-            raise UserError("--train.offline_updates", f"cannot be negative, got {self.offline_updates}")
-        least = dict.fromkeys(("env_steps", "first_update", "replay_capacity", "log_every"), 1)
-        least["env_steps"] = 0 if self.offline_updates else 1
-        for name, low in least.items():
-            if (value := getattr(self, name)) is not None and value < low:
-                raise UserError(f"--train.{name}", f"must be at least {low}, got {value}")
+        at_least(1, self, "--train.", "first_update", "replay_capacity", "log_every")
+        at_least(0 if self.offline_updates else 1, self, "--train.", "env_steps")
+        at_least(0, self, "--train.", "warmup_transitions", "offline_updates")
         for name in ("updates_per_transition", "clip_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"--train.{name}", f"must be positive, got {value}")
-        if (self.warmup_transitions or 0) < 0:
-            raise UserError(
-                "--train.warmup_transitions", f"cannot be negative, got {self.warmup_transitions}"
-            )
         if self.first_update is not None and self.replay_capacity < self.first_update:
             raise UserError("--train.replay_capacity", f"cannot be below first_update={self.first_update}")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.adapters.errors import UserError
+from trimtab.adapters.errors import UserError, at_least
 
 DRAWS = 2000
 
@@ -35,10 +35,8 @@ class TakeoverConfig:
     def __post_init__(self) -> None:
         if not 0.0 < self.least <= 1.0:
             raise UserError("--train.gate.least", f"is a share above 0 and at most 1, got {self.least}")
-        if self.window < 1:
-            raise UserError("--train.gate.window", f"must be at least 1, got {self.window}")
-        if self.doubt < 0:
-            raise UserError("--train.gate.doubt", f"cannot be negative, got {self.doubt}")
+        at_least(1, self, "--train.gate.", "window")
+        at_least(0, self, "--train.gate.", "doubt")
 
 
 class Takeover:

@@ -64,11 +64,7 @@ def state_files(folder: Path) -> list[str]:
 
 @contextmanager
 def whole_folder(folder: Path, option: str = "--output_dir") -> Iterator[Path]:
-    """A folder to write into, which takes the place of ``folder`` once all is written, or vanishes.
-
-    Raises:
-        UserError: ``option`` names a place that cannot be written.
-    """
+    """A folder to write into, which takes the place of ``folder`` once all is written, or vanishes."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))

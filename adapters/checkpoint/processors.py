@@ -25,8 +25,6 @@ from trimtab.adapters.checkpoint.files import (
     POSTPROCESSOR,
     PREPROCESSOR,
     processor_steps,
-    read_weights,
-    whole_weights,
 )
 from trimtab.adapters.config import PolicyConfig
 from trimtab.adapters.errors import UserError, policy_error, reason
@@ -88,18 +86,6 @@ def statistics(old: dict[str, Tensor], config: Any, path: Path) -> dict[str, dic
     return stats
 
 
-def make_processors(
-    config: Any, stats: dict[str, dict[str, Tensor]], overrides: dict[str, dict[str, Any]]
-) -> tuple[Any, Any]:
-    """The (pre-, post-) processor that LeRobot makes of these statistics, in memory."""
-    pre, post = _factory(config, overrides.get(TOKENIZER_STEP))(config, dataset_stats=stats)
-    for index, step in enumerate(pre.steps):
-        changes = overrides.get(getattr(type(step), "_registry_name", ""))
-        if changes:
-            pre.steps[index] = type(step)(**{**step.get_config(), **changes})
-    return pre, post
-
-
 def _factory(config: Any, tokenizer: dict[str, Any] | None) -> Callable[..., tuple[Any, Any]]:
     """LeRobot's factory; with another tokenizer, its code with that bound anew, for it knows no option."""
     from lerobot.policies.factory import make_pre_post_processors
@@ -114,13 +100,6 @@ def _factory(config: Any, tokenizer: dict[str, Any] | None) -> Callable[..., tup
 
     names = vars(module) | {"TokenizerProcessorStep": local}
     return FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__)
-
-
-def read_statistics(config: Any, folder: Path) -> dict[str, dict[str, Tensor]]:
-    """``statistics`` from a folder whose policy is not loaded here."""
-    paths = whole_weights(folder)
-    saved = read_weights(paths, unchecked=OLD_STATISTICS)
-    return statistics(take_statistics(saved, {}), config, paths[0])
 
 
 @contextmanager
@@ -138,23 +117,26 @@ def processor_files(adapter: Any, folder: Path) -> Iterator[Path]:
 def load_processors(
     config: Any,
     folder: Path,
-    overrides: dict[str, dict[str, Any]] | None = None,
-    stats: dict[str, dict[str, Tensor]] | None = None,
+    overrides: dict[str, dict[str, Any]],
+    stats: dict[str, dict[str, Tensor]] | None,
 ) -> tuple[Any, Any]:
-    """The policy's (pre-, post-) processor, as LeRobot loads it, or makes it of an old checkpoint.
+    """The (pre-, post-) processor, as LeRobot loads it, or makes it of an old checkpoint's ``stats``.
 
-    ``overrides`` are for steps of the preprocessor, by name; ``stats`` are an old checkpoint's, read from its
-    weights by default.
+    ``overrides`` are for steps of the preprocessor, by name.
     """
     from lerobot.policies.factory import make_pre_post_processors
 
-    if is_legacy(folder):
-        stats = stats if stats is not None else read_statistics(config, folder)
-        return make_processors(config, stats, overrides or {})
+    if stats is not None:
+        pre, post = _factory(config, overrides.get(TOKENIZER_STEP))(config, dataset_stats=stats)
+        for index, step in enumerate(pre.steps):
+            changes = overrides.get(getattr(type(step), "_registry_name", ""))
+            if changes:
+                pre.steps[index] = type(step)(**{**step.get_config(), **changes})
+        return pre, post
     return make_pre_post_processors(
         config,
         pretrained_path=str(folder),
-        preprocessor_overrides={DEVICE_STEP: {"device": config.device}, **(overrides or {})},
+        preprocessor_overrides={DEVICE_STEP: {"device": config.device}, **overrides},
         postprocessor_overrides={},
     )
 
@@ -221,7 +203,9 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
         path = weights if is_legacy(folder) else folder / name
         kinds = [feature.type.value for feature in features.values()]
         wanted = {kind: modes[kind] for kind in kinds if modes.get(kind, "IDENTITY") != "IDENTITY"}
-        if wanted and not any(_may_normalise(step) for step in pipeline.steps):
+        # Of LeRobot's common steps it is known which normalise; any other may.
+        own = [s for s in pipeline.steps if not type(s).__module__.startswith("lerobot.processor")]
+        if wanted and not own and not any(getattr(step, "norm_map", None) for step in pipeline.steps):
             kind, mode = next(iter(wanted.items()))
             raise policy_error(
                 f"by config.json, {kind} was normalised by {mode} in training, but no step of {path} {does} "
@@ -244,12 +228,6 @@ def check_processors(pre: Any, post: Any, config: Any, folder: Path, weights: Pa
 
 def _name(step: Any) -> str:
     return getattr(type(step), "_registry_name", None) or type(step).__name__
-
-
-def _may_normalise(step: Any) -> bool:
-    """Whether a step has statistics, or is not one of LeRobot's common ones, of which that is known."""
-    common = type(step).__module__.startswith("lerobot.processor")
-    return not common or bool(getattr(step, "norm_map", None))
 
 
 def _normalisation(step: Any, key: str, feature: Any) -> str | None:

@@ -89,8 +89,7 @@ def check_values(
 def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) -> None:
     """Load ``saved`` and check every tensor of the model against it.
 
-    LeRobot loads with ``strict=False`` by default, and some policies return random weights when the
-    file is missing. Shared tensors are saved once; their other names are found by their storage.
+    LeRobot loads with ``strict=False``. Shared tensors are saved once, and known by their storage.
     """
     check_names(policy.state_dict(), saved, path)
     policy.load_state_dict(saved, strict=False)
@@ -98,13 +97,11 @@ def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) 
 
 
 def check_part(module: torch.nn.Module, folder: Path) -> None:
-    """Compare a frozen part outside the checkpoint with its files: its library draws what a file lacks.
-
-    What the files hold beside (UMT5's decoder) is not looked at.
-    """
+    """Compare a frozen part outside the checkpoint with its files: its library draws what a file lacks."""
     state = module.state_dict()
     known: dict[str, Tensor] = {}
     for path in part_weights(folder, BACKBONE):
+        # Without what the files hold beside, such as UMT5's decoder.
         saved = {name: tensor for name, tensor in read_weights(path, BACKBONE).items() if name in state}
         check_values(state, saved, path, BACKBONE)
         known |= {name: tensor.to("meta") for name, tensor in saved.items()}

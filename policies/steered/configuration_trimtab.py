@@ -10,6 +10,7 @@ from lerobot.configs import PreTrainedConfig
 
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.checkpoint.folder import is_server
+from trimtab.adapters.errors import at_least
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
@@ -89,8 +90,7 @@ class TrimtabConfig(PreTrainedConfig):
                 "--policy.use_amp",
                 "a steered policy computes in the precision that it was steered in; leave it false",
             )
-        if self.num_candidates < 1:
-            raise UserError("--policy.num_candidates", f"must be at least 1, got {self.num_candidates}")
+        at_least(1, self, "--policy.", "num_candidates")
         if self.num_candidates > 1 and self.critic is None:
             raise UserError(
                 "--policy.num_candidates",

@@ -12,19 +12,12 @@ from typing import Any, NamedTuple
 
 
 class Command(NamedTuple):
-    """A command: its module here has a ``main`` that takes the config it declares.
-
-    Attributes:
-        text: what it does.
-        launched: takes part in what a launcher has begun.
-        tiny: also runs on a random tiny policy.
-        light: takes arguments instead of a config, needs no policy, and says itself what is wrong.
-    """
+    """A command: its module here has a ``main`` that takes the config it declares."""
 
     text: str
-    launched: bool = False
-    tiny: bool = False
-    light: bool = False
+    launched: bool = False  # takes part in what a launcher has begun
+    tiny: bool = False  # also runs on a random tiny policy
+    light: bool = False  # takes arguments in place of a config, and says itself what is wrong
 
 
 COMMANDS = {
@@ -64,25 +57,19 @@ Options are LeRobot's: --policy.path=, --env.type=, --env.task=, --config_path=;
 """
 
 
-def usage() -> str:
-    """The text of `trimtab --help`."""
-    return USAGE.format(commands="\n".join(f"  {name:<8} {one.text}" for name, one in COMMANDS.items()))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0, or 2 where the user can mend what went wrong."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help", "help"):
-        print(usage(), end="")
+        lines = (f"  {name:<8} {command.text}" for name, command in COMMANDS.items())
+        print(USAGE.format(commands="\n".join(lines)), end="")
         return 0
     name = args.pop(0)
     if name not in COMMANDS:
         said = f"is gone: {REMOVED[name]}" if name in REMOVED else f"there are {', '.join(COMMANDS)}"
         print(f"trimtab: error: no command '{name}'; {said}", file=sys.stderr)
         return 2
-    if COMMANDS[name].light:
-        return entry(name)(args)
-    return _run(name, args)
+    return entry(name)(args) if COMMANDS[name].light else _run(name, args)
 
 
 def entry(command: str) -> Callable[..., Any]:

@@ -6,21 +6,25 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import draccus
+from draccus.utils import flatten
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError
-from trimtab.adapters.errors import reason
+from trimtab.policies.actor import NoiseActor
 from trimtab.policies.artefact import is_artefact
-from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
+from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.support.console import new_output_dir, say
-from trimtab.recipes.support.launched import launched_processes, make_accelerator
-from trimtab.recipes.support.option_dicts import flatten
-from trimtab.recipes.support.preflight import check_inputs, check_reward, measure
-from trimtab.recipes.support.repeat import loaded_plugins
+from trimtab.recipes.support.launched import (
+    Trackers,
+    check_trackers,
+    launched_processes,
+    make_accelerator,
+)
+from trimtab.recipes.support.option_dicts import loaded_plugins
 from trimtab.recipes.support.reporting import (
     NAMES,
     MetricsWriter,
@@ -31,21 +35,25 @@ from trimtab.recipes.support.reporting import (
     table,
     write_json,
 )
-from trimtab.recipes.support.run_folder import METRICS, RunFolder, disk_errors
+from trimtab.recipes.support.run_folder import METRICS, RunFolder, run_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
-from trimtab.recipes.support.trackers import Trackers, check_trackers
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
-from trimtab.rl.algorithms.acting import LoadedBase
+from trimtab.rl.algorithms.acting import LoadedBase, RunRequest
 from trimtab.rl.budget import TrainConfig
-from trimtab.rl.data.demonstration_data import DemosConfig
-from trimtab.rl.envs.vector import WorkerLost
-from trimtab.rl.evaluation import pooled
+from trimtab.rl.data.decoder import ConditioningSpec
+from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
+from trimtab.rl.data.memory import check_replay, replay_layout
+from trimtab.rl.evaluation import Evaluation, pooled, unreported
 from trimtab.rl.runs.checkpoint import CheckpointConfig
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
 from trimtab.rl.runs.processes import ProcessGroup
 from trimtab.rl.seeds import MAX_SEED
 from trimtab.rl.trainer import Trainer
+from trimtab.rl.warm_start import read_constant
+
+# Evaluations by task and policy.
+Measured = dict[str, dict[str, Evaluation]]
 
 
 @dataclass
@@ -88,14 +96,6 @@ def check_run(seed: int, num_envs: int) -> None:
         raise UserError("--seed", f"must be between 0 and {MAX_SEED}, got {seed}")
 
 
-class Outcome(NamedTuple):
-    """What a steering run found: results.json, lines of metrics, and the folder of what is deployed."""
-
-    results: dict[str, Any]
-    lines: list[dict[str, Any]]
-    folder: Path
-
-
 def main(config: AdaptConfig) -> None:
     if is_artefact(config.policy.path):
         raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
@@ -104,7 +104,7 @@ def main(config: AdaptConfig) -> None:
     if processes:  # the first one's clock names the folder
         output = ProcessGroup(processes).gather(output)[0]
     session, folder = open_session(
-        config.policy, config.env, config.eval, config.machine, config.observe, many=True
+        config.policy, config.env, config.eval, config.machine, observe=config.observe, many=True
     )
     say(describe(session, folder))
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -125,8 +125,8 @@ def main(config: AdaptConfig) -> None:
     for task, found in results["tasks"].items() if len(results["tasks"]) > 1 else ():
         say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(one)}" for n, one in found.items()))
     say(untrained_line(results, config.noise.type))
-    if waited := waits(lines[-1] if lines else {}):
-        say(waited)
+    for line in waits(lines[-1] if lines else {}):
+        say(line)
     say(f"{results['actor_parameters']:,} weights trained; artefact {artefact}; all in {output}")
 
 
@@ -135,138 +135,177 @@ def untrained_line(results: dict[str, Any], noise: str) -> str:
     return f"untrained actor ({noise} noise): {rate_text(results['untrained_actor'])}"
 
 
-def waits(last: dict[str, Any]) -> str:
-    """What waited for what while training, from the last line of the metrics; empty where it does not say."""
+def waits(last: dict[str, Any]) -> list[str]:
+    """What waited for what while training, if the last line of the metrics tells."""
     names = {
-        "learner_waits": "the learner waited for the environments {:.0%}",
-        "envs_wait": "the environments waited for the learner {:.0%}",
-        "denoise": "both waited for the base {:.0%}",
-        "processes_wait": "the processes waited for each other {:.0%}",
+        "learner_waits": "the learner waited for the environments",
+        "envs_wait": "the environments waited for the learner",
+        "denoise": "both waited for the base",
+        "processes_wait": "the processes waited for each other",
     }
     shares = {said: last.get(f"seconds_share/{name}") for name, said in names.items()}
-    said = ", ".join(said.format(share) for said, share in shares.items() if share is not None)
-    return said and f"of {last['seconds_total']:.0f} s of training: {said}"
+    told = ", ".join(f"{said} {share:.0%}" for said, share in shares.items() if share is not None)
+    return [f"of {last['seconds_total']:.0f} s of training: {told}"] if told else []
 
 
-def steer(session: Session, folder: Path | str, config: AdaptConfig, output: Path) -> Outcome:
+def steer(
+    session: Session, folder: Path | str, config: AdaptConfig, output: Path
+) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
     """Evaluate the baselines, train, evaluate what was learnt, and write everything under ``output``.
 
-    With ``config.resume``, what ``output`` holds of the run is taken up.
+    The base was loaded from ``folder``. With ``config.resume``, what ``output`` holds of the run is taken up.
 
-    Args:
-        folder: where the base was loaded from.
+    Returns:
+        what results.json holds, the lines of metrics, and the folder of what is deployed
 
     Raises:
         UserError: from the policy or the environment; nothing is written before training starts.
         Stopped: by a signal, once there is a checkpoint.
     """
     accelerator = make_accelerator(session.adapter.device.type, check_trackers(config.trackers), output)
-    session.world = ProcessGroup(accelerator)
-    signals = StopSignals()
-    try:
-        with signals.installed(), disk_errors(output):
-            return _steer(session, folder, config, output, accelerator, signals)
-    except WorkerLost as error:
-        raise UserError("--env.type", reason(error, last=True)) from error
-
-
-def _steer(
-    session: Session,
-    folder: Path | str,
-    config: AdaptConfig,
-    output: Path,
-    accelerator: Any,
-    signals: StopSignals,
-) -> Outcome:
-    space, world, clock = config.noise.build(session.adapter.noise_spec), session.world, Clock()
-    check_inputs(session, config, space)
-    identity = session.adapter.identity(folder)
-    run = RunFolder(output, config, identity, config.checkpoint, world)
-    checkpoint = run.newest() if config.resume else None
-    if checkpoint is not None and not checkpoint.beside.get("repeatable", True):
-        session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
-    measured, constants = (run.baselines() if config.resume else None) or measure(session, config, space)
-    check_reward(config.rl, config.train.reward, measured)
-    run.begin(measured, constants)
-    clock.lap("baselines")
-    tracked = Trackers(accelerator, check_trackers(config.trackers), "trimtab", flatten(run.config))
-    kept = checkpoint.beside["metrics"] if checkpoint else 0
-    with session.environments(config.num_envs, faults=config.faults) as vec:
-        if len(set(vec.task_names)) != len(session.tasks):
-            raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
-        trainer = config.rl.make_trainer(session.runner, vec, config.noise, config.seed) or Trainer(
-            session.runner,
-            vec,
-            accelerator,
-            config.train,
-            config.rl,
-            config.noise,
-            config.seed,
-            demos=config.demos,
-            checkpoints=run.checkpoints,
-            faults_config=config.faults,
-            stop=signals,
+    session.world = world = ProcessGroup(accelerator)
+    with StopSignals().installed() as signals, run_errors(output):
+        space, clock = config.noise.build(session.adapter.noise_spec), Clock()
+        check_inputs(session, config, space)
+        identity = session.adapter.identity(folder)
+        run = RunFolder(output, config, identity, world)
+        checkpoint = run.newest() if config.resume else None
+        if checkpoint is not None and not checkpoint.beside.get("repeatable", True):
+            session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
+        measured, constants = (run.baselines() if config.resume else None) or measure(session, config, space)
+        check_reward(config.rl, config.train.reward, measured)
+        run.begin(measured, constants)
+        clock.lap("baselines")
+        tracked = Trackers(accelerator, flatten(run.config))
+        kept = checkpoint.beside["metrics"] if checkpoint else 0
+        with session.environments(config.num_envs, faults=config.faults) as vec:
+            if len(set(vec.task_names)) != len(session.tasks):
+                raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
+            trainer = config.rl.make_trainer(session.runner, vec, config.noise, config.seed) or Trainer(
+                session.runner,
+                vec,
+                accelerator,
+                config.train,
+                config.rl,
+                config.noise,
+                config.seed,
+                demos=config.demos,
+                checkpoints=run.checkpoints,
+                faults_config=config.faults,
+                stop=signals,
+            )
+            with MetricsWriter(output / METRICS if world.main else Path(os.devnull), kept) as metrics:
+                trainer.on_metrics = lambda line: (metrics(line), tracked(line))
+                if run.checkpoints:
+                    run.checkpoints.beside = lambda: {
+                        "metrics": metrics.offset(),
+                        "repeatable": vec.repeatable,
+                    }
+                for note in trainer.resume(checkpoint) if checkpoint else ():
+                    print(note)
+                signals.kept = checkpoint is not None
+                signals.deferred = trainer.checkpoints is not None
+                learnt = trainer.run()
+                signals.kept, signals.deferred = signals.deferred, False
+                if signals():
+                    raise Stopped(signals.name)
+        tracked.close()
+        learnt.actor.eval()
+        clock.lap("steering")
+        steered = learnt.deployed_policy(config.eval.deterministic)
+        for task, vec in session.evaluations_by_task():
+            measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
+        clock.lap("steered_evaluation")
+        session.adapter.check_identity(identity, folder)
+        untrained = pooled([found.pop("untrained") for found in measured.values()])
+        names = next(iter(measured.values()))
+        evaluations = {name: pooled([found[name] for found in measured.values()]) for name in names}
+        results = results_of(
+            config,
+            evaluations,
+            tasks={task: summaries(found) for task, found in measured.items()},
+            untrained_actor=untrained.summary(),
+            constant_noise_search=constants,
+            env_steps=trainer.env_steps,
+            training_episodes=trainer.episodes,
+            updates=trainer.updates,
+            actor_parameters=learnt.trained_parameters()["actor"],
+            base_sha256=identity.get("sha256"),  # a policy server shows no weights
+            seconds=clock,
+            train=asdict(config.train),
         )
-        with MetricsWriter(output / METRICS if world.main else Path(os.devnull), kept) as metrics:
-            trainer.on_metrics = lambda line: (metrics(line), tracked(line))
-            if run.checkpoints:
-                run.checkpoints.beside = lambda: {"metrics": metrics.offset(), "repeatable": vec.repeatable}
-            for note in trainer.resume(checkpoint) if checkpoint else ():
-                print(note)
-            signals.kept = checkpoint is not None
-            signals.deferred = trainer.checkpoints is not None
-            learnt = trainer.run()
-            signals.kept, signals.deferred = signals.deferred, False
-            if signals():
-                raise Stopped(signals.name)
-    tracked.close()
-    learnt.actor.eval()
-    clock.lap("steering")
-    steered = learnt.deployed_policy(config.eval.deterministic)
+        artefact = Path()
+        if world.main:
+            facts = {
+                "env": draccus.encode(config.env, EnvConfig),
+                "seed": config.seed,
+                "env_steps": trainer.env_steps,
+                "episodes": trainer.episodes,
+                "deterministic": config.eval.deterministic,
+                "success": results["policies"],
+                "algorithm": config.rl.type,
+                "plugins": loaded_plugins(),
+            }
+            base = LoadedBase(session.adapter, config.policy, folder)
+            artefact = learnt.save(output, base, config.noise, facts)
+            write_json(output / "results.json", results)
+            title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
+            plot_curve(output / "curve.png", metrics.lines, results["policies"], title)
+            session.record(session.own_noise, output / "before.mp4", "video: base policy")
+            session.record(steered, output / "after.mp4", "video: steered")
+            clock.lap("pictures")
+            write_json(output / "results.json", results)  # once more, with the last time in it
+        return results, metrics.lines, artefact
+
+
+def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
+    """Refuse what does not fit together before any long work."""
+    tasks, demos, warm_start = len(session.tasks), config.demos, config.train.warm_start
+    config.rl.check(space, RunRequest(tasks, session.world.size, config.resume, bool(warm_start)))
+    demos.check(config.rl)
+    if config.train.offline_updates and not demos.enabled:
+        raise UserError("--train.offline_updates", "learns from demonstrations: give --demos.root=FOLDER")
+    if tasks > 1 and demos.enabled:
+        raise UserError("--env.task", "demonstrations are of one task; name one")
+    if config.num_envs < tasks:
+        raise UserError("--num_envs", f"{tasks} tasks need as many environments or more")
+    if demos.enabled:
+        read_demonstrations(demos, session.adapter, config.train.reward, config.env.task or "")
+    if warm_start:
+        noise = read_constant(warm_start, session.adapter.noise_spec)
+        NoiseActor(1, space, config.rl.actor).begin_at(noise)
+
+
+def measure(session: Session, config: AdaptConfig, space: NoiseSpace) -> tuple[Measured, dict[str, Any]]:
+    """Evaluate the baselines, and what the noise space itself does to the policy before any learning.
+
+    Returns the evaluations, and details of the search for a constant.
+    """
+    found: Measured = {}
+    details: dict[str, Any] = {}
     for task, vec in session.evaluations_by_task():
-        measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
-    clock.lap("steered_evaluation")
-    session.adapter.check_identity(identity, folder)
-    untrained = pooled([found.pop("untrained") for found in measured.values()])
-    names = next(iter(measured.values()))
-    evaluations = {name: pooled([found[name] for found in measured.values()]) for name in names}
-    results = results_of(
-        config,
-        evaluations,
-        tasks={task: summaries(found) for task, found in measured.items()},
-        untrained_actor=untrained.summary(),
-        constant_noise_search=constants,
-        env_steps=trainer.env_steps,
-        training_episodes=trainer.episodes,
-        updates=trainer.updates,
-        actor_parameters=learnt.trained_parameters()["actor"],
-        base_sha256=identity.get("sha256"),  # a policy server shows no weights
-        seconds=clock,
-        train=asdict(config.train),
-    )
-    artefact = Path()
-    if world.main:
-        facts = {
-            "env": draccus.encode(config.env, EnvConfig),
-            "seed": config.seed,
-            "env_steps": trainer.env_steps,
-            "episodes": trainer.episodes,
-            "deterministic": config.eval.deterministic,
-            "success": results["policies"],
-            "algorithm": config.rl.type,
-            "plugins": loaded_plugins(),
-        }
-        base = LoadedBase(session.adapter, config.policy, folder)
-        artefact = learnt.save(output, base, config.noise, facts)
-        write_json(output / "results.json", results)
-        run.write_config()
-        title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
-        plot_curve(output / "curve.png", metrics.lines, results["policies"], title)
-        session.record(session.own_noise, output / "before.mp4", "video: base policy")
-        session.record(steered, output / "after.mp4", "video: steered")
-        clock.lap("pictures")
-        write_json(output / "results.json", results)  # once more, with the last time in it
-    return Outcome(results, metrics.lines, artefact)
+        if not found and config.rl.pace and (first := session.first) is not None:
+            spec = (
+                ConditioningSpec.of(session.adapter, first) if "conditioning" in config.rl.replayed else None
+            )
+            width = session.runner.features(first).shape[1]
+            layout = replay_layout(config.rl, session.adapter, space, width, spec)
+            say(check_replay(config.train.replay_capacity, layout))  # refuses what does not fit
+        found[task], details[task], _ = session.baselines(vec, config.seed)
+        untrained = config.rl.untrained(space)
+        found[task]["untrained"] = (
+            session.evaluate(vec, untrained, label="untrained actor") if untrained else found[task]["base"]
+        )
+    return found, next(iter(details.values())) if len(details) == 1 else details
+
+
+def check_reward(rl: AlgorithmConfig, reward: str, measured: Measured) -> None:
+    """Refuse to learn from success where the environment reports none."""
+    problem = rl.without_success(reward)
+    for found in measured.values() if problem else ():
+        if not found["base"].reported:
+            option, mend = problem
+            raise UserError(option, f"{unreported(found['base'])}, so there is nothing to learn from; {mend}")
 
 
 class Clock(dict[str, float]):

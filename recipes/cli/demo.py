@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.recipes.cli.adapt import AdaptConfig, check_run, steer, untrained_line
 from trimtab.recipes.embedded_base.base import BaseConfig, cached_base
-from trimtab.recipes.support.console import default_threads, new_output_dir
+from trimtab.recipes.support.console import default_cache, default_threads, new_output_dir
 from trimtab.recipes.support.reporting import summaries, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
@@ -21,13 +20,7 @@ from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.hooks import base_tasks
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, resolve_task
-from trimtab.rl.evaluation import Evaluation, evaluate
-
-
-def default_cache() -> Path:
-    """Where made bases are kept: ``$TRIMTAB_CACHE``, else ``~/.cache/trimtab``."""
-    return Path(os.environ.get("TRIMTAB_CACHE") or "~/.cache/trimtab").expanduser()
-
+from trimtab.rl.evaluation import Evaluation
 
 # Options that mean what adapt's mean.
 SHARED = ("rl", "noise", "train", "eval", "machine", "num_envs", "seed")
@@ -87,7 +80,7 @@ def main(config: DemoConfig) -> None:
     print(describe(session, folder))
     sha256 = file_hash(folder)
     before = other_tasks(session, folder, config, "before")
-    results = steer(session, folder, adapt, output).results
+    results, _, _ = steer(session, folder, adapt, output)
 
     print("[3/3] the base's other tasks, without the actor, once more")
     after = other_tasks(session, folder, config, "after")
@@ -117,5 +110,5 @@ def other_tasks(session: Session, folder: Path, config: DemoConfig, when: str) -
         other = Session(session.adapter, replace(session.env, task=task), session.eval, session.machine)
         seeds = session.eval.seeds[: config.other_task_episodes]
         with other.environments(len(seeds), other.evaluation_workers) as vec:
-            found[task] = evaluate(other.runner, vec, base_noise, seeds, f"{task}, {when}")
+            found[task] = other.evaluate(vec, base_noise, f"{task}, {when}", seeds)
     return found

@@ -8,8 +8,10 @@ from pathlib import Path
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError
+from trimtab.adapters.errors import at_least
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact
+from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.reporting import results_of, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
@@ -28,20 +30,15 @@ class SteeredEvalConfig(EpisodesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_candidates is not None and self.num_candidates < 1:
-            raise UserError("--eval.num_candidates", f"must be at least 1, got {self.num_candidates}")
+        at_least(1, self, "--eval.", "num_candidates")
 
     def complete(self, steered: Steered | None) -> None:
-        """Fill in what was not set.
-
-        Raises:
-            UserError: there is nothing to choose among candidates by.
-        """
-        config = steered.config if steered else None
+        """Fill in what was not set."""
+        said = steered.config if steered else TrimtabConfig()
         if self.deterministic is None:
-            self.deterministic = config.deterministic if config else True
+            self.deterministic = said.deterministic
         if self.num_candidates is None:
-            self.num_candidates = config.num_candidates if config else 1
+            self.num_candidates = said.num_candidates
         if self.num_candidates > 1 and (steered is None or steered.critic is None):
             raise UserError(
                 "--eval.num_candidates",

@@ -13,9 +13,9 @@ from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, save_artefact
 from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
 from trimtab.recipes.support.export_check import check_runners
-from trimtab.recipes.support.reporting import table
+from trimtab.recipes.support.reporting import read_json, table
 
-CARD = "README.md"
+CARD, CARD_TEXT = "README.md", Path(__file__).with_name("card.md")
 ACTING = ("num_candidates", "use_actor")  # how the artefact acts, beside `deterministic`
 RUN_CONFIG = "adapt.json"  # the run's own config, to run it again
 
@@ -51,11 +51,7 @@ def main(config: ExportConfig) -> None:
 
 
 def find_artefact(run: Path | None) -> Path:
-    """The artefact of a run's folder.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The artefact of a run's folder; a ``UserError`` where there is none."""
     if run is None:
         raise UserError("--run", "name the folder that `trimtab adapt` wrote")
     run = run.expanduser()
@@ -96,11 +92,9 @@ def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None 
         )
     steered = load_artefact(replace(policy, path=str(artefact)), config)
     beside = {}
-    run = artefact.parent / CONFIG if artefact.name == "artefact" else artefact / RUN_CONFIG
-    if not run.is_file():
-        run = artefact / RUN_CONFIG
-    if run.is_file():
-        again = json.loads(run.read_text(encoding="utf-8"))
+    runs = [artefact / RUN_CONFIG, *([artefact.parent / CONFIG] if artefact.name == "artefact" else ())]
+    if run := next((path for path in reversed(runs) if path.is_file()), None):
+        again = read_json(run)
         if policy.path:
             again["policy"] = {**again.get("policy", {}), "path": policy.path, "revision": policy.revision}
         beside[RUN_CONFIG] = json.dumps(again, indent=2) + "\n"
@@ -126,12 +120,9 @@ def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None 
 
 
 def card(steered: Steered, name: str, can_repeat: bool) -> str:
-    """The model card: what it steers, on which task, with which budget, and what it measured.
+    """The model card: what the policy ``name`` steers, on which task, with which budget, and its success.
 
-    Args:
-        steered: the loaded artefact.
-        name: how a user names the policy.
-        can_repeat: whether the run's config lies beside.
+    ``can_repeat`` says whether the run's config lies beside.
     """
     config, training, base = steered.config, steered.config.training, steered.config.base
     env, path = training.get("env") or {}, base.path or ""
@@ -142,62 +133,37 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
     revision = f", revision `{base.revision}`" if base.revision else ""
     weights = f", SHA-256 of its weights `{base.sha256}`" if base.sha256 else ""
     facts = [
-        f"base: `{shown}`{revision} (type `{base.policy_type}`{weights})",
-        f"task: `{task}` in the environment `{env.get('type', 'unknown')}`",
-        f"noise space: `{config.noise.type}`, noise of shape {tuple(config.noise_shape)}",
+        f"- base: `{shown}`{revision} (type `{base.policy_type}`{weights})",
+        f"- task: `{task}` in the environment `{env.get('type', 'unknown')}`",
+        f"- noise space: `{config.noise.type}`, noise of shape {tuple(config.noise_shape)}",
     ]
     if "env_steps" in training:
         algorithm = f", {training['algorithm']}" if "algorithm" in training else ""
         facts.append(
-            f"budget: {training['env_steps']:,} environment steps in {training['episodes']:,} episodes"
+            f"- budget: {training['env_steps']:,} environment steps in {training['episodes']:,} episodes"
             f" (seed {training.get('seed')}{algorithm})"
         )
-    measured = ["Not measured."]
+    measured = "Not measured."
     if training.get("success"):
-        measured = ["```", table(training["success"]), "```", "All policies met the same episode seeds."]
-    parameters = sum(parameter.numel() for parameter in steered.actor.parameters())
-    options = [f"--policy.path={Path(name).name if Path(name).is_absolute() else name}"]
-    options += [f"--{option}={package}" for option, package in (training.get("plugins") or {}).items()]
-    options += [f"--env.type={env.get('type', '...')}"]
-    options += [f"--env.task={env['task']}"] if env.get("task") else []
-    lines = ["---", "library_name: lerobot", "pipeline_tag: robotics"]
-    lines += ["tags: [lerobot, robotics, trimtab, noise-space-rl]"]
-    lines += [f"base_model: {path}"] if path.count("/") == 1 and not path.startswith((".", "/")) else []
-    lines += [
-        "---",
-        "",
-        f"# A steered {base.policy_type} policy for {task}",
-        "",
-        f"A noise actor of {parameters:,} weights chooses the noise that a frozen base policy is fed "
-        "(trimtab). This repository holds the actor and refers to the base; it holds no weights of the base.",
-        "",
-        *(f"- {fact}" for fact in facts),
-        "",
-        "## Success",
-        "",
-        *measured,
-        "",
-        "## Use",
-        "",
-        "With trimtab installed beside LeRobot:",
-        "",
-        "```",
-        f"lerobot-eval {' '.join(options)}",
-        "```",
-        "",
-        "`--policy.use_actor=false` runs the plain base, `--policy.deterministic=false` samples the actor.",
-    ]
-    if can_repeat:
-        lines += ["", "## Reproduce", "", "```", f"trimtab adapt --config_path={RUN_CONFIG}", "```"]
-    return "\n".join(lines) + "\n"
+        measured = f"```\n{table(training['success'])}\n```\nAll policies met the same episode seeds."
+    options = {"policy.path": Path(name).name if Path(name).is_absolute() else name}
+    options |= {**(training.get("plugins") or {}), "env.type": env.get("type", "...")}
+    options |= {"env.task": env["task"]} if env.get("task") else {}
+    again = f"\n## Reproduce\n\n```\ntrimtab adapt --config_path={RUN_CONFIG}\n```\n"
+    return CARD_TEXT.read_text(encoding="utf-8").format(
+        base_model=f"base_model: {path}\n" if path.count("/") == 1 and not local else "",
+        type=base.policy_type,
+        task=task,
+        weights=sum(parameter.numel() for parameter in steered.actor.parameters()),
+        facts="\n".join(facts),
+        measured=measured,
+        options=" ".join(f"--{option}={value}" for option, value in options.items()),
+        reproduce=again if can_repeat else "",
+    )
 
 
 def push(folder: Path, repo: str, private: bool) -> str:
-    """Upload an exported policy; return its address.
-
-    Raises:
-        UserError: the Hub cannot be reached or refuses.
-    """
+    """Upload an exported policy; returns its address, or raises a ``UserError`` where the Hub refuses."""
     from huggingface_hub import HfApi
 
     api = HfApi()

@@ -18,7 +18,7 @@ from trimtab.recipes.finetune.data import REPO_ID, Recorder
 from trimtab.recipes.finetune.rollouts import Rollouts, rounds
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig, means
 from trimtab.recipes.support.console import new_output_dir
-from trimtab.recipes.support.repeat import repeatable
+from trimtab.recipes.support.option_dicts import repeatable
 from trimtab.recipes.support.reporting import MetricsWriter, rate_text, results_of, table, write_json
 from trimtab.recipes.support.session import Session, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig

@@ -45,13 +45,7 @@ def main(config: PoliciesConfig) -> None:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """The columns of one policy type.
-
-    Args:
-        row: ``noise``: shape of one sample, ``inert`` entries of it; ``draws``: what the policy itself feeds;
-            ``share``: operations of ``encode`` over those of one whole chunk; ``many``: operations of one
-            ``encode`` and 16 ``denoise`` over those of one chunk; ``counted_on``: instance that was counted.
-    """
+    """The columns of one policy type: ``share`` is encode's of a chunk, ``many`` costs as so many chunks."""
     inert = f" ({row['inert']} inert)" if row["inert"] else ""
     return [
         f"`{row['type']}`",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError
-from trimtab.adapters.errors import reason
+from trimtab.adapters.errors import at_least, reason
 from trimtab.adapters.loading import open_adapter
 from trimtab.adapters.steerability import MANY, Steerability, measure
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.noise_samplers import base_noise, repeated_noise
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.diagnosis import as_json, diagnose
-from trimtab.recipes.support.probe_picture import plot_probe
-from trimtab.recipes.support.reporting import NAMES, summaries, table, write_json
+from trimtab.recipes.support.reporting import NAMES, plot_probe, summaries, table, write_json
 from trimtab.recipes.support.session import Session, base_of, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base
@@ -36,13 +34,8 @@ from trimtab.rl.statistics import wilson_interval
 class ProbeEvalConfig(EpisodesConfig):
     """How policies are evaluated, with fewer episodes than for a result."""
 
-    # Episodes under each kind of noise; all get the same ones.
     n_episodes: int = 50
-    # Random constant noises to try (0: none).
     constant_candidates: int = 8
-    # Episodes for each of them, on seeds of their own.
-    constant_episodes: int = 20
-    # Episodes of the base to render to a video (0: none).
     videos: int = 0
 
 
@@ -68,9 +61,8 @@ class ProbeConfig:
     output_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("observations", 2), ("noises", 2), ("repeats", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name}", f"must be at least {least}, got {getattr(self, name)}")
+        at_least(2, self, "--", "observations", "noises")
+        at_least(0, self, "--", "repeats", "seed")
 
 
 def main(config: ProbeConfig) -> None:
@@ -78,27 +70,8 @@ def main(config: ProbeConfig) -> None:
         raise UserError("--policy.path", f"{config.policy.path} is already steered; name its base policy")
     output = new_output_dir(config.output_dir, "probe")
     config.machine.apply()
-    adapter = open_adapter(config.policy)
-    try:
+    with closing(open_adapter(config.policy)) as adapter:
         _probe(adapter, config, output)
-    finally:
-        adapter.close()
-
-
-@contextmanager
-def _running(path: str) -> Iterator[None]:
-    """A policy is asked here that ``verify`` has not seen: what it raises is for the user to mend.
-
-    Raises:
-        UserError: in place of what the policy raised.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # whatever a policy raises
-        what = f"{type(error).__name__}: {reason(error)}"
-        raise UserError("--policy.path", f"{path} loads but does not run ({what})") from error
 
 
 def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
@@ -115,44 +88,47 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
             f"policy: {path} ({adapter.policy_type}), noise {tuple(adapter.noise_spec.shape)}, "
             f"{steps} actions of {width} per chunk; random inputs (no --env.type)"
         )
-    with _running(path):
-        observations, again = _observations(adapter, session, config)
-        measured = measure(adapter, observations, config.noises, config.seed, config.repeats, again)
-    print(f"\n{describe_measured(measured, adapter)}")
     evaluations: dict[str, Evaluation] = {}
     constants: list[dict[str, Any]] = []
-    if session is not None and measured.finite and measured.deterministic and not measured.blind:
-        with _running(path):
+    best = None
+    try:
+        observations, again = _observations(adapter, session, config)
+        measured = measure(adapter, observations, config.noises, config.seed, config.repeats, again)
+        print(f"\n{describe_measured(measured, adapter)}")
+        usable = measured.finite and measured.deterministic and not measured.blind
+        if session is not None and usable:
             evaluations, constants, best = _success(session, config)
-        print(f"\n{table(summaries(evaluations))}")
-        if constants:
-            print(describe_constants(constants))
-        if best is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            save_file({"noise": best.contiguous()}, str(output / "best_constant.safetensors"))
-        session.record(session.own_noise, output / "base.mp4", "video: base policy")
+    except UserError:
+        raise
+    except Exception as error:  # whatever a policy raises that ``verify`` has not seen
+        what = f"{type(error).__name__}: {reason(error)}"
+        raise UserError("--policy.path", f"{path} loads but does not run ({what})") from error
+    output.mkdir(parents=True, exist_ok=True)
     success = summaries(evaluations)
+    if success:
+        print(f"\n{table(success)}")
+        session.record(session.own_noise, output / "base.mp4", "video: base policy")
+    if constants:
+        print(describe_constants(constants))
+    if best is not None:
+        save_file({"noise": best.contiguous()}, str(output / "best_constant.safetensors"))
     diagnosis = diagnose(measured, adapter.policy_type, evaluations, constants)
     title = f"{Path(path).name}: {diagnosis.headline}"
     plot_probe(output / "probe.png", measured, success, constants, title)
-    write_json(
-        output / "probe.json",
-        {
-            "policy": path,
-            "policy_type": adapter.policy_type,
-            "noise_shape": list(adapter.noise_spec.shape),
-            "chunk_shape": list(adapter.chunk_shape),
-            "notes": adapter.notes,
-            **as_json(measured, diagnosis),
-            "success": success,
-            "constants": constants,
-            "machine": machine_record(),
-        },
-    )
-    print(f"\ndiagnosis: {diagnosis.headline}")
-    for line in diagnosis.lines:
-        print(f"  - {line}")
-    print(f"\nall in {output}")
+    report = {
+        "policy": path,
+        "policy_type": adapter.policy_type,
+        "noise_shape": list(adapter.noise_spec.shape),
+        "chunk_shape": list(adapter.chunk_shape),
+        "notes": adapter.notes,
+        **as_json(measured, diagnosis),
+        "success": success,
+        "constants": constants,
+        "machine": machine_record(),
+    }
+    write_json(output / "probe.json", report)
+    lines = "".join(f"\n  - {line}" for line in diagnosis.lines)
+    print(f"\ndiagnosis: {diagnosis.headline}{lines}\n\nall in {output}")
 
 
 def _observations(
@@ -197,10 +173,7 @@ def _success(
         found, search, constant = session.baselines(vec, config.seed)
         found |= {name: session.evaluate(vec, noise, label=NAMES[name]) for name, noise in others.items()}
     counts = [round(rate * episodes) for rate in search.get("selection_success", ())]
-    constants = [
-        {"successes": count, "episodes": episodes, "ci95": list(wilson_interval(count, episodes))}
-        for count in counts
-    ]
+    constants = [{"successes": n, "episodes": episodes, "ci95": wilson_interval(n, episodes)} for n in counts]
     return {name: found[name] for name in NAMES if name in found}, constants, constant
 
 
@@ -227,8 +200,6 @@ def describe_measured(measured: Steerability, adapter: PolicyAdapter) -> str:
 def describe_constants(constants: list[dict[str, Any]]) -> str:
     """The success of each constant noise that was tried."""
     tried = ", ".join(f"{c['successes']}/{c['episodes']}" for c in constants)
-    worst, best = (
-        f"{100 * low:.0f} - {100 * high:.0f} %"
-        for low, high in (pick(constants, key=lambda c: c["successes"])["ci95"] for pick in (min, max))
-    )
+    intervals = sorted(c["ci95"] for c in constants)
+    worst, best = (f"{100 * low:.0f} - {100 * high:.0f} %" for low, high in (intervals[0], intervals[-1]))
     return f"constants tried: {tried}; 95 % interval of the worst {worst}, of the best {best}"

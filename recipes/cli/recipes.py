@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,13 +24,9 @@ class Recipe:
 
     name: str
 
-    @property
-    def folder(self) -> Path:
-        return FOLDER / self.name
-
     def read(self, file: str) -> dict[str, Any]:
         """The content of ``adapt.yaml`` or ``lora.yaml``."""
-        return deepcopy(_read(self.folder / file))
+        return _read(FOLDER / self.name / file)
 
     @property
     def policy_type(self) -> str:
@@ -43,17 +38,12 @@ class Recipe:
         """Folder, Hub repository or address of the base policy."""
         return self.read(ADAPT)["policy"]["path"]
 
-    @property
-    def environment(self) -> str:
-        env = self.read(ADAPT).get("env")
-        if env is None:
-            return "yours"
-        ids = env.get("task_ids")
-        return " ".join(filter(None, (env["type"], env.get("task"), f"task {ids[0]}" if ids else "")))
-
     def row(self) -> tuple[str, ...]:
-        needs = self.read(ADAPT)[ABOUT]["needs"]
-        return self.name, self.policy_type, self.checkpoint, self.environment, needs
+        content, environment = self.read(ADAPT), "yours"
+        if env := content.get("env"):
+            task = f"task {env['task_ids'][0]}" if env.get("task_ids") else ""
+            environment = " ".join(filter(None, (env["type"], env.get("task"), task)))
+        return self.name, self.policy_type, self.checkpoint, environment, content[ABOUT]["needs"]
 
 
 RECIPES = {path.parent.name: Recipe(path.parent.name) for path in sorted(FOLDER.glob(f"*/{ADAPT}"))}
@@ -71,8 +61,8 @@ USAGE = """usage: trimtab recipes [NAME]
 Without NAME, lists the recipes; with it, prints where the files of one lie, and its commands.
 """
 
-DESCRIBED = """{name}: {type}, {checkpoint}, in {environment}
-needs {needs}
+DESCRIBED = """{}: {}, {}, in {}
+needs {}
 
 {folder}/README.md
 {folder}/adapt.yaml
@@ -88,22 +78,6 @@ needs {needs}
 With --tiny=true each runs anywhere, on a random tiny policy of that type, in well under a minute."""
 
 
-def config_of(name: str, command: str) -> Path | None:
-    """The file that ``--config_path=name`` stands for, where ``name`` is no file but names a recipe.
-
-    Args:
-        name: a recipe's name, or ``recipes/configs/NAME/FILE`` wherever the command is run.
-        command: that is going to read it; ``lora`` has a file of its own, ``compare`` may have one.
-    """
-    if name in RECIPES:
-        path = FOLDER / name / {"lora": LORA, "compare": COMPARE}.get(command, ADAPT)
-        return path if path.is_file() else path.with_name(ADAPT)
-    parts = Path(name).parts
-    path = FOLDER.joinpath(*parts[2:])
-    known = parts[:2] == ("recipes", "configs") and len(parts) == 4 and parts[2] in RECIPES
-    return path if known and path.is_file() else None
-
-
 def type_of(checkpoint: str) -> str | None:
     """The type of a recipe's checkpoint, by its name; ``None`` of any other."""
     for recipe in RECIPES.values():
@@ -117,16 +91,15 @@ def type_of(checkpoint: str) -> str | None:
 def listing() -> str:
     """All recipes, as an aligned table."""
     rows = [("recipe", "type", "checkpoint", "environment", "needs"), *(r.row() for r in RECIPES.values())]
-    widths = [*(max(len(row[i]) for row in rows) for i in range(4)), 0]
+    widths = [*(max(map(len, column)) for column in list(zip(*rows))[:-1]), 0]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
 def described(recipe: Recipe) -> str:
     """Where the files of a recipe lie, and its commands."""
     given = "" if "env" in recipe.read(ADAPT) else " --env.discover_packages_path=YOURS --env.type=YOURS"
-    names = ("name", "type", "checkpoint", "environment", "needs")
     config = f"--config_path={recipe.name}{given}"
-    return DESCRIBED.format(**dict(zip(names, recipe.row())), folder=recipe.folder, config=config)
+    return DESCRIBED.format(*recipe.row(), folder=FOLDER / recipe.name, config=config)
 
 
 def main(args: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ from trimtab.recipes.compare.runs import Run
 from trimtab.recipes.embedded_base.base import DEMONSTRATIONS
 from trimtab.recipes.embedded_base.demonstrations import REPO_ID
 from trimtab.recipes.support.console import new_output_dir
-from trimtab.recipes.support.repeat import repeatable
+from trimtab.recipes.support.option_dicts import repeatable
 from trimtab.recipes.support.reporting import rate_text, read_json, write_json
 from trimtab.recipes.support.session import Session, base_of
 from trimtab.rl.algorithms.acting import LoadedBase

@@ -11,6 +11,7 @@ from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError
+from trimtab.adapters.errors import at_least
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.support.option_dicts import Options
 from trimtab.recipes.support.shared_configs import EVALUATION_SEED, EpisodesConfig, MachineConfig
@@ -66,13 +67,8 @@ class CompareConfig:
     output_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("env_steps", "grid", "n_episodes", "final_episodes", "batch_size", "num_envs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name}", f"must be at least 1, got {value}")
-        for name in ("other_episodes", "videos"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name}", f"cannot be negative, got {getattr(self, name)}")
+        at_least(1, self, "--", "env_steps", "grid", "n_episodes", "final_episodes", "batch_size", "num_envs")
+        at_least(0, self, "--", "other_episodes", "videos")
         if self.grid is None:  # as many points, up to ten, as the budget has equal parts
             self.grid = self.env_steps // next(n for n in range(10, 0, -1) if self.env_steps % n == 0)
         if self.env_steps % self.grid:

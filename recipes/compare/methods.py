@@ -199,7 +199,7 @@ def make_method(name: str, changes: Options | None = None) -> Method:
         UserError: no such option, or a value that it cannot have.
     """
     options, option = dict(METHODS[name]), f"--settings.{name}"
-    kind = KINDS[options.pop("kind", "steering")]
+    kind: Any = KINDS[options.pop("kind", "steering")]
     if options.pop("preset", None):  # --rl.preset=paper
         options = merge(PAPER[options["rl"]["type"]], options)
     if kind is Steering:

@@ -11,7 +11,7 @@ from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from torch import Tensor
 
-from trimtab.adapters import UserError
+from trimtab.adapters.errors import UserError, at_least
 from trimtab.recipes.finetune.data import ColumnWindows
 from trimtab.rl.runs.progress import Progress
 
@@ -43,9 +43,7 @@ class CloningConfig:
 
     def check(self) -> None:
         """Raise a ``UserError`` for a number out of range."""
-        for name in ("steps", "batch_size", "num_inference_steps", "n_action_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--cloning.{name}", f"must be at least 1, got {getattr(self, name)}")
+        at_least(1, self, "--cloning.", "steps", "batch_size", "num_inference_steps", "n_action_steps")
         if self.n_action_steps > self.horizon:
             raise UserError("--cloning.n_action_steps", f"cannot exceed --cloning.horizon={self.horizon}")
         dims, factor = self.down_dims, 2 ** len(self.down_dims)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class RolloutEpisode:
     seed: int
     frames: list[dict[str, Any]]
 
-    @property
+    @cached_property
     def success(self) -> bool:
         return any(frame["next.success"].item() for frame in self.frames)
 

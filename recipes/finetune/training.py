@@ -24,7 +24,7 @@ from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state
 from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder
 from trimtab.adapters.checkpoint.identity import hash_files, settings_hashes
 from trimtab.adapters.checkpoint.processors import processor_files
-from trimtab.adapters.errors import reason
+from trimtab.adapters.errors import at_least, reason
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.finetune.data import batches, check_features
 from trimtab.recipes.support.launched import launched_processes
@@ -62,16 +62,9 @@ class TuningConfig:
             raise UserError("--method", f"must be lora or full, got {self.method}")
         if self.peft.method_type.upper() != "LORA":
             raise UserError("--peft.method_type", f"only LORA is trained here, got {self.peft.method_type}")
-        for name, value, least in (
-            ("peft.r", self.peft.r, 1),
-            ("peft.lora_alpha", self.peft.lora_alpha, 1),
-            ("steps", self.steps, 1),
-            ("batch_size", self.batch_size, 1),
-            ("drop_last_frames", self.drop_last_frames, 0),
-            ("num_workers", self.num_workers, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"--{name}", f"must be at least {least}, got {value}")
+        at_least(1, self.peft, "--peft.", "r", "lora_alpha")
+        at_least(1, self, "--", "steps", "batch_size")
+        at_least(0, self, "--", "drop_last_frames", "num_workers")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise UserError("--learning_rate", f"must be between 0 and 1, got {self.learning_rate}")
 

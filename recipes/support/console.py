@@ -16,16 +16,15 @@ WORKER_MODULES = ["trimtab.rl.envs.vector"]
 
 def quiet() -> None:
     """Keep other libraries' notices off the console; errors still show."""
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    for category in (DeprecationWarning, FutureWarning, UserWarning):
+        warnings.filterwarnings("ignore", category=category)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
     if not sys.stderr.isatty():  # a log wants no bars
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("lerobot", "accelerate", "datasets", "torch", "root"):
-        logging.getLogger(None if name == "root" else name).setLevel(logging.ERROR)
+    for name in (None, "lerobot", "accelerate", "datasets", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def say(text: str) -> None:
@@ -39,10 +38,14 @@ def start_worker_server() -> None:
     import multiprocessing
     import multiprocessing.forkserver
 
-    if sys.platform == "win32":
-        return
-    multiprocessing.set_forkserver_preload(WORKER_MODULES)
-    multiprocessing.forkserver.ensure_running()
+    if sys.platform != "win32":
+        multiprocessing.set_forkserver_preload(WORKER_MODULES)
+        multiprocessing.forkserver.ensure_running()
+
+
+def default_cache() -> Path:
+    """Where made policies are kept: ``$TRIMTAB_CACHE``, else ``~/.cache/trimtab``."""
+    return Path(os.environ.get("TRIMTAB_CACHE") or "~/.cache/trimtab").expanduser()
 
 
 def new_output_dir(path: Path | None, default: str) -> Path:
@@ -59,13 +62,11 @@ def new_output_dir(path: Path | None, default: str) -> Path:
         path = Path("outputs") / default / f"{dt.datetime.now():%Y-%m-%d/%H-%M-%S}"
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError("--output_dir", f"{path} exists and is not empty; name another")
-    probe = path
-    while not probe.exists():
-        probe = probe.parent
-    if not probe.is_dir():
-        raise UserError("--output_dir", f"{probe} is a file, not a folder")
-    if not os.access(probe, os.W_OK):
-        raise UserError("--output_dir", f"cannot write to {probe}")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise UserError("--output_dir", f"{there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError("--output_dir", f"cannot write to {there}")
     return path
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,14 +23,10 @@ WITHOUT_LEARNING = ("zero_noise", "constant_noise", "repeated_noise", "prior_noi
 
 @dataclass
 class Diagnosis:
-    """Whether a policy can be steered, and how.
+    """Whether a policy can be steered, one sentence why, and what else there is to say.
 
-    Attributes:
-        steerable: whether to go on.
-        headline: one sentence.
-        lines: what else there is to say.
-        noise: the noise space to use (``--noise.type``); where no learning is needed the name of what does
-            without (``zero_noise``, ``constant_noise`` ...); or ``None``.
+    ``noise`` is the noise space to use (``--noise.type``); where no learning is needed the name of what does
+    without (``zero_noise``, ``constant_noise`` ...); or ``None``.
     """
 
     steerable: bool
@@ -42,7 +39,7 @@ def diagnose(
     measured: Steerability,
     policy_type: str,
     evaluations: dict[str, Evaluation] | None = None,
-    constants: list[dict[str, Any]] | None = None,
+    constants: Sequence[dict[str, Any]] = (),
 ) -> Diagnosis:
     """Judge a policy by what its noise does, and by how it succeeds if that is known.
 
@@ -86,7 +83,7 @@ def diagnose(
         dimensions = ", ".join(map(str, measured.inert_columns))
         lines.append(f"noise dimensions that change nothing: {dimensions}")
     if evaluations:
-        return _diagnose_success(evaluations, constants or [], lines)
+        return _diagnose_success(evaluations, constants, lines)
     if measured.authority < WEAK_AUTHORITY:
         advice = ["try it in its environment: --env.type="]
         return Diagnosis(False, f"hardly worth steering: {lines[0]}", advice)
@@ -102,7 +99,7 @@ def percent(share: float) -> str:
 
 
 def _diagnose_success(
-    evaluations: dict[str, Evaluation], constants: list[dict[str, Any]], lines: list[str]
+    evaluations: dict[str, Evaluation], constants: Sequence[dict[str, Any]], lines: list[str]
 ) -> Diagnosis:
     base, others = evaluations["base"], {k: v for k, v in evaluations.items() if k != "base"}
     rates = {name: evaluation.summary() for name, evaluation in evaluations.items()}
@@ -124,7 +121,9 @@ def _diagnose_success(
             f"{percent(wilson_interval(0, tried)[1])})",
             [*lines, "improve the base first (demonstrations), or reward progress instead of success"],
         )
-    gains = {name: _Gain(base, other) for name, other in others.items()}
+    gains = {
+        name: _Gain(*paired_difference(base.successes, other.successes)) for name, other in others.items()
+    }
     success = rate_text(rates["base"])
     for name in WITHOUT_LEARNING:
         if name in others and rates[name]["ci95"][0] >= SOLVED and gains[name].worst > 0:
@@ -161,11 +160,12 @@ def _diagnose_success(
     )
 
 
-class _Gain:
+class _Gain(NamedTuple):
     """By how much another noise changes the base's success, on the same episodes, with its 95 % interval."""
 
-    def __init__(self, base: Evaluation, other: Evaluation) -> None:
-        self.mean, self.worst, self.best = paired_difference(base.successes, other.successes)
+    mean: float
+    worst: float
+    best: float
 
     def __str__(self) -> str:
         return f"{100 * self.mean:+.0f} points [{100 * self.worst:+.0f}, {100 * self.best:+.0f}]"
@@ -185,12 +185,4 @@ def as_json(measured: Steerability, diagnosis: Diagnosis) -> dict[str, Any]:
             name: dict(zip(("median", "least", "most"), times)) for name, times in measured.seconds.items()
         },
     }
-    return {name: _finite(value) for name, value in values.items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if isinstance(value, list):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(values, default=Tensor.tolist), parse_constant=lambda name: None)

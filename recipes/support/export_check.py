@@ -45,7 +45,14 @@ def check_runners(folder: Path, steered: Steered) -> list[str]:
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            return _Runners(folder, steered).notes()
+            runners, notes = _Runners(folder, steered), []
+            if runners.policy.steps_apart:
+                runners.compare_steps()
+            else:
+                notes.append(
+                    f"lerobot-eval and lerobot-rollout (sync) refuse this policy: {TrimtabPolicy.STEPS}"
+                )
+            return [*notes, *runners.server_notes(), *environment_notes(steered)]
     except UserError:
         raise
     except Exception as error:  # whatever LeRobot and a policy's processors raise
@@ -59,11 +66,8 @@ class _Runners:
         self.steered, self.adapter = steered, steered.adapter
         config = PreTrainedConfig.from_pretrained(str(folder))
         config.pretrained_path, config.device = folder, self.adapter.device.type
-        config.use_actor, config.num_candidates, config.compile_model = (
-            True,
-            1,
-            False,
-        )  # the actor's own chunk
+        config.use_actor, config.num_candidates = True, 1  # the actor's own chunk
+        config.compile_model = False
         self.policy = TrimtabPolicy(config, steered=steered).eval()
         overrides = {
             "device_processor": {"device": config.device},
@@ -72,40 +76,27 @@ class _Runners:
         self.before, self.after = make_pre_post_processors(
             config, pretrained_path=str(folder), preprocessor_overrides=overrides
         )
-        self.examples = self._examples()
         self.generator = torch.Generator().manual_seed(1)
+        # Observations of environments side by side, as LeRobot's commands hand them to a preprocessor.
+        examples, self.count = torch.Generator().manual_seed(0), min(2, self.adapter.max_batch or 2)
+        made = [self.adapter.example_observation(self.count, examples) for _ in range(OBSERVATIONS)]
+        observe = steered.config.observe
+        for one in made if observe is not None and observe.tasks else ():  # the actor knows no others
+            one["task"] = [observe.tasks[row % len(observe.tasks)] for row in range(self.count)]
+        self.examples = [
+            {k: v[:, -1] if isinstance(v, Tensor) else v for k, v in one.items()} for one in made
+        ]
 
-    def notes(self) -> list[str]:
-        """What there is to say of each runner.
+    def prior(self) -> Tensor:
+        shape = (self.count, *self.adapter.noise_spec.shape)
+        return torch.randn(shape, generator=self.generator).to(self.steered.actor.normalizer.mean.device)
+
+    def compare_steps(self) -> None:
+        """`lerobot-eval` and `lerobot-rollout`: an action at a time.
 
         Raises:
             UserError: an action differs.
         """
-        notes = []
-        if self.policy.steps_apart:
-            self._compare_steps()
-        else:
-            notes.append(f"lerobot-eval and lerobot-rollout (sync) refuse this policy: {self.policy.STEPS}")
-        notes += [*self._server_notes(), *environment_notes(self.steered)]
-        self.policy.reset()
-        return notes
-
-    def _examples(self) -> list[dict[str, Any]]:
-        """Observations of environments side by side, as LeRobot's commands hand them to a preprocessor."""
-        generator, count = torch.Generator().manual_seed(0), min(2, self.adapter.max_batch or 2)
-        made = [self.adapter.example_observation(count, generator) for _ in range(OBSERVATIONS)]
-        observe = self.steered.config.observe
-        for one in made:
-            if observe is not None and observe.tasks:  # the actor knows no others
-                one["task"] = [observe.tasks[row % len(observe.tasks)] for row in range(count)]
-        return [{k: v[:, -1] if isinstance(v, Tensor) else v for k, v in one.items()} for one in made]
-
-    def _prior(self) -> Tensor:
-        shape = (len(self.examples[0]["task"]), *self.adapter.noise_spec.shape)
-        return torch.randn(shape, generator=self.generator).to(self.steered.actor.normalizer.mean.device)
-
-    def _compare_steps(self) -> None:
-        """`lerobot-eval` and `lerobot-rollout`: an action at a time."""
         observations, history = itertools.cycle(self.examples), self.adapter.n_obs_steps
         steps = self.adapter.chunk_shape[0]
         for length in (2 * steps + 1, steps):
@@ -116,10 +107,10 @@ class _Runners:
             for step in range(1, length + 1):
                 now = next(observations)
                 seen.extend([now] * (1 if seen else history))
-                prior = None if chunk else self._prior()
+                prior = None if chunk else self.prior()
                 theirs = self.after(self.policy.select_action(self.before(dict(now)), prior))
                 if prior is not None:
-                    actions, last = self._act(list(seen), prior, last)
+                    actions, last = self.act(list(seen), prior, last)
                     chunk = list(actions.unbind(1))
                 if difference := _difference(chunk.pop(0), torch.from_numpy(theirs.to("cpu").numpy())):
                     raise UserError(
@@ -128,7 +119,7 @@ class _Runners:
                         f"{difference:.2g} at step {step} of an episode; nothing was exported",
                     )
 
-    def _act(self, seen: list[dict[str, Any]], prior: Tensor, last: Any) -> tuple[Tensor, Any]:
+    def act(self, seen: list[dict[str, Any]], prior: Tensor, last: Any) -> tuple[Tensor, Any]:
         """Actions (B, steps, action_dim) of trimtab's loop, and what a policy that remembers goes on from."""
         adapter, actor = self.adapter, self.steered.actor
         history = {
@@ -142,19 +133,20 @@ class _Runners:
         last = (conditioning, chunk) if adapter.remembers else None
         return adapter.postprocess(chunk, conditioning).float().cpu(), last
 
-    def _server_notes(self) -> list[str]:
+    def server_notes(self) -> list[str]:
         """The policy server: a chunk from one observation, unnormalised an action at a time."""
-        now, prior, notes = self.examples[0], self._prior(), []
+        now, prior, history, notes = self.examples[0], self.prior(), self.adapter.n_obs_steps, []
         self.policy.reset()
         chunk = self.policy.predict_action_chunk(self.before(dict(now)), prior)
+        self.policy.reset()
         theirs = torch.stack([self.after(action) for action in chunk.unbind(1)], 1).float().cpu()
-        ours, _ = self._act([now] * self.adapter.n_obs_steps, prior, None)
+        ours, _ = self.act([now] * history, prior, None)
         if difference := _difference(ours, theirs):
             notes.append(f"{SERVER} would execute other actions than trimtab eval, by up to {difference:.2g}")
-        if self.adapter.n_obs_steps > 1:
+        if history > 1:
             notes.append(
                 f"{SERVER} shows a policy the latest observation alone; this base looks at the last "
-                f"{self.adapter.n_obs_steps}, and there gets it {self.adapter.n_obs_steps} times"
+                f"{history}, and there gets it {history} times"
             )
         if self.adapter.remembers:
             notes.append(f"{SERVER} may leave out the end of a chunk, which this base remembers as executed")

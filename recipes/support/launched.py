@@ -1,4 +1,4 @@
-"""Several processes of one run: what a launcher lays out in the environment, and what is left over there.
+"""Several processes of one run: what a launcher lays out in the environment, and Accelerate makes of it.
 
 A launcher tells each process its rank in variables. Templates of clusters export some of them for every job,
 where a command that is started plainly finds them too.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,23 +25,16 @@ MEND = "to run in one process, unset {}; in several: `accelerate launch -m trimt
 
 def local_processes() -> int:
     """How many processes of an ``accelerate launch`` share this machine."""
-    return max(1, _number("LOCAL_WORLD_SIZE") or 1)
+    return _number("LOCAL_WORLD_SIZE") or 1
 
 
 def launched_processes() -> int:
     """How many processes of an ``accelerate launch`` make up this run."""
-    return max(1, _number("WORLD_SIZE") or 1)
+    return _number("WORLD_SIZE") or 1
 
 
 def check_launch(cpu: bool = True) -> None:
-    """Refuse an environment that says half of what a launcher says.
-
-    Args:
-        cpu: whether the run takes the CPU.
-
-    Raises:
-        UserError: names the variables.
-    """
+    """Refuse an environment that says half of what a launcher says to a run on the CPU, or on GPUs."""
     size, rank, _, local_rank = (_number(name) for name in COUNTS)
     if (size or 1) < 2 and not rank and local_rank is None:
         return
@@ -67,11 +61,7 @@ def _number(name: str) -> int | None:
 def make_accelerator(
     device: str | None, trackers: list[str] | None = None, folder: Path | None = None
 ) -> Any:
-    """The accelerator of this process; it takes up what ``accelerate launch`` has laid out.
-
-    Args:
-        device: of the base policy.
-        trackers, folder: what to log with, and where.
+    """The accelerator of this process, for a base on ``device``; it takes up what a launcher has laid out.
 
     Raises:
         UserError: what the environment says of processes, or of Accelerate, cannot be.
@@ -108,3 +98,40 @@ def make_accelerator(
             f"{reason(error, last=True)}; the environment sets {', '.join(names)}: unset what is left over "
             "from another job, or mend it",
         ) from error
+
+
+def check_trackers(names: str | None) -> list[str]:
+    """The trackers in a comma-separated list, each known to Accelerate and installed, or a ``UserError``."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, available = sorted(map(str, LOGGER_TYPE_TO_CLASS)), set(map(str, get_available_trackers()))
+    wanted = [name.strip() for name in (names or "").split(",") if name.strip()]
+    for name in wanted:
+        if name not in known:
+            raise UserError("--trackers", f"'{name}' is none of {', '.join(known)}")
+        if name not in available:
+            raise UserError("--trackers", f"{name} is not installed: pip install {name}")
+    return wanted
+
+
+class Trackers:
+    """Sends lines of metrics to an accelerator's trackers, and gives up on them at the first failure."""
+
+    def __init__(self, accelerator: Any, config: dict[str, Any]) -> None:
+        self.accelerator, self.live = accelerator, bool(accelerator.log_with)
+        self._try(lambda: accelerator.init_trackers("trimtab", config))
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
+        self._try(lambda: self.accelerator.log(numbers, step=line["env_steps"]))
+
+    def close(self) -> None:
+        self._try(self.accelerator.end_training)
+
+    def _try(self, part: Callable[[], Any]) -> None:
+        try:
+            if self.live:
+                part()
+        except (Exception, SystemExit) as error:  # somebody else's code, and perhaps somebody else's network
+            self.live = False
+            print(f"no tracking from here on ({type(error).__name__}: {reason(error)}); the run goes on")

@@ -1,14 +1,31 @@
-"""Options as nested dicts: read from a command line or a file, and merged."""
+"""Options as nested dicts: read from a command line or a file, merged, and kept to repeat a run."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from draccus.cfgparsing import load_config, parse_string
+from draccus.utils import flatten
+
+from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import UserError, reason
 
 Options = dict[str, Any]
 CONFIG_PATH = "--config_path"
+ONCE = ("output_dir", "resume", "only")  # what the next run says anew
+PLUGIN = "discover_packages_path"
+# Options that may name a folder or file of this machine.
+PLACES = (
+    *("policy.path", "policy.tokenizer", "policy.backbone", "policy.base_path"),
+    *("demos.root", "train.warm_start", "dataset.root"),
+)
+# Packages that this process has loaded, by option. Importing cannot be undone, so this is the process's own.
+_loaded: dict[str, str] = {}
 
 
 class Flag(str):
@@ -16,10 +33,7 @@ class Flag(str):
 
 
 def read_arguments(args: list[str]) -> Options:
-    """The options of a command line; a value is read as YAML, as draccus does.
-
-    Args:
-        args: ``--a.b=value``, ``--a.b value`` or ``--a.b``.
+    """The options of a command line (``--a.b=value``, ``--a.b value`` or ``--a.b``), read as YAML.
 
     Raises:
         UserError: an argument is no option, or its value is no YAML.
@@ -37,8 +51,6 @@ def read_arguments(args: list[str]) -> Options:
 
 
 def _value(option: str, text: str) -> Any:
-    from draccus.cfgparsing import parse_string
-
     try:
         value = parse_string(text)
     except Exception as error:  # YAML's errors come in many classes
@@ -49,17 +61,11 @@ def _value(option: str, text: str) -> Any:
 
 
 def read_options(path: str | Path, option: str = "") -> Options:
-    """The options in a YAML, JSON or TOML file.
-
-    Args:
-        path: the file.
-        option: that names it, for errors; default ``--config_path``.
+    """The options in a YAML, JSON or TOML file; errors name ``option``, by default ``--config_path``.
 
     Raises:
         UserError: it cannot be read, or holds no options.
     """
-    from draccus.cfgparsing import load_config
-
     option = option or f"{CONFIG_PATH}={path}"
     try:
         with open(path, encoding="utf-8") as stream:
@@ -77,21 +83,11 @@ def merge(below: Options, above: Options) -> Options:
     for name, value in above.items():
         if isinstance(value, dict):
             before = merged.get(name)
-            kept = isinstance(before, dict) and before.get("type") in (
-                None,
-                value.get("type", before.get("type")),
-            )
-            value = merge(before if kept else {}, value)
+            before = before if isinstance(before, dict) else {}
+            types = before.get("type"), value.get("type")
+            value = merge({} if None not in types and types[0] != types[1] else before, value)
         merged[name] = value
     return merged
-
-
-def flatten(options: Options, prefix: str = "") -> Options:
-    """Nested options by dotted names: ``{"rl": {"gamma": 1}}`` -> ``{"rl.gamma": 1}``."""
-    flat: Options = {}
-    for name, value in options.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def value_at(options: Options, name: str) -> Any:
@@ -110,3 +106,69 @@ def put(options: Options, name: str, value: Any) -> None:
             options[part] = {}
         options = options[part]
     options[last] = value
+
+
+def load_plugins(*layers: Options) -> list[Options]:
+    """Register other people's environments and policies as LeRobot's commands do; later ``layers`` win.
+
+    Returns:
+        ``layers`` without the options that name packages.
+
+    Raises:
+        UserError: a package cannot be loaded.
+    """
+    from lerobot.configs.parser import load_plugin
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+    _loaded.clear()
+    for layer in layers:
+        named = {name: str(value) for name, value in flatten(layer).items() if is_plugin(name) and value}
+        _loaded.update(named)
+    for option, package in _loaded.items():
+        try:
+            load_plugin(package)
+        except Exception as error:  # a plugin is somebody else's code
+            # LeRobot imports a package, then looks for its modules; a single module has none.
+            module = sys.modules.get(package)
+            if module is None or hasattr(module, "__path__"):
+                raise UserError(f"--{option}", str(error)) from None
+    return [without_plugins(layer) for layer in layers]
+
+
+def is_plugin(name: str) -> bool:
+    """Whether an option (dotted) names a package to load."""
+    return str(name).split(".")[-1] == PLUGIN
+
+
+def loaded_plugins() -> dict[str, str]:
+    """The packages that the command's options have loaded: ``{"env.discover_packages_path": "mine"}``."""
+    return dict(_loaded)
+
+
+def without_plugins(content: Options) -> Options:
+    """A copy of options without those that name packages to load."""
+    return {
+        name: without_plugins(value) if isinstance(value, dict) else value
+        for name, value in content.items()
+        if not is_plugin(name)
+    }
+
+
+def repeatable(content: Options) -> Options:
+    """A command's options as JSON that runs again from any folder: with plugins, and absolute paths."""
+    content = json.loads(json.dumps(content, default=str))
+    found = absolute({n: value for n, value in content.items() if value is not None and n not in ONCE})
+    for option, package in _loaded.items():
+        put(found, option, package)
+    return found
+
+
+def absolute(content: Options) -> Options:
+    """A copy of options in which the folders and files that are there have absolute paths."""
+    found = deepcopy(content)
+    for name in PLACES:
+        place = value_at(found, name)
+        if isinstance(place, str) and place and not is_server(place) and Path(place).expanduser().exists():
+            put(found, name, os.path.abspath(Path(place).expanduser()))
+    return found

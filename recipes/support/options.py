@@ -11,31 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import draccus
+from draccus.utils import flatten
 from lerobot.configs.parser import print_scoped_help
 
 from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import UserError, reason
 from trimtab.recipes.cli import COMMANDS, REMOVED
-from trimtab.recipes.cli.recipes import ABOUT, LORA, RECIPES, config_of
+from trimtab.recipes.cli.recipes import ABOUT, ADAPT, COMPARE, FOLDER, LORA, RECIPES
 from trimtab.recipes.compare.from_recipe import comparison, is_recipe
 from trimtab.recipes.support.console import say
 from trimtab.recipes.support.option_dicts import (
     CONFIG_PATH,
     Flag,
     Options,
-    flatten,
+    load_plugins,
     merge,
     read_arguments,
     read_options,
     value_at,
 )
-from trimtab.recipes.support.repeat import load_plugins
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.algorithms.presets import IMPLIED_DEFAULTS, PAPER
 
 HELP = ("-h", "--help")
 PRESET = "rl.preset"
 TINY_HELP = """
+
 --tiny=true: a random tiny policy of the same type in the place of the checkpoint, in an environment that is
 installed, with budgets of seconds (--tiny=TYPE says which type).
 --config_path=FILE or the name of a recipe (`trimtab recipes`)."""
@@ -46,13 +47,9 @@ TAKES_ADAPTS = {"eval": (), "probe": ("eval", "seed")}
 def parse[Config](
     config_class: type[Config], command: str, args: list[str], stack: ExitStack | None = None
 ) -> Config:
-    """The config that a command line asks for.
+    """The config that the ``--option=value`` arguments of a command ask for.
 
-    Args:
-        config_class: dataclass of the command.
-        command: its name.
-        args: ``--option=value`` arguments; ``--config_path`` names a file or a recipe.
-        stack: closes, after the command, what a tiny run has started.
+    ``stack`` closes, after the command, what a tiny run has started.
 
     Raises:
         UserError: an unknown option or a value that does not fit, named.
@@ -74,31 +71,29 @@ def parse[Config](
         below, content, given = with_algorithm(content, given)
     values = merge(below, merge(content, given))
     if set(HELP) & set(args):
-        print_help(config_class, command, values)
+        print(f"usage: trimtab {command} [--option=value ...]{TINY_HELP if COMMANDS[command].tiny else ''}")
+        kinds = {name: value for name, value in flatten(values).items() if name.endswith(".type")}
+        print_scoped_help(config_class, [f"--{name}={value}" for name, value in kinds.items()])
         raise SystemExit(0)
-    for line in left_out(config_class, content, given):
-        say(line)
+    say_left_out(config_class, content, given)
     if tiny != "false":
-        from trimtab.recipes.support.tiny_run import tiny_options
+        from trimtab.recipes.support.tiny import tiny_options
 
         values = tiny_options(stack or ExitStack(), values, given, command, tiny)
     return decode(config_class, command, values, given, path)
 
 
 def config_file(name: Any, command: str) -> Path | None:
-    """The file that ``--config_path`` names, itself or by a recipe.
-
-    Raises:
-        UserError: neither a file nor a recipe.
-    """
+    """The file that ``--config_path`` names: by its path, by a recipe, or by ``recipes/configs/...``."""
     if name is None or Path(str(name)).is_file():
         return name and Path(str(name))
-    path = config_of(str(name), command)
-    if path is None:
-        raise UserError(
-            CONFIG_PATH, f"there is no file {name}, and no such recipe; there are {', '.join(RECIPES)}"
-        )
-    return path
+    folder = FOLDER / str(name).removeprefix("recipes/configs/")
+    own = {"lora": LORA, "compare": COMPARE}.get(command, ADAPT)
+    for path in (folder, folder / own, folder / ADAPT):
+        if path.is_file():
+            return path
+    known = ", ".join(RECIPES)
+    raise UserError(CONFIG_PATH, f"there is no file {name}, and no such recipe; there are {known}")
 
 
 def fitted(content: Options, command: str, names: set[str], path: Path | None) -> Options:
@@ -118,14 +113,11 @@ def fitted(content: Options, command: str, names: set[str], path: Path | None) -
 
 
 def with_algorithm(content: Options, given: Options) -> tuple[Options, Options, Options]:
-    """The options of a command that learns, and what lies below them: a preset.
+    """The options of a command that learns: a preset, the file's ``content``, and what is ``given`` above it.
 
     What goes with an algorithm unless said otherwise (``IMPLIED_DEFAULTS``) is a preset too. Where the
     command line names another algorithm than the file, it comes with the command line: the file's was for
     the other one.
-
-    Returns:
-        preset, ``content`` of the file, ``given`` on the command line
 
     Raises:
         UserError: an unknown preset, or an algorithm without it.
@@ -164,9 +156,8 @@ def without_implied(content: Options, algorithm: str) -> Options:
     return {name: value for name, value in found.items() if value != {}}
 
 
-def left_out(config_class: type, content: Options, given: Options) -> list[str]:
-    """A line for each part of a file that gets another type, about what differed from its type's defaults."""
-    lines = []
+def say_left_out(config_class: type, content: Options, given: Options) -> None:
+    """Say of each part of a file that gets another type what differed from its type's defaults."""
     for name, options in content.items():
         before, now = value_at(content, f"{name}.type"), value_at(given, f"{name}.type")
         if None in (before, now) or before == now:
@@ -178,31 +169,18 @@ def left_out(config_class: type, content: Options, given: Options) -> list[str]:
             defaults = {}
         chosen = [n for n, v in flatten(options).items() if n != "type" and (n, v) not in defaults.items()]
         if chosen:
-            lines.append(
-                f"--{name}.type={now} takes its own defaults; of the file's {before}, left out: "
-                + ", ".join(f"{name}.{one}" for one in chosen)
-            )
-    return lines
+            lost = ", ".join(f"{name}.{one}" for one in chosen)
+            say(f"--{name}.type={now} takes its own defaults; of the file's {before}, left out: {lost}")
 
 
 def decode[Config](
     config_class: type[Config], command: str, values: Options, given: Options, path: Path | None
 ) -> Config:
-    """The config that ``values`` make.
-
-    Args:
-        given: what the command line says.
-        path: the file that says the rest.
-
-    Raises:
-        UserError: the first option that does not fit.
-    """
+    """The config of ``values``; a ``UserError`` names what does not fit, and ``path`` if that said it."""
     try:
-        check_names(config_class, values, (), command)
+        check_names(config_class, values, "", command)
         return draccus.decode(config_class, values)
-    except UserError as error:
-        found = error
-    except (draccus.utils.ParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (UserError, draccus.utils.ParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
         found = _user_error(error, path)
     name = found.option.removeprefix("--")
     if path and value_at(given, name) is None and value_at(values, name) is not None:
@@ -210,26 +188,20 @@ def decode[Config](
     raise found
 
 
-def _user_error(error: Exception, path: Path | None) -> UserError:
+def _user_error(error: BaseException, path: Path | None) -> UserError:
     """What draccus raised, as the option that it is about; what a config says of its own fields, as it is."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
             return cause
         cause = cause.__cause__
-    keys = [str(part) for part in getattr(error, "key_path", ())]
-    if keys:
-        return UserError(f"--{'.'.join(keys)}", error.message)
+    if keys := getattr(error, "key_path", ()):
+        return UserError(f"--{'.'.join(map(str, keys))}", error.message)
     return UserError(f"{CONFIG_PATH}={path}" if path else "options", reason(error))
 
 
-def check_names(cls: type, values: Options, path: tuple[str, ...], command: str) -> None:
-    """Refuse options that ``cls`` does not have, and the lack of one that it needs.
-
-    Raises:
-        UserError: names the option.
-    """
-    where = "".join(f"{part}." for part in path)
+def check_names(cls: type, values: Options, where: str, command: str) -> None:
+    """Refuse options below ``where`` that ``cls`` does not have, and the lack of one that it needs."""
     kind = None
     if is_choices(cls):
         kind, choices = values.get("type", cls.default_choice_name()), cls.get_known_choices()
@@ -242,28 +214,25 @@ def check_names(cls: type, values: Options, path: tuple[str, ...], command: str)
             known = ", ".join(sorted(choices))
             raise UserError(f"--{where}type", f"invalid choice: '{kind}' (choose from {known})")
         cls, values = choices[kind], {name: value for name, value in values.items() if name != "type"}
-    known, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
+    fields, hints = {field.name: field for field in dataclasses.fields(cls)}, typing.get_type_hints(cls)
     for name, value in values.items():
-        if name not in known:
+        if name not in fields:
             whole = next(iter(flatten({str(name): value})), str(name))
             of = f" of --{where}type={kind}" if kind else ""
-            raise UserError(f"--{where}{whole}", unknown(f"{where}{name}", where, list(known), of, command))
-        types_ = members(hints[name])
-        if isinstance(value, Flag) and bool not in types_:
+            raise UserError(f"--{where}{whole}", unknown(str(name), where, list(fields), of, command))
+        kinds = members(hints[name])
+        if isinstance(value, Flag) and bool not in kinds:
             raise UserError(f"--{where}{name}", "expects a value")
-        parts = [one for one in types_ if dataclasses.is_dataclass(one) or is_choices(one)]
-        if len(parts) != 1 or value is None or (isinstance(value, dict) and not value):
+        parts = [one for one in kinds if dataclasses.is_dataclass(one) or is_choices(one)]
+        if len(parts) != 1 or value is None or value == {}:
             continue
         if isinstance(value, dict):
-            check_names(parts[0], value, (*path, name), command)
-        elif len(types_) == 1 or types.NoneType in types_:
+            check_names(parts[0], value, f"{where}{name}.", command)
+        elif len(kinds) == 1 or types.NoneType in kinds:
             raise UserError(f"--{where}{name}", f"is a group of options, --{where}{name}.NAME=; got {value}")
-    for name, field in known.items():
-        if (
-            field.init
-            and field.default is field.default_factory is dataclasses.MISSING
-            and values.get(name, {}) == {}
-        ):
+    for name, field in fields.items():
+        required = field.init and field.default is field.default_factory is dataclasses.MISSING
+        if required and values.get(name, {}) == {}:
             if name == "env":
                 raise UserError(
                     "--env.type",
@@ -274,10 +243,9 @@ def check_names(cls: type, values: Options, path: tuple[str, ...], command: str)
 
 def unknown(name: str, where: str, known: list[str], of: str, command: str) -> str:
     """What to say of an option that is not there."""
-    replacement = REMOVED.get(f"{command} --{name}")
-    if replacement:
+    if replacement := REMOVED.get(f"{command} --{where}{name}"):
         return f"is gone: {replacement}"
-    close = difflib.get_close_matches(name.removeprefix(where), known, 1)
+    close = difflib.get_close_matches(name, known, 1)
     meant = f"; did you mean --{where}{close[0]}?" if close else ""
     return f"no such option{of}{meant}; `trimtab {command} --help` lists them"
 
@@ -291,12 +259,3 @@ def members(hint: Any) -> tuple[Any, ...]:
 def is_choices(cls: Any) -> bool:
     """Whether a class stands for those that are registered with it."""
     return isinstance(cls, type) and draccus.ChoiceRegistry in cls.__bases__
-
-
-def print_help(config_class: type, command: str, values: Options) -> None:
-    """Print the options of a command, those of a type where ``values`` name it."""
-    print(f"usage: trimtab {command} [--option=value ...]")
-    if COMMANDS[command].tiny:
-        print(TINY_HELP)
-    kinds = {name: value for name, value in flatten(values).items() if name.endswith(".type")}
-    print_scoped_help(config_class, [f"--{name}={value}" for name, value in kinds.items()])

@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 
+from trimtab.adapters.steerability import Steerability
 from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.runs.threads import machine_record
 from trimtab.rl.statistics import wilson_interval
@@ -31,6 +33,7 @@ COLOURS = {
 }
 NOT_REPORTED = "not reported"
 MIN_WINDOW = 15  # episodes behind a point of the success curve
+FPS = 20
 
 
 class MetricsWriter:
@@ -145,14 +148,10 @@ def plot_curve(
     path: Path, lines: Sequence[dict[str, Any]], results: dict[str, dict[str, Any]], title: str
 ) -> None:
     """Draw success (or return) while learning, evaluated policies as levels, and the critic's calibration."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(7.2, 6.0), sharex=True, height_ratios=(3, 1.2), layout="constrained"
-    )
+    figure = Figure(figsize=(7.2, 6.0), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.2))
     reported = all(entry["success_rate"] is not None for entry in results.values())
     measure = "success_rate" if reported else "return_mean"
     # The first episodes to end are the short ones, which are the successes: leave those lines out.
@@ -184,23 +183,75 @@ def plot_curve(
     bottom.set(xlabel="environment steps", ylabel="critic")
     bottom.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
-def write_grid_video(path: Path, evaluation: Evaluation, seeds: Sequence[int], fps: int) -> bool:
-    """Write the recorded episodes of ``seeds`` side by side; a green border marks success.
+def plot_probe(
+    path: Path,
+    measured: Steerability,
+    success: dict[str, dict[str, Any]],
+    constants: list[dict[str, Any]],
+    title: str,
+) -> None:
+    """Draw spread by chunk step, the effect of noise rows and dimensions, and success by noise source."""
+    from matplotlib.figure import Figure
 
-    Returns:
-        Whether there was anything to write.
-    """
+    columns = 4 if success else 3
+    figure = Figure(figsize=(4.2 * columns, 3.8), layout="constrained")
+    axes = figure.subplots(1, columns)
+    figure.suptitle(fill(title, 40 * columns))
+    axis, dims = axes[0], measured.spread.shape[1]
+    lines = axis.plot(measured.spread, linewidth=1.2, alpha=0.8)
+    axis.set(xlabel="step of the chunk", ylabel="standard deviation over noises", title="spread of actions")
+    if dims <= 8:
+        axis.legend(lines, [f"action {dim}" for dim in range(dims)], fontsize=7)
+    axis = axes[1]
+    if len(measured.row_effect):
+        extent = (-0.5, measured.row_effect.shape[1] - 0.5, measured.row_blocks[-1] - 0.5, -0.5)
+        image = axis.imshow(measured.row_effect, aspect="auto", extent=extent, cmap="viridis")
+        figure.colorbar(image, ax=axis, label="change of the action")
+        axis.set(xlabel="step of the chunk", ylabel="noise row", title="which noise row moves which step")
+    else:
+        axis.text(0.5, 0.5, "the noise has no rows", ha="center", va="center")
+        axis.set_axis_off()
+    axis, effect = axes[2], measured.column_effect
+    colours = ["tab:red" if dim in measured.inert_columns else "tab:blue" for dim in range(len(effect))]
+    axis.bar(range(len(effect)), effect, color=colours)
+    axis.set(
+        xlabel="noise dimension (red: no effect)", ylabel="change of the chunk", title="noise dimensions"
+    )
+    if success:
+        _plot_success(axes[3], success, constants)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_success(axis: Any, success: dict[str, dict[str, Any]], constants: list[dict[str, Any]]) -> None:
+    reported = all(entry["success_rate"] is not None for entry in success.values())
+    value, interval = ("success_rate", "ci95") if reported else ("return_mean", "return_ci95")
+    bars = [(NAMES.get(name, name), entry[value], entry[interval]) for name, entry in success.items()]
+    for number, entry in enumerate(constants, 1):
+        bars.append((f"constant {number}", entry["successes"] / entry["episodes"], entry["ci95"]))
+    names, means, intervals = zip(*bars)
+    errors = [[max(m - low, 0), max(high - m, 0)] for m, (low, high) in zip(means, intervals)]
+    colours = ["tab:green"] * len(success) + ["tab:gray"] * len(constants)
+    axis.barh(range(len(bars)), means, xerr=list(zip(*errors)), color=colours, alpha=0.8, capsize=2)
+    axis.set_yticks(range(len(bars)), names, fontsize=7)
+    axis.invert_yaxis()
+    what = "success rate" if reported else "return"
+    axis.set(xlabel=f"{what} (95 % interval)", title=f"{what} by noise")
+    if reported:
+        axis.set_xlim(0, 1)
+
+
+def write_grid_video(path: Path, evaluation: Evaluation) -> None:
+    """Write what an evaluation has recorded, if anything, side by side; a green border marks success."""
     from lerobot.utils.io_utils import write_video
 
     won = dict(zip(evaluation.seeds, evaluation.successes, strict=True))
-    recorded = [(won[seed], frames) for seed in seeds if (frames := evaluation.frames.get(seed))]
+    recorded = [(won[seed], frames) for seed, frames in sorted(evaluation.frames.items())]
     if not recorded:
-        return False
+        return
     columns, video = min(4, len(recorded)), []
-    for t in range(max(len(frames) for _, frames in recorded) + fps // 2):
+    for t in range(max(len(frames) for _, frames in recorded) + FPS // 2):
         tiles = []
         for success, frames in recorded:
             tile = frames[min(t, len(frames) - 1)].copy()
@@ -212,5 +263,4 @@ def write_grid_video(path: Path, evaluation: Evaluation, seeds: Sequence[int], f
         rows = [np.hstack(tiles[start : start + columns]) for start in range(0, len(tiles), columns)]
         video.append(np.vstack(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, video, fps)
-    return True
+    write_video(path, video, FPS)

@@ -11,15 +11,24 @@ from typing import Any
 
 import draccus
 import numpy as np
+from draccus.utils import flatten
 from safetensors import SafetensorError
 
 from trimtab.adapters import UserError
 from trimtab.adapters.errors import reason
-from trimtab.recipes.support.option_dicts import Options, flatten, merge, read_options, value_at
-from trimtab.recipes.support.repeat import repeatable, without_plugins
-from trimtab.recipes.support.reporting import write_json
+from trimtab.recipes.support.console import say
+from trimtab.recipes.support.option_dicts import (
+    Options,
+    merge,
+    read_options,
+    repeatable,
+    value_at,
+    without_plugins,
+)
+from trimtab.recipes.support.reporting import read_json, write_json
+from trimtab.rl.envs.vector import WorkerLost
 from trimtab.rl.evaluation import Evaluation
-from trimtab.rl.runs.checkpoint import Checkpoint, CheckpointConfig, Checkpoints
+from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.runs.processes import ProcessGroup
 
 CONFIG, BASELINES, CHECKPOINTS, METRICS = "config.json", "baselines.json", "checkpoints", "metrics.jsonl"
@@ -29,16 +38,12 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errn
 
 
 def resumed(given: Options, path: Path | None) -> Path | None:
-    """The file with the options of the run that ``--resume=true`` goes on with, if it does.
+    """The file with the options of the run that ``--resume=true`` goes on with, if it does; else ``path``.
 
     ``--output_dir`` names the run, or the ``--config_path`` of a config.json in its folder or in one of its
     checkpoints, as with lerobot-train. Options that are not given are the run's own. A folder that does not
     exist yet, with all options given, begins a run: a job that is started again and again needs but one
-    command.
-
-    Args:
-        given: options of the command line; gets ``output_dir``, and whether there is a run in ``resume``.
-        path: of ``--config_path``.
+    command. ``given`` gets ``output_dir``, and whether there is a run in ``resume``.
 
     Raises:
         UserError: there is no such run.
@@ -68,49 +73,29 @@ def resumed(given: Options, path: Path | None) -> Path | None:
 class RunFolder:
     """The folder of a steering run: what it is, what it had measured, and its checkpoints.
 
-    Args:
-        path: the folder.
-        config: of the run.
-        identity: of its base policy.
-        checkpoint: settings.
-        world: the processes; the main one writes.
+    It belongs to an ``AdaptConfig`` and the ``identity`` of a base policy; ``world``'s main process writes.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        config: Any,
-        identity: dict[str, Any],
-        checkpoint: CheckpointConfig,
-        world: ProcessGroup,
-    ) -> None:
+    def __init__(self, path: Path, config: Any, identity: dict[str, Any], world: ProcessGroup) -> None:
         self.path, self.world = path, world
         self.config = repeatable(draccus.encode(config))
         self.belongs = {"base": json.loads(json.dumps(identity)), "config": fixed(self.config)}
         self.checkpoints: Checkpoints | None = None
-        if checkpoint.every:
-            texts = {CONFIG: json.dumps(self.config, indent=2) + "\n"}
-            self.checkpoints = Checkpoints(path / CHECKPOINTS, checkpoint, self.belongs, world, texts=texts)
+        if config.checkpoint.every:
+            texts, folder = {CONFIG: json.dumps(self.config, indent=2) + "\n"}, path / CHECKPOINTS
+            self.checkpoints = Checkpoints(folder, config.checkpoint, self.belongs, world, texts=texts)
 
     def begin(self, measured: dict[str, dict[str, Evaluation]], details: dict[str, Any]) -> None:
-        """Write what is known before training.
-
-        Args:
-            measured: evaluations by task and policy.
-            details: anything else to find again, as JSON values.
-        """
+        """Write what is known before training: evaluations by task and policy, and ``details`` (JSON)."""
         if self.world.main:
             content = {task: {n: encode(e) for n, e in by_name.items()} for task, by_name in measured.items()}
             write_json(self.path / BASELINES, {"base": self.belongs["base"], "measured": content, **details})
-            self.write_config()
-
-    def write_config(self) -> None:
-        write_json(self.path / CONFIG, self.config)
+            write_json(self.path / CONFIG, self.config)
 
     def baselines(self) -> tuple[dict[str, dict[str, Evaluation]], dict[str, Any]] | None:
         """What ``begin`` wrote; ``None`` where there is nothing that can be used."""
         try:
-            content = json.loads((self.path / BASELINES).read_text(encoding="utf-8"))
+            content = read_json(self.path / BASELINES)
             by_task = content.pop("measured").items()
             measured = {task: {n: decode(e) for n, e in by_name.items()} for task, by_name in by_task}
             return (measured, content) if content.pop("base") == self.belongs["base"] else None
@@ -118,50 +103,35 @@ class RunFolder:
             return None
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint; lines about those that are not go to the console.
-
-        Raises:
-            UserError: it belongs to another base or config; the message names the difference.
-        """
+        """The newest whole checkpoint of this run; lines about those that are not go to the console."""
         if self.checkpoints is None:
             raise UserError("--checkpoint.every", "with 0 there are no checkpoints to go on from")
         found, notes = self.checkpoints.newest()
-        for note in notes if self.world.main else ():
-            print(note)
+        for note in notes:
+            say(note)
         if found is None:
-            if self.world.main:
-                print(f"no whole checkpoint in {self.checkpoints.folder}: training begins anew")
+            say(f"no whole checkpoint in {self.checkpoints.folder}: training begins anew")
             return None
-        check_belongs(found, self.belongs)
-        if self.world.main:
-            print(f"going on from {found.folder}, {found.env_steps:,} environment steps")
+        self.check(found)
+        say(f"going on from {found.folder}, {found.env_steps:,} environment steps")
         return found
 
-
-def check_belongs(checkpoint: Checkpoint, now: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another base or config.
-
-    Raises:
-        UserError: names the first difference.
-    """
-    then = checkpoint.belongs
-    odd = sorted(k for k in then["base"] | now["base"] if then["base"].get(k) != now["base"].get(k))
-    # Where the weights lie decides their hash in memory (a GPU's dtype) but not what they are.
-    moved = {"weights_device"} if "weights_device" in odd else set()
-    odd = [name for name in odd if name not in moved]
-    if odd:
-        raise UserError(
-            "--policy.path", f"{checkpoint.folder} belongs to another base policy ({', '.join(odd)} differ)"
-        )
-    before, after = then["config"], now["config"]
-    # Where a type differs, all of its options do.
-    for name in sorted(before | after, key=lambda name: (not name.endswith(".type"), name)):
-        if before.get(name) != after.get(name):
-            raise UserError(
-                f"--{name}",
-                f"{checkpoint.folder} belongs to a run with {before.get(name)}, not {after.get(name)}; go on "
-                "with that, or begin another run in another --output_dir",
-            )
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a checkpoint of another base or config; the message names the first difference."""
+        then, now, where = checkpoint.belongs, self.belongs, checkpoint.folder
+        odd = {name for name in then["base"] | now["base"] if then["base"].get(name) != now["base"].get(name)}
+        # Where the weights lie decides their hash in memory (a GPU's dtype) but not what they are.
+        if names := ", ".join(sorted(odd - {"weights_device"})):
+            raise UserError("--policy.path", f"{where} belongs to another base policy ({names} differ)")
+        before, after = then["config"], now["config"]
+        # Where a type differs, all of its options do.
+        for name in sorted(before | after, key=lambda name: (not name.endswith(".type"), name)):
+            if before.get(name) != after.get(name):
+                raise UserError(
+                    f"--{name}",
+                    f"{where} belongs to a run with {before.get(name)}, not {after.get(name)}; go on with "
+                    "that, or begin another run in another --output_dir",
+                )
 
 
 def fixed(config: dict[str, Any]) -> dict[str, Any]:
@@ -183,14 +153,12 @@ def decode(values: dict[str, Any]) -> Evaluation:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """A full or unwritable disk is for the user to mend.
-
-    Raises:
-        UserError: in place of the system's error.
-    """
+def run_errors(path: Path) -> Iterator[None]:
+    """A full or unwritable disk and a simulator that is lost are for the user to mend: a ``UserError``."""
     try:
         yield
+    except WorkerLost as error:
+        raise UserError("--env.type", reason(error, last=True)) from error
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in DISK:
             raise

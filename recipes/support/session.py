@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,6 @@ from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, unreporte
 from trimtab.rl.runner import Encoded, PolicyRunner
 from trimtab.rl.runs.faults import FaultsConfig
 from trimtab.rl.runs.processes import ProcessGroup
-
-ONE_TASK = "only adapt takes several tasks at once; name one, and run this once for each"
 
 
 @dataclass
@@ -62,12 +60,17 @@ class Session:
     def __post_init__(self) -> None:
         check_buildable(self.env)
         self.tasks = task_names(self.env)
-        if len(self.tasks) > 1 and not self.many:
-            raise UserError("--env.task", ONE_TASK)
+        self._check_tasks(self.tasks)
         own = {policy: raw for raw, policy in self.adapter.renames().items()}
         features = self.adapter.config.input_features
         self.env = for_policy(self.env, {own.get(k, k): tuple(one.shape) for k, one in features.items()})
         self.runner = PolicyRunner(self.adapter, self.env)
+
+    def _check_tasks(self, names: Collection[str]) -> None:
+        if len(names) > 1 and not self.many:
+            raise UserError(
+                "--env.task", "only adapt takes several tasks at once; name one, and run this once for each"
+            )
 
     @contextmanager
     def environments(
@@ -78,48 +81,41 @@ class Session:
         task: int | None = None,
         faults: FaultsConfig | None = None,
     ) -> Iterator[ChunkVectorEnv]:
-        """Environments of this session, closed at the end.
+        """Environments of this session as ``ChunkVectorEnv`` makes them, closed at the end.
 
-        Args:
-            count, workers, keep_seen, task: as for ``ChunkVectorEnv``.
-            faults: lose episodes to faults rather than fail.
+        With ``faults`` they lose episodes to faults rather than fail.
 
         Raises:
-            UserError: the environment cannot be built.
+            UserError: the environment cannot be built, or a worker is lost.
         """
-        vec = None
-        try:
-            vec = ChunkVectorEnv(
-                self.env,
-                count,
-                self.machine.workers if workers is None else workers,
-                self.adapter.n_obs_steps,
-                keep_seen=keep_seen,
-                task=task,
-                tolerant=faults is not None,
-                timeout=faults.timeout if faults else 0.0,
-            )
-            self._preflight(vec)
-        except Exception as error:  # whatever a simulator raises when it cannot be built or stepped
-            if vec is not None:
-                vec.close()
-            if isinstance(error, UserError):
+        with ExitStack() as stack:
+            try:
+                vec = ChunkVectorEnv(
+                    self.env,
+                    count,
+                    self.machine.workers if workers is None else workers,
+                    self.adapter.n_obs_steps,
+                    keep_seen=keep_seen,
+                    task=task,
+                    tolerant=faults is not None,
+                    timeout=faults.timeout if faults else 0.0,
+                )
+                stack.callback(vec.close)
+                self._preflight(vec)
+            except UserError:
                 raise
-            raise UserError(
-                "--env.type", f"'{self.env.type}' does not run here: {reason(error, last=True)}"
-            ) from error
-        try:
-            yield vec
-        except WorkerLost as error:
-            raise UserError("--env.type", reason(error, last=True)) from error
-        finally:
-            vec.close()
+            except Exception as error:  # whatever a simulator raises when it cannot be built or stepped
+                said = f"'{self.env.type}' does not run here: {reason(error, last=True)}"
+                raise UserError("--env.type", said) from error
+            try:
+                yield vec
+            except WorkerLost as error:
+                raise UserError("--env.type", reason(error, last=True)) from error
 
     def _preflight(self, vec: ChunkVectorEnv) -> None:
         """What can be known before any long work, so that what does not fit shows at once."""
         names = dict.fromkeys(vec.task_names)
-        if len(names) > 1 and not self.many:
-            raise UserError("--env.task", ONE_TASK)
+        self._check_tasks(names)
         self.tasks = self.tasks or [name or self.env.task or self.env.type for name in names]
         vec.on_success_key = self._name_success
         if not self._examined:
@@ -135,8 +131,9 @@ class Session:
         Where it cannot repeat, nothing moves: a reset moves a robot, too. The policy then looks at zeros of
         the shapes that the environment declares, and the rest shows in the run's own first episode.
         """
-        described = vec.descriptions[0]
-        self._warn(described.warnings)
+        described, tasks = vec.descriptions[0], vec.task_descriptions[:1]
+        for line in described.warnings:
+            self._say(f"warning: --env.type: {line}")
         self._declared = vec.repeatable
         free = vec.repeatable and self.repeatable is not False
         if not free:
@@ -148,16 +145,16 @@ class Session:
         observation = vec.reset({0: self.eval.seed})[0] if free else described.blank
         if observation is None:
             return
-        conditioning = self.runner.encode([observation], vec.task_descriptions[:1])
-        history = self.runner.history([observation], vec.task_descriptions[:1])
-        for note in input_notes(self.adapter, history):
+        conditioning = self.runner.encode([observation], tasks)
+        for note in input_notes(self.adapter, self.runner.history([observation], tasks)):
             self._say(f"note: {note}")
         self.runner.features(conditioning)
         prior = self.runner.prior(1, torch.Generator().manual_seed(0))
         chunk = self.runner.decode(conditioning, prior)[0]
         findings = vec.examine(chunk, move=free)
         self.first, self.repeatable = conditioning, findings.repeatable
-        self._warn(findings.warnings)
+        for line in findings.warnings:
+            self._say(f"warning: --env.type: {line}")
         self._name_success(findings.success_key)
 
     def _name_success(self, key: str | None) -> None:
@@ -165,10 +162,6 @@ class Session:
         if key not in (None, "is_success", *self._success_keys):
             self._success_keys.add(key)
             self._say(f"note: success is read from info['{key}']")
-
-    def _warn(self, lines: list[str]) -> None:
-        for line in lines:
-            self._say(f"warning: --env.type: {line}")
 
     def _say(self, line: str) -> None:
         if self.world is None or self.world.main:
@@ -190,15 +183,10 @@ class Session:
                 yield task, vec
 
     def evaluate(
-        self,
-        vec: ChunkVectorEnv,
-        policy: ChunkPolicy,
-        seeds: Sequence[int] | None = None,
-        label: str = "",
+        self, vec: ChunkVectorEnv, policy: ChunkPolicy, label: str, seeds: Sequence[int] = ()
     ) -> Evaluation:
         """One episode for each seed (default: those of the evaluation), shared among the processes."""
-        seeds = self.eval.seeds if seeds is None else seeds
-        return evaluate(self.runner, vec, policy, seeds, label or "evaluation", world=self.world)
+        return evaluate(self.runner, vec, policy, seeds or self.eval.seeds, label, world=self.world)
 
     @property
     def evaluation_workers(self) -> int:
@@ -215,25 +203,22 @@ class Session:
     ) -> tuple[dict[str, Evaluation], dict[str, Any], Tensor | None]:
         """Evaluate the base under its own noise, zero noise and the best constant noise.
 
-        Returns:
-            (evaluations by name, details of the search for a constant, the constant)
+        Returns evaluations by name, details of the search for a constant, and the constant.
         """
         results = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
-        self.note_success(results["base"])
+        self._note_success(results["base"])
         if self.own_noise is not zero_noise:
             results["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
-        details: dict[str, Any] = {}
-        noise = None
-        if self.eval.constant_candidates:
-            count, episodes = self.eval.constant_candidates, self.eval.constant_episodes
-            selection = range(SELECTION_SEED, SELECTION_SEED + episodes)
-            noise, rates = best_constant(self.runner, vec, count, selection, seed, world=self.world)
-            results["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
-            measure = "selection_success" if results["base"].reported else "selection_return"
-            details = {measure: rates, "selection_episodes": episodes}
-        return results, details, noise
+        if not self.eval.constant_candidates:
+            return results, {}, None
+        count, episodes = self.eval.constant_candidates, self.eval.constant_episodes
+        selection = range(SELECTION_SEED, SELECTION_SEED + episodes)
+        noise, rates = best_constant(self.runner, vec, count, selection, seed, world=self.world)
+        results["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
+        measure = "selection_success" if results["base"].reported else "selection_return"
+        return results, {measure: rates, "selection_episodes": episodes}, noise
 
-    def note_success(self, base: Evaluation) -> None:
+    def _note_success(self, base: Evaluation) -> None:
         """Say what ``info`` held where success was not in it, or never true: another name may hold it."""
         names, others = ", ".join(SUCCESS_KEYS), [key for key in SUCCESS_KEYS if key in base.info_keys]
         if not base.reported:
@@ -244,21 +229,18 @@ class Session:
                 f"too, but success is read from the first of {names} that is there"
             )
 
-    def record(self, policy: ChunkPolicy, path: Path, label: str) -> bool:
+    def record(self, policy: ChunkPolicy, path: Path, label: str) -> None:
         """Render the first evaluation episodes under ``policy`` to an MP4, or say why it cannot be done."""
         seeds = self.eval.seeds[: self.eval.videos]
-        if not seeds:
-            return False
-        if not self._declared:
+        if seeds and not self._declared:
             print(f"no video {path.name}: this environment cannot repeat the episodes of the evaluation")
-            return False
-        try:
-            with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
-                outcome = evaluate(self.runner, vec, policy, seeds, label, record=seeds)
-            return write_grid_video(path, outcome, seeds, fps=20)
-        except Exception as error:  # a picture is never worth a run
-            print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")
-            return False
+        elif seeds:
+            try:
+                with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
+                    outcome = evaluate(self.runner, vec, policy, seeds, label, record=seeds)
+                write_grid_video(path, outcome)
+            except Exception as error:  # a picture is never worth a run
+                print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")
 
 
 def base_of(policy: PolicyConfig) -> Path | str:
@@ -267,12 +249,7 @@ def base_of(policy: PolicyConfig) -> Path | str:
 
 
 def open_session(
-    policy: PolicyConfig,
-    env: EnvConfig,
-    eval_config: EpisodesConfig,
-    machine: MachineConfig,
-    observe: ObserveConfig | None = None,
-    many: bool = False,
+    policy: PolicyConfig, env: EnvConfig, episodes: EpisodesConfig, machine: MachineConfig, **options: Any
 ) -> tuple[Session, Path | str]:
     """Load the base policy for an environment; returns the session and the base's folder or server."""
     machine.apply()
@@ -283,7 +260,7 @@ def open_session(
     adapter = load_adapter(policy)
     for note in adapter.notes:
         print(f"note: {note}")
-    return Session(adapter, env, eval_config, machine, observe or ObserveConfig(), many), folder
+    return Session(adapter, env, episodes, machine, **options), folder
 
 
 def describe(session: Session, base: Path | str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trimtab.adapters import UserError
+from trimtab.adapters.errors import UserError, at_least
 from trimtab.recipes.support.console import default_threads
 
 SEED_LIMIT = 50_000_000  # from here on seeds belong to demonstrations and training
@@ -32,12 +32,8 @@ class EpisodesConfig:
     videos: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("n_episodes", "batch_size", "constant_episodes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--eval.{name}", f"must be at least 1, got {getattr(self, name)}")
-        for name in ("constant_candidates", "videos", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--eval.{name}", f"cannot be negative, got {getattr(self, name)}")
+        at_least(1, self, "--eval.", "n_episodes", "batch_size", "constant_episodes")
+        at_least(0, self, "--eval.", "constant_candidates", "videos", "seed")
         last, selection = self.seed + self.n_episodes, SELECTION_SEED + self.constant_episodes
         if self.constant_candidates and self.seed < selection and last > SELECTION_SEED:
             raise UserError(
@@ -69,10 +65,8 @@ class MachineConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise UserError("--machine.workers", f"cannot be negative, got {self.workers}")
-        if self.threads is not None and self.threads < 1:
-            raise UserError("--machine.threads", f"must be at least 1, got {self.threads}")
+        at_least(0, self, "--machine.", "workers")
+        at_least(1, self, "--machine.", "threads")
 
     def apply(self) -> None:
         torch.set_num_threads(self.threads or default_threads(self.workers))

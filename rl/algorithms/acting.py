@@ -76,10 +76,8 @@ class TrainingResult:
 class BehaviorPolicy(TrainingResult):
     """How an algorithm acts while it learns.
 
-    Attributes:
-        space: the noise space.
-        draws: prior draws that ``act`` needs for each observation.
-        start: (dim,) where the actor's mean began, before squashing; ``None``: at 0.
+    ``act`` needs so many ``draws`` of the prior for each observation. ``start`` (dim,) is where the actor's
+    mean began, before squashing; ``None``: at 0.
     """
 
     actor: NoiseActor
@@ -101,17 +99,13 @@ class BehaviorPolicy(TrainingResult):
     def act(
         self, features: Tensor, prior: Tensor, denoise: Denoise, candidates: Candidates, steered: Tensor
     ) -> Choice:
-        """What is executed while learning.
+        """What is executed while learning, or a UserError where the actor has diverged.
 
         Args:
-            features: (B, d).
+            features, denoise: as for ``propose``.
             prior: (B, draws, *noise_shape) fresh draws.
-            denoise: the frozen policy.
             candidates: from ``propose``; ``None`` where ``config.candidates`` asks for none.
             steered: (B,) bool: where what is learnt acts; the untrained policy acts elsewhere.
-
-        Raises:
-            UserError: the actor has diverged.
         """
         draw = prior[:, 0]
         u = prior_noise(self.space, self.start).choose(features, draw)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from trimtab.adapters import UserError
+from trimtab.adapters.errors import UserError, at_least
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, TrainingResult
@@ -48,8 +48,7 @@ class GoldenTicketConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.candidates < 2:
-            raise UserError("--rl.candidates", f"must be at least 2, got {self.candidates}")
+        at_least(2, self, "--rl.", "candidates")
         if not 0.0 < self.keep < 1.0:
             raise UserError("--rl.keep", f"is a share, above 0 and below 1, got {self.keep}")
         if self.budget > SEEDS_PER_RUN:
@@ -113,13 +112,10 @@ def episodes_each(counts: list[int], budget: int) -> list[int]:
 
 @dataclass
 class Ticket(TrainingResult):
-    """What a search found.
+    """What a search found: the best constant, ``noise`` (*spec.shape), and an actor that always takes it.
 
-    Attributes:
-        actor: always takes the best constant.
-        noise: that constant, (*spec.shape).
-        successes, episodes: of every candidate in the search, (candidates,). The winner's rate is biased
-            upwards, for it is the best of many: evaluate it on other episodes.
+    ``successes`` and ``episodes`` (candidates,) are those of the search. The winner's rate there is biased
+    upwards, for it is the best of many: evaluate it on other episodes.
     """
 
     actor: NoiseActor

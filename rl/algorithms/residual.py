@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.adapters import UserError
+from trimtab.adapters.errors import UserError, at_least
 from trimtab.policies.acting import Candidates, Choice, ChunkPolicy, Denoise
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
@@ -53,9 +53,7 @@ class ResidualConfig(AlgorithmConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("scale")
-        for name in ("exploration", "target_noise", "target_clip", "penalty"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--rl.{name}", f"cannot be negative, got {getattr(self, name)}")
+        at_least(0, self, "--rl.", "exploration", "target_noise", "target_clip", "penalty")
 
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
         if run.warm_start:
@@ -90,9 +88,7 @@ class Residual(Algorithm):
     def td_target(self, batch: Batch, eps: Tensor | None = None) -> Tensor:
         """``R + D * min_e Qbar_e(s', a'_base + clip(rbar(s', a'_base) + noise))``, (B,); clipped.
 
-        Args:
-            batch: with ``next_candidates`` (B, 1, A), the base's chunk at s'.
-            eps: (B, A) standard normal draw for the noise; made here where ``None``.
+        ``next_candidates`` (B, 1, A) is the base's chunk at s', ``eps`` (B, A) the noise, standard normal.
         """
         features, base, config = batch["next_features"], batch["next_candidates"][:, 0], self.config
         correction = self.target_actor(features, base)

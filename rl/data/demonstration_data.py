@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from trimtab.adapters import PolicyAdapter, UserError
-from trimtab.adapters.errors import reason
+from trimtab.adapters.errors import at_least, reason
 from trimtab.adapters.inputs import required_inputs
 from trimtab.rl.algorithms import AlgorithmConfig
 
@@ -49,8 +49,7 @@ class DemosConfig:
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
             raise UserError("--demos.share", f"is a share above 0 and at most 1, got {self.share}")
-        if self.batch_size < 1:
-            raise UserError("--demos.batch_size", f"must be at least 1, got {self.batch_size}")
+        at_least(1, self, "--demos.", "batch_size")
         for name, known in (("schedule", SCHEDULES), ("success", SUCCESS)):
             if getattr(self, name) not in known:
                 raise UserError(f"--demos.{name}", f"'{getattr(self, name)}' is none of {', '.join(known)}")
@@ -76,20 +75,13 @@ class Demonstration:
     A success ends it, as it ends an episode of a run. Where none comes, what follows the last action is not
     recorded: the last frame then is the final observation, and its action is left out. Nor is recorded
     whether the episode had failed or its time was up (``next.done`` is true in both), so it ends as both.
-
-    Attributes:
-        first: row of its first frame.
-        final: row of the final observation; of a success in the last frame, that one: the value there has no
-            weight.
-        actions: (T, action_dim) of the steps that count.
-        rewards, successes: (T,) of the same.
     """
 
-    first: int
-    final: int
-    actions: np.ndarray
-    rewards: np.ndarray
-    successes: np.ndarray
+    first: int  # row of its first frame
+    final: int  # of the final observation; if a success came in the last frame, that: its value has no weight
+    actions: np.ndarray  # (T, action_dim) of the steps that count
+    rewards: np.ndarray  # (T,)
+    successes: np.ndarray  # (T,)
 
     @staticmethod
     def of(first: int, actions: np.ndarray, rewards: np.ndarray, successes: np.ndarray) -> Demonstration:

@@ -35,19 +35,15 @@ class Layout:
     pixels: int = 0  # entries at the end of an observation that are pixels (policies/observe.py)
 
     @property
-    def vector(self) -> int:
-        """Length of an observation without its pixels."""
-        return self.feature_dim - self.pixels
-
-    @property
     def entries(self) -> Entries:
         """All of a transition but the pixels."""
+        seen = (self.feature_dim - self.pixels,)
         shapes: dict[str, tuple[int, ...]] = {
-            "features": (self.vector,),
+            "features": seen,
             "u": (self.action_dim,),
             "reward": (),
             "discount": (),
-            "next_features": (self.vector,),
+            "next_features": seen,
         }
         return {name: (shape, torch.float32) for name, shape in shapes.items()} | self.extra
 
@@ -107,7 +103,7 @@ class ReplayBuffer:
         self._device = torch.device(device)
         self._storage_device = storage_device(self._device, capacity * entries_bytes(layout.entries))
         self._generator = torch.Generator().manual_seed(seed)
-        self._vector = layout.vector
+        self._vector = layout.feature_dim - layout.pixels
         self._frames = FrameStore(layout.pixels) if layout.pixels else None
         # Frames of the state and of the one after; -1: none yet.
         self._slots = torch.full((capacity, 2), -1, dtype=torch.long)

@@ -28,36 +28,24 @@ class NotFinite(UserError):
 
 @dataclass
 class ChunkResult:
-    """What came of one action chunk.
+    """What came of one action chunk."""
 
-    Attributes:
-        observation: the observation history to act on next, each entry (n_obs_steps, ...). After an
-            episode's end it belongs to the next episode, or is ``None`` when there is none.
-        final_observation: the history at the true last step of an episode that ended, else ``None``.
-        rewards: (k,) the environment's own reward of each step really executed, ``1 <= k <= chunk``.
-        successes: (k,) whether the environment reported success at each of these steps.
-        terminated: the episode ended in a terminal state (the bootstrap is cut).
-        truncated: the episode was cut off (time limit); the bootstrap is kept.
-        seed: the seed that the running episode was reset with.
-        frames: rendered frames of this chunk, where asked for.
-        seen: (k) the raw observation before each of these steps, where asked for.
-        lost: the kind of fault that lost the episode, and its message; nothing then holds but the
-            observation of the next episode.
-        success_key: the name in ``info`` under which this environment has said so far whether it succeeded;
-            ``None``: it never has.
-        info_keys: what else its ``info`` has held.
-    """
-
+    # The observation history to act on next, each entry (n_obs_steps, ...). After an episode's end it belongs
+    # to the next episode, or is None where there is none.
     observation: RawObservation | None
+    # That at the true last step of an episode that ended.
     final_observation: RawObservation | None = None
+    # (k,) of each step really executed: the environment's own reward, and whether it reported success.
     rewards: np.ndarray = field(default_factory=lambda: np.zeros(0))
     successes: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    terminated: bool = False
-    truncated: bool = False
-    seed: int = -1
-    frames: list[np.ndarray] = field(default_factory=list)
-    seen: list[RawObservation] = field(default_factory=list)
+    terminated: bool = False  # in a terminal state: the bootstrap is cut
+    truncated: bool = False  # by a time limit: the bootstrap is kept
+    seed: int = -1  # of the episode that ran
+    frames: list[np.ndarray] = field(default_factory=list)  # rendered, where asked for
+    seen: list[RawObservation] = field(default_factory=list)  # before each step, where asked for
+    # The kind of fault that lost the episode, and its message. Nothing then holds but the observation.
     lost: tuple[str, str] | None = None
+    # The name in info by which this environment has ever said whether it succeeded, and what else was there.
     success_key: str | None = None
     info_keys: tuple[str, ...] = ()
 
@@ -103,12 +91,6 @@ class ChunkEnv:
         self._frames: list[np.ndarray] = []
         # An environment may leave out what is slow to see (``libero.py``): all but what is handed on.
         self._watch: Callable[[bool], None] = getattr(env.unwrapped, "watch", lambda on: None)
-
-    @property
-    def task_description(self) -> str:
-        """The language instruction, as ``lerobot-eval`` finds it; empty where there is none."""
-        named = (getattr(self.env.unwrapped, name, None) for name in ("task_description", "task"))
-        return next((text for text in named if isinstance(text, str) and text), "")
 
     def reset(self, seed: int) -> RawObservation:
         """Start the episode of ``seed`` and return its observation history."""

@@ -50,8 +50,9 @@ def describe(env: ChunkEnv, fps: float | None) -> Description:
     space, blank = getattr(env.env, "observation_space", None), None
     if not repeatable and isinstance(space, gym.spaces.Dict):
         blank = read_observation(gym.vector.utils.create_empty_array(space, env.n_obs_steps, np.zeros))
-    task = str(getattr(env.env.unwrapped, "task", "") or "")
-    return Description(env.task_description, task, repeatable, warnings, blank)
+    said = [getattr(env.env.unwrapped, name, None) for name in ("task_description", "task")]
+    instruction = next((text for text in said if isinstance(text, str) and text), "")  # as in lerobot-eval
+    return Description(instruction, str(said[1] or ""), repeatable, warnings, blank)
 
 
 def _metadata(env: gym.Env, name: str) -> list[Any]:

@@ -38,30 +38,26 @@ def task_names(config: EnvConfig, option: str = "--env.task") -> list[str]:
 
     A ``UserError`` about a task that there is not names ``option``.
     """
-    ask = getattr(config, "task_names", None)
     try:
-        return [] if ask is None else ask()
+        return getattr(config, "task_names", list)()
     except UserError as error:
         raise UserError(option if error.option == "--env.task" else error.option, error.message) from None
 
 
 def check_base(config: EnvConfig, base: Path | str) -> None:
     """Refuse tasks that the base policy (its folder or server) does not know, where that can be told."""
-    check = getattr(config, "check_base", None)
-    if check is not None and isinstance(base, Path):
-        check(base)
+    if isinstance(base, Path):
+        getattr(config, "check_base", lambda folder: None)(base)
 
 
 def base_tasks(config: EnvConfig, base: Path | str) -> list[str]:
     """All tasks that the base policy knows; empty where nobody can tell."""
-    ask = getattr(config, "base_tasks", None)
-    return ask(base) if ask is not None and isinstance(base, Path) else []
+    return getattr(config, "base_tasks", lambda folder: [])(base) if isinstance(base, Path) else []
 
 
 def for_policy(config: EnvConfig, features: dict[str, tuple[int, ...]]) -> EnvConfig:
     """The config for a policy that reads ``features``: shapes by the environment's names for them."""
-    fit = getattr(config, "for_policy", None)
-    return config if fit is None else fit(features)
+    return getattr(config, "for_policy", lambda features: config)(features)
 
 
 def make_chunk_env(config: EnvConfig, task_index: int, **options: Any) -> ChunkEnv:

@@ -35,7 +35,10 @@ class WorkerLost(RuntimeError):
 
 
 class _Group:
-    """The environments of one worker. A command goes to some of them, each with its arguments."""
+    """The environments of one worker. A command goes to some of them, each with its arguments.
+
+    Without processes it stands where else a pipe is: they work while they are being told to.
+    """
 
     def __init__(self, config: EnvConfig, task: int | None, tolerant: bool, options: dict[str, Any]) -> None:
         self._config, self._task, self._tolerant, self._options = config, task, tolerant, options
@@ -85,16 +88,8 @@ class _Group:
             with contextlib.suppress(Exception):
                 env.close()
 
-
-class _Here:
-    """In the place of a pipe: the environments of this process, which work while they are being told to."""
-
-    def __init__(self, group: _Group) -> None:
-        self._group = group
-        self.close = group.close
-
     def send(self, message: tuple[str, Arguments]) -> None:
-        self._answer = self._group.answer(*message)
+        self._answer = self.answer(*message)
 
     def recv(self) -> tuple[str, Any, float]:
         return self._answer
@@ -150,7 +145,7 @@ class _Worker:
                 self.process.join()
 
 
-class ChunkVectorEnv:
+class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
     """``num_envs`` chunk environments, spread over ``num_workers`` processes.
 
     Environment ``i`` runs task ``i % number_of_tasks`` of the config. ``send`` and ``receive`` are
@@ -211,7 +206,7 @@ class ChunkVectorEnv:
     def _start(self, members: list[int]) -> _Worker:
         """A worker that is building its environments."""
         if self._local:
-            worker = _Worker(members, _Here(_Group(self._config, *self._settings)), None)
+            worker = _Worker(members, _Group(self._config, *self._settings), None)
         else:
             # A forked copy of a process that runs torch threads can deadlock: fork from a clean server.
             context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
@@ -304,9 +299,6 @@ class ChunkVectorEnv:
         for worker in self._workers:
             worker.join(5)
         self._workers, self._pending = [], {}
-
-    def __enter__(self) -> ChunkVectorEnv:
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()

@@ -28,9 +28,8 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor, as_tensor, contiguous_format
 
-from trimtab.adapters import UserError
 from trimtab.adapters.checkpoint.identity import hash_files
-from trimtab.adapters.errors import reason
+from trimtab.adapters.errors import UserError, at_least, reason
 from trimtab.rl.runs.processes import ProcessGroup
 
 FORMAT = 3
@@ -48,10 +47,8 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise UserError("--checkpoint.every", f"cannot be negative, got {self.every}")
-        if self.keep < 1:
-            raise UserError("--checkpoint.keep", f"must be at least 1, got {self.keep}")
+        at_least(0, self, "--checkpoint.", "every")
+        at_least(1, self, "--checkpoint.", "keep")
 
 
 @dataclass

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from trimtab.adapters.errors import UserError
+from trimtab.adapters.errors import UserError, at_least
 
 
 @dataclass
@@ -26,10 +26,7 @@ class FaultsConfig:
     timeout: float = 300.0
 
     def __post_init__(self) -> None:
-        if self.limit < 0:
-            raise UserError("--faults.limit", f"cannot be negative, got {self.limit}")
-        if not self.timeout >= 0:
-            raise UserError("--faults.timeout", f"cannot be negative, got {self.timeout}")
+        at_least(0, self, "--faults.", "limit", "timeout")
 
 
 def too_many(faults: Counter[str], last: str, limit: int) -> UserError:

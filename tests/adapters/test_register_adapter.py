@@ -153,7 +153,7 @@ def test_injected_adapter_computes_the_same(workplace):
 
 def test_commands_find_it_in_a_package(workplace, monkeypatch):
     """`trimtab ... --policy.discover_packages_path=my_package` registers the adapter too."""
-    from trimtab.recipes.support.repeat import load_plugins
+    from trimtab.recipes.support.option_dicts import load_plugins
 
     (workplace / "my_package").mkdir()
     (workplace / "my_package" / "__init__.py").write_text(code_blocks()[0])

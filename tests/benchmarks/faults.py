@@ -35,7 +35,7 @@ from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.support.reporting import MetricsWriter
-from trimtab.recipes.support.run_folder import disk_errors
+from trimtab.recipes.support.run_folder import run_errors
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -109,7 +109,7 @@ class Run:
     def __call__(self) -> None:
         """Go on to the end, and leave ``result.json``."""
         trainer, notes = self.trainer()
-        with trainer.vec, disk_errors(self.folder):
+        with trainer.vec, run_errors(self.folder):
             trainer.run()
         state = trainer.state_dict()
         replay = trainer.replay.rows(trainer.replay.added - len(trainer.replay), trainer.replay.added)

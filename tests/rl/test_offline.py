@@ -128,7 +128,7 @@ def test_the_run_goes_on_online_with_what_it_has_learnt(recorded, tmp_path):
     ("train", "message"),
     [
         ({"env_steps": 0}, r"--train.env_steps: must be at least 1, got 0"),
-        ({"env_steps": -1, "offline_updates": 5}, r"--train.env_steps: must be at least 0, got -1"),
+        ({"env_steps": -1, "offline_updates": 5}, r"--train.env_steps: cannot be negative, got -1"),
         ({"offline_updates": -1}, r"--train.offline_updates: cannot be negative, got -1"),
     ],
 )

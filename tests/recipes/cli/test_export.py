@@ -154,7 +154,8 @@ def test_eval_of_an_artefact_executes_the_candidate_of_the_best_value(run, tmp_p
     policy, runner = acting(session, steered), session.runner
     conditioning = steered.adapter.example_conditioning(6, torch.Generator().manual_seed(0))
     features = runner.features(conditioning)
-    prior = runner.priors(policy.draws, [torch.Generator().manual_seed(row) for row in range(6)])
+    generators = [torch.Generator().manual_seed(row) for row in range(6)]
+    prior = torch.stack([runner.prior(policy.draws, generator) for generator in generators])
     assert prior.shape[:2] == (6, 5)
     actions, chosen = runner.act(policy, conditioning, features, prior)[1], set()
     for row in range(6):

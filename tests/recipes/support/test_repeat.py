@@ -14,9 +14,14 @@ from tests.helpers.lane import SMALL, TRAIN
 from trimtab.adapters import UserError
 from trimtab.recipes.cli import main
 from trimtab.recipes.cli.adapt import AdaptConfig
-from trimtab.recipes.support.option_dicts import merge
+from trimtab.recipes.support.option_dicts import (
+    absolute,
+    loaded_plugins,
+    merge,
+    repeatable,
+    without_plugins,
+)
 from trimtab.recipes.support.options import parse, with_algorithm
-from trimtab.recipes.support.repeat import absolute, loaded_plugins, repeatable, without_plugins
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.algorithms.presets import PAPER
 

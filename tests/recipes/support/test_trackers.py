@@ -5,7 +5,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
 from trimtab.adapters import UserError
-from trimtab.recipes.support.trackers import Trackers, check_trackers
+from trimtab.recipes.support.launched import Trackers, check_trackers
 
 
 class Tracker(GeneralTracker):
@@ -36,7 +36,7 @@ class Tracker(GeneralTracker):
 
 def test_numbers_arrive_and_text_does_not():
     tracker = Tracker()
-    trackers = Trackers(Accelerator(cpu=True, log_with=[tracker]), ["tests"], "trimtab", {"seed": 3})
+    trackers = Trackers(Accelerator(cpu=True, log_with=[tracker]), {"seed": 3})
     trackers({"env_steps": 100, "success_rate": 0.5, "acting": "actor"})
     trackers.close()
     assert tracker.config == {"seed": 3}
@@ -46,7 +46,7 @@ def test_numbers_arrive_and_text_does_not():
 @pytest.mark.parametrize("lines", [0, 1])
 def test_one_that_goes_offline_is_left_alone(lines, capsys):
     tracker = Tracker(lines)
-    trackers = Trackers(Accelerator(cpu=True, log_with=[tracker]), ["tests"], "trimtab", {})
+    trackers = Trackers(Accelerator(cpu=True, log_with=[tracker]), {})
     for step in range(4):
         trackers({"env_steps": step})
     trackers.close()

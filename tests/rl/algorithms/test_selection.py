@@ -28,7 +28,7 @@ def test_the_selected_candidate_is_executed(tiny_base):
         observations = vec.reset({0: 7, 1: 8})
         conditioning = runner.encode([observations[0], observations[1]], vec.task_descriptions)
         features = runner.features(conditioning)
-        noise = runner.priors(5, [torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)])
+        noise = torch.stack([runner.prior(5, torch.Generator().manual_seed(seed)) for seed in (1, 2)])
         assert noise.shape == (2, 5, *adapter.noise_spec.shape)
         choice, actions = runner.act(policy, conditioning, features, noise)
         for row in range(2):

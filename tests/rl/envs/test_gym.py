@@ -9,6 +9,7 @@ import pytest
 from lerobot.envs.utils import env_to_policy_features
 
 from trimtab.adapters import UserError
+from trimtab.rl.envs.examine import describe
 from trimtab.rl.envs.gym import GymConfig
 from trimtab.rl.envs.hooks import for_policy, make_chunk_env
 
@@ -154,7 +155,7 @@ def test_a_time_limit_and_what_it_is_called():
     env = made(episode_length=2, task="tidy the shelf")
     result = step(env)
     assert result.truncated and result.steps == 2
-    assert env.task_description == "tidy the shelf"
+    assert describe(env, None).instruction == "tidy the shelf"
     assert GymConfig(id="Hopper-v5").task_names() == ["Hopper-v5"]
     assert GymConfig(id="Hopper-v5", task="hop").task_names() == ["hop"]
 
