@@ -142,7 +142,7 @@ class Trainer:
         total = self.train.env_steps
         started = time.perf_counter() - self.seconds
         self._learn_offline(started)
-        done, silent = min(self.env_steps, total), not self.progress
+        done, silent = min(self.env_steps, total), not (self.progress and total)
         bar = Progress(total=total, initial=done, desc="steering", unit="step", disable=silent)
         while self.env_steps < total:
             self._warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
