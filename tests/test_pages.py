@@ -106,6 +106,11 @@ def test_no_line_of_a_page_is_too_wide(name):
     assert not too_wide((ROOT / name).read_text())
 
 
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_no_page_holds_an_unfinished_merge(name):
+    assert not re.search(r"^(<{7}|={7}|>{7})", (ROOT / name).read_text(), re.MULTILINE)
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= README_WORDS
 
