@@ -240,7 +240,7 @@ def test_nan_in_the_middle_of_a_run_leaves_no_artefact(tiny_base, tmp_path, caps
 
     def poisoned(self, action):
         observation, *rest = original(self, action)
-        seed = self._sim.current_seed
+        seed = self.np_random_seed
         if seed >= 100_000_000 and self._steps == 7:  # training seeds only
             observation["agent_pos"][0] = np.nan
         return observation, *rest
