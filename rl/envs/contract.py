@@ -59,7 +59,7 @@ def read_observation(observation: Any) -> dict[str, Any]:
     entries = _read_entries(observation) if isinstance(observation, Mapping) else None
     if entries:
         return entries
-    given = f"{kind(observation)}: wrap it"
+    given = f"{kind(observation)}: wrap it, or run it as --env.type=gym"
     if entries is not None:
         given = f"a dict with {', '.join(map(repr, observation)) or 'no entries'}"
     wanted = "a dict with agent_pos, environment_state or pixels"
