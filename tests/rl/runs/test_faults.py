@@ -175,14 +175,14 @@ def files_of_at_most(size):
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(tmp_path):
     trainer, _ = make(tmp_path, every=60)
-    save, saved = trainer._save, []
+    save, saved = trainer.checkpoints.save, []
 
-    def fill_up():
+    def fill_up(env_steps, state):
         with files_of_at_most(10_000 if saved else 10**9):
-            saved.append(trainer.env_steps)
-            save()
+            saved.append(env_steps)
+            save(env_steps, state)
 
-    trainer._save = fill_up
+    trainer.checkpoints.save = fill_up
     with trainer.vec, pytest.raises(UserError, match=r"--output_dir: cannot write a checkpoint .*too large"):
         trainer.run()
     (left,) = [place for place in tmp_path.iterdir() if not place.is_symlink()]
