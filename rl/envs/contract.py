@@ -15,6 +15,8 @@ from trimtab.adapters.errors import UserError
 
 # What success goes by, LeRobot's name first; and what LeRobot reads of an observation.
 SUCCESS_KEYS = ("is_success", "success", "succeed")
+# Where an environment that resets itself at once keeps the observation that ended the episode.
+FINAL_OBSERVATIONS = ("final_obs", "final_observation")
 READ = ("agent_pos", "environment_state", "pixels")
 # Shape and dtype of each entry of an observation, nested ones by path.
 Layout = dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -43,7 +45,7 @@ def read_step(returned: Any) -> tuple[dict[str, Any], float, bool, bool, dict[st
     info = _read_info(info, "step")
     terminated, truncated = read_truth(terminated, "terminated"), read_truth(truncated, "truncated")
     if terminated or truncated:  # one that resets itself at once keeps the last observation here
-        last = [info.get(key) for key in ("final_obs", "final_observation")]
+        last = [info.get(key) for key in FINAL_OBSERVATIONS]
         observation = next((one for one in last if isinstance(one, Mapping)), observation)
     number = _number(reward)
     if number is None:

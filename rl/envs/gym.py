@@ -24,7 +24,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import time_limit, vector_envs
-from trimtab.rl.envs.contract import SUCCESS_KEYS, flat, kind
+from trimtab.rl.envs.contract import FINAL_OBSERVATIONS, SUCCESS_KEYS, flat, kind
 from trimtab.rl.rendering import choose_gl_backend
 
 BOX = "observation"  # the name of an observation that is a single array
@@ -121,9 +121,14 @@ def make_env(config: GymConfig) -> gym.Env:
         raise UserError(
             "--env.type", f"policies make vectors of numbers, the environment takes {env.action_space}"
         )
-    if config.episode_length:
-        env = gym.wrappers.TimeLimit(env, config.episode_length)
-    if time_limit(env) is None:
+    own, asked = time_limit(env), config.episode_length
+    if own and asked and own < asked:
+        raise UserError(
+            "--env.episode_length", f"is {asked}, the environment ends an episode after {own} steps"
+        )
+    if asked:
+        env = gym.wrappers.TimeLimit(env, asked)
+    elif own is None:
         raise UserError(
             "--env.episode_length", "this environment has no time limit: say how many steps an episode takes"
         )
@@ -137,12 +142,12 @@ def _make_registered(config: GymConfig) -> gym.Env:
     if colon:
         importlib.import_module(module)
     spec = gym.spec(name)
-    rendering = {}
+    options: dict[str, Any] = {"max_episode_steps": config.episode_length} if config.episode_length else {}
     if isinstance(spec.entry_point, str):
         creator = gym.envs.registration.load_env_creator(spec.entry_point)
         if "rgb_array" in getattr(creator, "metadata", {}).get("render_modes", ()):
-            rendering = {"render_mode": "rgb_array"}
-    return gym.make(spec, disable_env_checker=True, **rendering | config.kwargs)
+            options["render_mode"] = "rgb_array"
+    return gym.make(spec, disable_env_checker=True, **options | config.kwargs)
 
 
 def _call_factory(config: GymConfig) -> Any:
@@ -175,21 +180,23 @@ class LeRobotNames(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         observation, info = self.env.reset(seed=seed, options=options)
-        return self._renamed(observation), info
+        return self._renamed(observation), self._without_success(info)
 
     def step(self, action: np.ndarray) -> tuple[dict, Any, bool, bool, dict]:
         space: Any = self.env.action_space
         action = np.clip(action, space.low, space.high).astype(space.dtype)
         observation, reward, terminated, truncated, info = self.env.step(action)
-        info = dict(info)
-        if terminated or truncated:  # one that resets itself at once keeps its last observation here
-            last = [info.pop(key, None) for key in ("final_obs", "final_observation")]
-            observation = next((one for one in last if one is not None), observation)
-        if self._succeeded is not None:
-            success = self._succeeded(reward, terminated, info)
-            info = {key: value for key, value in info.items() if key not in (*SUCCESS_KEYS, "final_info")}
-            info |= {} if success is None else {"is_success": success}
+        success = self._succeeded(reward, terminated, info) if self._succeeded else None
+        info = self._without_success(info) | ({} if success is None else {"is_success": success})
+        for key in FINAL_OBSERVATIONS:
+            if info.get(key) is not None:
+                info[key] = self._renamed(info[key])
         return self._renamed(observation), reward, terminated, truncated, info
+
+    def _without_success(self, info: Mapping[str, Any]) -> dict[str, Any]:
+        """The info without the environment's own word on success, where a rule takes its place."""
+        replaced = (*SUCCESS_KEYS, "final_info") if self._succeeded else ()
+        return {key: value for key, value in info.items() if key not in replaced}
 
     def _renamed(self, observation: Any) -> dict[str, Any]:
         arrays = flat(observation) if isinstance(observation, Mapping) else {BOX: observation}
@@ -206,11 +213,12 @@ class LeRobotNames(gym.Wrapper):
 def match(spaces: Mapping[str, gym.Space], config: GymConfig) -> dict[str, list[str]]:
     """By feature, the entries of an observation that make it.
 
-    What ``rename_map`` does not name goes by its own name. Where a feature of the policy is then missing, the
-    one entry that has its shape and no other use takes its place.
+    What ``rename_map`` does not name goes by its own name. A feature of the policy that is then missing gets
+    the one entry of its shape that has no other use, if no other missing feature could take it.
 
     Raises:
-        UserError: ``rename_map`` names an entry that there is not, or cameras that LeRobot would not read.
+        UserError: ``rename_map`` names an entry that there is not, or cameras that LeRobot would not read; or
+            two entries have one feature's name.
     """
     unknown = sorted(config.rename_map.keys() - spaces.keys())
     if unknown:
@@ -222,18 +230,25 @@ def match(spaces: Mapping[str, gym.Space], config: GymConfig) -> dict[str, list[
     for path, feature in config.rename_map.items():
         sources.setdefault(feature, []).append(path)
     spare = [path for path in spaces if path not in config.rename_map]
-    for feature, shape in (config.wanted or {}).items():
-        if feature not in sources:
-            named = [path for path in spare if _feature(path, spaces[path]) == feature]
-            fits = named or [path for path in spare if _fits(spaces[path], shape)]
-            if len(fits) == 1:
-                sources[feature] = fits
-    if config.wanted is None and spare == [BOX] and not _is_image(spaces[BOX]):
-        sources = {OBS_STATE: [BOX], OBS_ENV_STATE: [BOX]}  # LeRobot's commands: either may be asked for
-    used = {path for paths in sources.values() for path in paths}
-    for path in spare:
-        if path not in used and not (_is_image(spaces[path]) and OBS_IMAGE in sources):
-            sources.setdefault(_feature(path, spaces[path]), [path])
+    alone = spare == [BOX]  # a single array may serve several features
+    if config.wanted is None and alone and not _is_image(spaces[BOX]):
+        return {OBS_STATE: [BOX], OBS_ENV_STATE: [BOX]}  # LeRobot's commands: either may be asked for
+    by_name = {path: _feature(path, spaces[path]) for path in spare}
+    for path, feature in by_name.items():
+        if feature in (config.wanted or {}) and feature not in sources:
+            same = [one for one in spare if by_name[one] == feature]
+            if len(same) > 1:
+                raise UserError("--env.rename_map", f"say which of {', '.join(same)} is {feature}")
+            sources[feature] = [path]
+    missing = {name: shape for name, shape in (config.wanted or {}).items() if name not in sources}
+    left = spare if alone else [path for path in spare if [path] not in sources.values()]
+    for feature, shape in missing.items():
+        fits = [path for path in left if _fits(spaces[path], shape)]
+        if len(fits) == 1 and (alone or sum(_fits(spaces[fits[0]], one) for one in missing.values()) == 1):
+            sources[feature] = fits
+    for path in spare:  # the policy does not read it, or a message names it
+        if [path] not in sources.values() and not (_is_image(spaces[path]) and OBS_IMAGE in sources):
+            sources.setdefault(by_name[path], [path])
     cameras = [name for name in sources if name.startswith(f"{OBS_IMAGES}.")]
     if OBS_IMAGE in sources and cameras:
         raise UserError(

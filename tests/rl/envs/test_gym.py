@@ -35,7 +35,7 @@ class Shelf(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         self.t = 0
-        return self._observation(), {}
+        return self._observation(), dict(self.info)
 
     def step(self, action):
         self.taken.append(action)
@@ -53,6 +53,13 @@ class Shelf(gym.Env):
         frame = np.full((12, 10, 3), self.t, np.uint8)
         joints = np.arange(3, dtype=np.float32) + self.t
         return {"arm": {"joints": joints}, "grip": 1, "front": frame, "wrist": frame + 100, "said": "hm"}
+
+
+def two_states():
+    env = gym.wrappers.TimeLimit(Shelf(), 9)
+    box = gym.spaces.Box(-9, 9, (2,))
+    env.observation_space = gym.spaces.Dict({"agent_pos": box, "state": box})
+    return env
 
 
 def shelf(**options):
@@ -111,6 +118,18 @@ def test_entries_go_by_their_names_by_the_only_fitting_shape_and_by_the_map():
         made({}, rename_map={"wrist": "observation.image", "front": "observation.images.front"}).reset(0)
 
 
+def test_an_entry_is_not_guessed_where_it_could_be_another():
+    # Named, so it is the state alone; and one that two features could be is neither.
+    taken = made({"observation.arm.joints": (3,), "observation.environment_state": (3,)}).reset(0)
+    assert sorted(taken) == ["arm.joints", "grip", "pixels"]
+    either = made({"observation.state": (3,), "observation.environment_state": (3,)}).reset(0)
+    assert sorted(either) == ["arm.joints", "grip", "pixels"]
+    with pytest.raises(
+        UserError, match=r"--env.rename_map: say which of agent_pos, state is observation.state"
+    ):
+        made({"observation.state": (2,)}, factory=f"{__name__}:two_states")
+
+
 @pytest.mark.parametrize("resets_itself", [False, True])
 def test_the_last_observation_is_that_of_the_episode_that_ended(resets_itself):
     env = made({"observation.state": (3,)}, kwargs={"resets_itself": resets_itself})
@@ -147,7 +166,9 @@ def test_actions_are_clipped_to_the_bounds():
     ],
 )
 def test_success_is_what_is_named(rule, info, key, successes):
-    result = step(made(success=rule, kwargs={"info": info}))
+    env = made(success=rule, kwargs={"info": info})
+    env.reset(0)  # what it says then is no other
+    result = step(env)
     assert result.success_key == key and result.successes.tolist() == successes
 
 
@@ -156,6 +177,7 @@ def test_a_time_limit_and_what_it_is_called():
     result = step(env)
     assert result.truncated and result.steps == 2
     assert describe(env, None).instruction == "tidy the shelf"
+    assert made(factory="", id="Pendulum-v1", episode_length=300).limit == 300  # its own is 200
     assert GymConfig(id="Hopper-v5").task_names() == ["Hopper-v5"]
     assert GymConfig(id="Hopper-v5", task="hop").task_names() == ["hop"]
 
@@ -205,6 +227,7 @@ def test_lerobots_own_vector_environment():
         ({"factory": "builtins:dict"}, r"--env.factory: .* must return a gymnasium.Env, it returns a dict"),
         ({"kwargs": {"info": 3, "wings": 2}}, r"--env.factory: .*wings"),
         ({"factory": f"{__name__}:Shelf"}, r"--env.episode_length: .* no time limit"),
+        ({"episode_length": 10}, r"--env.episode_length: is 10, the environment ends an episode after 9"),
         ({"episode_length": 0}, r"--env.episode_length: must be at least 1 step"),
         (
             {"success": "often"},
