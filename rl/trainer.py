@@ -80,6 +80,7 @@ class Trainer:
         self.update_seconds = self.seconds = 0.0
         self._owed, self._logged, self._warming = 0.0, 0, True
         self._ready = self._stopping = False
+        self._kept = -1, -1  # environment steps and updates of the last checkpoint
         torch.manual_seed(self.seed)
         self.space = self.noise.build(self.runner.adapter.noise_spec)
         self.takeover = Takeover(self.train.gate, self.seed + world.rank)
@@ -272,9 +273,11 @@ class Trainer:
 
     def _keep(self, end: bool = False) -> None:
         """Write a checkpoint where one is due, or the run has to end; all processes do so together."""
-        stops = self.faults.total() > self.faults_config.limit
-        if self.checkpoints and (end or stops or self._stopping or self.checkpoints.due(self.env_steps)):
+        stops, now = self.faults.total() > self.faults_config.limit, (self.env_steps, self.updates)
+        wanted = stops or self._stopping or (end and now != self._kept)
+        if self.checkpoints and (wanted or self.checkpoints.due(self.env_steps)):
             self.checkpoints.save(self.env_steps, self.state_dict())
+            self._kept = now
         if stops:
             raise too_many(self.faults, self._last_fault, self.faults_config.limit)
         if self._stopping:
@@ -317,6 +320,7 @@ class Trainer:
         state = checkpoint.read(min(self.world.rank, checkpoint.processes - 1))
         for name in COUNTED:
             setattr(self, name, state[name])
+        self._kept = self.env_steps, self.updates
         self.faults.update(state["faults"])
         self.metrics.load_state_dict(state["metrics"])
         self.algorithm.load_training_state(state["algorithm"])

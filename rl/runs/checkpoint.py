@@ -106,8 +106,6 @@ class Checkpoints:
             UserError: it cannot be written. What was half-written is gone, earlier ones are as they were.
         """
         target = self.folder / f"{env_steps:06d}"
-        if self._latest == env_steps and target.exists():
-            return
         work, main = self.folder / f".{target.name}.tmp", self.world.main
         with self._together(work):
             if main:

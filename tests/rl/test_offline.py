@@ -19,6 +19,7 @@ from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
+from trimtab.rl.runs.faults import Stopped
 from trimtab.rl.runs.processes import ProcessGroup
 from trimtab.rl.trainer import Trainer
 
@@ -123,6 +124,24 @@ def test_the_run_goes_on_online_with_what_it_has_learnt(recorded, tmp_path):
         second.run()
     assert second.updates > 60 and second.env_steps >= 200
     assert lines[-1]["acting"] == "actor" and lines[-1]["demo_share"] == 0.5
+
+
+def test_a_run_stopped_while_it_learns_offline_keeps_what_follows(recorded, tmp_path):
+    runner, config, rl = PolicyRunner(PointAdapter(), PointConfig()), PointConfig(), ALGORITHMS["best_of_n"]
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(500), {}, ProcessGroup(Accelerator(cpu=True)))
+    settings = {"env_steps": 0, "offline_updates": 30, "log_every": 10}
+    with ChunkVectorEnv(config, 4, 0) as vec:
+        run = trainer(runner, vec, recorded, rl, checkpoints, None, FEW, **settings)
+        run.on_metrics = lambda line: setattr(run.stop, "name", "SIGTERM")
+        with pytest.raises(Stopped):
+            run.run()
+        assert run.updates == 10
+        again = trainer(runner, vec, recorded, rl, checkpoints, None, FEW, **settings)
+        again.resume(checkpoints.newest()[0])
+        again.run()
+        last = trainer(runner, vec, recorded, rl, checkpoints, None, FEW, **settings)
+        last.resume(checkpoints.newest()[0])
+    assert last.updates == again.updates == 30
 
 
 @pytest.mark.parametrize(
