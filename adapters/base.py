@@ -126,6 +126,11 @@ class NoiseToChunk(abc.ABC):
         """Other names that the preprocessor gives to observations."""
         return next((step.rename_map for step in steps_with("rename_map", self.preprocessor)), {})
 
+    def raw_names(self) -> dict[str, str]:
+        """By the policy's name for an input: its name in an observation, before it is renamed."""
+        originals = {new: old for old, new in self.renames().items()}
+        return {key: originals.get(key, key) for key in self.config.input_features}
+
     def cameras(self) -> list[str]:
         """The cameras that the policy was trained on, by its own names; not those that LeRobot fills."""
         features = self.config.input_features.items()
@@ -169,7 +174,7 @@ class NoiseToChunk(abc.ABC):
         """A random observation within the policy's own statistics, with a task."""
         steps = steps_with("_tensor_stats", self.preprocessor)
         stats: dict[str, Any] = next((step._tensor_stats for step in steps if step._tensor_stats), {})
-        originals = {new: old for old, new in self.renames().items()}
+        names = self.raw_names()
         observation: dict[str, Any] = {}
         for key, feature in self.config.input_features.items():
             if "empty_camera" in key:
@@ -180,7 +185,7 @@ class NoiseToChunk(abc.ABC):
                 width = feature.shape[-1]  # evo1 pads its statistics
                 low, high = (known[name].cpu().float()[..., :width] for name in ("min", "max"))
                 value = low + (high - low) * value
-            observation[originals.get(key, key)] = value
+            observation[names[key]] = value
         observation["task"] = ["pick up the red cube"] * batch_size
         return observation
 

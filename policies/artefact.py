@@ -101,11 +101,11 @@ def save_artefact(
         check: called with the whole folder before it appears; where it raises, nothing is left.
     """
     folder = folder.resolve()
-    originals = {new: old for old, new in adapter.renames().items()}
+    names = adapter.raw_names()
     looks = adapter.observer is not None and (actor.space.uses_features or actor.encoder.image_shape)
     config = TrimtabConfig(
         n_obs_steps=adapter.n_obs_steps,
-        input_features={originals.get(k, k): v for k, v in adapter.config.input_features.items()},
+        input_features={names[k]: v for k, v in adapter.config.input_features.items()},
         output_features=dict(adapter.config.output_features),
         device=adapter.device.type,
         base=_reference(adapter, base, base_folder, folder),

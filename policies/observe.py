@@ -192,9 +192,9 @@ def _check_images(
     adapter: PolicyAdapter, example: dict[str, Any], batch: dict[str, Any], cameras: list[str], size: int
 ) -> None:
     """Refuse a policy whose preprocessor does not hand on its images, or not so that they can be undone."""
-    originals = {new: old for old, new in adapter.renames().items()}
+    names = adapter.raw_names()
     for key in cameras:
-        raw = example[originals.get(key, key)][:, -1]
+        raw = example[names[key]][:, -1]
         held = batch.get(key)
         if isinstance(held, Tensor) and held.ndim in (4, 5) and held.shape[-3] == 3:
             found = images(adapter, batch, [key], size)

@@ -267,8 +267,8 @@ def _load(folder: Path, config: TrimtabConfig) -> Steered:
 def _check_features(config: TrimtabConfig, steered: Steered) -> None:
     """Raise a UserError for features, executed steps or seen steps other than the base's."""
     adapter = steered.adapter
-    originals = {new: old for old, new in adapter.renames().items()}
-    known = {originals.get(k, k): tuple(f.shape) for k, f in adapter.config.input_features.items()}
+    names = adapter.raw_names()
+    known = {names[k]: tuple(f.shape) for k, f in adapter.config.input_features.items()}
     given = {k: tuple(f.shape) for k, f in (config.input_features or {}).items()}
     if known != given:
         odd = sorted(k for k in known.keys() | given.keys() if known.get(k) != given.get(k))

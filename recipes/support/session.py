@@ -61,9 +61,8 @@ class Session:
         check_buildable(self.env)
         self.tasks = task_names(self.env)
         self._check_tasks(self.tasks)
-        own = {policy: raw for raw, policy in self.adapter.renames().items()}
-        features = self.adapter.config.input_features
-        self.env = for_policy(self.env, {own.get(k, k): tuple(one.shape) for k, one in features.items()})
+        names, features = self.adapter.raw_names(), self.adapter.config.input_features
+        self.env = for_policy(self.env, {names[k]: tuple(one.shape) for k, one in features.items()})
         self.runner = PolicyRunner(self.adapter, self.env)
 
     def _check_tasks(self, names: Collection[str]) -> None:
