@@ -19,6 +19,7 @@ from trimtab.adapters.checkpoint.folder import is_peft, is_server
 from trimtab.adapters.checkpoint.identity import file_hash
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.compare.config import CompareConfig
+from trimtab.recipes.compare.measure import measure_of
 from trimtab.recipes.compare.methods import make_method
 from trimtab.recipes.compare.report import write_report
 from trimtab.recipes.compare.runs import Run
@@ -26,7 +27,7 @@ from trimtab.recipes.embedded_base.base import DEMONSTRATIONS
 from trimtab.recipes.embedded_base.demonstrations import REPO_ID
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.option_dicts import repeatable
-from trimtab.recipes.support.reporting import rate_text, read_json, write_json
+from trimtab.recipes.support.reporting import read_json, write_json
 from trimtab.recipes.support.session import Session, base_of
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.envs.hooks import base_tasks, check_base, task_names
@@ -43,7 +44,9 @@ class Comparison:
 
     def __init__(self, config: CompareConfig) -> None:
         self.config = config
-        self.methods = {name: make_method(name, config.settings.get(name)) for name in config.names()}
+        self.methods = {
+            name: make_method(name, config.settings.get(name), config.reward) for name in config.names()
+        }
         path = config.policy.path
         if is_server(path) and (tuned := [name for name, method in self.methods.items() if method.tunes]):
             raise UserError(
@@ -181,13 +184,32 @@ class Comparison:
         runs: list[dict[str, Any]] = []
         for run in self.plan():
             runs.append(self.record(*run))
+            if run[1] == "base":
+                self._check_success(runs[-1])
             text = self.report(runs)
         return f"\n{text}\nall in {self.output}"
+
+    def _check_success(self, base: dict[str, Any]) -> None:
+        """Refuse what learns from success on a task that reports none."""
+        found, env = base["final"]["policy"], self.config.reward == "env"
+        names = [name for name, method in self.methods.items() if method.needs_success()]
+        if found["success_rate"] is None and names:
+            listed, task = ", ".join(names), base["task"] or self.config.env.type
+            mend = f"leave out {listed}" if env else "--reward=env learns from its own reward"
+            raise UserError(
+                "--methods" if env else "--reward",
+                f"{task} reported no success in {found['episodes']} episodes, and {listed} learn from it; "
+                f"{mend} (success by another name: --env.success=info.NAME, with --env.type=gym)",
+            )
 
     def report(self, runs: list[dict[str, Any]]) -> str:
         """Write the report on the runs so far."""
         config = self.config
-        bases = {run["task"]: run["final"]["policy"] for run in runs if run["method"] == "base"}
+        bases = [
+            (run["task"], measure_of([run]), run["final"]["policy"])
+            for run in runs
+            if run["method"] == "base"
+        ]
         where = f"weights {self.base_sha256[:12]}" if self.base_sha256 else config.policy.path
         facts = [
             f"base policy: {self.base.adapter.policy_type}, {where}, the same in all runs",
@@ -195,7 +217,7 @@ class Comparison:
             f"learns from them, {config.num_envs} environments unless the method's source says otherwise",
             f"evaluated every {config.grid:,} steps on {config.n_episodes} episodes, and at the end on "
             f"{config.final_episodes} others; the same for all",
-            *(f"{task}: the base succeeds in {rate_text(found)}" for task, found in bases.items()),
+            *(f"{task}: the base has {measure.name} {measure.text(found)}" for task, measure, found in bases),
         ]
         if self.others:
             facts.append(f"other tasks: {', '.join(self.others)}, {config.other_episodes} episodes each")

@@ -15,6 +15,7 @@ from trimtab.adapters.errors import at_least
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.support.option_dicts import Options
 from trimtab.recipes.support.shared_configs import EVALUATION_SEED, EpisodesConfig, MachineConfig
+from trimtab.rl.data.returns import REWARDS
 from trimtab.rl.seeds import MAX_SEED
 
 # Options of each method, by its name; a plugin may add its own.
@@ -39,6 +40,8 @@ class CompareConfig:
     methods: str = ALL
     # Changes to a method's settings, by its name: {steered: {noise: {type: repeat}}}.
     settings: dict[str, Any] = field(default_factory=dict)
+    # What all of them learn from, as --train.reward of `trimtab adapt`: sparse (success) or env.
+    reward: str = "sparse"
     # How many seeds (3: 0, 1 and 2), or which, separated by commas.
     seeds: str = "3"
     # Environment steps of each run, and between two evaluations (a round of lora_rollouts; default: a tenth).
@@ -69,6 +72,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "--", "env_steps", "grid", "n_episodes", "final_episodes", "batch_size", "num_envs")
         at_least(0, self, "--", "other_episodes", "videos")
+        if self.reward not in REWARDS:
+            raise UserError("--reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
         if self.grid is None:  # as many points, up to ten, as the budget has equal parts
             self.grid = self.env_steps // next(n for n in range(10, 0, -1) if self.env_steps % n == 0)
         if self.env_steps % self.grid:

@@ -78,6 +78,9 @@ class Steering(Method):
         train = self.train.at_pace_of(self.rl)
         return max(train.first_update or 0, train.warmup_transitions or 0)
 
+    def needs_success(self) -> bool:
+        return self.rl.without_success(self.train.reward) is not None
+
     def learn(self, run: Run) -> dict[str, Any]:
         lines: list[dict[str, Any]] = []
         adapter, config = run.session.adapter, run.config
@@ -192,8 +195,10 @@ KINDS: dict[str, type[Method]] = {
 }
 
 
-def make_method(name: str, changes: Options | None = None) -> Method:
-    """The method ``name`` with ``changes`` to its options: ``{"noise": {"type": "repeat"}}``.
+def make_method(name: str, changes: Options | None = None, reward: str = "sparse") -> Method:
+    """The method ``name``, which learns from ``reward`` if from any, with ``changes`` to its options.
+
+    ``changes`` are such as ``{"noise": {"type": "repeat"}}``.
 
     Raises:
         UserError: no such option, or a value that it cannot have.
@@ -203,7 +208,7 @@ def make_method(name: str, changes: Options | None = None) -> Method:
     if options.pop("preset", None):  # --rl.preset=paper
         options = merge(PAPER[options["rl"]["type"]], options)
     if kind is Steering:
-        options = merge({"noise": {"type": "full"}}, options)
+        options = merge({"noise": {"type": "full"}}, merge(options, {"train": {"reward": reward}}))
     known = [one.name for one in fields(kind)]
     for part in changes or {}:
         if part not in known:

@@ -20,10 +20,11 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.recipes.compare.config import CompareConfig
+from trimtab.recipes.support.reporting import rate_text
 from trimtab.recipes.support.session import Session
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.evaluation import evaluate, require_success
+from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 
 Policies = dict[str, ChunkPolicy]
@@ -98,6 +99,10 @@ class Method(ABC):
         """How many are collected before it begins to learn."""
         return 0
 
+    def needs_success(self) -> bool:
+        """Whether it has nothing to learn from where the environment reports no success."""
+        return self.tunes
+
 
 @dataclass
 class Run:
@@ -155,8 +160,7 @@ class Run:
         """Summaries of the policies on ``seeds``, by name; the time for it does not count as training."""
         with self._meter.paused():
             found = measure(self.runner, self.vec, self.policies, seeds, label)
-            rates = (f"{name} {entry['successes']}/{entry['episodes']}" for name, entry in found.items())
-            print(f"{label}: {', '.join(rates)}", flush=True)
+            print(f"{label}: {'; '.join(f'{n} {rate_text(one)}' for n, one in found.items())}", flush=True)
         return found
 
     def record(self, method: Method, others: dict[str, EnvConfig], path: Path, video: bool) -> dict[str, Any]:
@@ -217,14 +221,15 @@ def measure(
     """Evaluate each policy; whatever draws it makes, training goes on with its own.
 
     Returns:
-        by name, the summary with each episode's outcome, 1 or 0, in the order of the seeds.
+        by name, the summary with each episode's outcome in the order of the seeds: ``won`` (1 or 0, where
+        success is reported) and ``returns``.
     """
     found = {}
     for name, policy in policies.items():
         with torch.random.fork_rng(devices=[]):
             outcome = evaluate(runner, vec, policy, seeds, f"{label}, {name}")
-        require_success(outcome)
-        found[name] = outcome.summary() | {"won": "".join(str(int(won)) for won in outcome.successes)}
+        won = "".join(str(int(won)) for won in outcome.successes) if outcome.reported else ""
+        found[name] = outcome.summary() | {"won": won, "returns": outcome.returns.tolist()}
     return found
 
 
