@@ -108,3 +108,8 @@ def measure_of(runs: Sequence[Mapping[str, Any]]) -> Measure:
     every = [run["final"][name] for run in runs for name in run["final"]]
     every += [point[name] for run in runs for point in run["points"] for name in run["final"]]
     return SUCCESS if all(one["success_rate"] is not None for one in every) else RETURN
+
+
+def measure_in(entry: dict[str, Any]) -> Measure:
+    """What an entry of compare.json is judged by."""
+    return MEASURES[entry.get("measure", SUCCESS.name)]

@@ -31,6 +31,7 @@ from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.runs.processes import ProcessGroup
 from trimtab.rl.seeds import training_seed
 from trimtab.rl.trainer import Trainer
 
@@ -94,11 +95,14 @@ class Steering(Method):
                 return {"updates": 0, "search_episodes": search.episodes, "metrics": lines}
             train = replace(self.train, env_steps=config.env_steps, log_every=config.grid)
             accelerator = Accelerator(cpu=adapter.device.type == "cpu")
+            reports["checkpoints"], earlier = run.checkpoints(ProcessGroup(accelerator), lines)
             trainer = Trainer(runner, vec, accelerator, train, rl, self.noise, run.seed, **reports)
             self._take(run, trainer.algorithm)
             trainer.on_step = lambda ended: run.note(
                 trainer.env_steps, [(episode.success, episode.steered) for episode in ended]
             )
+            for note in trainer.resume(earlier) if earlier is not None else ():
+                print(note)
             trainer.run()
         return {"updates": trainer.updates, "metrics": lines}
 

@@ -14,6 +14,12 @@ COSTS = ("peak_mb", "wall_seconds", "cpu_seconds")
 WINDOW = 50  # training episodes
 DIP_STEPS = 10_000  # environment steps within which dips are looked for
 SIGNIFICANT = 0.05
+# Names in tables, where a method's own would mislead.
+METHOD_NAMES = {
+    "dsrl_sac_paper": "DSRL-SAC, paper's settings",
+    "dsrl_sac_paper_short": "DSRL-SAC, paper's settings, short warm-up",
+}
+POLICIES = {"policy": "", "actor": "", "acting": ", best of K by the critic"}
 
 
 def elsewhere(
@@ -174,3 +180,11 @@ def _entry(
 def _mean(values: Sequence[float | None], scale: float = 1.0) -> float | None:
     known = [value for value in values if value is not None]
     return scale * statistics.fmean(known) if known else None
+
+
+def label(entry: dict[str, Any]) -> str:
+    """The name of a row."""
+    method = METHOD_NAMES.get(entry["method"], entry["method"])
+    if entry["policy"] == "actor" and entry.get("has_acting"):
+        return f"{method}, distilled actor"
+    return method + POLICIES.get(entry["policy"], f", {entry['policy']}")

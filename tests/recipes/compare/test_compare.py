@@ -260,7 +260,9 @@ def test_successes_while_learning_are_counted_whole(tmp_path):
     line = {"success_rate": 0.29, "success_window": 100, "env_steps": 400}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     ((run,), _) = read_runs([tmp_path])
-    assert run["points"][0]["actor"] == {"successes": 29, "episodes": 100, "success_rate": 0.29}
+    assert run["points"][0]["actor"] == {
+        **{"successes": 29, "episodes": 100, "success_rate": 0.29, "return_mean": None}
+    }
     assert (run["task"], run["method"], run["seed"]) == ("t", "steered", 3)
 
 
