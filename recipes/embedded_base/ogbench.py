@@ -1,21 +1,27 @@
 """Demonstrations of OGBench's ``cube-single`` and ``scene`` by its own oracles, acting on what they *see*.
 
-An operator is careful, or has a blind spot for a whole episode: it then sees what it reaches for displaced, to
-the side on which the cube's yaw lies. A policy that imitates both picks one of them by its noise. OGBench's
-observations do not tell the goal, so each policy is for one task, with one goal.
+An operator is careful, or has a blind spot for a whole episode: it then sees what it reaches for displaced
+along y, to a side that depends on the cube's yaw. A policy that imitates both picks one of them by its noise.
+OGBench's observations do not tell the goal, so each policy is for one task, with one goal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
+from ogbench.manipspace.oracles.markov.button_markov import ButtonMarkovOracle
+from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
+from ogbench.manipspace.oracles.markov.drawer_markov import DrawerMarkovOracle
+from ogbench.manipspace.oracles.markov.window_markov import WindowMarkovOracle
 
 from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET
+from trimtab.recipes.embedded_base.suites import Task
 
 FPS = 20
 REST = np.array([0.425, 0.0, 0.3])  # where a hand that has done its part goes, in metres
@@ -51,8 +57,6 @@ class CubeExpert:
     """Puts the cube on its target, if the cube is where it is seen."""
 
     def __init__(self, env: gym.Env) -> None:
-        from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
-
         self.scene: Any = env.unwrapped
         self.oracle = _ready(CubeMarkovOracle, env)
 
@@ -68,13 +72,9 @@ class CubeExpert:
 
 
 class SceneExpert:
-    """Unlocks, closes and locks the drawer, and then the window, if the window's button is where it is seen."""
+    """Unlocks, closes and locks the drawer, then the window, if the window's button is where it is seen."""
 
     def __init__(self, env: gym.Env) -> None:
-        from ogbench.manipspace.oracles.markov.button_markov import ButtonMarkovOracle
-        from ogbench.manipspace.oracles.markov.drawer_markov import DrawerMarkovOracle
-        from ogbench.manipspace.oracles.markov.window_markov import WindowMarkovOracle
-
         self.scene: Any = env.unwrapped
         self.button = _ready(ButtonMarkovOracle, env, gripper_always_closed=True)
         self.slides = [_ready(kind, env) for kind in (DrawerMarkovOracle, WindowMarkovOracle)]
@@ -122,11 +122,24 @@ def _ready(kind: Any, env: gym.Env, **options: Any) -> Any:
     return oracle
 
 
+ID = "ogbench:{}-singletask-v0"  # a task's default goal
+# By task: what to do in words, who does it, and how.
+EXPERTS: dict[str, tuple[str, Callable[[gym.Env], Expert]]] = {
+    "cube-single": ("Move the cube to its target", CubeExpert),
+    "scene": ("Close and lock the drawer and the window", SceneExpert),
+}
+OPERATORS = {
+    "cube-single": Operator(p_bad=0.3, offset=0.1, noise=0.15, patience=70),
+    "scene": Operator(p_bad=0.5, offset=0.08, noise=0.15, patience=170),
+}
+
+
 def demonstrate(
-    id: str, make_expert: Callable[[gym.Env], Expert], operator: Operator, task: str, episodes: int, seed: int
+    name: str, episodes: int, seed: int, operator: Operator | None = None
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the frames of one demonstration after the other, failures too."""
-    env = gym.make(id)
+    """Yield the frames of one demonstration of a task after the other, failures too."""
+    env, (description, make_expert) = gym.make(ID.format(name)), EXPERTS[name]
+    operator = operator or OPERATORS[name]
     for episode in range(episodes):
         start = SEED_OFFSET + seed * 100_000 + episode
         rng = np.random.default_rng([start, 1])
@@ -135,20 +148,26 @@ def demonstrate(
         error = operator.error(info["privileged/block_0_yaw"][0], rng)
         while not ended:
             wanted = expert(info, error)
-            action = np.clip(wanted + rng.normal(0.0, operator.noise, wanted.shape), -1.0, 1.0)
-            following, reward, terminated, truncated, info = env.step(action.astype(np.float32))
+            noisy = wanted + rng.normal(0.0, operator.noise, wanted.shape)
+            action, state = np.clip(noisy, -1.0, 1.0).astype(np.float32), observation.astype(np.float32)
+            observation, reward, terminated, truncated, info = env.step(action)
             ended = terminated or truncated or len(frames) + 1 == operator.patience
             frames.append(
                 {
-                    OBS_STATE: observation.astype(np.float32),
-                    OBS_ENV_STATE: observation.astype(np.float32),
-                    ACTION: action.astype(np.float32),
+                    OBS_STATE: state,
+                    OBS_ENV_STATE: state,
+                    ACTION: action,
                     "next.reward": np.array([reward], dtype=np.float32),
                     "next.success": np.array([bool(info["success"])]),
                     "next.done": np.array([ended]),
-                    "task": task,
+                    "task": description,
                 }
             )
-            observation = following
         yield frames
     env.close()
+
+
+TASKS = {
+    name: Task({"type": "gym", "id": ID.format(name), "fps": FPS}, partial(demonstrate, name), FPS)
+    for name in EXPERTS
+}
