@@ -19,7 +19,7 @@ METAWORLD = "metaworld"
 class MakeBaseConfig(BaseConfig):
     """``trimtab base``."""
 
-    # metaworld makes one base for all --tasks; gym_mujoco one for each task.
+    # metaworld makes one base for all --tasks; gym_mujoco and ogbench one for each task.
     suite: str = METAWORLD
     # Tasks, separated by commas; `--list_tasks=true` prints the suite's. Default: all; of Meta-World five.
     tasks: str = ""
