@@ -219,18 +219,15 @@ def test_the_list_is_instant_and_complete(capsys):
 
 
 def test_files_of_tasks_without_success():
-    """Nothing to fine-tune on, so no recipe with all commands; base, steering and comparison are of one kind."""
-    base, adapt, compared = (
-        parsed(name, "--config_path=gym_mujoco") for name in ("base", "adapt", "compare")
-    )
-    assert compared.tasks == base.tasks == ",".join(suite_tasks(base.suite))
+    """Nothing to fine-tune on, so no recipe with all commands. The files are about the same tasks."""
+    file = "--config_path=gym_mujoco"
+    base, adapt, compared = (parsed(command, file) for command in ("base", "adapt", "compare"))
+    assert compared.tasks == base.tasks == ",".join(suite_tasks("gym_mujoco"))
     assert adapt.policy.path == compared.policy.path.replace("{task}", adapt.env.id)
     assert adapt.train.reward == compared.reward == "env" and adapt.env.success == compared.env.success
     assert adapt.train.env_steps == compared.env_steps
-    for name in compared.names():
-        assert (
-            make_method(name, compared.settings.get(name)).chunks_before_learning() * 4 < compared.env_steps
-        )
+    methods = [make_method(name, compared.settings.get(name)) for name in compared.names()]
+    assert all(4 * method.chunks_before_learning() < compared.env_steps for method in methods)
 
 
 def test_a_name_stands_for_its_files(tmp_path, monkeypatch):
