@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 	$(RUN)/trimtab demo $(ARGS)
 
 test: $(VENV)/.ready
-	$(RUN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report= $(ARGS)
+	$(RUN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report= $(ARGS)
 	@echo "coverage: $$($(VENV)/bin/coverage report --format=total) % of the source lines"
 
 # mypy names a module after its folders, so the link gives them their package's name.

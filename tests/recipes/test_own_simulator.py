@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import reach
+from tests.helpers import lerobot_commands, reach
 from tests.helpers.small_runs import SMALL, check_results
 from trimtab.recipes.cli import main
 
@@ -33,10 +33,8 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
         reach.demonstrate("data", episodes=16)
-        patch.setattr(
-            sys, "argv", ["lerobot-train", *TRAIN.split(), "--dataset.root=data", "--output_dir=base"]
-        )
-        lerobot_train.main()
+        options = [*TRAIN.split(), "--dataset.root=data", "--output_dir=base"]
+        lerobot_commands.run(lerobot_train.main, options, patch)
         yield folder
 
 
