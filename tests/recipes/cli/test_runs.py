@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers import lerobot_commands
-from tests.helpers.small_runs import POLICIES, SMALL, check_results
+from tests.helpers.small_runs import HERE, POLICIES, SMALL, check_results
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state_files
 from trimtab.adapters.checkpoint.identity import file_hash
@@ -66,7 +66,7 @@ def test_eval_of_the_artefact_repeats_the_runs_own_numbers(run, tmp_path, capsys
     artefact = run[0] / "artefact"
     code = main(
         ["eval", f"--policy.path={artefact}", *ENV, "--eval.n_episodes=6", "--eval.batch_size=2",
-         "--eval.constant_candidates=2", "--eval.constant_episodes=2", "--eval.videos=0",
+         "--eval.constant_candidates=2", "--eval.constant_episodes=2", "--eval.videos=0", HERE,
          "--policy.device=cpu", f"--output_dir={tmp_path / 'out'}"]
     )  # fmt: skip
     assert code == 0 and "best constant noise" in capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_eval_of_the_artefact_repeats_the_runs_own_numbers(run, tmp_path, capsys
 
 def test_config_yaml_runs_again(run, tmp_path, capsys):
     argv = ["adapt", f"--config_path={run[0] / 'config.json'}", f"--output_dir={tmp_path / 'again'}"]
-    assert main([*argv, "--eval.videos=0"]) == 0
+    assert main([*argv, "--eval.videos=0", HERE]) == 0
     capsys.readouterr()
 
     def losses(folder):
@@ -217,7 +217,7 @@ def test_policy_of_lerobot_train_is_steered_on_pusht(tmp_path, capsys, monkeypat
     policy = tmp_path / "train" / "checkpoints" / "000003" / "pretrained_model"
     code = main(
         ["adapt", f"--policy.path={policy}", "--env.type=pusht", "--env.episode_length=24",
-         "--env.obs_type=environment_state_agent_pos", *SMALL, "--noise.type=repeat",
+         "--env.obs_type=environment_state_agent_pos", *SMALL, HERE, "--noise.type=repeat",
          f"--output_dir={tmp_path / 'out'}"]
     )  # fmt: skip
     text = capsys.readouterr().out
@@ -229,7 +229,7 @@ def test_policy_of_lerobot_train_is_steered_on_pusht(tmp_path, capsys, monkeypat
     code = main(
         ["eval", f"--policy.path={tmp_path / 'out' / 'artefact'}", "--env.type=pusht",
          "--env.obs_type=environment_state_agent_pos", "--env.episode_length=24", "--eval.n_episodes=3",
-         "--eval.constant_candidates=0", "--eval.videos=0", "--policy.device=cpu",
+         "--eval.constant_candidates=0", "--eval.videos=0", "--policy.device=cpu", HERE,
          f"--output_dir={tmp_path / 'eval'}"]
     )  # fmt: skip
     assert code == 0
@@ -249,7 +249,7 @@ def test_nan_in_the_middle_of_a_run_leaves_no_artefact(tiny_base, tmp_path, caps
         return observation, *rest
 
     monkeypatch.setattr(MetaworldStateEnv, "step", poisoned)
-    argv = ["adapt", f"--policy.path={tiny_base}", *ENV, *SMALL, "--machine.workers=0"]
+    argv = ["adapt", f"--policy.path={tiny_base}", *ENV, *SMALL, HERE]
     assert main([*argv, f"--output_dir={tmp_path / 'out'}"]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(error) == 1 and "NaN or Inf in its observation 'agent_pos'" in error[0]
@@ -301,7 +301,7 @@ def test_best_of_n_repeats_exactly_and_behind_the_gate(tiny_base, tmp_path):
         output = tmp_path / name
         options = ["--rl.type=best_of_n", "--rl.num_candidates=4", "--rl.target_candidates=2"]
         small = [o for o in SMALL if not o.startswith(("--rl.type", "--eval.videos"))]
-        argv = ["adapt", f"--policy.path={tiny_base}", *ENV, *small, *options, "--eval.videos=0"]
+        argv = ["adapt", f"--policy.path={tiny_base}", *ENV, *small, *options, "--eval.videos=0", HERE]
         assert main([*argv, "--train.gate.enabled=true", f"--output_dir={output}"]) == 0
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
