@@ -34,5 +34,6 @@ def report_folders(config: CompareConfig) -> None:
         "while learning, success is that of the last training episodes (adapt) or of each round's evaluation "
         "(lora): curves and steps to a level of the two kinds are not alike",
     ]
-    text = write_report(output, "Comparison of runs", facts, runs, videos)
+    compared = config.improved, config.reach
+    text = write_report(output, "Comparison of runs", facts, runs, videos, compared)
     print(f"{text}\nall in {output}")

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import draccus
-from lerobot.configs.default import DatasetConfig
 from lerobot.envs.configs import EnvConfig
 
-from trimtab.adapters import UserError, load_adapter
-from trimtab.adapters.checkpoint.folder import is_peft, is_server
-from trimtab.adapters.checkpoint.identity import file_hash
-from trimtab.policies.artefact import is_artefact
+from trimtab.adapters import UserError
+from trimtab.adapters.checkpoint.folder import is_server
+from trimtab.recipes.compare.bases import Base, env_of, names_task
 from trimtab.recipes.compare.config import CompareConfig
+from trimtab.recipes.compare.measure import measure_of
 from trimtab.recipes.compare.methods import make_method
 from trimtab.recipes.compare.report import write_report
 from trimtab.recipes.compare.runs import Run
-from trimtab.recipes.embedded_base.base import DEMONSTRATIONS
-from trimtab.recipes.embedded_base.demonstrations import REPO_ID
 from trimtab.recipes.support.console import new_output_dir
-from trimtab.recipes.support.option_dicts import repeatable
-from trimtab.recipes.support.reporting import rate_text, read_json, write_json
-from trimtab.recipes.support.session import Session, base_of
-from trimtab.rl.algorithms.acting import LoadedBase
+from trimtab.recipes.support.option_dicts import TASK, filled, repeatable
+from trimtab.recipes.support.reporting import read_json, write_json
+from trimtab.recipes.support.session import Session
 from trimtab.rl.envs.hooks import base_tasks, check_base, task_names
 
-RECORD = "compare_config.json"
+RECORD, CHECKPOINTS = "compare_config.json", "-checkpoints"
+REPORT_EVERY = 30.0  # seconds: short runs, and those that are there already, take less time than a report
 
 
 class Comparison:
@@ -43,71 +42,85 @@ class Comparison:
 
     def __init__(self, config: CompareConfig) -> None:
         self.config = config
-        self.methods = {name: make_method(name, config.settings.get(name)) for name in config.names()}
-        path = config.policy.path
-        if is_server(path) and (tuned := [name for name, method in self.methods.items() if method.tunes]):
+        self.methods = {
+            name: make_method(name, config.settings.get(name), config.reward) for name in config.names()
+        }
+        if is_server(config.policy.path) and (tuned := [n for n, one in self.methods.items() if one.tunes]):
             raise UserError(
                 "--methods", f"what is on a policy server cannot be fine-tuned: leave out {', '.join(tuned)}"
             )
-        if is_artefact(path):
-            raise UserError("--policy.path", f"{path} is already steered; name its base policy")
-        folder = base_of(config.policy)
-        local = folder if isinstance(folder, Path) else None
-        if local and is_peft(local):
-            raise UserError("--policy.path", f"{folder} is a LoRA adapter; name the policy that it adapts")
-        self.tasks = self._tasks(folder, config.tasks or config.env.task or "", "--tasks")
-        self.tasks = self.tasks or [config.env.task or ""]
+        self.bases = self._bases()
+        self.tasks = list(self.bases)
         self.others: list[str] = []
-        if config.other_episodes and config.other_tasks is None:
-            self.others = base_tasks(config.env, folder)
-        elif config.other_episodes:
-            self.others = self._tasks(folder, config.other_tasks, "--other_tasks")
+        if config.other_episodes and not names_task(config.policy.path):
+            folder = self.bases[self.tasks[0]].folder
+            self.others = (
+                base_tasks(config.env, folder)
+                if config.other_tasks is None
+                else self._tasks(config.other_tasks, "--other_tasks")
+            )
+            self._check_tasks(self.others, folder)
+        elif config.other_tasks:
+            raise UserError("--other_tasks", f"a base of its own for each task ({TASK}) knows no other task")
         if "task" in (config.observe.inputs or ()) and (self.others or len(self.tasks) > 1):
             raise UserError(
                 "--observe.inputs",
                 "an actor that is told its task cannot act on another; leave `task` out, or --tasks=ONE "
                 "--other_episodes=0",
             )
-        self.dataset = config.dataset
-        if self.dataset is None and local and (local / DEMONSTRATIONS).is_dir():
-            self.dataset = DatasetConfig(REPO_ID, root=str(local / DEMONSTRATIONS))
         for name, method in self.methods.items():
-            if "dataset" in method.uses and self.dataset is None:
-                raise UserError(
-                    "--dataset.repo_id",
-                    f"'{name}' learns from demonstrations: name a LeRobotDataset, or leave it out of "
-                    "--methods",
-                )
+            for task, base in self.bases.items():
+                if "dataset" in method.uses and base.dataset is None:
+                    raise UserError(
+                        "--dataset.repo_id",
+                        f"'{name}' learns from demonstrations{f' of {task}' if task else ''}: name a "
+                        "LeRobotDataset, or leave it out of --methods",
+                    )
         config.machine.apply()
-        self.base = LoadedBase(load_adapter(config.policy), config.policy, folder)
-        steps = self.base.adapter.chunk_shape[0]
-        for name, method in self.methods.items():
-            chunks = method.chunks_before_learning()
-            if chunks and chunks * steps >= config.env_steps:
-                raise UserError(
-                    "--env_steps",
-                    f"{name} begins to learn after {chunks} chunks of {steps} steps; more than "
-                    f"{chunks * steps} are needed, or leave it out of --methods",
-                )
-        # A server shows no weights.
-        self.base_sha256 = file_hash(local) if local else None
+        for task, base in self.bases.items():
+            if not config.only or config.only.startswith(f"{task},"):  # a run of its own loads but its own
+                self._check_budget(base)
         self.output = config.output_dir
         if self.output is None or not (self.output / RECORD).is_file():
             self.output = new_output_dir(self.output, "compare")
         self._sessions: dict[str, Session] = {}
 
-    def _tasks(self, folder: Path | str, text: str, option: str) -> list[str]:
-        """The tasks that ``text`` lists, checked where that is possible."""
-        if not text.strip():
-            return []
-        env = self.config.env
-        names = task_names(replace(env, task=text), option)
-        for name in names:
-            check_base(replace(env, task=name), folder)
-        return names or [name.strip() for name in text.split(",") if name.strip()]
+    def _bases(self) -> dict[str, Base]:
+        """The base of each task."""
+        config, path = self.config, self.config.policy.path
+        if not config.tasks and names_task([path, vars(config.env)]):
+            raise UserError("--tasks", f"name the tasks that {TASK} stands for")
+        tasks = self._tasks(config.tasks, "--tasks") or task_names(config.env) or [config.env.task or ""]
+        places = {task: filled(path, task) for task in tasks}
+        bases = {
+            place: Base(replace(config.policy, path=place), config.dataset)
+            for place in dict.fromkeys(places.values())
+        }
+        for task, place in places.items():
+            self._check_tasks([task], bases[place].folder)
+        return {task: bases[place] for task, place in places.items()}
 
-    def _env(self, task: str) -> EnvConfig:
-        return replace(self.config.env, task=task) if task else self.config.env
+    def _tasks(self, text: str, option: str) -> list[str]:
+        """The tasks that ``text`` lists, each by its environment's name for it."""
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        known = [task_names(env_of(self.config.env, name), option) or [name] for name in names]
+        return list(dict.fromkeys(name for one in known for name in one))
+
+    def _check_tasks(self, tasks: list[str], folder: Path | str) -> None:
+        for task in tasks:
+            check_base(env_of(self.config.env, task), folder)
+
+    def _check_budget(self, base: Base) -> None:
+        """Refuse what would not begin to learn."""
+        steps = base.loaded.adapter.chunk_shape[0]
+        for name, method in self.methods.items():
+            chunks = method.chunks_before_learning()
+            if chunks and chunks * steps >= self.config.env_steps:
+                raise UserError(
+                    "--env_steps",
+                    f"{name} begins to learn after {chunks} chunks of {steps} steps; more than "
+                    f"{chunks * steps} are needed, or leave it out of --methods",
+                )
 
     def plan(self) -> Iterator[tuple[str, str, int | None]]:
         """Task, method and seed of every run, seed by seed; one run of what learns nothing."""
@@ -119,22 +132,22 @@ class Comparison:
 
     def settings(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
         """All that decides the outcome of a run, as JSON values."""
-        config, method = self.config, self.methods[name]
-        loaded = draccus.encode(config.policy)
+        config, method, base = self.config, self.methods[name], self.bases[task]
+        loaded = draccus.encode(base.options)
         # The hash of the weights says it, or it decides nothing.
-        for key in ("revision", "device", "tokenizer", "backbone", *(("path",) if self.base_sha256 else ())):
+        for key in ("revision", "device", "tokenizer", "backbone", *(("path",) if base.sha256 else ())):
             loaded.pop(key, None)
         found = {
-            "base_sha256": self.base_sha256,
+            "base_sha256": base.sha256,
             "policy": loaded,
-            "env": draccus.encode(self._env(task), EnvConfig),
+            "env": draccus.encode(env_of(config.env, task), EnvConfig),
             "method": method.settings(),
             "seed": seed,
             "others": [other for other in self.others if other != task],
             **{key: getattr(config, key) for key in ("n_episodes", "final_episodes", "other_episodes")},
         }
         for key in method.uses:
-            found[key] = draccus.encode(self.dataset if key == "dataset" else getattr(config, key))
+            found[key] = draccus.encode(base.dataset if key == "dataset" else getattr(config, key))
         if "dataset" in found:
             found["dataset"].pop("root", None)  # where it lies decides nothing
         return json.loads(json.dumps(found))
@@ -144,21 +157,23 @@ class Comparison:
         make = self._isolated if self.config.isolate and not self.config.only else self._make
         path, settings = self._file(task, name, seed, ".json"), self.settings(task, name, seed)
         found = once(path, settings, lambda: make(task, name, seed))
+        shutil.rmtree(self._file(task, name, seed, CHECKPOINTS), ignore_errors=True)
         return {"task": task, "method": name, "seed": seed} | found
 
     def _make(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
         """Make the run in this process."""
-        config, method = self.config, self.methods[name]
+        config, method, base = self.config, self.methods[name], self.bases[task]
         if task not in self._sessions:
             self._sessions[task] = Session(
-                self.base.adapter, self._env(task), config.episodes, config.machine, config.observe
+                base.loaded.adapter, env_of(config.env, task), config.episodes, config.machine, config.observe
             )
         session, label = self._sessions[task], f"{name}, {task}" + ("" if seed is None else f", seed {seed}")
         others = [other for other in self.others if other != task and (method.uses or name == "base")]
         with session.evaluation_environments() as vec:
-            run = Run(config, session, self.base, vec, label, seed or 0, self.dataset)
+            kept = self._file(task, name, seed, CHECKPOINTS), self.settings(task, name, seed)
+            run = Run(config, session, base.loaded, vec, label, seed or 0, base.dataset, kept)
             path, video = self._file(task, name, seed, ""), seed in (None, config.seed_list()[0])
-            return run.record(method, {other: self._env(other) for other in others}, path, video)
+            return run.record(method, {other: env_of(config.env, other) for other in others}, path, video)
 
     def _isolated(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
         """Make the run in a process of its own, which says itself what stops it."""
@@ -176,26 +191,50 @@ class Comparison:
         self.record(*chosen[0])
 
     def all(self) -> str:
-        """Make what is missing, report after each run, and return the last report."""
+        """Make what is missing, report as it goes, and return the last report."""
         write_json(self.output / RECORD, repeatable(draccus.encode(self.config, CompareConfig)))
         runs: list[dict[str, Any]] = []
-        for run in self.plan():
+        plan, reported = list(self.plan()), float("-inf")
+        for run in plan:
             runs.append(self.record(*run))
-            text = self.report(runs)
+            if run[1] == "base":
+                self._check_success(runs[-1])
+            compared = (self.config.improved, self.config.reach) if run == plan[-1] else None
+            if compared or time.monotonic() - reported > REPORT_EVERY:
+                text, reported = self.report(runs, compared), time.monotonic()
         return f"\n{text}\nall in {self.output}"
 
-    def report(self, runs: list[dict[str, Any]]) -> str:
-        """Write the report on the runs so far."""
+    def _check_success(self, base: dict[str, Any]) -> None:
+        """Refuse what learns from success on a task that reports none."""
+        found, env = base["final"]["policy"], self.config.reward == "env"
+        names = [name for name, method in self.methods.items() if method.needs_success()]
+        if found["success_rate"] is None and names:
+            listed, task = ", ".join(names), base["task"] or self.config.env.type
+            mend = f"leave out {listed}" if env else "--reward=env learns from its own reward"
+            raise UserError(
+                "--methods" if env else "--reward",
+                f"{task} reported no success in {found['episodes']} episodes, and {listed} learn from it; "
+                f"{mend} (success by another name: --env.success=info.NAME, with --env.type=gym)",
+            )
+
+    def report(self, runs: list[dict[str, Any]], compared: tuple[str, str] | None = None) -> str:
+        """Write the report on the runs so far; ``compared`` as for ``write_report``."""
         config = self.config
-        bases = {run["task"]: run["final"]["policy"] for run in runs if run["method"] == "base"}
-        where = f"weights {self.base_sha256[:12]}" if self.base_sha256 else config.policy.path
-        facts = [
-            f"base policy: {self.base.adapter.policy_type}, {where}, the same in all runs",
+        bases = [
+            (run["task"], measure_of([run]), run["final"]["policy"])
+            for run in runs
+            if run["method"] == "base"
+        ]
+        own = {task: base.text for task, base in self.bases.items()}
+        facts = [f"base policy of {task}: {text}, the same in all of its runs" for task, text in own.items()]
+        if not names_task(config.policy.path):
+            facts = [f"base policy: {own[self.tasks[0]]}, the same in all runs"]
+        facts += [
             f"environment: {config.env.type}; {config.env_steps:,} environment steps for every method that "
             f"learns from them, {config.num_envs} environments unless the method's source says otherwise",
             f"evaluated every {config.grid:,} steps on {config.n_episodes} episodes, and at the end on "
             f"{config.final_episodes} others; the same for all",
-            *(f"{task}: the base succeeds in {rate_text(found)}" for task, found in bases.items()),
+            *(f"{task}: the base has {measure.name} {measure.text(found)}" for task, measure, found in bases),
         ]
         if self.others:
             facts.append(f"other tasks: {', '.join(self.others)}, {config.other_episodes} episodes each")
@@ -204,7 +243,7 @@ class Comparison:
             for run in runs
             if (path := self._file(run["task"], run["method"], run["seed"], ".mp4")).is_file()
         ]
-        return write_report(self.output, "Methods compared", facts, runs, videos)
+        return write_report(self.output, "Methods compared", facts, runs, videos, compared)
 
     def _file(self, task: str, name: str, seed: int | None, suffix: str) -> Path:
         """A file of one run, or without a suffix its folder."""

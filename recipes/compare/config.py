@@ -15,6 +15,8 @@ from trimtab.adapters.errors import at_least
 from trimtab.policies.observe import ObserveConfig
 from trimtab.recipes.support.option_dicts import Options
 from trimtab.recipes.support.shared_configs import EVALUATION_SEED, EpisodesConfig, MachineConfig
+from trimtab.rl.data.returns import REWARDS
+from trimtab.rl.runs.checkpoint import CheckpointConfig
 from trimtab.rl.seeds import MAX_SEED
 
 # Options of each method, by its name; a plugin may add its own.
@@ -39,6 +41,12 @@ class CompareConfig:
     methods: str = ALL
     # Changes to a method's settings, by its name: {steered: {noise: {type: repeat}}}.
     settings: dict[str, Any] = field(default_factory=dict)
+    # What all of them learn from, as --train.reward of `trimtab adapt`: sparse (success) or env.
+    reward: str = "sparse"
+    # Over all tasks and seeds: the method whose probability of improvement over each other is told.
+    improved: str = "steered"
+    # And the one whose final level the others are to reach, with how many of its steps.
+    reach: str = ""
     # How many seeds (3: 0, 1 and 2), or which, separated by commas.
     seeds: str = "3"
     # Environment steps of each run, and between two evaluations (a round of lora_rollouts; default: a tenth).
@@ -56,6 +64,8 @@ class CompareConfig:
     # Environments of an evaluation, and of training.
     batch_size: int = 50
     num_envs: int = 8
+    # Of what steers: the same command takes a run up that was stopped.
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Episodes in the video of each method.
     videos: int = 4
@@ -69,6 +79,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "--", "env_steps", "grid", "n_episodes", "final_episodes", "batch_size", "num_envs")
         at_least(0, self, "--", "other_episodes", "videos")
+        if self.reward not in REWARDS:
+            raise UserError("--reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
         if self.grid is None:  # as many points, up to ten, as the budget has equal parts
             self.grid = self.env_steps // next(n for n in range(10, 0, -1) if self.env_steps % n == 0)
         if self.env_steps % self.grid:
@@ -82,6 +94,9 @@ class CompareConfig:
             for name in names:
                 if name not in METHODS:
                     raise UserError(option, f"there is no {what}'{name}'; choose from {', '.join(METHODS)}")
+        for option, name, default in (("--improved", self.improved, "steered"), ("--reach", self.reach, "")):
+            if name not in (default, *self.names()) and not self.runs:
+                raise UserError(option, f"'{name}' takes no part; choose from {', '.join(self.names())}")
         self.seed_list()
 
     def names(self) -> list[str]:

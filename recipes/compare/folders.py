@@ -46,10 +46,6 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Record], list[tuple[str, Pa
                     raise UserError(OPTION, differ.format(folder, value, other, known))
         records = _records(folder, results, config)
         for record in records:
-            if record["final"]["success_rate"] is None:
-                raise UserError(
-                    OPTION, f"a run on {task} reports no success, and a comparison counts successes alone"
-                )
             policy = "policy" if record["method"] in FIXED.values() else "actor"
             key = (task, record["method"], record.setdefault("seed", None))
             if key in runs and policy == "actor":
@@ -85,9 +81,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _records(folder: Path, results: dict[str, Any], config: dict[str, Any]) -> list[Record]:
     """What the run has found: one record per policy."""
-    path, seconds, won = folder / METRICS, results.get("seconds", {}), results.get("outcomes") or {}
+    path, seconds = folder / METRICS, results.get("seconds", {})
+    won, returns = results.get("outcomes") or {}, results.get("returns") or {}
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
-    finals = {name: final | {"won": won.get(name, "")} for name, final in results["policies"].items()}
+    finals = {
+        name: final | {"won": won.get(name, ""), "returns": returns.get(name)}
+        for name, final in results["policies"].items()
+    }
     found: list[Record] = [
         {"method": method, "final": finals[name]} for name, method in FIXED.items() if name in finals
     ]
@@ -101,9 +101,10 @@ def _records(folder: Path, results: dict[str, Any], config: dict[str, Any]) -> l
             method = f"{config['rl'].get('type', 'dsrl_sac')} ({config.get('noise', {}).get('type', 'full')})"
         learnt |= {"method": method, "final": finals["steered"]}
         learnt["points"] = [
-            _point(line, round(line["success_rate"] * line["success_window"]), line["success_window"])
+            _point(line, {"success_rate": line["success_rate"], "episodes": line["success_window"]})
             for line in lines
-            if line.get("success_window") and line["success_rate"] is not None
+            if line.get("success_window")
+            and (line["success_rate"] is None) == (finals["steered"]["success_rate"] is None)
         ]
         learnt["cost"] = {
             "trainable_parameters": {"actor": results.get("actor_parameters")},
@@ -114,9 +115,7 @@ def _records(folder: Path, results: dict[str, Any], config: dict[str, Any]) -> l
         source = "own successes" if results["from_rollouts"] else "demonstrations"
         learnt |= {"method": f"{results['method']}, {source}", "final": finals["fine_tuned"]}
         learnt["points"] = [
-            _point(line, line["eval"]["successes"], line["eval"]["episodes"])
-            for line in lines
-            if line.get("round") and "eval" in line
+            _point(line, line["eval"]) for line in lines if line.get("round") and "eval" in line
         ]
         learnt["cost"] = {
             "trainable_parameters": {"actor": results["trained_parameters"]},
@@ -126,8 +125,15 @@ def _records(folder: Path, results: dict[str, Any], config: dict[str, Any]) -> l
     return [*found, learnt] if "method" in learnt else found
 
 
-def _point(line: dict[str, Any], won: int, of: int) -> dict[str, Any]:
-    """A point of the curve."""
-    steps = line["env_steps"]
-    rate = {"successes": won, "episodes": of, "success_rate": won / of}
-    return {"grid": steps, "env_steps": steps, "actor": rate}
+def _point(line: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """A point of the curve: what a line of metrics says of some episodes."""
+    steps, rate = line["env_steps"], found["success_rate"]
+    won = None if rate is None else round(rate * found["episodes"])
+    return_mean = found.get("return_mean", line.get("return_mean"))
+    summary = {
+        "successes": won,
+        "episodes": found["episodes"],
+        "success_rate": rate,
+        "return_mean": return_mean,
+    }
+    return {"grid": steps, "env_steps": steps, "actor": summary}

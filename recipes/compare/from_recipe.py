@@ -16,7 +16,8 @@ LEARN_NOTHING_NEW = ("base", "zero_noise", "golden_ticket", "steered", "residual
 FINE_TUNED = "lora_rollouts"
 STEERED = ("rl", "noise", "train")
 NO_PART = ("demos", "checkpoint", "faults", "trackers", "resume", "seed", "output_dir", "eval")
-OWN_TRAIN = ("env_steps", "log_every")  # the comparison's own
+OWN_TRAIN = ("env_steps", "log_every", "reward")  # the comparison's own
+COUNT_SUCCESSES = ("golden_ticket", FINE_TUNED)  # no part where the environment's reward is learnt from
 
 
 def is_recipe(content: dict[str, Any]) -> bool:
@@ -60,6 +61,8 @@ def comparison(content: dict[str, Any], lora: dict[str, Any] | None, server: boo
     given = {name: evaluation[name] for name in ("n_episodes", "batch_size", "videos") if name in evaluation}
     if "n_episodes" in given:
         given["final_episodes"] = given["n_episodes"]
-    if "env_steps" in train:
-        given["env_steps"] = train["env_steps"]
+    given |= {name: train[name] for name in ("env_steps", "reward") if name in train}
+    if given.get("reward") == "env":
+        methods = [name for name in methods if name not in COUNT_SUCCESSES]
+        settings.pop(FINE_TUNED, None)
     return options | {"methods": ",".join(methods), "settings": settings} | given

@@ -31,6 +31,7 @@ from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.runs.processes import ProcessGroup
 from trimtab.rl.seeds import training_seed
 from trimtab.rl.trainer import Trainer
 
@@ -78,6 +79,9 @@ class Steering(Method):
         train = self.train.at_pace_of(self.rl)
         return max(train.first_update or 0, train.warmup_transitions or 0)
 
+    def needs_success(self) -> bool:
+        return self.rl.without_success(self.train.reward) is not None
+
     def learn(self, run: Run) -> dict[str, Any]:
         lines: list[dict[str, Any]] = []
         adapter, config = run.session.adapter, run.config
@@ -91,11 +95,14 @@ class Steering(Method):
                 return {"updates": 0, "search_episodes": search.episodes, "metrics": lines}
             train = replace(self.train, env_steps=config.env_steps, log_every=config.grid)
             accelerator = Accelerator(cpu=adapter.device.type == "cpu")
+            reports["checkpoints"], earlier = run.checkpoints(ProcessGroup(accelerator), lines)
             trainer = Trainer(runner, vec, accelerator, train, rl, self.noise, run.seed, **reports)
             self._take(run, trainer.algorithm)
             trainer.on_step = lambda ended: run.note(
                 trainer.env_steps, [(episode.success, episode.steered) for episode in ended]
             )
+            for note in trainer.resume(earlier) if earlier is not None else ():
+                print(note)
             trainer.run()
         return {"updates": trainer.updates, "metrics": lines}
 
@@ -192,8 +199,10 @@ KINDS: dict[str, type[Method]] = {
 }
 
 
-def make_method(name: str, changes: Options | None = None) -> Method:
-    """The method ``name`` with ``changes`` to its options: ``{"noise": {"type": "repeat"}}``.
+def make_method(name: str, changes: Options | None = None, reward: str = "sparse") -> Method:
+    """The method ``name``, which learns from ``reward`` if from any, with ``changes`` to its options.
+
+    ``changes`` are such as ``{"noise": {"type": "repeat"}}``.
 
     Raises:
         UserError: no such option, or a value that it cannot have.
@@ -203,7 +212,7 @@ def make_method(name: str, changes: Options | None = None) -> Method:
     if options.pop("preset", None):  # --rl.preset=paper
         options = merge(PAPER[options["rl"]["type"]], options)
     if kind is Steering:
-        options = merge({"noise": {"type": "full"}}, options)
+        options = merge({"noise": {"type": "full"}}, merge(options, {"train": {"reward": reward}}))
     known = [one.name for one in fields(kind)]
     for part in changes or {}:
         if part not in known:

@@ -4,68 +4,78 @@ from __future__ import annotations
 
 import base64
 import html
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.recipes.compare.summary import LEVELS, WINDOW, summarise
-from trimtab.recipes.support.reporting import rate_text, write_json
+from trimtab.recipes.compare.aggregates import aggregate
+from trimtab.recipes.compare.measure import RETURN, SUCCESS, Measure, measure_in
+from trimtab.recipes.compare.plots import plot_aggregates, plot_curves
+from trimtab.recipes.compare.summary import WINDOW, label, summarise
+from trimtab.recipes.support.reporting import write_json
 
-# Names in tables, where a method's own would mislead.
-METHOD_NAMES = {
-    "dsrl_sac_paper": "DSRL-SAC, paper's settings",
-    "dsrl_sac_paper_short": "DSRL-SAC, paper's settings, short warm-up",
-}
-POLICIES = {"policy": "", "actor": "", "acting": ", best of K by the critic"}
-NOTES_TEXT = """
+SUCCESS_TEXT = """
 Success: counts over all seeds with the 95 % Wilson interval. Seeds share episodes, so it is about these
 episodes and seeds. Gain: mean over the seeds on the same episodes as the base (with one seed, the 95 %
 interval of Bonett and Price). p: McNemar's exact test, two-sided, the largest of the seeds'. Steps to a
 level: environment steps to the first evaluation from which this and all later ones reach it, and training
-episodes until then; median of the seeds. Memory, wall-clock and CPU: means over the seeds. Times are of
-training alone; memory is the main process' peak, the base and its libraries included. Other tasks: change
-of success on tasks that were not trained, on the same episodes before and after: when what was learnt acts
-there, and when the base acts without it. (A LoRA adapter can be taken off as well, if something tells the
-task; that is the base itself, and was not run again.)
-
+episodes until then; median of the seeds.
+"""
+RETURN_TEXT = """
+Return: mean of the undiscounted return over the episodes of all seeds with its 95 % bootstrap interval over
+episodes. Seeds share episodes, so it is about these episodes and seeds. Gain: mean over the seeds on the same
+episodes as the base, with the 95 % bootstrap interval over these episodes. Above the base: environment steps
+to the first evaluation from which the mean of this and all later ones lies above the base's interval (over
+all of its episodes), and training episodes until then; median of the seeds.
+"""
+COST_TEXT = """
+Memory, wall-clock and CPU: means over the seeds. Times are of training alone; memory is the main process'
+peak, the base and its libraries included. Other tasks: change on tasks that were not trained, on the same
+episodes before and after: when what was learnt acts there, and when the base acts without it. (A LoRA adapter
+can be taken off as well, if something tells the task; that is the base itself, and was not run again.)
+"""
+AGGREGATE_TEXT = """
+All tasks: scores are success rates, or returns divided by the base's mean return. Inter-quartile mean over
+tasks and seeds, and the probability that a run of the one method scores higher than a run of the other (mean
+over the tasks; a tie counts a half), by rliable, of seeds that all tasks have. Steps to a final level: the
+mean of that method's last evaluations over its seeds; of each run, the first evaluation that is as high, as a
+share of that method's steps (0: the base is, too); median over tasks and seeds, and how many runs got there.
+Brackets: 95 % intervals by stratified bootstrap over the seeds; without, there is one seed.
+"""
+DIPS_TEXT = """
 While learning: windows are 50 consecutive training episodes within the first 10,000 environment steps. They
 overlap. Below the base: significantly so by Fisher's exact test, one-sided 95 %, each window for itself, so
 that a few of many are to be expected even without a dip.
 """
-NOTES = [" ".join(text.split()) for text in NOTES_TEXT.split("\n\n")]
-CURVE_TITLE = "success against environment steps"
+CURVE_TITLE = "evaluations against environment steps"
+AGGREGATES_TITLE = "aggregates over tasks and seeds"
 
 
-def label(entry: dict[str, Any]) -> str:
-    """The name of a row."""
-    method = METHOD_NAMES.get(entry["method"], entry["method"])
-    if entry["policy"] == "actor" and entry.get("has_acting"):
-        return f"{method}, distilled actor"
-    return method + POLICIES.get(entry["policy"], f", {entry['policy']}")
+def notes(entries: Sequence[dict[str, Any]], aggregates: Sequence[dict[str, Any]]) -> list[str]:
+    """What the columns mean."""
+    used = {measure_in(entry) for entry in entries}
+    won, paid, together = SUCCESS in used, RETURN in used, bool(aggregates)
+    texts = {SUCCESS_TEXT: won, RETURN_TEXT: paid, COST_TEXT: True, DIPS_TEXT: won, AGGREGATE_TEXT: together}
+    return [" ".join(text.split()) for text, shown in texts.items() if shown]
 
 
 def _number(value: float | None, form: str = ".0f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
-def _elsewhere(found: dict[str, Any] | None) -> str:
+def _elsewhere(measure: Measure, found: dict[str, Any] | None) -> str:
     if found is None:
         return "-"
     flips = "no episode differs" if not found["flipped"] else f"{found['flipped']}/{found['episodes']} differ"
-    return f"{_points(found['change'])} points ({flips})"
+    return f"{measure.change(found['change'])} ({flips})"
 
 
 def _steps(entry: dict[str, Any], steps: float | None) -> str:
     return f"> {max(entry['env_steps']):,}" if steps is None else f"{steps:,.0f}"
 
 
-def _level(entry: dict[str, Any], level: float) -> str:
-    found = (entry["to_level"] or {}).get(f"{100 * level:.0f}")
+def _level(entry: dict[str, Any], level: str) -> str:
+    found = (entry["to_level"] or {}).get(level)
     if found is None:
         return "-"
     steps, episodes = found["steps_median"], found["episodes_median"]
@@ -74,111 +84,104 @@ def _level(entry: dict[str, Any], level: float) -> str:
     return _steps(entry, steps) + ("" if None in (steps, episodes) else f" ({episodes:.0f})")
 
 
-def _gain(paired: dict[str, Any] | None) -> str:
+def _gain(measure: Measure, paired: dict[str, Any] | None) -> str:
     if not paired:
         return "-"
-    limits = " [{}, {}]".format(*map(_points, paired["ci95"])) if paired["ci95"] else ""
-    return f"{_points(paired['difference'])} points{limits}"
+    limits = [measure.change(limit, unit=False) for limit in paired["ci95"] or ()]
+    return measure.change(paired["difference"]) + (f" [{', '.join(limits)}]" if limits else "")
 
 
 def row(entry: dict[str, Any]) -> dict[str, str]:
     """What the first table shows of an entry, by column."""
-    worst = max(entry["against_base"]["p"]) if entry["against_base"] else None
-    return {
+    measure, paired = measure_in(entry), entry["against_base"]
+    found = {
         "method": label(entry),
-        "success": rate_text(entry["success"]),
-        "gain over the base": _gain(entry["against_base"]),
-        "p (McNemar)": "< 0.0001" if worst is not None and worst < 1e-4 else _number(worst, ".4f"),
-        **{f"steps (episodes) to {100 * level:.0f} %": _level(entry, level) for level in LEVELS},
+        measure.name: measure.text(entry[measure.name]),
+        "gain over the base": _gain(measure, paired),
+    }
+    if measure is SUCCESS:
+        worst = max(paired["p"]) if paired else None
+        found["p (McNemar)"] = "< 0.0001" if worst is not None and worst < 1e-4 else _number(worst, ".4f")
+    return found | {
+        **{f"steps (episodes) {said}": _level(entry, level) for level, said in measure.level_names.items()},
         "weights trained": _number(entry["trainable_parameters"], ","),
         "artefact, MB": _number(entry["artefact_mb"], ".2f"),
         "peak memory, MB": _number(entry["peak_mb"]),
         "wall-clock, s": _number(entry["wall_seconds"]),
         "CPU, s": _number(entry["cpu_seconds"]),
-        "other tasks, by what was learnt": _elsewhere(entry["other_tasks"]),
-        "other tasks, by the base afterwards": _elsewhere(entry["base_afterwards"]),
+        "other tasks, by what was learnt": _elsewhere(measure, entry["other_tasks"]),
+        "other tasks, by the base afterwards": _elsewhere(measure, entry["base_afterwards"]),
     }
 
 
 def learning_row(entry: dict[str, Any]) -> dict[str, str]:
     """What the second table shows of an entry that takes environment steps."""
-    dips, last = entry["dips"] or [], entry["last_point"]
-    lowest = ", ".join("{lowest:.2f}".format(**dip) if dip else "-" for dip in dips)
-    below = ", ".join("{below}/{windows}".format(**dip) if dip else "-" for dip in dips)
-    return {
+    measure, last = measure_in(entry), entry["last_point"]
+    level, said = list(measure.level_names.items())[-1]
+    found = {
         "while learning": label(entry),
-        "steps to 90 %, each seed": ", ".join(_steps(entry, n) for n in entry["to_level"]["90"]["steps"]),
-        "success at the last evaluation": rate_text(last) if last else "-",
-        f"lowest window of {WINDOW} training episodes, each seed": lowest or "-",
-        "windows below the base": below or "-",
+        f"steps {said}, each seed": ", ".join(_steps(entry, n) for n in entry["to_level"][level]["steps"]),
+        f"{measure.name} at the last evaluation": measure.text(last) if last else "-",
     }
+    if measure is SUCCESS:
+        dips = entry["dips"] or []
+        lowest = ", ".join("{lowest:.2f}".format(**dip) if dip else "-" for dip in dips)
+        below = ", ".join("{below}/{windows}".format(**dip) if dip else "-" for dip in dips)
+        found[f"lowest window of {WINDOW} training episodes, each seed"] = lowest or "-"
+        found["windows below the base"] = below or "-"
+    return found
 
 
-def tables(entries: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[list[list[str]]]]]:
-    """Each task with its tables: rows of cells, the first of them the header."""
+def aggregate_row(entry: dict[str, Any]) -> dict[str, str]:
+    """What the last table shows of an entry of ``aggregate``."""
+
+    def within(name: str) -> str:
+        if name not in entry:
+            return "-"
+        numbers = (entry[name], *(entry[f"{name}_ci95"] or ()))
+        value, *limits = ("never" if number is None else f"{number:.3f}" for number in numbers)
+        return value + (f" [{', '.join(limits)}]" if limits else "")
+
+    runs = entry["seeds"] * entry["tasks"]
+    found = {"all tasks": label(entry), "runs": str(runs), "inter-quartile mean of scores": within("iqm")}
+    if entry["improved"]:
+        found[f"probability that {entry['improved']} scores higher"] = within("improvement")
+    if entry["reach"]:
+        there = f" ({entry['reached']}/{runs})" if "share" in entry else ""
+        found[f"share of the steps of {entry['reach']} to its final level"] = within("share") + there
+    return found
+
+
+def tables(
+    entries: Sequence[dict[str, Any]], aggregates: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, list[list[list[str]]]]]:
+    """Each task with its tables, and that of all tasks: rows of cells, the first of them the header."""
+
+    def cells(rows: Sequence[dict[str, str]]) -> list[list[str]]:
+        return [list(rows[0]), *(list(row.values()) for row in rows)]
+
     for task in dict.fromkeys(entry["task"] for entry in entries):
         mine = [entry for entry in entries if entry["task"] == task]
         learning = [learning_row(one) for one in mine if max(one["env_steps"]) and one["to_level"]]
-        found = [rows for rows in ([row(one) for one in mine], learning) if rows]
-        yield task, [[list(rows[0]), *(list(cells.values()) for cells in rows)] for rows in found]
+        yield task, [cells(rows) for rows in ([row(one) for one in mine], learning) if rows]
+    if aggregates:
+        yield "All tasks", [cells([aggregate_row(one) for one in aggregates])]
 
 
-def markdown(title: str, facts: Sequence[str], entries: Sequence[dict[str, Any]]) -> str:
+def markdown(
+    title: str,
+    facts: Sequence[str],
+    entries: Sequence[dict[str, Any]],
+    aggregates: Sequence[dict[str, Any]] = (),
+) -> str:
     """The tables."""
     lines = [f"# {title}", "", *(f"- {fact}" for fact in facts), ""]
-    for task, found in tables(entries):
+    for task, found in tables(entries, aggregates):
         lines += [f"## {task}", ""]
         for header, *rows in found:
             lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
-    return "\n\n".join(["\n".join(lines).rstrip(), *NOTES, f"![{CURVE_TITLE}](curve.png)\n"])
-
-
-def plot(path: Path, runs: Sequence[dict[str, Any]], entries: Sequence[dict[str, Any]]) -> None:
-    """Success against environment steps: a panel per task, a thin line per seed, a thick one of their mean.
-
-    What takes no environment steps is a level line; a search that ends at one point is a mark.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks = list(dict.fromkeys(entry["task"] for entry in entries))
-    labels = list(dict.fromkeys(label(entry) for entry in entries))
-    size = (7.0 * len(tasks), 5.0 + 0.2 * -(-len(labels) // 3))
-    figure, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    panels: dict[str, Any] = dict(zip(tasks, axes[0]))
-    shown: dict[str, Any] = {}
-    for entry in entries:
-        mine = [r for r in runs if (r["task"], r["method"]) == (entry["task"], entry["method"])]
-        colour = plt.get_cmap("tab20")(labels.index(label(entry)) % 20)
-        shown[label(entry)] = _draw(panels[entry["task"]], entry, mine, colour)
-    for task, axis in panels.items():
-        axis.set(title=task, xlabel="environment steps", ylim=(0, 1.03))
-        axis.set_xlim(left=0)
-    axes[0][0].set_ylabel("success rate on the evaluation episodes")
-    # Beside the panels: a curve may lie anywhere.
-    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw(axis: Any, entry: dict[str, Any], runs: Sequence[dict[str, Any]], colour: Any) -> Any:
-    """Draw the runs of one row; returns what stands for it in the legend."""
-    if max(entry["env_steps"]) == 0:
-        style = {"color": "black", "linestyle": "--"} if entry["method"] == "base" else {"linestyle": ":"}
-        return axis.axhline(entry["success"]["success_rate"], **{"color": colour, "linewidth": 1.3, **style})
-    by_step: dict[int, list[float]] = {}
-    for run in runs:
-        curve = [(point["grid"], point[entry["policy"]]["success_rate"]) for point in run["points"]]
-        axis.plot(*zip(*curve), color=colour, linewidth=0.8, alpha=0.5)
-        for step, rate in curve:
-            by_step.setdefault(step, []).append(rate)
-    if all(len(run["points"]) == 1 for run in runs):
-        ends = [(step, rate) for step, rates in by_step.items() for rate in rates]
-        return axis.plot(*zip(*ends), "D", color=colour, markersize=5)[0]
-    means = [(step, statistics.fmean(rates)) for step, rates in sorted(by_step.items())]
-    return axis.plot(*zip(*means), color=colour, linewidth=2, marker=".")[0]
+    figures = [f"![{CURVE_TITLE}](curve.png)"] + [f"![{AGGREGATES_TITLE}](aggregates.png)"] * bool(aggregates)
+    return "\n\n".join(["\n".join(lines).rstrip(), *notes(entries, aggregates), *figures]) + "\n"
 
 
 STYLE = """
@@ -195,10 +198,11 @@ def page(
     title: str,
     facts: Sequence[str],
     entries: Sequence[dict[str, Any]],
-    curve: Path,
+    aggregates: Sequence[dict[str, Any]],
+    figures: dict[str, Path],
     videos: Sequence[tuple[str, Path]],
 ) -> str:
-    """The report as one HTML file that refers to no other; ``curve`` is a PNG, ``videos`` (caption, MP4)."""
+    """The report as one HTML file that refers to no other; ``figures``: PNGs by title, ``videos``: MP4."""
 
     def element(tag: str, text: str) -> str:
         return f"<{tag}>{html.escape(text)}</{tag}>"
@@ -214,14 +218,17 @@ def page(
         f"<style>{STYLE}</style></head><body>{element('h1', title)}",
         f"<ul>{''.join(element('li', fact) for fact in facts)}</ul>",
     ]
-    for task, found in tables(entries):
+    for task, found in tables(entries, aggregates):
         parts.append(element("h2", task))
         for header, *rows in found:
             parts += ["<div class='wide'><table>", line("th", header), *(line("td", row) for row in rows)]
             parts.append("</table></div>")
-    parts += [f"<p class='notes'>{html.escape(text)}</p>" for text in NOTES]
-    parts.append(element("h2", CURVE_TITLE.capitalize()))
-    parts.append(f"<img alt='{CURVE_TITLE}' src='{embedded(curve, 'image/png')}'>")
+    parts += [f"<p class='notes'>{html.escape(text)}</p>" for text in notes(entries, aggregates)]
+    for name, figure in figures.items():
+        parts += [
+            element("h2", name.capitalize()),
+            f"<img alt='{name}' src='{embedded(figure, 'image/png')}'>",
+        ]
     if videos:
         parts.append("<h2>Videos</h2><p class='notes'>Green border: success; red: failure.</p>")
     for caption, path in videos:
@@ -236,12 +243,26 @@ def write_report(
     facts: Sequence[str],
     runs: Sequence[dict[str, Any]],
     videos: Sequence[tuple[str, Path]],
+    compared: tuple[str, str] | None = None,
 ) -> str:
-    """Write compare.md, compare.json, curve.png and report.html; return the Markdown."""
-    entries, curve = summarise(runs), output / "curve.png"
-    text = markdown(title, facts, entries)
-    write_json(output / "compare.json", {"title": title, "facts": list(facts), "methods": entries})
+    """Write compare.md, compare.json, report.html and the figures; return the Markdown.
+
+    ``compared`` asks for the aggregates over tasks and seeds: ``improved`` and ``reach`` of ``aggregate``.
+    """
+    entries, figures, facts = summarise(runs), {CURVE_TITLE: output / "curve.png"}, list(facts)
+    aggregates: list[dict[str, Any]] = []
+    try:
+        aggregates = aggregate(runs, *compared) if compared else []
+    except ValueError as error:
+        facts.append(f"no aggregates over tasks and seeds: {error}")
+    content = {"title": title, "facts": facts, "methods": entries, "aggregates": aggregates}
+    write_json(output / "compare.json", content)
+    plot_curves(figures[CURVE_TITLE], runs, entries)
+    if aggregates:
+        figures[AGGREGATES_TITLE] = output / "aggregates.png"
+        plot_aggregates(figures[AGGREGATES_TITLE], aggregates)
+    text = markdown(title, facts, entries, aggregates)
     (output / "compare.md").write_text(text, encoding="utf-8")
-    plot(curve, runs, entries)
-    (output / "report.html").write_text(page(title, facts, entries, curve, videos), encoding="utf-8")
+    html_text = page(title, facts, entries, aggregates, figures, videos)
+    (output / "report.html").write_text(html_text, encoding="utf-8")
     return text

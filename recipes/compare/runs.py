@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shutil
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -20,11 +21,14 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.recipes.compare.config import CompareConfig
+from trimtab.recipes.support.reporting import rate_text
 from trimtab.recipes.support.session import Session
 from trimtab.rl.algorithms.acting import LoadedBase
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.evaluation import evaluate, require_success
+from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
+from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
+from trimtab.rl.runs.processes import ProcessGroup
 
 Policies = dict[str, ChunkPolicy]
 Summaries = dict[str, dict[str, Any]]
@@ -41,7 +45,7 @@ class Meter:
     def __init__(self) -> None:
         with contextlib.suppress(OSError):
             CLEAR.write_text("5")  # resets the kernel's high-water mark
-        self._wall, self._cpu = time.perf_counter(), self.cpu()
+        self._wall, self._cpu, self._peak = time.perf_counter(), self.cpu(), 0.0
 
     def cpu(self) -> float:
         """CPU seconds so far, of this process, those that it started, and those of them that have ended."""
@@ -59,10 +63,15 @@ class Meter:
         self._wall += time.perf_counter() - wall
         self._cpu += self.cpu() - cpu
 
+    def go_on(self, wall_seconds: float, cpu_seconds: float, peak_mb: float) -> None:
+        """Count on from what ``spent`` said in a process before."""
+        self._wall, self._cpu, self._peak = self._wall - wall_seconds, self._cpu - cpu_seconds, peak_mb
+
     def spent(self) -> dict[str, float]:
-        """``wall_seconds`` and ``cpu_seconds``."""
+        """``wall_seconds``, ``cpu_seconds`` and ``peak_mb``."""
         seconds = time.perf_counter() - self._wall, self.cpu() - self._cpu
-        return dict(zip(("wall_seconds", "cpu_seconds"), (round(value, 2) for value in seconds)))
+        found = {name: round(value, 2) for name, value in zip(("wall_seconds", "cpu_seconds"), seconds)}
+        return found | {"peak_mb": round(max(self._peak, self.peak() / 1e6), 1)}
 
     def peak(self) -> float:
         """Largest resident memory, in bytes."""
@@ -98,6 +107,10 @@ class Method(ABC):
         """How many are collected before it begins to learn."""
         return 0
 
+    def needs_success(self) -> bool:
+        """Whether it has nothing to learn from where the environment reports no success."""
+        return self.tunes
+
 
 @dataclass
 class Run:
@@ -111,6 +124,7 @@ class Run:
         label: on progress bars.
         seed: of training.
         dataset: demonstrations, if any.
+        kept: where the run keeps its checkpoints, and the settings that they belong to, if it keeps any.
         runner: what ``policies`` act through; a method that changes the weights replaces it.
         policies: to evaluate, by name; a method sets them before it calls ``note``.
         trained: weights that training made and each of them needs.
@@ -125,6 +139,7 @@ class Run:
     label: str
     seed: int
     dataset: DatasetConfig | None = None
+    kept: tuple[Path, dict[str, Any]] | None = None
     runner: PolicyRunner = field(init=False)
     policies: Policies = field(init=False, default_factory=dict)
     trained: dict[str, int] = field(init=False, default_factory=dict)
@@ -135,6 +150,31 @@ class Run:
 
     def __post_init__(self) -> None:
         self.runner = self.session.runner
+
+    def checkpoints(
+        self, world: ProcessGroup, metrics: list[Any]
+    ) -> tuple[Checkpoints | None, Checkpoint | None]:
+        """Where a trainer is to keep what it takes to go on; and the newest of an earlier attempt, if any.
+
+        What the run had shown until then, and the lines of ``metrics``, lie beside it and are taken up here.
+        """
+        if self.kept is None or not self.config.checkpoint.every:
+            return None, None
+        (folder, settings), shown = self.kept, (self.points, self.episodes, metrics)
+        checkpoints = Checkpoints(
+            *(folder, self.config.checkpoint, settings, world),
+            beside=lambda: {"shown": shown, "spent": self._meter.spent()},
+        )
+        found, _ = checkpoints.newest()
+        if found is not None and found.belongs != settings:
+            shutil.rmtree(folder)
+            return self.checkpoints(world, metrics)
+        if found is not None:
+            print(f"{self.label}: going on from {found.env_steps:,} environment steps", flush=True)
+            for now, then in zip(shown, found.beside["shown"], strict=True):
+                now[:] = then
+            self._meter.go_on(**found.beside["spent"])
+        return checkpoints, found
 
     def note(self, env_steps: int, ended: Iterable[tuple[bool, bool]]) -> None:
         """Tell the steps so far, and (success, steered) of the episodes that ended since the last call.
@@ -155,8 +195,7 @@ class Run:
         """Summaries of the policies on ``seeds``, by name; the time for it does not count as training."""
         with self._meter.paused():
             found = measure(self.runner, self.vec, self.policies, seeds, label)
-            rates = (f"{name} {entry['successes']}/{entry['episodes']}" for name, entry in found.items())
-            print(f"{label}: {', '.join(rates)}", flush=True)
+            print(f"{label}: {'; '.join(f'{n} {rate_text(one)}' for n, one in found.items())}", flush=True)
         return found
 
     def record(self, method: Method, others: dict[str, EnvConfig], path: Path, video: bool) -> dict[str, Any]:
@@ -184,8 +223,8 @@ class Run:
             facts = {"env": env, "seed": self.seed, "env_steps": self.config.env_steps}
             self.save(path, facts | {"deterministic": True})
         found["cost"] = {
-            "peak_mb": round(self._meter.peak() / 1e6, 1),
             **spent,
+            "peak_mb": self._meter.spent()["peak_mb"],  # of evaluations, too
             "trainable_parameters": self.trained or dict.fromkeys(self.policies, 0),
             "artefact_bytes": folder_bytes(path),
         }
@@ -217,14 +256,15 @@ def measure(
     """Evaluate each policy; whatever draws it makes, training goes on with its own.
 
     Returns:
-        by name, the summary with each episode's outcome, 1 or 0, in the order of the seeds.
+        by name, the summary with each episode's outcome in the order of the seeds: ``won`` (1 or 0, where
+        success is reported) and ``returns``.
     """
     found = {}
     for name, policy in policies.items():
         with torch.random.fork_rng(devices=[]):
             outcome = evaluate(runner, vec, policy, seeds, f"{label}, {name}")
-        require_success(outcome)
-        found[name] = outcome.summary() | {"won": "".join(str(int(won)) for won in outcome.successes)}
+        won = "".join(str(int(won)) for won in outcome.successes) if outcome.reported else ""
+        found[name] = outcome.summary() | {"won": won, "returns": outcome.returns.tolist()}
     return found
 
 

@@ -19,6 +19,7 @@ Options = dict[str, Any]
 CONFIG_PATH = "--config_path"
 ONCE = ("output_dir", "resume", "only")  # what the next run says anew
 PLUGIN = "discover_packages_path"
+TASK = "{task}"  # stands for the task in texts of `trimtab compare`
 # Options that may name a folder or file of this machine.
 PLACES = (
     *("policy.path", "policy.tokenizer", "policy.backbone", "policy.base_path"),
@@ -55,6 +56,8 @@ def _value(option: str, text: str) -> Any:
         value = parse_string(text)
     except Exception as error:  # YAML's errors come in many classes
         raise UserError(option, f"cannot be read as YAML: {reason(error)}") from None
+    if text == TASK:  # which YAML takes for a mapping
+        return text
     if isinstance(value, str) and value.startswith("include "):  # draccus' word for a part in a file
         return read_options(value.removeprefix("include "), option)
     return value
@@ -153,6 +156,15 @@ def without_plugins(content: Options) -> Options:
         for name, value in content.items()
         if not is_plugin(name)
     }
+
+
+def filled(value: Any, task: str) -> Any:
+    """``value`` with ``task`` in the place of each ``{task}`` in its texts."""
+    if isinstance(value, dict):
+        return {key: filled(inner, task) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [filled(inner, task) for inner in value]
+    return value.replace(TASK, task) if isinstance(value, str) else value
 
 
 def repeatable(content: Options) -> Options:

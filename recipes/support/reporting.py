@@ -90,6 +90,7 @@ def results_of(config: Any, evaluations: dict[str, Evaluation], **more: Any) -> 
         "policies": summaries(evaluations),
         # 1 or 0 for each episode, in the order of the seeds: what a paired test needs.
         "outcomes": {n: "".join(str(int(won)) for won in e.successes) for n, e in evaluations.items()},
+        "returns": {n: e.returns.tolist() for n, e in evaluations.items() if e.returns is not None},
         "env": config.env and {"type": config.env.type, "task": config.env.task},
         "seed": config.seed,
         "evaluation_seeds": [config.eval.seeds[0], config.eval.seeds[-1]],
@@ -113,8 +114,8 @@ def return_text(summary: dict[str, Any]) -> str:
     """``12.3 [10.1, 14.2]``: the mean of the environment's own return with its 95 % bootstrap interval."""
     if summary.get("return_mean") is None:
         return "not kept"
-    low, high = summary["return_ci95"]
-    return f"{summary['return_mean']:.4g} [{low:.4g}, {high:.4g}]"
+    limits = " [{:.4g}, {:.4g}]".format(*summary["return_ci95"]) if summary["return_ci95"] else ""
+    return f"{summary['return_mean']:.4g}{limits}"
 
 
 def table(results: dict[str, dict[str, Any]], returns: bool = False) -> str:

@@ -35,7 +35,14 @@ from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
 from trimtab.recipes.finetune.data import REPO_ID, Recorder
 from trimtab.recipes.finetune.rollouts import Rollouts
 from trimtab.recipes.support.console import default_cache, say
-from trimtab.recipes.support.option_dicts import CONFIG_PATH, Options, merge, read_options, value_at
+from trimtab.recipes.support.option_dicts import (
+    CONFIG_PATH,
+    Options,
+    filled,
+    merge,
+    read_options,
+    value_at,
+)
 from trimtab.recipes.support.reporting import read_json, write_json
 from trimtab.recipes.support.session import Session
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
@@ -67,6 +74,7 @@ def tiny_options(stack: ExitStack, values: Options, given: Options, command: str
     if not COMMANDS[command].tiny:
         able = ", ".join(name for name, one in COMMANDS.items() if one.tiny)
         raise UserError(OPTION, f"has no effect on {command}; {able} have a tiny form")
+    values = filled(values, str(values.get("tasks")).split(",")[0].strip())
     path = value_at(values, "policy.path")
     if values.get("resume") is True:  # a tiny run's config.json holds what it was made of
         kind = kind_of(path) if path else ""

@@ -168,6 +168,7 @@ class LeRobotNames(gym.Wrapper):
         spaces = _entries(env.observation_space)
         self._sources = match(spaces, config)
         self._succeeded = success_rule(config.success)
+        self._actions: Any = env.action_space  # asked once: OGBench builds it anew, a fifth of a step's time
         self.observation_space = _nested(
             {
                 feature: spaces[paths[0]]
@@ -183,7 +184,7 @@ class LeRobotNames(gym.Wrapper):
         return self._renamed(observation), self._without_success(info)
 
     def step(self, action: np.ndarray) -> tuple[dict, Any, bool, bool, dict]:
-        space: Any = self.env.action_space
+        space = self._actions
         action = np.clip(action, space.low, space.high).astype(space.dtype)
         observation, reward, terminated, truncated, info = self.env.step(action)
         success = self._succeeded(reward, terminated, info) if self._succeeded else None

@@ -99,7 +99,7 @@ def test_the_report(compared):
     assert rows["base", "policy"]["success"]["episodes"] == 3 and len(base["final"]["policy"]["won"]) == 3
     for name in ("steered", "lora_rollouts", "residual"):
         row = rows[name, "actor"]
-        assert row["success"]["episodes"] == 3 * len(row["seeds"])
+        assert row["measure"] == "success" and row["success"]["episodes"] == 3 * len(row["seeds"])
         assert len(row["against_base"]["p"]) == len(row["seeds"])
         assert row["other_tasks"]["episodes"] == 2 * len(row["seeds"])
         off = row["base_afterwards"]
@@ -172,6 +172,7 @@ ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3"]
         (["--methods=base,sac"], "--methods: there is no 'sac'; choose from base, zero_noise"),
         (["--seeds=0,x"], "--seeds: is a list such as 0,1,2"),
         (["--seeds=-1"], "--seeds: is a list such as 0,1,2"),
+        (["--reward=dense"], "--reward: 'dense' is none of sparse, env"),
         (["--env_steps=0"], "--env_steps: must be at least 1"),
         (["--final_episodes=0"], "--final_episodes: must be at least 1"),
         (["--grid=3000"], "--grid: --env_steps=20000 must be a multiple"),
@@ -259,7 +260,9 @@ def test_successes_while_learning_are_counted_whole(tmp_path):
     line = {"success_rate": 0.29, "success_window": 100, "env_steps": 400}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     ((run,), _) = read_runs([tmp_path])
-    assert run["points"][0]["actor"] == {"successes": 29, "episodes": 100, "success_rate": 0.29}
+    assert run["points"][0]["actor"] == {
+        **{"successes": 29, "episodes": 100, "success_rate": 0.29, "return_mean": None}
+    }
     assert (run["task"], run["method"], run["seed"]) == ("t", "steered", 3)
 
 

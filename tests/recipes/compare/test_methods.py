@@ -21,8 +21,8 @@ from trimtab.recipes.compare.methods import (
     longest_episode,
     make_method,
 )
-from trimtab.recipes.compare.report import label
 from trimtab.recipes.compare.runs import Run
+from trimtab.recipes.compare.summary import label
 from trimtab.recipes.embedded_base.demonstrations import REPO_ID
 from trimtab.recipes.finetune.training import TuningConfig
 from trimtab.recipes.support.session import Session

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from trimtab.recipes.compare.measure import RETURN, SUCCESS
 from trimtab.recipes.compare.report import learning_row, markdown, row
-from trimtab.recipes.compare.summary import against, dip, elsewhere, summarise, sustained
-from trimtab.rl.statistics import p_below
+from trimtab.recipes.compare.summary import dip, elsewhere, summarise, sustained
+from trimtab.rl.statistics import bootstrap_interval, p_below
 
 STORED = Path(__file__).parents[3] / "recipes/configs/metaworld/comparison"
 
@@ -22,10 +23,10 @@ def summary(won):
 
 
 def test_gains_are_paired():
-    found = against(summary("1100"), [summary("1111"), summary("0011")])
+    found = SUCCESS.against(summary("1100"), [summary("1111"), summary("0011")])
     assert found["by_seed"] == [0.5, 0.0] and found["difference"] == 0.25 and found["ci95"] is None
     assert found["p"] == [0.5, 1.0]  # two of two: 2 / 2^2; two of four
-    assert against(summary("1100"), [summary("111")]) is None
+    assert SUCCESS.against(summary("1100"), [summary("111")]) is None
     before = {"a": {"policy": summary("11")}, "b": {"policy": summary("10")}}
     after = [{"a": {"x": summary("11")}, "b": {"x": summary("01")}}]
     found = elsewhere(before, after, "x")
@@ -33,6 +34,51 @@ def test_gains_are_paired():
     after = [{"a": {"x": summary("01")}, "b": {"x": summary("10")}}]
     found = elsewhere(before, after, "x")
     assert found["change"] == pytest.approx(-0.25) and found["by_task"] == {"a": -0.5, "b": 0.0}
+
+
+def returned(*values):
+    low, high = bootstrap_interval(values)
+    mean = {"return_mean": float(np.mean(values)), "return_ci95": [low, high]}
+    return {"successes": None, "episodes": len(values), "success_rate": None, "returns": list(values), **mean}
+
+
+def test_tasks_without_success_are_judged_by_their_return():
+    """Gains are paired on episodes, over the mean of the seeds; levels are above the base's interval."""
+    rng = np.random.default_rng(0)
+    hard = 50 * rng.normal(size=40)  # how an episode is differs far more than what is gained in each
+    base = returned(*hard)
+    runs = [{"task": "t", "method": "base", "seed": None, "points": [], "episodes": [], "cost": {}}]
+    runs[0]["final"] = {"policy": base}
+    for seed in (0, 1):
+        means = (0, 60, 0, 70, 80 + seed)
+        points = [
+            {"grid": 100 * k, "env_steps": 100 * k, "actor": returned(*(hard + mean))}
+            for k, mean in enumerate(means, 1)
+        ]
+        final = {"actor": returned(*(hard + 5 + seed + rng.normal(size=40)))}
+        runs.append({**runs[0], "method": "m", "seed": seed, "points": points, "final": final})
+        runs[-1]["episodes"] = [[50 * k, 0, 1] for k in range(1, 11)]
+    base_entry, entry = summarise(runs)
+    assert entry["measure"] == "return" and "success" not in entry and entry["dips"] is None
+    gain = entry["against_base"]
+    assert gain["difference"] == pytest.approx(5.5, abs=0.5) and len(gain["by_seed"]) == 2
+    low, high = gain["ci95"]
+    assert low < gain["difference"] < high and 0.2 < high - low < 1.0, "not that of unpaired episodes"
+    assert base_entry["return"]["return_ci95"][1] - base_entry["return"]["return_ci95"][0] > 20
+    assert entry["return"]["episodes"] == 80 and len(entry["return_by_seed"]) == 2
+    assert entry["to_level"]["base"]["steps"] == [400, 400]  # a fall to the base begins anew
+    assert entry["to_level"]["base"]["episodes_median"] == 8
+    found, learning = row(entry), learning_row(entry)
+    assert found["return"].startswith(f"{entry['return']['return_mean']:.4g} [") and "(80)" in found["return"]
+    assert found["gain over the base"] == f"{gain['difference']:+.4g} [{low:+.4g}, {high:+.4g}]"
+    assert found["steps (episodes) until it stays above the base"] == "400 (8)"
+    assert learning["steps until it stays above the base, each seed"] == "400, 400"
+    text = markdown("x", [], [base_entry, entry])
+    assert "McNemar" not in text and "Wilson" not in text and "points" not in text and "success" not in text
+    assert "bootstrap" in text and row(base_entry)["steps (episodes) until it stays above the base"] == "-"
+    both = {"a": {"policy": base}}
+    found = elsewhere(both, [{"a": {"x": returned(*(hard + 2))}}], "x", RETURN)
+    assert found["change"] == pytest.approx(2.0) and found["flipped"] == found["episodes"] == 40
 
 
 def record(seed, rates, won):
@@ -87,10 +133,11 @@ def points(*rates):
 
 
 def test_sustained():
-    assert sustained(points(0.5, 0.95, 0.8, 0.9, 0.97), "actor") == 8000
-    assert sustained(points(0.9, 0.9), "actor") == 2000
-    assert sustained(points(0.95, 0.95, 0.89), "actor") is None
-    assert sustained(points(0.1, 0.2, 0.9), "actor") == 6000
+    ninety = SUCCESS.levels(None)["90"]
+    assert sustained(points(0.5, 0.95, 0.8, 0.9, 0.97), "actor", ninety) == 8000
+    assert sustained(points(0.9, 0.9), "actor", ninety) == 2000
+    assert sustained(points(0.95, 0.95, 0.89), "actor", ninety) is None
+    assert sustained(points(0.1, 0.2, 0.9), "actor", ninety) == 6000
 
     def plain(rates):  # by the definition
         for i in range(len(rates)):
@@ -101,7 +148,7 @@ def test_sustained():
     rng = np.random.default_rng(0)
     for _ in range(200):
         rates = [float(rate) for rate in rng.choice([0.85, 0.9, 0.95], size=rng.integers(1, 7))]
-        assert sustained(points(*rates), "actor") == plain(rates)
+        assert sustained(points(*rates), "actor", ninety) == plain(rates)
 
 
 def test_p_below_counts_all_ways_to_deal_the_successes():
