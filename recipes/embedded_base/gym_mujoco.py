@@ -24,8 +24,8 @@ from trimtab.rl.runs.progress import Progress
 # and 10,600); frames per second; and the task in words.
 LOCOMOTION = {
     "Hopper-v5": (1500.0, 125, "Hop forward on one leg"),
-    "Walker2d-v5": (2000.0, 125, "Walk forward on two legs"),
     "HalfCheetah-v5": (4500.0, 20, "Run forward"),
+    "Walker2d-v5": (2000.0, 125, "Walk forward on two legs"),
 }
 EVERY, EVALUATED = 5_000, 10  # steps of training between two evaluations, and episodes of each
 MAX_STEPS = 500_000

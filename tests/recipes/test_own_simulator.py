@@ -69,8 +69,11 @@ def test_it_is_probed_steered_evaluated_and_exported(folder, policy, capsys):
 def test_without_success_returns_are_compared(folder, policy, capsys):
     options = [*ENV, policy, HERE, "--train.reward=env", *SMALL]
     run("adapt", *options, "--env.success=none", "--output_dir=returns")
-    results = json.loads(Path("returns/results.json").read_text())["policies"]
-    for entry in results.values():
+    results = json.loads(Path("returns/results.json").read_text())
+    # Twice what the base's episodes showed: no step is further than 4 from the goal, or rewarded.
+    low, high = results["train"]["reward_range"]
+    assert -8.0 < low < -0.3 and high == 0.0
+    for entry in results["policies"].values():
         assert entry["success_rate"] is None and entry["successes"] is None
         low, high = entry["return_ci95"]
         assert low <= entry["return_mean"] <= high < 0
