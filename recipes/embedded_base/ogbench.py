@@ -144,7 +144,8 @@ def demonstrate(
         start = SEED_OFFSET + seed * 100_000 + episode
         rng = np.random.default_rng([start, 1])
         observation, info = env.reset(seed=start)
-        expert, frames, ended = make_expert(env), [], False
+        expert, ended = make_expert(env), False
+        frames: list[dict[str, Any]] = []
         error = operator.error(info["privileged/block_0_yaw"][0], rng)
         while not ended:
             wanted = expert(info, error)
