@@ -5,7 +5,8 @@ VENV := .venv
 # LeRobot compiles all of it anew, for longer than many a test takes.
 RUN := HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin
 ARGS ?=
-# Test processes, each on one thread; `make test WORKERS=0` runs all in one.
+# Test processes, each on one thread; `make test WORKERS=0` runs all in one. The files go to them in the order
+# of their names: xdist would keep those of few tests, among them the longest, for last, and one core idle.
 WORKERS ?= 2
 
 .PHONY: demo test lint format lock clean
@@ -14,7 +15,7 @@ demo: $(VENV)/.ready
 	$(RUN)/trimtab demo $(ARGS)
 
 test: $(VENV)/.ready
-	$(RUN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --cov --cov-report= $(ARGS)
+	$(RUN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report= $(ARGS)
 	@echo "coverage: $$($(VENV)/bin/coverage report --format=total) % of the source lines"
 
 # mypy names a module after its folders, so the link gives them their package's name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from trimtab.adapters.errors import UserError, at_least
@@ -31,6 +32,9 @@ class TrainConfig:
     replay_capacity: int = 100_000
     # sparse: -1 a step until success, the lowest return for failing; env: the environment's own reward.
     reward: str = "sparse"
+    # Of reward=env: the smallest and the largest reward of a step that the value must hold; the larger one is
+    # what a reward is divided by. Default: twice those of the base's evaluation.
+    reward_range: tuple[float, float] | None = None
     # Where the actor begins: the artefact of a constant noise, or best_constant.safetensors of a probe.
     warm_start: str | None = None
     # Lets the untrained actor act until the learner's policy is as good.
@@ -43,6 +47,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.reward not in REWARDS:
             raise UserError("--train.reward", f"'{self.reward}' is none of {', '.join(REWARDS)}")
+        if self.reward_range is not None:
+            low, high = self.reward_range
+            if self.reward != "env":
+                raise UserError("--train.reward_range", "is of --train.reward=env; leave it out")
+            if not -math.inf < low < high < math.inf:
+                said = f"must be two numbers, the smaller first, got {low}, {high}"
+                raise UserError("--train.reward_range", said)
         at_least(1, self, "--train.", "first_update", "replay_capacity", "log_every")
         at_least(0 if self.offline_updates else 1, self, "--train.", "env_steps")
         at_least(0, self, "--train.", "warmup_transitions", "offline_updates")
@@ -64,6 +75,12 @@ class TrainConfig:
                 f"{self.env_steps} steps gave {transitions} transitions, learning starts at "
                 f"{self.first_update}; raise it, or lower --train.first_update",
             )
+
+    def within_rewards(self, seen: tuple[float, float] | None) -> TrainConfig:
+        """A copy that knows what the environment's rewards may be: in the base's episodes, ``seen``."""
+        if self.reward != "env" or self.reward_range or not seen or not any(seen):
+            return self
+        return replace(self, reward_range=(2.0 * min(seen[0], 0.0), 2.0 * max(seen[1], 0.0)))
 
     def at_pace_of(self, rl: AlgorithmConfig) -> TrainConfig:
         """A copy whose pace is the algorithm's own wherever it was left open.

@@ -65,7 +65,7 @@ class Collector:
     Args:
         runner, vec: the frozen policy, and environments.
         rl: the algorithm's config: discount, length of returns, candidates, and what the replay keeps.
-        reward: ``sparse`` or ``env`` (see ``returns.Returns``).
+        reward, reward_range: see ``returns.Returns``.
         seed: first of the training seeds; environment i takes seed + i, seed + i + num_envs, ...
         rank, processes: of a run in several; their episodes have different seeds.
         record: note what it takes to come back to the middle of the running episodes.
@@ -90,10 +90,16 @@ class Collector:
         processes: int = 1,
         record: bool = False,
         assign: Callable[[], bool] = lambda: True,
+        reward_range: tuple[float, float] | None = None,
     ) -> None:
         self.runner, self.vec, self.rl, self.assign = runner, vec, rl, assign
         self.returns = Returns(
-            reward, rl.gamma, rl.discount_per, runner.adapter.chunk_shape[0], rl.bootstrap_at_time_limit
+            reward,
+            rl.gamma,
+            rl.discount_per,
+            runner.adapter.chunk_shape[0],
+            rl.bootstrap_at_time_limit,
+            reward_range,
         )
         self.lost: list[tuple[str, str]] = []
         self.reported = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ class Evaluation:
         returns: (N,) undiscounted sum of the environment's own rewards; ``None`` where it was not kept.
         reported: whether the environment has reported success or failure at all.
         info_keys: what else its ``info`` held.
+        reward_range: smallest and largest of the environment's rewards, each the mean of a chunk's steps.
     """
 
     seeds: list[int]
@@ -41,6 +43,7 @@ class Evaluation:
     returns: np.ndarray | None = None
     reported: bool = True
     info_keys: tuple[str, ...] = ()
+    reward_range: tuple[float, float] | None = None
 
     @property
     def success_rate(self) -> float:
@@ -120,6 +123,9 @@ def evaluate(
             found.successes[k] |= bool(result.successes.any())
             found.steps[k] += result.steps
             found.returns[k] += result.rewards.sum()
+            low, high = found.reward_range or (math.inf, -math.inf)
+            mean = float(result.rewards.mean())
+            found.reward_range = min(low, mean), max(high, mean)
             found.reported |= result.success_key is not None
             info_keys |= set(result.info_keys)
             if seeds[k] in record:
@@ -142,6 +148,7 @@ def pooled(evaluations: Sequence[Evaluation], order: np.ndarray | None = None) -
         values = np.concatenate([getattr(one, name) for one in evaluations])
         return values if order is None else values[order]
 
+    ranges = [one.reward_range for one in evaluations if one.reward_range]
     return Evaluation(
         joined("seeds").tolist(),
         joined("successes"),
@@ -150,6 +157,7 @@ def pooled(evaluations: Sequence[Evaluation], order: np.ndarray | None = None) -
         None if any(one.returns is None for one in evaluations) else joined("returns"),
         any(one.reported for one in evaluations),
         tuple(sorted({key for one in evaluations for key in one.info_keys})),
+        (min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
     )
 
 

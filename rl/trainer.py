@@ -89,6 +89,7 @@ class Trainer:
             *(self.runner, self.vec, self.rl, self.train.reward, *seed),
             record=self.checkpoints is not None,
             assign=lambda: not self.train.gate.enabled or (self.updates > 0 and self.takeover()),
+            reward_range=self.train.reward_range,
         )
         self._build()
         if self.train.warm_start:
@@ -342,8 +343,7 @@ class Trainer:
             lost = sum(self.world.gather(lost))
             self.dropped += lost
         else:
-            message = "--env.type: the simulator does not repeat an episode"
-            self._new_faults += [("unrepeatable", message)] * lost
+            self._new_faults += [("unrepeatable", "--env.type: the simulator repeats no episode")] * lost
         torch.set_rng_state(state["rng"])  # last: building and looking may have drawn
         if state["cuda_rng"] is not None and self.accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.accelerator.device)

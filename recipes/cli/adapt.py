@@ -174,6 +174,8 @@ def steer(
             session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
         measured, constants = (run.baselines() if config.resume else None) or measure(session, config, space)
         check_reward(config.rl, config.train.reward, measured)
+        seen = pooled([found["base"] for found in measured.values()]).reward_range
+        config.train = config.train.within_rewards(seen)
         run.begin(measured, constants)
         clock.lap("baselines")
         tracked = Trackers(accelerator, flatten(run.config))

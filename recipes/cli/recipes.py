@@ -47,7 +47,7 @@ class Recipe:
         return self.name, self.policy_type, self.checkpoint, environment, content[ABOUT]["needs"]
 
 
-RECIPES = {path.parent.name: Recipe(path.parent.name) for path in sorted(FOLDER.glob(f"*/{ADAPT}"))}
+RECIPES = {path.parent.name: Recipe(path.parent.name) for path in sorted(FOLDER.glob(f"*/{LORA}"))}
 
 
 @cache

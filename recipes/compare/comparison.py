@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from trimtab.recipes.support.session import Session
 from trimtab.rl.envs.hooks import base_tasks, check_base, task_names
 
 RECORD, CHECKPOINTS = "compare_config.json", "-checkpoints"
+REPORT_EVERY = 30.0  # seconds: short runs, and those that are there already, take less time than a report
 
 
 class Comparison:
@@ -189,16 +191,17 @@ class Comparison:
         self.record(*chosen[0])
 
     def all(self) -> str:
-        """Make what is missing, report after each run, and return the last report."""
+        """Make what is missing, report as it goes, and return the last report."""
         write_json(self.output / RECORD, repeatable(draccus.encode(self.config, CompareConfig)))
         runs: list[dict[str, Any]] = []
-        plan = list(self.plan())
+        plan, reported = list(self.plan()), float("-inf")
         for run in plan:
             runs.append(self.record(*run))
             if run[1] == "base":
                 self._check_success(runs[-1])
             compared = (self.config.improved, self.config.reach) if run == plan[-1] else None
-            text = self.report(runs, compared)
+            if compared or time.monotonic() - reported > REPORT_EVERY:
+                text, reported = self.report(runs, compared), time.monotonic()
         return f"\n{text}\nall in {self.output}"
 
     def _check_success(self, base: dict[str, Any]) -> None:

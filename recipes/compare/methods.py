@@ -29,7 +29,7 @@ from trimtab.rl.algorithms.acting import TrainingResult
 from trimtab.rl.algorithms.presets import PAPER
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
-from trimtab.rl.evaluation import evaluate
+from trimtab.rl.evaluation import Evaluation, evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.processes import ProcessGroup
 from trimtab.rl.seeds import training_seed
@@ -85,7 +85,7 @@ class Steering(Method):
     def learn(self, run: Run) -> dict[str, Any]:
         lines: list[dict[str, Any]] = []
         adapter, config = run.session.adapter, run.config
-        rl = self.rl.within(config.env_steps, lambda: longest_episode(run))
+        rl = self.rl.within(config.env_steps, lambda: int(base_episodes(run).steps.max()))
         runner = PolicyRunner(adapter, run.session.env)
         reports: dict[str, Any] = {"on_metrics": lines.append, "progress": False}
         with run.session.environments(self.num_envs or config.num_envs) as vec:
@@ -94,6 +94,8 @@ class Steering(Method):
                 run.add_point(search.env_steps, search.env_steps)
                 return {"updates": 0, "search_episodes": search.episodes, "metrics": lines}
             train = replace(self.train, env_steps=config.env_steps, log_every=config.grid)
+            if train.reward == "env":
+                train = train.within_rewards(base_episodes(run).reward_range)
             accelerator = Accelerator(cpu=adapter.device.type == "cpu")
             reports["checkpoints"], earlier = run.checkpoints(ProcessGroup(accelerator), lines)
             trainer = Trainer(runner, vec, accelerator, train, rl, self.noise, run.seed, **reports)
@@ -113,10 +115,10 @@ class Steering(Method):
         )
 
 
-def longest_episode(run: Run) -> int:
-    """Steps of the base's longest episode, of a few."""
+def base_episodes(run: Run) -> Evaluation:
+    """A few of the base."""
     session, seeds = run.session, run.session.eval.seeds[:8]
-    return int(evaluate(session.runner, run.vec, session.own_noise, seeds, progress=False).steps.max())
+    return evaluate(session.runner, run.vec, session.own_noise, seeds, progress=False)
 
 
 @dataclass(frozen=True)

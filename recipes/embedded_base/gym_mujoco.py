@@ -17,6 +17,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from stable_baselines3 import SAC
 
 from trimtab.adapters import UserError
+from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET
 from trimtab.recipes.embedded_base.suites import Task
 from trimtab.rl.runs.progress import Progress
 
@@ -24,13 +25,12 @@ from trimtab.rl.runs.progress import Progress
 # and 10,600); frames per second; and the task in words.
 LOCOMOTION = {
     "Hopper-v5": (1500.0, 125, "Hop forward on one leg"),
-    "Walker2d-v5": (2000.0, 125, "Walk forward on two legs"),
     "HalfCheetah-v5": (4500.0, 20, "Run forward"),
+    "Walker2d-v5": (2000.0, 125, "Walk forward on two legs"),
 }
 EVERY, EVALUATED = 5_000, 10  # steps of training between two evaluations, and episodes of each
 MAX_STEPS = 500_000
 KEPT = 4  # the agents who demonstrate: the last, and those at the evaluations before
-SEED_OFFSET = 50_000_000  # demonstrations never start where training or evaluation does
 
 
 def medium_agents(task: str, seed: int, target: float) -> list[Any]:

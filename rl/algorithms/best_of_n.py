@@ -51,7 +51,7 @@ class BestOfNConfig(AlgorithmConfig):
     # target; at most all of them.
     target_members: int = 2
     # Loss of both. logistic: cross-entropy of the value, scaled to [0, 1] between the smallest and largest
-    # possible return (squared, if the reward has no bounds); squared: squared error of the value.
+    # possible return (squared, if it has none); squared: squared error of the value.
     critic_loss: str = "logistic"
     # Share of the learning rate that is left at the end of --train.env_steps; it falls linearly.
     learning_rate_end: float = 0.1

@@ -37,12 +37,25 @@ class Returns:
     chunk_steps: int = 1
     # Whether what follows a time limit has a value.
     bootstrap_at_time_limit: bool = True
+    # Of reward=env: the smallest and the largest reward of a step that are expected. They are what bounds the
+    # value, and a step counts in units of the larger one, so that values are of the sparse reward's size.
+    reward_range: tuple[float, float] | None = None
 
     @property
     def bounds(self) -> tuple[float, float] | None:
         """Smallest and largest possible return, or ``None`` where it is not known."""
-        each = self.chunk_steps if self.per == "chunk" else 1
-        return (-each / (1.0 - self.gamma), 0.0) if self.reward == "sparse" else None
+        longest = (self.chunk_steps if self.per == "chunk" else 1) / (1.0 - self.gamma)
+        if self.reward == "sparse":
+            return -longest, 0.0
+        if self.reward_range is None:
+            return None
+        low, high = (value / self.unit for value in self.reward_range)
+        return longest * min(low, 0.0), longest * max(high, 0.0)  # an episode that ends gets 0 from there on
+
+    @property
+    def unit(self) -> float:
+        """What a reward of 1 means, in the environment's own rewards."""
+        return max(map(abs, self.reward_range)) if self.reward_range else 1.0
 
     def reward_and_discount(self, result: ChunkResult, succeeded: bool) -> tuple[float, float]:
         """Reward of a chunk, and the weight of what follows it.
@@ -54,10 +67,10 @@ class Returns:
                 LeRobot counts it a success, its end is none to be avoided.
         """
         bootstraps = result.truncated and self.bootstrap_at_time_limit
-        if self.bounds and result.terminated and not bootstraps and not succeeded:
+        if self.reward == "sparse" and result.terminated and not bootstraps and not succeeded:
             # The sparse reward's: had the episode gone on, it could not have got less.
             return self.bounds[0], 0.0
-        rewards = result.successes - 1.0 if self.reward == "sparse" else result.rewards.astype(np.float64)
+        rewards = result.successes - 1.0 if self.reward == "sparse" else result.rewards / self.unit
         if self.per == "chunk":
             total, discount = np.sum(rewards), self.gamma
         else:

@@ -17,6 +17,7 @@ SMALL = [
     "--eval.videos=1",
     "--policy.device=cpu",
 ]
+HERE = "--machine.workers=0"  # no processes of the simulators' own, which import for longer than they run
 POLICIES = ["base", "zero_noise", "constant_noise", "steered"]
 
 

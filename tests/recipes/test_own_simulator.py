@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import reach
-from tests.helpers.small_runs import SMALL, check_results
+from tests.helpers import lerobot_commands, reach
+from tests.helpers.small_runs import HERE, SMALL, check_results
 from trimtab.recipes.cli import main
 
 TRAIN = (
@@ -33,10 +33,8 @@ def folder(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
         reach.demonstrate("data", episodes=16)
-        patch.setattr(
-            sys, "argv", ["lerobot-train", *TRAIN.split(), "--dataset.root=data", "--output_dir=base"]
-        )
-        lerobot_train.main()
+        options = [*TRAIN.split(), "--dataset.root=data", "--output_dir=base"]
+        lerobot_commands.run(lerobot_train.main, options, patch)
         yield folder
 
 
@@ -51,15 +49,16 @@ def run(command, *options):
 
 def test_it_is_probed_steered_evaluated_and_exported(folder, policy, capsys):
     known = [*ENV, "--env.success=terminated", policy]
-    run("probe", *known, "--eval.n_episodes=4", "--output_dir=probe")
+    run("probe", *known, HERE, "--eval.n_episodes=4", "--output_dir=probe")
     assert "environment: gym, reach:make" in capsys.readouterr().out
-    run("adapt", *known, *SMALL, "--output_dir=steered")
+    run("adapt", *known, *SMALL, "--output_dir=steered")  # in workers, which find the file as well
     results = check_results(Path("steered"), ["base", "zero_noise", "constant_noise", "steered"], 6)
     assert results["policies"]["base"]["return_mean"] < 0
     run(
         "eval",
         "--policy.path=steered/artefact",
         *ENV,
+        HERE,
         "--env.success=terminated",
         "--eval.n_episodes=4",
         "--output_dir=ev",
@@ -68,10 +67,13 @@ def test_it_is_probed_steered_evaluated_and_exported(folder, policy, capsys):
 
 
 def test_without_success_returns_are_compared(folder, policy, capsys):
-    options = [*ENV, policy, "--train.reward=env", *SMALL]
+    options = [*ENV, policy, HERE, "--train.reward=env", *SMALL]
     run("adapt", *options, "--env.success=none", "--output_dir=returns")
-    results = json.loads(Path("returns/results.json").read_text())["policies"]
-    for entry in results.values():
+    results = json.loads(Path("returns/results.json").read_text())
+    # Twice what the base's episodes showed: no step is further than 4 from the goal, or rewarded.
+    low, high = results["train"]["reward_range"]
+    assert -8.0 < low < -0.3 and high == 0.0
+    for entry in results["policies"].values():
         assert entry["success_rate"] is None and entry["successes"] is None
         low, high = entry["return_ci95"]
         assert low <= entry["return_mean"] <= high < 0

@@ -26,6 +26,7 @@ from trimtab.recipes.cli.probe import ProbeConfig
 from trimtab.recipes.cli.recipes import ADAPT, FOLDER, LORA, RECIPES
 from trimtab.recipes.compare.from_recipe import FINE_TUNED, LEARN_NOTHING_NEW
 from trimtab.recipes.compare.methods import make_method
+from trimtab.recipes.embedded_base.suites import suite_tasks
 from trimtab.recipes.finetune.training import LAYERS, TuningConfig, default_targets
 from trimtab.recipes.support.options import config_file, parse
 from trimtab.recipes.support.shared_configs import SELECTION_SEED
@@ -180,7 +181,7 @@ def test_lora_at_published_size(name):
     text = (FOLDER / name / "README.md").read_text()
     said = re.search(r"trains ([\d,]+) weights in LeRobot's default size", text)
     if said is None:  # a policy of a size of its own
-        assert name in ("metaworld", "your_policy")
+        assert name in ("metaworld", "ogbench", "your_policy")
         return
     policy, peft = full_size(RECIPES[name].policy_type, "meta", 2)[0].policy, RECIPES[name].read(LORA)["peft"]
     modules = dict(policy.named_modules())
@@ -207,14 +208,26 @@ def test_the_list_is_instant_and_complete(capsys):
     assert min(times) < 1.0 and done.stdout.strip().endswith("False")
     for recipe in RECIPES.values():
         assert f"{recipe.name} " in done.stdout and recipe.checkpoint in done.stdout
-    folders = {path.parent.name for path in FOLDER.glob(f"*/{ADAPT}")}
-    assert folders == set(RECIPES) == {path.parent.name for path in FOLDER.glob(f"*/{LORA}")}
+    assert {path.parent.name for path in FOLDER.glob(f"*/{LORA}")} == set(RECIPES)
+    assert {path.parent.name for path in FOLDER.glob(f"*/{ADAPT}")} == {*RECIPES, "gym_mujoco"}
     assert main(["recipes", "pi0_libero"]) == 0
     out = capsys.readouterr().out
     assert str(FOLDER / "pi0_libero" / ADAPT) in out and "trimtab adapt --config_path=pi0_libero" in out
     assert main(["recipes", "pi1_libero"]) == 2
     assert "no recipe 'pi1_libero'; there are diffusion_pusht, " in capsys.readouterr().err
     assert main(["recipes", "--help"]) == 0
+
+
+def test_files_of_tasks_without_success():
+    """Nothing to fine-tune on, so no recipe with all commands. The files are about the same tasks."""
+    file = "--config_path=gym_mujoco"
+    base, adapt, compared = (parsed(command, file) for command in ("base", "adapt", "compare"))
+    assert compared.tasks == base.tasks == ",".join(suite_tasks("gym_mujoco"))
+    assert adapt.policy.path == compared.policy.path.replace("{task}", adapt.env.id)
+    assert adapt.train.reward == compared.reward == "env" and adapt.env.success == compared.env.success
+    assert adapt.train.env_steps == compared.env_steps
+    methods = [make_method(name, compared.settings.get(name)) for name in compared.names()]
+    assert all(4 * method.chunks_before_learning() < compared.env_steps for method in methods)
 
 
 def test_a_name_stands_for_its_files(tmp_path, monkeypatch):
@@ -321,7 +334,9 @@ def test_what_the_droid_page_says_a_robot_gives_is_what_the_server_is_sent(droid
 
 # The READMEs.
 
-PAGES = [*(FOLDER / name / "README.md" for name in RECIPES), FOLDER.parent / "finetune" / "README.md"]
+BENCHMARK = FOLDER / "gym_mujoco" / "README.md"
+FINETUNE = FOLDER.parent / "finetune" / "README.md"
+PAGES = [*(FOLDER / name / "README.md" for name in RECIPES), BENCHMARK, FINETUNE]
 
 
 def commands(text):
@@ -352,7 +367,7 @@ def test_readmes(page, droid, capsys):
             assert main(argv[1:]) == 0
         elif not {"--list_tasks=true", "--resume=true"} & set(args):
             parsed(command, *args)
-    assert page.parent.name == "finetune" or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
+    assert page in (BENCHMARK, FINETUNE) or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -54,7 +54,7 @@ def test_sac_solves_a_noise_space_problem():
         zero = evaluate(runner, vec, zero_noise, seeds, progress=False)
         ticket, _ = best_constant(runner, vec, 16, range(2000, 2010), 0, progress=False)
         constant = evaluate(runner, vec, constant_noise(ticket), seeds, progress=False)
-        algorithm, lines, _ = train(runner, vec, env_steps=6000, warmup_transitions=300, first_update=100)
+        algorithm, lines, _ = train(runner, vec, env_steps=3000, warmup_transitions=300, first_update=100)
         steered = evaluate(runner, vec, steered_noise(algorithm.actor, True), seeds, progress=False)
     assert 0.2 < base.success_rate < 0.5
     assert zero.success_rate == 0.0
@@ -98,12 +98,18 @@ def test_the_same_seed_repeats_exactly_and_another_does_not():
         config = PointConfig()
         with ChunkVectorEnv(config, 3, 0) as vec:
             _, lines, _ = train(
-                PolicyRunner(PointAdapter(), config), vec, seed, env_steps=700, first_update=50, log_every=200
+                PolicyRunner(PointAdapter(), config),
+                vec,
+                seed,
+                env_steps=300,
+                first_update=50,
+                warmup_transitions=60,
+                log_every=100,
             )
         return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
 
     first = run(0)
-    assert first == run(0)
+    assert first[-1]["acting"] == "actor" and first == run(0)
     assert first != run(1)
 
 

@@ -33,6 +33,14 @@ OPTIONS = {
     "updates of nan": (["--train.updates_per_transition=nan"], "--train.updates_per_transition"),
     "negative warm-up": (["--train.warmup_transitions=-1"], "--train.warmup_transitions: cannot be"),
     "unknown reward": (["--train.reward=gold"], "--train.reward: 'gold' is none of"),
+    "a range without rewards": (
+        ["--train.reward_range=[0, 1]"],
+        "--train.reward_range: is of --train.reward=env; leave it out",
+    ),
+    "a range upside down": (
+        ["--train.reward=env", "--train.reward_range=[1, 0]"],
+        "--train.reward_range: must be two numbers, the smaller first, got 1.0, 0.0",
+    ),
     "clip at zero": (["--train.clip_norm=0"], "--train.clip_norm: must be positive"),
     "gate without least": (["--train.gate.least=0"], "--train.gate.least: is a share"),
     "gate without window": (["--train.gate.window=0"], "--train.gate.window: must be at least 1"),

@@ -1,7 +1,6 @@
 """`trimtab export`, and what it wrote under the real `lerobot-eval` command."""
 
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import torch
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
+from tests.helpers import lerobot_commands
 from tests.helpers.steered import assert_no_pickle
 from trimtab.adapters import PolicyConfig, load_adapter
 from trimtab.policies.actor import ActorConfig, NoiseActor
@@ -108,17 +108,14 @@ def test_without_the_actor_lerobot_eval_gets_what_it_gets_of_the_base(
     options, out = PolicyConfig(path=str(pusht_policy)), tmp_path / "artefact"
     save_artefact(out, actor, noise, adapter, options, pusht_policy, {})
     env = ["--env.type=pusht", "--env.obs_type=environment_state_agent_pos", "--env.episode_length=24"]
-    rewards, root = {}, logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    rewards = {}
     for name, argv in (
         ("plain", arguments(out, tmp_path / "plain", *env, "--policy.use_actor=false")),
         ("base", arguments(pusht_policy, tmp_path / "base", *env, "--policy.device=cpu")),
         ("steered", arguments(out, tmp_path / "steered", *env)),
     ):
-        monkeypatch.setattr(sys, "argv", argv)
-        lerobot_eval()
+        lerobot_commands.run(lerobot_eval, argv[1:], monkeypatch)
         rewards[name] = metrics(tmp_path / name)["sum_rewards"]
-    root.handlers[:], root.level = handlers, level
     assert rewards["plain"] == rewards["base"]
     assert rewards["steered"] != rewards["base"] and len(set(rewards["base"])) > 1
 

@@ -40,10 +40,10 @@ def options(base, output, **more):
         "policy.device": "cpu",
         "env.type": "metaworld_state",
         "env.task": "drawer-close",
-        "env.episode_length": 40,
+        "env.episode_length": 20,
         "settings": json.dumps(SETTINGS),
-        "env_steps": 160,
-        "grid": 80,
+        "env_steps": 80,
+        "grid": 40,
         "n_episodes": 2,
         "final_episodes": 3,
         "other_episodes": 2,
@@ -76,14 +76,14 @@ def test_every_method_has_its_budget_and_its_result(compared):
     runs = output / "runs" / TASK
     for name in ("best_of_k", "steered", "residual", "lora_rollouts"):
         record = json.loads((runs / f"{name}-seed1.json").read_text())
-        assert [point["grid"] for point in record["points"]] == [80, 160]
-        assert record["points"][-1]["env_steps"] < 160 + 2 * 8 and record["updates"] >= 0
+        assert [point["grid"] for point in record["points"]] == [40, 80]
+        assert record["points"][-1]["env_steps"] < 80 + 2 * 8 and record["updates"] >= 0
         assert record["cost"]["artefact_bytes"] > 1000 and record["cost"]["cpu_seconds"] > 0
         assert record["cost"]["peak_mb"] > 100 and record["cost"]["trainable_parameters"]["actor"] > 1000
     rollouts = json.loads((runs / "lora_rollouts-seed1.json").read_text())
-    assert rollouts["points"][-1]["env_steps"] == 160  # to the step
+    assert rollouts["points"][-1]["env_steps"] == 80  # to the step
     ticket = json.loads((runs / "golden_ticket-seed0.json").read_text())
-    assert ticket["points"][0]["env_steps"] <= 160 and ticket["search_episodes"] == 160 // 40
+    assert ticket["points"][0]["env_steps"] <= 80 and ticket["search_episodes"] == 80 // 20
     assert json.loads((runs / "lora-seed0.json").read_text())["points"][0]["env_steps"] == 0
     assert {"actor", "acting"} == set(json.loads((runs / "best_of_k-seed0.json").read_text())["final"])
     assert is_artefact(str(runs / "steered-seed1" / "artefact"))

@@ -17,8 +17,8 @@ from trimtab.recipes.compare.methods import (
     Demonstrations,
     FilteredCloning,
     Steering,
+    base_episodes,
     good_demonstrations,
-    longest_episode,
     make_method,
 )
 from trimtab.recipes.compare.runs import Run
@@ -136,7 +136,9 @@ def test_a_search_gets_the_episodes_that_fit_were_all_as_long_as_the_longest(tmp
     with begin(PointAdapter(), PointConfig(limit=35), tmp_path, n_episodes=8) as run:
         session, seeds = run.session, run.session.eval.seeds
         steps = evaluate(session.runner, run.vec, session.own_noise, seeds, progress=False).steps
-        found = GoldenTicketConfig(candidates=16, budget=100).within(700, lambda: longest_episode(run))
+        found = GoldenTicketConfig(candidates=16, budget=100).within(
+            700, lambda: int(base_episodes(run).steps.max())
+        )
     assert min(steps) < max(steps) == 35
     assert (found.budget, found.candidates) == (20, 4)  # 4 and 2 of them, twice, are 12; 8, 4 and 2 are 28
 

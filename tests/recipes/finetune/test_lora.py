@@ -177,8 +177,14 @@ def test_lora_on_a_dataset_trains_an_adapter_that_adapt_steers(base, tmp_path, c
     assert [line["step"] for line in lines] == [100, 120]
     results = json.loads((output / "results.json").read_text())
     assert results["policies"] == {} and results["updates"] == 120
-    steer = ["adapt", f"--policy.path={output / 'policy'}", *ENV, *MACHINE, "--eval.videos=0", "--num_envs=2"]
-    steer += ["--train.env_steps=160", "--train.first_update=8", "--train.warmup_transitions=8"]
+    steer = ["adapt", f"--policy.path={output / 'policy'}", *ENV[:2], "--env.episode_length=20", *MACHINE]
+    steer += [
+        "--eval.videos=0",
+        "--num_envs=2",
+        "--train.env_steps=160",
+        "--train.first_update=8",
+        "--train.warmup_transitions=8",
+    ]
     steer += [
         "--eval.n_episodes=2",
         "--rl.type=dsrl_sac",

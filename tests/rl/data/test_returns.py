@@ -88,6 +88,25 @@ def test_no_transition_crosses_an_episode():
 def test_value_bounds():
     assert Returns("sparse", 0.99).bounds == (pytest.approx(-100.0), 0.0)
     assert Returns("env", 0.99).bounds is None
+    # In units of the larger reward; 0 is possible, for an episode may end.
+    assert Returns("env", 0.99, reward_range=(-2.0, 8.0)).bounds == pytest.approx((-25.0, 100.0))
+    assert Returns("env", 0.99, reward_range=(4.0, 8.0)).bounds == pytest.approx((0.0, 100.0))
+    assert Returns("env", 0.99, reward_range=(-8.0, -4.0)).bounds == pytest.approx((-100.0, 0.0))
+
+
+@pytest.mark.parametrize("per, size", [("step", 1), ("step", 3), ("chunk", 3)])
+def test_no_return_within_the_range_leaves_the_bounds(per, size):
+    """The best and the worst for ever; a failure costs no more than the rewards that it misses."""
+    for each in (-2.0, 8.0):
+        returns, total, weight = Returns("env", 0.9, per, size, reward_range=(-2.0, 8.0)), 0.0, 1.0
+        for _ in range(600):
+            reward, discount = returns.reward_and_discount(result([each] * size, [False] * size), False)
+            total, weight = total + weight * reward, weight * discount
+        assert total == pytest.approx(returns.bounds[each > 0])
+    failed, discount = returns.reward_and_discount(
+        result([4.0] * size, [False] * size, terminated=True), False
+    )
+    assert (failed, discount) == (pytest.approx(chunk_return(np.full(size, 0.5), 0.9, per)[0]), 0.0)
 
 
 def test_discount_per_chunk_is_the_references_convention():
