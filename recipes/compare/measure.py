@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from trimtab.recipes.support.reporting import rate_text, return_text
 from trimtab.rl.statistics import bootstrap_interval, mcnemar, paired_difference, wilson_interval
 
-Summary = Mapping[str, Any]
+Summary = dict[str, Any]
 
 
 class Measure:
@@ -55,12 +55,9 @@ class Measure:
         limits = list(paired_difference(before, after[0])[1:]) if len(after) == 1 else None
         return {"ci95": limits, "p": [mcnemar(before, values) for values in after]}
 
-    def levels(self, base: Summary | None) -> dict[str, Callable[[Summary], bool]]:
-        """By name, whether an evaluation has reached a level; ``base`` is all that is known of the base."""
-        return {
-            name: lambda one, level=int(name) / 100: one["successes"] >= level * one["episodes"]
-            for name in self.level_names
-        }
+    def reaches(self, level: str, base: Summary | None, summary: Summary) -> bool:
+        """Whether an evaluation has reached a level; ``base`` is all that is known of the base."""
+        return summary["successes"] >= int(level) / 100 * summary["episodes"]
 
     def text(self, summary: Summary) -> str:
         """The mean with interval and counts."""
@@ -87,10 +84,8 @@ class Return(Measure):
     def _tests(self, before: np.ndarray, after: Sequence[np.ndarray]) -> dict[str, Any]:
         return {"ci95": list(bootstrap_interval(np.mean(after, axis=0) - before))}
 
-    def levels(self, base: Summary | None) -> dict[str, Callable[[Summary], bool]]:
-        if base is None or base["return_ci95"] is None:
-            return {}
-        return {"base": lambda one: one["return_mean"] > base["return_ci95"][1]}
+    def reaches(self, level: str, base: Summary | None, summary: Summary) -> bool:
+        return bool(base and base["return_ci95"]) and summary["return_mean"] > base["return_ci95"][1]
 
     def text(self, summary: Summary) -> str:
         return f"{return_text(summary)} ({summary['episodes']})"
@@ -103,7 +98,7 @@ SUCCESS, RETURN = Measure(), Return()
 MEASURES = {measure.name: measure for measure in (SUCCESS, RETURN)}
 
 
-def measure_of(runs: Sequence[Mapping[str, Any]]) -> Measure:
+def measure_of(runs: Sequence[dict[str, Any]]) -> Measure:
     """What the runs of one task are judged by: success where every evaluation reports it."""
     every = [run["final"][name] for run in runs for name in run["final"]]
     every += [point[name] for run in runs for point in run["points"] for name in run["final"]]

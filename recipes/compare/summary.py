@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from trimtab.recipes.compare.measure import SUCCESS, Measure, measure_of
@@ -16,6 +17,7 @@ DIP_STEPS = 10_000  # environment steps within which dips are looked for
 SIGNIFICANT = 0.05
 # Names in tables, where a method's own would mislead.
 METHOD_NAMES = {
+    "dsrl_na_paper": "DSRL-NA, paper's settings",
     "dsrl_sac_paper": "DSRL-SAC, paper's settings",
     "dsrl_sac_paper_short": "DSRL-SAC, paper's settings, short warm-up",
 }
@@ -71,12 +73,12 @@ def sustained(
 
 
 def to_levels(
-    runs: Sequence[dict[str, Any]], policy: str, levels: dict[str, Callable[[dict[str, Any]], bool]]
+    runs: Sequence[dict[str, Any]], policy: str, measure: Measure, base: dict[str, Any] | None
 ) -> dict[str, dict[str, Any]]:
     """Environment steps and episodes to each level: of each seed, and their median (the higher of two)."""
     found: dict[str, dict[str, Any]] = {}
-    for level, reached in levels.items():
-        steps = [sustained(run["points"], policy, reached) for run in runs]
+    for level in measure.level_names:
+        steps = [sustained(run["points"], policy, partial(measure.reaches, level, base)) for run in runs]
         episodes = [
             None if step is None or not run["episodes"] else sum(end[0] <= step for end in run["episodes"])
             for step, run in zip(steps, runs, strict=True)
@@ -154,7 +156,7 @@ def _entry(
         "seeds": [run["seed"] for run in runs],
         measure.name: measure.pool(finals),
         f"{measure.name}_by_seed": [final[measure.mean] for final in finals],
-        "to_level": to_levels(runs, policy, measure.levels(every)) if curves else None,
+        "to_level": to_levels(runs, policy, measure, every) if curves else None,
         "last_point": measure.pool([run["points"][-1][policy] for run in runs]) if curves else None,
         "env_steps": [run["points"][-1]["env_steps"] if run["points"] else 0 for run in runs],
         "training_episodes": [len(run["episodes"]) or run.get("search_episodes", 0) for run in runs],

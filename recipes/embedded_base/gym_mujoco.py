@@ -17,6 +17,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from stable_baselines3 import SAC
 
 from trimtab.adapters import UserError
+from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET
 from trimtab.recipes.embedded_base.suites import Task
 from trimtab.rl.runs.progress import Progress
 
@@ -30,7 +31,6 @@ LOCOMOTION = {
 EVERY, EVALUATED = 5_000, 10  # steps of training between two evaluations, and episodes of each
 MAX_STEPS = 500_000
 KEPT = 4  # the agents who demonstrate: the last, and those at the evaluations before
-SEED_OFFSET = 50_000_000  # demonstrations never start where training or evaluation does
 
 
 def medium_agents(task: str, seed: int, target: float) -> list[Any]:

@@ -239,6 +239,9 @@ class SB3SAC(Method):
 
     uses = Steering.uses
 
+    def needs_success(self) -> bool:
+        return self.sac.reward == "sparse"
+
     def learn(self, run: Run) -> dict[str, Any]:
         config, session = self.sac, run.session
         adapter = session.adapter

@@ -334,7 +334,9 @@ def test_what_the_droid_page_says_a_robot_gives_is_what_the_server_is_sent(droid
 
 # The READMEs.
 
-PAGES = [*(FOLDER / name / "README.md" for name in RECIPES), FOLDER.parent / "finetune" / "README.md"]
+BENCHMARK = FOLDER / "gym_mujoco" / "README.md"
+FINETUNE = FOLDER.parent / "finetune" / "README.md"
+PAGES = [*(FOLDER / name / "README.md" for name in RECIPES), BENCHMARK, FINETUNE]
 
 
 def commands(text):
@@ -365,7 +367,7 @@ def test_readmes(page, droid, capsys):
             assert main(argv[1:]) == 0
         elif not {"--list_tasks=true", "--resume=true"} & set(args):
             parsed(command, *args)
-    assert page.parent.name == "finetune" or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
+    assert page in (BENCHMARK, FINETUNE) or {"adapt", "probe", "lora"} <= {argv[1] for argv in found}
 
 
 @pytest.mark.parametrize("name", RECIPES)

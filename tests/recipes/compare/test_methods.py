@@ -103,6 +103,8 @@ def test_methods_are_what_their_names_say():
     assert paper.num_envs == 4 and paper.noise.bound == 1.5 and paper.train.warmup_transitions == 6004
     assert paper.rl == short.rl and short.train.warmup_transitions == short.train.first_update == 800
     assert short.rl.gamma == PAPER["dsrl_sac"]["rl"]["gamma"] and short.rl.backup_entropy
+    other = make_method("dsrl_na_paper", reward="env")
+    assert other.rl.mode == "exact" and other.num_envs == 4 and other.train.reward == "env"
     row = label({"method": "dsrl_sac_paper_short", "policy": "actor"})
     assert row == "DSRL-SAC, paper's settings, short warm-up"  # 800 of 6004 chunks: not the paper's budget
     ours, theirs = make_method("dsrl_sac_as_sb3"), SB3SACConfig()

@@ -3,6 +3,7 @@
 import json
 import math
 from fractions import Fraction
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def points(*rates):
 
 
 def test_sustained():
-    ninety = SUCCESS.levels(None)["90"]
+    ninety = partial(SUCCESS.reaches, "90", None)
     assert sustained(points(0.5, 0.95, 0.8, 0.9, 0.97), "actor", ninety) == 8000
     assert sustained(points(0.9, 0.9), "actor", ninety) == 2000
     assert sustained(points(0.95, 0.95, 0.89), "actor", ninety) is None
