@@ -15,6 +15,7 @@ from typing import Any
 FOLDER = Path(__file__).parents[1] / "configs"
 ADAPT, LORA = "adapt.yaml", "lora.yaml"
 COMPARE = "compare.yaml"  # where the two imply another comparison than the recipe makes
+BASE = "base.yaml"  # where the base is made on the spot
 ABOUT = "recipe"  # the part of a file that is about the recipe: ``type`` of its policy, what it ``needs``
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,28 +109,49 @@ def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") ->
         UserError: ``option`` names a folder that cannot be written.
         FileExistsError: another process made ``folder`` meanwhile.
     """
+    tasks = config.tasks.split(",")
+
+    def demonstrate(root: Path) -> dict[str, Any]:
+        operators = with_centers(config.demonstrators)
+        rates = record(root, tasks, operators, config.episodes, config.episode_length, config.seed)
+        who = {task: asdict(operators.get(task, Operator())) for task in tasks}
+        return {"demonstrators": who, "demonstration_success": rates}
+
+    facts = {"tasks": tasks, "episodes_per_task": config.episodes, "episode_length": config.episode_length}
+    return write_base(folder, demonstrate, config.cloning, config.seed, facts, option)
+
+
+def write_base(
+    folder: Path,
+    demonstrate: Callable[[Path], dict[str, Any]],
+    cloning: CloningConfig,
+    seed: int,
+    facts: dict[str, Any],
+    option: str = "--output_dir",
+) -> dict[str, Any]:
+    """Clone what ``demonstrate`` records as a LeRobotDataset, whole or not at all, into ``folder``.
+
+    Returns:
+        ``facts``, what ``demonstrate`` returns, and more, as ``base.json`` holds them.
+
+    Raises:
+        UserError: ``option`` names a folder that cannot be written.
+        FileExistsError: another process made ``folder`` meanwhile.
+    """
     import datasets
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     datasets.disable_progress_bars()
-    tasks = config.tasks.split(",")
     with whole_folder(folder, option) as work:
-        data = work / DEMONSTRATIONS
-        operators = with_centers(config.demonstrators)
-        rates = record(data, tasks, operators, config.episodes, config.episode_length, config.seed)
-        dataset = LeRobotDataset(REPO_ID, root=data)
-        policy, pre, post, losses = clone(dataset, config.cloning, config.seed)
+        made = facts | demonstrate(work / DEMONSTRATIONS)
+        dataset = LeRobotDataset(REPO_ID, root=work / DEMONSTRATIONS)
+        policy, pre, post, losses = clone(dataset, cloning, seed)
         for part in (policy, pre, post):  # as `lerobot-train` would
             part.save_pretrained(work)
-        made = {
-            "tasks": tasks,
-            "demonstrators": {task: asdict(operators.get(task, Operator())) for task in tasks},
-            "demonstration_success": rates,
-            "episodes_per_task": config.episodes,
-            "episode_length": config.episode_length,
+        made |= {
             "frames": dataset.num_frames,
-            "cloning": asdict(config.cloning),
-            "seed": config.seed,
+            "cloning": asdict(cloning),
+            "seed": seed,
             "parameters": sum(p.numel() for p in policy.parameters()),
             "loss": losses,
         }

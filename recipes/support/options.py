@@ -17,7 +17,7 @@ from lerobot.configs.parser import print_scoped_help
 from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import UserError, reason
 from trimtab.recipes.cli import COMMANDS, REMOVED
-from trimtab.recipes.cli.recipes import ABOUT, ADAPT, COMPARE, FOLDER, LORA, RECIPES
+from trimtab.recipes.cli.recipes import ABOUT, ADAPT, BASE, COMPARE, FOLDER, LORA, RECIPES
 from trimtab.recipes.compare.from_recipe import comparison, is_recipe
 from trimtab.recipes.support.console import say
 from trimtab.recipes.support.option_dicts import (
@@ -88,7 +88,7 @@ def config_file(name: Any, command: str) -> Path | None:
     if name is None or Path(str(name)).is_file():
         return name and Path(str(name))
     folder = FOLDER / str(name).removeprefix("recipes/configs/")
-    own = {"lora": LORA, "compare": COMPARE}.get(command, ADAPT)
+    own = {"lora": LORA, "compare": COMPARE, "base": BASE}.get(command, ADAPT)
     for path in (folder, folder / own, folder / ADAPT):
         if path.is_file():
             return path

@@ -1,0 +1,80 @@
+"""Benchmark suites for which `trimtab base` makes a base policy per task."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.adapters import UserError
+from trimtab.recipes.embedded_base.base import write_base
+from trimtab.recipes.embedded_base.cloning import CloningConfig
+from trimtab.recipes.finetune.data import Recorder
+from trimtab.rl.runs.progress import Progress
+
+# Modules beside this one, each with TASKS, and what to install for them.
+SUITES = {
+    "gym_mujoco": "lerobot_policy_trimtab[gym_mujoco]",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of a suite, and who demonstrates it.
+
+    Attributes:
+        env: options of ``--env`` that make it.
+        demonstrate: (episodes, seed) -> the frames of one episode after the other, failures kept, as
+            ``LeRobotDataset.add_frame`` takes them.
+        fps: frames per second.
+    """
+
+    env: dict[str, Any]
+    demonstrate: Callable[[int, int], Iterator[list[dict[str, Any]]]]
+    fps: int
+
+
+def suite_tasks(suite: str) -> dict[str, Task]:
+    """The tasks of a suite by name.
+
+    Raises:
+        UserError: no such suite, or its package is missing.
+    """
+    if suite not in SUITES:
+        raise UserError("--suite", f"there is no '{suite}'; choose from metaworld, {', '.join(SUITES)}")
+    try:
+        return importlib.import_module(f"{__package__}.{suite}").TASKS
+    except ModuleNotFoundError as error:
+        raise UserError("--suite", f"{suite} needs {error.name}: uv pip install '{SUITES[suite]}'") from error
+
+
+def make_task_base(
+    task: Task, name: str, folder: Path, episodes: int, cloning: CloningConfig, seed: int
+) -> dict[str, Any]:
+    """Demonstrate, record and clone a task into ``folder``, which appears only when all of it is there.
+
+    Returns:
+        What ``base.json`` holds; ``demonstrated`` is the demonstrators' success rate, or of a task without
+        success their mean return.
+    """
+
+    def record(root: Path) -> dict[str, Any]:
+        scores: list[float] = []
+        progress = Progress(total=episodes, desc=f"demonstrations of {name}", unit="ep")
+
+        def counted() -> Iterator[list[dict[str, Any]]]:
+            for frames in task.demonstrate(episodes, seed):
+                yield frames
+                rewards = sum(float(frame["next.reward"][0]) for frame in frames)
+                scores.append(float(frames[-1].get("next.success", [rewards])[0]))
+                progress.update()
+                progress.set_postfix_str(f"mean {sum(scores) / len(scores):.4g}")
+
+        Recorder(root, task.fps, f"trimtab/{name}_demonstrations").add(counted())
+        progress.close()
+        return {"demonstrated": sum(scores) / len(scores)}
+
+    facts = {"task": name, "env": task.env, "episodes": episodes}
+    return write_base(folder, record, cloning, seed, facts)
