@@ -76,16 +76,15 @@ def hand(env: RobosuiteEnv, height: float) -> np.ndarray:
 def move(
     env: RobosuiteEnv, target: Callable[[], Pose], grip: float, close: float = 0.0, steps: int = 1000
 ) -> Actions:
-    """Yield actions towards ``target()``, until within ``close`` metres and 0.15 rad or for ``steps``."""
+    """Yield actions towards ``target()``, until within ``close`` metres of it or for ``steps``."""
     for _ in range(steps):
         position, turn = target()
         rotation = Rotation.from_euler("z", turn) * DOWN
         turned = (rotation * Rotation.from_quat(env.raw["robot0_eef_quat"]).inv()).as_rotvec()
         moved = position - env.raw["robot0_eef_pos"]
-        if np.linalg.norm(moved) < close and np.linalg.norm(turned) < 0.15:
+        if np.linalg.norm(moved) < close:
             return
-        # Friction in the wrist holds small turns back.
-        yield np.array([*np.concatenate([moved, 3.0 * turned]) / UNIT, grip])
+        yield np.array([*np.concatenate([moved, turned]) / UNIT, grip])
 
 
 def grasp(env: RobosuiteEnv, thing: Callable[[], np.ndarray], turn: float) -> Actions:
