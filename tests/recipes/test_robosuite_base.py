@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.rl.envs.test_robosuite import installed
 from trimtab.recipes.cli import main
 
-pytestmark = installed
+pytest.importorskip("robosuite")
 
 
 @pytest.mark.parametrize("task", ["Lift", "Can"])
