@@ -104,7 +104,7 @@ def lift(env: RobosuiteEnv, error: np.ndarray) -> Actions:
 def can(env: RobosuiteEnv, error: np.ndarray) -> Actions:
     yield from grasp(env, lambda: env.raw["Can_pos"] + error, 0.0)
     yield from move(env, lambda: (hand(env, 1.06), 0.0), CLOSED, close=0.05, steps=40)
-    yield from move(env, lambda: (np.array([*CAN_BIN, 1.06]), 0.0), CLOSED, close=0.03, steps=60)  # seldom closer than 5 cm
+    yield from move(env, lambda: (np.array([*CAN_BIN, 1.06]), 0.0), CLOSED, close=0.03, steps=60)
     yield from move(env, lambda: (np.array([*CAN_BIN, 0.93]), 0.0), CLOSED, close=0.015, steps=20)
     yield from move(env, lambda: (np.array([*CAN_BIN, 0.93]), 0.0), OPEN, steps=5)
     yield from move(env, lambda: (np.array([*CAN_BIN, 1.06]), 0.0), OPEN)
