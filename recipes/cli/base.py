@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ METAWORLD = "metaworld"
 class MakeBaseConfig(BaseConfig):
     """``trimtab base``."""
 
-    # metaworld makes one base for all --tasks; gym_mujoco and ogbench one for each task.
+    # metaworld makes one base for all --tasks; gym_mujoco, robosuite and ogbench one for each.
     suite: str = METAWORLD
     # Tasks, separated by commas; `--list_tasks=true` prints the suite's. Default: all; of Meta-World five.
     tasks: str = ""
@@ -75,7 +76,7 @@ def make_suite(config: MakeBaseConfig) -> None:
             continue
         made = make_task_base(tasks[name], name, folder, config.episodes, config.cloning, config.seed)
         print(f"{name}: demonstrators' mean {made['demonstrated']:.4g} in {config.episodes} episodes")
-        options = (f"--env.{key}={value}" for key, value in tasks[name].env.items())
+        options = (shlex.quote(f"--env.{key}={value}") for key, value in tasks[name].env.items())
         say_made(folder, made, " ".join(options))
 
 

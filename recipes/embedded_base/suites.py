@@ -17,6 +17,7 @@ from trimtab.rl.runs.progress import Progress
 # Modules beside this one, each with TASKS, and what to install for them.
 SUITES = {
     "gym_mujoco": "lerobot_policy_trimtab[gym_mujoco]",
+    "robosuite": "lerobot_policy_trimtab[robosuite]",
     "ogbench": "lerobot_policy_trimtab[ogbench]",
 }
 

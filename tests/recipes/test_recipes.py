@@ -181,7 +181,7 @@ def test_lora_at_published_size(name):
     text = (FOLDER / name / "README.md").read_text()
     said = re.search(r"trains ([\d,]+) weights in LeRobot's default size", text)
     if said is None:  # a policy of a size of its own
-        assert name in ("metaworld", "ogbench", "your_policy")
+        assert name in ("metaworld", "ogbench", "robomimic", "your_policy")
         return
     policy, peft = full_size(RECIPES[name].policy_type, "meta", 2)[0].policy, RECIPES[name].read(LORA)["peft"]
     modules = dict(policy.named_modules())
