@@ -41,7 +41,8 @@ def medium_agents(task: str, seed: int, target: float) -> list[Any]:
     Raises:
         UserError: ``MAX_STEPS`` environment steps did not suffice.
     """
-    env, agents = gym.make(task), []  # not the one that SAC learns in
+    agents: list[Any] = []
+    env = gym.make(task)  # not the one that SAC learns in
     networks = {"net_arch": [128, 128], "optimizer_kwargs": {"fused": True}}
     sac = SAC(
         "MlpPolicy",

@@ -27,7 +27,7 @@ TASKS = {
 AGENT = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 
 
-def make(task: str, horizon: int | None = None, end_at_success: bool = True) -> gym.Env:
+def make(task: str, horizon: int | None = None, end_at_success: bool = True) -> RobosuiteEnv:
     """The environment of ``task``; with ``end_at_success=False`` an episode always takes ``horizon`` steps.
 
     Raises:
