@@ -8,9 +8,11 @@ from lerobot.envs.utils import preprocess_observation
 
 from trimtab.rl.envs.gym import GymConfig
 from trimtab.rl.envs.hooks import for_policy, make_chunk_env
+from trimtab.rl.rendering import choose_gl_backend
 
+choose_gl_backend()  # as a command does, before a simulator is imported
 pytest.importorskip("ogbench", reason="uv pip install 'lerobot_policy_trimtab[ogbench]'")
-from trimtab.recipes.embedded_base import ogbench as suite
+from trimtab.recipes.embedded_base import ogbench as suite  # noqa: E402
 
 FEATURES = "observation.state", "observation.environment_state"
 SHAPES = {"cube-single": (200, 28), "scene": (750, 40)}  # time limit, numbers in an observation

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from trimtab.recipes.cli import main
+from trimtab.rl.rendering import choose_gl_backend
 
+choose_gl_backend()  # as a command does, before a simulator is imported
 pytest.importorskip("robosuite")
 
 
