@@ -85,6 +85,31 @@ def with_centers(operators: dict[str, Operator]) -> dict[str, Operator]:
     return centered
 
 
+def frame(
+    state: np.ndarray,
+    environment_state: np.ndarray,
+    action: np.ndarray,
+    reward: float,
+    ended: bool,
+    task: str,
+    success: bool | None = None,
+) -> dict[str, Any]:
+    """A step as ``LeRobotDataset.add_frame`` takes it, numbers as float32.
+
+    ``ended``: the demonstration is over after it; ``success``: ``None`` of a task that has none.
+    """
+    told = {} if success is None else {"next.success": np.array([success])}
+    return {
+        OBS_STATE: state.astype(np.float32),
+        OBS_ENV_STATE: environment_state.astype(np.float32),
+        ACTION: action.astype(np.float32),
+        "next.reward": np.array([reward], dtype=np.float32),
+        **told,
+        "next.done": np.array([ended]),
+        "task": task,
+    }
+
+
 def demonstrate(env: MetaworldStateEnv, operator: Operator, seed: int) -> Iterator[dict[str, Any]]:
     """Yield the frames of one demonstration in the dataset's format."""
     from lerobot.envs.metaworld import TASK_POLICY_MAPPING
@@ -94,22 +119,15 @@ def demonstrate(env: MetaworldStateEnv, operator: Operator, seed: int) -> Iterat
     error = operator.error(env.state[OBJECT], rng)
     ended = False
     while not ended:
-        seen = env.state.copy()
-        seen[OBJECT] += error
-        wanted = np.asarray(expert.get_action(seen), dtype=np.float64)
+        believed = env.state.copy()
+        believed[OBJECT] += error
+        wanted = np.asarray(expert.get_action(believed), dtype=np.float64)
         noisy = wanted + rng.normal(0.0, operator.noise, wanted.shape)
         action = np.clip(noisy, -1.0, 1.0).astype(np.float32)
         following, reward, terminated, truncated, info = env.step(action)
         ended = terminated or truncated
-        yield {
-            OBS_STATE: observation["agent_pos"].astype(np.float32),
-            OBS_ENV_STATE: observation["environment_state"].astype(np.float32),
-            ACTION: action,
-            "next.reward": np.array([reward], dtype=np.float32),
-            "next.success": np.array([info["is_success"]]),
-            "next.done": np.array([ended]),
-            "task": env.task_description,
-        }
+        seen = observation["agent_pos"], observation["environment_state"]
+        yield frame(*seen, action, reward, ended, env.task_description, info["is_success"])
         observation = following
 
 

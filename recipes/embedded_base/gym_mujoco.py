@@ -13,11 +13,10 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from stable_baselines3 import SAC
 
 from trimtab.adapters import UserError
-from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET
+from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET, frame
 from trimtab.recipes.embedded_base.suites import Task
 from trimtab.rl.runs.progress import Progress
 
@@ -58,7 +57,7 @@ def medium_agents(task: str, seed: int, target: float) -> list[Any]:
         sac.learn(EVERY, reset_num_timesteps=False)
         agents = [*agents, copy.deepcopy(sac.policy)][-KEPT:]
         episodes = [play(env, sac.policy, SEED_OFFSET - 1 - n) for n in range(EVALUATED)]
-        reached = sum(float(frame["next.reward"][0]) for frames in episodes for frame in frames) / EVALUATED
+        reached = sum(float(step["next.reward"][0]) for frames in episodes for step in frames) / EVALUATED
         progress.update(EVERY)
         progress.set_postfix_str(f"return {reached:.0f} of {target:.0f}")
         if reached >= target:
@@ -75,18 +74,11 @@ def play(env: gym.Env, agent: Any, seed: int, description: str = "") -> Iterator
     observation, _ = env.reset(seed=seed)
     ended = False
     while not ended:
-        state = observation.astype(np.float32)
+        seen = observation.copy()  # a simulator may fill the same array again
         action, _ = agent.predict(observation, deterministic=False)
         observation, reward, terminated, truncated, _ = env.step(action)
         ended = terminated or truncated
-        yield {
-            OBS_STATE: state,
-            OBS_ENV_STATE: state,
-            ACTION: action.astype(np.float32),
-            "next.reward": np.array([reward], dtype=np.float32),
-            "next.done": np.array([ended]),
-            "task": description,
-        }
+        yield frame(seen, seen, action, reward, ended, description)
 
 
 def demonstrate(task: str, episodes: int, seed: int) -> Iterator[list[dict[str, Any]]]:

@@ -14,13 +14,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from ogbench.manipspace.oracles.markov.button_markov import ButtonMarkovOracle
 from ogbench.manipspace.oracles.markov.cube_markov import CubeMarkovOracle
 from ogbench.manipspace.oracles.markov.drawer_markov import DrawerMarkovOracle
 from ogbench.manipspace.oracles.markov.window_markov import WindowMarkovOracle
 
-from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET
+from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET, frame
 from trimtab.recipes.embedded_base.suites import Task
 
 FPS = 20
@@ -150,20 +149,10 @@ def demonstrate(
         while not ended:
             wanted = expert(info, error)
             noisy = wanted + rng.normal(0.0, operator.noise, wanted.shape)
-            action, state = np.clip(noisy, -1.0, 1.0).astype(np.float32), observation.astype(np.float32)
+            action, seen = np.clip(noisy, -1.0, 1.0).astype(np.float32), observation.copy()
             observation, reward, terminated, truncated, info = env.step(action)
             ended = terminated or truncated or len(frames) + 1 == operator.patience
-            frames.append(
-                {
-                    OBS_STATE: state,
-                    OBS_ENV_STATE: state,
-                    ACTION: action,
-                    "next.reward": np.array([reward], dtype=np.float32),
-                    "next.success": np.array([bool(info["success"])]),
-                    "next.done": np.array([ended]),
-                    "task": description,
-                }
-            )
+            frames.append(frame(seen, seen, action, reward, ended, description, bool(info["success"])))
         yield frames
     env.close()
 

@@ -13,15 +13,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from scipy.spatial.transform import Rotation
 
+from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET, frame
 from trimtab.recipes.embedded_base.suites import Task
 from trimtab.rl.envs.robosuite import RobosuiteEnv, make
 
 FPS = 20
 FACTORY = f"{make.__module__}:{make.__name__}"
-SEED_OFFSET = 50_000_000  # demonstrations never start where training or evaluation does
 DOWN = Rotation.from_quat([1.0, 0.0, 0.0, 0.0])  # the gripper points down, its fingers close along y
 OPEN, CLOSED = -1.0, 1.0
 UNIT = np.array([0.05, 0.05, 0.05, 0.5, 0.5, 0.5])  # metres and radians that an action of 1 stands for
@@ -144,15 +143,8 @@ def perform(env: RobosuiteEnv, operator: Operator, seed: int) -> Iterator[dict[s
         action = np.clip(wanted, -1.0, 1.0).astype(np.float32)
         following, reward, terminated, truncated, info = env.step(action)
         ended = terminated or truncated or step == operator.steps
-        yield {
-            OBS_STATE: observation["agent_pos"].astype(np.float32),
-            OBS_ENV_STATE: observation["environment_state"].astype(np.float32),
-            ACTION: action,
-            "next.reward": np.array([reward], dtype=np.float32),
-            "next.success": np.array([info["is_success"]]),
-            "next.done": np.array([ended]),
-            "task": env.task_description,
-        }
+        seen = observation["agent_pos"], observation["environment_state"]
+        yield frame(*seen, action, reward, ended, env.task_description, info["is_success"])
         if ended:
             return
         observation = following
@@ -168,12 +160,7 @@ def demonstrate(task: str, episodes: int, seed: int) -> Iterator[list[dict[str, 
 
 TASKS = {
     name: Task(
-        {
-            "type": "gym",
-            "factory": f"{make.__module__}:{make.__name__}",
-            "kwargs": {"task": name},
-            "fps": FPS,
-        },
+        {"type": "gym", "factory": FACTORY, "kwargs": {"task": name}, "fps": FPS},
         partial(demonstrate, name),
         FPS,
     )
