@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
@@ -89,7 +89,7 @@ def frame(
     state: np.ndarray,
     environment_state: np.ndarray,
     action: np.ndarray,
-    reward: float,
+    reward: SupportsFloat,
     ended: bool,
     task: str,
     success: bool | None = None,
@@ -103,7 +103,7 @@ def frame(
         OBS_STATE: state.astype(np.float32),
         OBS_ENV_STATE: environment_state.astype(np.float32),
         ACTION: action.astype(np.float32),
-        "next.reward": np.array([reward], dtype=np.float32),
+        "next.reward": np.array([float(reward)], dtype=np.float32),
         **told,
         "next.done": np.array([ended]),
         "task": task,

@@ -58,6 +58,8 @@ def test_a_task_without_success_is_compared_by_its_return(policy, tmp_path, caps
     assert len(base["returns"]) == 4 and not base["won"] and base["success_rate"] is None
     record = json.loads((output / "runs/Lane-v0/steered-seed0.json").read_text())
     assert record["settings"]["method"]["train"]["reward"] == "env" and record["updates"] > 0
+    low, high = record["reward_range"]  # as `adapt` measures it
+    assert low < high and low <= base["return_mean"] / base["mean_steps"] <= high
     after = record["final"]["actor"]["returns"]
     rows = {row["method"]: row for row in json.loads((output / "compare.json").read_text())["methods"]}
     gain = sum(b - a for a, b in zip(base["returns"], after)) / 4
