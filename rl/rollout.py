@@ -55,6 +55,7 @@ class Rollout:
         episode, upcoming: of each environment that runs one, and the one after it.
         observations, generators, traces: of each environment: what to act on next, of its noise, of its
             running episode.
+        waiting: environments whose next episode begins once a person says so (``start``).
         envs, encoded, features: environments that ``encode_observations`` was asked for, and what it made.
         seconds: spent on the policy (``denoise``) and on waiting for simulators (``env_wait``); for which
             these worked (``env_busy``), and waited to be asked (``env_idle``).
@@ -79,7 +80,12 @@ class Rollout:
         self.generators = {i: torch.Generator().manual_seed(seed_of(k)) for i, k in self.upcoming.items()}
         self.observations: dict[int, RawObservation] = {}
         self.traces: dict[int, Trace] = {}
-        self.restart(list(self.upcoming), render)
+        self.waiting: list[int] = []
+        if vec.attended:  # until then, what its observations look like
+            self.waiting, self.episode = list(self.upcoming), dict(self.upcoming)
+            self.observations = {i: vec.descriptions[i].blank for i in self.waiting}
+        else:
+            self.restart(list(self.upcoming), render)
 
     def restart(self, envs: list[int], render: Sequence[int] = ()) -> None:
         """Begin the upcoming episodes of ``envs`` at once."""
@@ -90,6 +96,18 @@ class Rollout:
             self.observations |= self.vec.reset(seeds, {i: seed in render for i, seed in seeds.items()})
         for i in envs:
             self._note(i)
+
+    def start(self) -> bool:
+        """Wait until people have started the episodes that are ``waiting``; false if they end the run."""
+        seeds = {i: self.seed_of(self.upcoming[i]) for i in self.waiting}
+        self.observations |= (found := self.vec.reset(seeds))
+        if len(found) < len(seeds):
+            return False
+        for i in self.waiting:
+            self._enter(i)
+            self._note(i)
+        self.waiting = []
+        return True
 
     def _enter(self, i: int) -> None:
         """Let the next episode be the one that runs."""
@@ -180,6 +198,13 @@ class Rollout:
     def start_next_episodes(self) -> None:
         """Take up the observations that ``receive`` brought; where an episode has ended, the next one's."""
         for i, result in self._results.items():
+            if (result.ended or result.lost) and self.vec.attended:
+                if self.upcoming[i] is None:
+                    self._enter(i)
+                else:
+                    self.waiting.append(i)
+                    self.traces[i] = Trace()
+                continue
             if result.ended or result.lost:
                 self._enter(i)
             if i in self.episode:

@@ -34,6 +34,7 @@ COMMANDS = {
     "probe": Command("can this policy be steered, and in which noise space?", tiny=True),
     "policies": Command("list the policy types: their noise, and what one more noise costs"),
     "recipes": Command("list the recipes for known policies: files, commands, needs", light=True),
+    "station": Command("run a robot for `trimtab adapt` on another machine"),
     "base": Command("make base policies on the spot: Meta-World's tasks, or a benchmark's"),
 }
 # What is gone ("COMMAND" or "COMMAND --option"), and what to use instead.

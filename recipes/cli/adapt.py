@@ -44,6 +44,8 @@ from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.data.memory import check_replay, replay_layout
+from trimtab.rl.envs.hooks import is_attended
+from trimtab.rl.envs.robot.outcomes import robot_outcomes
 from trimtab.rl.evaluation import Evaluation, pooled, unreported
 from trimtab.rl.runs.checkpoint import CheckpointConfig
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
@@ -52,6 +54,7 @@ from trimtab.rl.seeds import MAX_SEED
 from trimtab.rl.trainer import Trainer
 from trimtab.rl.warm_start import read_constant
 
+EPISODES = "episodes"  # of a robot, in the run's folder
 # Evaluations by task and policy.
 Measured = dict[str, dict[str, Evaluation]]
 
@@ -124,7 +127,8 @@ def main(config: AdaptConfig) -> None:
     say(f"\n{table(results['policies'], config.train.reward == 'env')}\n")
     for task, found in results["tasks"].items() if len(results["tasks"]) > 1 else ():
         say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(one)}" for n, one in found.items()))
-    say(untrained_line(results, config.noise.type))
+    if results["untrained_actor"]:
+        say(untrained_line(results, config.noise.type))
     for line in waits(lines[-1] if lines else {}):
         say(line)
     say(f"{results['actor_parameters']:,} weights trained; artefact {artefact}; all in {output}")
@@ -172,15 +176,23 @@ def steer(
         checkpoint = run.newest() if config.resume else None
         if checkpoint is not None and not checkpoint.beside.get("repeatable", True):
             session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
-        measured, constants = (run.baselines() if config.resume else None) or measure(session, config, space)
+        robot = is_attended(config.env)
+        if robot and world.size > 1:
+            raise UserError("--robot.type", "one process learns from a robot; leave accelerate launch out")
+        measured, constants = (run.baselines() if config.resume else None) or (
+            ({}, {}) if robot else measure(session, config, space)  # a robot's base is measured in the run
+        )
         check_reward(config.rl, config.train.reward, measured)
-        seen = pooled([found["base"] for found in measured.values()]).reward_range
-        config.train = config.train.within_rewards(seen)
+        seen = [found["base"] for found in measured.values()]
+        config.train = config.train.within_rewards(pooled(seen).reward_range if seen else None)
         run.begin(measured, constants)
         clock.lap("baselines")
         tracked = Trackers(accelerator, flatten(run.config))
         kept = checkpoint.beside["metrics"] if checkpoint else 0
         with session.environments(config.num_envs, faults=config.faults) as vec:
+            if robot:
+                vec.keep(output / EPISODES, checkpoint.beside["episodes"] if checkpoint else 0)
+                vec.stopping = signals
             if len(set(vec.task_names)) != len(session.tasks):
                 raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
             trainer = config.rl.make_trainer(session.runner, vec, config.noise, config.seed) or Trainer(
@@ -202,6 +214,7 @@ def steer(
                     run.checkpoints.beside = lambda: {
                         "metrics": metrics.offset(),
                         "repeatable": vec.repeatable,
+                        "episodes": vec.episodes if robot else None,
                     }
                 for note in trainer.resume(checkpoint) if checkpoint else ():
                     print(note)
@@ -215,18 +228,20 @@ def steer(
         learnt.actor.eval()
         clock.lap("steering")
         steered = learnt.deployed_policy(config.eval.deterministic)
-        for task, vec in session.evaluations_by_task():
+        if robot:
+            measured = {session.tasks[0]: robot_outcomes(output / EPISODES)}
+        for task, vec in () if robot else session.evaluations_by_task():
             measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
         clock.lap("steered_evaluation")
         session.adapter.check_identity(identity, folder)
-        untrained = pooled([found.pop("untrained") for found in measured.values()])
+        untrained = [found.pop("untrained") for found in measured.values() if "untrained" in found]
         names = next(iter(measured.values()))
         evaluations = {name: pooled([found[name] for found in measured.values()]) for name in names}
         results = results_of(
             config,
             evaluations,
             tasks={task: summaries(found) for task, found in measured.items()},
-            untrained_actor=untrained.summary(),
+            untrained_actor=pooled(untrained).summary() if untrained else None,
             constant_noise_search=constants,
             env_steps=trainer.env_steps,
             training_episodes=trainer.episodes,

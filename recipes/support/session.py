@@ -23,7 +23,7 @@ from trimtab.policies.observe import ObserveConfig, build_observer
 from trimtab.recipes.support.reporting import write_grid_video
 from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.envs.contract import SUCCESS_KEYS
-from trimtab.rl.envs.hooks import check_base, check_buildable, for_policy, task_names
+from trimtab.rl.envs.hooks import check_base, check_buildable, for_policy, is_attended, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, unreported
 from trimtab.rl.runner import Encoded, PolicyRunner
@@ -89,15 +89,19 @@ class Session:
         """
         with ExitStack() as stack:
             try:
-                vec = ChunkVectorEnv(
-                    self.env,
-                    count,
-                    self.machine.workers if workers is None else workers,
-                    self.adapter.n_obs_steps,
-                    keep_seen=keep_seen,
-                    task=task,
-                    tolerant=faults is not None,
-                    timeout=faults.timeout if faults else 0.0,
+                vec = (
+                    self.env.make_vector_env(self.adapter.n_obs_steps)  # type: ignore[attr-defined]
+                    if is_attended(self.env)
+                    else ChunkVectorEnv(
+                        self.env,
+                        count,
+                        self.machine.workers if workers is None else workers,
+                        self.adapter.n_obs_steps,
+                        keep_seen=keep_seen,
+                        task=task,
+                        tolerant=faults is not None,
+                        timeout=faults.timeout if faults else 0.0,
+                    )
                 )
                 stack.callback(vec.close)
                 self._preflight(vec)

@@ -165,8 +165,11 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         idle: from then until it was called; both averaged over the workers.
         repeatable: false where an environment says, or has been found, not to repeat an episode.
         descriptions: what each environment says of itself.
+        attended: whether people start its episodes: a robot's (``robot/vector.py``).
         on_success_key: called once for each name under which environments report success.
     """
+
+    attended, deadline = False, None
 
     def __init__(
         self,
