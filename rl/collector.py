@@ -116,6 +116,7 @@ class Collector:
         )
         self.rollout.encode_observations()
         self._accumulators = [NStepAccumulator(rl.n_step) for _ in envs]
+        self._human = [False for _ in envs]  # whether a person has the robot
         self._held: list[list[Transition]] = [[] for _ in envs]  # of running episodes
         self._episodes = [self._new_episode(i) for i in envs]
         keeps = "conditioning" in rl.replayed
@@ -135,7 +136,7 @@ class Collector:
         if not self.rollout.start():
             return False
         for i in waiting:
-            self._episodes[i] = self._new_episode(i)
+            self._episodes[i], self._human[i] = self._new_episode(i), False
         self._look_here()
         return True
 
@@ -231,7 +232,7 @@ class Collector:
         chunk = self._chunks[i].reshape(-1, dim).copy()
         chunk[: len(actions)] = self.runner.normalised(history, torch.from_numpy(actions)[None])[0].numpy()
         self._chunks[i] = chunk.reshape(-1)
-        self._u[i] = np.nan if result.human else result.note.get("u", self._u[i])
+        self._u[i] = 0.0 if result.human else result.note.get("u", self._u[i])
 
     def _add(self, i: int, result: ChunkResult, before: Row, after: Row) -> list[Transition]:
         """Take an executed chunk into the running episode; returns the transitions that it completes."""
@@ -250,7 +251,12 @@ class Collector:
         self.reported |= result.success_key is not None or episode.success
         kept["chunk"] = self._chunks[i]
         chunk = Transition(features, self._u[i], reward, discount, next_features, kept)
-        return self._accumulators[i].add(chunk, result.ended, next_kept)
+        done = []
+        if result.human != self._human[i]:  # no return goes on where another acts
+            done, self._human[i] = self._accumulators[i].flush(), result.human
+        if result.human and "chunk" not in self.rl.replayed:  # nobody knows what noise would have said that
+            return done
+        return done + self._accumulators[i].add(chunk, result.ended, next_kept)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the simulators, environment by environment, between two chunks."""

@@ -147,6 +147,8 @@ class Trainer:
     def _start_episodes(self) -> bool:
         """Learn all that is to be learnt while people prepare the next episodes, and wait for them."""
         self._learn()
+        if self._logged != self.env_steps:
+            self._log()
         self._keep(end=self.env_steps > 0)
         started = self.collector.start_episodes()
         self._stopping = not started
@@ -258,6 +260,7 @@ class Trainer:
         if faults := self.faults.total():
             line |= {"faults": faults, "episodes_dropped": self.dropped}
         line |= self.metrics.means()
+        line |= self.vec.timing() if self.vec.attended else {}
         line |= self.metrics.times(
             {**self.collector.rollout.seconds, "update": self.update_seconds}, self.seconds
         )

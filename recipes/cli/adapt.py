@@ -45,6 +45,7 @@ from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.data.memory import check_replay, replay_layout
 from trimtab.rl.envs.hooks import is_attended
+from trimtab.rl.envs.robot.episodes import EPISODES
 from trimtab.rl.envs.robot.outcomes import robot_outcomes
 from trimtab.rl.evaluation import Evaluation, pooled, unreported
 from trimtab.rl.runs.checkpoint import CheckpointConfig
@@ -54,7 +55,6 @@ from trimtab.rl.seeds import MAX_SEED
 from trimtab.rl.trainer import Trainer
 from trimtab.rl.warm_start import read_constant
 
-EPISODES = "episodes"  # of a robot, in the run's folder
 # Evaluations by task and policy.
 Measured = dict[str, dict[str, Evaluation]]
 

@@ -234,7 +234,7 @@ class Session:
 
     def record(self, policy: ChunkPolicy, path: Path, label: str) -> None:
         """Render the first evaluation episodes under ``policy`` to an MP4, or say why it cannot be done."""
-        seeds = self.eval.seeds[: self.eval.videos]
+        seeds = [] if is_attended(self.env) else self.eval.seeds[: self.eval.videos]
         if seeds and not self._declared:
             print(f"no video {path.name}: this environment cannot repeat the episodes of the evaluation")
         elif seeds:

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file, save
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.runs.checkpoint import sync_folder, write
 
+EPISODES = "episodes"  # in a run's folder
 OUTCOMES = ("success", "failure", "timeout", "abort")
 RECORD = "episode.json"
 CAMERAS = f"{OBS_IMAGES}."

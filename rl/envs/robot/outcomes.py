@@ -12,15 +12,15 @@ from trimtab.rl.evaluation import Evaluation
 LAST = 20  # steered episodes that count: the policy changes as it learns
 
 
-def robot_outcomes(root: Path) -> dict[str, Evaluation]:
-    """The base's episodes, and the last steered ones, below ``root``; dropped ones are left out."""
+def robot_outcomes(root: Path, last: int | None = LAST) -> dict[str, Evaluation]:
+    """The base's episodes, and the ``last`` steered ones, below ``root``; dropped ones are left out."""
     found: dict[str, list[EpisodeRecord]] = {"base": [], "steered": []}
     for folder in episode_folders(root):
         record = EpisodeRecord.read(folder)
         if record.outcome != "abort" and record.chunks:
-            steered = bool(record.chunks[0].note["steered"])
+            steered = bool(record.chunks[0].note.get("steered", False))
             found["steered" if steered else "base"].append(record)
-    found["steered"] = found["steered"][-LAST:]
+    found["steered"] = found["steered"][-(last or 0) :]
     return {
         name: Evaluation(
             [record.number for record in records],

@@ -323,7 +323,9 @@ def load_robots(packages: list[str]) -> None:
 
     register_third_party_plugins()
     for package in packages:
-        if hasattr(importlib.import_module(package), "__path__"):  # else LeRobot looks for its modules in vain
+        if hasattr(
+            importlib.import_module(package), "__path__"
+        ):  # else LeRobot looks for its modules in vain
             load_plugin(package)
 
 

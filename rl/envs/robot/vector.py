@@ -64,6 +64,7 @@ class RobotVectorEnv:
         self._running = EpisodeRecord(0)
         self._history: deque[dict[str, Any]] = deque(maxlen=n_obs_steps)
         self._asked = np.zeros((0, 0), np.float32)
+        self._note: dict[str, np.ndarray] = {}
         self._expected = 0.1  # seconds from a chunk's end to the next one's start, as measured
         self._returned = 0.0
         self._child: subprocess.Popen | None = None
@@ -104,11 +105,12 @@ class RobotVectorEnv:
                 return {}
         return hello
 
-    def keep(self, root: Path, learnt: int) -> None:
-        """Write episodes to folders below ``root``; those from number ``learnt`` on are learnt from first."""
+    def keep(self, root: Path, learnt: int | None = None) -> None:
+        """Write episodes to folders below ``root``; those from number ``learnt`` on are played first."""
         self.root, folders = root, episode_folders(root)
         self._running = EpisodeRecord(int(folders[-1].name) + 1 if folders else 0)
-        self._recorded.extend(folder for folder in folders if int(folder.name) >= learnt)
+        if learnt is not None:
+            self._recorded.extend(folder for folder in folders if int(folder.name) >= learnt)
 
     @property
     def episodes(self) -> int:
@@ -217,7 +219,8 @@ class RobotVectorEnv:
             return {0: result} if result else {}
         if self.root is not None:
             held_up = any(chunk.gap > self.config.max_gap_s for chunk in record.chunks)
-            record.write(self.root, {"steered": bool(self._note["steered"]), "held_up": held_up})
+            steered = bool(self._note.get("steered", False))
+            record.write(self.root, {"steered": steered, "held_up": held_up})
         self._running = EpisodeRecord(record.number + 1)
         return {0: result if result and not result.lost else self._dropped(record)}
 
