@@ -6,7 +6,7 @@ import numpy as np
 
 from trimtab.recipes.embedded_arm.arm import HAND, LINK, PARKED, SHOULDER
 
-# Metres, of the fingertips: where they turn, from how high and down to where, how high they push, and how far.
+# Metres, of the fingertips: where they turn, from how high, down to where; how high they push, how far.
 BACK, HIGH, HOVER, LOW, OUT = 0.10, 0.09, 0.05, 0.02, 0.255
 BEHIND = 0.05  # metres from the cube's middle to fingertips that cannot touch it
 TURN = 8  # steps that it takes to turn to the cube, wherever that is
