@@ -30,9 +30,7 @@ JOINTS = {
     "gripper": (0.0, 100.0),
 }
 PARKED = dict(zip((f"{name}.pos" for name in JOINTS), (0.0, -30.0, 140.0, 70.0, 0.0)))
-START = dict(
-    zip(PARKED, (0.0, -2.0, 141.0, 41.0, 0.0))
-)  # the closed gripper behind the cube, above the table
+START = dict(zip(PARKED, (0.0, -15.0, 133.0, 62.0, 0.0)))  # the closed gripper above the table
 CAMERA = "front"
 SUBSTEP = 1 / 600  # seconds of physics, at most
 UNITS = np.array([np.pi / 180] * 4 + [0.03 / 100])  # radians and metres of one unit of each joint
@@ -261,7 +259,7 @@ class MujocoArm(Robot):
         self._check()
         rng, tip, place = np.random.default_rng(seed), self.places()[0], np.zeros(3)
         while np.linalg.norm(place - tip) < 0.05 or not place.any():  # beside the gripper, not in it
-            radius, bearing = rng.uniform(0.16, 0.19), np.deg2rad(rng.uniform(-35, 35))
+            radius, bearing = rng.uniform(0.16, 0.19), np.deg2rad(rng.uniform(-25, 25))
             place = np.array([radius * np.cos(bearing), radius * np.sin(bearing), 0.02])
         turn = (bearing + np.deg2rad(rng.uniform(-10, 10))) / 2
         with self._lock:
