@@ -270,7 +270,12 @@ class Collector:
             }
             for i, state in enumerate(self.rollout.state_dict())
         ]
-        return {"env_steps": self.env_steps, "seconds": dict(self.rollout.seconds), "envs": envs}
+        beside = {
+            "env_steps": self.env_steps,
+            "seconds": dict(self.rollout.seconds),
+            "steering": self._steering,
+        }
+        return beside | {"envs": envs}
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Put a new collector where it was, as far as its environments repeat their episodes.
@@ -279,6 +284,7 @@ class Collector:
         """
         rollout, saved, self.env_steps = self.rollout, state["envs"], state["env_steps"]
         rollout.seconds.update(state["seconds"])
+        self._steering = state["steering"]
         back = rollout.load_state_dict([one["rollout"] for one in saved])
         for i in range(self.vec.num_envs):
             if i in back:

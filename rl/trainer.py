@@ -133,6 +133,8 @@ class Trainer:
             if self.env_steps - self._logged >= self.train.log_every:
                 self._log()
             self._keep()
+        if self.vec.attended:  # nobody waits for what the last episode has taught
+            self._learn()
         if self._logged != self.env_steps:
             self._log()
         bar.close()

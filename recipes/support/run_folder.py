@@ -32,8 +32,23 @@ from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.runs.processes import ProcessGroup
 
 CONFIG, BASELINES, CHECKPOINTS, METRICS = "config.json", "baselines.json", "checkpoints", "metrics.jsonl"
+# Of a robot: how it is reached, and who stands beside it.
+STATION = (
+    "robot",
+    "teleop",
+    "listen",
+    "token",
+    "person",
+    "person_options",
+    "packages",
+    "park_pose",
+    "dry_run",
+)
 # What may differ when a run goes on: where and how it is run, and how long.
-FREE = ("checkpoint", "machine", "faults", "trackers", "policy.device", "train.env_steps")
+FREE = (
+    *("checkpoint", "machine", "faults", "trackers", "policy.device", "train.env_steps", "train.episodes"),
+    *(f"env.{name}" for name in STATION),
+)
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 

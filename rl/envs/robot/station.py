@@ -11,6 +11,7 @@ Where the learner falls silent the robot holds its last target, then parks.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import signal
@@ -141,7 +142,8 @@ class Station:
         """What the learner must know of the robot."""
         arm = self.arm
         shapes = {name: list(one["shape"]) for name, one in arm.features.items()}
-        return {"names": arm.names, "shapes": shapes, "state": arm.features[OBS_STATE]["names"]}
+        clock = {"fps": self.config.fps, "period": self.period, "episode_s": self.config.episode_time_s}
+        return {"names": arm.names, "shapes": shapes, "state": arm.features[OBS_STATE]["names"], **clock}
 
     def serve(self, link: StationLink) -> None:
         """Do what the learner asks until it says park.
@@ -254,7 +256,8 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
     Raises:
         UserError: the robot, the person or the learner is not there, or refuses.
     """
-    with StationLink(address, token, config.silence_s) as link:
+    print(f"dialling the learner at {address}", flush=True)
+    with StationLink(address, token, config.silence_s, again) as link:
         try:
             arm = Arm(config)
             try:
@@ -270,7 +273,8 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
         def interrupt(number: int, frame: Any) -> None:
             station.interrupted = True
 
-        signal.signal(signal.SIGINT, interrupt)
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, interrupt)
         try:
             while True:
                 try:

@@ -75,6 +75,9 @@ class RobotVectorEnv:
         except BaseException:
             self.close()
             raise
+        if (theirs := self.hello["fps"]) != config.fps:
+            self.close()
+            raise UserError("--robot.fps", f"is {config.fps} here, {theirs} at the station: name the same")
         blank = {key: np.zeros(shape, np.uint8) for key, shape in self.hello["shapes"].items()}
         blank[OBS_STATE] = blank[OBS_STATE].astype(np.float32)
         self._history.extend([blank] * n_obs_steps)
@@ -176,9 +179,8 @@ class RobotVectorEnv:
         if self._playing:
             return
         self._expected = max(0.9 * self._expected, now - self._returned)
-        if not self.config.lockstep:
-            length = len(self._asked) / (self.config.fps * self.config.speed)
-            self.deadline = now + length - self._expected
+        if period := self.hello["period"]:
+            self.deadline = now + len(self._asked) * period - self._expected
         with contextlib.suppress(Lost):  # `receive` says so
             self.link.send({"kind": "chunk", "actions": self._asked})
 

@@ -10,6 +10,7 @@ import contextlib
 import hmac
 import queue
 import threading
+import time
 from typing import Any
 
 from trimtab.adapters.errors import UserError, reason
@@ -27,6 +28,7 @@ except ImportError:
 
 VERSION = 1  # of the messages
 GREETING_S = 10.0  # for a greeting
+REDIAL_S = 0.5
 
 
 class Lost(Exception):
@@ -151,19 +153,21 @@ class LearnerLink:
 
 
 class StationLink(contextlib.AbstractContextManager["StationLink"]):
-    """The station's end. It is dialled at once.
+    """The station's end. It dials at once, and again until somebody answers where it is to ``wait``.
 
     Raises:
         UserError: there is no learner at ``address``, or it refuses.
     """
 
-    def __init__(self, address: str, token: str, silence_s: float) -> None:
+    def __init__(self, address: str, token: str, silence_s: float, wait: bool = False) -> None:
         self._address, self._token, self._silence_s = address, token, silence_s
         self._connection: Any = None
         self._next: dict[str, Any] | None = None
         self.n_obs_steps = 1
-        if not self.dial():
-            raise UserError("--connect", f"no learner answers at {address}: start trimtab adapt there first")
+        while not self.dial():
+            if not wait:
+                raise UserError("--connect", f"no learner answers at {address}")
+            time.sleep(REDIAL_S)
 
     def dial(self) -> bool:
         """Whether the learner has let this station in.

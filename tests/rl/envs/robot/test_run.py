@@ -1,0 +1,106 @@
+"""A run on the embedded arm by the command: what it leaves, and how it goes on."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.helpers.robots import free_port, make_policy, robot_config, station_thread
+from trimtab.recipes.cli import main
+from trimtab.rl.envs.robot.episodes import RECORD, EpisodeRecord
+
+# Episodes 1 and 4 succeed, 2 is dropped (and so followed by one more), the others run out of time.
+SCRIPT = {"1": {"7": "success"}, "2": {"8": "drop"}, "4": {"11": "success"}}
+OPTIONS = [
+    "--rl.type=best_of_n",
+    "--rl.num_candidates=4",
+    "--rl.target_candidates=4",
+    "--rl.batch_size=16",
+    "--rl.actor.hidden=16",
+    "--rl.critic.hidden=16",
+    "--train.first_update=4",
+    "--train.updates_per_transition=2",
+    "--robot.base_episodes=2",
+    "--robot.episode_time_s=1",
+    "--machine.threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_policy(tmp_path_factory.mktemp("robot") / "base")
+
+
+def adapt(base, output, *options, said=None):
+    port = free_port()
+    config = robot_config(person_options=said or {"script": SCRIPT})
+    with station_thread(config, f"127.0.0.1:{port}", "word", again=True) as raised:
+        where = [f"--robot.listen=127.0.0.1:{port}", "--robot.token=word"]
+        given = [f"--policy.path={base}", *OPTIONS] if "--resume=true" not in options else []
+        assert main(["adapt", *given, *where, f"--output_dir={output}", *options]) == 0
+    assert not raised
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    """Six episodes that count."""
+    output = tmp_path_factory.mktemp("robot") / "run"
+    adapt(base, output, "--robot.episodes=6", "--checkpoint.keep=9")
+    return output
+
+
+def weights(output):
+    return load_file(output / "artefact" / "model.safetensors")
+
+
+def test_episodes_are_files(run):
+    records = [EpisodeRecord.read(folder) for folder in sorted((run / "episodes").iterdir())]
+    assert [record.outcome for record in records] == [
+        *("timeout", "success", "abort", "timeout", "success", "timeout", "timeout")
+    ]
+    assert [record.steps for record in records] == [15, 7, 8, 15, 11, 15, 15]
+    chunks = records[1].chunks
+    assert [len(chunk.executed) for chunk in chunks] == [5, 2]
+    assert chunks[0].note["u"].shape == (40,) and len(chunks[1].seen) == 3
+    assert json.loads((run / "episodes" / "000002" / RECORD).read_text())["why"] == "drop"
+
+
+def test_results_tell_base_from_steered(run):
+    policies = json.loads((run / "results.json").read_text())["policies"]
+    assert policies["base"]["episodes"] + policies["steered"]["episodes"] == 6
+    assert policies["base"]["episodes"] >= 2
+    assert sum(entry["successes"] for entry in policies.values()) == 2
+
+
+def same(one, other):
+    return all((one[name] == other[name]).all() for name in one)
+
+
+def test_a_run_that_was_stopped_between_episodes_goes_on_as_if_it_had_not(base, run, tmp_path):
+    said = {"script": {**SCRIPT, "4": {"-1": "stop"}}, "delay_s": 0.1}
+    adapt(base, tmp_path / "run", "--robot.episodes=6", said=said)
+    assert not (tmp_path / "run" / "artefact").exists()
+    adapt(base, tmp_path / "run", "--resume=true")
+    assert same(weights(run), weights(tmp_path / "run"))
+
+
+def test_the_episode_in_which_a_run_is_stopped_is_dropped(base, tmp_path, capsys):
+    adapt(base, tmp_path / "run", "--robot.episodes=3", said={"script": {"1": {"6": "stop"}}})
+    assert "stopped by the person" in capsys.readouterr().out
+    adapt(base, tmp_path / "run", "--resume=true")
+    records = [EpisodeRecord.read(folder) for folder in sorted((tmp_path / "run" / "episodes").iterdir())]
+    assert [record.outcome for record in records] == ["timeout", "abort", "abort", "timeout", "success"]
+
+
+def test_episodes_after_the_checkpoint_are_learnt_from_their_files(base, run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    for name in ("artefact", "episodes/000006"):
+        shutil.rmtree(tmp_path / "run" / name)
+    checkpoints = sorted(p for p in (tmp_path / "run" / "checkpoints").iterdir() if not p.is_symlink())
+    for folder in checkpoints[2:]:
+        shutil.rmtree(folder)
+    (tmp_path / "run" / "checkpoints" / "last").unlink(missing_ok=True)
+    adapt(base, tmp_path / "run", "--resume=true")
+    assert len(list((tmp_path / "run" / "episodes").iterdir())) == 7
+    assert same(weights(run), weights(tmp_path / "run"))
