@@ -83,6 +83,7 @@ class Rollout:
         self.waiting: list[int] = []
         if vec.attended:  # until then, what its observations look like
             self.waiting, self.episode = list(self.upcoming), dict(self.upcoming)
+            self.traces = {i: Trace() for i in self.waiting}
             self.observations = {i: vec.descriptions[i].blank for i in self.waiting}
         else:
             self.restart(list(self.upcoming), render)
@@ -231,20 +232,21 @@ class Rollout:
         moved: they stay at the start of the episode that they have just begun. Returns those that are where
         they were.
         """
-        for i, saved in enumerate(state):
+        begun = {i: saved for i, saved in enumerate(state) if saved["trace"]["digests"] or self.vec.attended}
+        for i, saved in begun.items():
             self.upcoming[i] = saved["upcoming"]
             self.generators[i].set_state(saved["generator"])
-        if not self.vec.repeatable:
+        if not self.vec.repeatable or not begun:
             return []
-        for i, saved in enumerate(state):
+        for i, saved in begun.items():
             self.episode[i], self.traces[i] = saved["episode"], Trace(**saved["trace"])
-        lost = self._replay_episodes()
+        lost = self._replay_episodes(list(begun))
         self.restart(sorted(lost))
-        return [i for i in self.episode if i not in lost]
+        return [i for i in begun if i not in lost]
 
-    def _replay_episodes(self) -> set[int]:
-        """Execute all traces from their seeds; returns environments that did not go as they had gone."""
-        runner, vec, traces, envs = self.runner, self.vec, self.traces, list(self.traces)
+    def _replay_episodes(self, envs: list[int]) -> set[int]:
+        """Execute the traces of ``envs`` from their seeds; returns those that did not go as they had gone."""
+        runner, vec, traces = self.runner, self.vec, self.traces
         observations = vec.reset({i: self.seed_of(self.episode[i]) for i in envs})
         lost = {i for i in envs if digest(observations[i]) != traces[i].digests[0]}
         for i in envs:

@@ -120,7 +120,7 @@ class Trainer:
                 continue
             self._warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
             self.collector.begin(steering=self.updates > 0 and not self._warming)
-            self._learn(self.vec.deadline)
+            self._learn()
             before = self.collector.env_steps
             transitions, episodes = self.collector.finish()
             self._store(transitions, episodes, self.collector.env_steps - before)
@@ -175,8 +175,8 @@ class Trainer:
             self._keep()
         bar.close()
 
-    def _learn(self, until: float | None = None) -> None:
-        """Pay the gradient steps owed for the transitions so far, or as many as end before ``until``."""
+    def _learn(self) -> None:
+        """Pay the gradient steps owed for the transitions so far, or as many as the robot leaves time for."""
         if self.transitions < self.train.first_update or not self._ready:
             return
         replay, demos, size = self.replay, self.demonstrations, self.rl.batch_size
@@ -185,7 +185,7 @@ class Trainer:
             self.algorithm.fit_normalizer(torch.cat(features + ([demos.all_features()] if demos else [])))
         count, share = int(self._owed), self._share
         self._owed -= self._update(
-            count, lambda: demos.mix(replay, size, share) if demos else replay.sample(size), until
+            count, lambda: demos.mix(replay, size, share) if demos else replay.sample(size), self.vec.deadline
         )
 
     def _update(self, count: int, batch: Callable[[], Batch], until: float | None = None) -> int:

@@ -35,6 +35,7 @@ from trimtab.recipes.support.reporting import (
     table,
     write_json,
 )
+from trimtab.recipes.support.robot_dataset import DATASET, write_dataset
 from trimtab.recipes.support.run_folder import METRICS, RunFolder, run_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
@@ -74,6 +75,8 @@ class AdaptConfig:
     machine: MachineConfig = field(default_factory=MachineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    # Episodes of a robot, as `trimtab adapt --robot.type=` leaves them in `episodes`: learn from these alone.
+    from_episodes: Path | None = None
     # Environments that collect experience at the same time, in each process.
     num_envs: int = 8
     seed: int = 0
@@ -106,6 +109,10 @@ def main(config: AdaptConfig) -> None:
     output = config.output_dir if config.resume else new_output_dir(config.output_dir, "adapt")
     if processes:  # the first one's clock names the folder
         output = ProcessGroup(processes).gather(output)[0]
+    if config.from_episodes:
+        config.demos.root = str(output / DATASET)
+        count = write_dataset(config.from_episodes, output / DATASET, config.env.fps, config.env.task or "")
+        say(f"{count} episodes of {config.from_episodes} are the dataset {config.demos.root}")
     session, folder = open_session(
         config.policy, config.env, config.eval, config.machine, observe=config.observe, many=True
     )
@@ -124,7 +131,8 @@ def main(config: AdaptConfig) -> None:
             f"\nstopped by {stopped.name} {at}; go on with: trimtab adapt --resume=true --output_dir={output}"
         )
         return
-    say(f"\n{table(results['policies'], config.train.reward == 'env')}\n")
+    if results["policies"]:
+        say(f"\n{table(results['policies'], config.train.reward == 'env')}\n")
     for task, found in results["tasks"].items() if len(results["tasks"]) > 1 else ():
         say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(one)}" for n, one in found.items()))
     if results["untrained_actor"]:
@@ -179,9 +187,10 @@ def steer(
         robot = is_attended(config.env)
         if robot and world.size > 1:
             raise UserError("--robot.type", "one process learns from a robot; leave accelerate launch out")
-        measured, constants = (run.baselines() if config.resume else None) or (
-            ({}, {}) if robot else measure(session, config, space)  # a robot's base is measured in the run
-        )
+        before = run.baselines() if config.resume else None
+        if before is None or not (before[0] or robot):  # a robot's base is measured in the run
+            before = ({}, {}) if robot else measure(session, config, space)
+        measured, constants = before
         check_reward(config.rl, config.train.reward, measured)
         seen = [found["base"] for found in measured.values()]
         config.train = config.train.within_rewards(pooled(seen).reward_range if seen else None)
@@ -230,6 +239,8 @@ def steer(
         steered = learnt.deployed_policy(config.eval.deterministic)
         if robot:
             measured = {session.tasks[0]: robot_outcomes(output / EPISODES)}
+            if measured[session.tasks[0]]:
+                write_dataset(output / EPISODES, output / DATASET, config.env.fps, config.env.task or "")
         for task, vec in () if robot else session.evaluations_by_task():
             measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
         clock.lap("steered_evaluation")

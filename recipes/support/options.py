@@ -30,7 +30,7 @@ from trimtab.recipes.support.option_dicts import (
     read_options,
     value_at,
 )
-from trimtab.recipes.support.robot_options import robot_defaults, with_robot
+from trimtab.recipes.support.robot_options import robot_defaults, with_robot, without_environment
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.algorithms.presets import IMPLIED_DEFAULTS, PAPER
 
@@ -72,6 +72,8 @@ def parse[Config](
     if "rl" in names:
         below, content, given = with_algorithm(content, given)
     values = merge(below, merge(content, given))
+    if "demos" in names and value_at(values, "env.type") is None:
+        values = merge(without_environment(values), values)
     if value_at(values, "env.type") == "robot":
         values = merge(robot_defaults(names), values)
     if set(HELP) & set(args):

@@ -16,6 +16,7 @@ DEFAULTS: Options = {
         "gate": {"enabled": True, "base_episodes": 10},
     },
 }
+OFFLINE_UPDATES = 5000  # on a robot's episodes alone
 # Options of --robot that are the run's.
 OF_RUN = {"episodes": "train.episodes", "base_episodes": "train.gate.base_episodes"}
 OF_STATION = {field.name for field in dataclasses.fields(RobotEnvConfig)} - {"robot", "teleop", "type"}
@@ -49,3 +50,11 @@ def robot_defaults(names: set[str]) -> Options:
     load_robots([])
     found: Options = {"env": {"packages": sorted(set(loaded_plugins().values()))}}
     return merge(found, DEFAULTS if {"train", "rl"} <= names else {})
+
+
+def without_environment(values: Options) -> Options:
+    """What a run takes that names no environment, but something else to learn from."""
+    episodes = values.get("from_episodes") is not None
+    alone = episodes or str(value_at(values, "train.env_steps")) == "0"
+    found: Options = {"env": {"type": "none"}} if alone else {}
+    return found | ({"train": {"env_steps": 0, "offline_updates": OFFLINE_UPDATES}} if episodes else {})

@@ -192,7 +192,7 @@ class RobotVectorEnv:
         """What came of the chunk; the next episode's observation is for ``reset`` to bring."""
         if self._playing:
             return {0: self._play(self._playing)}
-        sent, record = time.perf_counter(), self._running
+        sent, record, self.deadline = time.perf_counter(), self._running, None
         try:
             answer = self.link.receive()
         except Lost as lost:

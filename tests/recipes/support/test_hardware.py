@@ -57,11 +57,11 @@ def results(folder):
 def stop_at(env_steps, monkeypatch):
     learn = Trainer._learn
 
-    def stopped(trainer, until=None):
+    def stopped(trainer):
         if trainer.env_steps >= env_steps and not trainer.stop():
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
-        learn(trainer, until)
+        learn(trainer)
 
     monkeypatch.setattr(Trainer, "_learn", stopped)
 
