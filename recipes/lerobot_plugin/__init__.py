@@ -7,6 +7,7 @@ works without another flag, and so does the artefact of a steering run in the pl
 import contextlib
 
 import trimtab.policies.steered.processor_trimtab
+import trimtab.recipes.embedded_arm  # the robot `mujoco_arm`, and who plays the person beside it
 import trimtab.rl.envs  # noqa: F401 - registers the environment types `metaworld_state` and `libero_chunks`
 from trimtab.policies.steered.configuration_trimtab import TYPE
 
