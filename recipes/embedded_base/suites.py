@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ SUITES = {
     "gym_mujoco": "lerobot_policy_trimtab[gym_mujoco]",
     "robosuite": "lerobot_policy_trimtab[robosuite]",
     "ogbench": "lerobot_policy_trimtab[ogbench]",
+    "arm": "lerobot_policy_trimtab[arm]",
 }
 
 
@@ -31,11 +32,17 @@ class Task:
         demonstrate: (episodes, seed) -> the frames of one episode after the other, failures kept, as
             ``LeRobotDataset.add_frame`` takes them.
         fps: frames per second.
+        names: by feature, what the numbers in its frames are called.
+        steps: processor steps that its base takes along, after the renaming.
+        chunk: actions executed per chunk, where ``--cloning.n_action_steps`` does not say.
     """
 
     env: dict[str, Any]
     demonstrate: Callable[[int, int], Iterator[list[dict[str, Any]]]]
     fps: int
+    names: dict[str, list[str]] = field(default_factory=dict)
+    steps: tuple[Any, ...] = ()
+    chunk: int | None = None
 
 
 def suite_tasks(suite: str) -> dict[str, Task]:
@@ -74,9 +81,11 @@ def make_task_base(
                 progress.update()
                 progress.set_postfix_str(f"mean {sum(scores) / len(scores):.4g}")
 
-        Recorder(root, task.fps, f"trimtab/{name}_demonstrations").add(counted())
+        Recorder(root, task.fps, f"trimtab/{name}_demonstrations", task.names).add(counted())
         progress.close()
         return {"demonstrated": sum(scores) / len(scores)}
 
     facts = {"task": name, "env": task.env, "episodes": episodes}
-    return write_base(folder, record, cloning, seed, facts)
+    if task.chunk and cloning.n_action_steps == CloningConfig().n_action_steps:
+        cloning = replace(cloning, n_action_steps=task.chunk)
+    return write_base(folder, record, cloning, seed, facts, steps=task.steps)
