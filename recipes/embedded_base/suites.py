@@ -11,8 +11,7 @@ from typing import Any
 from trimtab.adapters import UserError
 from trimtab.recipes.embedded_base.base import write_base
 from trimtab.recipes.embedded_base.cloning import CloningConfig
-from trimtab.recipes.finetune.data import Recorder
-from trimtab.rl.runs.progress import Progress
+from trimtab.recipes.embedded_base.demonstrations import record
 
 # Modules beside this one, each with TASKS, and what to install for them.
 SUITES = {
@@ -69,23 +68,11 @@ def make_task_base(
         success their mean return.
     """
 
-    def record(root: Path) -> dict[str, Any]:
-        scores: list[float] = []
-        progress = Progress(total=episodes, desc=f"demonstrations of {name}", unit="ep")
-
-        def counted() -> Iterator[list[dict[str, Any]]]:
-            for frames in task.demonstrate(episodes, seed):
-                yield frames
-                rewards = sum(float(frame["next.reward"][0]) for frame in frames)
-                scores.append(float(frames[-1].get("next.success", [rewards])[0]))
-                progress.update()
-                progress.set_postfix_str(f"mean {sum(scores) / len(scores):.4g}")
-
-        Recorder(root, task.fps, f"trimtab/{name}_demonstrations", task.names).add(counted())
-        progress.close()
-        return {"demonstrated": sum(scores) / len(scores)}
+    def demonstrate(root: Path) -> dict[str, Any]:
+        shown, where = {name: task.demonstrate(episodes, seed)}, f"trimtab/{name}_demonstrations"
+        return {"demonstrated": record(root, where, task.fps, shown, episodes, task.names)[name]}
 
     facts = {"task": name, "env": task.env, "episodes": episodes}
     if task.chunk and cloning.n_action_steps == CloningConfig().n_action_steps:
         cloning = replace(cloning, n_action_steps=task.chunk)
-    return write_base(folder, record, cloning, seed, facts, steps=task.steps)
+    return write_base(folder, demonstrate, cloning, seed, facts, steps=task.steps)
