@@ -136,8 +136,11 @@ def write_base(
     seed: int,
     facts: dict[str, Any],
     option: str = "--output_dir",
+    steps: tuple[Any, ...] = (),
 ) -> dict[str, Any]:
     """Clone what ``demonstrate`` records as a LeRobotDataset, whole or not at all, into ``folder``.
+
+    ``steps``: processor steps that the base takes along, after its preprocessor's renaming.
 
     Returns:
         ``facts``, what ``demonstrate`` returns, and more, as ``base.json`` holds them.
@@ -154,6 +157,7 @@ def write_base(
         made = facts | demonstrate(work / DEMONSTRATIONS)
         dataset = LeRobotDataset(REPO_ID, root=work / DEMONSTRATIONS)
         policy, pre, post, losses = clone(dataset, cloning, seed)
+        pre.steps[1:1] = steps
         for part in (policy, pre, post):  # as `lerobot-train` would
             part.save_pretrained(work)
         made |= {

@@ -143,8 +143,11 @@ def record(
     fps: int,
     demonstrations: Mapping[str, Iterable[list[dict[str, Any]]]],
     episodes: int,
+    names: dict[str, list[str]] | None = None,
 ) -> dict[str, float]:
     """Record ``episodes`` of each task, of which each item is the frames of one, under ``root``.
+
+    ``names``: by feature, what the numbers in a frame are called.
 
     Returns:
         The demonstrators' success rate by task, or of a task without success their mean return.
@@ -161,6 +164,6 @@ def record(
                 progress.update()
                 progress.set_postfix_str(f"{task}: mean {fmean(found):.4g}")
 
-    Recorder(root, fps, repo_id).add(counted())
+    Recorder(root, fps, repo_id, names).add(counted())
     progress.close()
     return {task: fmean(found) for task, found in scores.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ SUITES = {
     "gym_mujoco": "lerobot_policy_trimtab[gym_mujoco]",
     "robosuite": "lerobot_policy_trimtab[robosuite]",
     "ogbench": "lerobot_policy_trimtab[ogbench]",
+    "arm": "lerobot_policy_trimtab[arm]",
 }
 
 
@@ -30,11 +31,17 @@ class Task:
         demonstrate: (episodes, seed) -> the frames of one episode after the other, failures kept, as
             ``LeRobotDataset.add_frame`` takes them.
         fps: frames per second.
+        names: by feature, what the numbers in its frames are called.
+        steps: processor steps that its base takes along, after the renaming.
+        chunk: actions executed per chunk, where ``--cloning.n_action_steps`` does not say.
     """
 
     env: dict[str, Any]
     demonstrate: Callable[[int, int], Iterator[list[dict[str, Any]]]]
     fps: int
+    names: dict[str, list[str]] = field(default_factory=dict)
+    steps: tuple[Any, ...] = ()
+    chunk: int | None = None
 
 
 def suite_tasks(suite: str) -> dict[str, Task]:
@@ -62,10 +69,10 @@ def make_task_base(
     """
 
     def demonstrate(root: Path) -> dict[str, Any]:
-        shown = {name: task.demonstrate(episodes, seed)}
-        return {
-            "demonstrated": record(root, f"trimtab/{name}_demonstrations", task.fps, shown, episodes)[name]
-        }
+        shown, where = {name: task.demonstrate(episodes, seed)}, f"trimtab/{name}_demonstrations"
+        return {"demonstrated": record(root, where, task.fps, shown, episodes, task.names)[name]}
 
     facts = {"task": name, "env": task.env, "episodes": episodes}
-    return write_base(folder, demonstrate, cloning, seed, facts)
+    if task.chunk and cloning.n_action_steps == CloningConfig().n_action_steps:
+        cloning = replace(cloning, n_action_steps=task.chunk)
+    return write_base(folder, demonstrate, cloning, seed, facts, steps=task.steps)
