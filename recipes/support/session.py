@@ -141,10 +141,11 @@ class Session:
         free = vec.repeatable and self.repeatable is not False
         if not free:
             self.repeatable = False
-            self._say(
-                "note: this environment cannot repeat an episode: nothing moves before the run's first, and "
-                "interrupted ones are dropped"
-            )
+            if not vec.empty:
+                self._say(
+                    "note: this environment cannot repeat an episode: nothing moves before the run's first, "
+                    "and interrupted ones are dropped"
+                )
         observation = vec.reset({0: self.eval.seed})[0] if free else described.blank
         if observation is None:
             return

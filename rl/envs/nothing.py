@@ -48,6 +48,7 @@ class NoEnvConfig(EnvConfig):
 class NoVectorEnv(contextlib.AbstractContextManager["NoVectorEnv"]):
     """In the place of a ``ChunkVectorEnv`` where there is none: it tells shapes, and nothing starts."""
 
+    empty = True
     num_envs, attended, repeatable, deadline, stopped = 1, True, False, None, ""
 
     def __init__(self, config: NoEnvConfig, n_obs_steps: int) -> None:

@@ -166,10 +166,11 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         repeatable: false where an environment says, or has been found, not to repeat an episode.
         descriptions: what each environment says of itself.
         attended: whether people start its episodes: a robot's (``robot/vector.py``).
+        empty: whether there is no environment at all (``nothing.py``).
         on_success_key: called once for each name under which environments report success.
     """
 
-    attended, deadline = False, None
+    attended, deadline, empty = False, None, False
 
     def __init__(
         self,

@@ -15,8 +15,10 @@ from lerobot.policies.diffusion.configuration_diffusion import DiffusionConfig
 from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
 from lerobot.policies.factory import make_pre_post_processors
 
+from trimtab.recipes.cli import main
 from trimtab.recipes.embedded_arm.arm import START, UNITS, MujocoArm, MujocoArmConfig
 from trimtab.recipes.embedded_arm.person import ScriptedPerson
+from trimtab.recipes.embedded_arm.processor import StateAsEnvironmentState
 from trimtab.rl.envs.robot import station
 from trimtab.rl.envs.robot.config import RobotEnvConfig
 
@@ -65,7 +67,9 @@ def make_policy(folder: Path, n_obs_steps: int = 1) -> Path:
     start = torch.tensor([*START.values()])
     seen = {"min": torch.full((STATE,), -100.0), "max": torch.full((STATE,), 150.0)}
     stats = {**dict.fromkeys(sizes, seen), "action": {"min": start - 5, "max": start + 5}}
-    for part in (DiffusionPolicy(config), *make_pre_post_processors(config, dataset_stats=stats)):
+    pre, post = make_pre_post_processors(config, dataset_stats=stats)
+    pre.steps = [StateAsEnvironmentState(), *pre.steps]
+    for part in (DiffusionPolicy(config), pre, post):
         part.save_pretrained(folder)
     return folder
 
@@ -99,6 +103,16 @@ def station_thread(config: RobotEnvConfig, address: str, token: str, again: bool
     yield raised
     thread.join(10)
     assert not thread.is_alive()
+
+
+def command(name: str, *options: str, said: dict[str, Any] | None = None) -> None:
+    """Run a command with a station in a thread, whose person has the options ``said``."""
+    port = free_port()
+    config = robot_config(person_options=said or {})
+    with station_thread(config, f"127.0.0.1:{port}", "word", again=True) as raised:
+        where = [f"--robot.listen=127.0.0.1:{port}", "--robot.token=word"]
+        assert main([name, *where, *options]) == 0
+    assert not raised
 
 
 def the_arm(name: str = "test") -> MujocoArm:

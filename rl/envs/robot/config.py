@@ -88,8 +88,6 @@ class RobotEnvConfig(EnvConfig):
                 raise UserError("--robot.limits", f"of {name}: the smaller first, got {low}, {high}")
         if any(not step > 0 for step in self.max_step.values()):
             raise UserError("--robot.max_step", "holds positive numbers")
-        if self.lockstep is None:
-            self.lockstep = getattr(self.robot, "clock", None) == "step"
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
@@ -99,6 +97,12 @@ class RobotEnvConfig(EnvConfig):
     def steps(self) -> int:
         """Most actions of an episode."""
         return max(1, round(self.episode_time_s * self.fps))
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether nobody waits for a clock."""
+        said = self.lockstep
+        return getattr(self.robot, "clock", None) == "step" if said is None else said
 
     @property
     def speed(self) -> float:

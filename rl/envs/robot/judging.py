@@ -44,8 +44,8 @@ def judge(
     while left and rollout.start():
         while not rollout.waiting:
             rollout.encode_observations()
-            choice = rollout.begin(policies[left[0]])
-            vec.note(u=choice.u[0].float().cpu().numpy(), steered=np.array(left[0] == "steered"))
+            rollout.begin(policies[left[0]])
+            vec.note(steered=np.array(left[0] == "steered"))
             for result in rollout.receive().values():
                 if result.ended:
                     left.pop(0)

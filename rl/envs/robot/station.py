@@ -63,6 +63,7 @@ class Arm:
             raise UserError("--robot.type", said) from error
         odd = {*config.limits, *config.max_step, *config.start_pose, *config.park_pose} - {*self.names}
         if odd:
+            self.robot.disconnect()
             raise UserError(
                 "--robot.limits", f"{', '.join(sorted(odd))} is none of the robot's: {', '.join(self.names)}"
             )
@@ -116,7 +117,7 @@ class Arm:
                 for name in self.names
             ]
             self.send(np.array(values))
-            if not self.config.lockstep:
+            if not self.config.in_lockstep:
                 time.sleep(1 / MOVE_FPS / self.config.speed)
 
     def park(self) -> None:
@@ -133,7 +134,7 @@ class Station:
 
     def __init__(self, config: RobotEnvConfig, arm: Arm, person: Person, teleop: Any = None) -> None:
         self.config, self.arm, self.person, self.teleop = config, arm, person, teleop
-        self.period = 0.0 if config.lockstep else 1.0 / (config.fps * config.speed)
+        self.period = 0.0 if config.in_lockstep else 1.0 / (config.fps * config.speed)
         self.interrupted = self.human = False
         self.step = 0
         self.free = 0.0  # when the last action's time is up

@@ -22,7 +22,7 @@ from typing import Any
 import draccus
 import numpy as np
 from lerobot.envs.configs import EnvConfig
-from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES, OBS_STATE
 
 from trimtab.adapters.errors import UserError
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
@@ -47,7 +47,7 @@ class RobotVectorEnv:
         stopped: who has ended the run at the station, if anyone.
     """
 
-    num_envs, attended, repeatable = 1, True, False
+    num_envs, attended, repeatable, empty = 1, True, False, False
 
     def __init__(self, config: RobotEnvConfig, n_obs_steps: int) -> None:
         self.config, self.n_obs_steps = config, n_obs_steps
@@ -267,8 +267,6 @@ class RobotVectorEnv:
         found = []
         for seen in self._history:
             one: RawObservation = {"agent_pos": np.array(seen[OBS_STATE])}
-            if OBS_ENV_STATE in self.config.wanted:  # which LeRobot's robots have in their state
-                one["environment_state"] = one["agent_pos"]
             prefix = f"{OBS_IMAGES}."
             images = {k.removeprefix(prefix): image_of(v) for k, v in seen.items() if k.startswith(prefix)}
             if images:

@@ -6,8 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers.robots import free_port, make_policy, robot_config, station_thread
-from trimtab.recipes.cli import main
+from tests.helpers.robots import command, make_policy
 from trimtab.rl.envs.robot.episodes import RECORD, EpisodeRecord
 
 # Episodes 1 and 4 succeed, 2 is dropped (and so followed by one more), the others run out of time.
@@ -33,13 +32,8 @@ def base(tmp_path_factory):
 
 
 def adapt(base, output, *options, said=None):
-    port = free_port()
-    config = robot_config(person_options=said or {"script": SCRIPT})
-    with station_thread(config, f"127.0.0.1:{port}", "word", again=True) as raised:
-        where = [f"--robot.listen=127.0.0.1:{port}", "--robot.token=word"]
-        given = [f"--policy.path={base}", *OPTIONS] if "--resume=true" not in options else []
-        assert main(["adapt", *given, *where, f"--output_dir={output}", *options]) == 0
-    assert not raised
+    given = [f"--policy.path={base}", *OPTIONS] if "--resume=true" not in options else []
+    command("adapt", *given, f"--output_dir={output}", *options, said=said or {"script": SCRIPT})
 
 
 @pytest.fixture(scope="module")

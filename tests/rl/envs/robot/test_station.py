@@ -9,8 +9,8 @@ from websockets.sync.client import connect
 from tests.helpers.robots import START, free_port, robot_config, station_thread, the_arm
 from trimtab.adapters import UserError
 from trimtab.adapters.remote.packing import pack, unpack
-from trimtab.recipes.embedded_arm.arm import MujocoArmConfig
-from trimtab.rl.envs.robot.people import EVENTS, Person
+from trimtab.recipes.embedded_arm.arm import MujocoArm, MujocoArmConfig
+from trimtab.rl.envs.robot.people import EVENTS, Person, make_person
 from trimtab.rl.envs.robot.station import Arm, Station
 from trimtab.rl.envs.robot.wire import VERSION, LearnerLink, Lost
 
@@ -222,3 +222,8 @@ def test_without_a_learner_or_a_robot_there_is_one_line(learner):
     with station_thread(broken, learner.address, "word") as raised, pytest.raises(UserError, match=why):
         wait(learner)
     assert isinstance(raised[0], UserError)
+    with pytest.raises(UserError, match="no keys can be read here"):
+        make_person("keyboard", {})
+    with pytest.raises(UserError, match=r"limits: elbow is none of the robot's: shoulder_pan\.pos"):
+        Arm(robot_config(id="odd", limits={"elbow": (0.0, 1.0)}))
+    assert "odd" not in MujocoArm.connected
