@@ -15,7 +15,7 @@ from typing import Any
 from lerobot.utils.constants import OBS_IMAGE, OBS_STR
 from torch import Tensor
 
-from trimtab.adapters.base import NoiseToChunk
+from trimtab.adapters.base import NoiseToChunk, steps_with
 from trimtab.adapters.errors import UserError
 
 FILLED = "empty_camera"  # in the name of an input that LeRobot fills itself
@@ -25,6 +25,7 @@ BRIGHTEST = 1.001  # of an image in [0, 1], with room for an interpolation's rou
 def required_inputs(adapter: NoiseToChunk, given: Collection[str]) -> dict[str, Any]:
     """The policy's input features that an observation with the renamed keys ``given`` must hold.
 
+    A policy does without those that a step of its own preprocessor ``makes`` of the others.
     A policy that fills missing cameras does without them where those there are are all its own. Where one has
     another name, a camera that it was trained on would turn blank beside one that it never looks at.
     """
@@ -32,6 +33,7 @@ def required_inputs(adapter: NoiseToChunk, given: Collection[str]) -> dict[str, 
     known = set(adapter.cameras())
     there = {key for key in given if key in known or key.startswith(OBS_IMAGE)}
     spare = known - there if adapter.fills_missing_cameras and there and there <= known else set()
+    spare |= {key for step in steps_with("makes", adapter.preprocessor) for key in step.makes} - set(given)
     return {k: feature for k, feature in features.items() if FILLED not in k and k not in spare}
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import binomtest, fisher_exact
 
 Z95 = 1.959963984540054  # 95 % of a normal distribution lie within so many deviations
 RESAMPLES = 10_000
@@ -15,14 +16,8 @@ Outcomes = Sequence[bool] | np.ndarray
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """95 % score interval of a success rate (Wilson 1927)."""
     _check(successes, episodes)
-    rate = successes / episodes
-    scale = 1.0 + Z95**2 / episodes
-    centre = (rate + Z95**2 / (2 * episodes)) / scale
-    half = Z95 * math.sqrt(rate * (1.0 - rate) / episodes + Z95**2 / (4 * episodes**2)) / scale
-    # At 0 and at `episodes` one limit is exact; rounding must not move it.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == episodes else centre + half
-    return low, high
+    low, high = binomtest(successes, episodes).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def paired_difference(first: Outcomes, second: Outcomes) -> tuple[float, float, float]:
@@ -46,8 +41,8 @@ def mcnemar(first: Outcomes, second: Outcomes) -> float:
     would go either way with probability a half (McNemar 1947, with the binomial in place of chi-squared).
     """
     gained, lost = _discordant(first, second)
-    n, fewer = gained + lost, min(gained, lost)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    n = gained + lost
+    return float(binomtest(gained, n).pvalue) if n else 1.0
 
 
 def p_below(successes: int, episodes: int, base_successes: int, base_episodes: int) -> float:
@@ -58,9 +53,8 @@ def p_below(successes: int, episodes: int, base_successes: int, base_episodes: i
     """
     _check(successes, episodes)
     _check(base_successes, base_episodes)
-    won, lost = successes + base_successes, episodes + base_episodes - successes - base_successes
-    ways = sum(math.comb(won, k) * math.comb(lost, episodes - k) for k in range(successes + 1))
-    return ways / math.comb(won + lost, episodes)
+    counts = [[successes, episodes - successes], [base_successes, base_episodes - base_successes]]
+    return float(fisher_exact(counts, "less").pvalue)
 
 
 def bootstrap_interval(values: Sequence[float] | np.ndarray, seed: int = 0) -> tuple[float, float]:

@@ -14,6 +14,7 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 import pytest
 import torch
+from filelock import FileLock
 
 from trimtab.recipes.support import shared_configs
 from trimtab.recipes.support.console import quiet
@@ -31,6 +32,16 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def made_once(tmp_path_factory, name, make):
+    """The folder that ``make`` writes: one test process makes it for all."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
 TASKS = "button-press-topdown-v3,drawer-close-v3"
 
 
@@ -45,12 +56,10 @@ def tiny_base(tmp_path_factory):
         tasks=TASKS,
         demonstrators={"button-press-topdown-v3": Operator("blind_spot", 0.5, 0.14)},
         episodes=3,
-        episode_length=60,
+        episode_length=90,
         cloning=CloningConfig(steps=30, batch_size=16),
     ).resolved()
-    folder = tmp_path_factory.mktemp("bases") / "tiny"
-    make_base(config, folder)
-    return folder
+    return made_once(tmp_path_factory, "tiny_base", lambda folder: make_base(config, folder))
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +75,7 @@ def drawer_base(tmp_path_factory):
         episode_length=100,
         cloning=CloningConfig(steps=300, batch_size=32),
     ).resolved()
-    folder = tmp_path_factory.mktemp("bases") / "drawer"
-    make_base(config, folder)
-    return folder
+    return made_once(tmp_path_factory, "drawer_base", lambda folder: make_base(config, folder))
 
 
 def make_diffusion(folder, images=False, scheduler="DDIM", state_dim=2, env_dim=16, action_dim=2, **fields):

@@ -18,13 +18,16 @@ class Command(NamedTuple):
     launched: bool = False  # takes part in what a launcher has begun
     tiny: bool = False  # also runs on a random tiny policy
     light: bool = False  # takes arguments in place of a config, and says itself what is wrong
+    simulates: bool = True  # steps environments, by default in worker processes
 
 
 COMMANDS = {
     "demo": Command("make a base policy, steer it, and compare, in minutes", launched=True),
     "adapt": Command("steer a LeRobot policy in an environment by noise-space RL", launched=True, tiny=True),
     "eval": Command("compare base, zero noise, constant noise and steered on the same episodes", tiny=True),
-    "export": Command("write a run as a LeRobot policy with a model card; push it to the Hub", tiny=True),
+    "export": Command(
+        "write a run as a LeRobot policy with a model card; push it to the Hub", tiny=True, simulates=False
+    ),
     "lora": Command(
         "fine-tune instead: LoRA on a dataset, or on the policy's successes", launched=True, tiny=True
     ),
@@ -32,9 +35,11 @@ COMMANDS = {
         "steering beside LoRA and other methods: table, figure, HTML report", launched=True, tiny=True
     ),
     "probe": Command("can this policy be steered, and in which noise space?", tiny=True),
-    "policies": Command("list the policy types: their noise, and what one more noise costs"),
-    "recipes": Command("list the recipes for known policies: files, commands, needs", light=True),
-    "base": Command("make base policies on the spot: Meta-World's tasks, or a benchmark's"),
+    "policies": Command("list the policy types: their noise, and what one more noise costs", simulates=False),
+    "recipes": Command(
+        "list the recipes for known policies: files, commands, needs", light=True, simulates=False
+    ),
+    "base": Command("make base policies on the spot: Meta-World's tasks, or a benchmark's", simulates=False),
 }
 # What is gone ("COMMAND" or "COMMAND --option"), and what to use instead.
 REMOVED: dict[str, str] = {
@@ -69,7 +74,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = f"is gone: {REMOVED[name]}" if name in REMOVED else f"there are {', '.join(COMMANDS)}"
         print(f"trimtab: error: no command '{name}'; {said}", file=sys.stderr)
         return 2
-    return entry(name)(args) if COMMANDS[name].light else _run(name, args)
+    try:
+        code = entry(name)(args) if COMMANDS[name].light else _run(name, args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if COMMANDS[name].simulates:  # it may be a worker's
+            raise
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # `trimtab recipes | head` has read enough
+        return 0
+    return code
 
 
 def entry(command: str) -> Callable[..., Any]:
@@ -90,7 +105,8 @@ def _run(command: str, args: list[str]) -> int:
     spin_briefly()  # before torch is imported
     choose_gl_backend()  # before a plugin imports a simulator
     quiet()
-    if not {"-h", "--help"} & set(args):
+    no_workers = "-h", "--help", "--machine.workers=0", "--tiny"
+    if COMMANDS[command].simulates and not any(arg.startswith(no_workers) for arg in args):
         start_worker_server()
     from trimtab.adapters.errors import UserError
 

@@ -20,7 +20,7 @@ METAWORLD = "metaworld"
 class MakeBaseConfig(BaseConfig):
     """``trimtab base``."""
 
-    # metaworld makes one base for all --tasks; gym_mujoco, robosuite and ogbench one for each.
+    # metaworld makes one base for all --tasks; gym_mujoco, robosuite, ogbench and arm one for each.
     suite: str = METAWORLD
     # Tasks, separated by commas; `--list_tasks=true` prints the suite's. Default: all; of Meta-World five.
     tasks: str = ""

@@ -7,7 +7,9 @@ from trimtab.recipes.compare.comparison import Comparison
 from trimtab.recipes.compare.config import CompareConfig
 from trimtab.recipes.compare.folders import read_runs
 from trimtab.recipes.compare.report import write_report
+from trimtab.recipes.compare.runs import SAME_COMMAND
 from trimtab.recipes.support.console import new_output_dir
+from trimtab.recipes.support.run_folder import run_errors
 
 
 def main(config: CompareConfig) -> None:
@@ -19,10 +21,11 @@ def main(config: CompareConfig) -> None:
     if config.env is None:
         raise UserError("--env.type", "name the environment, for instance --env.type=metaworld_state")
     comparison = Comparison(config)
-    if config.only:
-        comparison.only(config.only)
-        return
-    print(comparison.all())
+    with run_errors(comparison.output, SAME_COMMAND):
+        if config.only:
+            comparison.only(config.only)
+        else:
+            print(comparison.all())
 
 
 def report_folders(config: CompareConfig) -> None:

@@ -3,60 +3,27 @@
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader
+
 from trimtab.recipes.compare.aggregates import aggregate
-from trimtab.recipes.compare.measure import RETURN, SUCCESS, Measure, measure_in
+from trimtab.recipes.compare.measure import SUCCESS, Measure, measure_in
 from trimtab.recipes.compare.plots import plot_aggregates, plot_curves
 from trimtab.recipes.compare.summary import WINDOW, label, summarise
 from trimtab.recipes.support.reporting import write_json
 
-SUCCESS_TEXT = """
-Success: counts over all seeds with the 95 % Wilson interval. Seeds share episodes, so it is about these
-episodes and seeds. Gain: mean over the seeds on the same episodes as the base (with one seed, the 95 %
-interval of Bonett and Price). p: McNemar's exact test, two-sided, the largest of the seeds'. Steps to a
-level: environment steps to the first evaluation from which this and all later ones reach it, and training
-episodes until then; median of the seeds.
-"""
-RETURN_TEXT = """
-Return: mean of the undiscounted return over the episodes of all seeds with its 95 % bootstrap interval over
-episodes. Seeds share episodes, so it is about these episodes and seeds. Gain: mean over the seeds on the same
-episodes as the base, with the 95 % bootstrap interval over these episodes. Above the base: environment steps
-to the first evaluation from which the mean of this and all later ones lies above the base's interval (over
-all of its episodes), and training episodes until then; median of the seeds.
-"""
-COST_TEXT = """
-Memory, wall-clock and CPU: means over the seeds. Times are of training alone; memory is the main process'
-peak, the base and its libraries included. Other tasks: change on tasks that were not trained, on the same
-episodes before and after: when what was learnt acts there, and when the base acts without it. (A LoRA adapter
-can be taken off as well, if something tells the task; that is the base itself, and was not run again.)
-"""
-AGGREGATE_TEXT = """
-All tasks: scores are success rates, or returns divided by the base's mean return. Inter-quartile mean over
-tasks and seeds, and the probability that a run of the one method scores higher than a run of the other (mean
-over the tasks; a tie counts a half), by rliable, of seeds that all tasks have. Steps to a final level: the
-mean of that method's last evaluations over its seeds; of each run, the first evaluation that is as high, as a
-share of that method's steps (0: the base is, too); median over tasks and seeds, and how many runs got there.
-Brackets: 95 % intervals by stratified bootstrap over the seeds; without, there is one seed.
-"""
-DIPS_TEXT = """
-While learning: windows are 50 consecutive training episodes within the first 10,000 environment steps. They
-overlap. Below the base: significantly so by Fisher's exact test, one-sided 95 %, each window for itself, so
-that a few of many are to be expected even without a dip.
-"""
-CURVE_TITLE = "evaluations against environment steps"
-AGGREGATES_TITLE = "aggregates over tasks and seeds"
-
-
-def notes(entries: Sequence[dict[str, Any]], aggregates: Sequence[dict[str, Any]]) -> list[str]:
-    """What the columns mean."""
-    used = {measure_in(entry) for entry in entries}
-    won, paid, together = SUCCESS in used, RETURN in used, bool(aggregates)
-    texts = {SUCCESS_TEXT: won, RETURN_TEXT: paid, COST_TEXT: True, DIPS_TEXT: won, AGGREGATE_TEXT: together}
-    return [" ".join(text.split()) for text, shown in texts.items() if shown]
+# Beside this file; notes.jinja says what the columns mean.
+MARKDOWN, HTML = "report.md.jinja", "report.html.jinja"
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=lambda name: name == HTML,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
 
 
 def _number(value: float | None, form: str = ".0f") -> str:
@@ -154,87 +121,37 @@ def aggregate_row(entry: dict[str, Any]) -> dict[str, str]:
 
 def tables(
     entries: Sequence[dict[str, Any]], aggregates: Sequence[dict[str, Any]]
-) -> Iterator[tuple[str, list[list[list[str]]]]]:
-    """Each task with its tables, and that of all tasks: rows of cells, the first of them the header."""
-
-    def cells(rows: Sequence[dict[str, str]]) -> list[list[str]]:
-        return [list(rows[0]), *(list(row.values()) for row in rows)]
-
+) -> Iterator[tuple[str, list[list[dict[str, str]]]]]:
+    """Each task with its tables, and that of all tasks: rows of cells by column."""
     for task in dict.fromkeys(entry["task"] for entry in entries):
         mine = [entry for entry in entries if entry["task"] == task]
         learning = [learning_row(one) for one in mine if max(one["env_steps"]) and one["to_level"]]
-        yield task, [cells(rows) for rows in ([row(one) for one in mine], learning) if rows]
+        yield task, [rows for rows in ([row(one) for one in mine], learning) if rows]
     if aggregates:
-        yield "All tasks", [cells([aggregate_row(one) for one in aggregates])]
+        yield "All tasks", [[aggregate_row(one) for one in aggregates]]
 
 
-def markdown(
+def rendered(
+    template: str,
     title: str,
     facts: Sequence[str],
     entries: Sequence[dict[str, Any]],
     aggregates: Sequence[dict[str, Any]] = (),
+    folder: Path = Path(),
+    videos: Sequence[tuple[str, Path]] = (),
 ) -> str:
-    """The tables."""
-    lines = [f"# {title}", "", *(f"- {fact}" for fact in facts), ""]
-    for task, found in tables(entries, aggregates):
-        lines += [f"## {task}", ""]
-        for header, *rows in found:
-            lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)] + [""]
-    figures = [f"![{CURVE_TITLE}](curve.png)"] + [f"![{AGGREGATES_TITLE}](aggregates.png)"] * bool(aggregates)
-    return "\n\n".join(["\n".join(lines).rstrip(), *notes(entries, aggregates), *figures]) + "\n"
-
-
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem }
-table { border-collapse: collapse; font-size: 13px; margin-bottom: 1rem } .wide { overflow-x: auto }
-th, td { border-bottom: 1px solid #ddd; padding: .35rem .6rem; text-align: right; vertical-align: top }
-th:first-child, td:first-child { text-align: left; white-space: nowrap } th { background: #f5f5f5 }
-img { max-width: 100% } figure { display: inline-block; margin: .5rem; width: 360px } video { width: 100% }
-figcaption { font-size: 13px; color: #555 } .notes { color: #555; font-size: 13px }
-"""
-
-
-def page(
-    title: str,
-    facts: Sequence[str],
-    entries: Sequence[dict[str, Any]],
-    aggregates: Sequence[dict[str, Any]],
-    figures: dict[str, Path],
-    videos: Sequence[tuple[str, Path]],
-) -> str:
-    """The report as one HTML file that refers to no other; ``figures``: PNGs by title, ``videos``: MP4."""
-
-    def element(tag: str, text: str) -> str:
-        return f"<{tag}>{html.escape(text)}</{tag}>"
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return f"<tr>{''.join(element(tag, cell) for cell in cells)}</tr>"
-
-    def embedded(path: Path, kind: str) -> str:
-        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-    parts = [
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'>{element('title', title)}",
-        f"<style>{STYLE}</style></head><body>{element('h1', title)}",
-        f"<ul>{''.join(element('li', fact) for fact in facts)}</ul>",
-    ]
-    for task, found in tables(entries, aggregates):
-        parts.append(element("h2", task))
-        for header, *rows in found:
-            parts += ["<div class='wide'><table>", line("th", header), *(line("td", row) for row in rows)]
-            parts.append("</table></div>")
-    parts += [f"<p class='notes'>{html.escape(text)}</p>" for text in notes(entries, aggregates)]
-    for name, figure in figures.items():
-        parts += [
-            element("h2", name.capitalize()),
-            f"<img alt='{name}' src='{embedded(figure, 'image/png')}'>",
-        ]
-    if videos:
-        parts.append("<h2>Videos</h2><p class='notes'>Green border: success; red: failure.</p>")
-    for caption, path in videos:
-        video = f"<video controls loop muted src='{embedded(path, 'video/mp4')}'></video>"
-        parts.append(f"<figure>{video}{element('figcaption', caption)}</figure>")
-    return "\n".join([*parts, "</body></html>", ""])
+    """The report by ``template``; the figures lie in ``folder``, ``videos`` are MP4 by caption."""
+    measures, together = {measure_in(entry).name for entry in entries}, bool(aggregates)
+    notes = TEMPLATES.get_template("notes.jinja").render(measures=measures, together=together)
+    return TEMPLATES.get_template(template).render(
+        title=title,
+        facts=facts,
+        sections=list(tables(entries, aggregates)),
+        notes=[" ".join(text.split()) for text in notes.split("\n\n")],
+        together=together,
+        videos=videos,
+        embedded=lambda path: base64.b64encode((folder / path).read_bytes()).decode(),
+    )
 
 
 def write_report(
@@ -249,7 +166,7 @@ def write_report(
 
     ``compared`` asks for the aggregates over tasks and seeds: ``improved`` and ``reach`` of ``aggregate``.
     """
-    entries, figures, facts = summarise(runs), {CURVE_TITLE: output / "curve.png"}, list(facts)
+    entries, facts = summarise(runs), list(facts)
     aggregates: list[dict[str, Any]] = []
     try:
         aggregates = aggregate(runs, *compared) if compared else []
@@ -257,12 +174,10 @@ def write_report(
         facts.append(f"no aggregates over tasks and seeds: {error}")
     content = {"title": title, "facts": facts, "methods": entries, "aggregates": aggregates}
     write_json(output / "compare.json", content)
-    plot_curves(figures[CURVE_TITLE], runs, entries)
+    plot_curves(output / "curve.png", runs, entries)
     if aggregates:
-        figures[AGGREGATES_TITLE] = output / "aggregates.png"
-        plot_aggregates(figures[AGGREGATES_TITLE], aggregates)
-    text = markdown(title, facts, entries, aggregates)
-    (output / "compare.md").write_text(text, encoding="utf-8")
-    html_text = page(title, facts, entries, aggregates, figures, videos)
-    (output / "report.html").write_text(html_text, encoding="utf-8")
+        plot_aggregates(output / "aggregates.png", aggregates)
+    for name, template in (("report.html", HTML), ("compare.md", MARKDOWN)):
+        text = rendered(template, title, facts, entries, aggregates, output.absolute(), videos)
+        (output / name).write_text(text, encoding="utf-8")
     return text

@@ -32,6 +32,7 @@ from trimtab.rl.runs.processes import ProcessGroup
 
 Policies = dict[str, ChunkPolicy]
 Summaries = dict[str, dict[str, Any]]
+SAME_COMMAND = "the same command"  # goes on with a comparison that was stopped
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -164,6 +165,7 @@ class Run:
         checkpoints = Checkpoints(
             *(folder, self.config.checkpoint, settings, world),
             beside=lambda: {"shown": shown, "spent": self._meter.spent()},
+            resumed_by=SAME_COMMAND,
         )
         found, _ = checkpoints.newest()
         if found is not None and found.belongs != settings:

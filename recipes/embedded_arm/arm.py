@@ -30,10 +30,8 @@ JOINTS = {
     "gripper": (0.0, 100.0),
 }
 PARKED = dict(zip((f"{name}.pos" for name in JOINTS), (0.0, -30.0, 140.0, 70.0, 0.0)))
-START = dict(
-    zip(PARKED, (0.0, -2.0, 141.0, 41.0, 0.0))
-)  # the closed gripper behind the cube, above the table
-CAMERA = "front"
+START = dict(zip(PARKED, (0.0, -15.0, 133.0, 62.0, 0.0)))  # the closed gripper above the table
+CUBE, CAMERA = ("cube_x.pos", "cube_y.pos"), "front"
 SUBSTEP = 1 / 600  # seconds of physics, at most
 UNITS = np.array([np.pi / 180] * 4 + [0.03 / 100])  # radians and metres of one unit of each joint
 
@@ -154,9 +152,9 @@ class MujocoArm(Robot):
     @property
     def observation_features(self) -> dict[str, Any]:
         """Joints in degrees, the cube's place on the table in centimetres, the camera's picture."""
-        cube = {"cube_x.pos": float, "cube_y.pos": float}
+        numbers = dict.fromkeys([*PARKED, *CUBE], float)
         pixels = self.config.pixels
-        return self.action_features | cube | ({CAMERA: (pixels, pixels, 3)} if self.config.camera else {})
+        return numbers | ({CAMERA: (pixels, pixels, 3)} if self.config.camera else {})
 
     @property
     def action_features(self) -> dict[str, Any]:
@@ -221,7 +219,7 @@ class MujocoArm(Robot):
                         self._model, self.config.pixels, self.config.pixels
                     )
                 self._renderer.update_scene(self._data, CAMERA)
-        found |= {"cube_x.pos": 100 * x, "cube_y.pos": 100 * y}
+        found |= dict(zip(CUBE, (100 * x, 100 * y)))
         return found | ({CAMERA: self._renderer.render()} if self.config.camera else {})
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
@@ -261,7 +259,7 @@ class MujocoArm(Robot):
         self._check()
         rng, tip, place = np.random.default_rng(seed), self.places()[0], np.zeros(3)
         while np.linalg.norm(place - tip) < 0.05 or not place.any():  # beside the gripper, not in it
-            radius, bearing = rng.uniform(0.16, 0.19), np.deg2rad(rng.uniform(-35, 35))
+            radius, bearing = rng.uniform(0.16, 0.19), np.deg2rad(rng.uniform(-20, 20))
             place = np.array([radius * np.cos(bearing), radius * np.sin(bearing), 0.02])
         turn = (bearing + np.deg2rad(rng.uniform(-10, 10))) / 2
         with self._lock:

@@ -6,10 +6,11 @@ import numpy as np
 
 from trimtab.recipes.embedded_arm.arm import HAND, LINK, PARKED, SHOULDER
 
-# Metres, of the fingertips: where they turn, how high, how high they push, and how far.
-BACK, HIGH, LOW, OUT = 0.10, 0.08, 0.02, 0.255
+# Metres, of the fingertips: where they turn, from how high, down to where; how high they push, how far.
+BACK, HIGH, HOVER, LOW, OUT = 0.10, 0.09, 0.05, 0.02, 0.255
 BEHIND = 0.05  # metres from the cube's middle to fingertips that cannot touch it
-STEPS = np.array([3.0, 0.005, 0.010])  # most degrees and metres from one action to the next
+TURN = 8  # steps that it takes to turn to the cube, wherever that is
+MOVED = np.array([20.0, 0.06, 0.06])  # degrees, metres: someone else has moved the arm
 
 
 def joints_at(bearing: float, radius: float, height: float) -> dict[str, float]:
@@ -40,22 +41,26 @@ class Pusher:
     def __init__(self, sight: float = 0.0, recovers: bool = True) -> None:
         self.sight, self.recovers = sight, recovers
         self._at: np.ndarray | None = None  # where it wants the fingertips
+        self._turn = 0.0  # degrees per step
 
     def act(self, tip: np.ndarray, cube: np.ndarray) -> dict[str, float]:
         """The next action, with the fingertips and the cube's middle at (3,) in metres."""
         here, thing = polar(tip), polar(cube)
-        if self._at is None or (np.abs(self._at - here) > 8 * STEPS).any():  # someone else has moved the arm
-            self._at = here
-        at, bearing = self._at, thing[0] + self.sight
-        aligned = abs(bearing - at[0]) < 3.0
+        bearing = thing[0] + self.sight
+        if self._at is None or (np.abs(self._at - here) > MOVED).any():
+            self._at, self._turn = here, abs(bearing - here[0]) / TURN
+        at = self._at
+        pushes = at[2] < HOVER - 0.001
+        steps = np.array([max(self._turn, 1.0 if pushes else 0.1), 0.006, 0.010])
+        aligned = abs(bearing - at[0]) < (3.0 if pushes else 1.01 * steps[0])
         beyond = here[1] > thing[1] - (0.0 if aligned else BEHIND)
         if beyond and self.recovers and at[2] < HIGH - 0.01:
             goal = np.array([at[0], at[1], HIGH])
         elif beyond and self.recovers:
             goal = np.array([at[0], BACK, HIGH])
         elif not aligned:
-            goal = np.array([bearing, BACK, 0.05])
+            goal = np.array([bearing, BACK, max(at[2] - 0.005, HOVER)])
         else:
             goal = np.array([bearing, OUT if at[2] < 0.03 else at[1], LOW])
-        self._at = at + np.clip(goal - at, -STEPS, STEPS)
+        self._at = at + np.clip(goal - at, -steps, steps)
         return joints_at(*self._at)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import UserError
 from trimtab.adapters.checkpoint.files import whole_folder
 from trimtab.recipes.embedded_base.cloning import CloningConfig, clone
-from trimtab.recipes.embedded_base.demonstrations import REPO_ID, Operator, record, with_centers
-from trimtab.rl.envs.metaworld import RECORD, check_episode_length, resolve_task, split_tasks
+from trimtab.recipes.embedded_base.demonstrations import REPO_ID, Operator, episodes_of, record
+from trimtab.rl.envs.metaworld import (
+    RECORD,
+    MetaworldStateConfig,
+    check_episode_length,
+    resolve_task,
+    split_tasks,
+)
 
 DEMONSTRATIONS = "demonstrations"
 MAX_SEED = 400  # keeps the demonstrations' seeds below those of training
@@ -112,9 +118,11 @@ def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") ->
     tasks = config.tasks.split(",")
 
     def demonstrate(root: Path) -> dict[str, Any]:
-        operators = with_centers(config.demonstrators)
-        rates = record(root, tasks, operators, config.episodes, config.episode_length, config.seed)
-        who = {task: asdict(operators.get(task, Operator())) for task in tasks}
+        operators = {task: replace(config.demonstrators.get(task, Operator())) for task in tasks}
+        how = config.episodes, config.episode_length, config.seed
+        shown = {task: episodes_of(task, operator, *how) for task, operator in operators.items()}
+        rates = record(root, REPO_ID, MetaworldStateConfig().fps, shown, config.episodes)
+        who = {task: asdict(operator) for task, operator in operators.items()}
         return {"demonstrators": who, "demonstration_success": rates}
 
     facts = {"tasks": tasks, "episodes_per_task": config.episodes, "episode_length": config.episode_length}
@@ -128,8 +136,11 @@ def write_base(
     seed: int,
     facts: dict[str, Any],
     option: str = "--output_dir",
+    steps: tuple[Any, ...] = (),
 ) -> dict[str, Any]:
     """Clone what ``demonstrate`` records as a LeRobotDataset, whole or not at all, into ``folder``.
+
+    ``steps``: processor steps that the base takes along, after its preprocessor's renaming.
 
     Returns:
         ``facts``, what ``demonstrate`` returns, and more, as ``base.json`` holds them.
@@ -146,6 +157,7 @@ def write_base(
         made = facts | demonstrate(work / DEMONSTRATIONS)
         dataset = LeRobotDataset(REPO_ID, root=work / DEMONSTRATIONS)
         policy, pre, post, losses = clone(dataset, cloning, seed)
+        pre.steps[1:1] = steps
         for part in (policy, pre, post):  # as `lerobot-train` would
             part.save_pretrained(work)
         made |= {

@@ -7,9 +7,10 @@ imitates both keeps both habits and picks one of them by its noise: that is what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, SupportsFloat
 
 import numpy as np
@@ -17,7 +18,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
 from trimtab.adapters.errors import UserError
 from trimtab.recipes.finetune.data import Recorder
-from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
+from trimtab.rl.envs.metaworld import MetaworldStateEnv
 from trimtab.rl.runs.progress import Progress
 
 REPO_ID = "trimtab/metaworld_demonstrations"
@@ -74,17 +75,6 @@ def start_center(env: MetaworldStateEnv, episodes: int = 64) -> float:
     return float(np.median(xs))
 
 
-def with_centers(operators: dict[str, Operator]) -> dict[str, Operator]:
-    """The same operators, with a ``center`` measured for each blind spot that leaves it open."""
-    centered = dict(operators)
-    for task, operator in operators.items():
-        if operator.kind == "blind_spot" and operator.center is None:
-            env = MetaworldStateEnv(task)
-            centered[task] = replace(operator, center=start_center(env))
-            env.close()
-    return centered
-
-
 def frame(
     state: np.ndarray,
     environment_state: np.ndarray,
@@ -131,44 +121,49 @@ def demonstrate(env: MetaworldStateEnv, operator: Operator, seed: int) -> Iterat
         observation = following
 
 
+def episodes_of(
+    task: str, operator: Operator, episodes: int, episode_length: int, seed: int
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield the frames of each demonstration of a Meta-World task; failures are kept.
+
+    A blind spot that leaves its ``center`` open gets it measured. ``episode_length`` is the time limit in
+    steps; ``seed`` shifts the start states and the operator's errors.
+    """
+    env = MetaworldStateEnv(task, episode_length=episode_length)
+    if operator.kind == "blind_spot" and operator.center is None:
+        operator.center = start_center(env)
+    for episode in range(episodes):
+        yield list(demonstrate(env, operator, SEED_OFFSET + seed * 100_000 + episode))
+    env.close()
+
+
 def record(
     root: Path,
-    tasks: list[str],
-    operators: dict[str, Operator],
+    repo_id: str,
+    fps: int,
+    demonstrations: Mapping[str, Iterable[list[dict[str, Any]]]],
     episodes: int,
-    episode_length: int,
-    seed: int = 0,
+    names: dict[str, list[str]] | None = None,
 ) -> dict[str, float]:
-    """Record ``episodes`` demonstrations of each task under ``root``; failures are kept.
+    """Record ``episodes`` of each task, of which each item is the frames of one, under ``root``.
 
-    Args:
-        root: dataset folder, must not exist.
-        tasks: Meta-World task names.
-        operators: by task; a task without one is demonstrated with care.
-        episodes: demonstrations per task.
-        episode_length: time limit in steps.
-        seed: shifts the start states and the operators' errors.
+    ``names``: by feature, what the numbers in a frame are called.
 
     Returns:
-        The demonstrators' success rate by task.
+        The demonstrators' success rate by task, or of a task without success their mean return.
     """
-    rates: dict[str, float] = {}
-    progress = Progress(total=len(tasks) * episodes, desc="demonstrations", unit="ep")
+    scores: dict[str, list[float]] = {task: [] for task in demonstrations}
+    progress = Progress(total=len(scores) * episodes, desc="demonstrations", unit="ep")
 
-    def all_episodes() -> Iterator[list[dict[str, Any]]]:
-        for task in tasks:
-            env = MetaworldStateEnv(task, episode_length=episode_length)
-            successes = 0
-            for episode in range(episodes):
-                start = SEED_OFFSET + seed * 100_000 + episode
-                frames = list(demonstrate(env, operators.get(task, Operator()), start))
+    def counted() -> Iterator[list[dict[str, Any]]]:
+        for task, found in scores.items():
+            for frames in demonstrations[task]:
                 yield frames
-                successes += bool(frames[-1]["next.success"][0])
+                total = sum(float(frame["next.reward"][0]) for frame in frames)
+                found.append(float(frames[-1].get("next.success", [total])[0]))
                 progress.update()
-                progress.set_postfix_str(f"{task} success {successes / (episode + 1):.2f}")
-            env.close()
-            rates[task] = successes / episodes
+                progress.set_postfix_str(f"{task}: mean {fmean(found):.4g}")
 
-    Recorder(root, MetaworldStateConfig().fps, REPO_ID).add(all_episodes())
+    Recorder(root, fps, repo_id, names).add(counted())
     progress.close()
-    return rates
+    return {task: fmean(found) for task, found in scores.items()}

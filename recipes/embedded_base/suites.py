@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import UserError
 from trimtab.recipes.embedded_base.base import write_base
 from trimtab.recipes.embedded_base.cloning import CloningConfig
-from trimtab.recipes.finetune.data import Recorder
-from trimtab.rl.runs.progress import Progress
+from trimtab.recipes.embedded_base.demonstrations import record
 
 # Modules beside this one, each with TASKS, and what to install for them.
 SUITES = {
     "gym_mujoco": "lerobot_policy_trimtab[gym_mujoco]",
     "robosuite": "lerobot_policy_trimtab[robosuite]",
     "ogbench": "lerobot_policy_trimtab[ogbench]",
+    "arm": "lerobot_policy_trimtab[arm]",
 }
 
 
@@ -31,11 +31,17 @@ class Task:
         demonstrate: (episodes, seed) -> the frames of one episode after the other, failures kept, as
             ``LeRobotDataset.add_frame`` takes them.
         fps: frames per second.
+        names: by feature, what the numbers in its frames are called.
+        steps: processor steps that its base takes along, after the renaming.
+        chunk: actions executed per chunk, where ``--cloning.n_action_steps`` does not say.
     """
 
     env: dict[str, Any]
     demonstrate: Callable[[int, int], Iterator[list[dict[str, Any]]]]
     fps: int
+    names: dict[str, list[str]] = field(default_factory=dict)
+    steps: tuple[Any, ...] = ()
+    chunk: int | None = None
 
 
 def suite_tasks(suite: str) -> dict[str, Task]:
@@ -62,21 +68,11 @@ def make_task_base(
         success their mean return.
     """
 
-    def record(root: Path) -> dict[str, Any]:
-        scores: list[float] = []
-        progress = Progress(total=episodes, desc=f"demonstrations of {name}", unit="ep")
-
-        def counted() -> Iterator[list[dict[str, Any]]]:
-            for frames in task.demonstrate(episodes, seed):
-                yield frames
-                rewards = sum(float(frame["next.reward"][0]) for frame in frames)
-                scores.append(float(frames[-1].get("next.success", [rewards])[0]))
-                progress.update()
-                progress.set_postfix_str(f"mean {sum(scores) / len(scores):.4g}")
-
-        Recorder(root, task.fps, f"trimtab/{name}_demonstrations").add(counted())
-        progress.close()
-        return {"demonstrated": sum(scores) / len(scores)}
+    def demonstrate(root: Path) -> dict[str, Any]:
+        shown, where = {name: task.demonstrate(episodes, seed)}, f"trimtab/{name}_demonstrations"
+        return {"demonstrated": record(root, where, task.fps, shown, episodes, task.names)[name]}
 
     facts = {"task": name, "env": task.env, "episodes": episodes}
-    return write_base(folder, record, cloning, seed, facts)
+    if task.chunk and cloning.n_action_steps == CloningConfig().n_action_steps:
+        cloning = replace(cloning, n_action_steps=task.chunk)
+    return write_base(folder, demonstrate, cloning, seed, facts, steps=task.steps)

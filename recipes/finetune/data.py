@@ -135,12 +135,16 @@ def batches(
 class Recorder:
     """Appends episodes to a LeRobotDataset under ``root``; the first one makes it.
 
+    ``names``: by feature, what its numbers are called.
+
     Attributes:
         episodes, frames: recorded so far.
     """
 
-    def __init__(self, root: Path, fps: int, repo_id: str = REPO_ID) -> None:
-        self.root, self.fps, self.repo_id = root, fps, repo_id
+    def __init__(
+        self, root: Path, fps: int, repo_id: str = REPO_ID, names: dict[str, list[str]] | None = None
+    ) -> None:
+        self.root, self.fps, self.repo_id, self._names = root, fps, repo_id, names or {}
         self.episodes = self.frames = 0
 
     def add(self, episodes: Iterable[Iterable[dict[str, Any]]]) -> None:
@@ -153,6 +157,8 @@ class Recorder:
             for frame in episode:
                 if dataset is None:
                     features = {key: _feature(value) for key, value in frame.items() if key != "task"}
+                    for key, names in self._names.items():
+                        features[key]["names"] = names
                     dataset = LeRobotDataset.create(
                         self.repo_id, self.fps, features, root=self.root, use_videos=False
                     )

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,14 @@ def put(options: Options, name: str, value: Any) -> None:
     options[last] = value
 
 
+@cache
+def register_installed() -> None:
+    """Register what installed packages bring, once: LeRobot reads the metadata of all of them."""
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+
+
 def load_plugins(*layers: Options) -> list[Options]:
     """Register other people's environments and policies as LeRobot's commands do; later ``layers`` win.
 
@@ -121,9 +130,8 @@ def load_plugins(*layers: Options) -> list[Options]:
         UserError: a package cannot be loaded.
     """
     from lerobot.configs.parser import load_plugin
-    from lerobot.utils.import_utils import register_third_party_plugins
 
-    register_third_party_plugins()
+    register_installed()
     _loaded.clear()
     for layer in layers:
         named = {name: str(value) for name, value in flatten(layer).items() if is_plugin(name) and value}

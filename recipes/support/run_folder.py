@@ -153,7 +153,7 @@ def decode(values: dict[str, Any]) -> Evaluation:
 
 
 @contextmanager
-def run_errors(path: Path) -> Iterator[None]:
+def run_errors(path: Path, resumed_by: str = "--resume=true") -> Iterator[None]:
     """A full or unwritable disk and a simulator that is lost are for the user to mend: a ``UserError``."""
     try:
         yield
@@ -165,5 +165,5 @@ def run_errors(path: Path) -> Iterator[None]:
         raise UserError(
             "--output_dir",
             f"cannot write to {path} ({reason(error)}); what was written before is whole: make room, then go "
-            "on with --resume=true",
+            f"on with {resumed_by}",
         ) from error

@@ -57,7 +57,7 @@ MADE = "tiny.json"  # how to load what is in the cache; written last
 SIZES = read_options(Path(__file__).with_suffix(".yaml"))
 MACHINE = {"workers": 0, "threads": 1}
 EXECUTED = 2  # steps of a chunk, where the recipe says how many
-STEPS = 24  # of an episode
+STEPS = 16  # of an episode
 
 
 def tiny_options(stack: ExitStack, values: Options, given: Options, command: str, kind: str) -> Options:
@@ -174,6 +174,7 @@ def shrink(content: Options, command: str) -> None:
         names = [name for name in names if name in known or name not in METHODS]
         settings = {name: (content.get("settings") or {}).get(name) or {} for name in names}
         for name in {"steered", "residual"} & set(names):
+            settings[name] = {"rl": METHODS[name]["rl"], **settings[name]}
             _shrink_steering(settings[name])
         if FINE_TUNED in names:
             _shrink_tuning(settings[FINE_TUNED].setdefault("tuning", {}))

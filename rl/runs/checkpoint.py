@@ -84,6 +84,7 @@ class Checkpoints:
         world: the processes.
         beside: asked at each checkpoint for what the recipe wants to find in it again, as JSON values.
         texts: files to write into each checkpoint, by name (the run's config).
+        resumed_by: what goes on from the newest, for messages.
     """
 
     folder: Path
@@ -92,6 +93,7 @@ class Checkpoints:
     world: ProcessGroup
     beside: Callable[[], dict[str, Any]] = dict
     texts: dict[str, str] = field(default_factory=dict)
+    resumed_by: str = "--resume=true"
     _latest: int = -1
 
     def due(self, env_steps: int) -> bool:
@@ -141,7 +143,7 @@ class Checkpoints:
         raise UserError(
             "--output_dir",
             f"cannot write a checkpoint to {self.folder} ({why}); {last}; make room, then go on with "
-            "--resume=true",
+            f"{self.resumed_by}",
         ) from error
 
     def _finish(self, work: Path, target: Path, files: dict[str, str]) -> None:

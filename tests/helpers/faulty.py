@@ -1,7 +1,9 @@
 """The point problem on a machine where things go wrong."""
 
 import os
+import resource
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import gymnasium as gym
@@ -49,3 +51,14 @@ class FaultyConfig(PointConfig):
     def create_envs(self, n_envs, use_async_envs=False):
         make = [lambda: FaultyEnv(self.limit, self.fault, self.slow)] * n_envs
         return {"test_faulty": {0: gym.vector.SyncVectorEnv(make)}}
+
+
+@contextmanager
+def files_of_at_most(size):
+    """A disk on which no file can grow further: stands in for a full one, which takes a mount to make."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

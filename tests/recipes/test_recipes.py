@@ -119,6 +119,7 @@ def check_comparison(recipe, found, used):
     served = recipe.policy_type == "remote"
     methods = {row["method"] for row in found["methods"]}
     assert methods == {*LEARN_NOTHING_NEW, *(() if served else (FINE_TUNED,))}
+    assert used["settings"]["residual"]["rl"]["batch_size"] == 8  # half of the time, at its usual 256
     if recipe.name == "metaworld":  # has a compare.yaml of its own
         return
     said, steered = recipe.read(ADAPT), used["settings"]["steered"]

@@ -127,7 +127,7 @@ def test_normaliser_takes_the_vector_and_leaves_the_encoders_output():
         ("dsrl_sac", 1.5, {}),
         # With squared errors the critics are late in so short a run: 0.02.
         ("dsrl_na", 2.0, {"critic_loss": "logistic"}),
-        ("best_of_n", 3.0, {}),
+        ("best_of_n", 2.0, {}),
     ],
 )
 def test_solves_a_problem_that_only_a_camera_shows(kind, pace, settings):

@@ -54,7 +54,7 @@ def test_sac_solves_a_noise_space_problem():
         zero = evaluate(runner, vec, zero_noise, seeds, progress=False)
         ticket, _ = best_constant(runner, vec, 16, range(2000, 2010), 0, progress=False)
         constant = evaluate(runner, vec, constant_noise(ticket), seeds, progress=False)
-        algorithm, lines, _ = train(runner, vec, env_steps=3000, warmup_transitions=300, first_update=100)
+        algorithm, lines, _ = train(runner, vec, env_steps=2000, warmup_transitions=300, first_update=100)
         steered = evaluate(runner, vec, steered_noise(algorithm.actor, True), seeds, progress=False)
     assert 0.2 < base.success_rate < 0.5
     assert zero.success_rate == 0.0

@@ -26,6 +26,13 @@ def test_help_is_instant_and_imports_nothing_heavy():
     assert done.stdout.strip().endswith("False")
 
 
+def test_a_reader_may_stop_early():
+    """`trimtab recipes | head`."""
+    listing = subprocess.Popen([TRIMTAB, "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    listing.stdout.close()
+    assert listing.stderr.read() == b"" and listing.wait(60) == 0
+
+
 def test_command_help(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["adapt", "--help"])

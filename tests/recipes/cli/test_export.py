@@ -32,17 +32,10 @@ EPISODES = 4
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(drawer_base, tmp_path_factory):
     """A short best-of-n run on a base that solves some episodes, and its export."""
-    from trimtab.recipes.embedded_base.base import BaseConfig, make_base
-    from trimtab.recipes.embedded_base.cloning import CloningConfig
-
     root = tmp_path_factory.mktemp("export")
-    cloning = CloningConfig(steps=300, batch_size=32)
-    base = BaseConfig(
-        tasks="drawer-close-v3", demonstrators={}, episodes=6, episode_length=90, cloning=cloning
-    )
-    make_base(base.resolved(), root / "base")
+    shutil.copytree(drawer_base, root / "base")
     argv = [
         "adapt", f"--policy.path={root / 'base'}", *ENV, *MACHINE, "--train.env_steps=200",
         "--train.warmup_transitions=8",

@@ -59,15 +59,15 @@ def options(base, output, **more):
 
 
 @pytest.fixture(scope="module")
-def compared(two_task_base, tmp_path_factory):
+def compared(tiny_base, tmp_path_factory):
     """One seed of some methods, then two seeds of all; the files' times in between."""
     output = tmp_path_factory.mktemp("compare") / "out"
     first = "base,steered,lora_rollouts"
-    assert main(options(two_task_base, output, methods=first, seeds=1, videos=0)) == 0
+    assert main(options(tiny_base, output, methods=first, seeds=1)) == 0
     runs = output / "runs" / TASK
     before = {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}
     every = "zero_noise,golden_ticket,best_of_k,steered,lora,lora_rollouts,residual"
-    assert main(options(two_task_base, output, methods=every, seeds=2)) == 0
+    assert main(options(tiny_base, output, methods=every, seeds=2, videos=0)) == 0
     return output, before
 
 
@@ -111,7 +111,7 @@ def test_the_report(compared):
     assert (output / "curve.png").stat().st_size > 5000
 
 
-def test_what_is_there_is_kept(compared, two_task_base, capsys):
+def test_what_is_there_is_kept(compared, tiny_base, capsys):
     output, before = compared
     runs = output / "runs" / TASK
     # (This test runs after those that read the report, which it makes anew.)
@@ -120,7 +120,7 @@ def test_what_is_there_is_kept(compared, two_task_base, capsys):
     made = {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}
     assert len(made) == 2 + 6 * 2
     changed = {**SETTINGS, "steered": {**SETTINGS["steered"], "noise": {"type": "repeat"}}}
-    argv = options(two_task_base, output, methods="steered,lora", seeds=1, settings=json.dumps(changed))
+    argv = options(tiny_base, output, methods="steered,lora", seeds=1, settings=json.dumps(changed))
     assert main(argv) == 0
     said = capsys.readouterr().out
     assert "lora-seed0.json is there already" in said and "steered-seed0.json was made with other" in said
@@ -142,7 +142,7 @@ class MyDrawer(MetaworldStateConfig):
 """
 
 
-def test_a_run_of_its_own_process(two_task_base, tmp_path, capfd, monkeypatch):
+def test_a_run_of_its_own_process(tiny_base, tmp_path, capfd, monkeypatch):
     """It knows the plugins that the command line names."""
     (tmp_path / "my_drawers").mkdir()
     (tmp_path / "my_drawers" / "__init__.py").write_text(PLUGIN)
@@ -150,7 +150,7 @@ def test_a_run_of_its_own_process(two_task_base, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     more = {"env.type": "my_drawer", "env.discover_packages_path": "my_drawers", "env.task": TASK}
     argv = options(
-        two_task_base, tmp_path / "out", methods="base", isolate="true", videos=0, other_episodes=0, **more
+        tiny_base, tmp_path / "out", methods="base", isolate="true", videos=0, other_episodes=0, **more
     )
     assert main(argv) == 0
     record = json.loads((tmp_path / "out" / "runs" / TASK / "base.json").read_text())
@@ -319,16 +319,16 @@ def test_a_recipe_keeps_what_is_not_the_comparisons_own():
 
 
 @pytest.fixture(scope="module")
-def folders(two_task_base, tmp_path_factory):
+def folders(tiny_base, tmp_path_factory):
     """A run folder each of adapt and of lora."""
     place = tmp_path_factory.mktemp("folders")
-    shared = [f"--policy.path={two_task_base}", "--policy.device=cpu", *ENV, "--env.episode_length=40"]
+    shared = [f"--policy.path={tiny_base}", "--policy.device=cpu", *ENV, "--env.episode_length=40"]
     shared += ["--eval.n_episodes=3", "--eval.batch_size=3", "--eval.videos=0"]
     shared += ["--machine.workers=0", "--machine.threads=1"]
     adapt = ["--num_envs=2", "--train.env_steps=120", "--train.first_update=8", "--rl.type=dsrl_sac"]
     adapt += ["--rl.batch_size=8", "--train.warmup_transitions=0", "--eval.constant_candidates=0"]
     assert main(["adapt", *shared, *adapt, f"--output_dir={place / 'adapt'}"]) == 0
-    data = ["--dataset.repo_id=a/b", f"--dataset.root={two_task_base / 'demonstrations'}", "--steps=2"]
+    data = ["--dataset.repo_id=a/b", f"--dataset.root={tiny_base / 'demonstrations'}", "--steps=2"]
     assert main(["lora", *shared, *data, "--peft.r=2", f"--output_dir={place / 'lora'}"]) == 0
     return place
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from tests.helpers.faulty import files_of_at_most
 from tests.helpers.lane import KNOWN, make_lane_policy
 from trimtab.recipes.cli import main
 from trimtab.recipes.compare.bases import env_of
@@ -67,6 +68,13 @@ def test_a_task_without_success_is_compared_by_its_return(policy, tmp_path, caps
     assert rows["base"]["return"]["return_mean"] == pytest.approx(sum(base["returns"]) / 4)
     text = (output / "compare.md").read_text()
     assert "until it stays above the base" in text and "McNemar" not in text and "the base has return" in text
+
+
+def test_a_full_disk_is_one_line(policy, tmp_path, capsys):
+    with files_of_at_most(8000):  # enough for configs, and no figure
+        assert run(policy, tmp_path / "out", methods="base") == 2
+    line = refused(capsys)
+    assert "--output_dir: cannot write to " in line and line.endswith("then go on with the same command")
 
 
 def settled(output):

@@ -143,14 +143,14 @@ def test_a_search_gets_the_episodes_that_fit_were_all_as_long_as_the_longest(tmp
     assert (found.budget, found.candidates) == (20, 4)  # 4 and 2 of them, twice, are 12; 8, 4 and 2 are 28
 
 
-def test_fine_tuning_learns_from_the_demonstrations_that_are_named_and_succeed(two_task_base):
-    adapter = load_adapter(PolicyConfig(path=str(two_task_base), device="cpu"))
+def test_fine_tuning_learns_from_the_demonstrations_that_are_named_and_succeed(tiny_base):
+    adapter = load_adapter(PolicyConfig(path=str(tiny_base), device="cpu"))
     env = MetaworldStateConfig(task="drawer-close-v3")
-    data = DatasetConfig(REPO_ID, root=str(two_task_base / "demonstrations"))
+    data = DatasetConfig(REPO_ID, root=str(tiny_base / "demonstrations"))
 
     def good(episodes):
         named = replace(data, episodes=episodes)
-        with begin(adapter, env, two_task_base, dataset=named, n_episodes=1) as run:
+        with begin(adapter, env, tiny_base, dataset=named, n_episodes=1) as run:
             return good_demonstrations(run)
 
     dataset, count = good(None)

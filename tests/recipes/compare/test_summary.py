@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from trimtab.recipes.compare.measure import RETURN, SUCCESS
-from trimtab.recipes.compare.report import learning_row, markdown, row
+from trimtab.recipes.compare.report import MARKDOWN, learning_row, rendered, row
 from trimtab.recipes.compare.summary import dip, elsewhere, summarise, sustained
 from trimtab.rl.statistics import bootstrap_interval, p_below
 
@@ -74,7 +74,7 @@ def test_tasks_without_success_are_judged_by_their_return():
     assert found["gain over the base"] == f"{gain['difference']:+.4g} [{low:+.4g}, {high:+.4g}]"
     assert found["steps (episodes) until it stays above the base"] == "400 (8)"
     assert learning["steps until it stays above the base, each seed"] == "400, 400"
-    text = markdown("x", [], [base_entry, entry])
+    text = rendered(MARKDOWN, "x", [], [base_entry, entry])
     assert "McNemar" not in text and "Wilson" not in text and "points" not in text and "success" not in text
     assert "bootstrap" in text and row(base_entry)["steps (episodes) until it stays above the base"] == "-"
     both = {"a": {"policy": base}}
@@ -112,7 +112,7 @@ def test_levels_and_rows():
     assert entry["cpu_seconds"] == 11.0 and entry["artefact_mb"] == 2.0
     found = list(row(entry).values())
     assert found[4:7] == ["100 (2)", "300 (4)", "> 308"] and found[3] == "0.5000"
-    assert "| m |" in markdown("x", [], [entry]) and "+58.3 points" in found[2]
+    assert "| m |" in rendered(MARKDOWN, "x", [], [entry]) and "+58.3 points" in found[2]
 
 
 def test_the_median_of_two_seeds_is_the_later():
@@ -198,7 +198,8 @@ def test_the_stored_comparison_makes_its_page():
     """The figures of recipes/configs/metaworld/comparison: compare.md is made of compare.json."""
     stored = json.loads((STORED / "compare.json").read_text())
     assert (
-        markdown(stored["title"], stored["facts"], stored["methods"]) == (STORED / "compare.md").read_text()
+        rendered(MARKDOWN, stored["title"], stored["facts"], stored["methods"])
+        == (STORED / "compare.md").read_text()
     )
 
 
@@ -213,4 +214,4 @@ def test_what_happened_while_learning():
     assert entry["dips"][1] is None  # four episodes are no window
     below, found = entry["dips"][0]["below"], list(learning_row(entry).values())
     assert found[0] == "m" and found[1] == "200, 300" and found[3:] == ["0.50, -", f"{below}/11, -"]
-    assert f"| {' | '.join(found)} |" in markdown("x", [], [entry])
+    assert f"| {' | '.join(found)} |" in rendered(MARKDOWN, "x", [], [entry])

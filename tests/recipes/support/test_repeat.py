@@ -11,6 +11,7 @@ import pytest
 
 import tests.helpers.lane as lane
 from tests.helpers.lane import SMALL, TRAIN
+from tests.helpers.small_runs import HERE
 from trimtab.adapters import UserError
 from trimtab.recipes.cli import main
 from trimtab.recipes.cli.adapt import AdaptConfig
@@ -56,7 +57,7 @@ def test_the_config_of_a_run_names_plugin_and_places(run):
 
 def test_a_run_goes_on_from_another_folder_in_another_process(run, tmp_path):
     """As `trimtab adapt` prints it: the process that goes on has not loaded the environment before."""
-    command = [TRIMTAB, "adapt", "--resume=true", f"--output_dir={run}", "--train.env_steps=320"]
+    command = [TRIMTAB, "adapt", "--resume=true", f"--output_dir={run}", "--train.env_steps=320", HERE]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr

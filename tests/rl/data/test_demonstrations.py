@@ -18,7 +18,13 @@ from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.cli import main
-from trimtab.recipes.embedded_base.demonstrations import SEED_OFFSET, Operator, demonstrate, record
+from trimtab.recipes.embedded_base.demonstrations import (
+    SEED_OFFSET,
+    Operator,
+    demonstrate,
+    episodes_of,
+    record,
+)
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations, unreadable
@@ -35,11 +41,16 @@ TASK, GAMMA, LIMIT = "drawer-close-v3", 0.9, 100
 OTHER = "button-press-topdown-v3"
 
 
+def record_with_care(root, tasks, episodes, limit):
+    shown = {task: episodes_of(task, Operator(), episodes, limit, 0) for task in tasks}
+    record(root, "trimtab/care", MetaworldStateConfig().fps, shown, episodes)
+
+
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     """Three demonstrations, which succeed."""
     root = tmp_path_factory.mktemp("demos") / "data"
-    record(root, [TASK], {}, 3, LIMIT)
+    record_with_care(root, [TASK], 3, LIMIT)
     return root
 
 
@@ -132,7 +143,9 @@ def test_how_many_states_are_looked_at_together_changes_nothing(recorded, adapte
 
 
 def test_an_episode_without_success_ends_at_a_time_limit(tmp_path, adapter):
-    record(tmp_path / "short", [TASK], {}, 1, 11)  # 11 actions, steps of 4: the last frame is the final state
+    record_with_care(
+        tmp_path / "short", [TASK], 1, 11
+    )  # 11 actions, steps of 4: the last frame is the final state
     data, transitions, _ = made(
         tmp_path / "short",
         adapter,
@@ -337,7 +350,7 @@ def test_cameras(tmp_path):
 
 
 def test_only_episodes_of_the_task_take_part(tmp_path, adapter):
-    record(tmp_path / "two", [TASK, OTHER], {}, 2, 9)
+    record_with_care(tmp_path / "two", [TASK, OTHER], 2, 9)
     data, _, _ = made(tmp_path / "two", adapter)
     assert [episode.first for episode in data.episodes] == [0, 9]
     assert "2 of 4 episodes are of the task" in data.notes[0]
