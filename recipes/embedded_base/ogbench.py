@@ -3,7 +3,8 @@
 An operator is careful, or has a blind spot for a whole episode: it then sees what it reaches for displaced
 along y, to a side that depends on the cube's yaw. A policy that imitates both picks one of them by its noise.
 Both start from the same states: a clone would else read from the start which of them it was, and so would a
-critic that learns from the demonstrations. OGBench's observations do not tell the goal, so each policy is for one task, with one goal.
+critic that learns from the demonstrations.
+OGBench's observations do not tell the goal, so each policy is for one task, with one goal.
 """
 
 from __future__ import annotations
