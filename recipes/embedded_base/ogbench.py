@@ -2,6 +2,8 @@
 
 An operator is careful, or has a blind spot for a whole episode: it then sees what it reaches for displaced
 along y, to a side that depends on the cube's yaw. A policy that imitates both picks one of them by its noise.
+Both start from the same states: a clone would else read from the start which of them it was, and so would a
+critic that learns from the demonstrations.
 OGBench's observations do not tell the goal, so each policy is for one task, with one goal.
 """
 
@@ -37,8 +39,8 @@ Expert = Callable[[Info, np.ndarray], np.ndarray]
 class Operator:
     """How a task's demonstrations are performed."""
 
-    # Share of the episodes with a blind spot.
-    p_bad: float = 0.5
+    # Demonstrations of each start, one of them with a blind spot.
+    takes: int = 3
     # Its size in metres; an episode draws a factor of U(0.8, 1.3).
     offset: float = 0.1
     # Standard deviation of the Gaussian noise on every action, in action units.
@@ -47,9 +49,9 @@ class Operator:
     patience: int = 80
 
     def error(self, cube_yaw: float, rng: np.random.Generator) -> np.ndarray:
-        """Draw an episode's error of sight (3,) in metres, along y."""
-        bad, size = rng.random() < self.p_bad, self.offset * rng.uniform(0.8, 1.3)
-        return np.array([0.0, np.copysign(size, np.cos(cube_yaw)) * bad, 0.0])
+        """Draw a blind spot's error of sight (3,) in metres, along y."""
+        size = self.offset * rng.uniform(0.8, 1.3)
+        return np.array([0.0, np.copysign(size, np.cos(cube_yaw)), 0.0])
 
 
 class CubeExpert:
@@ -128,8 +130,8 @@ EXPERTS: dict[str, tuple[str, Callable[[gym.Env], Expert]]] = {
     "scene": ("Close and lock the drawer and the window", SceneExpert),
 }
 OPERATORS = {
-    "cube-single": Operator(p_bad=0.3, offset=0.1, noise=0.15, patience=70),
-    "scene": Operator(p_bad=0.5, offset=0.08, noise=0.15, patience=170),
+    "cube-single": Operator(takes=3, offset=0.1, noise=0.15, patience=70),
+    "scene": Operator(takes=2, offset=0.08, noise=0.15, patience=170),
 }
 
 
@@ -140,12 +142,13 @@ def demonstrate(
     env, (description, make_expert) = gym.make(ID.format(name)), EXPERTS[name]
     operator = operator or OPERATORS[name]
     for episode in range(episodes):
-        start = SEED_OFFSET + seed * 100_000 + episode
-        rng = np.random.default_rng([start, 1])
+        start, take = divmod(episode, operator.takes)
+        start += SEED_OFFSET + seed * 100_000
+        rng = np.random.default_rng([start, take])
         observation, info = env.reset(seed=start)
         expert, ended = make_expert(env), False
         frames: list[dict[str, Any]] = []
-        error = operator.error(info["privileged/block_0_yaw"][0], rng)
+        error = np.zeros(3) if take else operator.error(info["privileged/block_0_yaw"][0], rng)
         while not ended:
             wanted = expert(info, error)
             noisy = wanted + rng.normal(0.0, operator.noise, wanted.shape)

@@ -3,6 +3,9 @@
 A careful operator sees the object where it is. A careless one has a blind spot: it sees the object displaced
 for a whole episode, to the left if it lies right of the middle and to the right if it lies left, closes the
 gripper beside it, and goes on with nothing in hand. All move with noise.
+
+Both start from the same states. Otherwise a clone reads from where the object lies which of them it was, and
+its noise decides nothing.
 """
 
 from __future__ import annotations
@@ -41,19 +44,15 @@ class Operator:
     seen: str
     axis: int
     middle: float
-    # Share of careless episodes, and the error of sight in metres, times U(0.8, 1.3).
-    p_bad: float
-    offset: float
     steps: int  # of a demonstration, if it does not succeed
+    takes: int = 3  # demonstrations of each start, one of them careless
+    offset: float = 0.12  # the error of sight in metres, times U(0.8, 1.3)
     noise: float = 0.1  # standard deviation on every number of an action but the gripper's
 
     def error(self, position: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Draw an episode's error of sight (3,) in metres for an object at ``position``."""
-        error = np.zeros(3)
-        if rng.random() < self.p_bad:
-            side = 1.0 if position[self.axis] < self.middle else -1.0
-            error[self.axis] = side * self.offset * rng.uniform(0.8, 1.3)
-        return error
+        """Draw a careless episode's error of sight (3,) in metres for an object at ``position``."""
+        side = 1.0 if position[self.axis] < self.middle else -1.0
+        return np.eye(3)[self.axis] * side * self.offset * rng.uniform(0.8, 1.3)
 
 
 def yaw(quaternion: np.ndarray) -> float:
@@ -95,9 +94,9 @@ def grasp(env: RobosuiteEnv, thing: Callable[[], np.ndarray], turn: float) -> Ac
 
 
 def lift(env: RobosuiteEnv, error: np.ndarray) -> Actions:
-    turn = nearest(yaw(env.raw["cube_quat"]), np.pi / 2)
-    yield from grasp(env, lambda: env.raw["cube_pos"] + error, turn)
-    yield from move(env, lambda: (hand(env, 0.95), turn), CLOSED)
+    # Without turning: the cube fits between the fingers across its corners, too.
+    yield from grasp(env, lambda: env.raw["cube_pos"] + error, 0.0)
+    yield from move(env, lambda: (hand(env, 0.95), 0.0), CLOSED)
 
 
 def can(env: RobosuiteEnv, error: np.ndarray) -> Actions:
@@ -127,17 +126,17 @@ def square(env: RobosuiteEnv, error: np.ndarray) -> Actions:
 
 
 OPERATORS = {
-    "Lift": Operator(lift, "cube_pos", 0, 0.0, p_bad=0.5, offset=0.055, steps=70),
-    "Can": Operator(can, "Can_pos", 0, 0.1, p_bad=0.5, offset=0.065, steps=170),
-    "Square": Operator(square, "SquareNut_pos", 1, 0.1675, p_bad=0.4, offset=0.065, steps=200),
+    "Lift": Operator(lift, "cube_pos", 1, 0.0, steps=60),
+    "Can": Operator(can, "Can_pos", 0, 0.1, steps=170),
+    "Square": Operator(square, "SquareNut_pos", 1, 0.1675, steps=200),
 }
 
 
-def perform(env: RobosuiteEnv, operator: Operator, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield the frames of one demonstration in the dataset's format."""
-    rng = np.random.default_rng([seed, 1])
+def perform(env: RobosuiteEnv, operator: Operator, seed: int, take: int) -> Iterator[dict[str, Any]]:
+    """Yield the frames of one demonstration in the dataset's format; take 0 of a start is careless."""
+    rng = np.random.default_rng([seed, take])
     observation, _ = env.reset(seed=seed)
-    error = operator.error(env.raw[operator.seen], rng)
+    error = np.zeros(3) if take else operator.error(env.raw[operator.seen], rng)
     for step, wanted in enumerate(operator.plan(env, error), 1):
         wanted[:6] += rng.normal(0.0, operator.noise, 6)
         action = np.clip(wanted, -1.0, 1.0).astype(np.float32)
@@ -152,9 +151,10 @@ def perform(env: RobosuiteEnv, operator: Operator, seed: int) -> Iterator[dict[s
 
 def demonstrate(task: str, episodes: int, seed: int) -> Iterator[list[dict[str, Any]]]:
     """Yield the frames of each episode."""
-    env = make(task)
+    env, operator = make(task), OPERATORS[task]
     for episode in range(episodes):
-        yield list(perform(env, OPERATORS[task], SEED_OFFSET + seed * 100_000 + episode))
+        start, take = divmod(episode, operator.takes)
+        yield list(perform(env, operator, SEED_OFFSET + seed * 100_000 + start, take))
     env.close()
 
 

@@ -2,10 +2,10 @@
 
 import json
 import shlex
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 
 from trimtab.recipes.cli import main
 from trimtab.rl.rendering import choose_gl_backend
@@ -19,19 +19,28 @@ def test_a_careful_operator_succeeds_and_a_careless_one_does_not(task):
     from trimtab.recipes.embedded_base.robosuite import OPERATORS, perform
     from trimtab.rl.envs.robosuite import make
 
-    env, won = make(task), {}
-    for p_bad in (0.0, 1.0):
-        operator = replace(OPERATORS[task], p_bad=p_bad)
-        episodes = [list(perform(env, operator, seed)) for seed in range(4)]
-        won[p_bad] = [bool(frames[-1]["next.success"][0]) for frames in episodes]
+    env, operator, won = make(task), OPERATORS[task], []
+    for take in (0, 1):
+        episodes = [list(perform(env, operator, seed, take)) for seed in range(4)]
+        won.append(sum(bool(frames[-1]["next.success"][0]) for frames in episodes))
         assert all(frames[-1]["next.done"][0] and len(frames) <= operator.steps for frames in episodes)
-    assert sum(won[0.0]) >= 3 and sum(won[1.0]) <= 1
+    assert won[0] <= 1 and won[1] >= 3
+
+
+def test_who_is_careless_cannot_be_seen_at_the_start():
+    from trimtab.recipes.embedded_base.robosuite import OPERATORS, demonstrate
+
+    takes = OPERATORS["Lift"].takes
+    starts = [frames[0] for frames in demonstrate("Lift", takes + 1, seed=0)]
+    seen = [np.concatenate([start[OBS_STATE], start[OBS_ENV_STATE]]) for start in starts]
+    assert all(np.array_equal(seen[0], again) for again in seen[1:takes]) and (seen[0] != seen[takes]).any()
+    assert len({tuple(start[ACTION]) for start in starts}) == takes + 1
 
 
 def test_a_blind_spot_is_towards_the_middle():
     from trimtab.recipes.embedded_base.robosuite import OPERATORS
 
-    operator, rng = replace(OPERATORS["Can"], p_bad=1.0), np.random.default_rng(0)
+    operator, rng = OPERATORS["Can"], np.random.default_rng(0)
     for x, side in ((-0.02, 1.0), (0.2, -1.0)):
         error = operator.error(np.array([x, -0.3, 0.86]), rng)
         assert 0.8 <= side * error[0] / operator.offset <= 1.3 and not error[1:].any()
