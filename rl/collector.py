@@ -143,7 +143,8 @@ class Collector:
     def _look_here(self) -> None:
         rollout = self.rollout
         if rollout.waiting:  # there is nothing to see yet
-            self._candidates, self._rows = None, [(np.zeros(0), {})] * self.vec.num_envs
+            self._candidates = None
+            self._rows: list[Row] = [(np.zeros(0), {}) for _ in self._episodes]
             return
         rollout.encode_observations()
         self._candidates, self._rows = self._look(rollout.encoded, rollout.features, rollout.envs)
@@ -170,8 +171,7 @@ class Collector:
         choice = self.rollout.begin(self)
         self._u = choice.u.float().cpu().numpy()
         self._chunks = choice.chunk.float().flatten(1).cpu().numpy()
-        if self.vec.attended:
-            self.vec.note(u=self._u[0], steered=np.array(self._episodes[0].steered))
+        self.vec.note(u=self._u[0], steered=np.array(self._episodes[0].steered))
 
     @property
     def draws(self) -> int:

@@ -220,7 +220,7 @@ class Trainer:
             "stored": self.replay.added - added,
             "steps": steps,
             "lost": len(lost),
-            "stop": self.stop() or bool(self.vec.attended and self.vec.stopped),
+            "stop": self.stop() or bool(self.vec.stopped),
             "ready": len(self.replay) > 0,
             "reported": self.collector.reported,
             "faults": self._new_faults,
@@ -262,7 +262,7 @@ class Trainer:
         if faults := self.faults.total():
             line |= {"faults": faults, "episodes_dropped": self.dropped}
         line |= self.metrics.means()
-        line |= self.vec.timing() if self.vec.attended else {}
+        line |= self.vec.timing()
         line |= self.metrics.times(
             {**self.collector.rollout.seconds, "update": self.update_seconds}, self.seconds
         )
@@ -280,8 +280,7 @@ class Trainer:
         if stops:
             raise too_many(self.faults, self._last_fault, self.faults_config.limit)
         if self._stopping:
-            who = self.stop.name or getattr(self.vec, "stopped", "") or "a signal to another process"
-            raise Stopped(who, self.env_steps)
+            raise Stopped(self.stop.name or self.vec.stopped or "a signal to another process", self.env_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes this process to go on from between two chunks."""

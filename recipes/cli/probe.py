@@ -151,8 +151,6 @@ def _observations(
             seen.append(rollout.observations[0])
             rollout.encode_observations(features=False)
             rollout.begin(session.own_noise)
-            if vec.attended:
-                vec.note()
             ended, taken = rollout.receive()[0].ended, taken + 1
             if len(seen) >= config.observations:
                 break

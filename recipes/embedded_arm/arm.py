@@ -135,7 +135,8 @@ class MujocoArm(Robot):
     def __init__(self, config: MujocoArmConfig) -> None:
         super().__init__(config)
         self.config, self.sends = config, 0
-        self._lock, self._clock, self._over = threading.Lock(), None, threading.Event()
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._clock: threading.Thread | None = None
         self._model: Any = None
 
     def _make(self) -> None:
@@ -145,7 +146,8 @@ class MujocoArm(Robot):
         self._mujoco, self._model = mujoco, mujoco.MjModel.from_xml_string(XML)
         self._substeps = int(np.ceil(1 / self.config.fps / SUBSTEP))
         self._model.opt.timestep = 1 / self.config.fps / self._substeps
-        self._data, self._renderer = mujoco.MjData(self._model), None
+        self._data = mujoco.MjData(self._model)
+        self._renderer: Any = None
         self._data.qpos[:5] = self._data.ctrl[:] = np.array([*PARKED.values()]) * UNITS
         mujoco.mj_forward(self._model, self._data)
 

@@ -66,6 +66,9 @@ class NoVectorEnv(contextlib.AbstractContextManager["NoVectorEnv"]):
     def keep(self, *where: Any) -> None:
         """There is nothing to keep."""
 
+    def note(self, **arrays: np.ndarray) -> None:
+        """Nothing runs."""
+
     def timing(self) -> dict[str, float]:
         return {}
 

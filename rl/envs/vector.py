@@ -165,12 +165,15 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         idle: from then until it was called; both averaged over the workers.
         repeatable: false where an environment says, or has been found, not to repeat an episode.
         descriptions: what each environment says of itself.
-        attended: whether people start its episodes: a robot's (``robot/vector.py``).
+        attended: whether people start its episodes: a robot's (``robot/vector.py``, where ``deadline`` and
+            ``stopped`` are explained).
         empty: whether there is no environment at all (``nothing.py``).
         on_success_key: called once for each name under which environments report success.
     """
 
-    attended, deadline, empty = False, None, False
+    attended, empty = False, False
+    deadline: float | None = None
+    stopped = ""
 
     def __init__(
         self,
@@ -206,6 +209,13 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         self.repeatable = all(one.repeatable for one in self.descriptions)
         self.on_success_key: Callable[[str], None] = lambda key: None
         self._success_keys: set[str] = set()
+
+    def note(self, **arrays: np.ndarray) -> None:
+        """What the learner noted of the chunk that runs: a robot's goes to its file."""
+
+    def timing(self) -> dict[str, float]:
+        """How well a robot's clock was kept, for the metrics."""
+        return {}
 
     def _start(self, members: list[int]) -> _Worker:
         """A worker that is building its environments."""

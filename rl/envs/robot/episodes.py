@@ -139,9 +139,13 @@ class EpisodeRecord:
         found = EpisodeRecord(int(folder.name), [], record["outcome"], record["why"])
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             part = slice(start, end)
-            arrays = [steps[name][part] for name in ("asked", "executed", "human", "late")]
+            asked, executed, human, late = (
+                steps[name][part] for name in ("asked", "executed", "human", "late")
+            )
             note = {name: values[index] for name, values in chunks.items()}
-            found.chunks.append(Chunk(*arrays, seen[start : end + 1], float(gaps[index]), note))
+            found.chunks.append(
+                Chunk(asked, executed, human, late, seen[start : end + 1], float(gaps[index]), note)
+            )
         return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from trimtab.policies.acting import ChunkPolicy
@@ -40,7 +42,8 @@ def judge(
     Their files, below ``vec.root``, say who acted.
     """
     left = list(order)
-    rollout = Rollout(runner, vec, lambda i, k: seed if k is None else k + 1)
+    robot: Any = vec  # in the place of simulators
+    rollout = Rollout(runner, robot, lambda i, k: seed if k is None else k + 1)
     while left and rollout.start():
         while not rollout.waiting:
             rollout.encode_observations()

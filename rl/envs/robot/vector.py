@@ -205,7 +205,8 @@ class RobotVectorEnv:
         count, result = len(answer["executed"]), None
         if count:
             chunk = Chunk(
-                *(answer[name] for name in ("asked", "executed")),
+                answer["asked"],
+                answer["executed"],
                 human=np.full(count, answer["human"]),
                 late=answer["late"],
                 seen=[self._history[-1], *answer["seen"]],
