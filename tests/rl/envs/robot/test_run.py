@@ -2,12 +2,18 @@
 
 import json
 import shutil
+import time
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers.robots import command, make_policy
+from tests.helpers.robots import START, command, make_policy
+from trimtab.recipes.embedded_arm import MujocoArmConfig, ScriptedPusherConfig
+from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.envs.robot.episodes import RECORD, EpisodeRecord
+from trimtab.rl.envs.robot.vector import RobotVectorEnv
+from trimtab.rl.trainer import Trainer
 
 # Episodes 1 and 4 succeed, 2 is dropped (and so followed by one more), the others run out of time.
 SCRIPT = {"1": {"7": "success"}, "2": {"8": "drop"}, "4": {"11": "success"}}
@@ -31,9 +37,9 @@ def base(tmp_path_factory):
     return make_policy(tmp_path_factory.mktemp("robot") / "base")
 
 
-def adapt(base, output, *options, said=None):
+def adapt(base, output, *options, said=None, **robot):
     given = [f"--policy.path={base}", *OPTIONS] if "--resume=true" not in options else []
-    command("adapt", *given, f"--output_dir={output}", *options, said=said or {"script": SCRIPT})
+    command("adapt", *given, f"--output_dir={output}", *options, said=said or {"script": SCRIPT}, **robot)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,12 @@ def test_results_tell_base_from_steered(run):
     assert sum(entry["successes"] for entry in policies.values()) == 2
 
 
+def test_nothing_is_learnt_from_an_episode_that_was_dropped(run):
+    records = [EpisodeRecord.read(folder) for folder in sorted((run / "episodes").iterdir())]
+    counted = [len(record.chunks) for record in records if record.outcome != "abort"]
+    assert len(counted) == 6 and len(replayed(run, "reward")) == sum(counted)
+
+
 def same(one, other):
     return all((one[name] == other[name]).all() for name in one)
 
@@ -98,3 +110,66 @@ def test_episodes_after_the_checkpoint_are_learnt_from_their_files(base, run, tm
     adapt(base, tmp_path / "run", "--resume=true")
     assert len(list((tmp_path / "run" / "episodes").iterdir())) == 7
     assert same(weights(run), weights(tmp_path / "run"))
+
+
+def replayed(output, name):
+    """What the newest checkpoint's replay holds under ``name``."""
+    folder = max((p for p in (output / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: p.name)
+    return load_file(folder / "process-0.safetensors")[f".rows.{name}"]
+
+
+def normalised(actions):
+    """As the policy makes them: its range is 5 degrees about the start pose."""
+    return (np.asarray(actions) - np.array([*START.values()])) / 5.0
+
+
+def test_the_critic_is_told_what_the_robot_was_sent(base, tmp_path):
+    arm = MujocoArmConfig(id="test", clock="step", max_relative_target=0.5)
+    adapt(base, tmp_path / "run", "--robot.episodes=2", robot=arm)
+    records = [EpisodeRecord.read(folder) for folder in sorted((tmp_path / "run" / "episodes").iterdir())]
+    chunks = [chunk for record in records for chunk in record.chunks]
+    assert any(np.abs(chunk.asked - chunk.executed).max() > 1 for chunk in chunks)
+    rows = replayed(tmp_path / "run", "chunk").float().numpy()
+    assert len(rows) == len(chunks)
+    for row, chunk in zip(rows, chunks, strict=True):
+        sent = normalised(chunk.executed)
+        assert row.reshape(5, 5)[: len(sent)] == pytest.approx(sent, abs=0.01)
+
+
+def test_what_a_person_does_is_learnt_by_the_critic_and_no_return_crosses_it(base, tmp_path):
+    said = {"script": {"0": {"3": "takeover", "11": "release"}}}
+    teleop = ScriptedPusherConfig(arm="test")
+    adapt(base, tmp_path / "run", "--robot.episodes=2", "--rl.n_step=3", said=said, teleop=teleop)
+    record = EpisodeRecord.read(tmp_path / "run" / "episodes" / "000000")
+    parts = [(bool(chunk.human.any()), len(chunk.executed)) for chunk in record.chunks]
+    assert parts == [(False, 3), (True, 5), (True, 3), (False, 4)]
+    discounts = replayed(tmp_path / "run", "discount").numpy()[:4]
+    steps = np.log(discounts) / np.log(BestOfNConfig().gamma)
+    # The first chunk alone; the person's two together, then the second of them; the last one alone.
+    assert steps == pytest.approx([3, 8, 3, 4], abs=0.05)
+    assert (replayed(tmp_path / "run", "chunk").float().numpy()[1].reshape(5, 5)[0]) == pytest.approx(
+        normalised(record.chunks[1].executed[0]), abs=0.02
+    )
+
+
+def test_beside_a_chunk_the_learner_works_until_the_deadline(monkeypatch, base, tmp_path):
+    beside = []
+
+    class Hasty(RobotVectorEnv):
+        def send(self, chunks, next_seeds):
+            super().send(chunks, next_seeds)
+            self.deadline = time.perf_counter()  # as if nothing fitted in
+
+    def learn(trainer):
+        before = trainer.updates
+        original(trainer)
+        if trainer.vec.deadline is not None:
+            beside.append(trainer.updates - before)
+
+    original = Trainer._learn
+    monkeypatch.setattr(Trainer, "_learn", learn)
+    monkeypatch.setattr("trimtab.rl.envs.robot.vector.RobotVectorEnv", Hasty)
+    adapt(base, tmp_path / "run", "--robot.episodes=3")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert beside and not any(beside)
+    assert results["updates"] > 0
