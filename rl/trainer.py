@@ -147,11 +147,12 @@ class Trainer:
         return self.episodes if self.train.episodes else min(self.env_steps, self.train.env_steps)
 
     def _start_episodes(self) -> bool:
-        """Learn all that is to be learnt while people prepare the next episodes, and wait for them."""
+        """Learn while people prepare the next episodes, and begin; false if they end the run."""
+        self.vec.announce()
+        self._keep(end=self.env_steps > 0)
         self._learn()
         if self._logged != self.env_steps:
             self._log()
-        self._keep(end=self.env_steps > 0)
         started = self.collector.start_episodes()
         self._stopping = not started
         self._keep()
@@ -176,7 +177,7 @@ class Trainer:
         bar.close()
 
     def _learn(self) -> None:
-        """Pay the gradient steps owed for the transitions so far, or as many as the robot leaves time for."""
+        """Pay the gradient steps owed for the transitions so far, or as many as a robot leaves time for."""
         if self.transitions < self.train.first_update or not self._ready:
             return
         replay, demos, size = self.replay, self.demonstrations, self.rl.batch_size
@@ -185,17 +186,17 @@ class Trainer:
             self.algorithm.fit_normalizer(torch.cat(features + ([demos.all_features()] if demos else [])))
         count, share = int(self._owed), self._share
         self._owed -= self._update(
-            count, lambda: demos.mix(replay, size, share) if demos else replay.sample(size), self.vec.deadline
+            count, lambda: demos.mix(replay, size, share) if demos else replay.sample(size), self.vec.calls
         )
 
-    def _update(self, count: int, batch: Callable[[], Batch], until: float | None = None) -> int:
-        """Take ``count`` gradient steps, each on a batch of its own, or as many as end before ``until``."""
+    def _update(
+        self, count: int, batch: Callable[[], Batch], called: Callable[[float], bool] = lambda seconds: False
+    ) -> int:
+        """Take ``count`` gradient steps, or as many as it can until it is ``called`` within one's seconds."""
         started, before = time.perf_counter(), self.updates
+        each = self.update_seconds / max(1, before)
         self.algorithm.progress(self._share)
-        while self.updates < before + count:
-            each = self.update_seconds / max(1, before)
-            if until is not None and time.perf_counter() + each > until:
-                break
+        while self.updates < before + count and not called(each):
             self.metrics.add_update(self.algorithm.update(batch()))
             self.updates += 1
         self.update_seconds += time.perf_counter() - started

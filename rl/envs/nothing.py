@@ -49,7 +49,7 @@ class NoVectorEnv(contextlib.AbstractContextManager["NoVectorEnv"]):
     """In the place of a ``ChunkVectorEnv`` where there is none: it tells shapes, and nothing starts."""
 
     empty = True
-    num_envs, attended, repeatable, deadline, stopped = 1, True, False, None, ""
+    num_envs, attended, repeatable, stopped = 1, True, False, ""
 
     def __init__(self, config: NoEnvConfig, n_obs_steps: int) -> None:
         task = config.task or ""
@@ -68,6 +68,9 @@ class NoVectorEnv(contextlib.AbstractContextManager["NoVectorEnv"]):
 
     def note(self, **arrays: np.ndarray) -> None:
         """Nothing runs."""
+
+    def calls(self, seconds: float) -> bool:
+        return False
 
     def timing(self) -> dict[str, float]:
         return {}

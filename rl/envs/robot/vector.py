@@ -41,8 +41,6 @@ class RobotVectorEnv:
 
     Attributes:
         attended: people start its episodes.
-        deadline: until when (``time.perf_counter``) the learner may work beside the running chunk; ``None``
-            where nothing waits for it.
         stopping: asked while waiting for the person: whether the run is to end.
         stopped: who has ended the run at the station, if anyone.
     """
@@ -52,7 +50,10 @@ class RobotVectorEnv:
     def __init__(self, config: RobotEnvConfig, n_obs_steps: int) -> None:
         self.config, self.n_obs_steps = config, n_obs_steps
         self.busy = self.idle = 0.0
-        self.deadline: float | None = None
+        # Until when (``time.perf_counter``) the learner may work beside the chunk that runs.
+        self._deadline: float | None = None
+        self._announced = False
+        self._answer: dict[str, Any] | None = None  # of the person, to what was announced
         self.stopping: Callable[[], bool] = lambda: False
         self.stopped = ""
         self.on_success_key: Callable[[str], None] = lambda key: None
@@ -136,20 +137,43 @@ class RobotVectorEnv:
         if self._recorded:
             self._playing = EpisodeRecord.read(self._recorded[0])
             return self._began(self._playing.chunks[0].seen[0]) if self._playing.chunks else self._skip(seeds)
-        say = f"episode {self._running.number + 1}"
         while True:
             try:
                 if not self.link.connected and not self._connect():
                     return {}
-                self.link.send({"kind": "episode", "number": self._running.number, "say": say})
-                answer = self._wait_for_person()
+                self.announce()
+                answer = self._answer or self._wait_for_person()
+                self._announced, self._answer = False, None
                 break
             except Lost as lost:
+                self._announced = False
                 print(f"\nthe station is gone ({lost})", flush=True)
         if "stop" in answer:
             self.stopped = answer["stop"]
             return {}
         return self._began(answer["seen"])
+
+    def announce(self) -> None:
+        """Ask the person to put the scene right for the next episode."""
+        if not self._recorded and not self._announced and self.link.connected:
+            number = self._running.number
+            with contextlib.suppress(Lost):  # `reset` says so
+                self.link.send({"kind": "episode", "number": number, "say": f"episode {number + 1}"})
+                self._announced = True
+
+    def calls(self, seconds: float) -> bool:
+        """Whether the arm needs its next chunk within ``seconds``, or the person has started an episode.
+
+        An arm that moves only when it is told to can wait.
+        """
+        if self._playing or self._recorded or not self.hello["period"]:
+            return False
+        if self._deadline is not None:
+            return time.perf_counter() + seconds > self._deadline
+        if self._announced and self._answer is None:
+            with contextlib.suppress(TimeoutError, Lost):
+                self._answer = self.link.receive(0.0)
+        return self._answer is not None
 
     def _skip(self, seeds: dict[int, int]) -> dict[int, RawObservation]:
         """Leave out a recorded episode in which nothing was executed."""
@@ -175,12 +199,12 @@ class RobotVectorEnv:
     def send(self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]) -> None:
         """Let the robot execute actions (T, A)."""
         now, self._asked = time.perf_counter(), chunks[0].astype(np.float32)
-        self.deadline = None
+        self._deadline = None
         if self._playing:
             return
         self._expected = max(0.9 * self._expected, now - self._returned)
         if period := self.hello["period"]:
-            self.deadline = now + len(self._asked) * period - self._expected
+            self._deadline = now + len(self._asked) * period - self._expected
         with contextlib.suppress(Lost):  # `receive` says so
             self.link.send({"kind": "chunk", "actions": self._asked})
 
@@ -192,7 +216,7 @@ class RobotVectorEnv:
         """What came of the chunk; the next episode's observation is for ``reset`` to bring."""
         if self._playing:
             return {0: self._play(self._playing)}
-        sent, record, self.deadline = time.perf_counter(), self._running, None
+        sent, record, self._deadline = time.perf_counter(), self._running, None
         try:
             answer = self.link.receive()
         except Lost as lost:

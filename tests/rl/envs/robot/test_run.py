@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ OPTIONS = [
     "--rl.num_candidates=4",
     "--rl.target_candidates=4",
     "--rl.batch_size=16",
+    "--rl.n_step=1",
     "--rl.actor.hidden=16",
     "--rl.critic.hidden=16",
     "--train.first_update=4",
@@ -152,24 +152,20 @@ def test_what_a_person_does_is_learnt_by_the_critic_and_no_return_crosses_it(bas
     )
 
 
-def test_beside_a_chunk_the_learner_works_until_the_deadline(monkeypatch, base, tmp_path):
-    beside = []
+def test_the_arm_does_not_wait_for_the_learner(monkeypatch, base, tmp_path):
+    beside, paid = [], []
 
     class Hasty(RobotVectorEnv):
-        def send(self, chunks, next_seeds):
-            super().send(chunks, next_seeds)
-            self.deadline = time.perf_counter()  # as if nothing fitted in
+        def calls(self, seconds):
+            beside.append(self._deadline is not None)
+            return super().calls(1000.0)
 
-    def learn(trainer):
-        before = trainer.updates
-        original(trainer)
-        if trainer.vec.deadline is not None:
-            beside.append(trainer.updates - before)
-
-    original = Trainer._learn
-    monkeypatch.setattr(Trainer, "_learn", learn)
     monkeypatch.setattr("trimtab.rl.envs.robot.vector.RobotVectorEnv", Hasty)
-    adapt(base, tmp_path / "run", "--robot.episodes=3")
+    update = Trainer._update
+    monkeypatch.setattr(Trainer, "_update", lambda *args: (paid.append(update(*args)), paid[-1])[1])
+    adapt(base, tmp_path / "run", "--robot.episodes=3", lockstep=False)
+    assert any(beside)  # there was something to learn while the arm moved
+    *during, last = [count for count in paid if count is not None]
+    assert sum(during) <= 3  # the person was ready at once
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert beside and not any(beside)
-    assert results["updates"] > 0
+    assert results["updates"] == sum(during) + last and last > 5
