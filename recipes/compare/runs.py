@@ -152,7 +152,8 @@ class Run:
         """
         if self.kept is None or not self.config.checkpoint.every:
             return None, None
-        (folder, settings), shown = self.kept, (self.points, self.episodes, metrics)
+        folder, settings = self.kept
+        shown: tuple[list[Any], ...] = self.points, self.episodes, metrics
         checkpoints = Checkpoints(
             *(folder, self.config.checkpoint, settings, world),
             beside=lambda: {"shown": shown, "spent": self._meter.spent()},
