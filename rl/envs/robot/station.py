@@ -4,6 +4,7 @@ It dials the learner and then does what it is asked, a message at a time:
 
 - ``episode {number}``: wait until the person says ready, go to the start; answer with the first observation;
 - ``chunk {actions}``: execute them; answer with what was executed, seen and said;
+- ``withdraw {}``: no longer wait for that person;
 - ``park {}``: go to the parking pose and end.
 
 Where the learner falls silent the robot holds its last target, then parks.
@@ -155,7 +156,7 @@ class Station:
         while (message := link.receive())["kind"] != "park":
             if message["kind"] == "episode":
                 link.send(self.begin(message, link))
-            else:
+            elif message["kind"] == "chunk":  # else one that was taken back in time
                 link.send(self.chunk(message["actions"], link.n_obs_steps))
 
     def begin(self, message: dict[str, Any], link: StationLink) -> dict[str, Any]:

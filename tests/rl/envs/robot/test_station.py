@@ -189,6 +189,18 @@ def test_once_the_learner_is_gone_the_robot_holds_and_parks(learner):
     assert not raised and not arm.is_connected and arm.sends > sends
 
 
+def test_a_learner_that_is_to_end_takes_its_question_back(learner):
+    config = robot_config(person_options={"delay_s": 100.0})
+    with station_thread(config, learner.address, "word") as raised:
+        wait(learner)
+        learner.send({"kind": "episode", "number": 0, "say": "episode 1"})
+        learner.send({"kind": "withdraw"})
+        assert learner.receive(5) == {"stop": ""}
+        learner.send({"kind": "episode", "number": 0, "say": "episode 1"})
+        learner.send({"kind": "park"})
+    assert not raised
+
+
 def test_who_is_not_let_in_learns_why(learner):
     for token, why in (("wrong", "the token is wrong"), ("word", "")):
         with connect(f"ws://{learner.address}") as one:
