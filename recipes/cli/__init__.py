@@ -106,7 +106,7 @@ def _run(command: str, args: list[str]) -> int:
     spin_briefly()  # before torch is imported
     choose_gl_backend()  # before a plugin imports a simulator
     quiet()
-    no_workers = "-h", "--help", "--machine.workers=0", "--tiny"
+    no_workers = "-h", "--help", "--machine.workers=0", "--tiny", "--robot."
     if COMMANDS[command].simulates and not any(arg.startswith(no_workers) for arg in args):
         start_worker_server()
     from trimtab.adapters.errors import UserError

@@ -47,7 +47,7 @@ from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.data.memory import check_replay, replay_layout
 from trimtab.rl.envs.hooks import is_attended
 from trimtab.rl.envs.robot.episodes import EPISODES
-from trimtab.rl.envs.robot.outcomes import robot_outcomes
+from trimtab.rl.envs.robot.outcomes import MEASURED_ON, robot_outcomes
 from trimtab.rl.evaluation import Evaluation, pooled, unreported
 from trimtab.rl.runs.checkpoint import CheckpointConfig
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
@@ -271,6 +271,7 @@ def steer(
                 "episodes": trainer.episodes,
                 "deterministic": config.eval.deterministic,
                 "success": results["policies"],
+                "measured_on": MEASURED_ON if robot else None,
                 "algorithm": config.rl.type,
                 "plugins": loaded_plugins(),
             }

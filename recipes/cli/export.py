@@ -145,7 +145,8 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
         )
     measured = "Not measured."
     if training.get("success"):
-        measured = f"```\n{table(training['success'])}\n```\nAll policies met the same episode seeds."
+        episodes = training.get("measured_on") or "All policies met the same episode seeds."
+        measured = f"```\n{table(training['success'])}\n```\n{episodes}"
     options = {"policy.path": Path(name).name if Path(name).is_absolute() else name}
     options |= {**(training.get("plugins") or {}), "env.type": env.get("type", "...")}
     options |= {"env.task": env["task"]} if env.get("task") else {}

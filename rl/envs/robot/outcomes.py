@@ -9,6 +9,7 @@ import numpy as np
 from trimtab.rl.envs.robot.episodes import EpisodeRecord, episode_folders
 from trimtab.rl.evaluation import Evaluation
 
+MEASURED_ON = "Episodes of the run itself: all of the base's, and the last 20 that were steered."
 LAST = 20  # steered episodes that count: the policy changes as it learns
 
 

@@ -80,6 +80,7 @@ def test_a_run_that_is_killed_keeps_its_episodes_and_goes_on(base, tmp_path):
     assert [policies[name]["episodes"] for name in ("base", "steered")] == [2, 2]
     assert len(episode_folders(tmp_path / "ev" / "episodes")) == 5
     assert main(["export", f"--run={output}"]) == 0
+    assert "Episodes of the run itself" in (output / "export" / "README.md").read_text()
 
 
 def test_probe_waits_for_the_person(base, tmp_path, capfd):
