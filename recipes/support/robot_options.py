@@ -10,6 +10,8 @@ from trimtab.rl.envs.robot.config import RobotEnvConfig
 
 # Of a run on a robot, where nothing else is said: what was chosen on the embedded arm.
 DEFAULTS: Options = {
+    # A batch of 256 costs four times the time, and there are some hundred transitions in all.
+    "rl": {"type": "best_of_n", "batch_size": 64},
     "train": {
         "episodes": 60,
         "updates_per_transition": 20.0,
