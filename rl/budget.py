@@ -17,6 +17,8 @@ class TrainConfig:
 
     # Environment steps to collect; 0 learns from demonstrations alone.
     env_steps: int = 20_000
+    # Episodes to collect, in the place of env_steps.
+    episodes: int | None = None
     # Gradient steps on the demonstrations (--demos) alone, before the first environment step.
     offline_updates: int = 0
     # Transitions collected with what an untrained actor draws, before the actor takes over. Default of this
@@ -54,7 +56,7 @@ class TrainConfig:
             if not -math.inf < low < high < math.inf:
                 said = f"must be two numbers, the smaller first, got {low}, {high}"
                 raise UserError("--train.reward_range", said)
-        at_least(1, self, "--train.", "first_update", "replay_capacity", "log_every")
+        at_least(1, self, "--train.", "episodes", "first_update", "replay_capacity", "log_every")
         at_least(0 if self.offline_updates else 1, self, "--train.", "env_steps")
         at_least(0, self, "--train.", "warmup_transitions", "offline_updates")
         for name in ("updates_per_transition", "clip_norm"):
@@ -63,8 +65,10 @@ class TrainConfig:
         if self.first_update is not None and self.replay_capacity < self.first_update:
             raise UserError("--train.replay_capacity", f"cannot be below first_update={self.first_update}")
 
-    def share(self, env_steps: int, updates: int) -> float:
+    def share(self, env_steps: int, episodes: int, updates: int) -> float:
         """How much of the run is done, from 0 to 1."""
+        if self.episodes:
+            return episodes / self.episodes
         return env_steps / self.env_steps if self.env_steps else updates / self.offline_updates
 
     def check_learnt(self, updates: int, transitions: int) -> None:

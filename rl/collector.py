@@ -116,6 +116,8 @@ class Collector:
         )
         self.rollout.encode_observations()
         self._accumulators = [NStepAccumulator(rl.n_step) for _ in envs]
+        self._human = [False for _ in envs]  # whether a person has the robot
+        self._held: list[list[Transition]] = [[] for _ in envs]  # of running episodes
         self._episodes = [self._new_episode(i) for i in envs]
         keeps = "conditioning" in rl.replayed
         self.spec = ConditioningSpec.of(runner.adapter, self.rollout.encoded) if keeps else None
@@ -128,8 +130,22 @@ class Collector:
     def _new_episode(self, i: int) -> Episode:
         return Episode(self.rollout.episode[i], self.vec.task_names[i], self.assign())
 
+    def start_episodes(self) -> bool:
+        """Wait for the people who start the episodes that wait for them; false if they end the run."""
+        waiting = list(self.rollout.waiting)
+        if not self.rollout.start():
+            return False
+        for i in waiting:
+            self._episodes[i], self._human[i] = self._new_episode(i), False
+        self._look_here()
+        return True
+
     def _look_here(self) -> None:
         rollout = self.rollout
+        if rollout.waiting:  # there is nothing to see yet
+            self._candidates = None
+            self._rows: list[Row] = [(np.zeros(0), {}) for _ in self._episodes]
+            return
         rollout.encode_observations()
         self._candidates, self._rows = self._look(rollout.encoded, rollout.features, rollout.envs)
 
@@ -155,6 +171,7 @@ class Collector:
         choice = self.rollout.begin(self)
         self._u = choice.u.float().cpu().numpy()
         self._chunks = choice.chunk.float().flatten(1).cpu().numpy()
+        self.vec.note(u=self._u[0], steered=np.array(self._episodes[0].steered))
 
     @property
     def draws(self) -> int:
@@ -168,15 +185,18 @@ class Collector:
 
     def finish(self) -> tuple[list[Transition], list[Episode]]:
         """Wait for the simulators and return the transitions and episodes that are now complete."""
-        rollout = self.rollout
+        rollout, seen = self.rollout, dict(self.rollout.observations)
         results = rollout.receive()
         started = time.perf_counter()
+        for i, result in results.items():
+            if result.executed is not None and not result.lost:
+                self._take_executed(i, result, seen[i])
         ended, encoded = rollout.final_observations()
         finals = self._look(encoded, self.runner.features(encoded), ended)[1] if encoded is not None else []
         rollout.start_next_episodes()
         before = self._rows
         self._look_here()
-        after = list(self._rows)
+        after = list(self._rows)  # where an episode waits, not to be used
         for i, row in zip(ended, finals, strict=True):
             after[i] = row
         transitions: list[Transition] = []
@@ -185,18 +205,34 @@ class Collector:
             if result.lost:
                 self.lost.append(result.lost)
                 self._accumulators[i].clear()
+                self._held[i].clear()
             else:
-                transitions += self._add(i, result, before[i], after[i])
+                self._held[i] += self._add(i, result, before[i], after[i])
                 self.env_steps += result.steps
+            if result.ended or not self.vec.attended:  # a person may still drop a robot's
+                transitions += self._held[i]
+                self._held[i] = []
             if result.ended:
                 episodes.append(self._episodes[i])
-            if result.ended or result.lost:
+            if (result.ended or result.lost) and not self.vec.attended:
                 self._episodes[i] = self._new_episode(i)
         for episode in episodes:
             for name in ("features", "u", "chunks", "rewards", "discounts"):
                 setattr(episode, name, np.asarray(getattr(episode, name)))
         rollout.seconds["denoise"] += time.perf_counter() - started
         return transitions, episodes
+
+    def _take_executed(self, i: int, result: ChunkResult, seen: Any) -> None:
+        """What a robot was really sent, and by whom, in the place of what was chosen."""
+        steps, dim = self.runner.adapter.chunk_shape
+        actions = np.asarray(result.executed)
+        if result.human:  # as demonstrations: past the end the last repeats
+            actions = actions[np.minimum(np.arange(steps), len(actions) - 1)]
+        history = self.runner.history([seen], [self.vec.task_descriptions[i]])
+        chunk = self._chunks[i].reshape(-1, dim).copy()
+        chunk[: len(actions)] = self.runner.normalised(history, torch.from_numpy(actions)[None])[0].numpy()
+        self._chunks[i] = chunk.reshape(-1)
+        self._u[i] = 0.0 if result.human else result.note.get("u", self._u[i])
 
     def _add(self, i: int, result: ChunkResult, before: Row, after: Row) -> list[Transition]:
         """Take an executed chunk into the running episode; returns the transitions that it completes."""
@@ -215,7 +251,12 @@ class Collector:
         self.reported |= result.success_key is not None or episode.success
         kept["chunk"] = self._chunks[i]
         chunk = Transition(features, self._u[i], reward, discount, next_features, kept)
-        return self._accumulators[i].add(chunk, result.ended, next_kept)
+        done = []
+        if result.human != self._human[i]:  # no return goes on where another acts
+            done, self._human[i] = self._accumulators[i].flush(), result.human
+        if result.human and "chunk" not in self.rl.replayed:  # nobody knows what noise would have said that
+            return done
+        return done + self._accumulators[i].add(chunk, result.ended, next_kept)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the simulators, environment by environment, between two chunks."""
@@ -229,7 +270,12 @@ class Collector:
             }
             for i, state in enumerate(self.rollout.state_dict())
         ]
-        return {"env_steps": self.env_steps, "seconds": dict(self.rollout.seconds), "envs": envs}
+        beside = {
+            "env_steps": self.env_steps,
+            "seconds": dict(self.rollout.seconds),
+            "steering": self._steering,
+        }
+        return beside | {"envs": envs}
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Put a new collector where it was, as far as its environments repeat their episodes.
@@ -238,12 +284,13 @@ class Collector:
         """
         rollout, saved, self.env_steps = self.rollout, state["envs"], state["env_steps"]
         rollout.seconds.update(state["seconds"])
+        self._steering = state["steering"]
         back = rollout.load_state_dict([one["rollout"] for one in saved])
         for i in range(self.vec.num_envs):
             if i in back:
                 self._episodes[i] = Episode(**saved[i]["running"])
                 self._accumulators[i].load_state_dict(saved[i]["pending"])
-            else:
+            elif not self.vec.attended:
                 self._episodes[i] = self._new_episode(i)
         self._look_here()
         for i in back:
@@ -251,7 +298,8 @@ class Collector:
             if self._candidates is not None:
                 self._candidates.u[i] = saved[i]["candidates"]["u"]
                 self._candidates.chunks[i] = saved[i]["candidates"]["chunks"]
-        self._rows = observation_rows(rollout.features, self._candidates, rollout.encoded, self.spec)
+        if back:
+            self._rows = observation_rows(rollout.features, self._candidates, rollout.encoded, self.spec)
         interrupted = [one["rollout"]["trace"]["actions"] or self.vec.repeatable for one in saved]
         return sum(bool(began) and i not in back for i, began in enumerate(interrupted))
 

@@ -55,6 +55,7 @@ class Rollout:
         episode, upcoming: of each environment that runs one, and the one after it.
         observations, generators, traces: of each environment: what to act on next, of its noise, of its
             running episode.
+        waiting: environments whose next episode begins once a person says so (``start``).
         envs, encoded, features: environments that ``encode_observations`` was asked for, and what it made.
         seconds: spent on the policy (``denoise``) and on waiting for simulators (``env_wait``); for which
             these worked (``env_busy``), and waited to be asked (``env_idle``).
@@ -79,7 +80,13 @@ class Rollout:
         self.generators = {i: torch.Generator().manual_seed(seed_of(k)) for i, k in self.upcoming.items()}
         self.observations: dict[int, RawObservation] = {}
         self.traces: dict[int, Trace] = {}
-        self.restart(list(self.upcoming), render)
+        self.waiting: list[int] = []
+        if vec.attended:  # until then, what its observations look like
+            self.waiting, self.episode = list(self.upcoming), dict(self.upcoming)
+            self.traces = {i: Trace() for i in self.waiting}
+            self.observations = {i: vec.descriptions[i].blank for i in self.waiting}
+        else:
+            self.restart(list(self.upcoming), render)
 
     def restart(self, envs: list[int], render: Sequence[int] = ()) -> None:
         """Begin the upcoming episodes of ``envs`` at once."""
@@ -90,6 +97,18 @@ class Rollout:
             self.observations |= self.vec.reset(seeds, {i: seed in render for i, seed in seeds.items()})
         for i in envs:
             self._note(i)
+
+    def start(self) -> bool:
+        """Wait until people have started the episodes that are ``waiting``; false if they end the run."""
+        seeds = {i: self.seed_of(self.upcoming[i]) for i in self.waiting}
+        self.observations |= (found := self.vec.reset(seeds))
+        if len(found) < len(seeds):
+            return False
+        for i in self.waiting:
+            self._enter(i)
+            self._note(i)
+        self.waiting = []
+        return True
 
     def _enter(self, i: int) -> None:
         """Let the next episode be the one that runs."""
@@ -180,6 +199,13 @@ class Rollout:
     def start_next_episodes(self) -> None:
         """Take up the observations that ``receive`` brought; where an episode has ended, the next one's."""
         for i, result in self._results.items():
+            if (result.ended or result.lost) and self.vec.attended:
+                if self.upcoming[i] is None:
+                    self._enter(i)
+                else:
+                    self.waiting.append(i)
+                    self.traces[i] = Trace()
+                continue
             if result.ended or result.lost:
                 self._enter(i)
             if i in self.episode:
@@ -206,20 +232,21 @@ class Rollout:
         moved: they stay at the start of the episode that they have just begun. Returns those that are where
         they were.
         """
-        for i, saved in enumerate(state):
+        begun = {i: saved for i, saved in enumerate(state) if saved["trace"]["digests"] or self.vec.attended}
+        for i, saved in begun.items():
             self.upcoming[i] = saved["upcoming"]
             self.generators[i].set_state(saved["generator"])
-        if not self.vec.repeatable:
+        if not self.vec.repeatable or not begun:
             return []
-        for i, saved in enumerate(state):
+        for i, saved in begun.items():
             self.episode[i], self.traces[i] = saved["episode"], Trace(**saved["trace"])
-        lost = self._replay_episodes()
+        lost = self._replay_episodes(list(begun))
         self.restart(sorted(lost))
-        return [i for i in self.episode if i not in lost]
+        return [i for i in begun if i not in lost]
 
-    def _replay_episodes(self) -> set[int]:
-        """Execute all traces from their seeds; returns environments that did not go as they had gone."""
-        runner, vec, traces, envs = self.runner, self.vec, self.traces, list(self.traces)
+    def _replay_episodes(self, envs: list[int]) -> set[int]:
+        """Execute the traces of ``envs`` from their seeds; returns those that did not go as they had gone."""
+        runner, vec, traces = self.runner, self.vec, self.traces
         observations = vec.reset({i: self.seed_of(self.episode[i]) for i in envs})
         lost = {i for i in envs if digest(observations[i]) != traces[i].digests[0]}
         for i in envs:

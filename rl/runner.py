@@ -167,6 +167,15 @@ class PolicyRunner:
         actions = self.env_postprocessor({ACTION: actions})[ACTION]
         return actions.float().cpu().numpy()
 
+    def normalised(self, history: dict[str, Any], actions: Tensor) -> Tensor:
+        """Actions (B, T, action_dim) as the policy makes them, on the CPU, where ``history`` was seen.
+
+        The policy's preprocessor may need the observation for it (relative actions).
+        """
+        last = {key: value[:, -1] if isinstance(value, Tensor) else value for key, value in history.items()}
+        found = self.adapter.preprocessor({**last, ACTION: actions})[ACTION]
+        return found[..., : actions.shape[-1]].float().cpu()
+
     def prior(self, count: int, generator: torch.Generator) -> Tensor:
         """Fresh draws (count, *noise_shape) from the policy's noise distribution, on the CPU."""
         return torch.randn((count, *self.adapter.noise_spec.shape), generator=generator)

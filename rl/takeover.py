@@ -29,6 +29,8 @@ class TakeoverConfig:
     least: float = 0.1
     # Latest steered episodes that count: the learner changes, so old outcomes say little.
     window: int = 20
+    # First episodes, in which the base acts whatever has been learnt: what the learner's are compared with.
+    base_episodes: int = 0
     # Failures that the learner is taken to have had before its first episode.
     doubt: float = 2.0
 
@@ -36,7 +38,7 @@ class TakeoverConfig:
         if not 0.0 < self.least <= 1.0:
             raise UserError("--train.gate.least", f"is a share above 0 and at most 1, got {self.least}")
         at_least(1, self, "--train.gate.", "window")
-        at_least(0, self, "--train.gate.", "doubt")
+        at_least(0, self, "--train.gate.", "doubt", "base_episodes")
 
 
 class Takeover:
@@ -65,7 +67,7 @@ class Takeover:
 
     def __call__(self) -> bool:
         """Whether the learner acts in the next episode."""
-        return bool(self._rng.random() < self.share)
+        return len(self._base) >= self.config.base_episodes and bool(self._rng.random() < self.share)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rng": self._rng.bit_generator.state, "base": self._base, "steered": self._steered}

@@ -10,20 +10,17 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from tqdm import tqdm
 
 from trimtab.adapters import UserError
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
-from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig, Problem
+from trimtab.rl.algorithms import Algorithm, AlgorithmConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.collector import Collector, Episode
-from trimtab.rl.data.decoder import Decoder
-from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
-from trimtab.rl.data.demonstrations import Demonstrations, make_transitions
-from trimtab.rl.data.memory import check_replay, replay_layout
-from trimtab.rl.data.replay import Batch, ReplayBuffer
+from trimtab.rl.data.demonstration_data import DemosConfig
+from trimtab.rl.data.replay import Batch
 from trimtab.rl.data.returns import Transition
 from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.learner import make_learner
 from trimtab.rl.metrics import RunMetrics, calibration
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
@@ -91,7 +88,7 @@ class Trainer:
             assign=lambda: not self.train.gate.enabled or (self.updates > 0 and self.takeover()),
             reward_range=self.train.reward_range,
         )
-        self._build()
+        self.algorithm, self.replay, self.demonstrations = make_learner(self, self.collector, self.space)
         if self.train.warm_start:
             noise = read_constant(self.train.warm_start, self.runner.adapter.noise_spec)
             self.algorithm.start = self.algorithm.actor.begin_at(noise)
@@ -106,34 +103,6 @@ class Trainer:
         self.metrics = RunMetrics(world, list(dict.fromkeys(self.vec.task_names)))
         self.recent: deque[Episode] = deque(maxlen=20)
 
-    def _build(self) -> None:
-        """The algorithm for what the collector sees, its replay, and the demonstrations beside it."""
-        adapter, spec, train = self.runner.adapter, self.collector.spec, self.train
-        observe = adapter.observer.config if adapter.observer else None
-        bounds, (steps, action_dim) = self.collector.returns.bounds, adapter.chunk_shape
-        width = self.collector.rollout.features.shape[1]
-        feature_dim = width - (observe.pixels if observe else 0)
-        self.algorithm: Algorithm = self.rl.build(
-            Problem(feature_dim, self.space, self.accelerator, bounds, steps * action_dim, observe)
-        )
-        if spec:
-            spec.check_memory(train.replay_capacity, self.rl.conditioning_limit)  # type: ignore[attr-defined]
-            self.algorithm.decode = Decoder(adapter, self.space, spec)
-        layout = replay_layout(self.rl, adapter, self.space, width, spec)
-        check_replay(train.replay_capacity, layout)
-        settings = layout, self.seed + self.world.rank, self.accelerator.device
-        self.replay = ReplayBuffer(-(-train.replay_capacity // self.world.size), *settings)
-        self.collector.start(self.algorithm)
-        self.demonstrations: Demonstrations | None = None
-        if self.demos.enabled:
-            data = read_demonstrations(self.demos, adapter, train.reward, self.vec.task_descriptions[0])
-            transitions = make_transitions(
-                data, self.runner, self.algorithm, self.collector.returns, spec, self.seed, self.progress
-            )
-            self.demonstrations = Demonstrations(self.demos, transitions, *settings)
-            for note in data.summary(len(transitions), self.runner.fps) if self.progress else ():
-                tqdm.write(note)
-
     def run(self) -> Algorithm:
         """Collect ``env_steps`` environment steps, learning meanwhile; return the trained algorithm.
 
@@ -141,12 +110,14 @@ class Trainer:
             Stopped: a signal ended it, after a checkpoint.
             UserError: more faults than the limit, after a checkpoint; or the checkpoint cannot be written.
         """
-        total = self.train.env_steps
         started = time.perf_counter() - self.seconds
         self._learn_offline(started)
-        done, silent = min(self.env_steps, total), not (self.progress and total)
-        bar = Progress(total=total, initial=done, desc="steering", unit="step", disable=silent)
-        while self.env_steps < total:
+        total, unit = self.train.episodes or self.train.env_steps, "ep" if self.train.episodes else "step"
+        silent = not (self.progress and total)
+        bar = Progress(total=total, initial=self._done(), desc="steering", unit=unit, disable=silent)
+        while self._done() < total:
+            if self.collector.rollout.waiting and not self._start_episodes():
+                continue
             self._warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
             self.collector.begin(steering=self.updates > 0 and not self._warming)
             self._learn()
@@ -155,19 +126,37 @@ class Trainer:
             self._store(transitions, episodes, self.collector.env_steps - before)
             self.on_step(episodes)
             self.seconds = time.perf_counter() - started
-            bar.update(min(self.env_steps, total) - bar.n)
+            bar.update(self._done() - bar.n)
             if episodes:
                 phase = "untrained actor" if self._warming else "steered"
                 bar.set_postfix_str(f"{self.metrics.outcome()}, {phase}")
             if self.env_steps - self._logged >= self.train.log_every:
                 self._log()
             self._keep()
+        if self.vec.attended:  # nobody waits for what the last episode has taught
+            self._learn()
         if self._logged != self.env_steps:
             self._log()
         bar.close()
         self.train.check_learnt(self.updates, self.transitions)
         self._keep(end=True)
         return self.algorithm
+
+    def _done(self) -> int:
+        """How much of its budget the run has spent."""
+        return self.episodes if self.train.episodes else min(self.env_steps, self.train.env_steps)
+
+    def _start_episodes(self) -> bool:
+        """Learn while people prepare the next episodes, and begin; false if they end the run."""
+        self.vec.announce()
+        self._keep(end=self.env_steps > 0)
+        self._learn()
+        if self._logged != self.env_steps:
+            self._log()
+        started = self.collector.start_episodes()
+        self._stopping = not started
+        self._keep()
+        return started
 
     def _learn_offline(self, started: float) -> None:
         """Take the gradient steps on the demonstrations alone, unless a checkpoint is past them."""
@@ -188,25 +177,34 @@ class Trainer:
         bar.close()
 
     def _learn(self) -> None:
-        """Pay the gradient steps owed for the transitions collected so far."""
+        """Pay the gradient steps owed for the transitions so far, or as many as a robot leaves time for."""
         if self.transitions < self.train.first_update or not self._ready:
             return
         replay, demos, size = self.replay, self.demonstrations, self.rl.batch_size
         if self.updates == 0:
             features = self.world.gather(replay.all_features())
             self.algorithm.fit_normalizer(torch.cat(features + ([demos.all_features()] if demos else [])))
-        count, share = int(self._owed), self.train.share(self.env_steps, self.updates)
-        self._owed -= count
-        self._update(count, lambda: demos.mix(replay, size, share) if demos else replay.sample(size))
+        count, share = int(self._owed), self._share
+        self._owed -= self._update(
+            count, lambda: demos.mix(replay, size, share) if demos else replay.sample(size), self.vec.calls
+        )
 
-    def _update(self, count: int, batch: Callable[[], Batch]) -> None:
-        """Take ``count`` gradient steps, each on a batch of its own."""
-        started = time.perf_counter()
-        self.algorithm.progress(self.train.share(self.env_steps, self.updates))
-        for _ in range(count):
+    def _update(
+        self, count: int, batch: Callable[[], Batch], called: Callable[[float], bool] = lambda seconds: False
+    ) -> int:
+        """Take ``count`` gradient steps, or as many as it can until it is ``called`` within one's seconds."""
+        started, before = time.perf_counter(), self.updates
+        each = self.update_seconds / max(1, before)
+        self.algorithm.progress(self._share)
+        while self.updates < before + count and not called(each):
             self.metrics.add_update(self.algorithm.update(batch()))
             self.updates += 1
         self.update_seconds += time.perf_counter() - started
+        return self.updates - before
+
+    @property
+    def _share(self) -> float:
+        return self.train.share(self.env_steps, self.episodes, self.updates)
 
     def _store(self, transitions: list[Transition], episodes: list[Episode], steps: int) -> None:
         """Take up what a chunk has brought, here and on the other processes."""
@@ -217,13 +215,13 @@ class Trainer:
             except ValueError as error:
                 self._new_faults.append(("transition", f"--policy.path: {error}"))
         lost, self.collector.lost = self.collector.lost, []
-        self._new_faults += [*lost, *self.guard.taken()]
+        self._new_faults += [*(fault for fault in lost if fault[0] != "abort"), *self.guard.taken()]
         self.recent.extend(episodes)
         here = {
             "stored": self.replay.added - added,
             "steps": steps,
             "lost": len(lost),
-            "stop": self.stop(),
+            "stop": self.stop() or bool(self.vec.stopped),
             "ready": len(self.replay) > 0,
             "reported": self.collector.reported,
             "faults": self._new_faults,
@@ -259,12 +257,13 @@ class Trainer:
             "acting": "untrained" if self._warming else "actor",
         }
         if self.demonstrations is not None:
-            line["demo_share"] = self.demonstrations.share(self.train.share(self.env_steps, self.updates))
+            line["demo_share"] = self.demonstrations.share(self._share)
         if self.train.gate.enabled:
             line["gate_share"] = self.takeover.share if self.updates else 0.0
         if faults := self.faults.total():
             line |= {"faults": faults, "episodes_dropped": self.dropped}
         line |= self.metrics.means()
+        line |= self.vec.timing()
         line |= self.metrics.times(
             {**self.collector.rollout.seconds, "update": self.update_seconds}, self.seconds
         )
@@ -282,7 +281,7 @@ class Trainer:
         if stops:
             raise too_many(self.faults, self._last_fault, self.faults_config.limit)
         if self._stopping:
-            raise Stopped(self.stop.name or "a signal to another process", self.env_steps)
+            raise Stopped(self.stop.name or self.vec.stopped or "a signal to another process", self.env_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """What it takes this process to go on from between two chunks."""

@@ -39,6 +39,7 @@ COMMANDS = {
     "recipes": Command(
         "list the recipes for known policies: files, commands, needs", light=True, simulates=False
     ),
+    "station": Command("run a robot for `trimtab adapt` on another machine", simulates=False),
     "base": Command("make base policies on the spot: Meta-World's tasks, or a benchmark's", simulates=False),
 }
 # What is gone ("COMMAND" or "COMMAND --option"), and what to use instead.

@@ -35,6 +35,7 @@ from trimtab.recipes.support.reporting import (
     table,
     write_json,
 )
+from trimtab.recipes.support.robot_dataset import DATASET, write_dataset
 from trimtab.recipes.support.run_folder import METRICS, RunFolder, run_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
@@ -44,6 +45,9 @@ from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
 from trimtab.rl.data.memory import check_replay, replay_layout
+from trimtab.rl.envs.hooks import is_attended
+from trimtab.rl.envs.robot.episodes import EPISODES
+from trimtab.rl.envs.robot.outcomes import robot_outcomes
 from trimtab.rl.evaluation import Evaluation, pooled, unreported
 from trimtab.rl.runs.checkpoint import CheckpointConfig
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
@@ -71,6 +75,8 @@ class AdaptConfig:
     machine: MachineConfig = field(default_factory=MachineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    # Episodes of a robot, as `trimtab adapt --robot.type=` leaves them in `episodes`: learn from these alone.
+    from_episodes: Path | None = None
     # Environments that collect experience at the same time, in each process.
     num_envs: int = 8
     seed: int = 0
@@ -103,6 +109,10 @@ def main(config: AdaptConfig) -> None:
     output = config.output_dir if config.resume else new_output_dir(config.output_dir, "adapt")
     if processes:  # the first one's clock names the folder
         output = ProcessGroup(processes).gather(output)[0]
+    if config.from_episodes:
+        config.demos.root = str(output / DATASET)
+        count = write_dataset(config.from_episodes, output / DATASET, config.env.fps, config.env.task or "")
+        say(f"{count} episodes of {config.from_episodes} are the dataset {config.demos.root}")
     session, folder = open_session(
         config.policy, config.env, config.eval, config.machine, observe=config.observe, many=True
     )
@@ -121,10 +131,12 @@ def main(config: AdaptConfig) -> None:
             f"\nstopped by {stopped.name} {at}; go on with: trimtab adapt --resume=true --output_dir={output}"
         )
         return
-    say(f"\n{table(results['policies'], config.train.reward == 'env')}\n")
+    if results["policies"]:
+        say(f"\n{table(results['policies'], config.train.reward == 'env')}\n")
     for task, found in results["tasks"].items() if len(results["tasks"]) > 1 else ():
         say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(one)}" for n, one in found.items()))
-    say(untrained_line(results, config.noise.type))
+    if results["untrained_actor"]:
+        say(untrained_line(results, config.noise.type))
     for line in waits(lines[-1] if lines else {}):
         say(line)
     say(f"{results['actor_parameters']:,} weights trained; artefact {artefact}; all in {output}")
@@ -172,15 +184,24 @@ def steer(
         checkpoint = run.newest() if config.resume else None
         if checkpoint is not None and not checkpoint.beside.get("repeatable", True):
             session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
-        measured, constants = (run.baselines() if config.resume else None) or measure(session, config, space)
+        robot = is_attended(config.env)
+        if robot and world.size > 1:
+            raise UserError("--robot.type", "one process learns from a robot; leave accelerate launch out")
+        before = run.baselines() if config.resume else None
+        if before is None or not (before[0] or robot):  # a robot's base is measured in the run
+            before = ({}, {}) if robot else measure(session, config, space)
+        measured, constants = before
         check_reward(config.rl, config.train.reward, measured)
-        seen = pooled([found["base"] for found in measured.values()]).reward_range
-        config.train = config.train.within_rewards(seen)
+        seen = [found["base"] for found in measured.values()]
+        config.train = config.train.within_rewards(pooled(seen).reward_range if seen else None)
         run.begin(measured, constants)
         clock.lap("baselines")
         tracked = Trackers(accelerator, flatten(run.config))
         kept = checkpoint.beside["metrics"] if checkpoint else 0
         with session.environments(config.num_envs, faults=config.faults) as vec:
+            if robot:
+                vec.keep(output / EPISODES, checkpoint.beside["episodes"] if checkpoint else 0)
+                vec.stopping = signals
             if len(set(vec.task_names)) != len(session.tasks):
                 raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
             trainer = config.rl.make_trainer(session.runner, vec, config.noise, config.seed) or Trainer(
@@ -202,6 +223,7 @@ def steer(
                     run.checkpoints.beside = lambda: {
                         "metrics": metrics.offset(),
                         "repeatable": vec.repeatable,
+                        "episodes": vec.episodes if robot else None,
                     }
                 for note in trainer.resume(checkpoint) if checkpoint else ():
                     print(note)
@@ -215,18 +237,22 @@ def steer(
         learnt.actor.eval()
         clock.lap("steering")
         steered = learnt.deployed_policy(config.eval.deterministic)
-        for task, vec in session.evaluations_by_task():
+        if robot:
+            measured = {session.tasks[0]: robot_outcomes(output / EPISODES)}
+            if measured[session.tasks[0]]:
+                write_dataset(output / EPISODES, output / DATASET, config.env.fps, config.env.task or "")
+        for task, vec in () if robot else session.evaluations_by_task():
             measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
         clock.lap("steered_evaluation")
         session.adapter.check_identity(identity, folder)
-        untrained = pooled([found.pop("untrained") for found in measured.values()])
+        untrained = [found.pop("untrained") for found in measured.values() if "untrained" in found]
         names = next(iter(measured.values()))
         evaluations = {name: pooled([found[name] for found in measured.values()]) for name in names}
         results = results_of(
             config,
             evaluations,
             tasks={task: summaries(found) for task, found in measured.items()},
-            untrained_actor=untrained.summary(),
+            untrained_actor=pooled(untrained).summary() if untrained else None,
             constant_noise_search=constants,
             env_steps=trainer.env_steps,
             training_episodes=trainer.episodes,

@@ -75,7 +75,7 @@ def make_suite(config: MakeBaseConfig) -> None:
             print(f"{folder} is there already")
             continue
         made = make_task_base(tasks[name], name, folder, config.episodes, config.cloning, config.seed)
-        print(f"{name}: demonstrators' mean {made['demonstrated']:.4g} in {config.episodes} episodes")
+        print(f"{name}: demonstrators' mean {made['demonstrated']:.4g} in {made['episodes']} episodes")
         options = (shlex.quote(f"--env.{key}={value}") for key, value in tasks[name].env.items())
         say_made(folder, made, " ".join(options))
 

@@ -16,7 +16,8 @@ from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.reporting import results_of, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
-from trimtab.rl.envs.hooks import check_base
+from trimtab.rl.envs.hooks import check_base, is_attended
+from trimtab.rl.envs.robot.episodes import EPISODES
 
 
 @dataclass
@@ -75,6 +76,8 @@ def main(config: EvaluateConfig) -> None:
     config.eval.complete(steered)
     policy = acting(session, steered)
     print(describe(session, folder))
+    if is_attended(config.env):
+        return judged(session, folder, policy if steered else None, config, output)
     with session.evaluation_environments() as vec:
         evaluations, details, _ = session.baselines(vec, config.seed)
         if steered is not None:
@@ -90,6 +93,24 @@ def main(config: EvaluateConfig) -> None:
     )
     write_json(output / "results.json", results)
     print(f"\n{table(results['policies'])}\n\nall in {output}")
+
+
+def judged(
+    session: Session, folder: Path | str, steered: ChunkPolicy | None, config: EvaluateConfig, output: Path
+) -> None:
+    """On a robot: base and steered in random order, blind to the person who says how each episode ended."""
+    from trimtab.rl.envs.robot.judging import announcement, judge, plan, verdict
+
+    policies: dict[str, ChunkPolicy] = {"base": session.own_noise}
+    policies |= {"steered": steered} if steered else {}
+    with session.environments(1) as vec:
+        order = plan([*policies], config.eval.n_episodes, config.seed)
+        vec.keep(output / EPISODES)
+        print(announcement(order, vec))
+        found = judge(session.runner, vec, policies, order, config.seed)
+    results = results_of(config, found, base_sha256=session.adapter.identity(folder).get("sha256"))
+    write_json(output / "results.json", results)
+    print(f"\n{table(results['policies'])}\n\n{verdict(found)}\nall in {output}")
 
 
 def acting(session: Session, steered: Steered | None) -> ChunkPolicy:

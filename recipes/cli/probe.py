@@ -23,7 +23,7 @@ from trimtab.recipes.support.diagnosis import as_json, diagnose
 from trimtab.recipes.support.reporting import NAMES, plot_probe, summaries, table, write_json
 from trimtab.recipes.support.session import Session, base_of, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
-from trimtab.rl.envs.hooks import check_base
+from trimtab.rl.envs.hooks import check_base, is_attended
 from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.rollout import Rollout
 from trimtab.rl.runs.threads import machine_record
@@ -96,7 +96,7 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
         measured = measure(adapter, observations, config.noises, config.seed, config.repeats, again)
         print(f"\n{describe_measured(measured, adapter)}")
         usable = measured.finite and measured.deterministic and not measured.blind
-        if session is not None and usable:
+        if session is not None and usable and not is_attended(session.env):
             evaluations, constants, best = _success(session, config)
     except UserError:
         raise
@@ -146,13 +146,15 @@ def _observations(
         tasks = vec.task_descriptions[:1]
         rollout = Rollout(runner, vec, lambda _, episode: first if episode is None else episode + 1)
         while True:  # the base acts, so that later states are there too
+            if rollout.waiting and not rollout.start():
+                raise UserError("--robot", "stopped before the policy had seen enough")
             seen.append(rollout.observations[0])
             rollout.encode_observations(features=False)
             rollout.begin(session.own_noise)
             ended, taken = rollout.receive()[0].ended, taken + 1
             if len(seen) >= config.observations:
                 break
-            if ended or taken < per_episode:
+            if ended or taken < per_episode or vec.attended:
                 rollout.start_next_episodes()
             else:
                 rollout.restart([0])

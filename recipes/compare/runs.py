@@ -33,19 +33,16 @@ from trimtab.rl.runs.processes import ProcessGroup
 Policies = dict[str, ChunkPolicy]
 Summaries = dict[str, dict[str, Any]]
 SAME_COMMAND = "the same command"  # goes on with a comparison that was stopped
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Meter:
     """Starts to measure when it is made.
 
-    The peak is the main process': on Linux its largest resident memory since then (simulator workers come on
-    top), elsewhere the largest since the process began.
+    The peak is the largest resident memory of the main process (simulator workers come on top) since it
+    began: the run's own where each run has a process of its own.
     """
 
     def __init__(self) -> None:
-        with contextlib.suppress(OSError):
-            CLEAR.write_text("5")  # resets the kernel's high-water mark
         self._wall, self._cpu, self._peak = time.perf_counter(), self.cpu(), 0.0
 
     def cpu(self) -> float:
@@ -72,16 +69,10 @@ class Meter:
         """``wall_seconds``, ``cpu_seconds`` and ``peak_mb``."""
         seconds = time.perf_counter() - self._wall, self.cpu() - self._cpu
         found = {name: round(value, 2) for name, value in zip(("wall_seconds", "cpu_seconds"), seconds)}
-        return found | {"peak_mb": round(max(self._peak, self.peak() / 1e6), 1)}
-
-    def peak(self) -> float:
-        """Largest resident memory, in bytes."""
-        with contextlib.suppress(OSError):
-            for line in STATUS.read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return 1024.0 * float(line.split()[1])
-        unit = 1.0 if sys.platform == "darwin" else 1024.0
-        return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            1e6 if sys.platform == "darwin" else 1e6 / 1024
+        )
+        return found | {"peak_mb": round(max(self._peak, peak), 1)}
 
 
 class Method(ABC):
@@ -161,7 +152,8 @@ class Run:
         """
         if self.kept is None or not self.config.checkpoint.every:
             return None, None
-        (folder, settings), shown = self.kept, (self.points, self.episodes, metrics)
+        folder, settings = self.kept
+        shown: tuple[list[Any], ...] = self.points, self.episodes, metrics
         checkpoints = Checkpoints(
             *(folder, self.config.checkpoint, settings, world),
             beside=lambda: {"shown": shown, "spent": self._meter.spent()},

@@ -44,7 +44,7 @@ XML = f"""
     <joint damping="0.05" armature="0.02"/>
     <default class="arm"><geom contype="2" conaffinity="0" mass="0.08" rgba="0.9 0.6 0.1 1"/></default>
     <default class="finger">
-      <geom type="box" size="0.006 0.012 0.022" contype="2" conaffinity="1" mass="0.02" rgba="0.2 0.2 0.2 1"/>
+      <geom type="box" size="0.006 0.015 0.022" contype="2" conaffinity="1" mass="0.02" rgba="0.2 0.2 0.2 1"/>
     </default>
   </default>
   <worldbody>
@@ -66,9 +66,9 @@ XML = f"""
             <body pos="0 0 {LINK}">
               <joint name="wrist_flex" axis="0 1 0"/>
               <geom type="box" size="0.01 0.03 0.02" pos="0 0 0.025"/>
-              <geom class="finger" pos="0 -0.012 {HAND - 0.022}"/>
+              <geom class="finger" pos="0 -0.015 {HAND - 0.022}"/>
               <site name="tip" pos="0 0 {HAND}"/>
-              <body pos="0 0.012 {HAND - 0.022}">
+              <body pos="0 0.015 {HAND - 0.022}">
                 <joint name="gripper" type="slide" axis="0 1 0" armature="0.1"/>
                 <geom class="finger"/>
               </body>
@@ -135,7 +135,8 @@ class MujocoArm(Robot):
     def __init__(self, config: MujocoArmConfig) -> None:
         super().__init__(config)
         self.config, self.sends = config, 0
-        self._lock, self._clock, self._over = threading.Lock(), None, threading.Event()
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._clock: threading.Thread | None = None
         self._model: Any = None
 
     def _make(self) -> None:
@@ -145,7 +146,8 @@ class MujocoArm(Robot):
         self._mujoco, self._model = mujoco, mujoco.MjModel.from_xml_string(XML)
         self._substeps = int(np.ceil(1 / self.config.fps / SUBSTEP))
         self._model.opt.timestep = 1 / self.config.fps / self._substeps
-        self._data, self._renderer = mujoco.MjData(self._model), None
+        self._data = mujoco.MjData(self._model)
+        self._renderer: Any = None
         self._data.qpos[:5] = self._data.ctrl[:] = np.array([*PARKED.values()]) * UNITS
         mujoco.mj_forward(self._model, self._data)
 

@@ -28,7 +28,8 @@ class ScriptedPusher(Teleoperator):
 
     def __init__(self, config: ScriptedPusherConfig) -> None:
         super().__init__(config)
-        self.config, self._pusher = config, None
+        self.config = config
+        self._pusher: Pusher | None = None
 
     @property
     def action_features(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.adapters import UserError
-from trimtab.recipes.embedded_base.base import write_base
+from trimtab.recipes.embedded_base.base import BaseConfig, write_base
 from trimtab.recipes.embedded_base.cloning import CloningConfig
 from trimtab.recipes.embedded_base.demonstrations import record
 
@@ -33,7 +33,7 @@ class Task:
         fps: frames per second.
         names: by feature, what the numbers in its frames are called.
         steps: processor steps that its base takes along, after the renaming.
-        chunk: actions executed per chunk, where ``--cloning.n_action_steps`` does not say.
+        episodes, cloning: what holds where the command's options are left as they are.
     """
 
     env: dict[str, Any]
@@ -41,7 +41,8 @@ class Task:
     fps: int
     names: dict[str, list[str]] = field(default_factory=dict)
     steps: tuple[Any, ...] = ()
-    chunk: int | None = None
+    episodes: int = BaseConfig.episodes  # of demonstrations
+    cloning: CloningConfig = field(default_factory=CloningConfig)
 
 
 def suite_tasks(suite: str) -> dict[str, Task]:
@@ -72,7 +73,9 @@ def make_task_base(
         shown, where = {name: task.demonstrate(episodes, seed)}, f"trimtab/{name}_demonstrations"
         return {"demonstrated": record(root, where, task.fps, shown, episodes, task.names)[name]}
 
+    default = BaseConfig()
+    episodes = task.episodes if episodes == default.episodes else episodes
+    asked = {key: value for key, value in vars(cloning).items() if value != getattr(default.cloning, key)}
+    cloning = replace(task.cloning, **asked)
     facts = {"task": name, "env": task.env, "episodes": episodes}
-    if task.chunk and cloning.n_action_steps == CloningConfig().n_action_steps:
-        cloning = replace(cloning, n_action_steps=task.chunk)
     return write_base(folder, demonstrate, cloning, seed, facts, steps=task.steps)

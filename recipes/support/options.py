@@ -30,6 +30,7 @@ from trimtab.recipes.support.option_dicts import (
     read_options,
     value_at,
 )
+from trimtab.recipes.support.robot_options import robot_defaults, with_robot, without_environment
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.algorithms.presets import IMPLIED_DEFAULTS, PAPER
 
@@ -65,11 +66,16 @@ def parse[Config](
         path = resumed(given, path)
     content, given = load_plugins(read_options(path) if path else {}, given)
     content.pop(ABOUT, None)
+    content, given = with_robot(content), with_robot(given)
     content = fitted(content, command, names, path)
     below: Options = {}
     if "rl" in names:
         below, content, given = with_algorithm(content, given)
     values = merge(below, merge(content, given))
+    if "demos" in names and value_at(values, "env.type") is None:
+        values = merge(without_environment(values), values)
+    if value_at(values, "env.type") == "robot":
+        values = merge(robot_defaults(names), values)
     if set(HELP) & set(args):
         print(f"usage: trimtab {command} [--option=value ...]{TINY_HELP if COMMANDS[command].tiny else ''}")
         kinds = {name: value for name, value in flatten(values).items() if name.endswith(".type")}

@@ -32,8 +32,25 @@ from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.runs.processes import ProcessGroup
 
 CONFIG, BASELINES, CHECKPOINTS, METRICS = "config.json", "baselines.json", "checkpoints", "metrics.jsonl"
+# Of a robot: how it is reached, and who stands beside it.
+STATION = (
+    "robot",
+    "teleop",
+    "listen",
+    "token",
+    "person",
+    "person_options",
+    "packages",
+    "park_pose",
+    "dry_run",
+)
 # What may differ when a run goes on: where and how it is run, and how long.
-FREE = ("checkpoint", "machine", "faults", "trackers", "policy.device", "train.env_steps")
+FREE = (
+    *("checkpoint", "machine", "faults", "trackers", "policy.device", "train.env_steps", "train.episodes"),
+    "from_episodes",
+    *(f"env.{name}" for name in STATION),
+)
+ONLINE = ("env", "eval", "num_envs")  # what a run without an environment has not used
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
@@ -125,6 +142,11 @@ class RunFolder:
             raise UserError("--policy.path", f"{where} belongs to another base policy ({names} differ)")
         before, after = then["config"], now["config"]
         # Where a type differs, all of its options do.
+        if before.get("env.type") == "none":  # learnt from demonstrations: any environment may follow
+            before, after = (
+                {name: value for name, value in one.items() if name.split(".")[0] not in ONLINE}
+                for one in (before, after)
+            )
         for name in sorted(before | after, key=lambda name: (not name.endswith(".type"), name)):
             if before.get(name) != after.get(name):
                 raise UserError(

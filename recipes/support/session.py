@@ -23,7 +23,7 @@ from trimtab.policies.observe import ObserveConfig, build_observer
 from trimtab.recipes.support.reporting import write_grid_video
 from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.envs.contract import SUCCESS_KEYS
-from trimtab.rl.envs.hooks import check_base, check_buildable, for_policy, task_names
+from trimtab.rl.envs.hooks import check_base, check_buildable, for_policy, is_attended, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
 from trimtab.rl.evaluation import Evaluation, best_constant, evaluate, unreported
 from trimtab.rl.runner import Encoded, PolicyRunner
@@ -89,15 +89,19 @@ class Session:
         """
         with ExitStack() as stack:
             try:
-                vec = ChunkVectorEnv(
-                    self.env,
-                    count,
-                    self.machine.workers if workers is None else workers,
-                    self.adapter.n_obs_steps,
-                    keep_seen=keep_seen,
-                    task=task,
-                    tolerant=faults is not None,
-                    timeout=faults.timeout if faults else 0.0,
+                vec = (
+                    self.env.make_vector_env(self.adapter.n_obs_steps)  # type: ignore[attr-defined]
+                    if is_attended(self.env)
+                    else ChunkVectorEnv(
+                        self.env,
+                        count,
+                        self.machine.workers if workers is None else workers,
+                        self.adapter.n_obs_steps,
+                        keep_seen=keep_seen,
+                        task=task,
+                        tolerant=faults is not None,
+                        timeout=faults.timeout if faults else 0.0,
+                    )
                 )
                 stack.callback(vec.close)
                 self._preflight(vec)
@@ -137,10 +141,11 @@ class Session:
         free = vec.repeatable and self.repeatable is not False
         if not free:
             self.repeatable = False
-            self._say(
-                "note: this environment cannot repeat an episode: nothing moves before the run's first, and "
-                "interrupted ones are dropped"
-            )
+            if not vec.empty:
+                self._say(
+                    "note: this environment cannot repeat an episode: nothing moves before the run's first, "
+                    "and interrupted ones are dropped"
+                )
         observation = vec.reset({0: self.eval.seed})[0] if free else described.blank
         if observation is None:
             return
@@ -230,7 +235,7 @@ class Session:
 
     def record(self, policy: ChunkPolicy, path: Path, label: str) -> None:
         """Render the first evaluation episodes under ``policy`` to an MP4, or say why it cannot be done."""
-        seeds = self.eval.seeds[: self.eval.videos]
+        seeds = [] if is_attended(self.env) else self.eval.seeds[: self.eval.videos]
         if seeds and not self._declared:
             print(f"no video {path.name}: this environment cannot repeat the episodes of the evaluation")
         elif seeds:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from trimtab.adapters import UserError
@@ -121,10 +120,7 @@ def _look(
         UserError: the policy's processors do not turn actions into chunks and back.
     """
     adapter = runner.adapter
-    # As the policy would have made them. Its preprocessor may need the observation for it (relative actions).
-    last = {key: value[:, -1] if isinstance(value, Tensor) else value for key, value in history.items()}
-    executed = adapter.preprocessor({**last, ACTION: actions})[ACTION]
-    chunks = executed[..., : actions.shape[-1]].float().cpu()
+    chunks = runner.normalised(history, actions)
     conditioning = adapter.observe(history)
     back = torch.as_tensor(adapter.postprocess(chunks.to(adapter.device), conditioning)).float().cpu()
     scale = actions.abs().max().clamp_min(1e-3)

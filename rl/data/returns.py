@@ -102,6 +102,7 @@ class NStepAccumulator:
     def __init__(self, n: int) -> None:
         self.n = n
         self._pending: deque[Transition] = deque()
+        self._following: tuple[np.ndarray, dict[str, np.ndarray]] = np.zeros(0), {}  # of the last chunk
 
     def clear(self) -> None:
         self._pending.clear()
@@ -122,14 +123,22 @@ class NStepAccumulator:
             next_extra: what to keep of the state after it.
         """
         self._pending.append(chunk)
-        following = {f"next_{name}": value for name, value in (next_extra or {}).items()}
+        self._following = chunk.next_features, next_extra or {}
         done: list[Transition] = []
         while self._pending and (ended or len(self._pending) == self.n):
-            total, weight = 0.0, 1.0
-            for one in self._pending:
-                total += weight * one.reward
-                weight *= one.discount
-            first = self._pending.popleft()
-            extra = first.extra | following
-            done.append(Transition(first.features, first.u, total, weight, chunk.next_features, extra))
+            done.append(self._complete())
         return done
+
+    def flush(self) -> list[Transition]:
+        """Complete all that are pending with the chunks they have: what follows is not theirs."""
+        return [self._complete() for _ in range(len(self._pending))]
+
+    def _complete(self) -> Transition:
+        """The oldest pending one with all chunks since."""
+        total, weight = 0.0, 1.0
+        for one in self._pending:
+            total += weight * one.reward
+            weight *= one.discount
+        first, (next_features, next_extra) = self._pending.popleft(), self._following
+        extra = first.extra | {f"next_{name}": value for name, value in next_extra.items()}
+        return Transition(first.features, first.u, total, weight, next_features, extra)

@@ -45,6 +45,11 @@ class ChunkResult:
     seen: list[RawObservation] = field(default_factory=list)  # before each step, where asked for
     # The kind of fault that lost the episode, and its message. Nothing then holds but the observation.
     lost: tuple[str, str] | None = None
+    # Of a robot: the actions (k, action_dim) that it was sent, where these are not the chunk's; whether a
+    # person acted in the policy's place; and what the learner noted when it acted.
+    executed: np.ndarray | None = None
+    human: bool = False
+    note: dict[str, np.ndarray] = field(default_factory=dict)
     # The name in info by which this environment has ever said whether it succeeded, and what else was there.
     success_key: str | None = None
     info_keys: tuple[str, ...] = ()

@@ -8,6 +8,8 @@ Nothing outside ``rl/envs`` asks for an environment's type. A LeRobot ``EnvConfi
 - ``for_policy(features)``: the config that hands on what a policy with these input features reads;
 - ``make_chunk_env(task_index, **options)``: its chunk-wise form, a ``ChunkEnv`` with its ``options``; the
   index is taken modulo the number of tasks;
+- ``attended``, true, and ``make_vector_env(n_obs_steps)``: a robot, whose episodes people start, and how the
+  learner sees it (``robot/vector.py``);
 - ``tiny``, true: a simulator without cameras, which ``--tiny=true`` may run as it is.
 
 LeRobot's own configs define none of them. ``CHUNK_CONFIGS`` names configs of ours that run in their place.
@@ -67,6 +69,11 @@ def make_chunk_env(config: EnvConfig, task_index: int, **options: Any) -> ChunkE
         return make(task_index, **options)
     limit = getattr(config, "episode_length", None)
     return ChunkEnv(make_single_env(config, task_index), limit=limit, **options)
+
+
+def is_attended(config: EnvConfig) -> bool:
+    """Whether people start its episodes: nothing moves unasked, and nothing repeats."""
+    return getattr(config, "attended", False)
 
 
 def tiny_form(options: dict[str, Any], steps: int) -> EnvConfig | None:

@@ -165,8 +165,13 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         idle: from then until it was called; both averaged over the workers.
         repeatable: false where an environment says, or has been found, not to repeat an episode.
         descriptions: what each environment says of itself.
+        attended: whether people start its episodes: a robot's (``robot/vector.py``), and ``stopped``: who has
+            ended the run there.
+        empty: whether there is no environment at all (``nothing.py``).
         on_success_key: called once for each name under which environments report success.
     """
+
+    attended, empty, stopped = False, False, ""
 
     def __init__(
         self,
@@ -202,6 +207,20 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         self.repeatable = all(one.repeatable for one in self.descriptions)
         self.on_success_key: Callable[[str], None] = lambda key: None
         self._success_keys: set[str] = set()
+
+    def note(self, **arrays: np.ndarray) -> None:
+        """What the learner noted of the chunk that runs: a robot's goes to its file."""
+
+    def announce(self) -> None:
+        """Ask the people who start episodes to do so."""
+
+    def calls(self, seconds: float) -> bool:
+        """Whether something that cannot wait (a robot) needs the learner's next action within ``seconds``."""
+        return False
+
+    def timing(self) -> dict[str, float]:
+        """How well a robot's clock was kept, for the metrics."""
+        return {}
 
     def _start(self, members: list[int]) -> _Worker:
         """A worker that is building its environments."""

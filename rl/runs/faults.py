@@ -90,6 +90,8 @@ class StopSignals:
 
 def lost_notes(lost: int, repeatable: bool) -> list[str]:
     """A line about ``lost`` running episodes that could not be taken up, if any."""
+    if not lost:
+        return []
     ending = "s" * (lost != 1)
     if not repeatable:
         return [

@@ -420,7 +420,7 @@ def test_an_environment_that_does_not_fit(remote, observation):
 @pytest.mark.parametrize("package", ["websockets.sync.client", "msgpack"])
 def test_without_the_packages(package, policy_server, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    for module in ("adapter", "openpi_client"):  # as in a process that has not met a server yet
+    for module in ("adapter", "openpi_client", "packing"):  # as in a process that has not met a server yet
         monkeypatch.delitem(sys.modules, f"trimtab.adapters.remote.{module}")
     with pytest.raises(UserError, match=r"pip install 'lerobot_policy_trimtab\[remote\]'"):
         connect(policy_server)

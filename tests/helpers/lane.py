@@ -221,15 +221,3 @@ def make_lane_policy(folder, **fields):
     for part in (policy, *make_pre_post_processors(config, dataset_stats=stats)):
         part.save_pretrained(folder)
     return folder
-
-
-# Options of a short run in it.
-SMALL = [
-    *("--env.type=test_lane", "--policy.device=cpu", "--machine.workers=0"),
-    *("--eval.n_episodes=4", "--eval.batch_size=4", "--eval.constant_candidates=2", "--eval.videos=0"),
-    "--eval.constant_episodes=2",
-]
-TRAIN = [
-    *("--train.env_steps=240", "--train.first_update=16", "--train.warmup_transitions=16", "--num_envs=2"),
-    *("--train.log_every=80", "--rl.type=dsrl_sac", "--rl.batch_size=16"),
-]

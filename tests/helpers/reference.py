@@ -29,9 +29,15 @@ Every option of every command, made from the dataclasses; to make it anew:
 
 A nested option is written with dots (`--train.env_steps=5000`), on the command line or in YAML
 (`--config_path=`). Where a type is a link, its options are in that section; `--dataset.*`, `--peft.*` and,
-but for `metaworld_state`, `--env.*` are LeRobot's own.
+but for the environments described here, `--env.*` are LeRobot's own. `--robot.NAME=` of
+[RobotEnvConfig](#robotenvconfig) is short for `--env.NAME=`.
 """
 LONGEST = 60
+ENVIRONMENTS = (
+    ("metaworld", "MetaworldStateConfig"),
+    ("gym", "GymConfig"),
+    ("robot.config", "RobotEnvConfig"),
+)
 
 
 def comments(cls: type) -> dict[str, str]:
@@ -124,8 +130,10 @@ def rows(cls: type) -> list[str]:
 
 def reference() -> str:
     """The whole page."""
-    env = importlib.import_module("trimtab.rl.envs.metaworld").MetaworldStateConfig
-    lines, waiting, seen = [HEAD], [env], {env}
+    waiting: list[type] = [
+        getattr(importlib.import_module(f"trimtab.rl.envs.{module}"), name) for module, name in ENVIRONMENTS
+    ]
+    lines, seen = [HEAD], set(waiting)
 
     def look(cls: type) -> None:
         for hint in typing.get_type_hints(cls).values():

@@ -82,3 +82,34 @@ def test_without_success_returns_are_compared(folder, policy, capsys):
     # Where nothing is said of success, the command says what there is to choose from.
     assert main(["adapt", *ENV, policy, *SMALL, "--output_dir=refused"]) == 2
     assert "--env.success" in capsys.readouterr().err
+
+
+def test_it_learns_from_a_dataset_without_a_simulator_and_goes_on_in_one(folder, policy, capsys):
+    learner = [one for one in SMALL if "--rl." not in one and "--eval" not in one and "num_envs" not in one]
+    few = [
+        *learner,
+        "--rl.type=best_of_n",
+        "--rl.num_candidates=2",
+        "--rl.target_candidates=2",
+        "--rl.batch_size=16",
+        HERE,
+    ]
+    run(
+        "adapt",
+        *few,
+        policy,
+        "--demos.root=data",
+        "--demos.success=end",
+        "--train.env_steps=0",
+        "--train.offline_updates=20",
+        "--output_dir=offline",
+    )
+    results = json.loads(Path("offline/results.json").read_text())
+    assert results["policies"] == {} and results["updates"] == 20
+    assert Path("offline/artefact/model.safetensors").is_file()
+    more = [*ENV, "--env.success=terminated", HERE, "--eval.n_episodes=2", "--eval.constant_candidates=0"]
+    run("eval", "--policy.path=offline/artefact", *more, "--output_dir=offline_ev")
+    online = [*more, "--train.env_steps=40", "--num_envs=2", "--eval.videos=0"]
+    run("adapt", "--resume=true", "--output_dir=offline", *online)
+    results = json.loads(Path("offline/results.json").read_text())
+    assert list(results["policies"]) == ["base", "zero_noise", "steered"] and results["env_steps"] >= 40

@@ -38,7 +38,8 @@ def test_the_demonstrations_are_the_robots(base, tmp_path):
     assert ended.sum() == 4 and rows["next.success"][:].ravel()[ended].mean() == made["demonstrated"]
     assert set(data.meta.tasks.index) == {"push the cube beyond the line"}
     steps = np.diff(np.flatnonzero(ended), prepend=-1)
-    assert ((steps == 75) | rows["next.success"][:].ravel()[ended]).all()
+    assert steps.min() > 15 and steps.max() < 60, "nobody goes on once the cube is pushed or missed"
+    assert 0 < made["demonstrated"] < 1
 
 
 def test_it_does_without_an_environments_state(base):

@@ -1,0 +1,341 @@
+"""The process beside the robot: it runs chunks on the clock, asks the person, and never runs on alone.
+
+It dials the learner and then does what it is asked, a message at a time:
+
+- ``episode {number}``: wait until the person says ready, go to the start; answer with the first observation;
+- ``chunk {actions}``: execute them; answer with what was executed, seen and said;
+- ``park {}``: go to the parking pose and end.
+
+Where the learner falls silent the robot holds its last target, then parks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import draccus
+import numpy as np
+from lerobot.envs.configs import EnvConfig
+from lerobot.utils.constants import ACTION, OBS_STATE, OBS_STR
+from lerobot.utils.feature_utils import build_dataset_frame, hw_to_dataset_features
+
+from trimtab.adapters.errors import UserError, reason
+from trimtab.rl.envs.robot.config import RobotEnvConfig
+from trimtab.rl.envs.robot.episodes import jpeg
+from trimtab.rl.envs.robot.people import Person, make_person
+from trimtab.rl.envs.robot.wire import Lost, StationLink
+
+POLL_S = 0.05  # between two questions to the person, where nothing moves
+MOVE_FPS = 30  # actions a second on the way to a pose
+
+Action = dict[str, float]
+
+
+class Interrupted(Exception):
+    """Ctrl-C at the station."""
+
+
+class Arm:
+    """A connected LeRobot robot, within limits of our own; ``target`` is what it was sent last."""
+
+    def __init__(self, config: RobotEnvConfig) -> None:
+        from lerobot.robots import make_robot_from_config
+
+        self.config = config
+        try:
+            self.robot = make_robot_from_config(config.robot)
+            self.robot.connect()
+            self.features = hw_to_dataset_features(self.robot.observation_features, OBS_STR)
+            self.names = hw_to_dataset_features(self.robot.action_features, ACTION)[ACTION]["names"]
+            self.home = self.target = self.position()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a robot's driver raises
+            said = f"'{config.robot.type}' cannot be connected: {reason(error, last=True)}"  # type: ignore[union-attr]
+            raise UserError("--robot.type", said) from error
+        odd = {*config.limits, *config.max_step, *config.start_pose, *config.park_pose} - {*self.names}
+        if odd:
+            self.robot.disconnect()
+            raise UserError(
+                "--robot.limits", f"{', '.join(sorted(odd))} is none of the robot's: {', '.join(self.names)}"
+            )
+        self.moved = False
+
+    def position(self) -> Action:
+        """Where it is, by the names of its actions; the names that it does not observe are left out."""
+        observation = self.robot.get_observation()
+        return {name: float(observation[name]) for name in self.names if name in observation}
+
+    def observe(self) -> dict[str, np.ndarray]:
+        """State (n,) and images (H, W, C) by LeRobot's feature names."""
+        return build_dataset_frame(self.features, self.robot.get_observation(), OBS_STR)
+
+    def send(self, values: np.ndarray) -> np.ndarray:
+        """Send an action (n,) within the limits; what the robot says that it was sent.
+
+        Raises:
+            ValueError: it holds NaN or Inf. Nothing moves.
+        """
+        if not np.isfinite(values).all():
+            raise ValueError(f"an action holds NaN or Inf: {values}")
+        action = {}
+        for name, value in zip(self.names, values.tolist(), strict=True):
+            low, high = self.config.limits.get(name, (value, value))
+            value = min(max(value, low), high)
+            step, before = self.config.max_step.get(name), self.target.get(name)
+            if step is not None and before is not None:
+                value = min(max(value, before - step), before + step)
+            action[name] = value
+        if self.config.dry_run:
+            print(f"dry run, not sent: {action}")
+            sent = action
+        else:
+            self.moved = True
+            sent = self.robot.send_action(dict(action)) or action
+        self.target = {name: float(sent.get(name, action[name])) for name in self.names}
+        return np.array([self.target[name] for name in self.names], np.float32)
+
+    def go_to(self, pose: Action, held: Callable[[], bool] = lambda: False) -> None:
+        """Move slowly, from where it is, in a straight line of its joints, unless it is ``held``."""
+        start = self.position()
+        steps = max(1, round(self.config.move_s * MOVE_FPS))
+        self.target = self.target | start
+        for number in range(1, steps + 1):
+            if held():
+                return
+            share = number / steps
+            values = [
+                (1 - share) * start.get(name, self.target[name]) + share * pose.get(name, self.target[name])
+                for name in self.names
+            ]
+            self.send(np.array(values))
+            if not self.config.in_lockstep:
+                time.sleep(1 / MOVE_FPS / self.config.speed)
+
+    def park(self) -> None:
+        """Go to the parking pose, if it has moved at all, and let go."""
+        try:
+            if self.moved:
+                self.go_to(self.config.park_pose or self.home)
+        finally:
+            self.robot.disconnect()
+
+
+class Station:
+    """One robot and its person, at the command of a learner."""
+
+    def __init__(self, config: RobotEnvConfig, arm: Arm, person: Person, teleop: Any = None) -> None:
+        self.config, self.arm, self.person, self.teleop = config, arm, person, teleop
+        self.period = 0.0 if config.in_lockstep else 1.0 / (config.fps * config.speed)
+        self.interrupted = self.human = False
+        self.step = 0
+        self.free = 0.0  # when the last action's time is up
+
+    def hello(self) -> dict[str, Any]:
+        """What the learner must know of the robot."""
+        arm = self.arm
+        shapes = {name: list(one["shape"]) for name, one in arm.features.items()}
+        clock = {"fps": self.config.fps, "period": self.period, "episode_s": self.config.episode_time_s}
+        return {"names": arm.names, "shapes": shapes, "state": arm.features[OBS_STATE]["names"], **clock}
+
+    def serve(self, link: StationLink) -> None:
+        """Do what the learner asks until it says park.
+
+        Raises:
+            Lost: the learner is gone.
+        """
+        while (message := link.receive())["kind"] != "park":
+            if message["kind"] == "episode":
+                link.send(self.begin(message, link))
+            else:
+                link.send(self.chunk(message["actions"], link.n_obs_steps))
+
+    def begin(self, message: dict[str, Any], link: StationLink) -> dict[str, Any]:
+        """Wait for the person, go to the start, and look."""
+        number = int(message["number"])
+        print(f"\n{message['say']}: put the scene right; it starts once you say ready")
+        while not self.person.start(self.arm.robot, number):
+            if self.interrupted or self.person.said(self.arm.robot, -1) == "stop":
+                return {"stop": "Ctrl-C" if self.interrupted else "the person"}
+            if link.withdrawn():  # the learner no longer wants it
+                return {"stop": ""}
+            time.sleep(POLL_S)
+        if self.config.reset == "pose":
+            self.arm.go_to(self.config.start_pose or self.arm.home, lambda: self.interrupted)
+        self.arm.target |= self.arm.position()
+        self.step, self.human, self.free = 0, False, 0.0
+        return {"seen": self.arm.observe()}
+
+    def chunk(self, actions: np.ndarray, exact: int = 1) -> dict[str, Any]:
+        """Execute actions (T, n) until the chunk, the episode or the turn of policy or person is over.
+
+        Of what is seen after each step, the last ``exact`` images are sent as they are, the others as JPEG.
+        """
+        asked, executed, late, seen, human = [], [], [], [], self.human
+        outcome, why = "running", ""
+        if self.step == 0:
+            self._approach(actions[0])
+        now = time.perf_counter()
+        gap = now - self.free if self.free and self.period else 0.0
+        started = max(now, self.free)
+        for number, wanted in enumerate(actions[: self.config.steps - self.step]):
+            due = started + number * self.period
+            self._wait(due)
+            lateness = max(0.0, time.perf_counter() - due) if self.period else 0.0
+            try:
+                sent = self.arm.send(self._human_action(wanted) if human else wanted)
+                self._wait(due + self.period)
+                seen.append(self.arm.observe())
+            except Exception as error:  # NaN in an action, or whatever a robot's driver raises
+                outcome, why = "abort", reason(error, last=True)
+                break
+            asked.append(wanted)
+            executed.append(sent)
+            late.append(lateness)
+            self.free = due + self.period
+            self.step += 1
+            outcome, why = self._outcome()
+            if outcome != "running" or self.human != human:
+                break
+        return {
+            "asked": np.array(asked, np.float32),
+            "executed": np.array(executed, np.float32),
+            "late": np.array(late),
+            "human": human,
+            "seen": [*map(compressed, seen[:-exact]), *seen[-exact:]],
+            "gap": gap,
+            "outcome": outcome,
+            "why": why,
+            "stop": ("Ctrl-C" if self.interrupted else "the person") if why in ("stop", "Ctrl-C") else "",
+        }
+
+    def _approach(self, first: np.ndarray) -> None:
+        """Before an episode's first action: go there slowly, where it is far."""
+        there, here = dict(zip(self.arm.names, first.tolist(), strict=True)), self.arm.position()
+        if np.isfinite(first).all() and any(abs(there[n] - here[n]) > self.config.approach for n in here):
+            self.arm.go_to(there, lambda: self.interrupted)
+
+    def _outcome(self) -> tuple[str, str]:
+        """Whether the episode is over, and why, after a step."""
+        said = self.person.said(self.arm.robot, self.step)
+        if self.interrupted:
+            return "abort", "Ctrl-C"
+        if said in ("drop", "stop"):
+            return "abort", said
+        if said in ("success", "failure"):
+            return said, ""
+        if said in ("takeover", "release") and self.teleop is not None:
+            self.human = said == "takeover"
+        return ("timeout", "") if self.step >= self.config.steps else ("running", "")
+
+    def _human_action(self, asked: np.ndarray) -> np.ndarray:
+        """What the person does, in place of an action."""
+        given = self.teleop.get_action()
+        return np.array([given.get(name, value) for name, value in zip(self.arm.names, asked, strict=True)])
+
+    def _wait(self, until: float) -> None:
+        if self.period and (left := until - time.perf_counter()) > 0:
+            time.sleep(left)
+
+
+def compressed(seen: dict[str, np.ndarray]) -> dict[str, Any]:
+    """An observation with its images as JPEG."""
+    return {key: jpeg(value) if value.ndim == 3 else value for key, value in seen.items()}
+
+
+def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -> None:
+    """Serve the learner at ``address`` (HOST:PORT); with ``again``, dial it anew where it is lost.
+
+    Raises:
+        UserError: the robot, the person or the learner is not there, or refuses.
+    """
+    print(f"dialling the learner at {address}", flush=True)
+    with StationLink(address, token, config.silence_s, again) as link:
+        try:
+            arm = Arm(config)
+            try:
+                person, teleop = make_person(config.person, config.person_options), make_teleop(config)
+                station = Station(config, arm, person, teleop)
+            except BaseException:
+                arm.park()
+                raise
+        except UserError as error:
+            link.refuse(error)
+            raise
+
+        def interrupt(number: int, frame: Any) -> None:
+            station.interrupted = True
+
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGINT, interrupt)
+        try:
+            while True:
+                try:
+                    link.greet(station.hello())
+                    station.serve(link)
+                    return
+                except Lost as lost:
+                    print(f"\nthe learner is gone ({lost}): the robot holds", flush=True)
+                    parks = time.monotonic() + config.park_after_s
+                    while not (back := again and link.dial()) and time.monotonic() < parks:
+                        time.sleep(POLL_S)
+                    if not back:
+                        print("and parks", flush=True)
+                        return
+        finally:
+            arm.park()
+            person.close()
+            if teleop is not None:
+                teleop.disconnect()
+
+
+def make_teleop(config: RobotEnvConfig) -> Any:
+    """What the person takes the robot over with, connected; ``None`` where there is nothing."""
+    if config.teleop is None:
+        return None
+    from lerobot.teleoperators import make_teleoperator_from_config
+
+    try:
+        teleop = make_teleoperator_from_config(config.teleop)
+        teleop.connect()
+    except Exception as error:  # whatever its driver raises
+        said = f"'{config.teleop.type}' cannot be connected: {reason(error, last=True)}"
+        raise UserError("--teleop.type", said) from error
+    return teleop
+
+
+def main(path: str, address: str, token: str) -> None:
+    """A station that a learner on this machine has started, with the config that it wrote to ``path``."""
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    load_robots(content["packages"])
+    config: Any = draccus.decode(EnvConfig, content)
+    run_station(config, address, token, again=False)
+
+
+def load_robots(packages: list[str]) -> None:
+    """Register LeRobot's robots, teleoperators and cameras, and those of plugins, as lerobot-rollout does."""
+    import lerobot.scripts.lerobot_rollout  # noqa: F401 - imports all of LeRobot's own
+    from lerobot.configs.parser import load_plugin
+    from lerobot.utils.import_utils import register_third_party_plugins
+
+    register_third_party_plugins()
+    for package in packages:
+        if hasattr(
+            importlib.import_module(package), "__path__"
+        ):  # else LeRobot looks for its modules in vain
+            load_plugin(package)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,330 @@
+"""The learner's side of a robot: what ``ChunkVectorEnv`` is for simulators.
+
+It cannot pause, repeat or reset itself. A person starts each episode; while they put the scene right the
+learner pays its debt of gradient steps. Episodes go to files before anything is learnt from them, and a run
+that goes on takes up from these what its checkpoint has not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import draccus
+import numpy as np
+from lerobot.envs.configs import EnvConfig
+from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES, OBS_STATE
+
+from trimtab.adapters.errors import UserError
+from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
+from trimtab.rl.envs.examine import Description, Findings
+from trimtab.rl.envs.robot.config import RobotEnvConfig
+from trimtab.rl.envs.robot.episodes import Chunk, EpisodeRecord, episode_folders, image_of
+from trimtab.rl.envs.robot.wire import LearnerLink, Lost
+
+START_S = 120.0  # for a station on this machine to connect its robot
+POLL_S = 0.2
+SUCCESS = "outcome"  # where success is read
+
+
+class RobotVectorEnv:
+    """One robot. See ``ChunkVectorEnv`` for what it shares with simulators.
+
+    Attributes:
+        attended: people start its episodes.
+        stopping: asked while waiting for the person: whether the run is to end.
+        stopped: who has ended the run at the station, if anyone.
+    """
+
+    num_envs, attended, repeatable, empty = 1, True, False, False
+
+    def __init__(self, config: RobotEnvConfig, n_obs_steps: int) -> None:
+        self.config, self.n_obs_steps = config, n_obs_steps
+        self.busy = self.idle = 0.0
+        # Until when (``time.perf_counter``) the learner may work beside the chunk that runs.
+        self._deadline: float | None = None
+        self._announced = False
+        self._answer: dict[str, Any] | None = None  # of the person, to what was announced
+        self.stopping: Callable[[], bool] = lambda: False
+        self.stopped = ""
+        self.on_success_key: Callable[[str], None] = lambda key: None
+        self.root: Path | None = None
+        self.late: list[float] = []
+        self.gaps: list[float] = []
+        self._recorded: deque[Path] = deque()
+        self._playing: EpisodeRecord | None = None
+        self._running = EpisodeRecord(0)
+        self._history: deque[dict[str, Any]] = deque(maxlen=n_obs_steps)
+        self._asked = np.zeros((0, 0), np.float32)
+        self._note: dict[str, np.ndarray] = {}
+        self._expected = 0.1  # seconds from a chunk's end to the next one's start, as measured
+        self._returned = 0.0
+        self._child: subprocess.Popen | None = None
+        self._token = config.token or secrets.token_hex(8)
+        self.link = LearnerLink(config.listen, self._token, config.silence_s, n_obs_steps)
+        try:
+            self.hello = self._connect()
+        except BaseException:
+            self.close()
+            raise
+        if (theirs := self.hello["fps"]) != config.fps:
+            self.close()
+            raise UserError("--robot.fps", f"is {config.fps} here, {theirs} at the station: name the same")
+        blank = {key: np.zeros(shape, np.uint8) for key, shape in self.hello["shapes"].items()}
+        blank[OBS_STATE] = blank[OBS_STATE].astype(np.float32)
+        self._history.extend([blank] * n_obs_steps)
+        task = config.task or ""
+        self.descriptions = [Description(task, task or config.type, False, [], self._observation())]
+        self.task_descriptions, self.task_names = [task], [task or config.type]
+
+    def _connect(self) -> dict[str, Any]:
+        """A station, started here or waited for; what it says of its robot."""
+        if self.config.listen:
+            print(
+                f"waiting for the station: trimtab station --connect={self.link.address} "
+                f"--token={self._token} --robot.type=...",
+                flush=True,
+            )
+        elif self._child is None or self._child.poll() is not None:
+            with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+                json.dump(draccus.encode(self.config, EnvConfig), file)
+            command = [sys.executable, "-m", "trimtab.rl.envs.robot.station"]
+            self._child = subprocess.Popen([*command, file.name, self.link.address, self._token])
+        until = time.monotonic() + START_S
+        while (hello := self.link.wait(POLL_S)) is None:
+            if self._child is not None and self._child.poll() is not None:
+                raise UserError("--robot.type", "the station ended before it had connected the robot")
+            if self._child is not None and time.monotonic() > until:
+                raise UserError("--robot.type", f"the station has not connected the robot in {START_S:g} s")
+            if self.stopping():
+                return {}
+        return hello
+
+    def keep(self, root: Path, learnt: int | None = None) -> None:
+        """Write episodes to folders below ``root``; those from number ``learnt`` on are played first."""
+        self.root, folders = root, episode_folders(root)
+        self._running = EpisodeRecord(int(folders[-1].name) + 1 if folders else 0)
+        if learnt is not None:
+            self._recorded.extend(folder for folder in folders if int(folder.name) >= learnt)
+
+    @property
+    def episodes(self) -> int:
+        """How many have been handed on, to be learnt from or dropped."""
+        return int(self._recorded[0].name) if self._recorded else self._running.number
+
+    def examine(self, chunk: np.ndarray, move: bool = False) -> Findings:
+        """Whether actions (T, A) fit the robot; nothing moves."""
+        names = self.hello["names"]
+        if chunk.shape[1] != len(names):
+            raise UserError(
+                "--policy.path",
+                f"the policy makes {chunk.shape[1]} numbers an action, the robot takes {len(names)}: "
+                + ", ".join(names),
+            )
+        return Findings(repeatable=False, success_key=None)
+
+    def reset(self, seeds: dict[int, int], render: Any = None) -> dict[int, RawObservation]:
+        """Wait until the person has started the next episode; empty where the run is to end instead."""
+        if self._recorded:
+            self._playing = EpisodeRecord.read(self._recorded[0])
+            return self._began(self._playing.chunks[0].seen[0]) if self._playing.chunks else self._skip(seeds)
+        while True:
+            try:
+                if not self.link.connected and not self._connect():
+                    return {}
+                self.announce()
+                answer = self._answer or self._wait_for_person()
+                self._announced, self._answer = False, None
+                break
+            except Lost as lost:
+                self._announced = False
+                print(f"\nthe station is gone ({lost})", flush=True)
+        if "stop" in answer:
+            self.stopped = answer["stop"]
+            return {}
+        return self._began(answer["seen"])
+
+    def announce(self) -> None:
+        """Ask the person to put the scene right for the next episode."""
+        if not self._recorded and not self._announced and self.link.connected:
+            number = self._running.number
+            with contextlib.suppress(Lost):  # `reset` says so
+                self.link.send({"kind": "episode", "number": number, "say": f"episode {number + 1}"})
+                self._announced = True
+
+    def calls(self, seconds: float) -> bool:
+        """Whether the arm needs its next chunk within ``seconds``, or the person has started an episode.
+
+        An arm that moves only when it is told to can wait.
+        """
+        if self._playing or self._recorded or not self.hello["period"]:
+            return False
+        if self._deadline is not None:
+            return time.perf_counter() + seconds > self._deadline
+        if self._announced and self._answer is None:
+            with contextlib.suppress(TimeoutError, Lost):
+                self._answer = self.link.receive(0.0)
+        return self._answer is not None
+
+    def _skip(self, seeds: dict[int, int]) -> dict[int, RawObservation]:
+        """Leave out a recorded episode in which nothing was executed."""
+        self._recorded.popleft()
+        self._playing = None
+        return self.reset(seeds)
+
+    def _wait_for_person(self) -> dict[str, Any]:
+        asked = False
+        while True:
+            try:
+                return self.link.receive(POLL_S)
+            except TimeoutError:
+                if self.stopping() and not asked:
+                    self.link.send({"kind": "withdraw"})
+                    asked = True
+
+    def _began(self, seen: dict[str, Any]) -> dict[int, RawObservation]:
+        self._history.extend([seen] * self.n_obs_steps)
+        self._returned = time.perf_counter()
+        return {0: self._observation()}
+
+    def send(self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]) -> None:
+        """Let the robot execute actions (T, A)."""
+        now, self._asked = time.perf_counter(), chunks[0].astype(np.float32)
+        self._deadline = None
+        if self._playing:
+            return
+        self._expected = max(0.9 * self._expected, now - self._returned)
+        if period := self.hello["period"]:
+            self._deadline = now + len(self._asked) * period - self._expected
+        with contextlib.suppress(Lost):  # `receive` says so
+            self.link.send({"kind": "chunk", "actions": self._asked})
+
+    def note(self, **arrays: np.ndarray) -> None:
+        """What the learner wants to find again in the file of the chunk that runs."""
+        self._note = arrays
+
+    def receive(self) -> dict[int, ChunkResult]:
+        """What came of the chunk; the next episode's observation is for ``reset`` to bring."""
+        if self._playing:
+            return {0: self._play(self._playing)}
+        sent, record, self._deadline = time.perf_counter(), self._running, None
+        try:
+            answer = self.link.receive()
+        except Lost as lost:
+            print(f"\nthe station is gone ({lost}): the episode is dropped", flush=True)
+            answer = {"outcome": "abort", "why": f"the station is gone ({lost})", "executed": ()}
+        self._returned = time.perf_counter()
+        self.busy, self.idle = self._returned - sent, 0.0
+        self.stopped = self.stopped or answer.get("stop", "")
+        record.outcome, record.why = answer["outcome"], answer["why"]
+        count, result = len(answer["executed"]), None
+        if count:
+            chunk = Chunk(
+                answer["asked"],
+                answer["executed"],
+                human=np.full(count, answer["human"]),
+                late=answer["late"],
+                seen=[self._history[-1], *answer["seen"]],
+                gap=answer["gap"],
+                note=self._note,
+            )
+            record.chunks.append(chunk)
+            self._history.extend(answer["seen"])
+            self.late += answer["late"].tolist()
+            self.gaps += [answer["gap"]] if len(record.chunks) > 1 else []
+            result = self._result(chunk, record)
+        if record.outcome == "running":
+            return {0: result} if result else {}
+        if self.root is not None:
+            held_up = any(chunk.gap > self.config.max_gap_s for chunk in record.chunks)
+            steered = bool(self._note.get("steered", False))
+            record.write(self.root, {"steered": steered, "held_up": held_up})
+        self._running = EpisodeRecord(record.number + 1)
+        return {0: result if result and not result.lost else self._dropped(record)}
+
+    def _play(self, record: EpisodeRecord) -> ChunkResult:
+        """The next chunk of a recorded episode."""
+        chunk = record.chunks.pop(0)
+        self._history.extend(chunk.seen[1:])
+        if record.chunks:
+            return self._result(chunk, EpisodeRecord(record.number))
+        self._recorded.popleft()
+        self._playing = None
+        return self._result(chunk, record)
+
+    def _result(self, chunk: Chunk, record: EpisodeRecord) -> ChunkResult:
+        """A chunk as an algorithm is told of it. A failure is as dear as a time limit: both bootstrap."""
+        if record.outcome == "abort":
+            return self._dropped(record)
+        count, success = len(chunk.executed), record.outcome == "success"
+        successes = np.zeros(count, bool)
+        successes[-1] = success
+        ended = record.outcome != "running"
+        differs = self._playing is not None or not np.allclose(chunk.executed, self._asked[:count], atol=1e-4)
+        return ChunkResult(
+            observation=self._observation(),
+            final_observation=self._observation() if ended else None,
+            rewards=successes.astype(float),
+            successes=successes,
+            terminated=success,
+            truncated=ended and not success,
+            success_key=SUCCESS,
+            executed=chunk.executed if differs or chunk.human.any() else None,
+            human=bool(chunk.human.any()),
+            note=chunk.note,
+        )
+
+    def _dropped(self, record: EpisodeRecord) -> ChunkResult:
+        why = f"--robot: episode {record.number + 1} dropped: {record.why}"
+        return ChunkResult(None, lost=("abort", why))
+
+    def _observation(self) -> RawObservation:
+        """The history as LeRobot's environments name it, entries (n_obs_steps, ...)."""
+        found = []
+        for seen in self._history:
+            one: RawObservation = {"agent_pos": np.array(seen[OBS_STATE])}
+            prefix = f"{OBS_IMAGES}."
+            images = {k.removeprefix(prefix): image_of(v) for k, v in seen.items() if k.startswith(prefix)}
+            if images:
+                alone = OBS_IMAGE in self.config.wanted and len(images) == 1
+                one["pixels"] = next(iter(images.values())) if alone else images
+            found.append(one)
+        return stack_observations(found)
+
+    def timing(self) -> dict[str, float]:
+        """Lateness of actions and gaps between chunks since the last call, in seconds."""
+        found = {
+            f"{name}_p{quantile}_s": float(np.percentile(values, quantile))
+            for name, values in (("late", self.late), ("gap", self.gaps))
+            for quantile in ((50, 95) if values else ())
+        }
+        self.late, self.gaps = [], []
+        return found
+
+    def close(self) -> None:
+        """Let the station park and end."""
+        if self.link.connected:
+            with contextlib.suppress(Lost):
+                self.link.send({"kind": "park"})
+        if self._child is not None:
+            try:
+                self._child.wait(self.config.move_s + self.config.park_after_s + 10)
+            except subprocess.TimeoutExpired:
+                self._child.terminate()
+        self.link.close()
+        self._child = None
+
+    def __enter__(self) -> RobotVectorEnv:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

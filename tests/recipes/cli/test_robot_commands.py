@@ -1,0 +1,104 @@
+"""The commands on the embedded arm, with the station process that they start, and a script for a person."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.helpers.robots import PERSON, command, make_policy
+from trimtab.recipes.cli import main
+from trimtab.rl.envs.robot.episodes import EpisodeRecord, episode_folders
+
+ARM = [
+    "--robot.type=mujoco_arm",
+    "--robot.clock=step",
+    "--robot.id=child",
+    f"--robot.person={PERSON}",
+    "--robot.episode_time_s=1",
+    "--robot.move_s=0.1",
+    "--robot.park_after_s=0.2",
+    "--machine.threads=1",
+]
+RUN = [
+    *("--rl.num_candidates=4", "--rl.target_candidates=4", "--rl.batch_size=16", "--rl.type=best_of_n"),
+    *("--train.first_update=4", "--train.updates_per_transition=2", "--robot.base_episodes=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_policy(tmp_path_factory.mktemp("robot") / "base")
+
+
+def killed_after(episodes, output, command):
+    """Run a command until there are so many episodes, kill it, and wait for its station to end."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 120
+    while len(episode_folders(output / "episodes")) < episodes:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    return process.communicate(timeout=60)[0]  # the station holds the pipe, too, until it has parked
+
+
+def test_a_run_that_is_killed_keeps_its_episodes_and_goes_on(base, tmp_path):
+    output, trimtab = tmp_path / "run", [sys.executable, "-m", "trimtab.recipes.cli"]
+    options = [f"--policy.path={base}", *ARM, *RUN, "--robot.episodes=4", f"--output_dir={output}"]
+    said = killed_after(2, output, [*trimtab, "adapt", *options])
+    assert "the learner is gone" in said and "and parks" in said
+    kept = [EpisodeRecord.read(folder) for folder in episode_folders(output / "episodes")]
+    assert len(kept) >= 2
+    command("adapt", "--resume=true", f"--output_dir={output}")
+    results = json.loads((output / "results.json").read_text())
+    assert sum(entry["episodes"] for entry in results["policies"].values()) == 4
+    assert len(episode_folders(output / "episodes")) == 4
+    assert (
+        main(
+            [
+                "adapt",
+                f"--policy.path={base}",
+                *RUN[:-1],
+                f"--from_episodes={output / 'episodes'}",
+                "--train.offline_updates=6",
+                f"--output_dir={tmp_path / 'anew'}",
+            ]
+        )
+        == 0
+    )
+    assert json.loads((tmp_path / "anew" / "results.json").read_text())["updates"] == 6
+    steered = [
+        f"--policy.path={output / 'artefact'}",
+        "--eval.n_episodes=2",
+        f"--output_dir={tmp_path / 'ev'}",
+    ]
+    command("eval", *steered, said={"script": {"1": {"6": "drop"}}})
+    policies = json.loads((tmp_path / "ev" / "results.json").read_text())["policies"]
+    assert [policies[name]["episodes"] for name in ("base", "steered")] == [2, 2]
+    assert len(episode_folders(tmp_path / "ev" / "episodes")) == 5
+    assert main(["export", f"--run={output}"]) == 0
+
+
+def test_probe_waits_for_the_person(base, tmp_path, capfd):
+    options = ["--observations=4", "--noises=3", f"--output_dir={tmp_path / 'probe'}"]
+    command("probe", f"--policy.path={base}", *options)
+    assert "episode 1: put the scene right" in capfd.readouterr().out
+    assert json.loads((tmp_path / "probe" / "probe.json").read_text())["success"] == {}
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--robot.type=no_such_robot"], "no_such_robot"),
+        (["--robot.fps=15"], "--robot.type: name the robot, or wait for a station"),
+        (["--robot.type=mujoco_arm", "--env.type=gym"], "--env.type: is gym; leave it out"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(base, tmp_path, capfd, options, said):
+    assert main(["adapt", f"--policy.path={base}", *options, f"--output_dir={tmp_path / 'run'}"]) == 2
+    error = capfd.readouterr().err
+    assert said in error and "Traceback" not in error
+    assert not (tmp_path / "run" / "episodes").exists()

@@ -1,0 +1,229 @@
+"""What a station does on its own: nothing unasked, within limits, and nothing once the learner is gone."""
+
+import time
+
+import numpy as np
+import pytest
+from websockets.sync.client import connect
+
+from tests.helpers.robots import START, free_port, robot_config, station_thread, the_arm
+from trimtab.adapters import UserError
+from trimtab.adapters.remote.packing import pack, unpack
+from trimtab.recipes.embedded_arm.arm import MujocoArm, MujocoArmConfig
+from trimtab.rl.envs.robot.people import EVENTS, Person, make_person
+from trimtab.rl.envs.robot.station import Arm, Station
+from trimtab.rl.envs.robot.wire import VERSION, LearnerLink, Lost
+
+POSE = np.array([*START.values()], np.float32)
+
+
+class Told(Person):
+    """Says what it is told to, by step, and is ready once it has been asked so often."""
+
+    def __init__(self, said=None, ready_after=0):
+        self.told, self.left = said or {}, ready_after
+
+    def start(self, robot, episode):
+        self.left -= 1
+        return self.left < 0
+
+    def said(self, robot, step):
+        return self.told.get(step)
+
+    def close(self):
+        """There is nothing to close."""
+
+
+class Calls:
+    """A learner that never says anything else."""
+
+    def withdrawn(self):
+        return False
+
+
+@pytest.fixture
+def make():
+    """A station on the embedded arm; closed again."""
+    made = []
+
+    def station(said=None, teleop=None, ready_after=0, **options):
+        config = robot_config(**options)
+        arm = Arm(config)
+        made.append(arm)
+        return Station(config, arm, Told(said, ready_after), teleop)
+
+    yield station
+    for arm in made:
+        arm.robot.disconnect()
+
+
+def begin(station):
+    return station.begin({"number": 0, "say": "episode 1"}, Calls())
+
+
+def test_nothing_moves_before_the_person_is_ready(make):
+    station = make(ready_after=3, reset="pose", start_pose=START)
+    sends = []
+    start = station.person.start
+    station.person.start = lambda *args: (sends.append(station.arm.robot.sends), start(*args))[1]
+    begin(station)
+    assert sends == [0, 0, 0, 0] and station.arm.robot.sends > 0
+
+
+def test_a_chunk_is_executed_and_told_as_the_robot_says(make):
+    station = make(robot=MujocoArmConfig(id="test", clock="step", max_relative_target=2.0), approach=1000.0)
+    begin(station)
+    asked = np.tile(POSE + 50, (3, 1))
+    answer = station.chunk(asked)
+    assert answer["outcome"] == "running" and len(answer["seen"]) == 3
+    assert (answer["asked"] == asked).all()
+    assert (np.abs(answer["executed"] - asked).max(0) > 1).all()  # clipped to 2 degrees a step
+
+
+@pytest.mark.parametrize("said, outcome", [*zip(EVENTS[:3], ("success", "failure", "abort"), strict=True)])
+def test_the_person_ends_an_episode(make, said, outcome):
+    station = make({2: said}, approach=1000.0)
+    begin(station)
+    answer = station.chunk(np.tile(POSE, (5, 1)))
+    assert (answer["outcome"], len(answer["executed"])) == (outcome, 2)
+
+
+def test_the_clock_ends_an_episode(make):
+    station = make(approach=1000.0)
+    begin(station)
+    outcomes = [station.chunk(np.tile(POSE, (6, 1)))["outcome"] for _ in range(3)]
+    assert outcomes == ["running", "running", "timeout"] and station.step == 15
+
+
+def test_limits_hold_and_nan_moves_nothing(make):
+    name = next(iter(START))
+    station = make(limits={name: (-10.0, 10.0)}, max_step={name: 4.0}, approach=1000.0)
+    begin(station)
+    far = POSE.copy()
+    far[0] = 90.0
+    first = [step[0] for step in station.chunk(np.tile(far, (5, 1)))["executed"]]
+    assert first == pytest.approx([4.0, 8.0, 10.0, 10.0, 10.0], abs=0.1)
+    sends, far[1] = station.arm.robot.sends, np.nan
+    answer = station.chunk(np.tile(far, (5, 1)))
+    assert answer["outcome"] == "abort" and "NaN" in answer["why"]
+    assert station.arm.robot.sends == sends
+
+
+def test_an_episode_begins_slowly(make):
+    station = make(move_s=1.0, approach=15.0)
+    begin(station)
+    before = station.arm.position()
+    far = POSE.copy()
+    far[0] = 60.0
+    steps, send = [], station.arm.robot.send_action
+    station.arm.robot.send_action = lambda action: (steps.append(action["shoulder_pan.pos"]), send(action))[1]
+    station.chunk(np.tile(far, (2, 1)))
+    assert np.abs(np.diff([before["shoulder_pan.pos"], *steps])).max() < 3.0
+
+
+def test_a_robot_that_fails_ends_the_episode(make):
+    station = make(robot=MujocoArmConfig(id="test", clock="step", fail_after=3), approach=1000.0)
+    begin(station)
+    answer = station.chunk(np.tile(POSE, (5, 1)))
+    assert answer["outcome"] == "abort" and "status packet" in answer["why"]
+    assert len(answer["executed"]) == 2
+
+
+def test_a_person_takes_over_and_gives_back(make):
+    class Hand:
+        def get_action(self):
+            return START | {"shoulder_pan.pos": 5.0}
+
+    station = make({2: "takeover", 5: "release"}, Hand(), approach=1000.0)
+    begin(station)
+    answers = [station.chunk(np.tile(POSE, (5, 1))) for _ in range(3)]
+    assert [(len(one["executed"]), one["human"]) for one in answers] == [(2, False), (3, True), (5, False)]
+    assert answers[1]["executed"][-1][0] == pytest.approx(5.0)
+
+
+def test_dry_run_moves_nothing(make, capsys):
+    station = make(dry_run=True, reset="pose", start_pose=START)
+    begin(station)
+    station.chunk(np.tile(POSE, (5, 1)))
+    station.arm.park()
+    station.arm.robot.connect()  # for the fixture to disconnect
+    assert station.arm.robot.sends == 0
+    assert "dry run, not sent" in capsys.readouterr().out
+
+
+def test_in_real_time_actions_go_by_the_clock(make):
+    arm = MujocoArmConfig(id="test", clock="real", speed=5.0)
+    station = make(robot=arm, approach=1000.0, episode_time_s=10.0)
+    begin(station)
+    started = time.perf_counter()
+    station.chunk(np.tile(POSE, (10, 1)))
+    assert time.perf_counter() - started == pytest.approx(10 / (15 * 5), rel=0.3)
+    time.sleep(0.1)
+    assert station.chunk(np.tile(POSE, (2, 1)))["gap"] == pytest.approx(0.1, abs=0.05)
+
+
+@pytest.fixture
+def learner():
+    link = LearnerLink("127.0.0.1:0", "word", 1.0, 1)
+    yield link
+    link.close()
+
+
+def wait(link):
+    found = None
+    for _ in range(100):
+        found = found or link.wait(0.1)
+    return found
+
+
+def test_once_the_learner_is_gone_the_robot_holds_and_parks(learner):
+    with station_thread(robot_config(reset="pose", start_pose=START), learner.address, "word") as raised:
+        assert wait(learner)["names"] == list(START)
+        arm = the_arm()
+        learner.send({"kind": "episode", "number": 0, "say": "episode 1"})
+        learner.receive(5)
+        sends = arm.sends
+        learner._connection.socket.close()
+        time.sleep(0.1)
+        assert arm.sends == sends
+    assert not raised and not arm.is_connected and arm.sends > sends
+
+
+def test_who_is_not_let_in_learns_why(learner):
+    for token, why in (("wrong", "the token is wrong"), ("word", "")):
+        with connect(f"ws://{learner.address}") as one:
+            one.send(pack({"version": VERSION, "token": token}))
+            assert why in unpack(one.recv(5)).get("refused", "")
+    with connect(f"ws://{learner.address}") as one:
+        one.send(pack({"version": VERSION + 1, "token": "word"}))
+        assert f"version {VERSION}, the station {VERSION + 1}" in unpack(one.recv(5))["refused"]
+    with station_thread(robot_config(), learner.address, "wrong") as raised:
+        pass
+    assert isinstance(raised[0], UserError) and "token" in str(raised[0])
+
+
+def test_a_message_cut_short_ends_the_connection(learner):
+    with connect(f"ws://{learner.address}") as one:
+        one.send(pack({"version": VERSION, "token": "word"}))
+        one.recv(5)
+        one.send(pack({"names": []}))
+        assert wait(learner) == {"names": []}
+        one.send(pack({"executed": np.zeros(9)})[:-3])
+        with pytest.raises(Lost, match="cannot be read"):
+            learner.receive(5)
+        assert not learner.connected
+
+
+def test_without_a_learner_or_a_robot_there_is_one_line(learner):
+    with station_thread(robot_config(), f"127.0.0.1:{free_port()}", "word") as raised:
+        pass
+    assert "no learner answers" in str(raised[0])
+    broken, why = robot_config(person="nowhere:Nobody"), r"nowhere:Nobody' cannot be made"
+    with station_thread(broken, learner.address, "word") as raised, pytest.raises(UserError, match=why):
+        wait(learner)
+    assert isinstance(raised[0], UserError)
+    with pytest.raises(UserError, match="no keys can be read here"):
+        make_person("keyboard", {})
+    with pytest.raises(UserError, match=r"limits: elbow is none of the robot's: shoulder_pan\.pos"):
+        Arm(robot_config(id="odd", limits={"elbow": (0.0, 1.0)}))
+    assert "odd" not in MujocoArm.connected
