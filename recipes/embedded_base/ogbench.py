@@ -69,7 +69,7 @@ class CubeExpert:
     def __call__(self, info: Info, error: np.ndarray) -> np.ndarray:
         """The action (5,), with an ``error`` (3,) in the sight of the cube."""
         cube = info["privileged/block_0_pos"]
-        self.over |= np.linalg.norm((cube - info["proprio/effector_pos"])[:2]) < 0.04
+        self.over |= bool(np.linalg.norm((cube - info["proprio/effector_pos"])[:2]) < 0.04)
         told = {
             "privileged/block_0_pos": cube + error * self.over,
             "privileged/block_0_yaw": np.zeros(1),  # it fits between the fingers across its corners, too
