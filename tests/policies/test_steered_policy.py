@@ -226,7 +226,8 @@ load("trimtab", {str(pair[0])!r})
 new = set(sys.modules) - before
 tops = {{name.split(".")[0] for name in new}} - set(sys.stdlib_module_names)
 print(sorted(tops - {{name.split(".")[0] for name in before}}))
-assert not [name for name in new if name.startswith("trimtab.recipes")]
+recipes = [name for name in new if name.startswith("trimtab.recipes.")]
+assert all(name.startswith("trimtab.recipes.embedded_arm") for name in recipes), recipes
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]

@@ -135,7 +135,7 @@ class EpisodeRecord:
             raise UserError("--output_dir", f"{folder} is no whole episode: {reason(error)}") from error
         if record["outcome"] not in OUTCOMES:
             raise UserError(str(folder / RECORD), f"the outcome is one of {', '.join(OUTCOMES)}")
-        ends = [*starts[1:], record["steps"]]
+        ends = [*starts[1:], record["steps"]][: len(starts)]
         found = EpisodeRecord(int(folder.name), [], record["outcome"], record["why"])
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             part = slice(start, end)

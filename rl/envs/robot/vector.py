@@ -33,6 +33,7 @@ from trimtab.rl.envs.robot.wire import LearnerLink, Lost
 
 START_S = 120.0  # for a station on this machine to connect its robot
 POLL_S = 0.2
+ANSWER_S = 20.0  # beyond what a chunk takes
 SUCCESS = "outcome"  # where success is read
 
 
@@ -218,7 +219,7 @@ class RobotVectorEnv:
             return {0: self._play(self._playing)}
         sent, record, self._deadline = time.perf_counter(), self._running, None
         try:
-            answer = self.link.receive()
+            answer = self._executed()
         except Lost as lost:
             print(f"\nthe station is gone ({lost}): the episode is dropped", flush=True)
             answer = {"outcome": "abort", "why": f"the station is gone ({lost})", "executed": ()}
@@ -250,6 +251,17 @@ class RobotVectorEnv:
             record.write(self.root, {"steered": steered, "held_up": held_up})
         self._running = EpisodeRecord(record.number + 1)
         return {0: result if result and not result.lost else self._dropped(record)}
+
+    def _executed(self) -> dict[str, Any]:
+        """The station's answer to a chunk. One that does not come is a robot that hangs: its station ends."""
+        longest = len(self._asked) * self.hello["period"] + self.config.move_s + ANSWER_S
+        try:
+            return self.link.receive(longest)
+        except TimeoutError:
+            self.link.drop()
+            if self._child is not None:
+                self._child.kill()
+            raise Lost(f"the robot has hung for {longest:.0f} s") from None
 
     def _play(self, record: EpisodeRecord) -> ChunkResult:
         """The next chunk of a recorded episode."""

@@ -148,6 +148,12 @@ class LearnerLink:
             self._connection = None
             raise
 
+    def drop(self) -> None:
+        """Part with a station that does not answer."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
     def close(self) -> None:
         self._server.shutdown()
 

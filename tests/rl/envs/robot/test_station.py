@@ -1,5 +1,6 @@
 """What a station does on its own: nothing unasked, within limits, and nothing once the learner is gone."""
 
+import threading
 import time
 
 import numpy as np
@@ -10,9 +11,11 @@ from tests.helpers.robots import START, free_port, robot_config, station_thread,
 from trimtab.adapters import UserError
 from trimtab.adapters.remote.packing import pack, unpack
 from trimtab.recipes.embedded_arm.arm import MujocoArm, MujocoArmConfig
+from trimtab.rl.envs.robot import vector
+from trimtab.rl.envs.robot.episodes import EpisodeRecord
 from trimtab.rl.envs.robot.people import EVENTS, Person, make_person
 from trimtab.rl.envs.robot.station import Arm, Station
-from trimtab.rl.envs.robot.wire import VERSION, LearnerLink, Lost
+from trimtab.rl.envs.robot.wire import VERSION, LearnerLink, Lost, StationLink
 
 POSE = np.array([*START.values()], np.float32)
 
@@ -199,6 +202,33 @@ def test_a_learner_that_is_to_end_takes_its_question_back(learner):
         learner.send({"kind": "episode", "number": 0, "say": "episode 1"})
         learner.send({"kind": "park"})
     assert not raised
+
+
+def test_a_robot_that_hangs_costs_an_episode(monkeypatch, tmp_path):
+    monkeypatch.setattr(vector, "ANSWER_S", 0.1)
+    config = robot_config(listen=f"127.0.0.1:{free_port()}", token="word")
+    found, said = {}, []
+
+    def learn():
+        with vector.RobotVectorEnv(config, 1) as vec:
+            vec.on_success_key = said.append
+            vec.keep(tmp_path)
+            found["seen"] = vec.reset({0: 1})
+            vec.send({0: np.tile(POSE, (2, 1))}, {0: 2})
+            found["result"] = vec.receive()[0]
+
+    thread = threading.Thread(target=learn)
+    thread.start()
+    seen = {"observation.state": np.zeros(7, np.float32)}
+    with StationLink(config.listen, "word", 5.0, wait=True) as link:
+        shapes = {"observation.state": [7]}
+        link.greet({"names": list(START), "shapes": shapes, "fps": 15, "period": 0.0, "episode_s": 1.0})
+        assert link.receive()["kind"] == "episode"
+        link.send({"seen": seen})
+        assert link.receive()["kind"] == "chunk"  # and never answers
+        thread.join(10)
+    assert "hung" in found["result"].lost[1]
+    assert EpisodeRecord.read(tmp_path / "000000").outcome == "abort"
 
 
 def test_who_is_not_let_in_learns_why(learner):
