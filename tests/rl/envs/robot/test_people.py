@@ -1,0 +1,53 @@
+"""What a person says by the keys of a terminal."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from trimtab.rl.envs.robot.people import Keyboard
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """A keyboard at a terminal of its own, and what presses its keys."""
+    monkeypatch.delenv("DISPLAY", raising=False)
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        person = Keyboard()
+        yield person, lambda text: os.write(ours, text)
+        person.close()
+    os.close(ours)
+
+
+def answer(ask):
+    """What ``ask`` gives once it gives something: keys come from another thread."""
+    until = time.monotonic() + 5
+    while not (found := ask()) and time.monotonic() < until:
+        time.sleep(0.01)
+    return found
+
+
+def test_keys_start_and_end_episodes(keys):
+    person, press = keys
+    assert not person.start(None, 0)
+    press(b"s")  # too early: it counts for nothing
+    time.sleep(0.1)
+    assert not person.start(None, 0)
+    press(b"\n")
+    assert answer(lambda: person.start(None, 0))
+    for key, said in ((b"x", None), (b"s", "success"), (b"f", "failure"), (b"r", "drop")):
+        press(key)
+        assert (answer(lambda: person.said(None, 3)) if said else person.said(None, 3)) == said
+    for said in ("takeover", "release", "takeover"):
+        press(b" ")
+        assert answer(lambda: person.said(None, 4)) == said
+
+
+def test_stop_is_heard_between_episodes(keys):
+    person, press = keys
+    press(b"q\n")
+    answer(lambda: person._keys.qsize() == 2)
+    assert not person.start(None, 0) and person.said(None, -1) == "stop"
