@@ -109,14 +109,14 @@ def main(config: AdaptConfig) -> None:
     output = config.output_dir if config.resume else new_output_dir(config.output_dir, "adapt")
     if processes:  # the first one's clock names the folder
         output = ProcessGroup(processes).gather(output)[0]
-    if config.from_episodes:
-        config.demos.root = str(output / DATASET)
-        count = write_dataset(config.from_episodes, output / DATASET, config.env.fps, config.env.task or "")
-        say(f"{count} episodes of {config.from_episodes} are the dataset {config.demos.root}")
     session, folder = open_session(
         config.policy, config.env, config.eval, config.machine, observe=config.observe, many=True
     )
     say(describe(session, folder))
+    if config.from_episodes:  # once the policy is known to load
+        config.demos.root = str(output / DATASET)
+        count = write_dataset(config.from_episodes, output / DATASET, config.env.fps, config.env.task or "")
+        say(f"{count} episodes of {config.from_episodes} are the dataset {config.demos.root}")
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked != "no":
         say(
@@ -186,7 +186,8 @@ def steer(
             session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
         robot = is_attended(config.env)
         if robot and world.size > 1:
-            raise UserError("--robot.type", "one process learns from a robot; leave accelerate launch out")
+            mend = "leave accelerate launch out"
+            raise UserError("--env.type", f"'{config.env.type}' is for one process; {mend}")
         before = run.baselines() if config.resume else None
         if before is None or not (before[0] or robot):  # a robot's base is measured in the run
             before = ({}, {}) if robot else measure(session, config, space)

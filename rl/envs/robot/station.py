@@ -19,13 +19,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import draccus
 import numpy as np
 from lerobot.envs.configs import EnvConfig
-from lerobot.utils.constants import ACTION, OBS_STATE, OBS_STR
+from lerobot.utils.constants import ACTION, OBS_STR
 from lerobot.utils.feature_utils import build_dataset_frame, hw_to_dataset_features
 
 from trimtab.adapters.errors import UserError, reason
@@ -38,10 +37,6 @@ POLL_S = 0.05  # between two questions to the person, where nothing moves
 MOVE_FPS = 30  # actions a second on the way to a pose
 
 Action = dict[str, float]
-
-
-class Interrupted(Exception):
-    """Ctrl-C at the station."""
 
 
 class Arm:
@@ -145,7 +140,7 @@ class Station:
         arm = self.arm
         shapes = {name: list(one["shape"]) for name, one in arm.features.items()}
         clock = {"fps": self.config.fps, "period": self.period, "episode_s": self.config.episode_time_s}
-        return {"names": arm.names, "shapes": shapes, "state": arm.features[OBS_STATE]["names"], **clock}
+        return {"names": arm.names, "shapes": shapes, **clock}
 
     def serve(self, link: StationLink) -> None:
         """Do what the learner asks until it says park.
@@ -280,7 +275,7 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
         try:
             while True:
                 try:
-                    link.greet(station.hello())
+                    link.send(station.hello())
                     station.serve(link)
                     return
                 except Lost as lost:
@@ -313,9 +308,9 @@ def make_teleop(config: RobotEnvConfig) -> Any:
     return teleop
 
 
-def main(path: str, address: str, token: str) -> None:
-    """A station that a learner on this machine has started, with the config that it wrote to ``path``."""
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
+def main(given: str, address: str, token: str) -> None:
+    """A station that a learner on this machine has started, with its config as JSON."""
+    content = json.loads(given)
     load_robots(content["packages"])
     config: Any = draccus.decode(EnvConfig, content)
     run_station(config, address, token, again=False)
@@ -329,9 +324,8 @@ def load_robots(packages: list[str]) -> None:
 
     register_third_party_plugins()
     for package in packages:
-        if hasattr(
-            importlib.import_module(package), "__path__"
-        ):  # else LeRobot looks for its modules in vain
+        module = importlib.import_module(package)
+        if hasattr(module, "__path__"):  # else there are no modules for LeRobot to look for
             load_plugin(package)
 
 

@@ -12,7 +12,6 @@ import json
 import secrets
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -95,11 +94,11 @@ class RobotVectorEnv:
                 f"--token={self._token} --robot.type=...",
                 flush=True,
             )
-        elif self._child is None or self._child.poll() is not None:
-            with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
-                json.dump(draccus.encode(self.config, EnvConfig), file)
+        else:
+            self._end_child()
+            config = json.dumps(draccus.encode(self.config, EnvConfig))
             command = [sys.executable, "-m", "trimtab.rl.envs.robot.station"]
-            self._child = subprocess.Popen([*command, file.name, self.link.address, self._token])
+            self._child = subprocess.Popen([*command, config, self.link.address, self._token])
         until = time.monotonic() + START_S
         while (hello := self.link.wait(POLL_S)) is None:
             if self._child is not None and self._child.poll() is not None:
@@ -138,6 +137,8 @@ class RobotVectorEnv:
         if self._recorded:
             self._playing = EpisodeRecord.read(self._recorded[0])
             return self._began(self._playing.chunks[0].seen[0]) if self._playing.chunks else self._skip(seeds)
+        if self.stopped:
+            return {}
         while True:
             try:
                 if not self.link.connected and not self._connect():
@@ -327,12 +328,18 @@ class RobotVectorEnv:
         if self.link.connected:
             with contextlib.suppress(Lost):
                 self.link.send({"kind": "park"})
-        if self._child is not None:
-            try:
-                self._child.wait(self.config.move_s + self.config.park_after_s + 10)
-            except subprocess.TimeoutExpired:
-                self._child.terminate()
+        self._end_child()
         self.link.close()
+
+    def _end_child(self) -> None:
+        """Wait until a station that was started here has parked and ended."""
+        if self._child is None:
+            return
+        try:
+            self._child.wait(self.config.move_s + self.config.park_after_s + 10)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
         self._child = None
 
     def __enter__(self) -> RobotVectorEnv:

@@ -199,9 +199,6 @@ class StationLink(contextlib.AbstractContextManager["StationLink"]):
         self.n_obs_steps = int(answer["n_obs_steps"])
         return True
 
-    def greet(self, hello: dict[str, Any]) -> None:
-        self.send(hello)
-
     def refuse(self, error: UserError) -> None:
         """Tell the learner why there is no robot."""
         with contextlib.suppress(Lost):

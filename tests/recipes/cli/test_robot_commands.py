@@ -83,6 +83,13 @@ def test_a_run_that_is_killed_keeps_its_episodes_and_goes_on(base, tmp_path):
     assert "Episodes of the run itself" in (output / "export" / "README.md").read_text()
 
 
+def test_a_judge_who_stops_is_not_asked_again(base, tmp_path, capfd):
+    options = [f"--policy.path={base}", "--eval.n_episodes=3", f"--output_dir={tmp_path / 'ev'}"]
+    command("eval", *options, said={"script": {"1": {"6": "stop"}}})
+    assert "episode 3:" not in capfd.readouterr().out
+    assert json.loads((tmp_path / "ev" / "results.json").read_text())["policies"]["base"]["episodes"] == 1
+
+
 def test_probe_waits_for_the_person(base, tmp_path, capfd):
     options = ["--observations=4", "--noises=3", f"--output_dir={tmp_path / 'probe'}"]
     command("probe", f"--policy.path={base}", *options)

@@ -222,7 +222,7 @@ def test_a_robot_that_hangs_costs_an_episode(monkeypatch, tmp_path):
     seen = {"observation.state": np.zeros(7, np.float32)}
     with StationLink(config.listen, "word", 5.0, wait=True) as link:
         shapes = {"observation.state": [7]}
-        link.greet({"names": list(START), "shapes": shapes, "fps": 15, "period": 0.0, "episode_s": 1.0})
+        link.send({"names": list(START), "shapes": shapes, "fps": 15, "period": 0.0, "episode_s": 1.0})
         assert link.receive()["kind"] == "episode"
         link.send({"seen": seen})
         assert link.receive()["kind"] == "chunk"  # and never answers
