@@ -7,14 +7,13 @@ names of its own is handed on under these names, as the policy's input features 
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +24,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import time_limit, vector_envs
 from trimtab.rl.envs.contract import FINAL_OBSERVATIONS, SUCCESS_KEYS, flat, kind
+from trimtab.rl.envs.one_task import OneTaskConfig
 from trimtab.rl.rendering import choose_gl_backend
 
 BOX = "observation"  # the name of an observation that is a single array
@@ -34,7 +34,7 @@ RAW_NAMES = {OBS_STATE: "agent_pos", OBS_ENV_STATE: "environment_state", OBS_IMA
 
 @EnvConfig.register_subclass("gym")
 @dataclass
-class GymConfig(EnvConfig):
+class GymConfig(OneTaskConfig):
     """Any Gymnasium environment: a registered ``id``, or a ``factory`` of yours."""
 
     # Its name in results, by default its id or factory; and the instruction of a policy that reads one.
@@ -54,9 +54,6 @@ class GymConfig(EnvConfig):
     # Time limit in steps; by default the environment's own.
     episode_length: int | None = None
 
-    # By input feature of the policy, under the environment's name for it: its shape. ``None``: not known.
-    wanted: ClassVar[dict[str, tuple[int, ...]] | None] = None
-
     def __post_init__(self) -> None:
         if bool(self.id) == bool(self.factory):
             found = "both" if self.id else "neither"
@@ -69,16 +66,6 @@ class GymConfig(EnvConfig):
     @property
     def gym_kwargs(self) -> dict[str, Any]:
         return self.kwargs
-
-    def task_names(self) -> list[str]:
-        """The one task."""
-        return [str(self.task)]
-
-    def for_policy(self, features: dict[str, tuple[int, ...]]) -> GymConfig:
-        """This config for a policy with these input features: shapes by the environment's name for them."""
-        config = copy.copy(self)
-        config.wanted = features  # type: ignore[misc]
-        return config
 
     def create_envs(
         self, n_envs: int, use_async_envs: bool = False

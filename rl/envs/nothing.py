@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,32 +13,22 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_ST
 
 from trimtab.rl.envs.chunk import RawObservation, stack_observations
 from trimtab.rl.envs.examine import Description, Findings
+from trimtab.rl.envs.one_task import OneTaskConfig
 
 
 @EnvConfig.register_subclass("none")
 @dataclass
-class NoEnvConfig(EnvConfig):
+class NoEnvConfig(OneTaskConfig):
     """No environment: for learning from demonstrations, with --train.env_steps=0."""
 
     # The instruction of the demonstrations.
     task: str | None = None
 
     attended: ClassVar[bool] = True
-    wanted: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
         return {}
-
-    def task_names(self) -> list[str]:
-        """The one task."""
-        return [self.task or self.type]
-
-    def for_policy(self, features: dict[str, tuple[int, ...]]) -> NoEnvConfig:
-        """This config for a policy with these input features: shapes by the environment's name for them."""
-        config = copy.copy(self)
-        config.wanted = features  # type: ignore[misc]
-        return config
 
     def make_vector_env(self, n_obs_steps: int) -> NoVectorEnv:
         return NoVectorEnv(self, n_obs_steps)
@@ -53,7 +42,7 @@ class NoVectorEnv(contextlib.AbstractContextManager["NoVectorEnv"]):
 
     def __init__(self, config: NoEnvConfig, n_obs_steps: int) -> None:
         task = config.task or ""
-        blank = stack_observations([blank_observation(config.wanted)] * n_obs_steps)
+        blank = stack_observations([blank_observation(config.wanted or {})] * n_obs_steps)
         self.descriptions = [Description(task, task or config.type, False, [], blank)]
         self.task_descriptions, self.task_names = [task], [task or config.type]
         self.episodes = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from lerobot.robots.config import RobotConfig
 from lerobot.teleoperators.config import TeleoperatorConfig
 
 from trimtab.adapters.errors import UserError, at_least
+from trimtab.rl.envs.one_task import OneTaskConfig
 
 RESETS = ("person", "pose")
 KEYBOARD = "keyboard"
@@ -19,7 +19,7 @@ KEYBOARD = "keyboard"
 
 @EnvConfig.register_subclass("robot")
 @dataclass
-class RobotEnvConfig(EnvConfig):
+class RobotEnvConfig(OneTaskConfig):
     """A robot, beside which a station runs: on this machine, or on another that dials this one."""
 
     # The robot as lerobot-rollout takes it; None where a station on another machine brings it.
@@ -68,8 +68,6 @@ class RobotEnvConfig(EnvConfig):
     packages: list[str] = field(default_factory=list)
 
     attended: ClassVar[bool] = True
-    # By input feature of the policy, before it is renamed: its shape.
-    wanted: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def __post_init__(self) -> None:
         if self.robot is None and not self.listen:
@@ -108,16 +106,6 @@ class RobotEnvConfig(EnvConfig):
     def speed(self) -> float:
         """How many times faster than real time a simulated robot runs."""
         return float(getattr(self.robot, "speed", 1.0))
-
-    def task_names(self) -> list[str]:
-        """The one task."""
-        return [self.task or self.type]
-
-    def for_policy(self, features: dict[str, tuple[int, ...]]) -> RobotEnvConfig:
-        """This config for a policy with these input features: shapes by the environment's name for them."""
-        config = copy.copy(self)
-        config.wanted = features  # type: ignore[misc]
-        return config
 
     def make_vector_env(self, n_obs_steps: int) -> Any:
         """The one robot, as the learner sees it."""

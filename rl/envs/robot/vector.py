@@ -308,7 +308,7 @@ class RobotVectorEnv:
             prefix = f"{OBS_IMAGES}."
             images = {k.removeprefix(prefix): image_of(v) for k, v in seen.items() if k.startswith(prefix)}
             if images:
-                alone = OBS_IMAGE in self.config.wanted and len(images) == 1
+                alone = OBS_IMAGE in (self.config.wanted or ()) and len(images) == 1
                 one["pixels"] = next(iter(images.values())) if alone else images
             found.append(one)
         return stack_observations(found)
