@@ -34,6 +34,7 @@ START_S = 120.0  # for a station on this machine to connect its robot
 POLL_S = 0.2
 ANSWER_S = 20.0  # beyond what a chunk takes
 SUCCESS = "outcome"  # where success is read
+ABORTS = "drop", "stop", "Ctrl-C"  # what a person says; everything else is a fault
 
 
 class RobotVectorEnv:
@@ -79,9 +80,9 @@ class RobotVectorEnv:
         if (theirs := self.hello["fps"]) != config.fps:
             self.close()
             raise UserError("--robot.fps", f"is {config.fps} here, {theirs} at the station: name the same")
-        blank = {key: np.zeros(shape, np.uint8) for key, shape in self.hello["shapes"].items()}
-        blank[OBS_STATE] = blank[OBS_STATE].astype(np.float32)
-        self._history.extend([blank] * n_obs_steps)
+        self._blank = {key: np.zeros(shape, np.uint8) for key, shape in self.hello["shapes"].items()}
+        self._blank[OBS_STATE] = self._blank[OBS_STATE].astype(np.float32)
+        self._history.extend([self._blank] * n_obs_steps)
         task = config.task or ""
         self.descriptions = [Description(task, task or config.type, False, [], self._observation())]
         self.task_descriptions, self.task_names = [task], [task or config.type]
@@ -136,7 +137,7 @@ class RobotVectorEnv:
         """Wait until the person has started the next episode; empty where the run is to end instead."""
         if self._recorded:
             self._playing = EpisodeRecord.read(self._recorded[0])
-            return self._began(self._playing.chunks[0].seen[0]) if self._playing.chunks else self._skip(seeds)
+            return self._began(self._playing.chunks[0].seen[0] if self._playing.chunks else self._blank)
         if self.stopped:
             return {}
         while True:
@@ -153,7 +154,8 @@ class RobotVectorEnv:
         if "stop" in answer:
             self.stopped = answer["stop"]
             return {}
-        return self._began(answer["seen"])
+        self._answer = answer if "outcome" in answer else None  # the robot has failed: for `receive`
+        return self._began(answer.get("seen", self._blank))
 
     def announce(self) -> None:
         """Ask the person to put the scene right for the next episode."""
@@ -177,12 +179,6 @@ class RobotVectorEnv:
                 self._answer = self.link.receive(0.0)
         return self._answer is not None
 
-    def _skip(self, seeds: dict[int, int]) -> dict[int, RawObservation]:
-        """Leave out a recorded episode in which nothing was executed."""
-        self._recorded.popleft()
-        self._playing = None
-        return self.reset(seeds)
-
     def _wait_for_person(self) -> dict[str, Any]:
         asked = False
         while True:
@@ -202,7 +198,7 @@ class RobotVectorEnv:
         """Let the robot execute actions (T, A)."""
         now, self._asked = time.perf_counter(), chunks[0].astype(np.float32)
         self._deadline = None
-        if self._playing:
+        if self._playing or self._answer:
             return
         self._expected = max(0.9 * self._expected, now - self._returned)
         if period := self.hello["period"]:
@@ -255,6 +251,9 @@ class RobotVectorEnv:
 
     def _executed(self) -> dict[str, Any]:
         """The station's answer to a chunk. One that does not come is a robot that hangs: its station ends."""
+        answer, self._answer = self._answer, None
+        if answer:
+            return answer
         longest = len(self._asked) * self.hello["period"] + self.config.move_s + ANSWER_S
         try:
             return self.link.receive(longest)
@@ -266,13 +265,13 @@ class RobotVectorEnv:
 
     def _play(self, record: EpisodeRecord) -> ChunkResult:
         """The next chunk of a recorded episode."""
-        chunk = record.chunks.pop(0)
-        self._history.extend(chunk.seen[1:])
-        if record.chunks:
+        chunk = record.chunks.pop(0) if record.chunks else None
+        self._history.extend(chunk.seen[1:] if chunk else ())
+        if chunk and record.chunks:
             return self._result(chunk, EpisodeRecord(record.number))
         self._recorded.popleft()
         self._playing = None
-        return self._result(chunk, record)
+        return self._result(chunk, record) if chunk else self._dropped(record)
 
     def _result(self, chunk: Chunk, record: EpisodeRecord) -> ChunkResult:
         """A chunk as an algorithm is told of it. A failure is as dear as a time limit: both bootstrap."""
@@ -298,7 +297,7 @@ class RobotVectorEnv:
 
     def _dropped(self, record: EpisodeRecord) -> ChunkResult:
         why = f"--robot: episode {record.number + 1} dropped: {record.why}"
-        return ChunkResult(None, lost=("abort", why))
+        return ChunkResult(None, lost=("abort" if record.why in ABORTS else "crash", why))
 
     def _observation(self) -> RawObservation:
         """The history as LeRobot's environments name it, entries (n_obs_steps, ...)."""
