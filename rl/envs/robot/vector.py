@@ -1,4 +1,4 @@
-"""The learner's side of a robot: what ``ChunkVectorEnv`` is for simulators.
+"""The learner's side of a robot.
 
 It cannot pause, repeat or reset itself. A person starts each episode; while they put the scene right the
 learner pays its debt of gradient steps. Episodes go to files before anything is learnt from them, and a run
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES, OBS_STATE
 
 from trimtab.adapters.errors import UserError
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
 from trimtab.rl.envs.examine import Description, Findings
 from trimtab.rl.envs.robot.config import RobotEnvConfig
@@ -37,27 +37,18 @@ SUCCESS = "outcome"  # where success is read
 ABORTS = "drop", "stop", "Ctrl-C"  # what a person says; everything else is a fault
 
 
-class RobotVectorEnv:
-    """One robot. See ``ChunkVectorEnv`` for what it shares with simulators.
+class RobotVectorEnv(VectorEnv):
+    """One robot; people start its episodes."""
 
-    Attributes:
-        attended: people start its episodes.
-        stopping: asked while waiting for the person: whether the run is to end.
-        stopped: who has ended the run at the station, if anyone.
-    """
-
-    num_envs, attended, repeatable, empty = 1, True, False, False
+    attended = True
 
     def __init__(self, config: RobotEnvConfig, n_obs_steps: int) -> None:
+        super().__init__()
         self.config, self.n_obs_steps = config, n_obs_steps
-        self.busy = self.idle = 0.0
         # Until when (``time.perf_counter``) the learner may work beside the chunk that runs.
         self._deadline: float | None = None
         self._announced = False
         self._answer: dict[str, Any] | None = None  # of the person, to what was announced
-        self.stopping: Callable[[], bool] = lambda: False
-        self.stopped = ""
-        self.on_success_key: Callable[[str], None] = lambda key: None
         self.root: Path | None = None
         self.late: list[float] = []
         self.gaps: list[float] = []
@@ -85,7 +76,6 @@ class RobotVectorEnv:
         self._history.extend([self._blank] * n_obs_steps)
         task = config.task or ""
         self.descriptions = [Description(task, task or config.type, False, [], self._observation())]
-        self.task_descriptions, self.task_names = [task], [task or config.type]
 
     def _connect(self) -> dict[str, Any]:
         """A station, started here or waited for; what it says of its robot."""
@@ -118,11 +108,10 @@ class RobotVectorEnv:
             self._recorded.extend(folder for folder in folders if int(folder.name) >= learnt)
 
     @property
-    def episodes(self) -> int:
-        """How many have been handed on, to be learnt from or dropped."""
+    def episodes(self) -> int:  # type: ignore[override]
         return int(self._recorded[0].name) if self._recorded else self._running.number
 
-    def examine(self, chunk: np.ndarray, move: bool = False) -> Findings:
+    def examine(self, chunk: np.ndarray, move: bool = True) -> Findings:
         """Whether actions (T, A) fit the robot; nothing moves."""
         names = self.hello["names"]
         if chunk.shape[1] != len(names):
@@ -207,7 +196,6 @@ class RobotVectorEnv:
             self.link.send({"kind": "chunk", "actions": self._asked})
 
     def note(self, **arrays: np.ndarray) -> None:
-        """What the learner wants to find again in the file of the chunk that runs."""
         self._note = arrays
 
     def receive(self) -> dict[int, ChunkResult]:
@@ -313,7 +301,7 @@ class RobotVectorEnv:
         return stack_observations(found)
 
     def timing(self) -> dict[str, float]:
-        """Lateness of actions and gaps between chunks since the last call, in seconds."""
+        """Lateness of actions and gaps between chunks, in seconds."""
         found = {
             f"{name}_p{quantile}_s": float(np.percentile(values, quantile))
             for name, values in (("late", self.late), ("gap", self.gaps))
@@ -340,9 +328,3 @@ class RobotVectorEnv:
             self._child.kill()
             self._child.wait()
         self._child = None
-
-    def __enter__(self) -> RobotVectorEnv:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
