@@ -13,7 +13,7 @@ from lerobot.teleoperators.config import TeleoperatorConfig
 from trimtab.adapters.errors import UserError, at_least
 from trimtab.rl.envs.one_task import OneTaskConfig
 
-RESETS = ("person", "pose")
+RESETS = ("person", "pose", "teleop")
 KEYBOARD = "keyboard"
 
 
@@ -32,14 +32,14 @@ class RobotEnvConfig(OneTaskConfig):
     fps: int = 15
     # An episode that nobody ends is over after so many seconds.
     episode_time_s: float = 20.0
-    # Who brings the robot to where an episode starts: the person; or pose: it moves to start_pose once the
-    # person says that it may.
+    # What brings the robot to where an episode starts: the person; pose: it moves to start_pose once the
+    # person says that it may; teleop: the person drives it there with --teleop.type, from space to Enter.
     reset: str = "person"
     # Action by its features' names. Default: where the robot is when it is connected.
     start_pose: dict[str, float] = field(default_factory=dict)
     # Where it goes before its torque goes off. Default: where it was when it was connected.
     park_pose: dict[str, float] = field(default_factory=dict)
-    # Seconds that such a motion takes.
+    # Seconds that such a motion takes, and at most until the robot has caught up with who takes it over.
     move_s: float = 3.0
     # By feature of the action: what is never left, and the largest step from one action to the next.
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -77,6 +77,8 @@ class RobotEnvConfig(OneTaskConfig):
             raise UserError("--robot.listen", f"is HOST:PORT, got '{self.listen}'")
         if self.reset not in RESETS:
             raise UserError("--robot.reset", f"'{self.reset}' is none of {', '.join(RESETS)}")
+        if self.reset == "teleop" and self.robot is not None and self.teleop is None:
+            raise UserError("--robot.reset", "teleop: name what you drive the robot with, --teleop.type=")
         at_least(1, self, "--robot.", "fps")
         for name in ("episode_time_s", "move_s", "max_gap_s", "approach", "silence_s", "park_after_s"):
             if not 0.0 < getattr(self, name) < math.inf:
