@@ -118,11 +118,9 @@ class Arm:
 
     def park(self) -> None:
         """Go to the parking pose, if it has moved at all, and let go."""
-        try:
-            if self.moved:
-                self.go_to(self.config.park_pose or self.home)
-        finally:
-            self.robot.disconnect()
+        if self.moved:
+            attempt("the robot cannot be parked", self.go_to, self.config.park_pose or self.home)
+        attempt("the robot cannot be disconnected", self.robot.disconnect)
 
 
 class Station:
@@ -158,17 +156,23 @@ class Station:
         """Wait for the person, go to the start, and look."""
         number = int(message["number"])
         print(f"\n{message['say']}: put the scene right; it starts once you say ready")
-        while not self.person.start(self.arm.robot, number):
-            if self.interrupted or self.person.said(self.arm.robot, -1) == "stop":
-                return {"stop": "Ctrl-C" if self.interrupted else "the person"}
-            if link.withdrawn():  # the learner no longer wants it
-                return {"stop": ""}
-            time.sleep(POLL_S)
-        if self.config.reset == "pose":
-            self.arm.go_to(self.config.start_pose or self.arm.home, lambda: self.interrupted)
-        self.arm.target |= self.arm.position()
-        self.step, self.human, self.free = 0, False, 0.0
-        return {"seen": self.arm.observe()}
+        try:
+            while not self.person.start(self.arm.robot, number):
+                if self.interrupted or self.person.said(self.arm.robot, -1) == "stop":
+                    return {"stop": "Ctrl-C" if self.interrupted else "the person"}
+                if link.withdrawn():  # the learner no longer wants it
+                    return {"stop": ""}
+                time.sleep(POLL_S)
+            if self.config.reset == "pose":
+                start = self.config.start_pose or self.arm.home
+                self.arm.go_to(start, lambda: self.interrupted or link.withdrawn())
+            self.arm.target |= self.arm.position()
+            self.step, self.human, self.free = 0, False, 0.0
+            return {"seen": self.arm.observe()}
+        except Lost:
+            raise
+        except Exception as error:  # whatever a robot's driver, or a script, raises
+            return {"outcome": "abort", "why": failed(error), "executed": ()}
 
     def chunk(self, actions: np.ndarray, exact: int = 1) -> dict[str, Any]:
         """Execute actions (T, n) until the chunk, the episode or the turn of policy or person is over.
@@ -177,30 +181,30 @@ class Station:
         """
         asked, executed, late, seen, human = [], [], [], [], self.human
         outcome, why = "running", ""
-        if self.step == 0:
-            self._approach(actions[0])
-        now = time.perf_counter()
-        gap = now - self.free if self.free and self.period else 0.0
-        started = max(now, self.free)
-        for number, wanted in enumerate(actions[: self.config.steps - self.step]):
-            due = started + number * self.period
-            self._wait(due)
-            lateness = max(0.0, time.perf_counter() - due) if self.period else 0.0
-            try:
+        gap = 0.0
+        try:
+            if self.step == 0:
+                self._approach(actions[0])
+            now = time.perf_counter()
+            gap = now - self.free if self.free and self.period else 0.0
+            started = max(now, self.free)
+            for number, wanted in enumerate(actions[: self.config.steps - self.step]):
+                due = started + number * self.period
+                self._wait(due)
+                lateness = max(0.0, time.perf_counter() - due) if self.period else 0.0
                 sent = self.arm.send(self._human_action(wanted) if human else wanted)
                 self._wait(due + self.period)
                 seen.append(self.arm.observe())
-            except Exception as error:  # NaN in an action, or whatever a robot's driver raises
-                outcome, why = "abort", reason(error, last=True)
-                break
-            asked.append(wanted)
-            executed.append(sent)
-            late.append(lateness)
-            self.free = due + self.period
-            self.step += 1
-            outcome, why = self._outcome()
-            if outcome != "running" or self.human != human:
-                break
+                asked.append(wanted)
+                executed.append(sent)
+                late.append(lateness)
+                self.free = due + self.period
+                self.step += 1
+                outcome, why = self._outcome()
+                if outcome != "running" or self.human != human:
+                    break
+        except Exception as error:  # NaN in an action, or whatever a robot's driver, or a script, raises
+            outcome, why = "abort", failed(error)
         return {
             "asked": np.array(asked, np.float32),
             "executed": np.array(executed, np.float32),
@@ -242,6 +246,20 @@ class Station:
             time.sleep(left)
 
 
+def failed(error: Exception) -> str:
+    """Say what costs an episode; the robot holds its last target."""
+    print(f"\nthe episode is dropped, the robot holds: {reason(error, last=True)}", flush=True)
+    return reason(error, last=True)
+
+
+def attempt(problem: str, act: Callable[..., None], *args: Any) -> None:
+    """Do what is to be done at the end, whatever becomes of it."""
+    try:
+        act(*args)
+    except Exception as error:  # whatever a driver raises
+        print(f"{problem}: {reason(error, last=True)}", flush=True)
+
+
 def compressed(seen: dict[str, np.ndarray]) -> dict[str, Any]:
     """An observation with its images as JPEG."""
     return {key: jpeg(value) if value.ndim == 3 else value for key, value in seen.items()}
@@ -254,15 +272,15 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
         UserError: the robot, the person or the learner is not there, or refuses.
     """
     print(f"dialling the learner at {address}", flush=True)
-    with StationLink(address, token, config.silence_s, again) as link:
+    with StationLink(address, token, config.silence_s, again) as link, contextlib.ExitStack() as ends:
         try:
             arm = Arm(config)
-            try:
-                person, teleop = make_person(config.person, config.person_options), make_teleop(config)
-                station = Station(config, arm, person, teleop)
-            except BaseException:
-                arm.park()
-                raise
+            ends.callback(arm.park)
+            person = make_person(config.person, config.person_options)
+            ends.callback(attempt, "--robot.person cannot be closed", person.close)
+            if (teleop := make_teleop(config)) is not None:
+                ends.callback(attempt, "--teleop.type cannot be disconnected", teleop.disconnect)
+            station = Station(config, arm, person, teleop)
         except UserError as error:
             link.refuse(error)
             raise
@@ -272,25 +290,17 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
 
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGINT, interrupt)
-        try:
-            while True:
-                try:
-                    link.send(station.hello())
-                    station.serve(link)
-                    return
-                except Lost as lost:
-                    print(f"\nthe learner is gone ({lost}): the robot holds", flush=True)
-                    parks = time.monotonic() + config.park_after_s
-                    while not (back := again and link.dial()) and time.monotonic() < parks:
-                        time.sleep(POLL_S)
-                    if not back:
-                        print("and parks", flush=True)
-                        return
-        finally:
-            arm.park()
-            person.close()
-            if teleop is not None:
-                teleop.disconnect()
+        while True:
+            try:
+                link.send(station.hello())
+                return station.serve(link)
+            except Lost as lost:
+                print(f"\nthe learner is gone ({lost}): the robot holds", flush=True)
+                parks = time.monotonic() + config.park_after_s
+                while not (back := again and link.dial()) and time.monotonic() < parks:
+                    time.sleep(POLL_S)
+                if not back:
+                    return print("and parks", flush=True)
 
 
 def make_teleop(config: RobotEnvConfig) -> Any:

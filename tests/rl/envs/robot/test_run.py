@@ -107,17 +107,35 @@ def test_the_episode_in_which_a_run_is_stopped_is_dropped(base, tmp_path, capsys
     assert recorded(tmp_path / "run") == 3
 
 
+def keep_checkpoints(output, count):
+    """As if the run had been killed after its ``count``-th."""
+    shutil.rmtree(output / "artefact")
+    for folder in sorted(p for p in (output / "checkpoints").iterdir() if not p.is_symlink())[count:]:
+        shutil.rmtree(folder)
+    (output / "checkpoints" / "last").unlink(missing_ok=True)
+
+
 def test_episodes_after_the_checkpoint_are_learnt_from_their_files(base, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    for name in ("artefact", "episodes/000006"):
-        shutil.rmtree(tmp_path / "run" / name)
-    checkpoints = sorted(p for p in (tmp_path / "run" / "checkpoints").iterdir() if not p.is_symlink())
-    for folder in checkpoints[2:]:
-        shutil.rmtree(folder)
-    (tmp_path / "run" / "checkpoints" / "last").unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "run" / "episodes" / "000006")
+    keep_checkpoints(tmp_path / "run", 2)
     adapt(base, tmp_path / "run", "--resume=true")
     assert len(list((tmp_path / "run" / "episodes").iterdir())) == 7
     assert same(weights(run), weights(tmp_path / "run"))
+
+
+def test_a_robot_that_fails_before_an_episode_costs_that_one(base, tmp_path, capsys):
+    arm = MujocoArmConfig(id="test", clock="step", fail_after=3 + 15 + 2)  # on its way to the second
+    how = {"robot": arm, "reset": "pose", "start_pose": START, "said": {"delay_s": 0.0}}
+    adapt(base, tmp_path / "run", "--robot.episodes=3", "--checkpoint.keep=9", **how)
+    assert "the robot holds: Failed to write" in capsys.readouterr().out
+    records = [EpisodeRecord.read(folder) for folder in sorted((tmp_path / "run" / "episodes").iterdir())]
+    found = [(record.outcome, record.steps) for record in records]
+    assert found == [("timeout", 15), ("abort", 0), ("timeout", 15), ("timeout", 15)]
+    learnt = weights(tmp_path / "run")
+    keep_checkpoints(tmp_path / "run", 1)
+    adapt(base, tmp_path / "run", "--resume=true", **how)
+    assert same(learnt, weights(tmp_path / "run"))
 
 
 def replayed(output, name):

@@ -2,12 +2,13 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from websockets.sync.client import connect
 
-from tests.helpers.robots import START, free_port, robot_config, station_thread, the_arm
+from tests.helpers.robots import START, ExactPerson, free_port, robot_config, station_thread, the_arm
 from trimtab.adapters import UserError
 from trimtab.adapters.remote.packing import pack, unpack
 from trimtab.recipes.embedded_arm.arm import MujocoArm, MujocoArmConfig
@@ -130,6 +131,65 @@ def test_a_robot_that_fails_ends_the_episode(make):
     answer = station.chunk(np.tile(POSE, (5, 1)))
     assert answer["outcome"] == "abort" and "status packet" in answer["why"]
     assert len(answer["executed"]) == 2
+
+
+def broken(*args):
+    raise RuntimeError("a cable")
+
+
+def test_a_robot_that_fails_on_its_way_costs_the_episode(make, capsys):
+    arm = MujocoArmConfig(id="test", clock="step", fail_after=2)
+    station = make(robot=arm, reset="pose", start_pose=START)
+    answer = begin(station)
+    assert answer["outcome"] == "abort" and "status packet" in answer["why"]
+    assert capsys.readouterr().out.count("status packet") == 1 and station.arm.robot.sends == 2
+    assert "seen" in begin(station)
+    station.arm.robot.config.fail_after = station.arm.robot.sends + 1
+    far = station.chunk(np.tile(POSE + 50, (5, 1)))  # `approach`
+    assert far["outcome"] == "abort" and not len(far["executed"])
+
+
+@pytest.mark.parametrize("who", ["start", "said", "get_action", "get_observation"])
+def test_whoever_raises_costs_the_episode(make, monkeypatch, who):
+    station = make({2: "takeover"}, SimpleNamespace(get_action=dict), approach=1000.0)
+    owner = {"get_action": station.teleop, "get_observation": station.arm.robot}.get(who, station.person)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, who, broken)
+        answer = begin(station)
+        if "seen" in answer:
+            answer = [station.chunk(np.tile(POSE, (5, 1))) for _ in range(2 if who == "get_action" else 1)][
+                -1
+            ]
+        assert (answer["outcome"], answer["why"]) == ("abort", "a cable")
+    assert "seen" in begin(station)
+
+
+def test_at_the_end_everything_is_let_go_of(learner, monkeypatch, capsys):
+    monkeypatch.setattr(ExactPerson, "close", broken)
+    with station_thread(robot_config(reset="pose", start_pose=START), learner.address, "word") as raised:
+        wait(learner)
+        arm = the_arm()
+        learner.send({"kind": "episode", "number": 0, "say": "episode 1"})
+        assert "seen" in learner.receive(5)
+        arm.config.fail_after = arm.sends + 1
+        learner.send({"kind": "park"})
+    assert not raised and not arm.is_connected
+    said = capsys.readouterr().out
+    assert "cannot be parked: Failed to write" in said and "person cannot be closed: a cable" in said
+
+
+def test_a_learner_that_is_gone_stops_the_way_to_the_start(make):
+    station = make(reset="pose", start_pose=START, move_s=1.0)
+
+    class Gone:
+        def withdrawn(self):
+            if station.arm.robot.sends >= 5:
+                raise Lost("silent")
+            return False
+
+    with pytest.raises(Lost):
+        station.begin({"number": 0, "say": "episode 1"}, Gone())
+    assert station.arm.robot.sends == 5
 
 
 def test_a_person_takes_over_and_gives_back(make):
