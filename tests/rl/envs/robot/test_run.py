@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file
 
 from tests.helpers.robots import START, command, make_policy
@@ -91,12 +92,19 @@ def test_a_run_that_was_stopped_between_episodes_goes_on_as_if_it_had_not(base, 
     assert same(weights(run), weights(tmp_path / "run"))
 
 
+def recorded(output):
+    """Episodes of the run's dataset, as LeRobot reads it."""
+    return LeRobotDataset("a/run", root=output / "dataset").num_episodes
+
+
 def test_the_episode_in_which_a_run_is_stopped_is_dropped(base, tmp_path, capsys):
     adapt(base, tmp_path / "run", "--robot.episodes=3", said={"script": {"1": {"6": "stop"}}})
     assert "stopped by the person" in capsys.readouterr().out
+    assert recorded(tmp_path / "run") == 1
     adapt(base, tmp_path / "run", "--resume=true")
     records = [EpisodeRecord.read(folder) for folder in sorted((tmp_path / "run" / "episodes").iterdir())]
     assert [record.outcome for record in records] == ["timeout", "abort", "abort", "timeout", "success"]
+    assert recorded(tmp_path / "run") == 3
 
 
 def keep_checkpoints(output, count):
