@@ -126,6 +126,9 @@ def test_probe_waits_for_the_person(base, tmp_path, capfd):
     [
         (["--robot.type=no_such_robot"], "no_such_robot"),
         (["--robot.fps=15"], "--robot.type: name the robot, or wait for a station"),
+        (["--robot.type=so101_follower"], "--robot.port: this option is required"),
+        (["--robot.type=mujoco_arm", "--robot.fsp=3"], "--robot.fsp: no such option"),
+        (["--robot.type=mujoco_arm", "--robot.fps=soon"], "--robot.fps: "),
         (["--robot.type=mujoco_arm", "--env.type=gym"], "--env.type: is gym; leave it out"),
     ],
 )
