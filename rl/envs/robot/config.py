@@ -17,6 +17,20 @@ RESETS = ("person", "pose", "teleop")
 KEYBOARD = "keyboard"
 
 
+@dataclass
+class RewardModelOptions:
+    """``--robot.reward_model.*``."""
+
+    # Folder of a LeRobot reward_classifier, asked at the end of each chunk that nobody has judged.
+    path: str = ""
+    # Probability above which an episode ends as a success.
+    threshold: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold < 1.0:
+            raise UserError("--robot.reward_model.threshold", f"is between 0 and 1, got {self.threshold}")
+
+
 @EnvConfig.register_subclass("robot")
 @dataclass
 class RobotEnvConfig(OneTaskConfig):
@@ -55,6 +69,8 @@ class RobotEnvConfig(OneTaskConfig):
     # Who says ready, success and failure: keyboard, or MODULE:CLASS, a script that plays a person.
     person: str = KEYBOARD
     person_options: dict[str, Any] = field(default_factory=dict)
+    # A model that says success beside them.
+    reward_model: RewardModelOptions = field(default_factory=RewardModelOptions)
     # HOST:PORT on which the learner waits for a station on another machine. Default: it starts one here.
     listen: str = ""
     # The word that both ends must know; default: the learner makes one up and prints it.

@@ -28,6 +28,7 @@ from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observation
 from trimtab.rl.envs.examine import Description, Findings
 from trimtab.rl.envs.robot.config import RobotEnvConfig
 from trimtab.rl.envs.robot.episodes import Chunk, EpisodeRecord, episode_folders, image_of
+from trimtab.rl.envs.robot.reward_model import RewardModel
 from trimtab.rl.envs.robot.wire import LearnerLink, Lost
 
 START_S = 120.0  # for a station on this machine to connect its robot
@@ -47,7 +48,7 @@ class RobotVectorEnv(VectorEnv):
         self.config, self.n_obs_steps = config, n_obs_steps
         # Until when (``time.perf_counter``) the learner may work beside the chunk that runs.
         self._deadline: float | None = None
-        self._announced = False
+        self._announced, self._verdict = False, ""
         self._answer: dict[str, Any] | None = None  # of the person, to what was announced
         self.root: Path | None = None
         self.late: list[float] = []
@@ -65,14 +66,17 @@ class RobotVectorEnv(VectorEnv):
         self.link = LearnerLink(config.listen, self._token, config.silence_s, n_obs_steps)
         try:
             self.hello = self._connect()
+            if (theirs := self.hello["fps"]) != config.fps:
+                raise UserError(
+                    "--robot.fps", f"is {config.fps} here, {theirs} at the station: name the same"
+                )
+            self._blank = {key: np.zeros(shape, np.uint8) for key, shape in self.hello["shapes"].items()}
+            self._blank[OBS_STATE] = self._blank[OBS_STATE].astype(np.float32)
+            judge = config.reward_model.path
+            self._judge = RewardModel(judge, self._blank) if judge else None
         except BaseException:
             self.close()
             raise
-        if (theirs := self.hello["fps"]) != config.fps:
-            self.close()
-            raise UserError("--robot.fps", f"is {config.fps} here, {theirs} at the station: name the same")
-        self._blank = {key: np.zeros(shape, np.uint8) for key, shape in self.hello["shapes"].items()}
-        self._blank[OBS_STATE] = self._blank[OBS_STATE].astype(np.float32)
         self._history.extend([self._blank] * n_obs_steps)
         task = config.task or ""
         self.descriptions = [Description(task, task or config.type, False, [], self._observation())]
@@ -150,8 +154,9 @@ class RobotVectorEnv(VectorEnv):
         """Ask the person to put the scene right for the next episode."""
         if not self._recorded and not self._announced and self.link.connected:
             number = self._running.number
+            say = f"{self._verdict}episode {number + 1}"
             with contextlib.suppress(Lost):  # `reset` says so
-                self.link.send({"kind": "episode", "number": number, "say": f"episode {number + 1}"})
+                self.link.send({"kind": "episode", "number": number, "say": say})
                 self._announced = True
 
     def calls(self, seconds: float) -> bool:
@@ -213,6 +218,10 @@ class RobotVectorEnv(VectorEnv):
         self.stopped = self.stopped or answer.get("stop", "")
         record.outcome, record.why = answer["outcome"], answer["why"]
         count, result = len(answer["executed"]), None
+        if count and self._judge and record.outcome in ("running", "timeout"):
+            probability = self._judge(answer["seen"][-1])
+            if probability > self.config.reward_model.threshold:
+                record.outcome, record.why = "success", f"reward model: {probability:.2f}"
         if count:
             chunk = Chunk(
                 answer["asked"],
@@ -235,6 +244,7 @@ class RobotVectorEnv(VectorEnv):
             steered = bool(self._note.get("steered", False))
             record.write(self.root, {"steered": steered, "held_up": held_up})
         self._running = EpisodeRecord(record.number + 1)
+        self._verdict = f"success ({record.why}); " if record.outcome == "success" and record.why else ""
         return {0: result if result and not result.lost else self._dropped(record)}
 
     def _executed(self) -> dict[str, Any]:
