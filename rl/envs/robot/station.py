@@ -204,7 +204,9 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
             station = Station(config, arm, person, leader)
         except UserError as error:
             link.refuse(error)
-            raise
+            if again:
+                raise
+            raise SystemExit(2) from error  # the learner has the same terminal
 
         def interrupt(number: int, frame: Any) -> None:
             station.interrupted = True
