@@ -13,6 +13,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from trimtab.adapters import UserError
 from trimtab.recipes.finetune.data import Recorder
+from trimtab.recipes.support.console import say
 from trimtab.rl.envs.hooks import is_attended
 from trimtab.rl.envs.robot.episodes import EPISODES, EpisodeRecord, episode_folders, image_of
 from trimtab.rl.envs.robot.outcomes import robot_outcomes
@@ -23,8 +24,11 @@ DATASET = "dataset"  # in a run's folder
 
 def keep_dataset(env: Any, output: Path) -> None:
     """Write the episodes of a run under ``output`` as its dataset, where a robot has made any that count."""
-    if is_attended(env) and any(robot_outcomes(output / EPISODES).values()):
-        write_dataset(output / EPISODES, output / DATASET, env.fps, env.task or "")
+    found = robot_outcomes(output / EPISODES, last=None) if is_attended(env) else {}
+    if found:
+        count = write_dataset(output / EPISODES, output / DATASET, env.fps, env.task or "")
+        minutes = sum(one.steps.sum() for one in found.values()) / env.fps / 60
+        say(f"{count} episodes, {minutes:.1f} minutes of robot time: {output / DATASET}")
 
 
 def write_dataset(episodes: Path, target: Path, fps: int, task: str) -> int:

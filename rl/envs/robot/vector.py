@@ -311,12 +311,14 @@ class RobotVectorEnv(VectorEnv):
         return stack_observations(found)
 
     def timing(self) -> dict[str, float]:
-        """Lateness of actions and gaps between chunks, in seconds."""
+        """Lateness of actions and gaps between chunks, in seconds; actions a second (Hz), gaps included."""
         found = {
             f"{name}_p{quantile}_s": float(np.percentile(values, quantile))
             for name, values in (("late", self.late), ("gap", self.gaps))
             for quantile in ((50, 95) if values else ())
         }
+        if self.late and (moving := len(self.late) * self.hello["period"]):
+            found["actions_hz"] = len(self.late) / (moving + sum(self.gaps))
         self.late, self.gaps = [], []
         return found
 

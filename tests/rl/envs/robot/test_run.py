@@ -193,5 +193,7 @@ def test_the_arm_does_not_wait_for_the_learner(monkeypatch, base, tmp_path):
     assert any(beside)  # there was something to learn while the arm moved
     *during, last = [count for count in paid if count is not None]
     assert sum(during) <= 3  # the person was ready at once
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(10 < line.get("actions_hz", 0) <= 15 for line in lines)  # of 15
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["updates"] == sum(during) + last and last > 5
