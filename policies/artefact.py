@@ -25,10 +25,10 @@ from trimtab.adapters.checkpoint.folder import commit_of, is_server, resolve_fol
 from trimtab.adapters.checkpoint.identity import file_hash, placement, settings_hashes, weights_hash
 from trimtab.adapters.checkpoint.weights import load_weights
 from trimtab.adapters.errors import reason
-from trimtab.policies.acting import BestOfCandidates, ChunkPolicy, by_critic
+from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
-from trimtab.policies.noise_samplers import steered_noise
+from trimtab.policies.noise_samplers import steered_policy
 from trimtab.policies.noise_space import NoiseSpaceConfig
 from trimtab.policies.observe import Observer
 from trimtab.policies.steered.configuration_trimtab import FORMAT, TYPE, BaseReference, TrimtabConfig
@@ -61,15 +61,8 @@ class Steered:
     base: PolicyConfig
 
     def policy(self, deterministic: bool = True, num_candidates: int = 1) -> ChunkPolicy:
-        """How it acts: by the actor's mean or a draw.
-
-        With more candidates than 1, that chunk and others of the base's are decoded, and the best by the
-        critic is executed.
-        """
-        if num_candidates == 1:
-            return steered_noise(self.actor, deterministic)
-        select = by_critic(self.actor, self.critic)
-        return BestOfCandidates(self.actor.space, num_candidates, select, self.actor, 1, deterministic)
+        """How it acts: see ``steered_policy``."""
+        return steered_policy(self.actor, self.critic, deterministic, num_candidates)
 
 
 def save_artefact(

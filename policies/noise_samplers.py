@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import NoiseSpec
-from trimtab.policies.acting import Choice, Denoise
+from trimtab.policies.acting import BestOfCandidates, Choice, ChunkPolicy, Denoise, by_critic
 from trimtab.policies.actor import NoiseActor
+from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
 
 
@@ -63,6 +64,20 @@ def steered_noise(actor: NoiseActor, deterministic: bool = False) -> NoiseSample
     return NoiseSampler(
         lambda features, prior: actor.choose(features, prior, deterministic).to(prior), actor.space
     )
+
+
+def steered_policy(
+    actor: NoiseActor, critic: CriticEnsemble | None, deterministic: bool = True, num_candidates: int = 1
+) -> ChunkPolicy:
+    """How what was trained acts: by the actor's mean, or a draw.
+
+    With more candidates than 1, that chunk and others of the base's are decoded, and the best by ``critic``
+    is executed.
+    """
+    if num_candidates == 1 or critic is None:
+        return steered_noise(actor, deterministic)
+    select = by_critic(actor, critic)
+    return BestOfCandidates(actor.space, num_candidates, select, actor, 1, deterministic)
 
 
 def prior_noise(space: NoiseSpace, mean: Tensor | None = None) -> NoiseSampler:

@@ -18,8 +18,8 @@ from trimtab.rl.algorithms.acting import BehaviorPolicy
 from trimtab.rl.data.decoder import ConditioningSpec
 from trimtab.rl.data.memory import Row, observation_rows
 from trimtab.rl.data.returns import NStepAccumulator, Returns, Transition
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.envs.chunk import ChunkResult
-from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import Encoded, PolicyRunner
 
@@ -85,7 +85,7 @@ class Collector:
     def __init__(
         self,
         runner: PolicyRunner,
-        vec: ChunkVectorEnv,
+        vec: VectorEnv,
         rl: AlgorithmConfig,
         reward: str,
         seed: int,

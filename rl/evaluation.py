@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab.adapters import UserError
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.noise_samplers import constant_noise
-from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.processes import ProcessGroup
@@ -69,7 +69,7 @@ class Evaluation:
 
 def evaluate(
     runner: PolicyRunner,
-    vec: ChunkVectorEnv,
+    vec: VectorEnv,
     policy: ChunkPolicy | Tensor,
     seeds: Sequence[int],
     label: str = "evaluation",
@@ -178,7 +178,7 @@ def require_success(evaluation: Evaluation) -> None:
 
 def best_constant(
     runner: PolicyRunner,
-    vec: ChunkVectorEnv,
+    vec: VectorEnv,
     candidates: int,
     seeds: Sequence[int],
     seed: int,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from trimtab.policies.acting import Choice, ChunkPolicy
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation
 from trimtab.rl.envs.contract import flat
-from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import Encoded, PolicyRunner
 
 
@@ -64,7 +64,7 @@ class Rollout:
     def __init__(
         self,
         runner: PolicyRunner,
-        vec: ChunkVectorEnv,
+        vec: VectorEnv,
         following: Callable[[int, int | None], int | None],
         seed_of: Callable[[int], int] = int,
         per_episode: bool = True,

@@ -19,7 +19,7 @@ from trimtab.rl.collector import Collector, Episode
 from trimtab.rl.data.demonstration_data import DemosConfig
 from trimtab.rl.data.replay import Batch
 from trimtab.rl.data.returns import Transition
-from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.learner import make_learner
 from trimtab.rl.metrics import RunMetrics, calibration, human_chunks
 from trimtab.rl.runner import PolicyRunner
@@ -54,7 +54,7 @@ class Trainer:
     """
 
     runner: PolicyRunner
-    vec: ChunkVectorEnv
+    vec: VectorEnv
     accelerator: Any
     train: TrainConfig = field(default_factory=TrainConfig)
     rl: AlgorithmConfig = field(default_factory=DSRLSACConfig)

@@ -35,7 +35,7 @@ from trimtab.recipes.support.reporting import (
     table,
     write_json,
 )
-from trimtab.recipes.support.robot_dataset import DATASET, write_dataset
+from trimtab.recipes.support.robot_dataset import DATASET, keep_dataset, write_dataset
 from trimtab.recipes.support.run_folder import METRICS, RunFolder, run_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
@@ -125,12 +125,13 @@ def main(config: AdaptConfig) -> None:
         )
     try:
         results, lines, artefact = steer(session, folder, config, output)
+        keep_dataset(config.env, output)
     except Stopped as stopped:
         at = "after training" if stopped.env_steps is None else f"at {stopped.env_steps:,} environment steps"
         say(
             f"\nstopped by {stopped.name} {at}; go on with: trimtab adapt --resume=true --output_dir={output}"
         )
-        return
+        return keep_dataset(config.env, output)
     if results["policies"]:
         say(f"\n{table(results['policies'], config.train.reward == 'env')}\n")
     for task, found in results["tasks"].items() if len(results["tasks"]) > 1 else ():
@@ -240,8 +241,6 @@ def steer(
         steered = learnt.deployed_policy(config.eval.deterministic)
         if robot:
             measured = {session.tasks[0]: robot_outcomes(output / EPISODES)}
-            if measured[session.tasks[0]]:
-                write_dataset(output / EPISODES, output / DATASET, config.env.fps, config.env.task or "")
         for task, vec in () if robot else session.evaluations_by_task():
             measured[task]["steered"] = session.evaluate(vec, steered, label="steered")
         clock.lap("steered_evaluation")

@@ -19,6 +19,8 @@ from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base, is_attended
 from trimtab.rl.envs.robot.episodes import EPISODES
 
+ACTING = "deterministic", "num_candidates"  # how a steered policy acted
+
 
 @dataclass
 class SteeredEvalConfig(EpisodesConfig):
@@ -83,7 +85,7 @@ def main(config: EvaluateConfig) -> None:
         if steered is not None:
             evaluations["steered"] = session.evaluate(vec, policy, label="steered")
     session.record(policy, output / "rollouts.mp4", "video")
-    used = {name: getattr(config.eval, name) for name in ("deterministic", "num_candidates")}
+    used = {name: getattr(config.eval, name) for name in ACTING}
     results = results_of(
         config,
         evaluations,
@@ -108,7 +110,13 @@ def judged(
         vec.keep(output / EPISODES)
         print(announcement(order, vec))
         found = judge(session.runner, vec, policies, order, config.seed)
-    results = results_of(config, found, base_sha256=session.adapter.identity(folder).get("sha256"))
+    used = {name: getattr(config.eval, name) for name in ACTING}
+    results = results_of(
+        config,
+        found,
+        base_sha256=session.adapter.identity(folder).get("sha256"),
+        steered_by=steered and used,
+    )
     write_json(output / "results.json", results)
     print(f"\n{table(results['policies'])}\n\n{verdict(found)}\nall in {output}")
 

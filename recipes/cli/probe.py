@@ -151,7 +151,10 @@ def _observations(
             seen.append(rollout.observations[0])
             rollout.encode_observations(features=False)
             rollout.begin(session.own_noise)
-            ended, taken = rollout.receive()[0].ended, taken + 1
+            result = rollout.receive()[0]
+            ended, taken = result.ended, taken + 1
+            if result.lost:  # a robot's: maybe it has seen nothing
+                seen.pop()
             if len(seen) >= config.observations:
                 break
             if ended or taken < per_episode or vec.attended:

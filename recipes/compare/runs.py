@@ -24,7 +24,7 @@ from trimtab.recipes.compare.config import CompareConfig
 from trimtab.recipes.support.reporting import rate_text
 from trimtab.recipes.support.session import Session
 from trimtab.rl.algorithms.acting import LoadedBase
-from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
@@ -127,7 +127,7 @@ class Run:
     config: CompareConfig
     session: Session
     base: LoadedBase
-    vec: ChunkVectorEnv
+    vec: VectorEnv
     label: str
     seed: int
     dataset: DatasetConfig | None = None
@@ -245,7 +245,7 @@ class Run:
 
 
 def measure(
-    runner: PolicyRunner, vec: ChunkVectorEnv, policies: Policies, seeds: list[int], label: str
+    runner: PolicyRunner, vec: VectorEnv, policies: Policies, seeds: list[int], label: str
 ) -> Summaries:
     """Evaluate each policy; whatever draws it makes, training goes on with its own.
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.recipes.finetune.data import REPO_ID, Recorder
 from trimtab.recipes.finetune.training import FineTuner
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.envs.chunk import ChunkResult, stack_observations
-from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.progress import Progress
@@ -51,7 +51,7 @@ class Rollouts:
         seed: first of the seeds; environment i takes seed + i, seed + i + num_envs, ... (as in steering).
     """
 
-    def __init__(self, runner: PolicyRunner, vec: ChunkVectorEnv, policy: ChunkPolicy, seed: int) -> None:
+    def __init__(self, runner: PolicyRunner, vec: VectorEnv, policy: ChunkPolicy, seed: int) -> None:
         self.runner, self.vec, self.policy = runner, vec, policy
         self.env_steps = 0
         count = vec.num_envs

@@ -13,10 +13,18 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from trimtab.adapters import UserError
 from trimtab.recipes.finetune.data import Recorder
-from trimtab.rl.envs.robot.episodes import EpisodeRecord, episode_folders, image_of
+from trimtab.rl.envs.hooks import is_attended
+from trimtab.rl.envs.robot.episodes import EPISODES, EpisodeRecord, episode_folders, image_of
+from trimtab.rl.envs.robot.outcomes import robot_outcomes
 
 REPO_ID = "trimtab/robot_episodes"
 DATASET = "dataset"  # in a run's folder
+
+
+def keep_dataset(env: Any, output: Path) -> None:
+    """Write the episodes of a run under ``output`` as its dataset, where a robot has made any that count."""
+    if is_attended(env) and any(robot_outcomes(output / EPISODES).values()):
+        write_dataset(output / EPISODES, output / DATASET, env.fps, env.task or "")
 
 
 def write_dataset(episodes: Path, target: Path, fps: int, task: str) -> int:

@@ -10,8 +10,9 @@ from trimtab.rl.envs.robot.config import RobotEnvConfig
 
 # Of a run on a robot, where nothing else is said: what was chosen on the embedded arm.
 DEFAULTS: Options = {
-    # A batch of 256 costs four times the time, and there are some hundred transitions in all.
-    "rl": {"type": "best_of_n", "batch_size": 64},
+    # A batch of 256 costs four times the time, and there are some hundred transitions in all. After so few
+    # the actor that is distilled from the critic lags behind it.
+    "rl": {"type": "best_of_n", "batch_size": 64, "deployed_candidates": 16},
     "train": {
         "episodes": 60,
         "updates_per_transition": 20.0,
@@ -59,4 +60,6 @@ def without_environment(values: Options) -> Options:
     episodes = values.get("from_episodes") is not None
     alone = episodes or str(value_at(values, "train.env_steps")) == "0"
     found: Options = {"env": {"type": "none"}} if alone else {}
-    return found | ({"train": {"env_steps": 0, "offline_updates": OFFLINE_UPDATES}} if episodes else {})
+    if episodes:
+        found |= {"rl": DEFAULTS["rl"], "train": {"env_steps": 0, "offline_updates": OFFLINE_UPDATES}}
+    return found

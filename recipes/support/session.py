@@ -22,6 +22,7 @@ from trimtab.policies.noise_samplers import NoiseSampler, constant_noise, own_no
 from trimtab.policies.observe import ObserveConfig, build_observer
 from trimtab.recipes.support.reporting import write_grid_video
 from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.envs.contract import SUCCESS_KEYS
 from trimtab.rl.envs.hooks import check_base, check_buildable, for_policy, is_attended, task_names
 from trimtab.rl.envs.vector import ChunkVectorEnv, WorkerLost
@@ -79,8 +80,8 @@ class Session:
         keep_seen: bool = False,
         task: int | None = None,
         faults: FaultsConfig | None = None,
-    ) -> Iterator[ChunkVectorEnv]:
-        """Environments of this session as ``ChunkVectorEnv`` makes them, closed at the end.
+    ) -> Iterator[VectorEnv]:
+        """Environments of this session, closed at the end.
 
         With ``faults`` they lose episodes to faults rather than fail.
 
@@ -89,7 +90,7 @@ class Session:
         """
         with ExitStack() as stack:
             try:
-                vec = (
+                vec: VectorEnv = (
                     self.env.make_vector_env(self.adapter.n_obs_steps)  # type: ignore[attr-defined]
                     if is_attended(self.env)
                     else ChunkVectorEnv(
@@ -115,7 +116,7 @@ class Session:
             except WorkerLost as error:
                 raise UserError("--env.type", reason(error, last=True)) from error
 
-    def _preflight(self, vec: ChunkVectorEnv) -> None:
+    def _preflight(self, vec: VectorEnv) -> None:
         """What can be known before any long work, so that what does not fit shows at once."""
         names = dict.fromkeys(vec.task_names)
         self._check_tasks(names)
@@ -128,7 +129,7 @@ class Session:
             self._examined = True
         vec.repeatable = vec.repeatable and self.repeatable is not False
 
-    def _examine(self, vec: ChunkVectorEnv) -> None:
+    def _examine(self, vec: VectorEnv) -> None:
         """Let the policy look and act once, and see whether the environment does what it must.
 
         Where it cannot repeat, nothing moves: a reset moves a robot, too. The policy then looks at zeros of
@@ -176,7 +177,7 @@ class Session:
         count = min(self.eval.batch_size, self.eval.n_episodes)
         return self.environments(count, self.evaluation_workers, task=task)
 
-    def evaluations_by_task(self) -> Iterator[tuple[str, ChunkVectorEnv]]:
+    def evaluations_by_task(self) -> Iterator[tuple[str, VectorEnv]]:
         """Environments to evaluate in, of one task after the other."""
         with self.evaluation_environments() as vec:
             if len(self.tasks) == 1:
@@ -187,7 +188,7 @@ class Session:
                 yield task, vec
 
     def evaluate(
-        self, vec: ChunkVectorEnv, policy: ChunkPolicy, label: str, seeds: Sequence[int] = ()
+        self, vec: VectorEnv, policy: ChunkPolicy, label: str, seeds: Sequence[int] = ()
     ) -> Evaluation:
         """One episode for each seed (default: those of the evaluation), shared among the processes."""
         return evaluate(self.runner, vec, policy, seeds or self.eval.seeds, label, world=self.world)
@@ -203,7 +204,7 @@ class Session:
         return own_noise(self.adapter.noise_spec)
 
     def baselines(
-        self, vec: ChunkVectorEnv, seed: int
+        self, vec: VectorEnv, seed: int
     ) -> tuple[dict[str, Evaluation], dict[str, Any], Tensor | None]:
         """Evaluate the base under its own noise, zero noise and the best constant noise.
 

@@ -46,9 +46,13 @@ class LoadedBase:
 
 
 class TrainingResult:
-    """What a run has learnt, as commands see it; ``actor`` is what was trained to act."""
+    """What a run has learnt, as commands see it; ``actor`` is what was trained to act.
+
+    ``deployed_candidates``: among so many chunks the deployed policy takes the best by ``selecting_critic``.
+    """
 
     actor: Any
+    deployed_candidates: int = 1
 
     def deployed_policy(self, deterministic: bool = True) -> ChunkPolicy:
         """What is deployed; ``deterministic`` takes the mean of what could be drawn."""
@@ -69,8 +73,15 @@ class TrainingResult:
     def save(self, output: Path, base: LoadedBase, noise: NoiseSpaceConfig, training: dict[str, Any]) -> Path:
         """Write what is deployed into a folder under ``output`` and return it; ``training`` holds facts."""
         steered = base.adapter, base.options, base.folder
+        acting = {"num_candidates": self.deployed_candidates}
         return save_artefact(
-            output / "artefact", self.actor, noise, *steered, training, self.selecting_critic()
+            output / "artefact",
+            self.actor,
+            noise,
+            *steered,
+            training,
+            self.selecting_critic(),
+            acting=acting,
         )
 
 

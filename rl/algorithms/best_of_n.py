@@ -28,6 +28,7 @@ from trimtab.policies.acting import (
 )
 from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
 from trimtab.policies.critic import LOSSES, CriticConfig, CriticEnsemble
+from trimtab.policies.noise_samplers import steered_policy
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, count_parameters
 from trimtab.rl.algorithms.base import RANKED_EVERY, Algorithm, AlgorithmConfig, Problem, frozen
@@ -68,6 +69,9 @@ class BestOfNConfig(AlgorithmConfig):
     target: str = "max"
     # argmax of the mean critic, softmax of it, or argmax of one member drawn for each observation.
     acting: str = "argmax"
+    # Candidates among which the artefact takes the best by the critic. 1: the actor's noise alone, which asks
+    # the base once per chunk.
+    deployed_candidates: int = 1
     # Temperature of softmax targets and softmax acting, in units of return.
     temperature: float = 0.3
     # Stored pairs of each sampled state on which the noise critic is regressed. Default: a quarter of them.
@@ -88,7 +92,7 @@ class BestOfNConfig(AlgorithmConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_positive("num_candidates", "target_members", "temperature")
+        self.require_positive("num_candidates", "target_members", "temperature", "deployed_candidates")
         self.require_positive("prior_weight", "regression_temperature")
         if not 0 <= self.proposed < self.num_candidates:
             raise UserError(
@@ -145,6 +149,7 @@ class BestOfN(Algorithm):
         space = problem.space
         within = problem.bounds if config.critic_loss == "logistic" else None  # what the critics cannot leave
         self.bounds = problem.bounds if config.clip_targets else within
+        self.deployed_candidates = config.deployed_candidates
         self.actor = NoiseActor(problem.feature_dim, space, config.actor, problem.observe)
         feature_dim = self.actor.encoder.dim
         self.critic = CriticEnsemble(feature_dim, problem.chunk_size, config.critic, within)
@@ -260,7 +265,11 @@ class BestOfN(Algorithm):
 
     def trained_parameters(self) -> dict[str, int]:
         parts = [self.critic, self.actor] if self.config.proposed else [self.critic]
-        return {**super().trained_parameters(), "acting": count_parameters(*parts)}
+        deployed = [self.actor, self.critic][: min(self.deployed_candidates, 2)]
+        return {"actor": count_parameters(*deployed), "acting": count_parameters(*parts)}
+
+    def deployed_policy(self, deterministic: bool = True) -> ChunkPolicy:
+        return steered_policy(self.actor, self.critic, deterministic, self.deployed_candidates)
 
     def selecting_critic(self) -> tuple[CriticEnsemble, CriticConfig]:
         return self.critic, self.config.critic

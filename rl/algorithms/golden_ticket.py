@@ -23,7 +23,7 @@ from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
 from trimtab.policies.noise_space import ConstantNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, TrainingResult
 from trimtab.rl.algorithms.base import AlgorithmConfig, Problem
-from trimtab.rl.envs.vector import ChunkVectorEnv
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.evaluation import evaluate
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.seeds import SEEDS_PER_RUN, training_seed
@@ -134,7 +134,7 @@ class TicketSearch:
     """
 
     runner: PolicyRunner
-    vec: ChunkVectorEnv
+    vec: VectorEnv
     rl: GoldenTicketConfig = field(default_factory=GoldenTicketConfig)
     noise: NoiseSpaceConfig = field(default_factory=ConstantNoiseConfig)
     seed: int = 0

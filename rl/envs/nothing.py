@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +9,9 @@ import numpy as np
 from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES, OBS_STATE
 
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.envs.chunk import RawObservation, stack_observations
-from trimtab.rl.envs.examine import Description, Findings
+from trimtab.rl.envs.examine import Description
 from trimtab.rl.envs.one_task import OneTaskConfig
 
 
@@ -34,41 +33,16 @@ class NoEnvConfig(OneTaskConfig):
         return NoVectorEnv(self, n_obs_steps)
 
 
-class NoVectorEnv(contextlib.AbstractContextManager["NoVectorEnv"]):
-    """In the place of a ``ChunkVectorEnv`` where there is none: it tells shapes, and nothing starts."""
+class NoVectorEnv(VectorEnv):
+    """It tells shapes, and nothing starts."""
 
-    empty = True
-    num_envs, attended, repeatable, stopped = 1, True, False, ""
+    attended = empty = True
 
     def __init__(self, config: NoEnvConfig, n_obs_steps: int) -> None:
+        super().__init__()
         task = config.task or ""
         blank = stack_observations([blank_observation(config.wanted or {})] * n_obs_steps)
         self.descriptions = [Description(task, task or config.type, False, [], blank)]
-        self.task_descriptions, self.task_names = [task], [task or config.type]
-        self.episodes = 0
-        self.stopping: Callable[[], bool] = lambda: False
-        self.on_success_key: Callable[[str], None] = lambda key: None
-
-    def examine(self, chunk: np.ndarray, move: bool = False) -> Findings:
-        return Findings(repeatable=False)
-
-    def keep(self, *where: Any) -> None:
-        """There is nothing to keep."""
-
-    def note(self, **arrays: np.ndarray) -> None:
-        """Nothing runs."""
-
-    def calls(self, seconds: float) -> bool:
-        return False
-
-    def timing(self) -> dict[str, float]:
-        return {}
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """There is nothing to close."""
 
 
 def blank_observation(features: dict[str, tuple[int, ...]]) -> RawObservation:

@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters.errors import UserError, reason
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, NotFinite, RawObservation
 from trimtab.rl.envs.examine import Description, Findings, describe, examine
 from trimtab.rl.envs.hooks import make_chunk_env
@@ -145,11 +145,11 @@ class _Worker:
                 self.process.join()
 
 
-class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
+class ChunkVectorEnv(VectorEnv):
     """``num_envs`` chunk environments, spread over ``num_workers`` processes.
 
-    Environment ``i`` runs task ``i % number_of_tasks`` of the config. ``send`` and ``receive`` are
-    apart so that the caller can do other work while the simulators step.
+    Environment ``i`` runs task ``i % number_of_tasks`` of the config. ``busy`` and ``idle`` are averaged over
+    the workers.
 
     Args:
         config: a LeRobot environment config.
@@ -159,19 +159,7 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         tolerant: an episode in which the simulator crashes or hangs, or NaN or Inf appears, is lost
             (``ChunkResult.lost``) and the next one starts, in a new worker where need be; else an error.
         timeout: seconds that a worker may take for an answer before it counts as hanging; 0 for any time.
-
-    Attributes:
-        busy: seconds for which the simulators worked on what the last ``receive`` brought, and
-        idle: from then until it was called; both averaged over the workers.
-        repeatable: false where an environment says, or has been found, not to repeat an episode.
-        descriptions: what each environment says of itself.
-        attended: whether people start its episodes: a robot's (``robot/vector.py``), and ``stopped``: who has
-            ended the run there.
-        empty: whether there is no environment at all (``nothing.py``).
-        on_success_key: called once for each name under which environments report success.
     """
-
-    attended, empty, stopped = False, False, ""
 
     def __init__(
         self,
@@ -184,6 +172,7 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         tolerant: bool = False,
         timeout: float = 0.0,
     ) -> None:
+        super().__init__()
         self.num_envs, self._local = num_envs, num_workers <= 0
         self._tolerant, self._timeout = tolerant, timeout
         self._config = config
@@ -191,7 +180,7 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         self._workers: list[_Worker] = []
         # By worker: the command that it works on, and each environment's arguments.
         self._pending: dict[int, tuple[str, Arguments]] = {}
-        self._sent = self.busy = self.idle = 0.0
+        self._sent = 0.0
         described: dict[int, Description] = {}
         try:
             for part in np.array_split(np.arange(num_envs), max(1, min(num_workers, num_envs))):
@@ -202,25 +191,8 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
             self.close()
             raise
         self.descriptions = [described[i] for i in range(num_envs)]
-        self.task_descriptions = [one.instruction for one in self.descriptions]
-        self.task_names = [one.task for one in self.descriptions]
         self.repeatable = all(one.repeatable for one in self.descriptions)
-        self.on_success_key: Callable[[str], None] = lambda key: None
         self._success_keys: set[str] = set()
-
-    def note(self, **arrays: np.ndarray) -> None:
-        """What the learner noted of the chunk that runs: a robot's goes to its file."""
-
-    def announce(self) -> None:
-        """Ask the people who start episodes to do so."""
-
-    def calls(self, seconds: float) -> bool:
-        """Whether something that cannot wait (a robot) needs the learner's next action within ``seconds``."""
-        return False
-
-    def timing(self) -> dict[str, float]:
-        """How well a robot's clock was kept, for the metrics."""
-        return {}
 
     def _start(self, members: list[int]) -> _Worker:
         """A worker that is building its environments."""
@@ -243,7 +215,6 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
     def reset(
         self, seeds: dict[int, int], render: dict[int, bool] | None = None
     ) -> dict[int, RawObservation]:
-        """Reset the environments named in ``seeds`` and return their observation histories."""
         self._send("reset", {i: ((render or {}).get(i, False), seed) for i, seed in seeds.items()})
         return self._receive()
 
@@ -253,11 +224,9 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         return self._receive()[0]
 
     def send(self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]) -> None:
-        """Start stepping ``chunks`` (each (T, action_dim)); ``next_seeds`` as in ``ChunkEnv.step_chunk``."""
         self._send("step", {i: (chunk, next_seeds[i]) for i, chunk in chunks.items()})
 
     def receive(self) -> dict[int, ChunkResult]:
-        """Wait for what ``send`` started."""
         results = self._receive()
         for key in {result.success_key for result in results.values()} - {None, *self._success_keys}:
             self._success_keys.add(key)
@@ -311,13 +280,10 @@ class ChunkVectorEnv(contextlib.AbstractContextManager["ChunkVectorEnv"]):
         return {i: ChunkResult(observations.get(i), lost=fault) for i in seeds}
 
     def close(self) -> None:
-        """Stop the workers. Safe to call twice."""
+        """Stop the workers."""
         for worker in self._workers:
             with contextlib.suppress(OSError):
                 worker.connection.send(("close", {}))
         for worker in self._workers:
             worker.join(5)
         self._workers, self._pending = [], {}
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

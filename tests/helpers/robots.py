@@ -105,13 +105,13 @@ def station_thread(config: RobotEnvConfig, address: str, token: str, again: bool
     assert not thread.is_alive()
 
 
-def command(name: str, *options: str, said: dict[str, Any] | None = None, **robot: Any) -> None:
-    """Run a command with a station in a thread, whose person has the options ``said``."""
+def command(name: str, *options: str, said: dict[str, Any] | None = None, rc: int = 0, **robot: Any) -> None:
+    """Run a command with a station in a thread, whose person has the options ``said``; it ends by ``rc``."""
     port = free_port()
     config = robot_config(person_options=said or {}, **robot)
     with station_thread(config, f"127.0.0.1:{port}", "word", again=True) as raised:
         where = [f"--robot.listen=127.0.0.1:{port}", "--robot.token=word"]
-        assert main([name, *where, *options]) == 0
+        assert main([name, *where, *options]) == rc
     assert not raised
 
 

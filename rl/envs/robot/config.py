@@ -13,8 +13,22 @@ from lerobot.teleoperators.config import TeleoperatorConfig
 from trimtab.adapters.errors import UserError, at_least
 from trimtab.rl.envs.one_task import OneTaskConfig
 
-RESETS = ("person", "pose")
+RESETS = ("person", "pose", "teleop")
 KEYBOARD = "keyboard"
+
+
+@dataclass
+class RewardModelOptions:
+    """``--robot.reward_model.*``."""
+
+    # Folder of a LeRobot reward_classifier, asked at the end of each chunk that nobody has judged.
+    path: str = ""
+    # Probability above which an episode ends as a success.
+    threshold: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold < 1.0:
+            raise UserError("--robot.reward_model.threshold", f"is between 0 and 1, got {self.threshold}")
 
 
 @EnvConfig.register_subclass("robot")
@@ -32,14 +46,14 @@ class RobotEnvConfig(OneTaskConfig):
     fps: int = 15
     # An episode that nobody ends is over after so many seconds.
     episode_time_s: float = 20.0
-    # Who brings the robot to where an episode starts: the person; or pose: it moves to start_pose once the
-    # person says that it may.
+    # What brings the robot to where an episode starts: the person; pose: it moves to start_pose once the
+    # person says that it may; teleop: the person drives it there with --teleop.type, from space to Enter.
     reset: str = "person"
     # Action by its features' names. Default: where the robot is when it is connected.
     start_pose: dict[str, float] = field(default_factory=dict)
     # Where it goes before its torque goes off. Default: where it was when it was connected.
     park_pose: dict[str, float] = field(default_factory=dict)
-    # Seconds that such a motion takes.
+    # Seconds that such a motion takes, and at most until the robot has caught up with who takes it over.
     move_s: float = 3.0
     # By feature of the action: what is never left, and the largest step from one action to the next.
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -55,6 +69,8 @@ class RobotEnvConfig(OneTaskConfig):
     # Who says ready, success and failure: keyboard, or MODULE:CLASS, a script that plays a person.
     person: str = KEYBOARD
     person_options: dict[str, Any] = field(default_factory=dict)
+    # A model that says success beside them.
+    reward_model: RewardModelOptions = field(default_factory=RewardModelOptions)
     # HOST:PORT on which the learner waits for a station on another machine. Default: it starts one here.
     listen: str = ""
     # The word that both ends must know; default: the learner makes one up and prints it.
@@ -77,6 +93,8 @@ class RobotEnvConfig(OneTaskConfig):
             raise UserError("--robot.listen", f"is HOST:PORT, got '{self.listen}'")
         if self.reset not in RESETS:
             raise UserError("--robot.reset", f"'{self.reset}' is none of {', '.join(RESETS)}")
+        if self.reset == "teleop" and self.robot is not None and self.teleop is None:
+            raise UserError("--robot.reset", "teleop: name what you drive the robot with, --teleop.type=")
         at_least(1, self, "--robot.", "fps")
         for name in ("episode_time_s", "move_s", "max_gap_s", "approach", "silence_s", "park_after_s"):
             if not 0.0 < getattr(self, name) < math.inf:

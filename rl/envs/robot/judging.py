@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from trimtab.policies.acting import ChunkPolicy
@@ -42,8 +40,7 @@ def judge(
     Their files, below ``vec.root``, say who acted.
     """
     left = list(order)
-    robot: Any = vec  # in the place of simulators
-    rollout = Rollout(runner, robot, lambda i, k: seed if k is None else k + 1)
+    rollout = Rollout(runner, vec, lambda i, k: seed if k is None else k + 1)
     while left and rollout.start():
         while not rollout.waiting:
             rollout.encode_observations()

@@ -2,7 +2,8 @@
 
 Between episodes the station asks ``start(robot, episode)`` about twenty times a second: true once the scene
 is ready. At every control step it asks ``said(robot, step)``: one of ``EVENTS``, or ``None``; between
-episodes too, with step -1, where only ``stop`` counts. It ends with ``close()``.
+episodes too, with step -1, where ``stop`` counts, and ``takeover`` and ``release`` if the robot is driven to
+the start. It ends with ``close()``.
 """
 
 from __future__ import annotations
@@ -43,18 +44,23 @@ class Keyboard:
             raise UserError(
                 "--robot.person", "no keys can be read here: run it in a terminal, or name MODULE:CLASS"
             )
-        self._taken = self._stopped = False
+        self._taken = self._stopped = self._waiting = False
+        self._kept: list[str] = []  # pressed between episodes, for `said`
         print(f"keys: {HELP}")
 
     def start(self, robot: Any, episode: int) -> bool:
-        keys, self._taken = self._pressed(), False
+        keys = self._pressed()
         self._stopped |= "stop" in [KEYS.get(key) for key in keys]
-        return "enter" in keys and not self._stopped
+        ready = "enter" in keys and not self._stopped
+        self._taken &= self._waiting and not ready
+        self._waiting = not ready
+        self._kept = [key for key in keys if KEYS.get(key) == "takeover"]
+        return ready
 
     def said(self, robot: Any, step: int) -> str | None:
         if self._stopped:
             return "stop"
-        for key in self._pressed():
+        for key in self._kept if step < 0 else self._pressed():
             if KEYS.get(key) == "takeover":
                 self._taken = not self._taken
                 return "takeover" if self._taken else "release"

@@ -18,118 +18,30 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import draccus
 import numpy as np
 from lerobot.envs.configs import EnvConfig
-from lerobot.utils.constants import ACTION, OBS_STR
-from lerobot.utils.feature_utils import build_dataset_frame, hw_to_dataset_features
 
 from trimtab.adapters.errors import UserError, reason
+from trimtab.rl.envs.robot.arm import Arm, attempt
 from trimtab.rl.envs.robot.config import RobotEnvConfig
 from trimtab.rl.envs.robot.episodes import jpeg
+from trimtab.rl.envs.robot.leader import Leader
 from trimtab.rl.envs.robot.people import Person, make_person
 from trimtab.rl.envs.robot.wire import Lost, StationLink
 
 POLL_S = 0.05  # between two questions to the person, where nothing moves
-MOVE_FPS = 30  # actions a second on the way to a pose
-
-Action = dict[str, float]
-
-
-class Arm:
-    """A connected LeRobot robot, within limits of our own; ``target`` is what it was sent last."""
-
-    def __init__(self, config: RobotEnvConfig) -> None:
-        from lerobot.robots import make_robot_from_config
-
-        self.config = config
-        try:
-            self.robot = make_robot_from_config(config.robot)
-            self.robot.connect()
-            self.features = hw_to_dataset_features(self.robot.observation_features, OBS_STR)
-            self.names = hw_to_dataset_features(self.robot.action_features, ACTION)[ACTION]["names"]
-            self.home = self.target = self.position()
-        except UserError:
-            raise
-        except Exception as error:  # whatever a robot's driver raises
-            said = f"'{config.robot.type}' cannot be connected: {reason(error, last=True)}"  # type: ignore[union-attr]
-            raise UserError("--robot.type", said) from error
-        odd = {*config.limits, *config.max_step, *config.start_pose, *config.park_pose} - {*self.names}
-        if odd:
-            self.robot.disconnect()
-            raise UserError(
-                "--robot.limits", f"{', '.join(sorted(odd))} is none of the robot's: {', '.join(self.names)}"
-            )
-        self.moved = False
-
-    def position(self) -> Action:
-        """Where it is, by the names of its actions; the names that it does not observe are left out."""
-        observation = self.robot.get_observation()
-        return {name: float(observation[name]) for name in self.names if name in observation}
-
-    def observe(self) -> dict[str, np.ndarray]:
-        """State (n,) and images (H, W, C) by LeRobot's feature names."""
-        return build_dataset_frame(self.features, self.robot.get_observation(), OBS_STR)
-
-    def send(self, values: np.ndarray) -> np.ndarray:
-        """Send an action (n,) within the limits; what the robot says that it was sent.
-
-        Raises:
-            ValueError: it holds NaN or Inf. Nothing moves.
-        """
-        if not np.isfinite(values).all():
-            raise ValueError(f"an action holds NaN or Inf: {values}")
-        action = {}
-        for name, value in zip(self.names, values.tolist(), strict=True):
-            low, high = self.config.limits.get(name, (value, value))
-            value = min(max(value, low), high)
-            step, before = self.config.max_step.get(name), self.target.get(name)
-            if step is not None and before is not None:
-                value = min(max(value, before - step), before + step)
-            action[name] = value
-        if self.config.dry_run:
-            print(f"dry run, not sent: {action}")
-            sent = action
-        else:
-            self.moved = True
-            sent = self.robot.send_action(dict(action)) or action
-        self.target = {name: float(sent.get(name, action[name])) for name in self.names}
-        return np.array([self.target[name] for name in self.names], np.float32)
-
-    def go_to(self, pose: Action, held: Callable[[], bool] = lambda: False) -> None:
-        """Move slowly, from where it is, in a straight line of its joints, unless it is ``held``."""
-        start = self.position()
-        steps = max(1, round(self.config.move_s * MOVE_FPS))
-        self.target = self.target | start
-        for number in range(1, steps + 1):
-            if held():
-                return
-            share = number / steps
-            values = [
-                (1 - share) * start.get(name, self.target[name]) + share * pose.get(name, self.target[name])
-                for name in self.names
-            ]
-            self.send(np.array(values))
-            if not self.config.in_lockstep:
-                time.sleep(1 / MOVE_FPS / self.config.speed)
-
-    def park(self) -> None:
-        """Go to the parking pose, if it has moved at all, and let go."""
-        try:
-            if self.moved:
-                self.go_to(self.config.park_pose or self.home)
-        finally:
-            self.robot.disconnect()
 
 
 class Station:
     """One robot and its person, at the command of a learner."""
 
-    def __init__(self, config: RobotEnvConfig, arm: Arm, person: Person, teleop: Any = None) -> None:
-        self.config, self.arm, self.person, self.teleop = config, arm, person, teleop
+    def __init__(
+        self, config: RobotEnvConfig, arm: Arm, person: Person, leader: Leader | None = None
+    ) -> None:
+        self.config, self.arm, self.person, self.leader = config, arm, person, leader
         self.period = 0.0 if config.in_lockstep else 1.0 / (config.fps * config.speed)
         self.interrupted = self.human = False
         self.step = 0
@@ -157,18 +69,34 @@ class Station:
     def begin(self, message: dict[str, Any], link: StationLink) -> dict[str, Any]:
         """Wait for the person, go to the start, and look."""
         number = int(message["number"])
-        print(f"\n{message['say']}: put the scene right; it starts once you say ready")
-        while not self.person.start(self.arm.robot, number):
-            if self.interrupted or self.person.said(self.arm.robot, -1) == "stop":
-                return {"stop": "Ctrl-C" if self.interrupted else "the person"}
-            if link.withdrawn():  # the learner no longer wants it
-                return {"stop": ""}
-            time.sleep(POLL_S)
-        if self.config.reset == "pose":
-            self.arm.go_to(self.config.start_pose or self.arm.home, lambda: self.interrupted)
-        self.arm.target |= self.arm.position()
-        self.step, self.human, self.free = 0, False, 0.0
-        return {"seen": self.arm.observe()}
+        by_hand = self.leader if self.config.reset == "teleop" else None
+        how = ", space to drive the robot" if by_hand else ""
+        print(f"\n{message['say']}: put the scene right{how}; it starts once you say ready")
+        self.step = 0
+        self._hand_over("release")
+        try:
+            while not self.person.start(self.arm.robot, number):
+                said = self.person.said(self.arm.robot, -1)
+                if self.interrupted or said == "stop":
+                    return {"stop": "Ctrl-C" if self.interrupted else "the person"}
+                if link.withdrawn():  # the learner no longer wants it
+                    return {"stop": ""}
+                if by_hand:
+                    self._hand_over(said)
+                if by_hand and self.human:
+                    self.arm.send(by_hand.action(self.arm.target))
+                time.sleep(self.period if self.human else POLL_S)
+            self._hand_over("release")
+            if self.config.reset == "pose":
+                start = self.config.start_pose or self.arm.home
+                self.arm.go_to(start, lambda: self.interrupted or link.withdrawn())
+            self.arm.target |= self.arm.position()
+            self.free = 0.0
+            return {"seen": self.arm.observe()}
+        except Lost:
+            raise
+        except Exception as error:  # whatever a robot's driver, or a script, raises
+            return {"outcome": "abort", "why": failed(error), "executed": ()}
 
     def chunk(self, actions: np.ndarray, exact: int = 1) -> dict[str, Any]:
         """Execute actions (T, n) until the chunk, the episode or the turn of policy or person is over.
@@ -177,30 +105,32 @@ class Station:
         """
         asked, executed, late, seen, human = [], [], [], [], self.human
         outcome, why = "running", ""
-        if self.step == 0:
-            self._approach(actions[0])
-        now = time.perf_counter()
-        gap = now - self.free if self.free and self.period else 0.0
-        started = max(now, self.free)
-        for number, wanted in enumerate(actions[: self.config.steps - self.step]):
-            due = started + number * self.period
-            self._wait(due)
-            lateness = max(0.0, time.perf_counter() - due) if self.period else 0.0
-            try:
-                sent = self.arm.send(self._human_action(wanted) if human else wanted)
+        gap = 0.0
+        try:
+            if self.step == 0:
+                self._approach(actions[0])
+            now = time.perf_counter()
+            gap = now - self.free if self.free and self.period else 0.0
+            if human:
+                self.leader.meet(self.arm.target)
+            started = max(time.perf_counter(), self.free)
+            for number, wanted in enumerate(actions[: self.config.steps - self.step]):
+                due = started + number * self.period
+                self._wait(due)
+                lateness = max(0.0, time.perf_counter() - due) if self.period else 0.0
+                sent = self.arm.send(self.leader.action(self.arm.target) if human else wanted)
                 self._wait(due + self.period)
                 seen.append(self.arm.observe())
-            except Exception as error:  # NaN in an action, or whatever a robot's driver raises
-                outcome, why = "abort", reason(error, last=True)
-                break
-            asked.append(wanted)
-            executed.append(sent)
-            late.append(lateness)
-            self.free = due + self.period
-            self.step += 1
-            outcome, why = self._outcome()
-            if outcome != "running" or self.human != human:
-                break
+                asked.append(wanted)
+                executed.append(sent)
+                late.append(lateness)
+                self.free = due + self.period
+                self.step += 1
+                outcome, why = self._outcome()
+                if outcome != "running" or self.human != human:
+                    break
+        except Exception as error:  # NaN in an action, or whatever a robot's driver, or a script, raises
+            outcome, why = "abort", failed(error)
         return {
             "asked": np.array(asked, np.float32),
             "executed": np.array(executed, np.float32),
@@ -228,18 +158,27 @@ class Station:
             return "abort", said
         if said in ("success", "failure"):
             return said, ""
-        if said in ("takeover", "release") and self.teleop is not None:
-            self.human = said == "takeover"
+        self._hand_over(said)
         return ("timeout", "") if self.step >= self.config.steps else ("running", "")
 
-    def _human_action(self, asked: np.ndarray) -> np.ndarray:
-        """What the person does, in place of an action."""
-        given = self.teleop.get_action()
-        return np.array([given.get(name, value) for name, value in zip(self.arm.names, asked, strict=True)])
+    def _hand_over(self, said: str | None) -> None:
+        """Let person or policy act from here on, where one of them is called for."""
+        if self.leader is None or said != ("release" if self.human else "takeover"):
+            return
+        self.human = not self.human
+        self.leader.let_go()
+        if self.step == 0:  # it may have been moved by hand
+            self.arm.target |= self.arm.position()
 
     def _wait(self, until: float) -> None:
         if self.period and (left := until - time.perf_counter()) > 0:
             time.sleep(left)
+
+
+def failed(error: Exception) -> str:
+    """Say what costs an episode; the robot holds its last target."""
+    print(f"\nthe episode is dropped, the robot holds: {reason(error, last=True)}", flush=True)
+    return reason(error, last=True)
 
 
 def compressed(seen: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -254,15 +193,15 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
         UserError: the robot, the person or the learner is not there, or refuses.
     """
     print(f"dialling the learner at {address}", flush=True)
-    with StationLink(address, token, config.silence_s, again) as link:
+    with StationLink(address, token, config.silence_s, again) as link, contextlib.ExitStack() as ends:
         try:
             arm = Arm(config)
-            try:
-                person, teleop = make_person(config.person, config.person_options), make_teleop(config)
-                station = Station(config, arm, person, teleop)
-            except BaseException:
-                arm.park()
-                raise
+            ends.callback(arm.park)
+            person = make_person(config.person, config.person_options)
+            ends.callback(attempt, "--robot.person cannot be closed", person.close)
+            if (leader := Leader(config, arm.names) if config.teleop else None) is not None:
+                ends.callback(attempt, "--teleop.type cannot be disconnected", leader.teleop.disconnect)
+            station = Station(config, arm, person, leader)
         except UserError as error:
             link.refuse(error)
             raise
@@ -272,40 +211,17 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
 
         with contextlib.suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGINT, interrupt)
-        try:
-            while True:
-                try:
-                    link.send(station.hello())
-                    station.serve(link)
-                    return
-                except Lost as lost:
-                    print(f"\nthe learner is gone ({lost}): the robot holds", flush=True)
-                    parks = time.monotonic() + config.park_after_s
-                    while not (back := again and link.dial()) and time.monotonic() < parks:
-                        time.sleep(POLL_S)
-                    if not back:
-                        print("and parks", flush=True)
-                        return
-        finally:
-            arm.park()
-            person.close()
-            if teleop is not None:
-                teleop.disconnect()
-
-
-def make_teleop(config: RobotEnvConfig) -> Any:
-    """What the person takes the robot over with, connected; ``None`` where there is nothing."""
-    if config.teleop is None:
-        return None
-    from lerobot.teleoperators import make_teleoperator_from_config
-
-    try:
-        teleop = make_teleoperator_from_config(config.teleop)
-        teleop.connect()
-    except Exception as error:  # whatever its driver raises
-        said = f"'{config.teleop.type}' cannot be connected: {reason(error, last=True)}"
-        raise UserError("--teleop.type", said) from error
-    return teleop
+        while True:
+            try:
+                link.send(station.hello())
+                return station.serve(link)
+            except Lost as lost:
+                print(f"\nthe learner is gone ({lost}): the robot holds", flush=True)
+                parks = time.monotonic() + config.park_after_s
+                while not (back := again and link.dial()) and time.monotonic() < parks:
+                    time.sleep(POLL_S)
+                if not back:
+                    return print("and parks", flush=True)
 
 
 def main(given: str, address: str, token: str) -> None:

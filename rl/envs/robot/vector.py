@@ -1,4 +1,4 @@
-"""The learner's side of a robot: what ``ChunkVectorEnv`` is for simulators.
+"""The learner's side of a robot.
 
 It cannot pause, repeat or reset itself. A person starts each episode; while they put the scene right the
 learner pays its debt of gradient steps. Episodes go to files before anything is learnt from them, and a run
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +23,33 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.utils.constants import OBS_IMAGE, OBS_IMAGES, OBS_STATE
 
 from trimtab.adapters.errors import UserError
+from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observations
 from trimtab.rl.envs.examine import Description, Findings
 from trimtab.rl.envs.robot.config import RobotEnvConfig
 from trimtab.rl.envs.robot.episodes import Chunk, EpisodeRecord, episode_folders, image_of
+from trimtab.rl.envs.robot.reward_model import RewardModel
 from trimtab.rl.envs.robot.wire import LearnerLink, Lost
 
 START_S = 120.0  # for a station on this machine to connect its robot
 POLL_S = 0.2
 ANSWER_S = 20.0  # beyond what a chunk takes
 SUCCESS = "outcome"  # where success is read
+ABORTS = "drop", "stop", "Ctrl-C"  # what a person says; everything else is a fault
 
 
-class RobotVectorEnv:
-    """One robot. See ``ChunkVectorEnv`` for what it shares with simulators.
+class RobotVectorEnv(VectorEnv):
+    """One robot; people start its episodes."""
 
-    Attributes:
-        attended: people start its episodes.
-        stopping: asked while waiting for the person: whether the run is to end.
-        stopped: who has ended the run at the station, if anyone.
-    """
-
-    num_envs, attended, repeatable, empty = 1, True, False, False
+    attended = True
 
     def __init__(self, config: RobotEnvConfig, n_obs_steps: int) -> None:
+        super().__init__()
         self.config, self.n_obs_steps = config, n_obs_steps
-        self.busy = self.idle = 0.0
         # Until when (``time.perf_counter``) the learner may work beside the chunk that runs.
         self._deadline: float | None = None
-        self._announced = False
+        self._announced, self._verdict = False, ""
         self._answer: dict[str, Any] | None = None  # of the person, to what was announced
-        self.stopping: Callable[[], bool] = lambda: False
-        self.stopped = ""
-        self.on_success_key: Callable[[str], None] = lambda key: None
         self.root: Path | None = None
         self.late: list[float] = []
         self.gaps: list[float] = []
@@ -73,18 +66,20 @@ class RobotVectorEnv:
         self.link = LearnerLink(config.listen, self._token, config.silence_s, n_obs_steps)
         try:
             self.hello = self._connect()
+            if (theirs := self.hello["fps"]) != config.fps:
+                raise UserError(
+                    "--robot.fps", f"is {config.fps} here, {theirs} at the station: name the same"
+                )
+            self._blank = {key: np.zeros(shape, np.uint8) for key, shape in self.hello["shapes"].items()}
+            self._blank[OBS_STATE] = self._blank[OBS_STATE].astype(np.float32)
+            judge = config.reward_model.path
+            self._judge = RewardModel(judge, self._blank) if judge else None
         except BaseException:
             self.close()
             raise
-        if (theirs := self.hello["fps"]) != config.fps:
-            self.close()
-            raise UserError("--robot.fps", f"is {config.fps} here, {theirs} at the station: name the same")
-        blank = {key: np.zeros(shape, np.uint8) for key, shape in self.hello["shapes"].items()}
-        blank[OBS_STATE] = blank[OBS_STATE].astype(np.float32)
-        self._history.extend([blank] * n_obs_steps)
+        self._history.extend([self._blank] * n_obs_steps)
         task = config.task or ""
         self.descriptions = [Description(task, task or config.type, False, [], self._observation())]
-        self.task_descriptions, self.task_names = [task], [task or config.type]
 
     def _connect(self) -> dict[str, Any]:
         """A station, started here or waited for; what it says of its robot."""
@@ -117,11 +112,10 @@ class RobotVectorEnv:
             self._recorded.extend(folder for folder in folders if int(folder.name) >= learnt)
 
     @property
-    def episodes(self) -> int:
-        """How many have been handed on, to be learnt from or dropped."""
+    def episodes(self) -> int:  # type: ignore[override]
         return int(self._recorded[0].name) if self._recorded else self._running.number
 
-    def examine(self, chunk: np.ndarray, move: bool = False) -> Findings:
+    def examine(self, chunk: np.ndarray, move: bool = True) -> Findings:
         """Whether actions (T, A) fit the robot; nothing moves."""
         names = self.hello["names"]
         if chunk.shape[1] != len(names):
@@ -136,7 +130,7 @@ class RobotVectorEnv:
         """Wait until the person has started the next episode; empty where the run is to end instead."""
         if self._recorded:
             self._playing = EpisodeRecord.read(self._recorded[0])
-            return self._began(self._playing.chunks[0].seen[0]) if self._playing.chunks else self._skip(seeds)
+            return self._began(self._playing.chunks[0].seen[0] if self._playing.chunks else self._blank)
         if self.stopped:
             return {}
         while True:
@@ -153,14 +147,16 @@ class RobotVectorEnv:
         if "stop" in answer:
             self.stopped = answer["stop"]
             return {}
-        return self._began(answer["seen"])
+        self._answer = answer if "outcome" in answer else None  # the robot has failed: for `receive`
+        return self._began(answer.get("seen", self._blank))
 
     def announce(self) -> None:
         """Ask the person to put the scene right for the next episode."""
         if not self._recorded and not self._announced and self.link.connected:
             number = self._running.number
+            say = f"{self._verdict}episode {number + 1}"
             with contextlib.suppress(Lost):  # `reset` says so
-                self.link.send({"kind": "episode", "number": number, "say": f"episode {number + 1}"})
+                self.link.send({"kind": "episode", "number": number, "say": say})
                 self._announced = True
 
     def calls(self, seconds: float) -> bool:
@@ -176,12 +172,6 @@ class RobotVectorEnv:
             with contextlib.suppress(TimeoutError, Lost):
                 self._answer = self.link.receive(0.0)
         return self._answer is not None
-
-    def _skip(self, seeds: dict[int, int]) -> dict[int, RawObservation]:
-        """Leave out a recorded episode in which nothing was executed."""
-        self._recorded.popleft()
-        self._playing = None
-        return self.reset(seeds)
 
     def _wait_for_person(self) -> dict[str, Any]:
         asked = False
@@ -202,7 +192,7 @@ class RobotVectorEnv:
         """Let the robot execute actions (T, A)."""
         now, self._asked = time.perf_counter(), chunks[0].astype(np.float32)
         self._deadline = None
-        if self._playing:
+        if self._playing or self._answer:
             return
         self._expected = max(0.9 * self._expected, now - self._returned)
         if period := self.hello["period"]:
@@ -211,7 +201,6 @@ class RobotVectorEnv:
             self.link.send({"kind": "chunk", "actions": self._asked})
 
     def note(self, **arrays: np.ndarray) -> None:
-        """What the learner wants to find again in the file of the chunk that runs."""
         self._note = arrays
 
     def receive(self) -> dict[int, ChunkResult]:
@@ -229,6 +218,10 @@ class RobotVectorEnv:
         self.stopped = self.stopped or answer.get("stop", "")
         record.outcome, record.why = answer["outcome"], answer["why"]
         count, result = len(answer["executed"]), None
+        if count and self._judge and record.outcome in ("running", "timeout"):
+            probability = self._judge(answer["seen"][-1])
+            if probability > self.config.reward_model.threshold:
+                record.outcome, record.why = "success", f"reward model: {probability:.2f}"
         if count:
             chunk = Chunk(
                 answer["asked"],
@@ -251,10 +244,14 @@ class RobotVectorEnv:
             steered = bool(self._note.get("steered", False))
             record.write(self.root, {"steered": steered, "held_up": held_up})
         self._running = EpisodeRecord(record.number + 1)
+        self._verdict = f"success ({record.why}); " if record.outcome == "success" and record.why else ""
         return {0: result if result and not result.lost else self._dropped(record)}
 
     def _executed(self) -> dict[str, Any]:
         """The station's answer to a chunk. One that does not come is a robot that hangs: its station ends."""
+        answer, self._answer = self._answer, None
+        if answer:
+            return answer
         longest = len(self._asked) * self.hello["period"] + self.config.move_s + ANSWER_S
         try:
             return self.link.receive(longest)
@@ -266,13 +263,13 @@ class RobotVectorEnv:
 
     def _play(self, record: EpisodeRecord) -> ChunkResult:
         """The next chunk of a recorded episode."""
-        chunk = record.chunks.pop(0)
-        self._history.extend(chunk.seen[1:])
-        if record.chunks:
+        chunk = record.chunks.pop(0) if record.chunks else None
+        self._history.extend(chunk.seen[1:] if chunk else ())
+        if chunk and record.chunks:
             return self._result(chunk, EpisodeRecord(record.number))
         self._recorded.popleft()
         self._playing = None
-        return self._result(chunk, record)
+        return self._result(chunk, record) if chunk else self._dropped(record)
 
     def _result(self, chunk: Chunk, record: EpisodeRecord) -> ChunkResult:
         """A chunk as an algorithm is told of it. A failure is as dear as a time limit: both bootstrap."""
@@ -298,7 +295,7 @@ class RobotVectorEnv:
 
     def _dropped(self, record: EpisodeRecord) -> ChunkResult:
         why = f"--robot: episode {record.number + 1} dropped: {record.why}"
-        return ChunkResult(None, lost=("abort", why))
+        return ChunkResult(None, lost=("abort" if record.why in ABORTS else "crash", why))
 
     def _observation(self) -> RawObservation:
         """The history as LeRobot's environments name it, entries (n_obs_steps, ...)."""
@@ -314,7 +311,7 @@ class RobotVectorEnv:
         return stack_observations(found)
 
     def timing(self) -> dict[str, float]:
-        """Lateness of actions and gaps between chunks since the last call, in seconds."""
+        """Lateness of actions and gaps between chunks, in seconds."""
         found = {
             f"{name}_p{quantile}_s": float(np.percentile(values, quantile))
             for name, values in (("late", self.late), ("gap", self.gaps))
@@ -341,9 +338,3 @@ class RobotVectorEnv:
             self._child.kill()
             self._child.wait()
         self._child = None
-
-    def __enter__(self) -> RobotVectorEnv:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()

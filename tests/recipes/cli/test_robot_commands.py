@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.robots import PERSON, command, make_policy
 from trimtab.recipes.cli import main
+from trimtab.recipes.embedded_arm import MujocoArm
 from trimtab.rl.envs.robot.episodes import EpisodeRecord, episode_folders
 
 ARM = [
@@ -53,6 +54,8 @@ def test_a_run_that_is_killed_keeps_its_episodes_and_goes_on(base, tmp_path):
     kept = [EpisodeRecord.read(folder) for folder in episode_folders(output / "episodes")]
     assert len(kept) >= 2
     command("adapt", "--resume=true", f"--output_dir={output}")
+    saved = json.loads((output / "artefact" / "config.json").read_text())
+    assert saved["num_candidates"] == 16  # on a robot the critic chooses, unless told otherwise
     results = json.loads((output / "results.json").read_text())
     assert sum(entry["episodes"] for entry in results["policies"].values()) == 4
     assert len(episode_folders(output / "episodes")) == 4
@@ -79,6 +82,8 @@ def test_a_run_that_is_killed_keeps_its_episodes_and_goes_on(base, tmp_path):
     policies = json.loads((tmp_path / "ev" / "results.json").read_text())["policies"]
     assert [policies[name]["episodes"] for name in ("base", "steered")] == [2, 2]
     assert len(episode_folders(tmp_path / "ev" / "episodes")) == 5
+    judged = json.loads((tmp_path / "ev" / "results.json").read_text())
+    assert judged["steered_by"] == {"deterministic": True, "num_candidates": 16}
     assert main(["export", f"--run={output}"]) == 0
     assert "Episodes of the run itself" in (output / "export" / "README.md").read_text()
 
@@ -88,6 +93,25 @@ def test_a_judge_who_stops_is_not_asked_again(base, tmp_path, capfd):
     command("eval", *options, said={"script": {"1": {"6": "stop"}}})
     assert "episode 3:" not in capfd.readouterr().out
     assert json.loads((tmp_path / "ev" / "results.json").read_text())["policies"]["base"]["episodes"] == 1
+
+
+def test_no_command_moves_the_arm_before_the_person_is_ready(base, tmp_path, monkeypatch):
+    sent, send = [], MujocoArm.send_action
+    monkeypatch.setattr(MujocoArm, "send_action", lambda arm, action: sent.append(1) or send(arm, action))
+    output, never = tmp_path / "run", {"delay_s": 0.3, "script": {"0": {"-1": "stop"}}}
+    resume = ("adapt", "--resume=true", f"--output_dir={output}")
+    new = (f"--policy.path={base}", *RUN, "--robot.episodes=2", f"--output_dir={output}")
+    command("adapt", *new, said=never)
+    command(*resume, said=never)
+    assert not sent
+    command(*resume)
+    moved = len(sent)
+    assert moved > 30
+    artefact = f"--policy.path={output / 'artefact'}"
+    command("eval", artefact, "--eval.n_episodes=1", f"--output_dir={tmp_path / 'ev'}", said=never)
+    command("probe", f"--policy.path={base}", f"--output_dir={tmp_path / 'probe'}", said=never, rc=2)
+    assert main(["export", f"--run={output}"]) == 0
+    assert len(sent) == moved
 
 
 def test_probe_waits_for_the_person(base, tmp_path, capfd):

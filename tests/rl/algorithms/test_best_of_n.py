@@ -421,6 +421,28 @@ def test_solves_a_noise_space_problem():
     assert lines[-1]["rank_correlation"] > 0.8
 
 
+def test_what_is_deployed_takes_the_best_of_so_many_by_the_critic():
+    algorithm = build(deployed_candidates=3)
+    policy = algorithm.deployed_policy()
+    features, prior = torch.randn(B, D), torch.randn(B, 3, 2, 1)
+
+    def denoise(noise):
+        return torch.cat([noise, noise.square()], 3).flatten(2).unsqueeze(-1)
+
+    choice = policy.act(features, prior, denoise)
+    offered = torch.cat(
+        [prior[:, :2].flatten(2), algorithm.actor.choose(features, prior[:, 2], True).unsqueeze(1)], 1
+    )
+    offered[:, :2] = algorithm.space.squash(algorithm.space.initial_std * prior[:, :2].flatten(2))
+    chunks = denoise(algorithm.space.expand(offered.flatten(0, 1), prior.flatten(0, 1)).unflatten(0, (B, 3)))
+    best = algorithm.critic(features, chunks.flatten(2)).mean(0).argmax(1)
+    assert policy.draws == 3 and len(best.unique()) > 1
+    assert torch.allclose(choice.u, offered[torch.arange(B), best], atol=1e-6)
+    assert build().deployed_policy().draws == 1
+    trained = algorithm.trained_parameters()
+    assert trained["actor"] == trained["acting"] > build().trained_parameters()["actor"]
+
+
 def test_gate_lets_the_learner_in():
     _, steered, lines, trainer = train(seed=1, gate=True, steps=1500)
     assert steered.success_rate > 0.95

@@ -46,6 +46,18 @@ def test_keys_start_and_end_episodes(keys):
         assert answer(lambda: person.said(None, 4)) == said
 
 
+def test_between_episodes_space_drives_the_robot_until_ready(keys):
+    person, press = keys
+    for _ in range(2):
+        for said in ("takeover", "release", "takeover"):
+            press(b" ")
+            assert answer(lambda: person.start(None, 0) or person.said(None, -1)) == said
+        press(b"\n")
+        assert answer(lambda: person.start(None, 0)) is True
+        press(b" ")  # takes over in the episode, and has it at its end
+        assert answer(lambda: person.said(None, 4)) == "takeover"
+
+
 def test_stop_is_heard_between_episodes(keys):
     person, press = keys
     press(b"q\n")

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file
 
 from tests.helpers.robots import START, command, make_policy
@@ -96,25 +97,50 @@ def test_a_run_that_was_stopped_between_episodes_goes_on_as_if_it_had_not(base, 
     assert same(weights(run), weights(tmp_path / "run"))
 
 
+def recorded(output):
+    """Episodes of the run's dataset, as LeRobot reads it."""
+    return LeRobotDataset("a/run", root=output / "dataset").num_episodes
+
+
 def test_the_episode_in_which_a_run_is_stopped_is_dropped(base, tmp_path, capsys):
     adapt(base, tmp_path / "run", "--robot.episodes=3", said={"script": {"1": {"6": "stop"}}})
     assert "stopped by the person" in capsys.readouterr().out
+    assert recorded(tmp_path / "run") == 1
     adapt(base, tmp_path / "run", "--resume=true")
     records = [EpisodeRecord.read(folder) for folder in sorted((tmp_path / "run" / "episodes").iterdir())]
     assert [record.outcome for record in records] == ["timeout", "abort", "abort", "timeout", "success"]
+    assert recorded(tmp_path / "run") == 3
+
+
+def keep_checkpoints(output, count):
+    """As if the run had been killed after its ``count``-th."""
+    shutil.rmtree(output / "artefact")
+    for folder in sorted(p for p in (output / "checkpoints").iterdir() if not p.is_symlink())[count:]:
+        shutil.rmtree(folder)
+    (output / "checkpoints" / "last").unlink(missing_ok=True)
 
 
 def test_episodes_after_the_checkpoint_are_learnt_from_their_files(base, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    for name in ("artefact", "episodes/000006"):
-        shutil.rmtree(tmp_path / "run" / name)
-    checkpoints = sorted(p for p in (tmp_path / "run" / "checkpoints").iterdir() if not p.is_symlink())
-    for folder in checkpoints[2:]:
-        shutil.rmtree(folder)
-    (tmp_path / "run" / "checkpoints" / "last").unlink(missing_ok=True)
+    shutil.rmtree(tmp_path / "run" / "episodes" / "000006")
+    keep_checkpoints(tmp_path / "run", 2)
     adapt(base, tmp_path / "run", "--resume=true")
     assert len(list((tmp_path / "run" / "episodes").iterdir())) == 7
     assert same(weights(run), weights(tmp_path / "run"))
+
+
+def test_a_robot_that_fails_before_an_episode_costs_that_one(base, tmp_path, capsys):
+    arm = MujocoArmConfig(id="test", clock="step", fail_after=3 + 15 + 2)  # on its way to the second
+    how = {"robot": arm, "reset": "pose", "start_pose": START, "said": {"delay_s": 0.0}}
+    adapt(base, tmp_path / "run", "--robot.episodes=3", "--checkpoint.keep=9", **how)
+    assert "the robot holds: Failed to write" in capsys.readouterr().out
+    records = [EpisodeRecord.read(folder) for folder in sorted((tmp_path / "run" / "episodes").iterdir())]
+    found = [(record.outcome, record.steps) for record in records]
+    assert found == [("timeout", 15), ("abort", 0), ("timeout", 15), ("timeout", 15)]
+    learnt = weights(tmp_path / "run")
+    keep_checkpoints(tmp_path / "run", 1)
+    adapt(base, tmp_path / "run", "--resume=true", **how)
+    assert same(learnt, weights(tmp_path / "run"))
 
 
 def replayed(output, name):

@@ -5,14 +5,24 @@ import time
 
 import numpy as np
 import pytest
+from lerobot.teleoperators.gamepad import GamepadTeleopConfig
 from websockets.sync.client import connect
 
-from tests.helpers.robots import START, free_port, robot_config, station_thread, the_arm
+from tests.helpers.leaderarm import LeaderArmConfig
+from tests.helpers.robots import (
+    START,
+    ExactPerson,
+    free_port,
+    robot_config,
+    station_thread,
+    the_arm,
+)
 from trimtab.adapters import UserError
 from trimtab.adapters.remote.packing import pack, unpack
 from trimtab.recipes.embedded_arm.arm import MujocoArm, MujocoArmConfig
 from trimtab.rl.envs.robot import vector
 from trimtab.rl.envs.robot.episodes import EpisodeRecord
+from trimtab.rl.envs.robot.leader import Leader
 from trimtab.rl.envs.robot.people import EVENTS, Person, make_person
 from trimtab.rl.envs.robot.station import Arm, Station
 from trimtab.rl.envs.robot.wire import VERSION, LearnerLink, Lost, StationLink
@@ -49,11 +59,12 @@ def make():
     """A station on the embedded arm; closed again."""
     made = []
 
-    def station(said=None, teleop=None, ready_after=0, **options):
+    def station(said=None, ready_after=0, **options):
         config = robot_config(**options)
         arm = Arm(config)
         made.append(arm)
-        return Station(config, arm, Told(said, ready_after), teleop)
+        leader = Leader(config, arm.names) if config.teleop else None
+        return Station(config, arm, Told(said, ready_after), leader)
 
     yield station
     for arm in made:
@@ -132,16 +143,129 @@ def test_a_robot_that_fails_ends_the_episode(make):
     assert len(answer["executed"]) == 2
 
 
-def test_a_person_takes_over_and_gives_back(make):
-    class Hand:
-        def get_action(self):
-            return START | {"shoulder_pan.pos": 5.0}
+def broken(*args):
+    raise RuntimeError("a cable")
 
-    station = make({2: "takeover", 5: "release"}, Hand(), approach=1000.0)
+
+def test_a_robot_that_fails_on_its_way_costs_the_episode(make, capsys):
+    arm = MujocoArmConfig(id="test", clock="step", fail_after=2)
+    station = make(robot=arm, reset="pose", start_pose=START)
+    answer = begin(station)
+    assert answer["outcome"] == "abort" and "status packet" in answer["why"]
+    assert capsys.readouterr().out.count("status packet") == 1 and station.arm.robot.sends == 2
+    assert "seen" in begin(station)
+    station.arm.robot.config.fail_after = station.arm.robot.sends + 1
+    far = station.chunk(np.tile(POSE + 50, (5, 1)))  # `approach`
+    assert far["outcome"] == "abort" and not len(far["executed"])
+
+
+@pytest.mark.parametrize("who", ["start", "said", "get_action", "get_observation"])
+def test_whoever_raises_costs_the_episode(make, monkeypatch, who):
+    station = make({2: "takeover"}, teleop=LeaderArmConfig(), approach=1000.0)
+    owner = {"get_action": station.leader.teleop, "get_observation": station.arm.robot}.get(
+        who, station.person
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, who, broken)
+        answer = begin(station)
+        if "seen" in answer:
+            answer = [station.chunk(np.tile(POSE, (5, 1))) for _ in range(2 if who == "get_action" else 1)][
+                -1
+            ]
+        assert (answer["outcome"], answer["why"]) == ("abort", "a cable")
+    assert "seen" in begin(station)
+
+
+def test_at_the_end_everything_is_let_go_of(learner, monkeypatch, capsys):
+    monkeypatch.setattr(ExactPerson, "close", broken)
+    with station_thread(robot_config(reset="pose", start_pose=START), learner.address, "word") as raised:
+        wait(learner)
+        arm = the_arm()
+        learner.send({"kind": "episode", "number": 0, "say": "episode 1"})
+        assert "seen" in learner.receive(5)
+        arm.config.fail_after = arm.sends + 1
+        learner.send({"kind": "park"})
+    assert not raised and not arm.is_connected
+    said = capsys.readouterr().out
+    assert "cannot be parked: Failed to write" in said and "person cannot be closed: a cable" in said
+
+
+def test_a_learner_that_is_gone_stops_the_way_to_the_start(make):
+    station = make(reset="pose", start_pose=START, move_s=1.0)
+
+    class Gone:
+        def withdrawn(self):
+            if station.arm.robot.sends >= 5:
+                raise Lost("silent")
+            return False
+
+    with pytest.raises(Lost):
+        station.begin({"number": 0, "say": "episode 1"}, Gone())
+    assert station.arm.robot.sends == 5
+
+
+def test_a_person_takes_over_and_gives_back(make):
+    station = make({2: "takeover", 5: "release"}, teleop=LeaderArmConfig(pan=5.0))
     begin(station)
     answers = [station.chunk(np.tile(POSE, (5, 1))) for _ in range(3)]
     assert [(len(one["executed"]), one["human"]) for one in answers] == [(2, False), (3, True), (5, False)]
     assert answers[1]["executed"][-1][0] == pytest.approx(5.0)
+
+
+def test_at_a_takeover_the_robot_catches_up_with_the_leader(make):
+    station = make(
+        {1: "takeover", 10: "release", 12: "takeover"}, teleop=LeaderArmConfig(pan=60.0), move_s=0.4
+    )
+    begin(station)
+    station.chunk(np.tile(POSE, (1, 1)))
+    pans = np.array([step[0] for step in station.chunk(np.tile(POSE, (9, 1)))["executed"]])
+    assert np.diff([0.0, *pans])[:6] == pytest.approx(10.0) and pans[5:] == pytest.approx(60.0)
+    station.chunk(np.tile(POSE + pans[-1] * np.eye(5)[0], (2, 1)))
+    station.leader.teleop.pose["shoulder_pan.pos"] = 57.5  # near: at the same pace
+    pans = np.array([step[0] for step in station.chunk(np.tile(POSE, (3, 1)))["executed"]])
+    assert pans[0] == pytest.approx(57.5)
+
+
+def test_a_leader_with_motors_goes_to_where_the_robot_is(make, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # LeRobot takes two seconds for it
+    station = make({1: "takeover"}, teleop=LeaderArmConfig(pan=60.0, motors=True))
+    begin(station)
+    station.chunk(np.tile(POSE, (1, 1)))
+    sends, teleop = station.arm.robot.sends, station.leader.teleop
+    answer = station.chunk(np.tile(POSE, (2, 1)))
+    assert answer["executed"] == pytest.approx(np.tile(POSE, (2, 1)), abs=1e-3)
+    assert station.arm.robot.sends == sends + 2 and not teleop.torque and answer["gap"] < 1
+    teleop.pose["shoulder_pan.pos"] = 1.0
+    assert station.chunk(np.tile(POSE, (1, 1)))["executed"][0][0] == pytest.approx(1.0)
+
+
+def test_who_resets_by_teleoperation_is_waited_for(make):
+    told = {-1: None}
+    station = make(told, ready_after=9, reset="teleop", teleop=LeaderArmConfig(pan=30.0), move_s=0.3)
+    pans, start = [], station.person.start
+
+    def asked(robot, episode):
+        pans.append(robot.get_observation()["shoulder_pan.pos"])
+        told[-1] = {3: "takeover", 8: "release"}.get(len(pans))
+        return start(robot, episode)
+
+    station.person.start = asked
+    assert "seen" in begin(station) and not station.human
+    assert np.abs(pans[:3]).max() < 1e-3 and station.arm.robot.sends == 5  # none before, none after
+    assert 5 < pans[-1] < 31 and np.diff(pans).max() < 10
+
+
+def test_what_cannot_drive_the_robot_is_refused(make):
+    with pytest.raises(UserError, match=r"'gamepad' gives delta_x, .* robot takes shoulder_pan.pos, "):
+        make(id="gamepad", teleop=GamepadTeleopConfig())
+    with pytest.raises(UserError, match=r"robot.reset: teleop: name what you drive the robot with"):
+        robot_config(reset="teleop")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MujocoArm, "action_features", {"delta_x": float})
+        with pytest.raises(UserError, match=r"robot.type: what it observes leaves out delta_x"):
+            Arm(robot_config(id="deltas"))
+    assert "deltas" not in MujocoArm.connected
 
 
 def test_dry_run_moves_nothing(make, capsys):

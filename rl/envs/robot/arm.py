@@ -1,0 +1,114 @@
+"""A connected LeRobot robot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from lerobot.utils.constants import ACTION, OBS_STR
+from lerobot.utils.feature_utils import build_dataset_frame, hw_to_dataset_features
+
+from trimtab.adapters.errors import UserError, reason
+from trimtab.rl.envs.robot.config import RobotEnvConfig
+
+MOVE_FPS = 30  # actions a second on the way to a pose
+
+Action = dict[str, float]
+
+
+class Arm:
+    """A connected LeRobot robot, within limits of our own; ``target`` is what it was sent last."""
+
+    def __init__(self, config: RobotEnvConfig) -> None:
+        from lerobot.robots import make_robot_from_config
+
+        self.config = config
+        try:
+            self.robot = make_robot_from_config(config.robot)
+            self.robot.connect()
+            self.features = hw_to_dataset_features(self.robot.observation_features, OBS_STR)
+            self.names = hw_to_dataset_features(self.robot.action_features, ACTION)[ACTION]["names"]
+            self.home = self.target = self.position()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a robot's driver raises
+            said = f"'{config.robot.type}' cannot be connected: {reason(error, last=True)}"  # type: ignore[union-attr]
+            raise UserError("--robot.type", said) from error
+        if unseen := {*self.names} - {*self.home}:
+            self.robot.disconnect()
+            said = f"what it observes leaves out {', '.join(sorted(unseen))}, which it is sent"
+            raise UserError("--robot.type", f"{said}: only what is sent positions can be held and parked")
+        odd = {*config.limits, *config.max_step, *config.start_pose, *config.park_pose} - {*self.names}
+        if odd:
+            self.robot.disconnect()
+            raise UserError(
+                "--robot.limits", f"{', '.join(sorted(odd))} is none of the robot's: {', '.join(self.names)}"
+            )
+        self.moved = False
+
+    def position(self) -> Action:
+        """Where it is, by the names of its actions; the names that it does not observe are left out."""
+        observation = self.robot.get_observation()
+        return {name: float(observation[name]) for name in self.names if name in observation}
+
+    def observe(self) -> dict[str, np.ndarray]:
+        """State (n,) and images (H, W, C) by LeRobot's feature names."""
+        return build_dataset_frame(self.features, self.robot.get_observation(), OBS_STR)
+
+    def send(self, values: np.ndarray) -> np.ndarray:
+        """Send an action (n,) within the limits; what the robot says that it was sent.
+
+        Raises:
+            ValueError: it holds NaN or Inf. Nothing moves.
+        """
+        if not np.isfinite(values).all():
+            raise ValueError(f"an action holds NaN or Inf: {values}")
+        action = {}
+        for name, value in zip(self.names, values.tolist(), strict=True):
+            low, high = self.config.limits.get(name, (value, value))
+            value = min(max(value, low), high)
+            step, before = self.config.max_step.get(name), self.target.get(name)
+            if step is not None and before is not None:
+                value = min(max(value, before - step), before + step)
+            action[name] = value
+        if self.config.dry_run:
+            print(f"dry run, not sent: {action}")
+            sent = action
+        else:
+            self.moved = True
+            sent = self.robot.send_action(dict(action)) or action
+        self.target = {name: float(sent.get(name, action[name])) for name in self.names}
+        return np.array([self.target[name] for name in self.names], np.float32)
+
+    def go_to(self, pose: Action, held: Callable[[], bool] = lambda: False) -> None:
+        """Move slowly, from where it is, in a straight line of its joints, unless it is ``held``."""
+        start = self.position()
+        steps = max(1, round(self.config.move_s * MOVE_FPS))
+        self.target = self.target | start
+        for number in range(1, steps + 1):
+            if held():
+                return
+            share = number / steps
+            values = [
+                (1 - share) * start.get(name, self.target[name]) + share * pose.get(name, self.target[name])
+                for name in self.names
+            ]
+            self.send(np.array(values))
+            if not self.config.in_lockstep:
+                time.sleep(1 / MOVE_FPS / self.config.speed)
+
+    def park(self) -> None:
+        """Go to the parking pose, if it has moved at all, and let go."""
+        if self.moved:
+            attempt("the robot cannot be parked", self.go_to, self.config.park_pose or self.home)
+        attempt("the robot cannot be disconnected", self.robot.disconnect)
+
+
+def attempt(problem: str, act: Callable[..., None], *args: Any) -> None:
+    """Do what is to be done at the end, whatever becomes of it."""
+    try:
+        act(*args)
+    except Exception as error:  # whatever a driver raises
+        print(f"{problem}: {reason(error, last=True)}", flush=True)
