@@ -74,9 +74,10 @@ class TrainConfig:
     def check_learnt(self, updates: int, transitions: int) -> None:
         """Raise a ``UserError`` where a run has ended before its first gradient step."""
         if not updates:
+            name = "episodes" if self.episodes else "env_steps"
             raise UserError(
-                "--train.env_steps",
-                f"{self.env_steps} steps gave {transitions} transitions, learning starts at "
+                f"--train.{name}",
+                f"{getattr(self, name)} gave {transitions} transitions, learning starts at "
                 f"{self.first_update}; raise it, or lower --train.first_update",
             )
 

@@ -196,11 +196,11 @@ def steer(
         check_reward(config.rl, config.train.reward, measured)
         seen = [found["base"] for found in measured.values()]
         config.train = config.train.within_rewards(pooled(seen).reward_range if seen else None)
-        run.begin(measured, constants)
         clock.lap("baselines")
         tracked = Trackers(accelerator, flatten(run.config))
         kept = checkpoint.beside["metrics"] if checkpoint else 0
         with session.environments(config.num_envs, faults=config.faults) as vec:
+            run.begin(measured, constants)
             if robot:
                 vec.keep(output / EPISODES, checkpoint.beside["episodes"] if checkpoint else 0)
                 vec.stopping = signals

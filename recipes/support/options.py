@@ -30,7 +30,12 @@ from trimtab.recipes.support.option_dicts import (
     read_options,
     value_at,
 )
-from trimtab.recipes.support.robot_options import robot_defaults, with_robot, without_environment
+from trimtab.recipes.support.robot_options import (
+    as_of_robot,
+    robot_defaults,
+    with_robot,
+    without_environment,
+)
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.algorithms.presets import IMPLIED_DEFAULTS, PAPER
 
@@ -189,6 +194,7 @@ def decode[Config](
     except (UserError, draccus.utils.ParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
         found = _user_error(error, path)
     name = found.option.removeprefix("--")
+    found = as_of_robot(found) if value_at(values, "env.type") == "robot" else found
     if path and value_at(given, name) is None and value_at(values, name) is not None:
         raise UserError(found.option, f"{found.message} (in {path})")
     raise found

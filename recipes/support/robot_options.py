@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from trimtab.adapters.errors import UserError
 from trimtab.recipes.support.option_dicts import Options, loaded_plugins, merge, put, value_at
@@ -44,6 +45,16 @@ def with_robot(given: Options) -> Options:
     if teleop is not None:
         put(moved, "env.teleop", teleop)
     return merge(moved, found)
+
+
+def as_of_robot(error: UserError) -> UserError:
+    """An error about an option of ``--env.type=robot``, with the option as the user gives it."""
+
+    def said(text: str) -> str:
+        text = re.sub(r"--env\.(robot|teleop)\.", r"--\1.", text)
+        return re.sub(rf"--env\.(?=({'|'.join(OF_STATION)})\b)", "--robot.", text)
+
+    return UserError(said(error.option), said(error.message))
 
 
 def robot_defaults(names: set[str]) -> Options:

@@ -77,10 +77,8 @@ class Station:
         try:
             while not self.person.start(self.arm.robot, number):
                 said = self.person.said(self.arm.robot, -1)
-                if self.interrupted or said == "stop":
-                    return {"stop": "Ctrl-C" if self.interrupted else "the person"}
-                if link.withdrawn():  # the learner no longer wants it
-                    return {"stop": ""}
+                if stop := self._called_off(link, said):
+                    return stop
                 if by_hand:
                     self._hand_over(said)
                 if by_hand and self.human:
@@ -89,7 +87,9 @@ class Station:
             self._hand_over("release")
             if self.config.reset == "pose":
                 start = self.config.start_pose or self.arm.home
-                self.arm.go_to(start, lambda: self.interrupted or link.withdrawn())
+                self.arm.go_to(start, lambda: bool(self._called_off(link)))
+                if stop := self._called_off(link):
+                    return stop
             self.arm.target |= self.arm.position()
             self.free = 0.0
             return {"seen": self.arm.observe()}
@@ -97,6 +97,12 @@ class Station:
             raise
         except Exception as error:  # whatever a robot's driver, or a script, raises
             return {"outcome": "abort", "why": failed(error), "executed": ()}
+
+    def _called_off(self, link: StationLink, said: str | None = None) -> dict[str, Any]:
+        """The answer where the episode that is to begin is no longer wanted; else empty."""
+        if self.interrupted or said == "stop":
+            return {"stop": "Ctrl-C" if self.interrupted else "the person"}
+        return {"stop": ""} if link.withdrawn() else {}
 
     def chunk(self, actions: np.ndarray, exact: int = 1) -> dict[str, Any]:
         """Execute actions (T, n) until the chunk, the episode or the turn of policy or person is over.
@@ -117,6 +123,9 @@ class Station:
             for number, wanted in enumerate(actions[: self.config.steps - self.step]):
                 due = started + number * self.period
                 self._wait(due)
+                if self.interrupted:
+                    outcome, why = "abort", "Ctrl-C"
+                    break
                 lateness = max(0.0, time.perf_counter() - due) if self.period else 0.0
                 sent = self.arm.send(self.leader.action(self.arm.target) if human else wanted)
                 self._wait(due + self.period)
@@ -204,7 +213,9 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
             station = Station(config, arm, person, leader)
         except UserError as error:
             link.refuse(error)
-            raise
+            if again:
+                raise
+            raise SystemExit(2) from error  # the learner has the same terminal
 
         def interrupt(number: int, frame: Any) -> None:
             station.interrupted = True

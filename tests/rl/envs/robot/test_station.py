@@ -204,6 +204,20 @@ def test_a_learner_that_is_gone_stops_the_way_to_the_start(make):
     assert station.arm.robot.sends == 5
 
 
+@pytest.mark.parametrize(
+    "options, answer", [({"reset": "pose", "start_pose": START}, "begin"), ({}, "chunk")]
+)
+def test_ctrl_c_holds_at_once_on_the_way(make, options, answer):
+    station = make(move_s=1.0, **options)
+    sends = []
+    station.arm.robot.send_action = lambda action: sends.append(setattr(station, "interrupted", True))
+    found = begin(station)
+    if answer == "chunk":
+        found = station.chunk(np.tile(POSE + 50, (5, 1)))
+        assert found["outcome"] == "abort" and not len(found["executed"])
+    assert found["stop"] == "Ctrl-C" and len(sends) == 1
+
+
 def test_a_person_takes_over_and_gives_back(make):
     station = make({2: "takeover", 5: "release"}, teleop=LeaderArmConfig(pan=5.0))
     begin(station)
@@ -387,7 +401,7 @@ def test_without_a_learner_or_a_robot_there_is_one_line(learner):
     broken, why = robot_config(person="nowhere:Nobody"), r"nowhere:Nobody' cannot be made"
     with station_thread(broken, learner.address, "word") as raised, pytest.raises(UserError, match=why):
         wait(learner)
-    assert isinstance(raised[0], UserError)
+    assert isinstance(raised[0], SystemExit)  # the learner says it
     with pytest.raises(UserError, match="no keys can be read here"):
         make_person("keyboard", {})
     with pytest.raises(UserError, match=r"limits: elbow is none of the robot's: shoulder_pan\.pos"):
