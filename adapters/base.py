@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trimtab.adapters.conditioning import Conditioning, repeat_rows
 
+SPREAD = 8  # draws that tell how far noise moves a chunk
 RELATIVE_STATE = "relative_state"  # raw state of each observation, for policies with relative actions
 
 
@@ -63,6 +64,7 @@ class NoiseToChunk(abc.ABC):
 
     policy_type: ClassVar[str] = ""  # LeRobot's name
     history: ClassVar[bool] = False  # takes a time axis, (B, n_obs_steps, ...)
+    inverts: bool = False  # whether invert finds the noise of a chunk, through reverse
     remembers: ClassVar[bool] = False  # a chunk depends on the episode before it, through follow
     rounding: ClassVar[float] = 0.0  # share of the noise's effect by which the same noise's chunks may differ
     fills_missing_cameras: ClassVar[bool] = False  # runs with fewer cameras than its config names
@@ -221,6 +223,47 @@ class NoiseToChunk(abc.ABC):
             conditioning: from ``encode``, for B noises. It is not changed.
             noise: (B, *noise_spec.shape) of ``noise_spec.dtype``.
         """
+
+    @torch.no_grad()
+    def invert(
+        self, conditioning: Conditioning, chunk: Tensor, iterations: int = 5
+    ) -> tuple[Tensor, Tensor] | None:
+        """The noise that ``denoise`` makes ``chunk`` of, and how far it is off; ``None`` unless ``inverts``.
+
+        Args:
+            conditioning: of B observations.
+            chunk: (B, steps, action_dim), normalised. What ``denoise`` makes beside that may be anything.
+            iterations: fixed-point iterations for each denoising step.
+
+        Returns:
+            noise (B, *noise_spec.shape), finite, and its ``misses`` (B,). Both are large where no noise makes
+            such a chunk.
+        """
+        if not self.inverts:
+            return None
+        chunk = chunk.to(self.device)
+        noise = self.reverse(conditioning, chunk, iterations).nan_to_num(0.0, 0.0, 0.0)
+        noise = noise.to(self.noise_spec.dtype)
+        return noise, self.misses(conditioning, noise, chunk)
+
+    def reverse(self, conditioning: Conditioning, chunk: Tensor, iterations: int) -> Tensor:
+        """The denoising loop backwards, for a subclass that ``inverts``.
+
+        What is not executed of a chunk is as zero noise makes it.
+        """
+        raise NotImplementedError
+
+    def misses(self, conditioning: Conditioning, noise: Tensor, chunk: Tensor) -> Tensor:
+        """How far ``denoise`` of ``noise`` is from ``chunk``, (B,): root mean square, in units of sigma.
+
+        Sigma is the deviation that noise causes at the same observation, in ``SPREAD`` draws that are always
+        the same.
+        """
+        draws = torch.randn((SPREAD, *self.noise_spec.shape), generator=torch.Generator().manual_seed(0))
+        several = draws.to(noise).repeat(len(noise), *[1] * len(self.noise_spec.shape))
+        chunks = self.denoise(conditioning.repeat_interleave(SPREAD), several).unflatten(0, (-1, SPREAD))
+        error = (self.denoise(conditioning, noise) - chunk.to(self.device)).square().flatten(1).mean(1)
+        return (error / chunks.var(1).flatten(1).mean(1).clamp_min(1e-12)).sqrt()
 
     def check_noise(self, conditioning: Conditioning, noise: Tensor) -> None:
         """Refuse noise of another shape, dtype or device than the policy takes (``ValueError``)."""

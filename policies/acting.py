@@ -20,6 +20,8 @@ from trimtab.policies.noise_space import NoiseSpace
 
 # The frozen policy at B observations: noise (B, K, *noise_shape) -> normalised chunks (B, K, steps, dim).
 Denoise = Callable[[Tensor], Tensor]
+ACCURATE = 0.1  # of sigma, see NoiseToChunk.misses
+WITHIN = 0.98  # of the bound: an actor's mean_limit
 # Observations (B, d) and chunks (B, K, steps, action_dim) -> (B,) index of the chunk to execute.
 Select = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,6 +31,23 @@ def denoise_several(adapter: PolicyAdapter, conditioning: Conditioning, noise: T
     noise = noise.to(adapter.device, adapter.noise_spec.dtype)
     chunks = adapter.denoise(conditioning.repeat_interleave(noise.shape[1]), noise.flatten(0, 1))
     return chunks.unflatten(0, tuple(noise.shape[:2]))
+
+
+def noise_of(
+    adapter: PolicyAdapter, space: NoiseSpace, conditioning: Conditioning, chunk: Tensor
+) -> Tensor | None:
+    """``u`` (dim,) of a noise in ``space`` that the frozen policy makes ``chunk`` of, if there is one.
+
+    ``chunk`` (1, steps, action_dim), normalised, is that of one observation. The noise must make it but for
+    ``ACCURATE`` of what noise changes at all, also once it is cut to what an actor's mean can say. The base
+    makes no such chunk of any noise where a person does what it never would.
+    """
+    found = adapter.invert(conditioning, chunk)
+    if found is None or not found[1] < ACCURATE:
+        return None
+    u = space.project(found[0]).clamp(-WITHIN * space.bound, WITHIN * space.bound)
+    said = space.expand(u, found[0])
+    return u[0] if adapter.misses(conditioning, said, chunk) < ACCURATE else None
 
 
 @dataclass

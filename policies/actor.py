@@ -117,6 +117,13 @@ class NoiseActor(nn.Module):
         log_prob = density.sum(1) - 0.5 * math.log(2.0 * math.pi) * self.space.dim
         return ActorOutput(self.space.squash(z), log_prob, mean, log_std)
 
+    def log_prob(self, features: Tensor, u: Tensor) -> Tensor:
+        """``log pi(u | s)``, (B,), of ``u`` (B, dim)."""
+        space, z = self.space, self.space.unsquash(u, 0.999)
+        mean, log_std = self(features)
+        gaussian = -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std
+        return (gaussian - 0.5 * math.log(2.0 * math.pi) - space.log_slope(z)).sum(-1)
+
     @torch.no_grad()
     def encode(self, observations: Tensor) -> Tensor:
         """Observations as they come -> what the networks look at, on their device."""

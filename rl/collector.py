@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.policies.acting import Candidates, Choice, Denoise
+from trimtab.policies.acting import Candidates, Choice, Denoise, noise_of
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.algorithms.acting import BehaviorPolicy
 from trimtab.rl.data.decoder import ConditioningSpec
@@ -39,6 +39,7 @@ class Episode:
         chunks: what was executed, (chunks, steps * action_dim), normalised; (chunks, 0) where the replay does
             not keep it.
         rewards, discounts: of each chunk.
+        human, inverted: how many chunks a person executed, and of how many of them the noise was found.
     """
 
     seed: int
@@ -53,6 +54,8 @@ class Episode:
     chunks: Any = field(default_factory=list)
     rewards: Any = field(default_factory=list)
     discounts: Any = field(default_factory=list)
+    human: int = 0
+    inverted: int = 0
 
 
 class Collector:
@@ -117,6 +120,8 @@ class Collector:
         self.rollout.encode_observations()
         self._accumulators = [NStepAccumulator(rl.n_step) for _ in envs]
         self._human = [False for _ in envs]  # whether a person has the robot
+        # Of running episodes, to be inverted at their ends: what a person saw and did, u and its mark.
+        self._taken: list[list[tuple[Any, ...]]] = [[] for _ in envs]
         self._held: list[list[Transition]] = [[] for _ in envs]  # of running episodes
         self._episodes = [self._new_episode(i) for i in envs]
         keeps = "conditioning" in rl.replayed
@@ -170,6 +175,7 @@ class Collector:
         self._steering = steering
         choice = self.rollout.begin(self)
         self._u = choice.u.float().cpu().numpy()
+        self._marks = np.zeros((len(self._u), 1), dtype=np.float32)
         self._chunks = choice.chunk.float().flatten(1).cpu().numpy()
         self.vec.note(u=self._u[0], steered=np.array(self._episodes[0].steered))
 
@@ -204,8 +210,8 @@ class Collector:
         for i, result in results.items():
             if result.lost:
                 self.lost.append(result.lost)
-                self._accumulators[i].clear()
-                self._held[i].clear()
+                for pending in (self._accumulators[i], self._held[i], self._taken[i]):
+                    pending.clear()
             else:
                 self._held[i] += self._add(i, result, before[i], after[i])
                 self.env_steps += result.steps
@@ -213,6 +219,7 @@ class Collector:
                 transitions += self._held[i]
                 self._held[i] = []
             if result.ended:
+                self._invert(i)
                 episodes.append(self._episodes[i])
             if (result.ended or result.lost) and not self.vec.attended:
                 self._episodes[i] = self._new_episode(i)
@@ -233,6 +240,22 @@ class Collector:
         chunk[: len(actions)] = self.runner.normalised(history, torch.from_numpy(actions)[None])[0].numpy()
         self._chunks[i] = chunk.reshape(-1)
         self._u[i] = 0.0 if result.human else result.note.get("u", self._u[i])
+        if result.human and "imitated" in self.rl.replayed:
+            encoded = self.rollout.encoded[self.rollout.envs.index(i)]
+            self._taken[i].append((encoded, chunk, self._u[i], self._marks[i]))
+
+    def _invert(self, i: int) -> None:
+        """Note the noises of what a person did in an episode, where these can be told.
+
+        It takes time that an arm in a person's hands does not have, so at the episode's end.
+        """
+        for encoded, chunk, u, mark in self._taken[i]:
+            found = noise_of(self.runner.adapter, self.learner.space, encoded, torch.from_numpy(chunk)[None])
+            self._episodes[i].human += 1
+            if found is not None:  # in the place that the transitions, too, refer to
+                u[:], mark[:] = found.float().cpu().numpy(), 1.0
+                self._episodes[i].inverted += 1
+        self._taken[i].clear()
 
     def _add(self, i: int, result: ChunkResult, before: Row, after: Row) -> list[Transition]:
         """Take an executed chunk into the running episode; returns the transitions that it completes."""
@@ -249,7 +272,7 @@ class Collector:
         episode.total += float(result.rewards.sum())
         episode.terminated = result.terminated
         self.reported |= result.success_key is not None or episode.success
-        kept["chunk"] = self._chunks[i]
+        kept |= {"chunk": self._chunks[i], "imitated": self._marks[i]}
         chunk = Transition(features, self._u[i], reward, discount, next_features, kept)
         done = []
         if result.human != self._human[i]:  # no return goes on where another acts

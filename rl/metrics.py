@@ -119,6 +119,12 @@ def returns_to_go(episode: Episode, tail: float) -> np.ndarray:
     return returns
 
 
+def human_chunks(episodes: Collection[Episode]) -> dict[str, int]:
+    """How many chunks people executed where these are to be imitated, and how many had a noise."""
+    human, inverted = (sum(getattr(one, name) for one in episodes) for name in ("human", "inverted"))
+    return {"human_chunks": human, "human_chunks_inverted": inverted} if human else {}
+
+
 @torch.no_grad()
 def calibration(algorithm: Algorithm, episodes: Collection[Episode]) -> dict[str, float]:
     """How the present critic's values of what recent episodes did compare with the returns that followed.

@@ -21,7 +21,7 @@ from trimtab.rl.data.replay import Batch
 from trimtab.rl.data.returns import Transition
 from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.learner import make_learner
-from trimtab.rl.metrics import RunMetrics, calibration
+from trimtab.rl.metrics import RunMetrics, calibration, human_chunks
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
 from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals, lost_notes, too_many
@@ -268,6 +268,7 @@ class Trainer:
             {**self.collector.rollout.seconds, "update": self.update_seconds}, self.seconds
         )
         if self.world.main:
+            line |= human_chunks(self.recent)
             line |= calibration(self.algorithm, self.recent) if self.updates else {}
             self.on_metrics(line)
 

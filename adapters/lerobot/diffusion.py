@@ -13,6 +13,7 @@ from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError
+from trimtab.adapters.lerobot.inversion import solve
 
 DEFAULT_DDIM_STEPS = 10  # what a checkpoint saved with DDPM is sampled with, unless told otherwise
 
@@ -95,3 +96,28 @@ class DiffusionAdapter(PolicyAdapter):
             conditioning.batch_size, global_cond=conditioning.rows("features"), noise=noise
         )
         return self.executed(actions[:, self.n_obs_steps - 1 :])
+
+    @property
+    def inverts(self) -> bool:  # type: ignore[override]
+        return self.config.noise_scheduler_type == "DDIM"
+
+    def reverse(self, conditioning: Conditioning, chunk: Tensor, iterations: int) -> Tensor:
+        """Each DDIM step is ``x := a x + b eps(x, t)``.
+
+        Where LeRobot clips what it predicts (``clip_sample``) it has no inverse.
+        """
+        model, features = self.policy.diffusion, conditioning.rows("features")
+        zero = chunk.new_zeros(len(chunk), *self.noise_spec.shape)
+        x = model.conditional_sample(len(chunk), global_cond=features, noise=zero)
+        self.executed(x[:, self.n_obs_steps - 1 :]).copy_(chunk)
+        scheduler = model.noise_scheduler  # conditional_sample has set its timesteps
+        following = scheduler.final_alpha_cumprod
+        for t in scheduler.timesteps.flip(0):
+            times, alpha = torch.full((len(x),), t, device=x.device), scheduler.alphas_cumprod[t]
+
+            def step(x: Tensor, t: Tensor = t, times: Tensor = times) -> Tensor:
+                return scheduler.step(model.unet(x, times, global_cond=features), t, x).prev_sample
+
+            x = solve(step, x, float((following / alpha).sqrt()), iterations)
+            following = alpha
+        return x

@@ -11,15 +11,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyConfig
-from trimtab.adapters.lerobot.vla import VLAAdapter, pooled, restore_prefix, store_prefix
+from trimtab.adapters.lerobot.inversion import Velocity
+from trimtab.adapters.lerobot.vla import FlowAdapter, pooled, restore_prefix, store_prefix
 
 
-class EO1Adapter(VLAAdapter):
+class EO1Adapter(FlowAdapter):
     """Features: mean of Qwen's hidden states before the action span, and the normalised, padded state."""
 
     policy_type: ClassVar[str] = "eo1"
@@ -80,7 +80,7 @@ class EO1Adapter(VLAAdapter):
             )
         return span
 
-    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+    def velocity(self, conditioning: Conditioning) -> Velocity:
         model, qwen = self.policy.model, self.policy.model.vlm_backbone.model
         cache, mask = restore_prefix(conditioning), conditioning.rows("mask")
         position_ids = conditioning.rows("positions").transpose(0, 1)
@@ -97,4 +97,4 @@ class EO1Adapter(VLAAdapter):
             with model.flow_head_autocast_context():
                 return model.action_out_proj(hidden.to(model.action_out_proj.dtype)).to(actions.dtype)
 
-        return self.executed(euler_integrate(velocity, noise, self.config.num_denoise_steps)).float()
+        return velocity

@@ -24,6 +24,7 @@ class MultiTaskDiTAdapter(DiffusionAdapter):
     policy_type: ClassVar[str] = "multi_task_dit"
     backbone_fields = ("vision_encoder_name", "text_encoder_name")
     loads_backbone = True
+    inverts = False  # LeRobot hides the noise from its sampler
     takes_tokenizer = True
     reads_task = True
     resize_field = "image_resize_shape"

@@ -12,16 +12,16 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.policies.common.vla_utils import make_att_2d_masks, pad_vector, prepare_attention_masks_4d
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
 from trimtab.adapters import Conditioning
-from trimtab.adapters.lerobot.vla import VLAAdapter, pooled, restore_prefix, store_prefix
+from trimtab.adapters.lerobot.inversion import Velocity
+from trimtab.adapters.lerobot.vla import FlowAdapter, pooled, restore_prefix, store_prefix
 
 
-class PiAdapter(VLAAdapter):
+class PiAdapter(FlowAdapter):
     """Features: mean of PaliGemma's last hidden states without padding, and the normalised, padded state.
 
     Nothing here reads a tensor's values, so it also runs on the meta device (to count operations).
@@ -62,7 +62,7 @@ class PiAdapter(VLAAdapter):
         small = {"state": state, "pad_mask": pad_mask, "features": features}
         return Conditioning({**small, **store_prefix(cache)})
 
-    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+    def velocity(self, conditioning: Conditioning) -> Velocity:
         cache, prefix_mask = restore_prefix(conditioning), conditioning.rows("pad_mask")
         start = prefix_mask.sum(-1, keepdim=True)
         state = [conditioning.rows("state")] if self.state_in_suffix else []
@@ -81,7 +81,7 @@ class PiAdapter(VLAAdapter):
             )
             return self.policy.model.action_out_proj(hidden[:, -actions.shape[1] :].float())
 
-        return self.executed(euler_integrate(velocity, noise, self.config.num_inference_steps))
+        return velocity
 
 
 class PI0Adapter(PiAdapter):

@@ -10,15 +10,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from lerobot.policies.common.flow_matching import euler_integrate
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, PolicyConfig
-from trimtab.adapters.lerobot.vla import VLAAdapter, pooled, restore_prefix, store_prefix
+from trimtab.adapters.lerobot.inversion import Velocity
+from trimtab.adapters.lerobot.vla import FlowAdapter, pooled, restore_prefix, store_prefix
 
 
-class SmolVLAAdapter(VLAAdapter):
+class SmolVLAAdapter(FlowAdapter):
     """Features: mean of the VLM's prefix tokens, and the normalised, padded state."""
 
     policy_type: ClassVar[str] = "smolvla"
@@ -62,14 +62,14 @@ class SmolVLAAdapter(VLAAdapter):
         features = torch.cat([pooled(hidden, pad_mask), state.float()], -1)
         return Conditioning({"features": features, "pad_mask": pad_mask, **store_prefix(cache)})
 
-    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+    @property
+    def inverts(self) -> bool:  # type: ignore[override]
+        return not self.config.adapt_to_pi_aloha  # which makes other actions of them
+
+    def velocity(self, conditioning: Conditioning) -> Velocity:
         cache, pad_mask = restore_prefix(conditioning), conditioning.rows("pad_mask")
-        chunk = euler_integrate(
-            lambda x, time: self.policy.model.denoise_step(pad_mask, cache, x, time),
-            noise,
-            self.policy.config.num_steps,
-        )
-        chunk = self.executed(chunk)
-        if self.policy.config.adapt_to_pi_aloha:
-            chunk = self.policy._pi_aloha_encode_actions(chunk)
-        return chunk
+        return lambda x, time: self.policy.model.denoise_step(pad_mask, cache, x, time)
+
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        chunk = super().denoise(conditioning, noise)
+        return self.policy._pi_aloha_encode_actions(chunk) if self.config.adapt_to_pi_aloha else chunk

@@ -5,15 +5,18 @@ Any number of noises read the cache of an observation's prefix, and none changes
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+from lerobot.policies.common.flow_matching import euler_integrate
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter
 from trimtab.adapters.conditioning import repeat_rows
+from trimtab.adapters.lerobot.inversion import Velocity, reverse_euler
 
 
 class VLAAdapter(PolicyAdapter):
@@ -28,6 +31,29 @@ class VLAAdapter(PolicyAdapter):
         config = policy.config
         self.noise_spec = NoiseSpec(tuple(getattr(config, name) for name in self.noise_fields))
         self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
+
+
+class FlowAdapter(VLAAdapter):
+    """Integrates a velocity by ``steps_field`` Euler steps, from noise at time 1 to the chunk at time 0."""
+
+    steps_field: ClassVar[str]
+    inverts = True
+
+    @abc.abstractmethod
+    def velocity(self, conditioning: Conditioning) -> Velocity:
+        """The flow of B chunks."""
+
+    def _integrate(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        return euler_integrate(self.velocity(conditioning), noise, getattr(self.config, self.steps_field))
+
+    def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
+        return self.executed(self._integrate(conditioning, noise)).float()
+
+    def reverse(self, conditioning: Conditioning, chunk: Tensor, iterations: int) -> Tensor:
+        whole = self._integrate(conditioning, chunk.new_zeros(len(chunk), *self.noise_spec.shape))
+        self.executed(whole).copy_(chunk)
+        steps = getattr(self.config, self.steps_field)
+        return reverse_euler(self.velocity(conditioning), whole, steps, iterations)
 
 
 class PrefixLayer(DynamicLayer):

@@ -290,7 +290,8 @@ def steer(
 def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
     """Refuse what does not fit together before any long work."""
     tasks, demos, warm_start = len(session.tasks), config.demos, config.train.warm_start
-    config.rl.check(space, RunRequest(tasks, session.world.size, config.resume, bool(warm_start)))
+    run = RunRequest(tasks, session.world.size, config.resume, bool(warm_start), session.adapter.inverts)
+    config.rl.check(space, run)
     demos.check(config.rl)
     if config.train.offline_updates and not demos.enabled:
         raise UserError("--train.offline_updates", "learns from demonstrations: give --demos.root=FOLDER")
@@ -301,8 +302,7 @@ def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> No
     if demos.enabled:
         read_demonstrations(demos, session.adapter, config.train.reward, config.env.task or "")
     if warm_start:
-        noise = read_constant(warm_start, session.adapter.noise_spec)
-        NoiseActor(1, space, config.rl.actor).begin_at(noise)
+        NoiseActor(1, space, config.rl.actor).begin_at(read_constant(warm_start, session.adapter.noise_spec))
 
 
 def measure(session: Session, config: AdaptConfig, space: NoiseSpace) -> tuple[Measured, dict[str, Any]]:

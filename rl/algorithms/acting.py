@@ -30,6 +30,7 @@ class RunRequest:
     processes: int = 1
     resume: bool = False
     warm_start: bool = False
+    inverts: bool = True  # the policy tells the noise of a chunk
 
 
 PLAIN_RUN = RunRequest()

@@ -238,6 +238,17 @@ class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
         target = batch["reward"] + batch["discount"] * value
         return target if self.bounds is None else target.clamp(*self.bounds)
 
+    def imitation_loss(self, batch: Batch) -> Tensor:
+        """``-E[log pi(u | s)]`` over the rows ``imitated``, times its weight; 0 where there are none.
+
+        Their ``u`` is the noise of what a person did. Its gradient reaches the actor alone. In nats, as the
+        divergence from the prior, which holds the deviation up where there are few of them.
+        """
+        marked = batch["imitated"]  # (B, 1)
+        u = torch.where(marked > 0.0, batch["u"], 0.0)  # NaN in a demonstration
+        loss = -self.actor.log_prob(batch["features"].detach(), u)
+        return self.config.imitation_weight * (marked[:, 0] * loss).sum() / marked.sum().clamp_min(1.0)
+
     def q_statistics(self, values: Tensor) -> dict[str, Tensor]:
         """Metrics of the critic's ``values`` on a batch, now and then."""
         if not self.every(MEASURED_EVERY):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import UserError
+from trimtab.adapters.errors import at_least
 from trimtab.policies.acting import (
     BestOfCandidates,
     Candidates,
@@ -83,6 +84,9 @@ class BestOfNConfig(AlgorithmConfig):
     prior_weight: float = 0.25
     # Share of the states in which the actor is trained at its mean (which is deployed), and not at a draw.
     mean_share: float = 0.5
+    # Weight of -log pi of the noises that would have made a person's chunks (--teleop.type), in units of
+    # return per nat; 0: off. Few chunks have such a noise: see recipes/configs/your_robot/README.md.
+    imitation_weight: float = 0.0
 
     pace: ClassVar[dict[str, Any]] = AlgorithmConfig.pace | {"warmup_transitions": 0, "first_update": 64}
 
@@ -99,12 +103,17 @@ class BestOfNConfig(AlgorithmConfig):
             if not 1 <= count <= self.num_candidates:
                 raise UserError(f"--rl.{name}", f"must be from 1 to num_candidates={self.num_candidates}")
         self.require_known(target=TARGETS, distillation=DISTILLATION, acting=ACTING, critic_loss=LOSSES)
+        at_least(0, self, "--rl.", "imitation_weight")
         if not 0.0 <= self.mean_share <= 1.0:
             raise UserError("--rl.mean_share", f"is a share, from 0 to 1, got {self.mean_share}")
 
     @property
     def candidates(self) -> int:
         return self.num_candidates
+
+    @property
+    def replayed(self) -> tuple[str, ...]:
+        return *super().replayed, *(("imitated",) if self.imitation_weight else ())
 
     @property
     def proposed(self) -> int:
@@ -123,7 +132,7 @@ class BestOfNConfig(AlgorithmConfig):
         return max(self.num_candidates // 4, 1) if self.distilled_pairs is None else self.distilled_pairs
 
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
-        check_pairs(space, "best_of_n")
+        check_pairs(self, space, run)
 
     def build(self, problem: Problem) -> BestOfN:
         return BestOfN(self, problem)
@@ -224,6 +233,8 @@ class BestOfN(Algorithm):
         if self.every(self.config.actor_every):
             regress = self.config.distillation == "regression"
             loss, divergence, u = (self.regression_loss if regress else self.actor_loss)(batch)
+            if self.config.imitation_weight:
+                loss = loss + self.imitation_loss(batch)
             self._step(self.actor_optimizer, loss)
             metrics |= {
                 "actor_loss": loss.detach(),

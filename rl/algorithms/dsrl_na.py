@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from trimtab.adapters import UserError
+from trimtab.adapters.errors import at_least
 from trimtab.policies.actor import ActorOutput, kl_to_prior
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
@@ -38,12 +39,21 @@ RANKED = 8  # noises per state that are decoded to rank them, in exact mode, and
 RANKED_STATES = 32  # of how many states
 
 
-def check_pairs(space: NoiseSpace, name: str) -> None:
-    """Raise a UserError where ``u`` does not tell the noise, so that a chunk is not its doing alone."""
+def check_pairs(config: Any, space: NoiseSpace, run: RunRequest) -> None:
+    """Raise a UserError where ``u`` does not tell the noise, so that a chunk is not its doing alone.
+
+    Or where the noise of a person's chunks is to be imitated, and the policy does not tell it.
+    """
+    if config.imitation_weight and not run.inverts:
+        raise UserError(
+            "--rl.imitation_weight",
+            "this policy's chunks cannot be turned back into noise (diffusion, pi0, pi05, smolvla and eo1 "
+            "can); leave it at 0",
+        )
     if not space.determines_noise:
         raise UserError(
             "--noise.type",
-            f"{name} distils which noise made which chunk, which this space cannot express; use full, "
+            f"{config.type} distils which noise made which chunk, which this space cannot express; use full, "
             "repeat or knots, or dsrl_sac",
         )
 
@@ -93,6 +103,9 @@ class DSRLNAConfig(SoftConfig):
     # Its weight in units of return per nat. Fixed: if it falls, the actor exploits the noise critic.
     initial_temperature: float = 0.03
     learn_temperature: bool = False
+    # Weight of -log pi of the noises that would have made a person's chunks (--teleop.type), in units of
+    # return per nat; 0: off. Few chunks have such a noise: see recipes/configs/your_robot/README.md.
+    imitation_weight: float = 0.0
 
     pace: ClassVar[dict[str, Any]] = AlgorithmConfig.pace | {"warmup_transitions": 0, "first_update": 64}
 
@@ -108,6 +121,7 @@ class DSRLNAConfig(SoftConfig):
             )
         if self.mode == "stored" and self.distilled_pairs > self.num_candidates:
             raise UserError("--rl.distilled_pairs", f"at most num_candidates={self.num_candidates}")
+        at_least(0, self, "--rl.", "imitation_weight")
 
     @property
     def candidates(self) -> int:
@@ -115,13 +129,14 @@ class DSRLNAConfig(SoftConfig):
 
     @property
     def replayed(self) -> tuple[str, ...]:
+        marks = ("imitated",) if self.imitation_weight else ()
         if self.mode == "exact":
-            return "chunk", "conditioning"
+            return "chunk", "conditioning", *marks
         following = ("next_candidates", "next_candidates_u") if self.bootstrap == "importance" else ()
-        return "chunk", "candidates", "candidates_u", *following
+        return "chunk", "candidates", "candidates_u", *following, *marks
 
     def check(self, space: NoiseSpace, run: RunRequest = PLAIN_RUN) -> None:
-        check_pairs(space, "dsrl_na")
+        check_pairs(self, space, run)
 
     def build(self, problem: Problem) -> DSRLNA:
         return DSRLNA(self, problem)
@@ -171,13 +186,6 @@ class DSRLNA(SoftActorCritic):
         exponent = (z / space.initial_std).square() - ((z - mean) * (-log_std).exp()).square()
         return 0.5 * exponent.sum(-1) + (math.log(space.initial_std) - log_std).sum(-1)
 
-    def log_density(self, features: Tensor, u: Tensor) -> Tensor:
-        """``log pi(u | s)``, (B,), of ``u`` (B, dim)."""
-        space, z = self.space, self.space.unsquash(u, 0.999)
-        mean, log_std = self.actor(features)
-        gaussian = -0.5 * ((z - mean) * (-log_std).exp()).square() - log_std
-        return (gaussian - 0.5 * math.log(2.0 * math.pi) - space.log_slope(z)).sum(-1)
-
     @torch.no_grad()
     def td_target(self, batch: Batch) -> Tensor:
         """``R + D * min_e Qbar^A_e(s', a')``, (B,); clipped to the possible returns.
@@ -190,7 +198,7 @@ class DSRLNA(SoftActorCritic):
             ratio = self.log_ratio(features, batch["next_candidates_u"])
             chosen = torch.multinomial(torch.softmax(ratio, 1), 1)
             value = self.target_critic(features, pick(batch["next_candidates"], chosen)[:, 0])
-            log_prob = self.log_density(features, pick(batch["next_candidates_u"], chosen)[:, 0])
+            log_prob = self.actor.log_prob(features, pick(batch["next_candidates_u"], chosen)[:, 0])
             return self.soft_bootstrap(batch, value.min(0).values, log_prob)
         following = self.actor.sample(features)
         if self.exact:
@@ -232,6 +240,8 @@ class DSRLNA(SoftActorCritic):
         if self.config.regularizer == "prior":
             divergence = kl_to_prior(drawn.mean, drawn.log_std, self.space.initial_std)
             loss = loss + (self.alpha.detach() * (divergence - drawn.log_prob)).mean()
+        if self.config.imitation_weight:
+            loss = loss + self.imitation_loss(batch)
         return loss, drawn
 
     def phase(self) -> tuple[int, ...]:

@@ -136,4 +136,5 @@ def _look(
         denoise = partial(runner.denoise, conditioning)
         candidates = algorithm.propose(features, prior, denoise, steering=False)
     found = observation_rows(features, candidates, conditioning, spec)
-    return [(seen, kept | {"chunk": one}) for (seen, kept), one in zip(found, chunks.flatten(1).numpy())]
+    rows = zip(found, chunks.flatten(1).numpy())
+    return [(seen, kept | {"chunk": one, "imitated": np.zeros(1)}) for (seen, kept), one in rows]

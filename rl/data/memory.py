@@ -37,10 +37,11 @@ def replay_layout(
     """What a transition of a run consists of, with observations of ``feature_dim`` numbers.
 
     ``rl.replayed`` names what else there is: ``chunk`` (what was executed), ``candidates`` and
-    ``candidates_u`` (pairs of the state), the same with ``next_``, and ``conditioning`` (of both states).
+    ``candidates_u`` (pairs of the state), the same with ``next_``, ``conditioning`` (of both states), and
+    ``imitated`` (1 where ``u`` is the noise of what a person did).
     """
     size = math.prod(adapter.chunk_shape)
-    shapes: dict[str, tuple[int, ...]] = {"chunk": (size,)}
+    shapes: dict[str, tuple[int, ...]] = {"chunk": (size,), "imitated": (1,)}
     for before in ("", "next_"):
         shapes[f"{before}candidates"] = (rl.candidates, size)
         shapes[f"{before}candidates_u"] = (rl.candidates, space.dim)

@@ -40,7 +40,7 @@ class ExactPerson(ScriptedPerson):
 PERSON = f"{ExactPerson.__module__}:{ExactPerson.__name__}"
 
 
-def make_policy(folder: Path, n_obs_steps: int = 1) -> Path:
+def make_policy(folder: Path, n_obs_steps: int = 1, **fields: Any) -> Path:
     """A DiffusionPolicy of random weights that trembles about the arm's start pose."""
     torch.manual_seed(0)
     sizes = {
@@ -61,7 +61,7 @@ def make_policy(folder: Path, n_obs_steps: int = 1) -> Path:
         noise_scheduler_type="DDIM",
         num_train_timesteps=50,
         num_inference_steps=2,
-        prediction_type="sample",
+        **{"prediction_type": "sample", **fields},
         normalization_mapping=dict.fromkeys(("STATE", "ENV", "ACTION"), NormalizationMode.MIN_MAX),
     )
     start = torch.tensor([*START.values()])

@@ -103,7 +103,7 @@ def test_log_ratio_is_of_the_squashed_densities():
         ratio = algorithm.log_ratio(batch["next_features"], batch["next_candidates_u"])
         log_prob = torch.stack(
             [
-                algorithm.log_density(batch["next_features"], batch["next_candidates_u"][:, k])
+                algorithm.actor.log_prob(batch["next_features"], batch["next_candidates_u"][:, k])
                 for k in range(K)
             ],
             1,

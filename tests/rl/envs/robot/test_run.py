@@ -5,11 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from safetensors.torch import load_file
 
 from tests.helpers.robots import START, command, make_policy
+from tests.helpers.tiny import make_tiny
+from trimtab.adapters import Conditioning, PolicyConfig, load_adapter
+from trimtab.recipes.cli import main
 from trimtab.recipes.embedded_arm import MujocoArmConfig, ScriptedPusherConfig
+from trimtab.recipes.embedded_arm.teleop import ScriptedPusher
 from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.envs.robot.episodes import RECORD, EpisodeRecord
 from trimtab.rl.envs.robot.vector import RobotVectorEnv
@@ -176,6 +181,48 @@ def test_what_a_person_does_is_learnt_by_the_critic_and_no_return_crosses_it(bas
     assert (replayed(tmp_path / "run", "chunk").float().numpy()[1].reshape(5, 5)[0]) == pytest.approx(
         normalised(record.chunks[1].executed[0]), abs=0.02
     )
+
+
+def test_what_the_base_could_have_done_itself_is_imitated(monkeypatch, tmp_path):
+    """The person's chunks get the noise that makes them; a run that reads them from its files, the same."""
+    base = make_policy(tmp_path / "base", prediction_type="epsilon", clip_sample=False)
+    hand = START | {"shoulder_pan.pos": START["shoulder_pan.pos"] + 2.0}
+    monkeypatch.setattr(ScriptedPusher, "get_action", lambda self: hand)
+    said, teleop = {"script": {"0": {"3": "takeover", "11": "release"}}}, ScriptedPusherConfig(arm="test")
+    options = "--robot.episodes=2", "--rl.imitation_weight=0.1", "--checkpoint.keep=9"
+    run = tmp_path / "run"
+    adapt(base, run, *options, said=said, teleop=teleop)
+    learnt, marks, u = weights(run), replayed(run, "imitated"), replayed(run, "u")
+    assert marks.flatten().tolist() == [0, 1, 1, 0, 0, 0, 0]
+    adapter = load_adapter(PolicyConfig(path=str(base), device="cpu"))
+    features, chunks = (
+        replayed(run, "features")[1:3],
+        replayed(run, "chunk")[1:3].float().unflatten(1, (5, 5)),
+    )
+    person = torch.tensor(normalised([*hand.values()]), dtype=torch.float32)
+    assert (chunks - person).abs().max() < 0.02
+    made = Conditioning({"features": features}), u[1:3].unflatten(1, (8, 5)).float()
+    assert adapter.misses(*made, chunks).max() < 0.1
+    assert (adapter.denoise(*made) - person).square().mean().sqrt() < 0.2
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (last["human_chunks"], last["human_chunks_inverted"]) == (2, 2)
+    assert last["updates"] > 5
+
+    shutil.rmtree(run / "artefact")
+    checkpoints = sorted(p for p in (run / "checkpoints").iterdir() if not p.is_symlink())
+    for folder in checkpoints[1:]:
+        shutil.rmtree(folder)
+    (run / "checkpoints" / "last").unlink(missing_ok=True)
+    adapt(base, run, "--resume=true")
+    assert same(learnt, weights(run)) and (replayed(run, "u") == u).all()
+
+
+def test_a_policy_that_tells_no_noise_is_refused_before_anything_is_written(tmp_path, capsys):
+    base = make_tiny("act", tmp_path / "base").path
+    options = "--env.type=robot", "--robot.type=mujoco_arm", "--rl.imitation_weight=0.1"
+    assert main(["adapt", f"--policy.path={base}", *options, f"--output_dir={tmp_path / 'run'}"]) == 2
+    assert "--rl.imitation_weight: this policy's chunks" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_arm_does_not_wait_for_the_learner(monkeypatch, base, tmp_path):
