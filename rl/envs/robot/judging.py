@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from trimtab.adapters.errors import UserError
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.rl.envs.robot.outcomes import robot_outcomes
 from trimtab.rl.envs.robot.vector import RobotVectorEnv
@@ -12,6 +13,7 @@ from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.statistics import p_below
 
+FAILURES = 5  # of the robot, in a row, that end a judging
 RESET_S = 30.0  # that a person takes to put a scene right, as a guess
 
 
@@ -38,8 +40,11 @@ def judge(
     """Run an episode for each name in ``order``, or as many as the person lets it.
 
     Their files, below ``vec.root``, say who acted.
+
+    Raises:
+        UserError: the robot fails again and again.
     """
-    left = list(order)
+    left, failed = list(order), 0
     rollout = Rollout(runner, vec, lambda i, k: seed if k is None else k + 1)
     while left and rollout.start():
         while not rollout.waiting:
@@ -47,6 +52,9 @@ def judge(
             rollout.begin(policies[left[0]])
             vec.note(steered=np.array(left[0] == "steered"))
             for result in rollout.receive().values():
+                failed = failed + 1 if result.lost and result.lost[0] == "crash" else 0
+                if failed == FAILURES:
+                    raise UserError("--robot.type", f"failed {failed} times in a row: {result.lost[1]}")
                 if result.ended:
                     left.pop(0)
             rollout.start_next_episodes()

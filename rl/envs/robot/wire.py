@@ -182,6 +182,7 @@ class StationLink(contextlib.AbstractContextManager["StationLink"]):
             UserError: it refuses.
         """
         try:
+            self._next = None
             self._connection = connect(
                 f"ws://{self._address}",
                 compression=None,

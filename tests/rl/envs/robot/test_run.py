@@ -13,7 +13,7 @@ from tests.helpers.robots import START, command, make_policy
 from tests.helpers.tiny import make_tiny
 from trimtab.adapters import Conditioning, PolicyConfig, load_adapter
 from trimtab.recipes.cli import main
-from trimtab.recipes.embedded_arm import MujocoArmConfig, ScriptedPusherConfig
+from trimtab.recipes.embedded_arm import MujocoArm, MujocoArmConfig, ScriptedPusherConfig
 from trimtab.recipes.embedded_arm.teleop import ScriptedPusher
 from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.envs.robot.episodes import RECORD, EpisodeRecord
@@ -244,3 +244,12 @@ def test_the_arm_does_not_wait_for_the_learner(monkeypatch, base, tmp_path):
     assert any(10 < line.get("actions_hz", 0) <= 15 for line in lines)  # of 15
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["updates"] == sum(during) + last and last > 5
+
+
+def test_a_judging_ends_where_the_robot_fails_again_and_again(monkeypatch, base, tmp_path, capsys):
+    def broken(arm, action):
+        raise ConnectionError("no status packet")
+
+    monkeypatch.setattr(MujocoArm, "send_action", broken)
+    command("eval", f"--policy.path={base}", f"--output_dir={tmp_path / 'ev'}", rc=2)
+    assert "--robot.type: failed 5 times in a row" in capsys.readouterr().err
