@@ -64,6 +64,7 @@ class RobotVectorEnv(VectorEnv):
         self._child: subprocess.Popen | None = None
         self._token = config.token or secrets.token_hex(8)
         self.link = LearnerLink(config.listen, self._token, config.silence_s, n_obs_steps)
+        self.hello: dict[str, Any] = {}
         try:
             self.hello = self._connect()
             if (theirs := self.hello["fps"]) != config.fps:
@@ -102,6 +103,9 @@ class RobotVectorEnv(VectorEnv):
                 raise UserError("--robot.type", f"the station has not connected the robot in {START_S:g} s")
             if self.stopping():
                 return {}
+        self._announced, self._answer = False, None  # a new station has not been asked
+        if hello != (self.hello or hello):
+            raise UserError("--robot.type", "the station that is back has another robot, fps or episode time")
         return hello
 
     def keep(self, root: Path, learnt: int | None = None) -> None:

@@ -369,6 +369,25 @@ def test_a_robot_that_hangs_costs_an_episode(monkeypatch, tmp_path):
     assert EpisodeRecord.read(tmp_path / "000000").outcome == "abort"
 
 
+def test_a_station_that_is_back_is_asked_anew(tmp_path):
+    """It was lost after the question for the next episode, and the learner was the first to notice."""
+    config = robot_config(listen=f"127.0.0.1:{free_port()}", token="word", lockstep=False)
+    with (
+        station_thread(config, config.listen, "word", again=True) as raised,
+        vector.RobotVectorEnv(config, 1) as vec,
+    ):
+        vec.announce()
+        vec.link._connection.close()
+        while vec.link.connected:
+            vec.calls(0.01)
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(vec.reset({0: 1})), daemon=True)
+        thread.start()
+        thread.join(10)
+        assert seen and seen[0]
+    assert not raised
+
+
 def test_who_is_not_let_in_learns_why(learner):
     for token, why in (("wrong", "the token is wrong"), ("word", "")):
         with connect(f"ws://{learner.address}") as one:
