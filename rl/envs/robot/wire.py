@@ -29,6 +29,7 @@ except ImportError:
 VERSION = 1  # of the messages
 GREETING_S = 10.0  # for a greeting
 REDIAL_S = 0.5
+BUSY = "another station is connected"
 
 
 class Lost(Exception):
@@ -108,7 +109,7 @@ class LearnerLink:
             )
         if not hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode()):
             return "the token is wrong: give --token= as the learner prints it"
-        return "another station is connected" if self._busy.locked() else ""
+        return BUSY if self._busy.locked() else ""
 
     def wait(self, timeout: float) -> dict[str, Any] | None:
         """What a station says of itself once there is one; ``None`` if there is none yet.
@@ -169,7 +170,7 @@ class StationLink(contextlib.AbstractContextManager["StationLink"]):
         self._address, self._token, self._silence_s = address, token, silence_s
         self._connection: Any = None
         self._next: dict[str, Any] | None = None
-        self.n_obs_steps = 1
+        self.n_obs_steps, self._let_in = 1, False
         while not self.dial():
             if not wait:
                 raise UserError("--connect", f"no learner answers at {address}")
@@ -195,9 +196,11 @@ class StationLink(contextlib.AbstractContextManager["StationLink"]):
             answer = _receive(self._connection, GREETING_S)
         except (OSError, WebSocketException, Lost, TimeoutError):
             return False
+        if self._let_in and answer.get("refused") == BUSY:
+            return False  # with this very station: the learner has yet to notice that it was lost
         if "refused" in answer:
             raise UserError("--connect", str(answer["refused"]))
-        self.n_obs_steps = int(answer["n_obs_steps"])
+        self.n_obs_steps, self._let_in = int(answer["n_obs_steps"]), True
         return True
 
     def refuse(self, error: UserError) -> None:

@@ -401,6 +401,19 @@ def test_who_is_not_let_in_learns_why(learner):
     assert isinstance(raised[0], UserError) and "token" in str(raised[0])
 
 
+def test_a_station_that_dials_before_the_learner_misses_it_is_let_in_later(learner):
+    with StationLink(learner.address, "word", 1.0) as link:
+        link.send({"names": []})
+        assert wait(learner) == {"names": []}
+        lost = link._connection
+        assert not link.dial()
+        lost.close()
+        until = time.monotonic() + 5
+        while not (back := link.dial()) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert back
+
+
 def test_a_message_cut_short_ends_the_connection(learner):
     with connect(f"ws://{learner.address}") as one:
         one.send(pack({"version": VERSION, "token": "word"}))
