@@ -186,8 +186,8 @@ class Station:
 
 def failed(error: Exception) -> str:
     """Say what costs an episode; the robot holds its last target."""
-    print(f"\nthe episode is dropped, the robot holds: {reason(error, last=True)}", flush=True)
-    return reason(error, last=True)
+    print(f"\nthe episode is dropped, the robot holds: {reason(error)}", flush=True)
+    return reason(error)
 
 
 def compressed(seen: dict[str, np.ndarray]) -> dict[str, Any]:
