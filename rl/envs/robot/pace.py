@@ -9,13 +9,13 @@ import numpy as np
 
 @dataclass
 class Pace:
-    """What has been measured since the last ``take``: seconds that actions were late, and gaps between chunks."""
+    """Seconds that actions were late, and gaps between chunks, since the last ``take``."""
 
     late: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
 
     def take(self, period: float) -> dict[str, float]:
-        """Quantiles in seconds, and actions a second (Hz), gaps included, where one is due every ``period``."""
+        """Quantiles in seconds; actions a second (Hz), gaps included, where one is due every ``period``."""
         found = {
             f"{name}_p{quantile}_s": float(np.percentile(values, quantile))
             for name, values in (("late", self.late), ("gap", self.gaps))

@@ -196,7 +196,7 @@ def test_at_the_end_everything_is_let_go_of(learner, monkeypatch, capsys):
 def test_a_learner_that_is_gone_stops_the_way_to_the_start(make):
     station = make(reset="pose", start_pose=START, move_s=1.0)
 
-    class Gone:
+    class Gone(Calls):
         def withdrawn(self):
             if station.arm.robot.sends >= 5:
                 raise Lost("silent")
