@@ -34,7 +34,7 @@ class Arm:
         except UserError:
             raise
         except Exception as error:  # whatever a robot's driver raises
-            said = f"'{config.robot.type}' cannot be connected: {reason(error, last=True)}"  # type: ignore[union-attr]
+            said = f"'{config.robot.type}' cannot be connected: {reason(error)}"  # type: ignore[union-attr]
             raise UserError("--robot.type", said) from error
         if unseen := {*self.names} - {*self.home}:
             self.robot.disconnect()
@@ -111,4 +111,4 @@ def attempt(problem: str, act: Callable[..., None], *args: Any) -> None:
     try:
         act(*args)
     except Exception as error:  # whatever a driver raises
-        print(f"{problem}: {reason(error, last=True)}", flush=True)
+        print(f"{problem}: {reason(error)}", flush=True)

@@ -34,7 +34,7 @@ class Leader:
             if fits := {*names} <= {*given}:
                 self.teleop.connect()
         except Exception as error:  # whatever its driver raises
-            said = f"'{kind}' cannot be connected: {reason(error, last=True)}"
+            said = f"'{kind}' cannot be connected: {reason(error)}"
             raise UserError("--teleop.type", said) from error
         if not fits:
             said = f"'{kind}' gives {', '.join(given)}, the robot takes {', '.join(names)}"

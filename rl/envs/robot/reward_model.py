@@ -56,7 +56,7 @@ class RewardModel:
         except UserError:
             raise
         except Exception as error:  # whatever LeRobot, the Hub and the backbone's code raise
-            raise UserError(option, f"{path} cannot be used: {reason(error, last=True)}") from error
+            raise UserError(option, f"{path} cannot be used: {reason(error)}") from error
 
     @torch.no_grad()
     def __call__(self, seen: dict[str, np.ndarray]) -> float:

@@ -2,7 +2,7 @@
 
 It dials the learner and then does what it is asked, a message at a time:
 
-- ``episode {number}``: wait until the person says ready, go to the start; answer with the first observation;
+- ``episode {number}``: wait until the person says ready, say so, go to the start; answer with what is seen;
 - ``chunk {actions}``: execute them; answer with what was executed, seen and said;
 - ``withdraw {}``: no longer wait for that person;
 - ``park {}``: go to the parking pose and end.
@@ -85,6 +85,7 @@ class Station:
                     self.arm.send(by_hand.action(self.arm.target))
                 time.sleep(self.period if self.human else POLL_S)
             self._hand_over("release")
+            link.send({"ready": True})
             if self.config.reset == "pose":
                 start = self.config.start_pose or self.arm.home
                 self.arm.go_to(start, lambda: bool(self._called_off(link)))
@@ -186,8 +187,8 @@ class Station:
 
 def failed(error: Exception) -> str:
     """Say what costs an episode; the robot holds its last target."""
-    print(f"\nthe episode is dropped, the robot holds: {reason(error, last=True)}", flush=True)
-    return reason(error, last=True)
+    print(f"\nthe episode is dropped, the robot holds: {reason(error)}", flush=True)
+    return reason(error)
 
 
 def compressed(seen: dict[str, np.ndarray]) -> dict[str, Any]:

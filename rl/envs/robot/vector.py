@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from trimtab.rl.envs.chunk import ChunkResult, RawObservation, stack_observation
 from trimtab.rl.envs.examine import Description, Findings
 from trimtab.rl.envs.robot.config import RobotEnvConfig
 from trimtab.rl.envs.robot.episodes import Chunk, EpisodeRecord, episode_folders, image_of
+from trimtab.rl.envs.robot.pace import Pace
 from trimtab.rl.envs.robot.reward_model import RewardModel
 from trimtab.rl.envs.robot.wire import LearnerLink, Lost
 
@@ -51,8 +53,7 @@ class RobotVectorEnv(VectorEnv):
         self._announced, self._verdict = False, ""
         self._answer: dict[str, Any] | None = None  # of the person, to what was announced
         self.root: Path | None = None
-        self.late: list[float] = []
-        self.gaps: list[float] = []
+        self.pace = Pace()
         self._recorded: deque[Path] = deque()
         self._playing: EpisodeRecord | None = None
         self._running = EpisodeRecord(0)
@@ -142,7 +143,7 @@ class RobotVectorEnv(VectorEnv):
                 if not self.link.connected and not self._connect():
                     return {}
                 self.announce()
-                answer = self._answer or self._wait_for_person()
+                answer = self._wait_for_person(self._answer)
                 self._announced, self._answer = False, None
                 break
             except Lost as lost:
@@ -177,15 +178,22 @@ class RobotVectorEnv(VectorEnv):
                 self._answer = self.link.receive(0.0)
         return self._answer is not None
 
-    def _wait_for_person(self) -> dict[str, Any]:
-        asked = False
-        while True:
+    def _wait_for_person(self, answer: dict[str, Any] | None) -> dict[str, Any]:
+        """What is seen once the person has started the episode; ``answer`` is what has been said so far."""
+        asked, until = False, math.inf
+        while answer is None or "ready" in answer:
+            if answer:  # from here on nobody thinks
+                until = time.monotonic() + self.config.move_s + ANSWER_S
             try:
-                return self.link.receive(POLL_S)
+                answer = self.link.receive(POLL_S)
             except TimeoutError:
+                answer = None
+                if time.monotonic() > until:
+                    raise self._hung(self.config.move_s) from None
                 if self.stopping() and not asked:
                     self.link.send({"kind": "withdraw"})
                     asked = True
+        return answer
 
     def _began(self, seen: dict[str, Any]) -> dict[int, RawObservation]:
         self._history.extend([seen] * self.n_obs_steps)
@@ -238,8 +246,8 @@ class RobotVectorEnv(VectorEnv):
             )
             record.chunks.append(chunk)
             self._history.extend(answer["seen"])
-            self.late += answer["late"].tolist()
-            self.gaps += [answer["gap"]] if len(record.chunks) > 1 else []
+            self.pace.late += answer["late"].tolist()
+            self.pace.gaps += [answer["gap"]] if len(record.chunks) > 1 else []
             result = self._result(chunk, record)
         if record.outcome == "running":
             return {0: result} if result else {}
@@ -252,18 +260,20 @@ class RobotVectorEnv(VectorEnv):
         return {0: result if result and not result.lost else self._dropped(record)}
 
     def _executed(self) -> dict[str, Any]:
-        """The station's answer to a chunk. One that does not come is a robot that hangs: its station ends."""
+        """The station's answer to a chunk."""
         answer, self._answer = self._answer, None
-        if answer:
-            return answer
-        longest = len(self._asked) * self.hello["period"] + self.config.move_s + ANSWER_S
+        longest = len(self._asked) * self.hello["period"] + self.config.move_s
         try:
-            return self.link.receive(longest)
+            return answer or self.link.receive(longest + ANSWER_S)
         except TimeoutError:
-            self.link.drop()
-            if self._child is not None:
-                self._child.kill()
-            raise Lost(f"the robot has hung for {longest:.0f} s") from None
+            raise self._hung(longest) from None
+
+    def _hung(self, seconds: float) -> Lost:
+        """An answer that should take ``seconds`` does not come: the robot hangs, and its station ends."""
+        self.link.drop()
+        if self._child is not None:
+            self._child.kill()
+        return Lost(f"the robot has hung for {seconds + ANSWER_S:.0f} s")
 
     def _play(self, record: EpisodeRecord) -> ChunkResult:
         """The next chunk of a recorded episode."""
@@ -315,16 +325,8 @@ class RobotVectorEnv(VectorEnv):
         return stack_observations(found)
 
     def timing(self) -> dict[str, float]:
-        """Lateness of actions and gaps between chunks, in seconds; actions a second (Hz), gaps included."""
-        found = {
-            f"{name}_p{quantile}_s": float(np.percentile(values, quantile))
-            for name, values in (("late", self.late), ("gap", self.gaps))
-            for quantile in ((50, 95) if values else ())
-        }
-        if self.late and (moving := len(self.late) * self.hello["period"]):
-            found["actions_hz"] = len(self.late) / (moving + sum(self.gaps))
-        self.late, self.gaps = [], []
-        return found
+        """See ``Pace.take``."""
+        return self.pace.take(self.hello["period"])
 
     def close(self) -> None:
         """Let the station park and end."""

@@ -48,10 +48,13 @@ class Told(Person):
 
 
 class Calls:
-    """A learner that never says anything else."""
+    """A learner that never says anything else, and does not listen."""
 
     def withdrawn(self):
         return False
+
+    def send(self, message):
+        """Nobody asks for it."""
 
 
 @pytest.fixture
@@ -182,7 +185,7 @@ def test_at_the_end_everything_is_let_go_of(learner, monkeypatch, capsys):
         wait(learner)
         arm = the_arm()
         learner.send({"kind": "episode", "number": 0, "say": "episode 1"})
-        assert "seen" in learner.receive(5)
+        assert learner.receive(5) == {"ready": True} and "seen" in learner.receive(5)
         arm.config.fail_after = arm.sends + 1
         learner.send({"kind": "park"})
     assert not raised and not arm.is_connected
@@ -193,7 +196,7 @@ def test_at_the_end_everything_is_let_go_of(learner, monkeypatch, capsys):
 def test_a_learner_that_is_gone_stops_the_way_to_the_start(make):
     station = make(reset="pose", start_pose=START, move_s=1.0)
 
-    class Gone:
+    class Gone(Calls):
         def withdrawn(self):
             if station.arm.robot.sends >= 5:
                 raise Lost("silent")
@@ -322,7 +325,7 @@ def test_once_the_learner_is_gone_the_robot_holds_and_parks(learner):
         assert wait(learner)["names"] == list(START)
         arm = the_arm()
         learner.send({"kind": "episode", "number": 0, "say": "episode 1"})
-        learner.receive(5)
+        assert learner.receive(5) == {"ready": True} and "seen" in learner.receive(5)
         sends = arm.sends
         learner._connection.socket.close()
         time.sleep(0.1)
@@ -351,17 +354,25 @@ def test_a_robot_that_hangs_costs_an_episode(monkeypatch, tmp_path):
         with vector.RobotVectorEnv(config, 1) as vec:
             vec.on_success_key = said.append
             vec.keep(tmp_path)
-            found["seen"] = vec.reset({0: 1})
+            found["seen"] = vec.reset({0: 1})  # on the second try
             vec.send({0: np.tile(POSE, (2, 1))}, {0: 2})
             found["result"] = vec.receive()[0]
 
     thread = threading.Thread(target=learn)
     thread.start()
     seen = {"observation.state": np.zeros(7, np.float32)}
+    shapes = {"observation.state": [7]}
+    hello = {"names": list(START), "shapes": shapes, "fps": 15, "period": 0.0, "episode_s": 1.0}
     with StationLink(config.listen, "word", 5.0, wait=True) as link:
-        shapes = {"observation.state": [7]}
-        link.send({"names": list(START), "shapes": shapes, "fps": 15, "period": 0.0, "episode_s": 1.0})
+        link.send(hello)
         assert link.receive()["kind"] == "episode"
+        link.send({"ready": True})  # and hangs on the way to the start
+        with pytest.raises(Lost):
+            link.receive()
+    with StationLink(config.listen, "word", 5.0, wait=True) as link:
+        link.send(hello)
+        assert link.receive()["kind"] == "episode"
+        link.send({"ready": True})
         link.send({"seen": seen})
         assert link.receive()["kind"] == "chunk"  # and never answers
         thread.join(10)
