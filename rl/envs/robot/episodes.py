@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from trimtab.adapters.errors import UserError, reason
@@ -127,16 +128,17 @@ class EpisodeRecord:
             record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             steps, chunks = load_file(folder / "steps.safetensors"), load_file(folder / "chunks.safetensors")
             starts, gaps = chunks.pop("start"), chunks.pop("gap")
+            outcome, why, count = record["outcome"], record["why"], record["steps"]
             seen = [{OBS_STATE: state} for state in steps.get("state", ())]
             for camera in record["cameras"]:
                 for number, one in enumerate(seen):
                     one[f"{CAMERAS}{camera}"] = _read_image(folder / camera, number)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError("--output_dir", f"{folder} is no whole episode: {reason(error)}") from error
-        if record["outcome"] not in OUTCOMES:
+        if outcome not in OUTCOMES:
             raise UserError(str(folder / RECORD), f"the outcome is one of {', '.join(OUTCOMES)}")
-        ends = [*starts[1:], record["steps"]][: len(starts)]
-        found = EpisodeRecord(int(folder.name), [], record["outcome"], record["why"])
+        ends = [*starts[1:], count][: len(starts)]
+        found = EpisodeRecord(int(folder.name), [], outcome, why)
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
             part = slice(start, end)
             asked, executed, human, late = (
