@@ -81,6 +81,7 @@ class LearnerLink:
                 max_size=None,
                 ping_interval=min(0.5, silence_s / 4),
                 ping_timeout=silence_s,
+                close_timeout=1.0,
             )
         except OSError as error:
             raise UserError("--robot.listen", f"cannot listen on {host}:{port}: {reason(error)}") from error
@@ -191,6 +192,7 @@ class StationLink(contextlib.AbstractContextManager["StationLink"]):
                 open_timeout=GREETING_S,
                 ping_interval=min(0.5, self._silence_s / 4),
                 ping_timeout=self._silence_s,
+                close_timeout=1.0,
             )
             _send(self._connection, {"version": VERSION, "token": self._token})
             answer = _receive(self._connection, GREETING_S)
