@@ -290,7 +290,8 @@ def steer(
 def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
     """Refuse what does not fit together before any long work."""
     tasks, demos, warm_start = len(session.tasks), config.demos, config.train.warm_start
-    run = RunRequest(tasks, session.world.size, config.resume, bool(warm_start), session.adapter.inverts)
+    asked = config.resume, bool(warm_start), session.adapter.inverts, is_attended(config.env)
+    run = RunRequest(tasks, session.world.size, *asked)
     config.rl.check(space, run)
     demos.check(config.rl)
     if config.train.offline_updates and not demos.enabled:

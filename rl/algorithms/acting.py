@@ -31,6 +31,7 @@ class RunRequest:
     resume: bool = False
     warm_start: bool = False
     inverts: bool = True  # the policy tells the noise of a chunk
+    attended: bool = False  # people start its episodes, which nothing repeats
 
 
 PLAIN_RUN = RunRequest()

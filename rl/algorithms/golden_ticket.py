@@ -68,6 +68,7 @@ class GoldenTicketConfig(AlgorithmConfig):
             (run.processes > 1, "--rl.type", "runs in one process; launch it with --num_processes=1"),
             (run.resume, "--resume", "keeps no checkpoints; begin it anew"),
             (run.warm_start, "--train.warm_start", "draws all of its constants itself"),
+            (run.attended, "--rl.type", "tries constants on the same starts, which a robot cannot repeat"),
         )
         for asked, option, why in refused:
             if asked:

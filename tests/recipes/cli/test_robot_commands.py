@@ -130,6 +130,7 @@ def test_probe_waits_for_the_person(base, tmp_path, capfd):
         (["--robot.type=so101_follower", "--robot.port=/dev/null"], "_follower' cannot be connected: "),
         (["--robot.type=mujoco_arm", "--robot.fsp=3"], "--robot.fsp: no such option"),
         (["--robot.type=mujoco_arm", "--robot.fps=soon"], "--robot.fps: "),
+        (["--robot.type=mujoco_arm", "--rl.type=golden_ticket"], "which a robot cannot repeat"),
         (["--robot.type=mujoco_arm", "--env.type=gym"], "--env.type: is gym; leave it out"),
     ],
 )
