@@ -74,8 +74,9 @@ def steered_policy(
     With more candidates than 1, that chunk and others of the base's are decoded, and the best by ``critic``
     is executed.
     """
-    if num_candidates == 1 or critic is None:
+    if num_candidates == 1:
         return steered_noise(actor, deterministic)
+    assert critic is not None  # an artefact without one is refused by its config
     select = by_critic(actor, critic)
     return BestOfCandidates(actor.space, num_candidates, select, actor, 1, deterministic)
 

@@ -16,7 +16,6 @@ from trimtab.recipes.finetune.data import Recorder
 from trimtab.recipes.support.console import say
 from trimtab.rl.envs.hooks import is_attended
 from trimtab.rl.envs.robot.episodes import EPISODES, EpisodeRecord, episode_folders, image_of
-from trimtab.rl.envs.robot.outcomes import robot_outcomes
 
 REPO_ID = "trimtab/robot_episodes"
 DATASET = "dataset"  # in a run's folder
@@ -24,11 +23,11 @@ DATASET = "dataset"  # in a run's folder
 
 def keep_dataset(env: Any, output: Path) -> None:
     """Write the episodes of a run under ``output`` as its dataset, where a robot has made any that count."""
-    found = robot_outcomes(output / EPISODES, last=None) if is_attended(env) else {}
-    if found:
-        count = write_dataset(output / EPISODES, output / DATASET, env.fps, env.task or "")
-        minutes = sum(one.steps.sum() for one in found.values()) / env.fps / 60
-        say(f"{count} episodes, {minutes:.1f} minutes of robot time: {output / DATASET}")
+    kept = counted(output / EPISODES) if is_attended(env) else []
+    if kept:
+        record(kept, output / DATASET, env.fps, env.task or "")
+        minutes = sum(one.steps for one in kept) / env.fps / 60
+        say(f"{len(kept)} episodes, {minutes:.1f} minutes of robot time: {output / DATASET}")
 
 
 def write_dataset(episodes: Path, target: Path, fps: int, task: str) -> int:
@@ -40,19 +39,29 @@ def write_dataset(episodes: Path, target: Path, fps: int, task: str) -> int:
     Raises:
         UserError: there are none, or one is broken.
     """
+    kept = counted(episodes)
+    if not kept:
+        raise UserError("--from_episodes", f"{episodes} holds no episode that counts")
+    record(kept, target, fps, task)
+    return len(kept)
+
+
+def counted(episodes: Path) -> list[EpisodeRecord]:
+    """The episodes below ``episodes`` but those that were dropped."""
+    found = [EpisodeRecord.read(folder) for folder in episode_folders(episodes)]
+    return [one for one in found if one.outcome != "abort" and one.chunks]
+
+
+def record(episodes: list[EpisodeRecord], target: Path, fps: int, task: str) -> None:
+    """Write ``episodes`` as the dataset ``target``, which appears whole."""
     import datasets
 
     datasets.disable_progress_bars()
-    records = [EpisodeRecord.read(folder) for folder in episode_folders(episodes)]
-    kept = [record for record in records if record.outcome != "abort" and record.chunks]
-    if not kept:
-        raise UserError("--from_episodes", f"{episodes} holds no episode that counts")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
-        Recorder(Path(work) / DATASET, fps, REPO_ID).add(frames(record, task) for record in kept)
+        Recorder(Path(work) / DATASET, fps, REPO_ID).add(frames(one, task) for one in episodes)
         shutil.rmtree(target, ignore_errors=True)
         (Path(work) / DATASET).rename(target)
-    return len(kept)
 
 
 def frames(record: EpisodeRecord, task: str) -> Iterator[dict[str, Any]]:

@@ -265,7 +265,7 @@ class BestOfN(Algorithm):
 
     def trained_parameters(self) -> dict[str, int]:
         parts = [self.critic, self.actor] if self.config.proposed else [self.critic]
-        deployed = [self.actor, self.critic][: min(self.deployed_candidates, 2)]
+        deployed = [self.actor, self.critic] if self.deployed_candidates > 1 else [self.actor]
         return {"actor": count_parameters(*deployed), "acting": count_parameters(*parts)}
 
     def deployed_policy(self, deterministic: bool = True) -> ChunkPolicy:
