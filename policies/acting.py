@@ -24,6 +24,8 @@ ACCURATE = 0.1  # of sigma, see NoiseToChunk.misses
 WITHIN = 0.98  # of the bound: an actor's mean_limit
 # Observations (B, d) and chunks (B, K, steps, action_dim) -> (B,) index of the chunk to execute.
 Select = Callable[[Tensor, Tensor], Tensor]
+# Observations (B, d) and chunks (B, steps, action_dim) or (B, K, steps, action_dim) -> the chunks, changed.
+Edit = Callable[[Tensor, Tensor], Tensor]
 
 
 def denoise_several(adapter: PolicyAdapter, conditioning: Conditioning, noise: Tensor) -> Tensor:
@@ -81,6 +83,13 @@ class Candidates:
         rows = torch.arange(len(index), device=index.device)
         return Choice(self.chunks[rows, index], self.u[rows, index])
 
+    def with_edits(self, features: Tensor, edit: Edit | None) -> Candidates:
+        """These, and behind them each of them edited at observations (B, d): twice as many, if any edits."""
+        if edit is None:
+            return self
+        edited = edit(features, self.chunks)
+        return Candidates(self.u.repeat(1, 2, 1), torch.cat([self.chunks, edited], 1))
+
 
 class ChunkPolicy(Protocol):
     """How a policy acts; ``draws`` of its noise distribution are needed for each observation."""
@@ -135,7 +144,8 @@ def draw_candidates(
 class BestOfCandidates:
     """Decodes ``draws`` candidates for each observation and executes the one that ``select`` takes.
 
-    ``actor``, ``proposed`` and ``mean`` are those of ``draw_candidates``.
+    ``actor``, ``proposed`` and ``mean`` are those of ``draw_candidates``. With ``edit`` each candidate stands
+    for election twice: as it is, and edited.
     """
 
     space: NoiseSpace
@@ -144,11 +154,12 @@ class BestOfCandidates:
     actor: NoiseActor | None = None
     proposed: int = 0
     mean: bool = True
+    edit: Edit | None = None
 
     def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
         candidates = draw_candidates(
             self.space, prior, denoise, features, self.actor, self.proposed, self.mean
-        )
+        ).with_edits(features, self.edit)
         return candidates.take(self.select(features, candidates.chunks))
 
 

@@ -31,10 +31,11 @@ from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_samplers import steered_policy
 from trimtab.policies.noise_space import NoiseSpaceConfig
 from trimtab.policies.observe import Observer
+from trimtab.policies.residual import ResidualActor
 from trimtab.policies.steered.configuration_trimtab import FORMAT, TYPE, BaseReference, TrimtabConfig
 from trimtab.policies.steered.processor_trimtab import write_processors
 
-CRITIC = "critic.safetensors"
+CRITIC, EDIT = "critic.safetensors", "edit.safetensors"
 # How the base was loaded; of these, what may lie in a folder.
 FOLDERS = ("tokenizer", "backbone", "base_path")
 LOADED_WITH = ("dtype", "num_inference_steps", "n_action_steps", "rename_map", "remote", *FOLDERS)
@@ -51,6 +52,7 @@ class Steered:
         config: the artefact's config.json.
         critic: of the base's chunks, where one is stored.
         base: how the base was loaded.
+        edit: what changes chunks, where it is stored.
     """
 
     adapter: PolicyAdapter
@@ -59,10 +61,14 @@ class Steered:
     config: TrimtabConfig
     critic: CriticEnsemble | None
     base: PolicyConfig
+    edit: ResidualActor | None = None
 
-    def policy(self, deterministic: bool = True, num_candidates: int = 1) -> ChunkPolicy:
-        """How it acts: see ``steered_policy``."""
-        return steered_policy(self.actor, self.critic, deterministic, num_candidates)
+    def policy(
+        self, deterministic: bool = True, num_candidates: int = 1, use_edit: bool = True
+    ) -> ChunkPolicy:
+        """How it acts: see ``steered_policy``; without ``use_edit`` chunks stay as the base makes them."""
+        edit = self.edit if use_edit else None
+        return steered_policy(self.actor, self.critic, deterministic, num_candidates, edit)
 
 
 def save_artefact(
@@ -77,6 +83,7 @@ def save_artefact(
     beside: dict[str, str] | None = None,
     acting: dict[str, Any] | None = None,
     check: Callable[[Path], None] | None = None,
+    edit: ResidualActor | None = None,
 ) -> Path:
     """Write the artefact so that ``folder`` appears whole or not at all.
 
@@ -92,10 +99,11 @@ def save_artefact(
         beside: texts to write beside, by file name (a model card).
         acting: fields of the config that say how it acts, where they are not the defaults.
         check: called with the whole folder before it appears; where it raises, nothing is left.
+        edit: what changes chunks, of the actor's size and with its encoder.
     """
     folder = folder.resolve()
     names = adapter.raw_names()
-    looks = adapter.observer is not None and (actor.space.uses_features or actor.encoder.image_shape)
+    looks = adapter.observer is not None and (actor.space.uses_features or actor.encoder.image_shape or edit)
     config = TrimtabConfig(
         n_obs_steps=adapter.n_obs_steps,
         input_features={names[k]: v for k, v in adapter.config.input_features.items()},
@@ -109,12 +117,13 @@ def save_artefact(
         actor=actor.config,
         critic=critic[1] if critic else None,
         critic_bounds=list(critic[0].bounds) if critic and critic[0].bounds else None,
+        edit_scale=edit.scale if edit else 0.0,
         n_action_steps=adapter.chunk_shape[0],
         deterministic=bool(training.get("deterministic", True)),
         training=training,
         **(acting or {}),
     )
-    steered = Steered(adapter, actor, base_folder, config, critic[0] if critic else None, base)
+    steered = Steered(adapter, actor, base_folder, config, critic[0] if critic else None, base, edit)
     with whole_folder(folder) as work:
         write_files(steered, work)
         for name, text in (beside or {}).items():
@@ -128,7 +137,7 @@ def save_artefact(
 
 def write_files(steered: Steered, folder: Path) -> None:
     """The files of an artefact: its networks, its config as LeRobot writes one, its processors."""
-    for module, name in ((steered.actor, WEIGHTS), (steered.critic, CRITIC)):
+    for module, name in ((steered.actor, WEIGHTS), (steered.critic, CRITIC), (steered.edit, EDIT)):
         if module is not None:
             tensors = {key: value.detach().cpu().contiguous() for key, value in module.state_dict().items()}
             save_file(tensors, folder / name)
@@ -260,19 +269,22 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
     # Whoever seeds torch and then loads meets the draws that follow on loading the base itself.
     with torch.random.fork_rng(devices=[]):
         actor = NoiseActor(saved.feature_dim, space, saved.actor, saved.observe)
-        critic = None
+        critic = edit = None
+        size = math.prod(adapter.chunk_shape)
         if saved.critic is not None:
-            size, bounds = math.prod(adapter.chunk_shape), saved.critic_bounds
+            bounds = saved.critic_bounds
             within: Any = tuple(bounds) if bounds else None
             critic = CriticEnsemble(actor.encoder.dim, size, saved.critic, within).eval()
-    for module, name in ((actor, WEIGHTS), (critic, CRITIC)):
+        if saved.edit_scale:
+            edit = ResidualActor(actor.encoder.dim, size, saved.edit_scale, saved.actor).eval()
+    for module, name in ((actor, WEIGHTS), (critic, CRITIC), (edit, EDIT)):
         if module is None:
             continue
         if not (folder / name).is_file():
             raise UserError("--policy.path", f"{folder} is not a whole artefact, it lacks {name}")
         load_weights(module, read_weights(folder / name), folder / name)
     adapter.observer = Observer(saved.observe, adapter) if saved.observe else None
-    return Steered(adapter, actor.eval(), base_folder, saved, critic, loading)
+    return Steered(adapter, actor.eval(), base_folder, saved, critic, loading, edit)
 
 
 Loaded = tuple[PolicyAdapter, Path | str, PolicyConfig]  # the base, where it was found, how to load it so

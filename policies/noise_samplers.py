@@ -14,6 +14,7 @@ from trimtab.policies.acting import BestOfCandidates, Choice, ChunkPolicy, Denoi
 from trimtab.policies.actor import NoiseActor
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.residual import CorrectedChunk, ResidualActor, edits_of
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,23 @@ def steered_noise(actor: NoiseActor, deterministic: bool = False) -> NoiseSample
 
 
 def steered_policy(
-    actor: NoiseActor, critic: CriticEnsemble | None, deterministic: bool = True, num_candidates: int = 1
+    actor: NoiseActor,
+    critic: CriticEnsemble | None,
+    deterministic: bool = True,
+    num_candidates: int = 1,
+    edit: ResidualActor | None = None,
 ) -> ChunkPolicy:
-    """How what was trained acts: by the actor's mean, or a draw.
+    """How what was trained acts: by the actor's mean, or a draw; its chunk as ``edit`` changes it.
 
     With more candidates than 1, that chunk and others of the base's are decoded, and the best by ``critic``
-    is executed.
+    is executed, of those and their edits.
     """
+    own, changes = steered_noise(actor, deterministic), edits_of(actor, edit)
     if num_candidates == 1:
-        return steered_noise(actor, deterministic)
+        return own if changes is None else CorrectedChunk(own, changes)
     assert critic is not None  # an artefact without one is refused by its config
     select = by_critic(actor, critic)
-    return BestOfCandidates(actor.space, num_candidates, select, actor, 1, deterministic)
+    return BestOfCandidates(actor.space, num_candidates, select, actor, 1, deterministic, changes)
 
 
 def prior_noise(space: NoiseSpace, mean: Tensor | None = None) -> NoiseSampler:

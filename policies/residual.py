@@ -1,4 +1,4 @@
-"""The residual actor: a bounded correction of the chunk that the frozen policy makes."""
+"""The residual actor: a bounded correction of the chunk that the frozen policy makes, alone or as an edit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,29 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trimtab.policies.acting import Choice, Denoise
-from trimtab.policies.actor import ActorConfig
+from trimtab.adapters.errors import at_least
+from trimtab.policies.acting import Choice, ChunkPolicy, Denoise, Edit
+from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.networks import ClampInvertingGradients, FeatureNormalizer, mlp
-from trimtab.policies.noise_samplers import NoiseSampler
 from trimtab.policies.observe import ObservationEncoder, ObserveConfig
 
 WEIGHTS, SETTINGS = "residual.safetensors", "residual.json"
+
+
+@dataclass
+class EditConfig:
+    """``--rl.edit.*``: edits of the chunks that the frozen policy makes of chosen noise."""
+
+    # Largest change of an entry of a chunk, in the policy's normalised actions (mostly -1 to 1); 0: no edits.
+    scale: float = 0.0
+    # Deviation of the exploration noise, as a share of scale.
+    exploration: float = 0.1
+    # Weight of half the squared change, as shares of scale and summed over the entries, in units of return.
+    # It holds edits near none, as prior_weight holds the noise near the base's.
+    penalty: float = 0.25
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "--rl.edit.", "scale", "exploration", "penalty")
 
 
 class ResidualActor(nn.Module):
@@ -55,8 +71,14 @@ class ResidualActor(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor, base: Tensor) -> Tensor:
-        """Encoded observations (B, d) and the base's chunks (B, A) -> corrections (B, A)."""
-        z = self.net(torch.cat([self.normalizer(features), base], 1))
+        """Encoded observations (B, d) and the base's chunks (B, A) -> corrections (B, A).
+
+        With K chunks to an observation, (B, K, A) -> (B, K, A).
+        """
+        seen = self.normalizer(features)
+        if base.dim() > 2:
+            seen = seen.unsqueeze(1).expand(-1, base.shape[1], -1)
+        z = self.net(torch.cat([seen, base], -1))
         if self.limit is not None:
             z = ClampInvertingGradients.apply(z, self.limit)
         return self.scale * torch.tanh(z)
@@ -65,10 +87,11 @@ class ResidualActor(nn.Module):
     def correct(self, observations: Tensor, chunks: Tensor, noise: float = 0.0) -> Tensor:
         """What is executed at observations (B, d) in the place of the base's chunks (B, steps, action_dim).
 
+        Or in the place of several to an observation, (B, K, steps, action_dim).
         ``noise`` is the deviation of the exploration noise; all stays within ``scale`` of the base.
         """
         device = self.normalizer.mean.device
-        base = chunks.flatten(1).to(device, torch.float32)
+        base = chunks.flatten(-2).to(device, torch.float32)
         correction = self(self.encoder(observations.to(device)), base)
         if noise:
             correction = (correction + noise * torch.randn_like(correction)).clamp(-self.scale, self.scale)
@@ -84,11 +107,22 @@ class ResidualActor(nn.Module):
 
 @dataclass(frozen=True)
 class CorrectedChunk:
-    """A ``ChunkPolicy`` that executes the chunk of ``base`` as ``actor`` corrects it."""
+    """A ``ChunkPolicy`` that executes the chunk of ``base``, which takes one draw, as ``edit`` changes it."""
 
-    base: NoiseSampler
-    actor: ResidualActor
+    base: ChunkPolicy
+    edit: Edit
     draws: ClassVar[int] = 1
 
     def act(self, features: Tensor, prior: Tensor, denoise: Denoise) -> Choice:
-        return Choice(self.actor.correct(features, self.base.act(features, prior, denoise).chunk))
+        made = self.base.act(features, prior, denoise)
+        return Choice(self.edit(features, made.chunk), made.u)
+
+
+def edits_of(actor: NoiseActor, edit: ResidualActor | None, noise: float = 0.0) -> Edit | None:
+    """How ``edit`` changes chunks at observations that the encoder of ``actor`` sees; ``None``: not at all.
+
+    ``noise`` is the deviation of the exploration noise.
+    """
+    if edit is None:
+        return None
+    return lambda features, chunks: edit.correct(actor.encode(features), chunks, noise)

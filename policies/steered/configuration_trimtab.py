@@ -68,6 +68,8 @@ class TrimtabConfig(PreTrainedConfig):
     critic: CriticConfig | None = None
     # Smallest and largest value that it can give; without them its output is the value itself.
     critic_bounds: list[float] | None = None
+    # Largest change that its edits make in a chunk (edit.safetensors), in normalised actions; 0: it has none.
+    edit_scale: float = 0.0
     # Actions of each chunk that are executed.
     n_action_steps: int = 1
     # Take the actor's mean instead of a sample.
@@ -76,6 +78,8 @@ class TrimtabConfig(PreTrainedConfig):
     use_actor: bool = True
     # N > 1: decode the actor's noise and N - 1 of the base's, and take the best by the critic.
     num_candidates: int = 1
+    # False: chunks as the base makes them of the chosen noise, where edits would change them.
+    use_edit: bool = True
     # Run the actor through torch.compile (`lerobot-rollout --use_torch_compile` sets it).
     compile_model: bool = False
     # Facts about the training run, for whoever reads the file.
@@ -91,6 +95,7 @@ class TrimtabConfig(PreTrainedConfig):
                 "a steered policy computes in the precision that it was steered in; leave it false",
             )
         at_least(1, self, "--policy.", "num_candidates")
+        at_least(0, self, "--policy.", "edit_scale")
         if self.num_candidates > 1 and self.critic is None:
             raise UserError(
                 "--policy.num_candidates",

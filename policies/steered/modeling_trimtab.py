@@ -144,10 +144,10 @@ class TrimtabPolicy(PreTrainedPolicy):
         return self.adapter.chunk_shape[0] == 1 or not self.adapter.relative_actions
 
     def supports_rtc(self) -> bool:
-        """Whether the base does real-time chunking and takes noise while it does."""
+        """Whether the base does real-time chunking, takes noise while it does, and its chunk is executed."""
         if self.base is None or not self.base.supports_rtc():
             return False
-        return self._plain or self.adapter.policy_type in REAL_TIME
+        return self._plain or (self.adapter.policy_type in REAL_TIME and not self._edits)
 
     def init_rtc_processor(self) -> None:
         """Hand ``config.rtc_config``, which LeRobot's engine sets, to the base."""
@@ -165,6 +165,10 @@ class TrimtabPolicy(PreTrainedPolicy):
     @property
     def _plain(self) -> bool:
         return not self.config.use_actor and self.base is not None
+
+    @property
+    def _edits(self) -> bool:
+        return self.config.use_edit and self.steered.edit is not None
 
     def _history(self, seen: list[dict[str, Any]]) -> dict[str, Any]:
         """What the adapter encodes: with the time axis that the base has."""
@@ -209,8 +213,8 @@ class TrimtabPolicy(PreTrainedPolicy):
         return noise.to(device, torch.float32)
 
     def _seen(self, conditioning: Conditioning) -> Tensor:
-        """What the actor looks at; nothing, where it takes one noise for all."""
-        if not self.actor.space.uses_features:
+        """What the actor looks at; nothing, where it takes one noise for all and nothing else looks."""
+        if not (self.actor.space.uses_features or self._edits or self.config.num_candidates > 1):
             return torch.zeros(conditioning.batch_size, 0)
         return self.adapter.seen(conditioning).float()
 
@@ -224,9 +228,10 @@ class TrimtabPolicy(PreTrainedPolicy):
         conditioning = self._encode(batch)
         count = conditioning.batch_size
         policy: ChunkPolicy = self._sampler()
-        prior = self._prior(count, noise).unsqueeze(1)
-        if self.config.num_candidates > 1 and self.config.use_actor:
-            policy = self.steered.policy(self.config.deterministic, self.config.num_candidates)
+        prior, config = self._prior(count, noise).unsqueeze(1), self.config
+        if config.use_actor:
+            policy = self.steered.policy(config.deterministic, config.num_candidates, config.use_edit)
+        if policy.draws > 1:
             others = self._prior(count * (policy.draws - 1)).unflatten(0, (count, -1))
             prior = torch.cat([others, prior], 1)  # the actor's draw is the last
         chunk = policy.act(
@@ -238,10 +243,9 @@ class TrimtabPolicy(PreTrainedPolicy):
 
     def _real_time_chunk(self, batch: dict[str, Any], noise: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
         if not self.supports_rtc():
-            raise UserError(
-                "--inference.type",
-                f"a steered {self.adapter.policy_type} policy does no real-time chunking; use sync",
-            )
+            who = "policy that edits its chunks" if self._edits else f"{self.adapter.policy_type} policy"
+            mend = "use sync" + ", or --policy.use_edit=false" * self._edits
+            raise UserError("--inference.type", f"a steered {who} does no real-time chunking; {mend}")
         conditioning = self._encode(batch)
         prior = self._prior(conditioning.batch_size, noise)
         chosen = self._sampler()(self._seen(conditioning).to(prior), prior)

@@ -35,7 +35,7 @@ from trimtab.recipes.support.reporting import (
     table,
     write_json,
 )
-from trimtab.recipes.support.robot_dataset import DATASET, keep_dataset, write_dataset
+from trimtab.recipes.support.robot_dataset import DatasetKeeper, write_dataset
 from trimtab.recipes.support.run_folder import METRICS, RunFolder, run_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
@@ -114,9 +114,7 @@ def main(config: AdaptConfig) -> None:
     )
     say(describe(session, folder))
     if config.from_episodes:  # once the policy is known to load
-        config.demos.root = str(output / DATASET)
-        count = write_dataset(config.from_episodes, output / DATASET, config.env.fps, config.env.task or "")
-        say(f"{count} episodes of {config.from_episodes} are the dataset {config.demos.root}")
+        config.demos.root = str(write_dataset(config.from_episodes, config.env, output))
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked != "no":
         say(
@@ -125,13 +123,11 @@ def main(config: AdaptConfig) -> None:
         )
     try:
         results, lines, artefact = steer(session, folder, config, output)
-        keep_dataset(config.env, output)
     except Stopped as stopped:
         at = "after training" if stopped.env_steps is None else f"at {stopped.env_steps:,} environment steps"
-        say(
+        return say(
             f"\nstopped by {stopped.name} {at}; go on with: trimtab adapt --resume=true --output_dir={output}"
         )
-        return keep_dataset(config.env, output)
     if results["policies"]:
         say(f"\n{table(results['policies'], config.train.reward == 'env')}\n")
     for task, found in results["tasks"].items() if len(results["tasks"]) > 1 else ():
@@ -199,11 +195,14 @@ def steer(
         clock.lap("baselines")
         tracked = Trackers(accelerator, flatten(run.config))
         kept = checkpoint.beside["metrics"] if checkpoint else 0
-        with session.environments(config.num_envs, faults=config.faults) as vec:
+        with (
+            DatasetKeeper(config.env, output) as dataset,
+            session.environments(config.num_envs, faults=config.faults) as vec,
+        ):
             run.begin(measured, constants)
             if robot:
                 vec.keep(output / EPISODES, checkpoint.beside["episodes"] if checkpoint else 0)
-                vec.stopping = signals
+                vec.stopping, vec.written = signals, dataset.written
             if len(set(vec.task_names)) != len(session.tasks):
                 raise UserError("--num_envs", f"{len(session.tasks)} tasks need as many environments or more")
             trainer = config.rl.make_trainer(session.runner, vec, config.noise, config.seed) or Trainer(

@@ -19,7 +19,7 @@ from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base, is_attended
 from trimtab.rl.envs.robot.episodes import EPISODES
 
-ACTING = "deterministic", "num_candidates"  # how a steered policy acted
+ACTING = "deterministic", "num_candidates", "use_edit"  # how a steered policy acted
 
 
 @dataclass
@@ -30,6 +30,8 @@ class SteeredEvalConfig(EpisodesConfig):
     deterministic: bool | None = None
     # N > 1: decode the actor's noise and N - 1 of the base's, and run the best by the critic.
     num_candidates: int | None = None
+    # False: chunks as the base makes them of the actor's noise, without the edits of --rl.edit.scale.
+    use_edit: bool | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +44,12 @@ class SteeredEvalConfig(EpisodesConfig):
             self.deterministic = said.deterministic
         if self.num_candidates is None:
             self.num_candidates = said.num_candidates
+        if self.use_edit is None:
+            self.use_edit = said.use_edit and said.edit_scale > 0
+        if self.use_edit and not said.edit_scale:
+            raise UserError(
+                "--eval.use_edit", "needs the artefact of a run with --rl.edit.scale; leave it out"
+            )
         if self.num_candidates > 1 and (steered is None or steered.critic is None):
             raise UserError(
                 "--eval.num_candidates",
@@ -125,4 +133,4 @@ def acting(session: Session, steered: Steered | None) -> ChunkPolicy:
     """What acts, as `lerobot-eval` lets it act: the artefact by the session's ``eval``, or the plain base."""
     if steered is None:
         return session.own_noise
-    return steered.policy(session.eval.deterministic, session.eval.num_candidates)
+    return steered.policy(*(getattr(session.eval, name) for name in ACTING))

@@ -16,7 +16,7 @@ from trimtab.recipes.support.export_check import check_runners
 from trimtab.recipes.support.reporting import read_json, table
 
 CARD, CARD_TEXT = "README.md", Path(__file__).with_name("card.md")
-ACTING = ("num_candidates", "use_actor")  # how the artefact acts, beside `deterministic`
+ACTING = ("num_candidates", "use_actor", "use_edit")  # how the artefact acts, beside `deterministic`
 RUN_CONFIG = "adapt.json"  # the run's own config, to run it again
 
 
@@ -116,6 +116,7 @@ def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None 
         beside,
         {name: getattr(config, name) for name in ACTING},
         check,
+        steered.edit,
     )
 
 
@@ -143,6 +144,11 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
             f"- budget: {training['env_steps']:,} environment steps in {training['episodes']:,} episodes"
             f" (seed {training.get('seed')}{algorithm})"
         )
+    if steered.edit is not None:
+        facts.append(
+            f"- edits: its chunks are changed by up to {config.edit_scale:g} in normalised actions; "
+            "`--policy.use_edit=false` leaves them as the base makes them"
+        )
     measured = "Not measured."
     if training.get("success"):
         episodes = training.get("measured_on") or "All policies met the same episode seeds."
@@ -155,7 +161,7 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
         base_model=f"base_model: {path}\n" if path.count("/") == 1 and not local else "",
         type=base.policy_type,
         task=task,
-        weights=sum(parameter.numel() for parameter in steered.actor.parameters()),
+        weights=sum(p.numel() for part in (steered.actor, steered.edit) if part for p in part.parameters()),
         facts="\n".join(facts),
         measured=measured,
         options=" ".join(f"--{option}={value}" for option, value in options.items()),

@@ -133,19 +133,25 @@ def batches(
 
 
 class Recorder:
-    """Appends episodes to a LeRobotDataset under ``root``; the first one makes it.
+    """Appends episodes to a LeRobotDataset under ``root``, which has so many; the first one makes it.
 
     ``names``: by feature, what its numbers are called.
 
     Attributes:
-        episodes, frames: recorded so far.
+        episodes: that it has.
+        frames: recorded here.
     """
 
     def __init__(
-        self, root: Path, fps: int, repo_id: str = REPO_ID, names: dict[str, list[str]] | None = None
+        self,
+        root: Path,
+        fps: int,
+        repo_id: str = REPO_ID,
+        names: dict[str, list[str]] | None = None,
+        episodes: int = 0,
     ) -> None:
         self.root, self.fps, self.repo_id, self._names = root, fps, repo_id, names or {}
-        self.episodes = self.frames = 0
+        self.episodes, self.frames = episodes, 0
 
     def add(self, episodes: Iterable[Iterable[dict[str, Any]]]) -> None:
         """Record the frames of ``episodes``, at least one, each as ``LeRobotDataset.add_frame`` takes it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from trimtab.adapters import UserError
 from trimtab.adapters.errors import reason
+from trimtab.policies.acting import denoise_several
 from trimtab.policies.artefact import Steered
-from trimtab.policies.noise_samplers import steered_noise
 from trimtab.policies.steered.modeling_trimtab import TrimtabPolicy
 from trimtab.rl.envs.hooks import env_processors
 
@@ -121,15 +122,17 @@ class _Runners:
 
     def act(self, seen: list[dict[str, Any]], prior: Tensor, last: Any) -> tuple[Tensor, Any]:
         """Actions (B, steps, action_dim) of trimtab's loop, and what a policy that remembers goes on from."""
-        adapter, actor = self.adapter, self.steered.actor
+        adapter, steered = self.adapter, self.steered
         history = {
             key: torch.stack([one[key] for one in seen], 1) if isinstance(value, Tensor) else value
             for key, value in seen[-1].items()
         }
         conditioning = adapter.observe(history, last)
-        features = adapter.seen(conditioning) if actor.space.uses_features else torch.zeros(len(prior), 0)
-        noise = steered_noise(actor, self.steered.config.deterministic)(features.float(), prior)
-        chunk = adapter.denoise(conditioning, noise.to(adapter.device, adapter.noise_spec.dtype))
+        looks = steered.actor.space.uses_features or steered.edit is not None
+        features = adapter.seen(conditioning) if looks else torch.zeros(len(prior), 0)
+        policy = steered.policy(steered.config.deterministic, use_edit=steered.config.use_edit)
+        denoise = partial(denoise_several, adapter, conditioning)
+        chunk = policy.act(features.float(), prior.unsqueeze(1), denoise).chunk
         last = (conditioning, chunk) if adapter.remembers else None
         return adapter.postprocess(chunk, conditioning).float().cpu(), last
 

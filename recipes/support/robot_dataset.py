@@ -1,67 +1,154 @@
-"""The episodes of a robot as a LeRobotDataset, to learn from or to train on."""
+"""The episodes of a robot as a LeRobotDataset, to learn from or to train on: whole after each episode.
+
+LeRobot's own recording is lost where it is killed. So what is appended to is a copy, made of links, which
+then takes the dataset's place.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
-import tempfile
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import numpy as np
+from filelock import FileLock
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from trimtab.adapters import UserError
 from trimtab.recipes.finetune.data import Recorder
 from trimtab.recipes.support.console import say
-from trimtab.rl.envs.hooks import is_attended
-from trimtab.rl.envs.robot.episodes import EPISODES, EpisodeRecord, episode_folders, image_of
+from trimtab.recipes.support.reporting import read_json, write_json
+from trimtab.rl.envs.robot.episodes import EPISODES, EpisodeRecord, counted_episodes, image_of
 
 REPO_ID = "trimtab/robot_episodes"
 DATASET = "dataset"  # in a run's folder
+OF_EPISODES = "robot_episodes.json"  # in the dataset: which folders it holds, in order, and their outcomes
 
 
-def keep_dataset(env: Any, output: Path) -> None:
-    """Write the episodes of a run under ``output`` as its dataset, where a robot has made any that count."""
-    kept = counted(output / EPISODES) if is_attended(env) else []
-    if kept:
-        record(kept, output / DATASET, env.fps, env.task or "")
-        minutes = sum(one.steps for one in kept) / env.fps / 60
-        say(f"{len(kept)} episodes, {minutes:.1f} minutes of robot time: {output / DATASET}")
+class DatasetKeeper:
+    """Keeps the dataset of a run under ``output`` up to date, from one ``written`` episode to the next.
+
+    Where the robot follows the clock, which learning must not miss, a process of low priority does it. That
+    one ends by itself where the run is killed.
+    """
+
+    def __init__(self, env: Any, output: Path) -> None:
+        self.made = output / EPISODES, output / DATASET, env.fps, env.task or ""
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def written(self, clock: bool) -> None:
+        """An episode is; a ``clock`` goes on meanwhile."""
+        if not clock:
+            update_dataset(*self.made)
+            return
+        if self.process is None:
+            command = [sys.executable, "-m", __name__, *map(str, self.made)]
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # what fails is said at the end
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C is for the run
+            )
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
+        with contextlib.suppress(BrokenPipeError):
+            self._pipe.write(b"\n")
+            self._pipe.flush()
+
+    @property
+    def _pipe(self) -> IO[bytes]:
+        assert self.process and self.process.stdin
+        return self.process.stdin
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._pipe.close()
+            self.process.wait()
+        episodes, target, fps, _ = self.made
+        if count := update_dataset(*self.made):
+            minutes = sum(record["steps"] for record in counted_episodes(episodes).values()) / fps / 60
+            say(f"{count} episodes, {minutes:.1f} minutes of robot time: {target}")
 
 
-def write_dataset(episodes: Path, target: Path, fps: int, task: str) -> int:
-    """Write the episodes below ``episodes`` to ``target``, which appears whole; dropped ones are left out.
-
-    Returns:
-        how many there are
+def write_dataset(episodes: Path, env: Any, output: Path) -> Path:
+    """Write the episodes that count below ``episodes`` as a dataset under ``output``, and return it.
 
     Raises:
-        UserError: there are none, or one is broken.
+        UserError: there are none, or as for ``update_dataset``.
     """
-    kept = counted(episodes)
-    if not kept:
+    target = output / DATASET
+    if not (count := update_dataset(episodes, target, env.fps, env.task or "")):
         raise UserError("--from_episodes", f"{episodes} holds no episode that counts")
-    record(kept, target, fps, task)
-    return len(kept)
+    say(f"{count} episodes of {episodes} are the dataset {target}")
+    return target
 
 
-def counted(episodes: Path) -> list[EpisodeRecord]:
-    """The episodes below ``episodes`` but those that were dropped."""
-    found = [EpisodeRecord.read(folder) for folder in episode_folders(episodes)]
-    return [one for one in found if one.outcome != "abort" and one.chunks]
+def update_dataset(episodes: Path, target: Path, fps: int, task: str) -> int:
+    """Bring the dataset ``target`` up to date with the episodes that count below ``episodes``.
+
+    It is written anew where an outcome was corrected. It appears whole; one process at a time writes it.
+
+    Returns:
+        how many episodes it has; 0: there is none
+
+    Raises:
+        UserError: an episode is broken, or it cannot be written.
+    """
+    wanted = {folder.name: record["outcome"] for folder, record in counted_episodes(episodes).items()}
+    if not wanted:
+        return 0
+    work, before = (target.with_name(f".{target.name}.{name}") for name in ("part", "before"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if before.exists() and not target.exists():  # killed between two renames
+            before.rename(target)
+        listed = target / OF_EPISODES
+        held = list(read_json(listed).items()) if listed.exists() else []
+        if held == [*wanted.items()]:
+            return len(held)
+        shutil.rmtree(work, ignore_errors=True)
+        if held != [*wanted.items()][: len(held)]:
+            held = []
+        elif held:
+            shutil.copytree(target, work, copy_function=_link)
+        _append(work, fps, task, [episodes / name for name in wanted][len(held) :], len(held))
+        write_json(work / OF_EPISODES, wanted)
+        shutil.rmtree(before, ignore_errors=True)
+        if target.exists():
+            target.rename(before)
+        work.rename(target)
+        shutil.rmtree(before, ignore_errors=True)
+    return len(wanted)
 
 
-def record(episodes: list[EpisodeRecord], target: Path, fps: int, task: str) -> None:
-    """Write ``episodes`` as the dataset ``target``, which appears whole."""
+def _append(dataset: Path, fps: int, task: str, folders: list[Path], held: int) -> None:
     import datasets
 
     datasets.disable_progress_bars()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as work:
-        Recorder(Path(work) / DATASET, fps, REPO_ID).add(frames(one, task) for one in episodes)
-        shutil.rmtree(target, ignore_errors=True)
-        (Path(work) / DATASET).rename(target)
+    try:
+        Recorder(dataset, fps, REPO_ID, episodes=held).add(
+            frames(EpisodeRecord.read(folder), task) for folder in folders
+        )
+    except OSError as error:
+        raise UserError("--output_dir", f"the dataset cannot be written: {error}") from error
+
+
+def _link(source: str, target: str) -> None:
+    """LeRobot writes anew only what is JSON; and some disks know no links."""
+    if not source.endswith(".json"):
+        with contextlib.suppress(OSError):
+            return os.link(source, target)
+    shutil.copyfile(source, target)
 
 
 def frames(record: EpisodeRecord, task: str) -> Iterator[dict[str, Any]]:
@@ -90,3 +177,16 @@ def frames(record: EpisodeRecord, task: str) -> Iterator[dict[str, Any]]:
             "intervention": np.array([human]),
             "task": task,
         }
+
+
+def main(episodes: str, target: str, fps: str, task: str) -> None:
+    """Update the dataset for each line on stdin, and once more at its end: the run is over, or was killed."""
+    made = Path(episodes), Path(target), int(fps), task
+    for _ in sys.stdin:
+        with contextlib.suppress(UserError):  # the run itself says it, at its end
+            update_dataset(*made)
+    update_dataset(*made)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

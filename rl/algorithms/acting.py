@@ -20,6 +20,7 @@ from trimtab.policies.artefact import save_artefact
 from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_samplers import NoiseSampler, prior_noise, steered_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
+from trimtab.policies.residual import ResidualActor
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class TrainingResult:
         """A critic of chunks that an artefact keeps to choose among candidates, and its config."""
         return None
 
+    def edit_actor(self) -> ResidualActor | None:
+        """What changes the chunks of the chosen noise, if anything; an artefact keeps it."""
+        return None
+
     def save(self, output: Path, base: LoadedBase, noise: NoiseSpaceConfig, training: dict[str, Any]) -> Path:
         """Write what is deployed into a folder under ``output`` and return it; ``training`` holds facts."""
         steered = base.adapter, base.options, base.folder
@@ -83,6 +88,7 @@ class TrainingResult:
             training,
             self.selecting_critic(),
             acting=acting,
+            edit=self.edit_actor(),
         )
 
 

@@ -4,6 +4,9 @@ The action critic learns by TD over the stored (noise, chunk) pairs of each obse
 (Ghasemipour et al., arXiv 2007.11091) and the best-of-N of Q-chunking (Li et al., arXiv 2507.07969). What is
 deployed is one noise per chunk: a noise critic is regressed onto the action critic on those pairs (DSRL-NA,
 arXiv 2506.15799, equation 4), and the noise actor climbs it, held near the prior. See ``best_of_n.md``.
+
+With edits (``--rl.edit.scale``) a small actor learns a bounded change of each chunk, as in EXPO (Dong et al.,
+arXiv 2507.07986), and every candidate is judged as it is and edited.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from trimtab.policies.actor import ActorConfig, NoiseActor, kl_to_prior
 from trimtab.policies.critic import LOSSES, CriticConfig, CriticEnsemble
 from trimtab.policies.noise_samplers import steered_policy
 from trimtab.policies.noise_space import NoiseSpace
+from trimtab.policies.residual import EditConfig, ResidualActor, edits_of
 from trimtab.rl.algorithms.acting import PLAIN_RUN, RunRequest, count_parameters
 from trimtab.rl.algorithms.base import RANKED_EVERY, Algorithm, AlgorithmConfig, Problem, frozen
 from trimtab.rl.algorithms.dsrl_na import check_pairs, pick, rank_correlation
@@ -87,6 +91,8 @@ class BestOfNConfig(AlgorithmConfig):
     # Weight of -log pi of the noises that would have made a person's chunks (--teleop.type), in units of
     # return per nat; 0: off. Few chunks have such a noise: see recipes/configs/your_robot/README.md.
     imitation_weight: float = 0.0
+    # What is learnt to change in a chunk that no noise makes good; off.
+    edit: EditConfig = field(default_factory=EditConfig)
 
     pace: ClassVar[dict[str, Any]] = AlgorithmConfig.pace | {"warmup_transitions": 0, "first_update": 64}
 
@@ -157,15 +163,28 @@ class BestOfN(Algorithm):
         self.noise_critic = CriticEnsemble(feature_dim, space.dim, config.critic, within)
         self.critic_optimizer = self._adam(self.critic, self.noise_critic, self.actor.encoder)
         self.actor_optimizer = self._adam(self.actor.net)
+        self.edit: ResidualActor | None = None
+        if config.edit.scale:  # built last: whatever it draws, the others begin as they do without it
+            self.edit = ResidualActor(feature_dim, problem.chunk_size, config.edit.scale, config.actor)
+            self.edit_optimizer = self._adam(self.edit)
+
+    def edited(self, features: Tensor, chunks: Tensor) -> Tensor:
+        """Stored ``chunks`` (B, m, A) as the edit actor changes them at encoded observations (B, d)."""
+        return chunks if self.edit is None else chunks + self.edit(features, chunks)
 
     @torch.no_grad()
     def td_target(self, batch: Batch, index: Tensor) -> Tensor:
         """``R + D * V(s')``, (B,), clipped to the possible returns.
 
-        ``V`` is over those of ``next_candidates`` (B, K, A) that ``index`` (B, m) names.
+        ``V`` is over those of ``next_candidates`` (B, K, A) that ``index`` (B, m) names, and with edits over
+        each of them edited, too (``sarsa``: unedited). That is the value of EXPO's on-the-fly policy, which
+        takes the best of the base's proposals and their edits, but that the proposals are stored ones, not
+        drawn anew, and edits here are without noise.
         """
-        chunks = pick(batch["next_candidates"], index)
-        values = self.target_critic.smallest(batch["next_features"], chunks, self.config.target_members)
+        features, chunks = batch["next_features"], pick(batch["next_candidates"], index)
+        if self.edit is not None:
+            chunks = torch.cat([chunks, self.edited(features, chunks)], 1)
+        values = self.target_critic.smallest(features, chunks, self.config.target_members)
         if self.config.target == "max":
             value = values.max(1).values
         elif self.config.target == "sarsa":
@@ -177,11 +196,13 @@ class BestOfN(Algorithm):
     def distillation_loss(self, batch: Batch, index: Tensor) -> Tensor:
         """Of ``Q^W_e(s, u_k)`` from ``mean Q^A(s, a_k)`` on the stored pairs that ``index`` (B, m) names.
 
-        Equation 4 of arXiv 2506.15799; its gradient reaches ``Q^W`` alone.
+        Equation 4 of arXiv 2506.15799; its gradient reaches ``Q^W`` alone. With edits a noise is worth what
+        is deployed for it: ``mean Q^A(s, a_k + delta(s, a_k))``.
         """
         features = batch["features"].detach()
         with torch.no_grad():
-            wanted = self.critic(features, pick(batch["candidates"], index)).mean(0)
+            chunks = self.edited(features, pick(batch["candidates"], index))
+            wanted = self.critic(features, chunks).mean(0)
         return self.noise_critic.regress(features, pick(batch["candidates_u"], index), wanted)[0]
 
     def actor_loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,7 +230,8 @@ class BestOfN(Algorithm):
         the stored pairs of a state: it needs no noise critic, and what does not matter stays at the prior.
         """
         with torch.no_grad():
-            values = self.critic(batch["features"], batch["candidates"]).mean(0)
+            chunks = self.edited(batch["features"], batch["candidates"])
+            values = self.critic(batch["features"], chunks).mean(0)
             weights = torch.softmax(values / self.config.regression_temperature, 1)
             z = self.space.unsquash(batch["candidates_u"], 0.999)
         mean, log_std = self.actor(batch["features"].detach())
@@ -218,12 +240,25 @@ class BestOfN(Algorithm):
         divergence = kl_to_prior(mean, log_std, self.space.initial_std)
         return (weights * loss).sum(1).mean(), divergence, self.space.squash(mean)
 
+    def edit_loss(self, batch: Batch, index: Tensor) -> tuple[Tensor, Tensor]:
+        """``E[penalty / 2 * |delta / scale|^2 - mean Q^A(s, a_k + delta)]`` with ``delta(s, a_k)``; and it.
+
+        On the stored pairs that ``index`` (B, m) names. Its gradient reaches the edit actor alone.
+        """
+        features, chunks = batch["features"].detach(), pick(batch["candidates"], index)
+        change = self.edited(features, chunks) - chunks
+        with frozen(self.critic):
+            value = self.critic(features, chunks + change).mean(0)
+        cost = 0.5 * (change / self.config.edit.scale).square().sum(-1)
+        return (self.config.edit.penalty * cost - value).mean(), change.detach()
+
     def learn(self, batch: Batch) -> dict[str, Tensor]:
         reward = batch["reward"]
         order = torch.rand(len(reward), self.config.num_candidates, device=reward.device).argsort(1)
         target = self.td_target(batch, order[:, : self.config.targets])
         loss, values = self.critic_loss(batch, target)
-        distillation = self.distillation_loss(batch, order[:, -self.config.pairs :])
+        pairs = order[:, -self.config.pairs :]
+        distillation = self.distillation_loss(batch, pairs)
         self._step(self.critic_optimizer, loss + distillation)
         metrics = {
             "critic_loss": loss.detach(),
@@ -241,8 +276,13 @@ class BestOfN(Algorithm):
                 "noise_kl_to_prior": divergence.detach().mean(),
                 "noise_rms": self.space.scale * u.detach().square().mean().sqrt(),
             }
+            if self.edit is not None:
+                loss, change = self.edit_loss(batch, pairs)
+                self._step(self.edit_optimizer, loss)
+                metrics |= {"edit_loss": loss.detach(), "edit_rms": change.square().mean().sqrt()}
         if self.every(RANKED_EVERY):
-            seen = batch["features"], batch["candidates_u"], batch["candidates"]
+            features = batch["features"].detach()
+            seen = features, batch["candidates_u"], self.edited(features, batch["candidates"])
             metrics["rank_correlation"] = rank_correlation(self.noise_critic, self.critic, *seen)
         return metrics
 
@@ -255,24 +295,31 @@ class BestOfN(Algorithm):
     ) -> Choice:
         index = torch.zeros(len(features), dtype=torch.long)  # a draw from the prior like any other
         if steered.any():
+            noise = self.config.edit.exploration * self.config.edit.scale
+            candidates = candidates.with_edits(features, edits_of(self.actor, self.edit, noise))
             index = torch.where(steered, self.select(features, candidates.chunks).cpu(), index)
         return candidates.take(index)
 
     def policies(self) -> dict[str, ChunkPolicy]:
         count, proposed = self.config.num_candidates, self.config.proposed
-        acting = BestOfCandidates(self.space, count, self.select, self.actor, proposed)
+        edit = edits_of(self.actor, self.edit)
+        acting = BestOfCandidates(self.space, count, self.select, self.actor, proposed, edit=edit)
         return {**super().policies(), "acting": acting}
 
     def trained_parameters(self) -> dict[str, int]:
+        edit = [self.edit] if self.edit is not None else []
         parts = [self.critic, self.actor] if self.config.proposed else [self.critic]
         deployed = [self.actor, self.critic] if self.deployed_candidates > 1 else [self.actor]
-        return {"actor": count_parameters(*deployed), "acting": count_parameters(*parts)}
+        return {"actor": count_parameters(*deployed, *edit), "acting": count_parameters(*parts, *edit)}
 
     def deployed_policy(self, deterministic: bool = True) -> ChunkPolicy:
-        return steered_policy(self.actor, self.critic, deterministic, self.deployed_candidates)
+        return steered_policy(self.actor, self.critic, deterministic, self.deployed_candidates, self.edit)
 
     def selecting_critic(self) -> tuple[CriticEnsemble, CriticConfig]:
         return self.critic, self.config.critic
+
+    def edit_actor(self) -> ResidualActor | None:
+        return self.edit
 
     @torch.no_grad()
     def select(self, features: Tensor, chunks: Tensor) -> Tensor:

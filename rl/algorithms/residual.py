@@ -139,7 +139,7 @@ class Residual(Algorithm):
         return Choice(chunks, u)
 
     def deployed_policy(self, deterministic: bool = True) -> ChunkPolicy:
-        return CorrectedChunk(own_noise(self.space.spec), self.actor)
+        return CorrectedChunk(own_noise(self.space.spec), self.actor.correct)
 
     def save(self, output: Path, base: LoadedBase, noise: NoiseSpaceConfig, training: dict[str, Any]) -> Path:
         return self.actor.write(output / "residual")

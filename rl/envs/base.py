@@ -27,6 +27,7 @@ class VectorEnv(contextlib.AbstractContextManager["VectorEnv"]):
         attended: people start its episodes.
         stopping: asked while waiting for them: whether the run is to end.
         stopped: who of them has ended the run, if anyone.
+        written: told of each episode of a robot that is on the disk, and whether a clock goes on.
         episodes: how many of a robot's have been handed on, to be learnt from or dropped.
     """
 
@@ -39,6 +40,7 @@ class VectorEnv(contextlib.AbstractContextManager["VectorEnv"]):
     def __init__(self) -> None:
         self.on_success_key: Callable[[str], None] = lambda key: None
         self.stopping: Callable[[], bool] = lambda: False
+        self.written: Callable[[bool], None] = lambda clock: None
 
     @property
     def task_descriptions(self) -> list[str]:

@@ -181,7 +181,7 @@ class Server:
         return None
 
     async def run(self, ports: Queue[int]) -> None:
-        """Serve until the loop ends; its port goes to ``ports``. What a mode raises on purpose is not logged."""
+        """Serve until the loop ends; its port goes to ``ports``. What a mode raises is not logged."""
         silent = logging.getLogger(__name__)
         silent.disabled = True
         options = {"compression": None, "max_size": None, "process_request": self.admit, "logger": silent}

@@ -9,19 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 
 from tests.helpers.faulty import FaultyConfig
 from tests.helpers.point import PointAdapter
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.rl.algorithms import DSRLSACConfig, Problem
+from trimtab.policies.residual import EditConfig
+from trimtab.rl.algorithms import BestOfNConfig, DSRLSACConfig, Problem
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.runs.faults import Stopped, StopSignals
-from trimtab.rl.runs.processes import ProcessGroup, StepGuard
+from trimtab.rl.runs.processes import ProcessGroup, StepGuard, weights_digest
 from trimtab.rl.trainer import Trainer
 
 RL = DSRLSACConfig(
@@ -91,10 +93,30 @@ def gradient_gap(accelerator):
     return gap
 
 
+def edited_apart(accelerator):
+    """A hash of a best-of-N with edits, built and fed otherwise on each process; None if its edits stand."""
+    world, rows, size = ProcessGroup(accelerator), 8, 2
+    torch.manual_seed(world.rank)
+    settings = {"num_candidates": 4, "actor": RL.actor, "critic": RL.critic}
+    space = FullNoiseConfig().build(PointAdapter().noise_spec)
+    config = BestOfNConfig(edit=EditConfig(scale=0.3), **settings)
+    algorithm = config.build(Problem(3, space, accelerator, (-20.0, 0.0), size))
+    broadcast(algorithm.state_dict())
+    StepGuard(world).attach(algorithm)
+    began = [value.clone() for value in algorithm.edit.parameters()]
+    for _ in range(4):
+        batch = {name: torch.randn(rows, 3) for name in ("features", "next_features")}
+        batch |= {name: torch.randn(rows, 4, size) for name in ("candidates", "next_candidates")}
+        batch |= {"chunk": torch.randn(rows, size), "candidates_u": torch.randn(rows, 4, space.dim)}
+        algorithm.update(batch | {"reward": -torch.rand(rows), "discount": torch.rand(rows)})
+    moved = all(not torch.equal(*pair) for pair in zip(began, algorithm.edit.parameters(), strict=True))
+    return weights_digest(algorithm, world) if moved else None
+
+
 def main(folder):
     accelerator = Accelerator(cpu=True)
     rank, size = accelerator.process_index, accelerator.num_processes
-    said = {"size": size, "gap": gradient_gap(accelerator)}
+    said = {"size": size, "gap": gradient_gap(accelerator), "edits": edited_apart(accelerator)}
     # The second process has slow simulators, and episodes so long that it hardly ever sees one end.
     trainer, lines = make_trainer(
         folder / "checkpoints", accelerator, limit=13 + 400 * rank, slow=0.001 * rank

@@ -124,8 +124,8 @@ class EpisodeRecord:
         Raises:
             UserError: it is broken, or its outcome is none.
         """
+        record = read_record(folder)
         try:
-            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             steps, chunks = load_file(folder / "steps.safetensors"), load_file(folder / "chunks.safetensors")
             starts, gaps = chunks.pop("start"), chunks.pop("gap")
             outcome, why, count = record["outcome"], record["why"], record["steps"]
@@ -135,8 +135,6 @@ class EpisodeRecord:
                     one[f"{CAMERAS}{camera}"] = _read_image(folder / camera, number)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise UserError("--output_dir", f"{folder} is no whole episode: {reason(error)}") from error
-        if outcome not in OUTCOMES:
-            raise UserError(str(folder / RECORD), f"the outcome is one of {', '.join(OUTCOMES)}")
         ends = [*starts[1:], count][: len(starts)]
         found = EpisodeRecord(int(folder.name), [], outcome, why)
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -154,6 +152,28 @@ class EpisodeRecord:
 def episode_folders(root: Path) -> list[Path]:
     """Folders of the whole episodes below ``root``, in order."""
     return sorted(path.parent for path in root.glob(f"[0-9]*/{RECORD}"))
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What ``RECORD`` in ``folder`` says.
+
+    Raises:
+        UserError: it is broken, or its outcome is none.
+    """
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        outcome, _ = record["outcome"], record["steps"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError("--output_dir", f"{folder} is no whole episode: {reason(error)}") from error
+    if outcome not in OUTCOMES:
+        raise UserError(str(folder / RECORD), f"the outcome is one of {', '.join(OUTCOMES)}")
+    return record
+
+
+def counted_episodes(root: Path) -> dict[Path, dict[str, Any]]:
+    """Folders of the whole episodes below ``root`` that were not dropped, in order, and their records."""
+    found = {folder: read_record(folder) for folder in episode_folders(root)}
+    return {folder: one for folder, one in found.items() if one["outcome"] != "abort" and one["steps"]}
 
 
 def jpeg(image: np.ndarray) -> bytes:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from trimtab.rl.envs.robot.episodes import EpisodeRecord, episode_folders
+from trimtab.rl.envs.robot.episodes import counted_episodes
 from trimtab.rl.evaluation import Evaluation
 
 MEASURED_ON = "Episodes of the run itself: all of the base's, and the last 20 that were steered."
@@ -15,18 +16,15 @@ LAST = 20  # steered episodes that count: the policy changes as it learns
 
 def robot_outcomes(root: Path, last: int | None = LAST) -> dict[str, Evaluation]:
     """The base's episodes, and the ``last`` steered ones, below ``root``; dropped ones are left out."""
-    found: dict[str, list[EpisodeRecord]] = {"base": [], "steered": []}
-    for folder in episode_folders(root):
-        record = EpisodeRecord.read(folder)
-        if record.outcome != "abort" and record.chunks:
-            steered = bool(record.chunks[0].note.get("steered", False))
-            found["steered" if steered else "base"].append(record)
+    found: dict[str, list[dict[str, Any]]] = {"base": [], "steered": []}
+    for folder, record in counted_episodes(root).items():
+        found["steered" if record.get("steered") else "base"].append(record | {"number": int(folder.name)})
     found["steered"] = found["steered"][-(last or 0) :]
     return {
         name: Evaluation(
-            [record.number for record in records],
-            np.array([record.outcome == "success" for record in records]),
-            np.array([record.steps for record in records]),
+            [record["number"] for record in records],
+            np.array([record["outcome"] == "success" for record in records]),
+            np.array([record["steps"] for record in records]),
         )
         for name, records in found.items()
         if records

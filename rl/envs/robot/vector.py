@@ -255,6 +255,7 @@ class RobotVectorEnv(VectorEnv):
             held_up = any(chunk.gap > self.config.max_gap_s for chunk in record.chunks)
             steered = bool(self._note.get("steered", False))
             record.write(self.root, {"steered": steered, "held_up": held_up})
+            self.written(bool(self.hello["period"]))
         self._running = EpisodeRecord(record.number + 1)
         self._verdict = f"success ({record.why}); " if record.outcome == "success" and record.why else ""
         return {0: result if result and not result.lost else self._dropped(record)}

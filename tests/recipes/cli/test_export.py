@@ -33,7 +33,7 @@ EPISODES = 4
 
 @pytest.fixture(scope="module")
 def run(drawer_base, tmp_path_factory):
-    """A short best-of-n run on a base that solves some episodes, and its export."""
+    """A short best-of-n run with edits on a base that solves some episodes, and its export."""
     root = tmp_path_factory.mktemp("export")
     shutil.copytree(drawer_base, root / "base")
     argv = [
@@ -41,7 +41,7 @@ def run(drawer_base, tmp_path_factory):
         "--train.warmup_transitions=8",
         "--train.first_update=8", "--rl.type=best_of_n", "--rl.num_candidates=4", "--rl.target_candidates=2",
         "--rl.batch_size=8", "--num_envs=2", f"--eval.n_episodes={EPISODES}", f"--eval.batch_size={EPISODES}",
-        "--eval.constant_candidates=0", "--eval.videos=0",
+        "--rl.edit.scale=0.1", "--eval.constant_candidates=0", "--eval.videos=0",
         f"--output_dir={root / 'run'}",
     ]  # fmt: skip
     assert main(argv) == 0
@@ -130,16 +130,16 @@ def test_lerobot_eval_gets_what_trimtab_eval_gets(run, process, tmp_path):
 
 
 def test_eval_of_an_artefact_executes_the_candidate_of_the_best_value(run, tmp_path, capsys):
-    """As the artefact says, or the command line: the actor and draws of the base, the critic's choice."""
+    """As the artefact says, or the command line: the actor, draws of the base, edits, the critic's choice."""
     root, out = run
     copy = shutil.copytree(out, root / "selecting")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"num_candidates": 3, "deterministic": False}))
     said = trimtab_eval(copy, tmp_path / "as_said", "--env.episode_length=20")["steered_by"]
-    assert said == {"deterministic": False, "num_candidates": 3}
+    assert said == {"deterministic": False, "num_candidates": 3, "use_edit": True}
     steered = load_artefact(PolicyConfig(path=str(copy), device="cpu"))
     env = MetaworldStateConfig(task="drawer-close-v3", episode_length=8)
-    eval_config = SteeredEvalConfig(num_candidates=5, deterministic=True)
+    eval_config = SteeredEvalConfig(num_candidates=5, deterministic=True, use_edit=True)
     session = Session(steered.adapter, env, eval_config, MachineConfig(workers=0))
     policy, runner = acting(session, steered), session.runner
     conditioning = steered.adapter.example_conditioning(6, torch.Generator().manual_seed(0))
@@ -151,16 +151,20 @@ def test_eval_of_an_artefact_executes_the_candidate_of_the_best_value(run, tmp_p
     for row in range(6):
         own = steered.actor.act(features[row : row + 1], prior[row, -1:], True)
         noises = torch.cat([prior_noise(steered.actor.space)(None, prior[row, :-1]), own])
-        chunks = runner.denoise(conditioning[row], noises.unsqueeze(0))[0]
+        made = runner.denoise(conditioning[row], noises.unsqueeze(0))
+        chunks = torch.cat([made, steered.edit.correct(features[row : row + 1], made)], 1)[0]
         with torch.no_grad():
-            values = steered.critic(features[row].expand(5, -1), chunks.flatten(1)).mean(0)
+            values = steered.critic(features[row].expand(10, -1), chunks.flatten(1)).mean(0)
         chosen.add(int(values.argmax()))
         expected = session.runner.executable(chunks[values.argmax()].unsqueeze(0), conditioning[row])
         assert abs(actions[row] - expected[0]).max() <= 1e-5
-    assert len(chosen) > 1
+    assert len(chosen) > 1 and max(chosen) > 4
     argv = ["eval", f"--policy.path={root / 'base'}", *ENV, *MACHINE, "--eval.num_candidates=4"]
     assert main([*argv, f"--output_dir={tmp_path / 'x'}"]) == 2
     assert "--eval.num_candidates: needs the artefact of a best_of_n run" in capsys.readouterr().err
+    argv[-1] = "--eval.use_edit=true"
+    assert main([*argv, f"--output_dir={tmp_path / 'x'}"]) == 2
+    assert "--eval.use_edit: needs the artefact of a run with --rl.edit.scale" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 
@@ -186,7 +190,14 @@ def test_a_golden_ticket_is_exported_too(run):
 def test_an_export_is_complete_small_and_its_card_shows_the_measured_success(run):
     root, out = run
     names = {file.name for file in out.iterdir()}
-    assert {"README.md", "adapt.json", "config.json", "model.safetensors", "critic.safetensors"} <= names
+    assert {
+        "README.md",
+        "adapt.json",
+        "config.json",
+        "model.safetensors",
+        "critic.safetensors",
+        "edit.safetensors",
+    } <= names
     assert {"policy_preprocessor.json", "policy_postprocessor.json"} <= names
     assert sum(file.stat().st_size for file in out.iterdir()) < 5e6
     assert_no_pickle(out)
@@ -197,6 +208,7 @@ def test_an_export_is_complete_small_and_its_card_shows_the_measured_success(run
         assert f"{100 * entry['ci95'][0]:.1f} - {100 * entry['ci95'][1]:.1f} %" in card
     assert f"{results['env_steps']:,} environment steps in {results['training_episodes']:,} episodes" in card
     assert results["base_sha256"] in card and "drawer-close-v3" in card and "best_of_n" in card
+    assert "changed by up to 0.1 in normalised actions" in card
     assert str(root) not in card, "no path of this machine"
     assert read_config(out).base.path == "../base"
     again = json.loads((out / "adapt.json").read_text())

@@ -25,7 +25,13 @@ ARM = [
     "--machine.threads=1",
 ]
 RUN = [
-    *("--rl.num_candidates=4", "--rl.target_candidates=4", "--rl.batch_size=16", "--rl.type=best_of_n"),
+    *(
+        "--rl.num_candidates=4",
+        "--rl.target_candidates=4",
+        "--rl.batch_size=16",
+        "--rl.type=best_of_n",
+        "--rl.edit.scale=0.1",
+    ),
     *("--train.first_update=4", "--train.updates_per_transition=2", "--robot.base_episodes=1"),
 ]
 
@@ -83,7 +89,7 @@ def test_a_run_that_is_killed_keeps_its_episodes_and_goes_on(base, tmp_path):
     assert [policies[name]["episodes"] for name in ("base", "steered")] == [2, 2]
     assert len(episode_folders(tmp_path / "ev" / "episodes")) == 5
     judged = json.loads((tmp_path / "ev" / "results.json").read_text())
-    assert judged["steered_by"] == {"deterministic": True, "num_candidates": 16}
+    assert judged["steered_by"] == {"deterministic": True, "num_candidates": 16, "use_edit": True}
     assert main(["export", f"--run={output}"]) == 0
     assert "Episodes of the run itself" in (output / "export" / "README.md").read_text()
 

@@ -8,6 +8,7 @@ from trimtab.adapters import NoiseSpec
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.policies.residual import EditConfig
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
 
 B, D, SHAPE = 6, 3, (2, 1)
@@ -17,9 +18,10 @@ KINDS = {
     "dsrl_sac": DSRLSACConfig(**SIZE),
     "dsrl_na": DSRLNAConfig(num_candidates=4, **SIZE),
     "best_of_n": BestOfNConfig(num_candidates=4, target_candidates=2, **SIZE),
+    "edits": BestOfNConfig(num_candidates=4, edit=EditConfig(scale=0.3), **SIZE),
     "residual": ResidualConfig(**SIZE),
 }
-FIRST_CANDIDATE = ("best_of_n", "residual")  # what these execute untrained
+FIRST_CANDIDATE = ("best_of_n", "edits", "residual")  # what these execute untrained
 
 
 def denoise(noise):

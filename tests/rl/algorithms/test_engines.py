@@ -10,6 +10,7 @@ from trimtab.adapters import NoiseSpec, UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.policies.residual import EditConfig
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig, Problem, engines
 from trimtab.rl.runs.processes import ProcessGroup, StepGuard, optimizers
 
@@ -19,6 +20,7 @@ CONFIGS = {
     "dsrl_na": (DSRLNAConfig, {"num_candidates": K, "distillation_steps": 0.5}),
     "importance": (DSRLNAConfig, {"num_candidates": K, "bootstrap": "importance"}),
     "best_of_n": (BestOfNConfig, {"num_candidates": K, "target_candidates": 4, "actor_every": 3}),
+    "edits": (BestOfNConfig, {"num_candidates": K, "edit": EditConfig(scale=0.3)}),
 }
 
 

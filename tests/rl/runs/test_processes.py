@@ -41,6 +41,7 @@ def test_weights_are_the_same_and_experience_is_not(run):
     assert first["size"] == second["size"] == 2
     assert first["updates"] == second["updates"] >= 200
     assert first["weights"] == second["weights"]
+    assert first["edits"] == second["edits"] is not None
     assert not set(first["seeds"]) & set(second["seeds"])
     assert first["shard"] + second["shard"] == first["transitions"] == second["transitions"]
     assert min(first["shard"], second["shard"]) > 100

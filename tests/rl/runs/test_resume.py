@@ -14,6 +14,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
+from trimtab.policies.residual import EditConfig
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig, ResidualConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.demonstration_data import DemosConfig
@@ -44,6 +45,7 @@ RUNS = {
     "exact": (DSRLNAConfig(mode="exact", **SIZE), TRAIN),
     "best_of_n": (BestOfNConfig(num_candidates=4, target_candidates=2, acting="thompson", **SIZE), TRAIN),
     "proposals": (BestOfNConfig(num_candidates=4, target_candidates=2, actor_candidates=2, **SIZE), TRAIN),
+    "edits": (BestOfNConfig(num_candidates=4, edit=EditConfig(scale=0.3), **SIZE), TRAIN),
     "demonstrations": (DSRLNAConfig(num_candidates=4, **SIZE), TRAIN),
     "residual": (ResidualConfig(**SIZE), TRAIN),
     "gate": (DSRLSACConfig(**SIZE), replace(TRAIN, gate=TakeoverConfig(enabled=True))),

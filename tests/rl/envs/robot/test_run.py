@@ -15,6 +15,7 @@ from trimtab.adapters import Conditioning, PolicyConfig, load_adapter
 from trimtab.recipes.cli import main
 from trimtab.recipes.embedded_arm import MujocoArm, MujocoArmConfig, ScriptedPusherConfig
 from trimtab.recipes.embedded_arm.teleop import ScriptedPusher
+from trimtab.recipes.support.robot_dataset import DatasetKeeper
 from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.envs.robot.episodes import RECORD, EpisodeRecord
 from trimtab.rl.envs.robot.vector import RobotVectorEnv
@@ -95,6 +96,18 @@ def test_a_run_that_was_stopped_between_episodes_goes_on_as_if_it_had_not(base, 
     assert not (tmp_path / "run" / "artefact").exists()
     adapt(base, tmp_path / "run", "--resume=true")
     assert same(weights(run), weights(tmp_path / "run"))
+
+
+def test_the_dataset_is_whole_after_each_episode(monkeypatch, base, tmp_path):
+    held, written = [], DatasetKeeper.written
+
+    def read(keeper, clock):
+        written(keeper, clock)
+        held.append(recorded(tmp_path / "run"))
+
+    monkeypatch.setattr(DatasetKeeper, "written", read)
+    adapt(base, tmp_path / "run", "--robot.episodes=3")
+    assert held == [1, 2, 2, 3]  # one was dropped
 
 
 def recorded(output):
@@ -244,6 +257,7 @@ def test_the_arm_does_not_wait_for_the_learner(monkeypatch, base, tmp_path):
     assert any(10 < line.get("actions_hz", 0) <= 15 for line in lines)  # of 15
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["updates"] == sum(during) + last and last > 5
+    assert recorded(tmp_path / "run") == 3  # by a process beside it
 
 
 def test_a_judging_ends_where_the_robot_fails_again_and_again(monkeypatch, base, tmp_path, capsys):
