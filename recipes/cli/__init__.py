@@ -111,6 +111,7 @@ def _run(command: str, args: list[str]) -> int:
         start_worker_server()
     from trimtab.adapters.errors import UserError
 
+    config: Any = None
     try:
         from trimtab.recipes.support.launched import check_launch
         from trimtab.recipes.support.options import parse
@@ -118,8 +119,13 @@ def _run(command: str, args: list[str]) -> int:
         if COMMANDS[command].launched:
             check_launch()
         with ExitStack() as stack:
-            entry(command)(parse(config_class(command), command, args, stack))
+            config = parse(config_class(command), command, args, stack)
+            entry(command)(config)
     except UserError as error:
+        if getattr(getattr(config, "env", None), "type", "") == "robot":
+            from trimtab.recipes.support.robot_options import as_of_robot
+
+            error = as_of_robot(error)
         rank = os.environ.get("RANK", "0")  # of an `accelerate launch`
         where = "" if rank == "0" else f" (process {rank})"
         print(f"\ntrimtab {command}{where}: error: {error}", file=sys.stderr)

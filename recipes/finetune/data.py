@@ -159,23 +159,26 @@ class Recorder:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
         dataset: Any = LeRobotDataset.resume(self.repo_id, root=self.root) if self.episodes else None
-        for episode in episodes:
-            for frame in episode:
-                if dataset is None:
-                    features = {key: _feature(value) for key, value in frame.items() if key != "task"}
-                    for key, names in self._names.items():
-                        features[key]["names"] = names
-                    dataset = LeRobotDataset.create(
-                        self.repo_id, self.fps, features, root=self.root, use_videos=False
-                    )
-                dataset.add_frame(frame)
-                self.frames += 1
-            # LeRobot maps it over every frame, images or not: three quarters of the recording time.
-            unmapped = mock.patch.object(dataset_writer, "embed_images", lambda frames: frames)
-            with nullcontext() if dataset.meta.camera_keys else unmapped:
-                dataset.save_episode()
-            self.episodes += 1
-        dataset.finalize()
+        try:
+            for episode in episodes:
+                for frame in episode:
+                    if dataset is None:
+                        features = {key: _feature(value) for key, value in frame.items() if key != "task"}
+                        for key, names in self._names.items():
+                            features[key]["names"] = names
+                        dataset = LeRobotDataset.create(
+                            self.repo_id, self.fps, features, root=self.root, use_videos=False
+                        )
+                    dataset.add_frame(frame)
+                    self.frames += 1
+                # LeRobot maps it over every frame, images or not: three quarters of the recording time.
+                unmapped = mock.patch.object(dataset_writer, "embed_images", lambda frames: frames)
+                with nullcontext() if dataset.meta.camera_keys else unmapped:
+                    dataset.save_episode()
+                self.episodes += 1
+        finally:
+            if dataset is not None:  # else it writes what it has once it is forgotten
+                dataset.finalize()
 
 
 def _feature(value: np.ndarray) -> dict[str, Any]:

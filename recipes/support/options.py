@@ -26,6 +26,7 @@ from trimtab.recipes.support.option_dicts import (
     Options,
     load_plugins,
     merge,
+    put,
     read_arguments,
     read_options,
     value_at,
@@ -75,6 +76,8 @@ def parse[Config](
     content = fitted(content, command, names, path)
     below: Options = {}
     if "rl" in names:
+        if value_at(given, "train.env_steps") and not value_at(given, "train.episodes"):
+            put(given, "train.episodes", None)  # a file's, or a robot's, would take its place
         below, content, given = with_algorithm(content, given)
     values = merge(below, merge(content, given))
     if "demos" in names and value_at(values, "env.type") is None:

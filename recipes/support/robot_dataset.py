@@ -7,6 +7,7 @@ then takes the dataset's place.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import numpy as np
 from filelock import FileLock
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from trimtab.adapters import UserError
+from trimtab.adapters.errors import UserError, reason
 from trimtab.recipes.finetune.data import Recorder
 from trimtab.recipes.support.console import say
 from trimtab.recipes.support.reporting import read_json, write_json
@@ -27,7 +28,7 @@ from trimtab.rl.envs.robot.episodes import EPISODES, EpisodeRecord, counted_epis
 
 REPO_ID = "trimtab/robot_episodes"
 DATASET = "dataset"  # in a run's folder
-OF_EPISODES = "robot_episodes.json"  # in the dataset: which folders it holds, in order, and their outcomes
+OF_EPISODES = "robot_episodes.json"  # in the dataset: which folders it holds, in order, and as what
 
 
 class DatasetKeeper:
@@ -84,11 +85,24 @@ def write_dataset(episodes: Path, env: Any, output: Path) -> Path:
     """Write the episodes that count below ``episodes`` as a dataset under ``output``, and return it.
 
     Raises:
-        UserError: there are none, or as for ``update_dataset``.
+        UserError: ``env`` is a robot, whose own episodes would take their place; there are none; or as for
+            ``update_dataset``.
     """
+    if env.type == "robot":
+        mend = "learns without a robot; beside one name the dataset of that run, --demos.root=RUN/dataset"
+        raise UserError("--from_episodes", mend)
     target = output / DATASET
-    if not (count := update_dataset(episodes, target, env.fps, env.task or "")):
+    first = next(iter(counted_episodes(episodes).values()), None)
+    if first is None:
         raise UserError("--from_episodes", f"{episodes} holds no episode that counts")
+    try:
+        said = first.get("fps", env.fps), env.task or first.get("task", "")
+        count = update_dataset(episodes, target, *said)
+    except UserError:
+        with contextlib.suppress(OSError):  # a run that begins leaves nothing, so that it may begin again
+            _lock(target).unlink()
+            output.rmdir()
+        raise
     say(f"{count} episodes of {episodes} are the dataset {target}")
     return target
 
@@ -104,16 +118,19 @@ def update_dataset(episodes: Path, target: Path, fps: int, task: str) -> int:
     Raises:
         UserError: an episode is broken, or it cannot be written.
     """
-    wanted = {folder.name: record["outcome"] for folder, record in counted_episodes(episodes).items()}
+    wanted = {folder.name: _told(folder, record) for folder, record in counted_episodes(episodes).items()}
     if not wanted:
         return 0
     work, before = (target.with_name(f".{target.name}.{name}") for name in ("part", "before"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
+    with FileLock(_lock(target)), contextlib.ExitStack() as ends:
+        ends.callback(shutil.rmtree, work, ignore_errors=True)
         if before.exists() and not target.exists():  # killed between two renames
             before.rename(target)
-        listed = target / OF_EPISODES
-        held = list(read_json(listed).items()) if listed.exists() else []
+        try:
+            held = list(read_json(target / OF_EPISODES).items())
+        except (OSError, ValueError):  # there is none, or it was spoilt
+            held = []
         if held == [*wanted.items()]:
             return len(held)
         shutil.rmtree(work, ignore_errors=True)
@@ -129,6 +146,19 @@ def update_dataset(episodes: Path, target: Path, fps: int, task: str) -> int:
         work.rename(target)
         shutil.rmtree(before, ignore_errors=True)
     return len(wanted)
+
+
+def _lock(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+def _told(folder: Path, record: dict[str, Any]) -> dict[str, str]:
+    """What tells that an episode is still the one that a dataset has."""
+    try:
+        content = (folder / "steps.safetensors").read_bytes()
+    except OSError as error:
+        raise UserError("--output_dir", f"{folder} is no whole episode: {reason(error)}") from error
+    return {"outcome": record["outcome"], "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _append(dataset: Path, fps: int, task: str, folders: list[Path], held: int) -> None:

@@ -51,6 +51,8 @@ def as_of_robot(error: UserError) -> UserError:
     """An error about an option of ``--env.type=robot``, with the option as the user gives it."""
 
     def said(text: str) -> str:
+        for name, where in OF_RUN.items():
+            text = re.sub(rf"--{re.escape(where)}\b", f"--robot.{name}", text)
         text = re.sub(r"--env\.(robot|teleop)\.", r"--\1.", text)
         return re.sub(rf"--env\.(?=({'|'.join(OF_STATION)})\b)", "--robot.", text)
 

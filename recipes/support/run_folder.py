@@ -42,7 +42,6 @@ STATION = (
     "person_options",
     "packages",
     "park_pose",
-    "dry_run",
 )
 # What may differ when a run goes on: where and how it is run, and how long.
 FREE = (

@@ -13,6 +13,11 @@ from lerobot.teleoperators.config import TeleoperatorConfig
 from trimtab.adapters.errors import UserError, at_least
 from trimtab.rl.envs.one_task import OneTaskConfig
 
+SHARED = "fps", "dry_run"  # that learner and station must both be told
+AT_STATION = (  # that the station acts by; a learner elsewhere may name the same
+    *("episode_time_s", "reset", "start_pose", "park_pose", "move_s", "limits", "max_step", "approach"),
+    *("park_after_s", "person"),
+)
 RESETS = ("person", "pose", "teleop")
 KEYBOARD = "keyboard"
 
@@ -128,6 +133,30 @@ class RobotEnvConfig(OneTaskConfig):
     def steps(self) -> int:
         """Most actions of an episode."""
         return max(1, round(self.episode_time_s * self.fps))
+
+    @property
+    def at_station(self) -> dict[str, Any]:
+        """What the station acts by, in terms of messages."""
+        found = {name: getattr(self, name) for name in SHARED + AT_STATION}
+        kinds = {
+            "robot.type": self.robot and self.robot.type,
+            "teleop.type": self.teleop and self.teleop.type,
+        }
+        return found | kinds | {"limits": {name: [*pair] for name, pair in self.limits.items()}}
+
+    def check_station(self, theirs: dict[str, Any]) -> None:
+        """Refuse options that a station elsewhere, which has ``theirs``, does not act by.
+
+        What only it acts by need not be named here.
+
+        Raises:
+            UserError: one differs.
+        """
+        ours, unsaid = self.at_station, RobotEnvConfig(listen=":0").at_station
+        for name, value in theirs.items():
+            if ours[name] != value and (name in SHARED or ours[name] != unsaid[name]):
+                option = f"--{name}" if "." in name else f"--robot.{name}"
+                raise UserError(option, f"is {ours[name]} here, {value} at the station: name the same")
 
     @property
     def in_lockstep(self) -> bool:

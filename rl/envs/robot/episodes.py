@@ -151,7 +151,8 @@ class EpisodeRecord:
 
 def episode_folders(root: Path) -> list[Path]:
     """Folders of the whole episodes below ``root``, in order."""
-    return sorted(path.parent for path in root.glob(f"[0-9]*/{RECORD}"))
+    found = (path.parent for path in root.glob(f"*/{RECORD}") if path.parent.name.isdecimal())
+    return sorted(found, key=lambda folder: int(folder.name))
 
 
 def read_record(folder: Path) -> dict[str, Any]:

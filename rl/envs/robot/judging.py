@@ -26,7 +26,7 @@ def plan(names: list[str], episodes: int, seed: int) -> list[str]:
 
 def announcement(order: list[str], vec: RobotVectorEnv) -> str:
     """What the person lets themselves in for."""
-    longest = vec.hello["episode_s"]
+    longest = vec.hello["options"]["episode_time_s"]
     minutes = len(order) * (longest + RESET_S) / 60
     return (
         f"{len(order)} episodes in random order, blind: at most {longest:.0f} s each and about "

@@ -51,8 +51,8 @@ class Station:
         """What the learner must know of the robot."""
         arm = self.arm
         shapes = {name: list(one["shape"]) for name, one in arm.features.items()}
-        clock = {"fps": self.config.fps, "period": self.period, "episode_s": self.config.episode_time_s}
-        return {"names": arm.names, "shapes": shapes, **clock}
+        said = {"period": self.period, "options": self.config.at_station}
+        return {"names": arm.names, "shapes": shapes, **said}
 
     def serve(self, link: StationLink) -> None:
         """Do what the learner asks until it says park.

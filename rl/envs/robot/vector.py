@@ -68,10 +68,7 @@ class RobotVectorEnv(VectorEnv):
         self.hello: dict[str, Any] = {}
         try:
             self.hello = self._connect()
-            if (theirs := self.hello["fps"]) != config.fps:
-                raise UserError(
-                    "--robot.fps", f"is {config.fps} here, {theirs} at the station: name the same"
-                )
+            config.check_station(self.hello["options"])
             self._blank = {key: np.zeros(shape, np.uint8) for key, shape in self.hello["shapes"].items()}
             self._blank[OBS_STATE] = self._blank[OBS_STATE].astype(np.float32)
             judge = config.reward_model.path
@@ -106,13 +103,13 @@ class RobotVectorEnv(VectorEnv):
                 return {}
         self._announced, self._answer = False, None  # a new station has not been asked
         if hello != (self.hello or hello):
-            raise UserError("--robot.type", "the station that is back has another robot, fps or episode time")
+            raise UserError("--robot.type", "the station that is back has another robot, or other options")
         return hello
 
     def keep(self, root: Path, learnt: int | None = None) -> None:
         """Write episodes to folders below ``root``; those from number ``learnt`` on are played first."""
         self.root, folders = root, episode_folders(root)
-        self._running = EpisodeRecord(int(folders[-1].name) + 1 if folders else 0)
+        self._running = EpisodeRecord(max(int(folders[-1].name) + 1 if folders else 0, learnt or 0))
         if learnt is not None:
             self._recorded.extend(folder for folder in folders if int(folder.name) >= learnt)
 
@@ -183,13 +180,13 @@ class RobotVectorEnv(VectorEnv):
         asked, until = False, math.inf
         while answer is None or "ready" in answer:
             if answer:  # from here on nobody thinks
-                until = time.monotonic() + self.config.move_s + ANSWER_S
+                until = time.monotonic() + self._move_s + ANSWER_S
             try:
                 answer = self.link.receive(POLL_S)
             except TimeoutError:
                 answer = None
                 if time.monotonic() > until:
-                    raise self._hung(self.config.move_s) from None
+                    raise self._hung(self._move_s) from None
                 if self.stopping() and not asked:
                     self.link.send({"kind": "withdraw"})
                     asked = True
@@ -253,8 +250,8 @@ class RobotVectorEnv(VectorEnv):
             return {0: result} if result else {}
         if self.root is not None:
             held_up = any(chunk.gap > self.config.max_gap_s for chunk in record.chunks)
-            steered = bool(self._note.get("steered", False))
-            record.write(self.root, {"steered": steered, "held_up": held_up})
+            facts = {"held_up": held_up, "fps": self.config.fps, "task": self.config.task or ""}
+            record.write(self.root, {"steered": bool(self._note.get("steered", False)), **facts})
             self.written(bool(self.hello["period"]))
         self._running = EpisodeRecord(record.number + 1)
         self._verdict = f"success ({record.why}); " if record.outcome == "success" and record.why else ""
@@ -263,11 +260,15 @@ class RobotVectorEnv(VectorEnv):
     def _executed(self) -> dict[str, Any]:
         """The station's answer to a chunk."""
         answer, self._answer = self._answer, None
-        longest = len(self._asked) * self.hello["period"] + self.config.move_s
+        longest = len(self._asked) * self.hello["period"] + self._move_s
         try:
             return answer or self.link.receive(longest + ANSWER_S)
         except TimeoutError:
             raise self._hung(longest) from None
+
+    @property
+    def _move_s(self) -> float:
+        return self.hello["options"]["move_s"]
 
     def _hung(self, seconds: float) -> Lost:
         """An answer that should take ``seconds`` does not come: the robot hangs, and its station ends."""

@@ -98,3 +98,10 @@ def test_files_run(name):
     if name == "dsrl_na":
         executed = torch.tanh(1.2 * 1.5 * u * (1.0 + 0.3 * torch.sin(3.0 * state[:, :1])))
         assert torch.allclose(kept["chunk"].flatten(1).float(), executed, atol=1e-3)  # kept in half
+
+
+def test_the_command_lines_budget_takes_the_place_of_a_files_or_a_robots_episodes(tmp_path):
+    (tmp_path / "run.yaml").write_text("train: {episodes: 40}")
+    for options in ([f"--config_path={tmp_path / 'run.yaml'}", *ENV], ["--robot.type=mujoco_arm"]):
+        train = parse(AdaptConfig, "adapt", [*options, "--policy.path=base", "--train.env_steps=500"]).train
+        assert (train.env_steps, train.episodes) == (500, None)

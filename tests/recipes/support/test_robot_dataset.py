@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+from tests.helpers.robots import robot_config
 from trimtab.adapters.errors import UserError
 from trimtab.recipes.support import robot_dataset
-from trimtab.recipes.support.robot_dataset import update_dataset
+from trimtab.recipes.support.robot_dataset import update_dataset, write_dataset
+from trimtab.rl.envs.nothing import NoEnvConfig
 from trimtab.rl.envs.robot.episodes import RECORD, Chunk, EpisodeRecord
 
 CAMERA = "observation.images.front"
@@ -25,8 +27,8 @@ def run(tmp_path):
     return tmp_path
 
 
-def write(run, number, outcome):
-    generator = np.random.default_rng(number)
+def write(run, number, outcome, seed=None, **facts):
+    generator = np.random.default_rng(number if seed is None else seed)
     actions = generator.normal(size=(3, 5)).astype(np.float32)
     seen = [
         {
@@ -36,7 +38,7 @@ def write(run, number, outcome):
         for _ in range(4)
     ]
     chunk = Chunk(actions, actions, np.zeros(3, bool), np.zeros(3), seen)
-    EpisodeRecord(number, [chunk], outcome).write(run / "episodes", {})
+    EpisodeRecord(number, [chunk], outcome).write(run / "episodes", facts)
 
 
 def update(run):
@@ -92,6 +94,39 @@ def test_a_corrected_outcome_writes_it_anew(run):
     assert count == 2 and [frame["next.reward"].item() for frame in frames] == [0, 0, 1, 0, 0, 1]
     correct(run, 0, "abort")
     assert update(run) == 1 and read(run)[0] == 1
+
+
+def test_an_episode_that_was_recorded_anew_takes_the_place_of_the_old(run):
+    update(run)
+    shutil.rmtree(run / "episodes" / "000001")
+    write(run, 1, "success", seed=7)
+    update(run)
+    there = EpisodeRecord.read(run / "episodes" / "000001").chunks[0].executed[-1]
+    assert (read(run)[1][-1]["action"].numpy() == there).all()
+
+
+def test_a_list_spoilt_by_hand_is_written_anew(run):
+    update(run)
+    (run / "dataset" / robot_dataset.OF_EPISODES).write_text("{")
+    assert update(run) == 2 and read(run)[0] == 2
+
+
+def test_learning_from_episodes_takes_their_rate_and_their_task(run, tmp_path):
+    shutil.rmtree(run / "episodes" / "000000")
+    write(run, 0, "failure", fps=12, task="push")
+    write_dataset(run / "episodes", NoEnvConfig(), tmp_path / "anew")
+    dataset = LeRobotDataset("a/run", root=tmp_path / "anew" / "dataset")
+    assert (dataset.fps, dataset[0]["task"]) == (12, "push")
+
+
+@pytest.mark.parametrize(
+    "env, said", [(NoEnvConfig(), "no whole episode"), (robot_config(), "without a robot")]
+)
+def test_what_cannot_be_learnt_from_episodes_leaves_nothing(run, tmp_path, env, said):
+    (run / "episodes" / "000001" / "steps.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match=said):
+        write_dataset(run / "episodes", env, tmp_path / "anew")
+    assert not (tmp_path / "anew").exists()
 
 
 def test_nothing_is_written_where_nothing_is_new(run):

@@ -1,12 +1,13 @@
 """Folders of episodes that were broken by hand or by a disk are named in one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from trimtab.adapters.errors import UserError
-from trimtab.rl.envs.robot.episodes import RECORD, Chunk, EpisodeRecord
+from trimtab.rl.envs.robot.episodes import RECORD, Chunk, EpisodeRecord, episode_folders
 
 
 @pytest.fixture
@@ -20,6 +21,12 @@ def test_a_corrected_outcome_is_read(folder):
     record = json.loads((folder / RECORD).read_text())
     (folder / RECORD).write_text(json.dumps(record | {"outcome": "success"}))
     assert EpisodeRecord.read(folder).outcome == "success"
+
+
+def test_only_numbers_are_episodes(folder):
+    for name in ("000000 copy", "000000.old", "99", "000100"):
+        shutil.copytree(folder, folder.with_name(name))
+    assert [one.name for one in episode_folders(folder.parent)] == ["000000", "99", "000100"]
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"outcome": ', '{"cameras": [], "steps": 2, "why": ""}'])

@@ -133,6 +133,12 @@ def keep_checkpoints(output, count):
     (output / "checkpoints" / "last").unlink(missing_ok=True)
 
 
+@pytest.mark.parametrize("other", ["--robot.fps=10", "--robot.base_episodes=5", "--robot.dry_run=true"])
+def test_a_run_does_not_go_on_as_another_one(run, capsys, other):
+    assert main(["adapt", "--resume=true", f"--output_dir={run}", other]) == 2
+    assert f"{other.partition('=')[0]}: {run}" in capsys.readouterr().err
+
+
 def test_episodes_after_the_checkpoint_are_learnt_from_their_files(base, run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "episodes" / "000006")

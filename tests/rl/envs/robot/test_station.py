@@ -23,6 +23,7 @@ from trimtab.adapters import UserError
 from trimtab.adapters.remote.packing import pack, unpack
 from trimtab.recipes.embedded_arm.arm import MujocoArm, MujocoArmConfig
 from trimtab.rl.envs.robot import vector
+from trimtab.rl.envs.robot.config import RobotEnvConfig
 from trimtab.rl.envs.robot.episodes import EpisodeRecord
 from trimtab.rl.envs.robot.people import EVENTS, make_person
 from trimtab.rl.envs.robot.station import Arm
@@ -257,7 +258,7 @@ def test_a_robot_that_hangs_costs_an_episode(monkeypatch, tmp_path):
     thread.start()
     seen = {"observation.state": np.zeros(7, np.float32)}
     shapes = {"observation.state": [7]}
-    hello = {"names": list(START), "shapes": shapes, "fps": 15, "period": 0.0, "episode_s": 1.0}
+    hello = {"names": list(START), "shapes": shapes, "period": 0.0, "options": config.at_station}
     with StationLink(config.listen, "word", 5.0, wait=True) as link:
         link.send(hello)
         assert link.receive()["kind"] == "episode"
@@ -292,6 +293,35 @@ def test_a_station_that_is_back_is_asked_anew(tmp_path):
         thread.join(10)
         assert seen and seen[0]
     assert not raised
+
+
+@pytest.mark.parametrize(
+    "here, there, option",
+    [
+        ({"limits": {"gripper.pos": (0.0, 1.0)}}, {}, "--robot.limits"),
+        ({"teleop": LeaderArmConfig()}, {}, "--teleop.type"),
+        ({}, {"dry_run": True}, "--robot.dry_run"),
+    ],
+)
+def test_what_the_station_does_not_act_by_is_refused(here, there, option):
+    where = f"127.0.0.1:{free_port()}"
+    learner = RobotEnvConfig(listen=where, token="word", **here)
+    with (
+        station_thread(robot_config(**there), where, "word", again=True),
+        pytest.raises(UserError) as refused,
+    ):
+        vector.RobotVectorEnv(learner, 1)
+    assert refused.value.option == option
+
+
+def test_numbers_of_episodes_that_were_learnt_from_are_not_given_again(tmp_path):
+    where = f"127.0.0.1:{free_port()}"
+    with (
+        station_thread(robot_config(limits={"gripper.pos": (0.0, 9.0)}), where, "word", again=True),
+        vector.RobotVectorEnv(RobotEnvConfig(listen=where, token="word"), 1) as vec,
+    ):
+        vec.keep(tmp_path, 3)  # somebody has deleted them
+        assert vec.episodes == 3
 
 
 def test_who_is_not_let_in_learns_why(learner):
