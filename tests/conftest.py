@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as commands do
@@ -102,16 +99,10 @@ def served_policy(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def policy_server(served_policy):
-    """Address of a process that serves ``served_policy`` with openpi's protocol."""
-    script = Path(__file__).parent / "helpers" / "openpi_server.py"
-    server = subprocess.Popen(
-        [sys.executable, str(script), str(served_policy)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    port = next((line for line in server.stdout if line.strip().isdigit()), b"")
-    assert port, "the server did not start"
-    yield f"ws://127.0.0.1:{int(port)}"
-    server.kill()
-    server.wait()
+    """Address of a thread that serves ``served_policy`` with openpi's protocol."""
+    from tests.helpers.openpi_server import serving
+
+    return serving(served_policy)
 
 
 @pytest.fixture(scope="session")

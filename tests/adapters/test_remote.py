@@ -1,4 +1,4 @@
-"""A policy on a policy server: openpi's protocol, byte for byte, against a process of its own."""
+"""A policy on a policy server: openpi's protocol, byte for byte, against a server of its own."""
 
 import socket
 import sys

@@ -1,18 +1,18 @@
 """A policy server that speaks openpi's protocol with openpi's own message format, for tests.
 
 Behind it is a real (tiny, random) LeRobot DiffusionPolicy, run by LeRobot's own code. What it does wrong is
-chosen by the path of the address: ws://127.0.0.1:PORT/ignores, /raises, and so on (``Mode``). It prints its
-port once it listens.
-
-    python openpi_server.py FOLDER_OF_THE_POLICY [PORT]
+chosen by the path of the address: ws://127.0.0.1:PORT/ignores, /raises, and so on (``Mode``).
 """
 
 import asyncio
 import enum
 import http
-import sys
+import logging
+import threading
 import time
 import traceback
+from pathlib import Path
+from queue import Queue
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Mode(enum.StrEnum):
 class Policy:
     """The policy's function on one observation."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: Path) -> None:
         from lerobot.configs import PreTrainedConfig
         from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
         from lerobot.policies.factory import make_pre_post_processors
@@ -64,13 +64,14 @@ class Policy:
         self.model = DiffusionPolicy.from_pretrained(folder, config=config).eval()
         self.before, self.after = make_pre_post_processors(config, pretrained_path=folder)
         self.shape = (1, config.horizon, config.action_feature.shape[0])
+        self.draws = torch.Generator().manual_seed(0)  # its own: the tests seed that of the process
 
     @torch.no_grad()
     def infer(self, observation: dict, noise: np.ndarray | None = None) -> dict:
         given = {ours: torch.tensor(np.asarray(observation[name])).float() for name, ours in NAMES.items()}
         batch = self.before({key: value[None] for key, value in given.items()})
         batch = {key: batch[key][:, None] for key in given}  # a history of one
-        noise = torch.randn(self.shape) if noise is None else torch.tensor(noise)
+        noise = torch.randn(self.shape, generator=self.draws) if noise is None else torch.tensor(noise)
         actions = self.model.diffusion.generate_actions(batch, noise=noise.reshape(self.shape))
         return {"actions": self.after(actions)[0].numpy(), "state": observation["observation/state"]}
 
@@ -179,14 +180,19 @@ class Server:
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "no key\n")
         return None
 
-    async def run(self, port: int) -> None:
-        async with websockets.asyncio.server.serve(
-            self.handle, "127.0.0.1", port, compression=None, max_size=None, process_request=self.admit
-        ) as server:
-            print(server.sockets[0].getsockname()[1], flush=True)
+    async def run(self, ports: Queue[int]) -> None:
+        """Serve until the loop ends; its port goes to ``ports``. What a mode raises is not logged."""
+        silent = logging.getLogger(__name__)
+        silent.disabled = True
+        options = {"compression": None, "max_size": None, "process_request": self.admit, "logger": silent}
+        async with websockets.asyncio.server.serve(self.handle, "127.0.0.1", 0, **options) as server:
+            ports.put(server.sockets[0].getsockname()[1])
             await server.serve_forever()
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    asyncio.run(Server(Policy(sys.argv[1])).run(int(sys.argv[2]) if len(sys.argv) > 2 else 0))
+def serving(folder: Path) -> str:
+    """Serve the policy in ``folder`` from a thread until the process ends; the address."""
+    ports: Queue[int] = Queue()
+    run = Server(Policy(folder)).run(ports)
+    threading.Thread(target=asyncio.run, args=(run,), daemon=True).start()
+    return f"ws://127.0.0.1:{ports.get(timeout=60)}"

@@ -21,8 +21,10 @@ from trimtab.recipes.embedded_arm.person import ScriptedPerson
 from trimtab.recipes.embedded_arm.processor import StateAsEnvironmentState
 from trimtab.rl.envs.robot import station
 from trimtab.rl.envs.robot.config import RobotEnvConfig
+from trimtab.rl.envs.robot.people import Person
 
 STATE, ACTIONS = 7, 5
+POSE = np.array([*START.values()], np.float32)
 
 
 class ExactPerson(ScriptedPerson):
@@ -118,3 +120,34 @@ def command(name: str, *options: str, said: dict[str, Any] | None = None, rc: in
 def the_arm(name: str = "test") -> MujocoArm:
     """The arm that a station in this process has connected."""
     return MujocoArm.connected[name]
+
+
+class Told(Person):
+    """Says what it is told to, by step, and is ready once it has been asked so often."""
+
+    def __init__(self, said=None, ready_after=0):
+        self.told, self.left = said or {}, ready_after
+
+    def start(self, robot, episode):
+        self.left -= 1
+        return self.left < 0
+
+    def said(self, robot, step):
+        return self.told.get(step)
+
+    def close(self):
+        """There is nothing to close."""
+
+
+class Calls:
+    """A learner that never says anything else, and does not listen."""
+
+    def withdrawn(self):
+        return False
+
+    def send(self, message):
+        """Nobody asks for it."""
+
+
+def begin(station: station.Station) -> dict[str, Any]:
+    return station.begin({"number": 0, "say": "episode 1"}, Calls())

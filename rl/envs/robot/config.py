@@ -31,6 +31,19 @@ class RewardModelOptions:
             raise UserError("--robot.reward_model.threshold", f"is between 0 and 1, got {self.threshold}")
 
 
+@dataclass
+class KinematicsOptions:
+    """``--robot.kinematics.*``: a gamepad or keyboard moves the hand, and this tells the joints of it."""
+
+    # URDF of the arm, with the robot's names of its joints; what of it is the hand.
+    urdf_path: str = ""
+    target_frame_name: str = "gripper_frame_link"
+    # Metres of an action at full deflection.
+    step_m: float = 0.005
+    # What an action adds to gripper.pos to open it (0 to 100); negative where that closes it.
+    gripper_step: float = 5.0
+
+
 @EnvConfig.register_subclass("robot")
 @dataclass
 class RobotEnvConfig(OneTaskConfig):
@@ -69,6 +82,8 @@ class RobotEnvConfig(OneTaskConfig):
     # Who says ready, success and failure: keyboard, or MODULE:CLASS, a script that plays a person.
     person: str = KEYBOARD
     person_options: dict[str, Any] = field(default_factory=dict)
+    # For a teleoperator of the hand.
+    kinematics: KinematicsOptions = field(default_factory=KinematicsOptions)
     # A model that says success beside them.
     reward_model: RewardModelOptions = field(default_factory=RewardModelOptions)
     # HOST:PORT on which the learner waits for a station on another machine. Default: it starts one here.

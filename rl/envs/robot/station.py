@@ -28,7 +28,7 @@ from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.robot.arm import Arm, attempt
 from trimtab.rl.envs.robot.config import RobotEnvConfig
 from trimtab.rl.envs.robot.episodes import jpeg
-from trimtab.rl.envs.robot.leader import Leader
+from trimtab.rl.envs.robot.leader import Leader, make_leader
 from trimtab.rl.envs.robot.people import Person, make_person
 from trimtab.rl.envs.robot.wire import Lost, StationLink
 
@@ -209,7 +209,7 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
             ends.callback(arm.park)
             person = make_person(config.person, config.person_options)
             ends.callback(attempt, "--robot.person cannot be closed", person.close)
-            if (leader := Leader(config, arm.names) if config.teleop else None) is not None:
+            if (leader := make_leader(config, arm.names) if config.teleop else None) is not None:
                 ends.callback(attempt, "--teleop.type cannot be disconnected", leader.teleop.disconnect)
             station = Station(config, arm, person, leader)
         except UserError as error:

@@ -5,13 +5,15 @@ import time
 
 import numpy as np
 import pytest
-from lerobot.teleoperators.gamepad import GamepadTeleopConfig
 from websockets.sync.client import connect
 
 from tests.helpers.leaderarm import LeaderArmConfig
 from tests.helpers.robots import (
+    POSE,
     START,
+    Calls,
     ExactPerson,
+    begin,
     free_port,
     robot_config,
     station_thread,
@@ -22,60 +24,9 @@ from trimtab.adapters.remote.packing import pack, unpack
 from trimtab.recipes.embedded_arm.arm import MujocoArm, MujocoArmConfig
 from trimtab.rl.envs.robot import vector
 from trimtab.rl.envs.robot.episodes import EpisodeRecord
-from trimtab.rl.envs.robot.leader import Leader
-from trimtab.rl.envs.robot.people import EVENTS, Person, make_person
-from trimtab.rl.envs.robot.station import Arm, Station
+from trimtab.rl.envs.robot.people import EVENTS, make_person
+from trimtab.rl.envs.robot.station import Arm
 from trimtab.rl.envs.robot.wire import VERSION, LearnerLink, Lost, StationLink
-
-POSE = np.array([*START.values()], np.float32)
-
-
-class Told(Person):
-    """Says what it is told to, by step, and is ready once it has been asked so often."""
-
-    def __init__(self, said=None, ready_after=0):
-        self.told, self.left = said or {}, ready_after
-
-    def start(self, robot, episode):
-        self.left -= 1
-        return self.left < 0
-
-    def said(self, robot, step):
-        return self.told.get(step)
-
-    def close(self):
-        """There is nothing to close."""
-
-
-class Calls:
-    """A learner that never says anything else, and does not listen."""
-
-    def withdrawn(self):
-        return False
-
-    def send(self, message):
-        """Nobody asks for it."""
-
-
-@pytest.fixture
-def make():
-    """A station on the embedded arm; closed again."""
-    made = []
-
-    def station(said=None, ready_after=0, **options):
-        config = robot_config(**options)
-        arm = Arm(config)
-        made.append(arm)
-        leader = Leader(config, arm.names) if config.teleop else None
-        return Station(config, arm, Told(said, ready_after), leader)
-
-    yield station
-    for arm in made:
-        arm.robot.disconnect()
-
-
-def begin(station):
-    return station.begin({"number": 0, "say": "episode 1"}, Calls())
 
 
 def test_nothing_moves_before_the_person_is_ready(make):
@@ -221,63 +172,7 @@ def test_ctrl_c_holds_at_once_on_the_way(make, options, answer):
     assert found["stop"] == "Ctrl-C" and len(sends) == 1
 
 
-def test_a_person_takes_over_and_gives_back(make):
-    station = make({2: "takeover", 5: "release"}, teleop=LeaderArmConfig(pan=5.0))
-    begin(station)
-    answers = [station.chunk(np.tile(POSE, (5, 1))) for _ in range(3)]
-    assert [(len(one["executed"]), one["human"]) for one in answers] == [(2, False), (3, True), (5, False)]
-    assert answers[1]["executed"][-1][0] == pytest.approx(5.0)
-
-
-def test_at_a_takeover_the_robot_catches_up_with_the_leader(make):
-    station = make(
-        {1: "takeover", 10: "release", 12: "takeover"}, teleop=LeaderArmConfig(pan=60.0), move_s=0.4
-    )
-    begin(station)
-    station.chunk(np.tile(POSE, (1, 1)))
-    pans = np.array([step[0] for step in station.chunk(np.tile(POSE, (9, 1)))["executed"]])
-    assert np.diff([0.0, *pans])[:6] == pytest.approx(10.0) and pans[5:] == pytest.approx(60.0)
-    station.chunk(np.tile(POSE + pans[-1] * np.eye(5)[0], (2, 1)))
-    station.leader.teleop.pose["shoulder_pan.pos"] = 57.5  # near: at the same pace
-    pans = np.array([step[0] for step in station.chunk(np.tile(POSE, (3, 1)))["executed"]])
-    assert pans[0] == pytest.approx(57.5)
-
-
-def test_a_leader_with_motors_goes_to_where_the_robot_is(make, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # LeRobot takes two seconds for it
-    station = make({1: "takeover"}, teleop=LeaderArmConfig(pan=60.0, motors=True))
-    begin(station)
-    station.chunk(np.tile(POSE, (1, 1)))
-    sends, teleop = station.arm.robot.sends, station.leader.teleop
-    answer = station.chunk(np.tile(POSE, (2, 1)))
-    assert answer["executed"] == pytest.approx(np.tile(POSE, (2, 1)), abs=1e-3)
-    assert station.arm.robot.sends == sends + 2 and not teleop.torque and answer["gap"] < 1
-    teleop.pose["shoulder_pan.pos"] = 1.0
-    assert station.chunk(np.tile(POSE, (1, 1)))["executed"][0][0] == pytest.approx(1.0)
-
-
-def test_who_resets_by_teleoperation_is_waited_for(make):
-    told = {-1: None}
-    station = make(told, ready_after=9, reset="teleop", teleop=LeaderArmConfig(pan=30.0), move_s=0.3)
-    pans, start = [], station.person.start
-
-    def asked(robot, episode):
-        pans.append(robot.get_observation()["shoulder_pan.pos"])
-        told[-1] = {3: "takeover", 8: "release"}.get(len(pans))
-        return start(robot, episode)
-
-    station.person.start = asked
-    assert "seen" in begin(station) and not station.human
-    assert np.abs(pans[:3]).max() < 1e-3 and station.arm.robot.sends == 5  # none before, none after
-    assert 5 < pans[-1] < 31 and np.diff(pans).max() < 10
-
-
-def test_what_cannot_drive_the_robot_is_refused(make):
-    with pytest.raises(UserError, match=r"'gamepad' gives delta_x, .* robot takes shoulder_pan.pos, "):
-        make(id="gamepad", teleop=GamepadTeleopConfig())
-    with pytest.raises(UserError, match=r"robot.reset: teleop: name what you drive the robot with"):
-        robot_config(reset="teleop")
-
+def test_a_robot_that_does_not_see_what_it_is_sent_is_refused():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MujocoArm, "action_features", {"delta_x": float})
         with pytest.raises(UserError, match=r"robot.type: what it observes leaves out delta_x"):
