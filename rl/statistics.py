@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import binomtest, fisher_exact
 
 Z95 = 1.959963984540054  # 95 % of a normal distribution lie within so many deviations
 RESAMPLES = 10_000
@@ -16,8 +15,9 @@ Outcomes = Sequence[bool] | np.ndarray
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     """95 % score interval of a success rate (Wilson 1927)."""
     _check(successes, episodes)
-    low, high = binomtest(successes, episodes).proportion_ci(method="wilson")
-    return float(low), float(high)
+    rate, z2 = successes / episodes, Z95**2 / episodes
+    half = Z95 * math.sqrt((rate * (1 - rate) + z2 / 4) / episodes)
+    return max(0.0, (rate + z2 / 2 - half) / (1 + z2)), min(1.0, (rate + z2 / 2 + half) / (1 + z2))
 
 
 def paired_difference(first: Outcomes, second: Outcomes) -> tuple[float, float, float]:
@@ -40,6 +40,8 @@ def mcnemar(first: Outcomes, second: Outcomes) -> float:
     Only the episodes count where one succeeds and the other does not; were the policies equally good, each
     would go either way with probability a half (McNemar 1947, with the binomial in place of chi-squared).
     """
+    from scipy.stats import binomtest  # half a second of every command's start
+
     gained, lost = _discordant(first, second)
     n = gained + lost
     return float(binomtest(gained, n).pvalue) if n else 1.0
@@ -51,6 +53,8 @@ def p_below(successes: int, episodes: int, base_successes: int, base_episodes: i
     The probability of so few successes among the first ``episodes``, had all successes fallen at random on
     all episodes.
     """
+    from scipy.stats import fisher_exact
+
     _check(successes, episodes)
     _check(base_successes, base_episodes)
     counts = [[successes, episodes - successes], [base_successes, base_episodes - base_successes]]

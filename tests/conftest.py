@@ -23,6 +23,11 @@ torch.set_num_threads(1)
 shared_configs.default_threads = lambda workers: 1
 
 
+def pytest_collection_modifyitems(items):
+    """One of the longest files would come near the end, when the other test process has nothing to do."""
+    items.sort(key=lambda item: item.path.name != "test_pixels.py")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Commands set torch's threads for their process."""

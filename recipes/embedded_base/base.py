@@ -121,7 +121,8 @@ def make_base(config: BaseConfig, folder: Path, option: str = "--output_dir") ->
         operators = {task: replace(config.demonstrators.get(task, Operator())) for task in tasks}
         how = config.episodes, config.episode_length, config.seed
         shown = {task: episodes_of(task, operator, *how) for task, operator in operators.items()}
-        rates = record(root, REPO_ID, MetaworldStateConfig().fps, shown, config.episodes)
+        total = sum(operator.episodes or config.episodes for operator in operators.values())
+        rates = record(root, REPO_ID, MetaworldStateConfig().fps, shown, total)
         who = {task: asdict(operator) for task, operator in operators.items()}
         return {"demonstrators": who, "demonstration_success": rates}
 

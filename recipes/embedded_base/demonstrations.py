@@ -24,16 +24,17 @@ from trimtab.rl.runs.progress import Progress
 REPO_ID = "trimtab/metaworld_demonstrations"
 SEED_OFFSET = 50_000_000  # demonstrations never start where training or evaluation does
 OBJECT = slice(4, 7)  # where every Meta-World state holds the (first) object's position, in metres
-KINDS = ("careful", "shift", "blind_spot")
+KINDS = ("careful", "shift", "blind_spot", "clumsy")
+GRIPPER, LETS_GO = 3, 15  # which action; for how many steps a clumsy hand opens
 
 
 @dataclass
 class Operator:
     """How one task's demonstrations are performed."""
 
-    # ``careful``; ``shift`` (the object is seen displaced in a random direction); or ``blind_spot``
+    # ``careful``; ``shift`` (the object is seen displaced in a random direction); ``blind_spot``
     # (displaced along x, away from the middle: to the right where the object lies right of ``center``, to the
-    # left where it lies left of it).
+    # left where it lies left of it); ``clumsy`` (the hand opens once it has moved the object by ``offset``).
     kind: str = "careful"
     # Share of the episodes with that error.
     p_bad: float = 0.0
@@ -45,18 +46,22 @@ class Operator:
     center: float | None = None
     # Standard deviation of the Gaussian noise on every action, in action units.
     noise: float = 0.1
+    # Demonstrations of this task, where they are not as many as of the others.
+    episodes: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise UserError("--demonstrators", f"kind '{self.kind}' is none of {', '.join(KINDS)}")
         if not 0.0 <= self.p_bad <= 1.0:
             raise UserError("--demonstrators", f"p_bad is a probability, got {self.p_bad}")
+        if self.episodes is not None and self.episodes < 1:
+            raise UserError("--demonstrators", f"episodes must be at least 1, got {self.episodes}")
         if self.offset < 0 or self.noise < 0:
             raise UserError("--demonstrators", "offset and noise cannot be negative")
 
     def error(self, object_position: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Draw an episode's error of sight (3,) in metres for an object at ``object_position``."""
-        if self.kind == "careful" or rng.random() >= self.p_bad:
+        if self.kind in ("careful", "clumsy") or rng.random() >= self.p_bad:
             return np.zeros(3)
         if self.kind == "shift":
             angle = rng.uniform(0.0, 2.0 * np.pi)
@@ -106,12 +111,16 @@ def demonstrate(env: MetaworldStateEnv, operator: Operator, seed: int) -> Iterat
 
     rng, expert = np.random.default_rng([seed, 1]), TASK_POLICY_MAPPING[env.task]()
     observation, _ = env.reset(seed=seed)
-    error = operator.error(env.state[OBJECT], rng)
+    start = env.state[OBJECT].copy()
+    error = operator.error(start, rng)
+    lets_go = LETS_GO if operator.kind == "clumsy" and rng.random() < operator.p_bad else 0
     ended = False
     while not ended:
         believed = env.state.copy()
         believed[OBJECT] += error
         wanted = np.asarray(expert.get_action(believed), dtype=np.float64)
+        if lets_go and np.linalg.norm(env.state[OBJECT] - start) > operator.offset:
+            wanted[GRIPPER], lets_go = -1.0, lets_go - 1
         noisy = wanted + rng.normal(0.0, operator.noise, wanted.shape)
         action = np.clip(noisy, -1.0, 1.0).astype(np.float32)
         following, reward, terminated, truncated, info = env.step(action)
@@ -132,7 +141,7 @@ def episodes_of(
     env = MetaworldStateEnv(task, episode_length=episode_length)
     if operator.kind == "blind_spot" and operator.center is None:
         operator.center = start_center(env)
-    for episode in range(episodes):
+    for episode in range(operator.episodes or episodes):
         yield list(demonstrate(env, operator, SEED_OFFSET + seed * 100_000 + episode))
     env.close()
 
@@ -145,7 +154,7 @@ def record(
     episodes: int,
     names: dict[str, list[str]] | None = None,
 ) -> dict[str, float]:
-    """Record ``episodes`` of each task, of which each item is the frames of one, under ``root``.
+    """Record demonstrations by task, ``episodes`` in all, each the frames of one, under ``root``.
 
     ``names``: by feature, what the numbers in a frame are called.
 
@@ -153,7 +162,7 @@ def record(
         The demonstrators' success rate by task, or of a task without success their mean return.
     """
     scores: dict[str, list[float]] = {task: [] for task in demonstrations}
-    progress = Progress(total=len(scores) * episodes, desc="demonstrations", unit="ep")
+    progress = Progress(total=episodes, desc="demonstrations", unit="ep")
 
     def counted() -> Iterator[list[dict[str, Any]]]:
         for task, found in scores.items():

@@ -125,7 +125,8 @@ def test_a_comparison_with_it_keeps_what_is_there(tiny_base, tmp_path, capsys):
     command += ["--env.episode_length=20", "--methods=best_of_n,sb3_sac", "--seeds=0,", "--env_steps=400"]
     command += ["--grid=200", "--n_episodes=4", "--final_episodes=3", "--other_episodes=0", "--batch_size=4"]
     command += ["--num_envs=4", "--machine.workers=0", "--machine.threads=1", "--videos=0"]
-    command += ["--isolate=false", f"--output_dir={output}"]
+    few = {"best_of_n": {"train": {"updates_per_transition": 2}, "rl": {"batch_size": 16}}}
+    command += ["--isolate=false", f"--settings={json.dumps(few)}", f"--output_dir={output}"]
     assert main(command) == 0
     folder = output / "runs" / "drawer-close-v3"
     names = ["base.json", "best_of_n-seed0.json", "sb3_sac-seed0.json"]

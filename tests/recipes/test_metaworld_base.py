@@ -9,7 +9,13 @@ import torch
 from trimtab.adapters import UserError
 from trimtab.recipes.embedded_base.base import BaseConfig, cached_base, make_base
 from trimtab.recipes.embedded_base.cloning import CloningConfig, make_policy, training_windows, widened
-from trimtab.recipes.embedded_base.demonstrations import REPO_ID, Operator, demonstrate, start_center
+from trimtab.recipes.embedded_base.demonstrations import (
+    REPO_ID,
+    Operator,
+    demonstrate,
+    episodes_of,
+    start_center,
+)
 from trimtab.rl.envs.hooks import check_base
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 
@@ -187,3 +193,22 @@ def test_bad_settings(settings, message):
 def test_bad_operators(settings):
     with pytest.raises(UserError, match="--demonstrators"):
         Operator(**settings)
+
+
+def test_a_clumsy_hand_lets_go_once_and_goes_on():
+    env = MetaworldStateEnv("pick-place-v3", episode_length=160)
+    careful, clumsy = (
+        [float(frame["action"][3]) for frame in demonstrate(env, Operator(kind, 1.0, 0.05, noise=0.0), 5)]
+        for kind in ("careful", "clumsy")
+    )
+    env.close()
+    apart = next(i for i, (one, other) in enumerate(zip(careful, clumsy, strict=False)) if one != other)
+    assert careful[apart] > 0.5 and clumsy[apart : apart + 15] == [-1.0] * 15
+    assert max(clumsy[apart + 15 :]) > 0.5  # and grasps again
+
+
+def test_a_task_has_demonstrations_of_its_own_number():
+    operator = Operator(episodes=2)
+    assert len(list(episodes_of("reach-v3", operator, 5, 20, 0))) == 2
+    with pytest.raises(UserError, match="episodes must be at least 1, got 0"):
+        Operator(episodes=0)

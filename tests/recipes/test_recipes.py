@@ -30,6 +30,7 @@ from trimtab.recipes.embedded_base.suites import suite_tasks
 from trimtab.recipes.finetune.training import LAYERS, TuningConfig, default_targets
 from trimtab.recipes.support.options import config_file, parse
 from trimtab.recipes.support.shared_configs import SELECTION_SEED
+from trimtab.rl.envs.metaworld import resolve_task, split_tasks
 
 CONFIGS = {
     "adapt": AdaptConfig,
@@ -221,6 +222,19 @@ def test_the_list_is_instant_and_complete(capsys):
     assert main(["recipes", "pi1_libero"]) == 2
     assert "no recipe 'pi1_libero'; there are diffusion_pusht, " in capsys.readouterr().err
     assert main(["recipes", "--help"]) == 0
+
+
+def test_the_suite_compares_what_its_base_was_shown():
+    base, compared = (parsed(command, "--config_path=metaworld_suite") for command in ("base", "compare"))
+    shown, tested, others = (
+        split_tasks(tasks) for tasks in (base.tasks, compared.tasks, compared.other_tasks)
+    )
+    page = (FOLDER / "metaworld_suite" / "README.md").read_text(encoding="utf-8")
+    tuned = split_tasks(re.search(r"--tasks=(button\S*)", page)[1])
+    assert len(tested) >= 10 and {*tested, *tuned, *others} <= {*shown} and not {*tested} & {*tuned}
+    kinds = {operator.kind for operator in base.demonstrators.values()}
+    assert kinds == {"careful", "blind_spot", "shift", "clumsy"}
+    assert {*map(resolve_task, base.demonstrators)} <= {*shown}
 
 
 def test_files_of_tasks_without_success():

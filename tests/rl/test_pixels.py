@@ -14,6 +14,7 @@ from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_samplers import base_noise, steered_noise
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.observe import ObserveConfig, build_observer
+from trimtab.policies.residual import EditConfig
 from trimtab.rl.algorithms import BestOfNConfig, DSRLNAConfig, DSRLSACConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -27,6 +28,7 @@ KINDS = {
     "importance": (DSRLNAConfig, {"bootstrap": "importance"}),
     "best_of_n": (BestOfNConfig, {}),
     "regression": (BestOfNConfig, {"distillation": "regression"}),
+    "best_of_n_edits": (BestOfNConfig, {"edit": EditConfig(scale=0.3)}),
 }
 SIDE, VECTOR, BATCH, A, K = 15, 2, 6, 4, 16
 PIXELS = 3 * SIDE**2
@@ -75,12 +77,14 @@ def test_only_the_td_loss_trains_the_encoder(kind):
             batch, *((index,) if "best" in kind or kind == "regression" else algorithm.pairs(batch, 2))
         ),
     }
+    if "edits" in kind:
+        losses["edit"] = lambda: algorithm.edit_loss(batch, index)[0]
     for name, loss in losses.items():
         if hasattr(algorithm, f"{name}_loss"):
             loss().backward()
             assert not any(gradients(encoder)), name
-            learns = algorithm.noise_critic if name == "distillation" else algorithm.actor.net
-            assert any(gradients(learns)), name
+            learns = {"distillation": "noise_critic", "edit": "edit"}.get(name, "actor")
+            assert any(gradients(algorithm.get_submodule(learns))), name
     algorithm.critic_loss(batch, torch.zeros(BATCH))[0].backward()
     assert all(gradients(encoder))
 

@@ -384,7 +384,7 @@ def test_images_and_state_steer_a_policy_from_pixels(tmp_path, capsys):
     train = ["--train.env_steps=48", "--train.first_update=4", "--train.warmup_transitions=4"]
     observe = ["--observe.inputs=[state, images, task]", "--observe.image_size=32"]
     small = ["--num_envs=2", "--rl.batch_size=8", "--noise.type=repeat", "--rl.type=best_of_n"]
-    small += ["--rl.num_candidates=2", "--rl.target_candidates=2"]
+    small += ["--rl.num_candidates=2", "--rl.target_candidates=2", "--rl.edit.scale=0.1"]
     output = tmp_path / "out"
     base = [f"--policy.path={options.path}", *env, *episodes, *machine]
     assert main(["adapt", *base, *train, *small, *observe, f"--output_dir={output}"]) == 0
@@ -398,7 +398,8 @@ def test_images_and_state_steer_a_policy_from_pixels(tmp_path, capsys):
     assert main(["export", f"--run={output}", f"--output_dir={tmp_path / 'export'}"]) == 0
     steered = load_artefact(PolicyConfig(path=str(tmp_path / "export"), device="cpu"))
     assert steered.config.observe == steered.adapter.observer.config
-    assert steered.actor.encoder.image_shape == (3, 32, 32) and steered.critic is not None
+    assert steered.actor.encoder.image_shape == (3, 32, 32)
+    assert steered.critic is not None and steered.edit.scale == 0.1
     saved = load_file(output / "artefact" / "model.safetensors")
     actor = steered.actor.state_dict()
     assert saved.keys() == actor.keys() and all(torch.equal(saved[name], actor[name]) for name in saved)

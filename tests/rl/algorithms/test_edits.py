@@ -139,7 +139,7 @@ def test_it_acts_by_the_best_of_candidates_and_their_edits():
     algorithm = build()
     features, steered = torch.randn(B, D), torch.tensor([True, True, False, True, True, True])
     candidates = algorithm.propose(features, torch.randn(B, K, 2, 1), denoise, True)
-    edited = 0
+    edited, algorithm.config.edit.exploration = 0, 3.0
     for _ in range(20):
         choice = algorithm.act(features, None, denoise, candidates, steered)
         for row in range(B):
@@ -150,6 +150,7 @@ def test_it_acts_by_the_best_of_candidates_and_their_edits():
             if not steered[row]:
                 assert k == 0 and change == 0
     assert 20 < edited <= 100
+    algorithm.config.edit.exploration = 0.2
     torch.manual_seed(3)
     values, seen = {}, algorithm.select
     algorithm.select = lambda features, chunks: values.setdefault(
