@@ -24,6 +24,7 @@ from trimtab.adapters.errors import UserError, reason
 from trimtab.recipes.finetune.data import Recorder
 from trimtab.recipes.support.console import say
 from trimtab.recipes.support.reporting import read_json, write_json
+from trimtab.rl.envs.robot.config import RobotEnvConfig
 from trimtab.rl.envs.robot.episodes import EPISODES, EpisodeRecord, counted_episodes, image_of
 
 REPO_ID = "trimtab/robot_episodes"
@@ -88,7 +89,7 @@ def write_dataset(episodes: Path, env: Any, output: Path) -> Path:
         UserError: ``env`` is a robot, whose own episodes would take their place; there are none; or as for
             ``update_dataset``.
     """
-    if env.type == "robot":
+    if isinstance(env, RobotEnvConfig):
         mend = "learns without a robot; beside one name the dataset of that run, --demos.root=RUN/dataset"
         raise UserError("--from_episodes", mend)
     target = output / DATASET
