@@ -72,10 +72,10 @@ class DatasetKeeper:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.process is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._pipe.close()
-            self.process.wait()
+        if self.process is not None:  # it may be starved; nothing is half-written, and the rest is done here
+            self.process.kill()
+            with self.process:
+                pass
         episodes, target, fps, _ = self.made
         if count := update_dataset(*self.made):
             minutes = sum(record["steps"] for record in counted_episodes(episodes).values()) / fps / 60
