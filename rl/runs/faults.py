@@ -6,7 +6,9 @@ held NaN or Inf; an ``unrepeatable`` episode did not go as it had gone, when a r
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,8 +52,23 @@ class Stopped(Exception):
         self.name, self.env_steps = name, env_steps
 
 
+def stopping() -> list[int]:
+    """The signals that stop what runs; not that of a lost terminal where ``nohup`` has put it aside."""
+    heard = [signal.SIGTERM, signal.SIGINT]
+    lost = getattr(signal, "SIGHUP", None)  # not on Windows
+    return heard if lost is None or signal.getsignal(lost) == signal.SIG_IGN else [*heard, lost]
+
+
+def leave_terminal(number: int) -> None:
+    """After SIGHUP the terminal is gone, and whatever is still said to it would raise: let go of it."""
+    if number == getattr(signal, "SIGHUP", None):
+        for output in (1, 2):
+            if stat.S_ISCHR(os.fstat(output).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+
+
 class StopSignals:
-    """SIGTERM and SIGINT as a wish to stop, from ``with`` to its end.
+    """SIGTERM, SIGINT and SIGHUP as a wish to stop, from ``with`` to its end.
 
     While ``deferred`` is set, a signal is noted in ``name`` and the loop stops at its next whole chunk; a
     second SIGINT interrupts at once. Otherwise a signal interrupts at once: with ``Stopped`` where ``kept``
@@ -68,6 +85,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        leave_terminal(number)
         again = self.name == name == "SIGINT"
         self.name = name
         if self.deferred and not again:
@@ -78,7 +96,7 @@ class StopSignals:
     def installed(self) -> Iterator[StopSignals]:
         """Take the signals over; outside the main thread, where Python forbids that, leave them."""
         try:
-            before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+            before = {number: signal.signal(number, self._handle) for number in stopping()}
         except ValueError:
             before = {}
         try:

@@ -31,6 +31,7 @@ from trimtab.rl.envs.robot.episodes import jpeg
 from trimtab.rl.envs.robot.leader import Leader, make_leader
 from trimtab.rl.envs.robot.people import Person, make_person
 from trimtab.rl.envs.robot.wire import Lost, StationLink
+from trimtab.rl.runs.faults import leave_terminal, stopping
 
 POLL_S = 0.05  # between two questions to the person, where nothing moves
 
@@ -46,6 +47,16 @@ class Station:
         self.interrupted = self.human = False
         self.step = 0
         self.free = 0.0  # when the last action's time is up
+
+    def hear_signals(self) -> None:
+        """Hold and park where a person, the system or a lost terminal (SSH) ends this process."""
+
+        def interrupt(number: int, frame: Any) -> None:
+            leave_terminal(number)
+            self.interrupted = True
+
+        for number in stopping():
+            signal.signal(number, interrupt)
 
     def hello(self) -> dict[str, Any]:
         """What the learner must know of the robot."""
@@ -218,11 +229,8 @@ def run_station(config: RobotEnvConfig, address: str, token: str, again: bool) -
                 raise
             raise SystemExit(2) from error  # the learner has the same terminal
 
-        def interrupt(number: int, frame: Any) -> None:
-            station.interrupted = True
-
         with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGINT, interrupt)
+            station.hear_signals()
         while True:
             try:
                 link.send(station.hello())

@@ -22,7 +22,7 @@ from trimtab.rl.data.replay import Layout
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints, check
-from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals
+from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals, leave_terminal, stopping
 from trimtab.rl.runs.processes import ProcessGroup, StepGuard
 from trimtab.rl.trainer import Trainer
 
@@ -214,3 +214,36 @@ def test_a_replay_that_the_machine_cannot_hold():
     assert line == f"replay: 1,000 transitions of {4 * 26 + 2 * 512:,} bytes, 1 MiB when full"
     with pytest.raises(UserError, match=r"--train.replay_capacity: .*lower it to [\d,]+ or less"):
         check_replay(10**12, layout)
+
+
+def test_a_lost_terminal_stops_a_run_unless_nohup_was_asked_for():
+    signals = StopSignals()
+    with signals.installed():
+        signals.deferred = True
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals() and signals.name == "SIGHUP"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stopping() == [signal.SIGTERM, signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_said_after_the_terminal_is_lost_does_no_harm():
+    kept = [os.dup(output) for output in (1, 2)]
+    theirs, ours = os.openpty()
+    try:
+        for output in (1, 2):
+            os.dup2(ours, output)
+        os.close(theirs)
+        leave_terminal(signal.SIGTERM)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.write(1, b"the terminal is there")
+        leave_terminal(signal.SIGHUP)
+        os.write(1, b"the terminal is gone")
+        os.write(2, b"the terminal is gone")
+    finally:
+        for output, one in zip((1, 2), kept, strict=True):
+            os.dup2(one, output)
+            os.close(one)
+        os.close(ours)

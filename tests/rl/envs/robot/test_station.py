@@ -1,5 +1,7 @@
 """What a station does on its own: nothing unasked, within limits, and nothing once the learner is gone."""
 
+import os
+import signal
 import threading
 import time
 
@@ -28,6 +30,7 @@ from trimtab.rl.envs.robot.episodes import EpisodeRecord
 from trimtab.rl.envs.robot.people import EVENTS, make_person
 from trimtab.rl.envs.robot.station import Arm
 from trimtab.rl.envs.robot.wire import VERSION, LearnerLink, Lost, StationLink
+from trimtab.rl.runs.faults import stopping
 
 
 def test_nothing_moves_before_the_person_is_ready(make):
@@ -189,6 +192,20 @@ def test_dry_run_moves_nothing(make, capsys):
     station.arm.robot.connect()  # for the fixture to disconnect
     assert station.arm.robot.sends == 0
     assert "dry run, not sent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_holds_the_robot_and_does_not_end_the_station(make, number):
+    station, before = make(), {one: signal.getsignal(one) for one in stopping()}
+    begin(station)
+    try:
+        station.hear_signals()
+        os.kill(os.getpid(), number)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    answer = station.chunk(np.tile(POSE, (2, 1)))
+    assert answer["outcome"] == "abort" and not len(answer["executed"]) and answer["stop"] == "Ctrl-C"
 
 
 def test_in_real_time_actions_go_by_the_clock(make):
