@@ -54,7 +54,7 @@ class Stopped(Exception):
 
 def stopping() -> list[int]:
     """The signals that stop what runs; not that of a lost terminal where ``nohup`` has put it aside."""
-    heard = [signal.SIGTERM, signal.SIGINT]
+    heard: list[int] = [signal.SIGTERM, signal.SIGINT]
     lost = getattr(signal, "SIGHUP", None)  # not on Windows
     return heard if lost is None or signal.getsignal(lost) == signal.SIG_IGN else [*heard, lost]
 
