@@ -17,7 +17,8 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     _check(successes, episodes)
     rate, z2 = successes / episodes, Z95**2 / episodes
     half = Z95 * math.sqrt((rate * (1 - rate) + z2 / 4) / episodes)
-    return max(0.0, (rate + z2 / 2 - half) / (1 + z2)), min(1.0, (rate + z2 / 2 + half) / (1 + z2))
+    low, high = ((rate + z2 / 2 + side) / (1 + z2) for side in (-half, half))
+    return max(0.0, min(low, rate)), min(1.0, max(high, rate))  # of none or all, to the bit
 
 
 def paired_difference(first: Outcomes, second: Outcomes) -> tuple[float, float, float]:

@@ -28,6 +28,7 @@ from trimtab.recipes.support.option_dicts import loaded_plugins
 from trimtab.recipes.support.reporting import (
     NAMES,
     MetricsWriter,
+    doubt,
     plot_curve,
     rate_text,
     results_of,
@@ -129,7 +130,7 @@ def main(config: AdaptConfig) -> None:
             f"\nstopped by {stopped.name} {at}; go on with: trimtab adapt --resume=true --output_dir={output}"
         )
     if results["policies"]:
-        say(f"\n{table(results['policies'], config.train.reward == 'env')}\n")
+        say(f"\n{table(results['policies'], config.train.reward == 'env')}\n{doubt(results['policies'])}")
     for task, found in results["tasks"].items() if len(results["tasks"]) > 1 else ():
         say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(one)}" for n, one in found.items()))
     if results["untrained_actor"]:

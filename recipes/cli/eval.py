@@ -13,7 +13,7 @@ from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 from trimtab.recipes.support.console import new_output_dir
-from trimtab.recipes.support.reporting import results_of, table, write_json
+from trimtab.recipes.support.reporting import doubt, results_of, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base, is_attended
@@ -102,7 +102,7 @@ def main(config: EvaluateConfig) -> None:
         steered_by=steered and used,
     )
     write_json(output / "results.json", results)
-    print(f"\n{table(results['policies'])}\n\nall in {output}")
+    print(f"\n{table(results['policies'])}\n{doubt(results['policies'])}\nall in {output}")
 
 
 def judged(

@@ -14,7 +14,7 @@ import numpy as np
 from trimtab.adapters.steerability import Steerability
 from trimtab.rl.evaluation import Evaluation
 from trimtab.rl.runs.threads import machine_record
-from trimtab.rl.statistics import wilson_interval
+from trimtab.rl.statistics import p_below, wilson_interval
 
 NAMES = {
     "base": "base policy",
@@ -143,6 +143,26 @@ def table(results: dict[str, dict[str, Any]], returns: bool = False) -> str:
         "  ".join([name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))])
         for name, *cells in rows
     )
+
+
+def doubt(results: dict[str, dict[str, Any]]) -> str:
+    """A line that says so where the steered policy is not shown to be better than the base; else nothing.
+
+    By Fisher's exact test of their successes, one-sided at 5 %; without success by the intervals of their
+    returns.
+    """
+    base, steered = results.get("base"), results.get("steered")
+    if not base or not steered:
+        return ""
+    if base["success_rate"] is not None and steered["success_rate"] is not None:
+        counts = [one[name] for one in (base, steered) for name in ("successes", "episodes")]
+        p = p_below(*counts)
+        better, why = p <= 0.05, f"p = {p:.2g}, Fisher's exact test, one-sided"
+    else:
+        lows, highs = zip(*(one.get("return_ci95") or (0.0, 0.0) for one in (base, steered)))
+        better, why = lows[1] > highs[0], "their 95 % intervals meet"
+    mend = "more steps or episodes, another --seed, and what `trimtab probe` says of the base may help"
+    return "" if better else f"steered is NOT shown to be better than the base ({why}): {mend}\n"
 
 
 def plot_curve(

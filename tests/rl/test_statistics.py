@@ -58,3 +58,10 @@ def test_mcnemar_is_the_binomial_test(gained, lost, both):
     assert mcnemar(first, second) == pytest.approx(expected, abs=1e-12)
     with pytest.raises(ValueError, match="cannot be paired"):
         mcnemar(first, second[:-1])
+
+
+def test_an_interval_holds_its_rate_to_the_bit():
+    for episodes in range(1, 60):
+        for successes in range(episodes + 1):
+            low, high = wilson_interval(successes, episodes)
+            assert 0.0 <= low <= successes / episodes <= high <= 1.0

@@ -1,0 +1,32 @@
+"""What a run says of its own success."""
+
+import numpy as np
+import pytest
+
+from trimtab.recipes.support.reporting import doubt
+from trimtab.rl.evaluation import Evaluation
+
+
+def counted(successes, episodes=100):
+    won = np.arange(episodes) < successes
+    return Evaluation([*range(episodes)], won, np.full(episodes, 50)).summary()
+
+
+@pytest.mark.parametrize("steered, better", [(70, True), (62, True), (61, False), (50, False), (20, False)])
+def test_who_is_not_shown_to_be_better_is_named(steered, better):
+    # Against 49 of 100, 62 have p = 0.044 and 61 have 0.059.
+    said = doubt({"base": counted(49), "steered": counted(steered)})
+    assert bool(said) != better
+    assert better or said.startswith("steered is NOT shown to be better than the base (p = ")
+
+
+def test_without_success_the_intervals_of_the_returns_tell():
+    def entry(low, high):
+        return {"success_rate": None, "return_ci95": [low, high]}
+
+    assert doubt({"base": entry(1.0, 2.0), "steered": entry(2.1, 3.0)}) == ""
+    assert "their 95 % intervals meet" in doubt({"base": entry(1.0, 2.0), "steered": entry(1.9, 3.0)})
+
+
+def test_a_base_alone_is_not_compared():
+    assert doubt({"base": counted(49)}) == ""
