@@ -7,8 +7,8 @@ RUN := HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin
 ARGS ?=
 # Test processes, each on one thread; `make test WORKERS=0` runs all in one. The files go to them in the order
 # of their names but for conftest.py's: xdist would keep those of few tests, among them the longest, for last,
-# and one core idle.
-WORKERS ?= 2
+# and one core idle. Three on two cores: one waits for a robot's clock or a process while two compute.
+WORKERS ?= 3
 
 .PHONY: demo test lint format lock clean
 
