@@ -74,8 +74,7 @@ class DatasetKeeper:
     def __exit__(self, *error: object) -> None:
         if self.process is not None:  # it may be starved; nothing is half-written, and the rest is done here
             self.process.kill()
-            with self.process:
-                pass
+            self.process.communicate()
         episodes, target, fps, _ = self.made
         if count := update_dataset(*self.made):
             minutes = sum(record["steps"] for record in counted_episodes(episodes).values()) / fps / 60
@@ -111,7 +110,8 @@ def write_dataset(episodes: Path, env: Any, output: Path) -> Path:
 def update_dataset(episodes: Path, target: Path, fps: int, task: str) -> int:
     """Bring the dataset ``target`` up to date with the episodes that count below ``episodes``.
 
-    It is written anew where an outcome was corrected. It appears whole; one process at a time writes it.
+    It is written anew where an outcome was corrected, or an episode recorded once more. It appears whole; one
+    process at a time writes it.
 
     Returns:
         how many episodes it has; 0: there is none
@@ -128,20 +128,20 @@ def update_dataset(episodes: Path, target: Path, fps: int, task: str) -> int:
         ends.callback(shutil.rmtree, work, ignore_errors=True)
         if before.exists() and not target.exists():  # killed between two renames
             before.rename(target)
+        for leftover in (work, before):
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             held = list(read_json(target / OF_EPISODES).items())
         except (OSError, ValueError):  # there is none, or it was spoilt
             held = []
         if held == [*wanted.items()]:
             return len(held)
-        shutil.rmtree(work, ignore_errors=True)
         if held != [*wanted.items()][: len(held)]:
             held = []
         elif held:
             shutil.copytree(target, work, copy_function=_link)
         _append(work, fps, task, [episodes / name for name in wanted][len(held) :], len(held))
         write_json(work / OF_EPISODES, wanted)
-        shutil.rmtree(before, ignore_errors=True)
         if target.exists():
             target.rename(before)
         work.rename(target)

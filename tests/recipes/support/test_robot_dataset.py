@@ -1,8 +1,9 @@
 """The dataset of a robot's run is whole after each episode, whatever is killed."""
 
-import io
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from tests.helpers.robots import robot_config
 from trimtab.adapters.errors import UserError
 from trimtab.recipes.support import robot_dataset
-from trimtab.recipes.support.robot_dataset import update_dataset, write_dataset
+from trimtab.recipes.support.robot_dataset import DatasetKeeper, update_dataset, write_dataset
 from trimtab.rl.envs.nothing import NoEnvConfig
 from trimtab.rl.envs.robot.episodes import RECORD, Chunk, EpisodeRecord
 
@@ -171,10 +172,12 @@ def test_a_disk_without_links_will_do(run, monkeypatch):
     assert update(run) == 3 and read(run)[0] == 3
 
 
-def test_the_process_beside_a_run_that_was_killed_writes_what_is_left(run, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    robot_dataset.main(str(run / "episodes"), str(run / "dataset"), "10", "push")
-    assert read(run)[0] == 2
+def test_the_process_beside_a_run_that_was_killed_writes_what_is_left(run):
+    keeper = DatasetKeeper(SimpleNamespace(fps=10, task="push"), run)
+    keeper.written(clock=True)
+    assert os.getpriority(os.PRIO_PROCESS, keeper.process.pid) == 19
+    keeper.process.stdin.close()  # as if the run were gone
+    assert keeper.process.wait(120) == 0 and read(run)[0] == 2
 
 
 def test_an_outcome_that_is_none_waits_until_it_is_mended(run, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from tests.helpers.batches import transitions
 from tests.helpers.point import PointAdapter, PointConfig
 from tests.helpers.problem import problem
 from trimtab.adapters import Conditioning, NoiseSpec, UserError
@@ -46,22 +47,7 @@ def set_apart(algorithm):
 
 
 def batch():
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    return {
-        "features": draw(B, D),
-        "u": draw(B, 2),
-        "reward": -draw(B).abs(),
-        "discount": torch.tensor([0.9, 0.0, 0.8, 0.9, 0.5, 0.7]),
-        "next_features": draw(B, D),
-        "chunk": draw(B, A),
-        "candidates": draw(B, K, A),
-        "candidates_u": draw(B, K, 2),
-        "next_candidates": draw(B, K, A),
-    }
+    return transitions(D, A, K)
 
 
 INDEX = torch.tensor([[0, 2, 4]] * B)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.helpers.batches import transitions
 from tests.helpers.problem import problem
 from trimtab.adapters import NoiseSpec, UserError
 from trimtab.policies.actor import ActorConfig
@@ -33,22 +34,7 @@ def build(scale=SCALE, penalty=0.01, **settings):
 
 
 def batch():
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    return {
-        "features": draw(B, D),
-        "u": draw(B, 2),
-        "reward": -draw(B).abs(),
-        "discount": torch.tensor([0.9, 0.0, 0.8, 0.9, 0.5, 0.7]),
-        "next_features": draw(B, D),
-        "chunk": draw(B, A),
-        "candidates": draw(B, K, A),
-        "candidates_u": draw(B, K, 2),
-        "next_candidates": draw(B, K, A),
-    }
+    return transitions(D, A, K)
 
 
 INDEX = torch.tensor([[0, 2, 4]] * B)

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from tests.helpers.batches import transitions
 from tests.helpers.point import PointAdapter, PointConfig
 from tests.helpers.problem import problem
 from trimtab.adapters import NoiseSpec, UserError
@@ -49,20 +50,7 @@ def trained(**settings):
 
 
 def batch():
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    return {
-        "features": draw(B, D),
-        "reward": -draw(B).abs(),
-        "discount": torch.tensor([0.9, 0.0, 0.8, 0.9, 0.5, 0.7]),
-        "next_features": draw(B, D),
-        "chunk": draw(B, A),
-        "candidates": draw(B, 1, A),
-        "next_candidates": draw(B, 1, A),
-    }
+    return transitions(D, A, 1)
 
 
 def by_hand(actor, features, base, scale):

@@ -263,7 +263,7 @@ def test_the_arm_does_not_wait_for_the_learner(monkeypatch, base, tmp_path):
     assert any(10 < line.get("actions_hz", 0) <= 15 for line in lines)  # of 15
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["updates"] == sum(during) + last and last > 5
-    assert recorded(tmp_path / "run") == 3  # by a process beside it
+    assert recorded(tmp_path / "run") == 3
 
 
 def test_a_judging_ends_where_the_robot_fails_again_and_again(monkeypatch, base, tmp_path, capsys):
