@@ -13,6 +13,7 @@ from tests.helpers.tiny import make_tiny
 from trimtab.adapters import Conditioning, PolicyConfig, UserError, load_adapter
 from trimtab.adapters import engine as engines
 from trimtab.adapters.engine import Constants, Engine, Recorder, attach
+from trimtab.adapters.steerability import measure
 
 SIX = ("pi0", "pi05", "smolvla", "groot", "diffusion", "multi_task_dit")
 WAITS_FOR = {("groot", "encode"): "groot.py"}
@@ -197,6 +198,22 @@ def test_state_behind_the_tensors_is_noticed(capsys):
         state[0] = value
         assert float(ours(lambda: {"y": torch.ones(1) * state[0]}, {"x": torch.ones(1)})["y"]) == value
     assert not ours.works and "differ" in capsys.readouterr().err
+
+
+def test_rounding_is_no_randomness(tmp_path):
+    """The first results are the function's own, the next ones not to the bit: that is no random sampling."""
+    adapter = load_adapter(make_tiny("diffusion", tmp_path / "base"))
+
+    def rounded(run):
+        return lambda: {name: value * (1 + 1e-6) for name, value in run().items()}
+
+    attach(adapter, "--policy.engine=x", rounded)
+    generator = torch.Generator().manual_seed(0)
+    observations = [adapter.example_conditioning(1, generator) for _ in range(3)]
+    measured = measure(adapter, observations, noises=2, repeats=0)
+    assert measured.repeat_difference > 0 and measured.deterministic
+    for _ in range(3):
+        adapter.verify()
 
 
 def test_without_cuda_a_line_says_so(tmp_path, capsys):
