@@ -123,7 +123,7 @@ class Engine[Result]:
         tensors_of: Callable[[Result], Tensors],
         result_of: Callable[[Tensors], Result],
     ) -> None:
-        self.works = True
+        self.works, self._full = True, False
         self._label, self._device, self._fix, self._function = label, device, fix, function
         self._tensors_of, self._result_of = tensors_of, result_of
         self._calls: Counter[tuple] = Counter()
@@ -160,12 +160,13 @@ class Engine[Result]:
         return result
 
     def _add(self, sizes: dict[int, tuple[Tensors, Run]], rows: int, tensors: Tensors, repeats: int) -> None:
-        count = sum(map(len, self._fixed.values()))
-        if count >= MOST:
-            if count == MOST and not self._checks[()]:
-                self._checks[()] = 1
+        if sum(map(len, self._fixed.values())) >= MOST:
+            if not sizes and not self._full:
+                self._full = True
                 say(f"{self._label}: {MOST} shapes of batches so far; further ones run as they are")
-            return
+            if not sizes:
+                return
+            sizes.clear()  # these batches are smaller, and padded from now on
         try:
             with torch.inference_mode(False):
                 inputs = {name: value.clone() for name, value in tensors.items()}

@@ -100,7 +100,8 @@ def test_compiled_is_the_adapter_itself(backend, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", SIX)
-def test_recorded_on_a_gpu_is_the_adapter_itself(kind, tmp_path, capsys):
+def test_recorded_on_a_gpu_is_the_adapter_itself(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # rounds otherwise for another batch
     options = replace(make_tiny(kind, tmp_path / kind), device="cuda")
     plain, ours = load_adapter(options), load_adapter(replace(options, engine="cuda_graph"))
     act_in_turn(plain, ours, CALLS, 1e-4)
@@ -153,6 +154,16 @@ def test_only_so_many_kinds_are_kept(monkeypatch, capsys):
 
 
 DIFFER = "its results differ from the function's own"
+
+
+def test_larger_batches_take_the_place_of_smaller_ones(monkeypatch, capsys):
+    monkeypatch.setattr(engines, "MOST", 2)
+    ours = engine(lambda given, _: {"y": given["x"] + 1})
+    for rows in (1, 1, 2, 2, 3, 3, 4, 4, 1, 2, 3, 4):
+        x = torch.arange(float(rows)).unsqueeze(1)
+        assert torch.equal(ours(lambda x=x: {"y": x + 1}, {"x": x})["y"], x + 1)
+    assert [list(sizes) for sizes in ours._fixed.values()] == [[3, 4]]
+    assert ours.works and capsys.readouterr().err == ""
 
 
 def failing(run):
