@@ -280,8 +280,7 @@ def steer(
             write_json(output / "results.json", results)
             title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
             plot_curve(output / "curve.png", metrics.lines, results["policies"], title)
-            session.record(session.own_noise, output / "before.mp4", "video: base policy")
-            session.record(steered, output / "after.mp4", "video: steered")
+            session.record({output / "before.mp4": session.own_noise, output / "after.mp4": steered})
             clock.lap("pictures")
             write_json(output / "results.json", results)  # once more, with the last time in it
         return results, metrics.lines, artefact
@@ -323,9 +322,9 @@ def measure(session: Session, config: AdaptConfig, space: NoiseSpace) -> tuple[M
             say(check_replay(config.train.replay_capacity, layout))  # refuses what does not fit
         found[task], details[task], _ = session.baselines(vec, config.seed)
         untrained = config.rl.untrained(space)
-        found[task]["untrained"] = (
-            session.evaluate(vec, untrained, label="untrained actor") if untrained else found[task]["base"]
-        )
+        seeds = session.eval.baseline_seeds
+        drawn = session.evaluate(vec, untrained, "untrained actor", seeds) if untrained else None
+        found[task]["untrained"] = drawn or found[task]["base"]
     return found, next(iter(details.values())) if len(details) == 1 else details
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,13 +213,14 @@ class Session:
         results = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
         self._note_success(results["base"])
         if self.own_noise is not zero_noise:
-            results["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
+            results["zero_noise"] = self.evaluate(vec, zero_noise, "zero noise", self.eval.baseline_seeds)
         if not self.eval.constant_candidates:
             return results, {}, None
         count, episodes = self.eval.constant_candidates, self.eval.constant_episodes
         selection = range(SELECTION_SEED, SELECTION_SEED + episodes)
         noise, rates = best_constant(self.runner, vec, count, selection, seed, world=self.world)
-        results["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
+        seeds = self.eval.baseline_seeds
+        results["constant_noise"] = self.evaluate(vec, constant_noise(noise), "best constant noise", seeds)
         measure = "selection_success" if results["base"].reported else "selection_return"
         return results, {measure: rates, "selection_episodes": episodes}, noise
 
@@ -234,18 +235,20 @@ class Session:
                 f"too, but success is read from the first of {names} that is there"
             )
 
-    def record(self, policy: ChunkPolicy, path: Path, label: str) -> None:
-        """Render the first evaluation episodes under ``policy`` to an MP4, or say why it cannot be done."""
+    def record(self, videos: Mapping[Path, ChunkPolicy]) -> None:
+        """Render the first evaluation episodes under each policy to its MP4, or say why it cannot be done."""
         seeds = [] if is_attended(self.env) else self.eval.seeds[: self.eval.videos]
+        names = ", ".join(path.name for path in videos)
         if seeds and not self._declared:
-            print(f"no video {path.name}: this environment cannot repeat the episodes of the evaluation")
+            print(f"no video {names}: this environment cannot repeat the episodes of the evaluation")
         elif seeds:
             try:
                 with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
-                    outcome = evaluate(self.runner, vec, policy, seeds, label, record=seeds)
-                write_grid_video(path, outcome)
+                    for path, policy in videos.items():
+                        label = f"video: {path.stem}"
+                        write_grid_video(path, evaluate(self.runner, vec, policy, seeds, label, record=seeds))
             except Exception as error:  # a picture is never worth a run
-                print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")
+                print(f"no video {names}: cannot render here ({reason(error, last=True)})")
 
 
 def base_of(policy: PolicyConfig) -> Path | str:

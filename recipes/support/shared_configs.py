@@ -20,6 +20,8 @@ class EpisodesConfig:
 
     # Episodes per policy; all policies get the same ones.
     n_episodes: int = 200
+    # How many of those zero noise, the best constant and the untrained actor get at most; default: all.
+    baseline_episodes: int | None = None
     # Environments that run at the same time.
     batch_size: int = 40
     # First episode seed.
@@ -32,7 +34,7 @@ class EpisodesConfig:
     videos: int = 4
 
     def __post_init__(self) -> None:
-        at_least(1, self, "--eval.", "n_episodes", "batch_size", "constant_episodes")
+        at_least(1, self, "--eval.", "n_episodes", "baseline_episodes", "batch_size", "constant_episodes")
         at_least(0, self, "--eval.", "constant_candidates", "videos", "seed")
         last, selection = self.seed + self.n_episodes, SELECTION_SEED + self.constant_episodes
         if self.constant_candidates and self.seed < selection and last > SELECTION_SEED:
@@ -45,6 +47,10 @@ class EpisodesConfig:
     @property
     def seeds(self) -> list[int]:
         return list(range(self.seed, self.seed + self.n_episodes))
+
+    @property
+    def baseline_seeds(self) -> list[int]:
+        return self.seeds[: self.baseline_episodes]
 
 
 @dataclass
