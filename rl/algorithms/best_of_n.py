@@ -79,7 +79,7 @@ class BestOfNConfig(AlgorithmConfig):
     # Temperature of softmax targets and softmax acting, in units of return.
     temperature: float = 0.3
     # Members of the noise critic: it follows the action critic, whose mean is what several are for.
-    noise_members: int = 2
+    noise_members: int = 3
     # Stored pairs of each sampled state on which the noise critic is regressed. Default: a quarter of them.
     distilled_pairs: int | None = None
     # How the actor is distilled: climb the noise critic, or regress onto the noises of good candidates.
@@ -260,14 +260,16 @@ class BestOfN(Algorithm):
         order = torch.rand(len(reward), self.config.num_candidates, device=reward.device).argsort(1)
         target = self.td_target(batch, order[:, : self.config.targets])
         loss, values = self.critic_loss(batch, target)
-        metrics = {"critic_loss": loss.detach(), **self.q_statistics(values)}
-        pairs, actor_learns = order[:, -self.config.pairs :], self.every(self.config.actor_every)
-        if actor_learns:  # the noise critic serves the actor alone
-            distillation = self.distillation_loss(batch, pairs)
-            metrics["distillation_loss"] = distillation.detach()
-            loss = loss + distillation
-        self._step(self.critic_optimizer, loss)
-        if actor_learns:
+        pairs = order[:, -self.config.pairs :]
+        half = {name: batch[name][::2] for name in ("features", "candidates", "candidates_u")}
+        distillation = self.distillation_loss(half, pairs[::2])
+        self._step(self.critic_optimizer, loss + distillation)
+        metrics = {
+            "critic_loss": loss.detach(),
+            "distillation_loss": distillation.detach(),
+            **self.q_statistics(values),
+        }
+        if self.every(self.config.actor_every):
             regress = self.config.distillation == "regression"
             loss, divergence, u = (self.regression_loss if regress else self.actor_loss)(batch)
             if self.config.imitation_weight:
