@@ -10,11 +10,16 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 import pytest
-import torch
 from filelock import FileLock
 
-from trimtab.recipes.support import shared_configs
 from trimtab.recipes.support.console import quiet
+from trimtab.rl.runs.imports import quick_imports
+
+with quick_imports():
+    import torch
+
+    import trimtab.recipes.cli.adapt  # noqa: F401
+    from trimtab.recipes.support import shared_configs
 
 quiet()
 torch.set_num_threads(1)

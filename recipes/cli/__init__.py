@@ -101,6 +101,7 @@ def config_class(command: str) -> type:
 def _run(command: str, args: list[str]) -> int:
     from trimtab.recipes.support.console import quiet, start_worker_server
     from trimtab.rl.rendering import choose_gl_backend
+    from trimtab.rl.runs.imports import quick_imports
     from trimtab.rl.runs.threads import spin_briefly
 
     spin_briefly()  # before torch is imported
@@ -109,7 +110,10 @@ def _run(command: str, args: list[str]) -> int:
     no_workers = "-h", "--help", "--machine.workers=0", "--tiny", "--robot."
     if COMMANDS[command].simulates and not any(arg.startswith(no_workers) for arg in args):
         start_worker_server()
-    from trimtab.adapters.errors import UserError
+    with quick_imports():
+        from trimtab.adapters.errors import UserError
+
+        kind = config_class(command)
 
     config: Any = None
     try:
@@ -119,7 +123,7 @@ def _run(command: str, args: list[str]) -> int:
         if COMMANDS[command].launched:
             check_launch()
         with ExitStack() as stack:
-            config = parse(config_class(command), command, args, stack)
+            config = parse(kind, command, args, stack)
             entry(command)(config)
     except UserError as error:
         if getattr(getattr(config, "env", None), "type", "") == "robot":
