@@ -20,6 +20,7 @@ from trimtab.adapters.inputs import input_notes
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.noise_samplers import NoiseSampler, constant_noise, own_noise, zero_noise
 from trimtab.policies.observe import ObserveConfig, build_observer
+from trimtab.recipes.support.console import own_cores
 from trimtab.recipes.support.reporting import write_grid_video
 from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.envs.base import VectorEnv
@@ -46,6 +47,8 @@ class Session:
     many: bool = False
     # The processes of the run, where there are several.
     world: ProcessGroup | None = None
+    # Processes of simulators; 0: this one.
+    workers: int = field(init=False)
     runner: PolicyRunner = field(init=False)
     # Names of the tasks; known once environments have been made.
     tasks: list[str] = field(init=False, default_factory=list)
@@ -65,6 +68,8 @@ class Session:
         names, features = self.adapter.raw_names(), self.adapter.config.input_features
         self.env = for_policy(self.env, {names[k]: tuple(one.shape) for k, one in features.items()})
         self.runner = PolicyRunner(self.adapter, self.env)
+        default = own_cores() if self.adapter.cameras() else 1
+        self.workers = default if self.machine.workers is None else self.machine.workers
 
     def _check_tasks(self, names: Collection[str]) -> None:
         if len(names) > 1 and not self.many:
@@ -96,7 +101,7 @@ class Session:
                     else ChunkVectorEnv(
                         self.env,
                         count,
-                        self.machine.workers if workers is None else workers,
+                        self.workers if workers is None else workers,
                         self.adapter.n_obs_steps,
                         keep_seen=keep_seen,
                         task=task,
@@ -196,7 +201,7 @@ class Session:
     @property
     def evaluation_workers(self) -> int:
         """No learner runs beside an evaluation, so that a second core is free for simulators."""
-        return max(self.machine.workers, 2) if self.machine.workers else 0
+        return max(self.workers, 2) if self.workers else 0
 
     @property
     def own_noise(self) -> NoiseSampler:
@@ -243,7 +248,7 @@ class Session:
             print(f"no video {names}: this environment cannot repeat the episodes of the evaluation")
         elif seeds:
             try:
-                with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
+                with self.environments(len(seeds), min(1, self.workers)) as vec:
                     for path, policy in videos.items():
                         label = f"video: {path.stem}"
                         write_grid_video(path, evaluate(self.runner, vec, policy, seeds, label, record=seeds))

@@ -65,9 +65,11 @@ class EvalConfig(EpisodesConfig):
 class MachineConfig:
     """How much of the machine a run may use."""
 
-    # Simulator processes (0 steps the environments in the main process).
-    workers: int = 1
-    # Threads of torch; default: what OMP_NUM_THREADS says, else the cores that the workers leave.
+    # Simulator processes (0 steps the environments in the main process); default: one, and one on every core
+    # where the policy has cameras, for rendering then takes most of the time.
+    workers: int | None = None
+    # Threads of torch; default: what OMP_NUM_THREADS says, else the cores that the workers leave, or all but
+    # one where the number of workers is a default.
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -75,4 +77,4 @@ class MachineConfig:
         at_least(1, self, "--machine.", "threads")
 
     def apply(self) -> None:
-        torch.set_num_threads(self.threads or default_threads(self.workers))
+        torch.set_num_threads(self.threads or default_threads(1 if self.workers is None else self.workers))
