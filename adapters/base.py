@@ -72,6 +72,7 @@ class NoiseToChunk(abc.ABC):
     resizes_images: bool = False  # takes images of any size
     reads_task: ClassVar[bool] = False  # reads an instruction
     max_batch: ClassVar[int | None] = None  # most noises that it denoises in one batch; None = any number
+    recorded: ClassVar[tuple[str, ...]] = ("encode", "denoise")  # may run by --policy.engine
     noise_spec: NoiseSpec
     # (steps executed per chunk, action dimension after un-padding); with remembers, of an episode's first.
     chunk_shape: tuple[int, int]

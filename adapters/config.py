@@ -51,6 +51,9 @@ class PolicyConfig:
     device: str | None = None
     # Precision of the base policy's weights (float32, bfloat16, float16); default: as its config says.
     dtype: str | None = None
+    # How it encodes and denoises: eager; compile: networks through torch.compile; cuda_graph: recorded and
+    # replayed. Where that cannot be, a line says so, and it runs as it is.
+    engine: str = "eager"
     # Denoising steps; default: as saved (10 where a DDPM checkpoint is switched to DDIM).
     num_inference_steps: int | None = None
     # Actions of each chunk that are executed before the next observation; default: as saved.

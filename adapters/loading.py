@@ -15,6 +15,7 @@ from trimtab.adapters.checkpoint.files import OLD_STATISTICS, PREPROCESSOR, proc
 from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder, weights_files
 from trimtab.adapters.checkpoint.saved_config import read_config, read_policy_type, set_to_act
 from trimtab.adapters.config import DTYPES, PolicyConfig
+from trimtab.adapters.engine import ENGINES, use_engine
 from trimtab.adapters.errors import UserError, at_least, policy_error, reason
 from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_class, adapter_types
@@ -43,16 +44,19 @@ def load_adapter(config: PolicyConfig) -> PolicyAdapter:
             raise
         hint = f"; try another --policy.dtype than {config.dtype}" if config.dtype else ""
         raise policy_error(f"{config.path} loads but does not run: {reason(error)}{hint}") from error
+    use_engine(adapter, config.engine)
     return adapter
 
 
 def open_adapter(config: PolicyConfig) -> PolicyAdapter:
-    """``load_adapter`` without the final ``verify``, for whoever reports what it would find."""
+    """``load_adapter`` without ``verify`` and the engine, for whoever reports what ``verify`` would find."""
     if not config.path:
         raise policy_error("name the folder or Hub repository of the base policy")
     at_least(1, config, "--policy.", "num_inference_steps")
     if config.dtype is not None and config.dtype not in DTYPES:
         raise UserError("--policy.dtype", f"must be one of {', '.join(DTYPES)}, got {config.dtype}")
+    if config.engine not in ENGINES:
+        raise UserError("--policy.engine", f"must be one of {', '.join(ENGINES)}, got {config.engine}")
     if is_server(config.path):
         from trimtab.adapters.remote.adapter import RemoteAdapter
 

@@ -38,7 +38,7 @@ from trimtab.policies.steered.processor_trimtab import write_processors
 CRITIC, EDIT = "critic.safetensors", "edit.safetensors"
 # How the base was loaded; of these, what may lie in a folder.
 FOLDERS = ("tokenizer", "backbone", "base_path")
-LOADED_WITH = ("dtype", "num_inference_steps", "n_action_steps", "rename_map", "remote", *FOLDERS)
+LOADED_WITH = ("dtype", "engine", "num_inference_steps", "n_action_steps", "rename_map", "remote", *FOLDERS)
 
 
 @dataclass
@@ -162,6 +162,7 @@ def _reference(
         # Of a Hub repository the commit, so that what happens to it later does not matter.
         "revision": base.revision if local else commit_of(base_folder) or base.revision,
         "device": None,
+        "engine": PolicyConfig.engine,  # concerns the machine, as the device does
         "policy_type": adapter.policy_type,
         **adapter.identity(base_folder),
         "remote": base.remote,

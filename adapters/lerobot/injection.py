@@ -65,6 +65,7 @@ class InjectedAdapter(PolicyAdapter):
     """
 
     draws: Sequence[Callable] = NORMAL_DRAWS
+    recorded = ("denoise",)
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}

@@ -3,13 +3,14 @@
 Noise: (horizon, action_dim), standard normal, in the normalised action space. Every row attends to every
 other, so all of them move the executed slice
 ``[n_obs_steps - 1 : n_obs_steps - 1 + n_action_steps]``. CLIP runs once, in ``encode``; LeRobot's own sampler
-(Euler, Runge-Kutta or DDIM) is ``denoise``, the one draw that it makes replaced.
+(Euler, Runge-Kutta or DDIM) is ``denoise``; the one draw that DDIM makes is replaced.
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
@@ -43,8 +44,14 @@ class MultiTaskDiTAdapter(DiffusionAdapter):
         return Conditioning({"features": self.policy.observation_encoder.encode(batch)})
 
     def denoise(self, conditioning: Conditioning, noise: Tensor) -> Tensor:
-        with injected(self, noise):
-            actions = self.policy.objective.conditional_sample(
-                self.policy.noise_predictor, len(noise), conditioning.rows("features")
-            )
+        objective, network = self.policy.objective, self.policy.noise_predictor
+        features = conditioning.rows("features")
+        if self.config.is_diffusion:
+            with injected(self, noise):
+                actions = objective.conditional_sample(network, len(noise), features)
+        else:  # LeRobot reads the times of its steps one by one: on a GPU it would wait for each
+            euler = self.config.integration_method == "euler"
+            integrate = objective._euler_integrate if euler else objective._rk4_integrate
+            times = torch.linspace(0, 1, self.config.num_integration_steps + 1)
+            actions = integrate(network, noise, times, features)
         return self.executed(actions[:, self.n_obs_steps - 1 :])

@@ -45,8 +45,8 @@ class RemoteAdapter(PolicyAdapter):
     config: Any = None  # has the features alone
 
     def __init__(self, options: PolicyConfig, device: str) -> None:
-        for name in vars(options).keys() - {"path", "device", "remote"}:
-            if getattr(options, name):
+        for name, default in vars(PolicyConfig(path="", device="", remote=options.remote)).items():
+            if getattr(options, name) != default and name not in ("path", "device"):
                 instead = INSTEAD.get(name, "the server's own options")
                 raise UserError(f"--policy.{name}", f"has no effect on a policy server; use {instead}")
         if not options.remote.timeout > 0:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter, PolicyConfig, UserError
+from trimtab.adapters.engine import use_engine
 from trimtab.adapters.errors import at_least, reason
 from trimtab.adapters.loading import open_adapter
 from trimtab.adapters.steerability import MANY, Steerability, measure
@@ -71,6 +72,7 @@ def main(config: ProbeConfig) -> None:
     output = new_output_dir(config.output_dir, "probe")
     config.machine.apply()
     with closing(open_adapter(config.policy)) as adapter:
+        use_engine(adapter, config.policy.engine)
         _probe(adapter, config, output)
 
 

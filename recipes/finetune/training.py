@@ -95,6 +95,8 @@ class FineTuner:
                 "trimtab lora runs in one process, and WORLD_SIZE says there are more; unset it, or for many "
                 "GPUs take `lerobot-train --peft...`",
             )
+        if options.engine != "eager":
+            raise UserError("--policy.engine", "a policy that is trained runs as it is; drop the option")
         path, option = options.path, "--policy.path"
         if not path:
             raise UserError(option, "name the folder or Hub repository of the base policy")

@@ -57,7 +57,7 @@ MADE = "tiny.json"  # how to load what is in the cache; written last
 SIZES = read_options(Path(__file__).with_suffix(".yaml"))
 MACHINE = {"workers": 0, "threads": 1}
 EXECUTED = 2  # steps of a chunk, where the recipe says how many
-STEPS = 16  # of an episode
+STEPS = 8  # of an episode
 
 
 def tiny_options(stack: ExitStack, values: Options, given: Options, command: str, kind: str) -> Options:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.adapters import UserError
+from trimtab.adapters.engine import ENGINES
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.critic import CriticEnsemble
 from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
 from trimtab.rl.algorithms.acting import PLAIN_RUN, BehaviorPolicy, RunRequest
-from trimtab.rl.algorithms.engines import ENGINES, PRECISIONS, Captured, make_engine, use_bfloat16
+from trimtab.rl.algorithms.engines import PRECISIONS, Captured, make_engine, use_bfloat16
 from trimtab.rl.data.replay import Batch
 from trimtab.rl.data.returns import DISCOUNT_PER
 from trimtab.rl.runs.processes import optimizers

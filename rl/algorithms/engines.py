@@ -5,7 +5,6 @@ Where that cannot be, one line on stderr says so, and updates run as they are.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.adapters.engine import VARIANTS, say
 from trimtab.adapters.errors import reason
 from trimtab.policies.networks import EnsembleMLP
 from trimtab.rl.data.replay import Batch
 
-ENGINES = ("eager", "compile", "cuda_graph")
 PRECISIONS = ("float32", "bfloat16")
-VARIANTS = 64  # networks and shapes that are compiled; torch gives up at 8
 WARM_UP = 3  # updates of a kind before it is recorded: optimisers make their state in the first
 
 Learn = Callable[[Batch], dict[str, Tensor]]
@@ -38,13 +36,9 @@ def use_bfloat16(precision: str, device: torch.device) -> bool:
     """Whether to multiply in bfloat16; where ``device`` has none, a line says so."""
     wanted = precision == "bfloat16"
     if wanted and not has_bfloat16(device):
-        _say(f"--rl.precision={precision}: this {device.type} has no bfloat16; float32 it is")
+        say(f"--rl.precision={precision}: this {device.type} has no bfloat16; float32 it is")
         return False
     return wanted
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 class Compiled:
@@ -82,7 +76,7 @@ class Compiled:
                 except Exception as error:  # of many classes, from dynamo to the compiler's exit code
                     self.works = False
                     why = reason(error.__cause__ or error)
-                    _say(f"--rl.engine=compile: cannot compile here ({why}); it runs uncompiled")
+                    say(f"--rl.engine=compile: cannot compile here ({why}); it runs uncompiled")
             return plain(*args)
 
         return forward
@@ -134,7 +128,7 @@ class Captured:
         except RuntimeError as error:
             self.works = False
             self._recorded.clear()
-            _say(f"--rl.engine=cuda_graph: cannot be captured ({reason(error)}); it runs as it is")
+            say(f"--rl.engine=cuda_graph: cannot be captured ({reason(error)}); it runs as it is")
 
 
 def make_engine(
@@ -153,6 +147,6 @@ def make_engine(
     elif accelerator.num_processes > 1:
         obstacle = "gradients are averaged over several processes"
     if obstacle:
-        _say(f"--rl.engine={name}: {obstacle}; updates run as they are")
+        say(f"--rl.engine={name}: {obstacle}; updates run as they are")
         return None
     return Captured(accelerator.device)

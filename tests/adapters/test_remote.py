@@ -393,6 +393,7 @@ def test_options_that_do_not_fit(policy_server):
         with pytest.raises(UserError, match=message):
             connect(policy_server, "unnamed", **fields)
     given = {"dtype": "bfloat16", "num_inference_steps": 4, "n_action_steps": 4, "rename_map": {"a": "b"}}
+    given |= {"engine": "cuda_graph"}
     for field, value in given.items():
         with pytest.raises(UserError, match=f"--policy.{field}: has no effect on a policy server"):
             load_adapter(PolicyConfig(path=policy_server, device="cpu", **{field: value}))

@@ -13,7 +13,7 @@ from tests.helpers.adapter_cases import noise_like
 from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.policies.actor import ActorConfig, NoiseActor
-from trimtab.policies.artefact import load_artefact, save_artefact
+from trimtab.policies.artefact import load_artefact, read_config, save_artefact
 from trimtab.policies.noise_space import RepeatNoiseConfig
 
 RENAMES = {"observation.eef": "observation.state"}
@@ -89,6 +89,24 @@ def test_a_lost_backbone_names_its_option(moved, tmp_path):
     with pytest.raises(UserError, match=r"--policy.backbone: .* not where it was"):
         load(copy)
     load(copy, backbone=str(tmp_path / "elsewhere"))
+
+
+def test_an_engine_is_of_the_machine_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    """Steered and loaded with it and without, by trimtab and by LeRobot's commands (``config.base``)."""
+    compile_ = torch.compile  # without a C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile_(f, dynamic=dynamic, backend="eager"))
+    options = PolicyConfig(path=str(make_diffusion(tmp_path / "base")), device="cpu", engine="compile")
+    artefact, adapter = steer(options, tmp_path / "artefact")
+    config = read_config(artefact)
+    assert config.base.engine == "eager"
+    plain, named = load(artefact), load(artefact, engine="compile")
+    config.base.engine = "compile"
+    by_lerobot = load_artefact(PolicyConfig(path=str(artefact), device="cpu"), config).adapter
+    assert "denoise" not in vars(plain)
+    for other in (adapter, named, by_lerobot):
+        assert "denoise" in vars(other) and all(same_function(plain, other) for _ in range(4))
+    named.check_identity(plain.identity(tmp_path / "base"), tmp_path / "base")
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def check_comparison(recipe, found, used):
         return
     said, steered = recipe.read(ADAPT), used["settings"]["steered"]
     assert steered["rl"]["type"] == said["rl"]["type"] and steered["noise"] == said["noise"]
-    assert "env_steps" not in steered["train"] and used["env_steps"] == 64
+    assert "env_steps" not in steered["train"] and used["env_steps"] == 32
     if not served:
         assert used["settings"][FINE_TUNED]["tuning"]["peft"]["r"] == min(4, recipe.read(LORA)["peft"]["r"])
 
@@ -266,7 +266,7 @@ def test_resume_of_a_tiny_run(tmp_path):
     from trimtab.adapters.lerobot.pi import PI0Adapter
 
     argv = ["adapt", "--tiny=true", f"--output_dir={tmp_path}"]
-    assert main([*argv, "--config_path=pi0_libero", "--checkpoint.every=32", *ALONE]) == 0
+    assert main([*argv, "--config_path=pi0_libero", "--checkpoint.every=16", *ALONE]) == 0
     register_adapter("pi0", lambda: PI0Adapter)  # as in a new process
     assert main([*argv, "--resume=true"]) == 0
     again = ["adapt", "--tiny=true", f"--config_path={tmp_path / 'config.json'}", *ALONE]

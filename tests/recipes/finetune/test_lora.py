@@ -405,6 +405,7 @@ def refused(argv, capsys):
         (["--dataset.repo_id=a/b", "--dataset.streaming=true"], "--dataset.streaming: not supported"),
         (["--dataset.repo_id=a/b", "--policy.path=ws://x:1"], "is a policy server"),
         (["--dataset.repo_id=a/b"], "--policy.path: name the folder"),
+        (["--dataset.repo_id=a/b", "--policy.engine=compile"], "--policy.engine: a policy that is trained"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line_and_nothing_is_written(argv, message, capsys, tmp_path):
