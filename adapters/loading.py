@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from trimtab.adapters.checkpoint.files import OLD_STATISTICS, PREPROCESSOR, proc
 from trimtab.adapters.checkpoint.folder import is_peft, is_server, resolve_folder, weights_files
 from trimtab.adapters.checkpoint.saved_config import read_config, read_policy_type, set_to_act
 from trimtab.adapters.config import DTYPES, PolicyConfig
-from trimtab.adapters.engine import ENGINES, use_engine
+from trimtab.adapters.engine import ENGINES, say, use_engine
 from trimtab.adapters.errors import UserError, at_least, policy_error, reason
+from trimtab.adapters.memory import check_weights
 from trimtab.adapters.policy_adapter import PolicyAdapter
 from trimtab.adapters.registry import adapter_class, adapter_types
 
@@ -109,7 +111,10 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, device
     if options.rename_map:
         overrides[processors.RENAME_STEP] = {"rename_map": options.rename_map}
     taken = _taken(cls, options, folder, overrides)
-    saved = weights.plain_names(read_weights(base_files, unchecked=OLD_STATISTICS), base_files[0])
+    read = read_weights(base_files, unchecked=OLD_STATISTICS)
+    saved = weights.plain_names(read, base_files[0])
+    if line := check_weights(saved, options.dtype, device):
+        say(line)
     with quietly(), weights.no_larger_than(saved, base_files[0]):
         policy = cls.build(config)
     old = processors.take_statistics(saved, policy.state_dict())
@@ -124,7 +129,8 @@ def _build(cls: type[PolicyAdapter], folder: Path, options: PolicyConfig, device
             f"{len(old)} statistics of an older LeRobot lie among the weights: left out for the saved "
             "processors'"
         )
-    weights.load_weights(policy, cls.prepare_weights(saved, policy), base_files[0])
+    saved = cls.prepare_weights(saved, policy)
+    weights.load_weights(policy, saved, base_files[0], partial(weights.one_by_one, saved, read, base_files))
     if peft:
         weights.load_peft(policy, folder)
     policy.to(device)

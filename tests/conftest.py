@@ -64,7 +64,7 @@ def tiny_base(tmp_path_factory):
         demonstrators={"button-press-topdown-v3": Operator("blind_spot", 0.5, 0.14)},
         episodes=3,
         episode_length=90,
-        cloning=CloningConfig(steps=30, batch_size=16),
+        cloning=CloningConfig(steps=30, batch_size=16, down_dims=(16,), num_inference_steps=2),
     ).resolved()
     return made_once(tmp_path_factory, "tiny_base", lambda folder: make_base(config, folder))
 

@@ -144,23 +144,34 @@ def open_weights(path: Path, option: str = OPTION) -> Iterator[Any]:
         raise UserError(option, f"{path} is truncated or no safetensors file ({reason(error)})") from None
 
 
+def each_weight(paths: Iterable[Path], option: str = OPTION) -> Iterator[tuple[Path, str, Tensor]]:
+    """The tensors in files, one after another: what is read of one leaves the memory with it."""
+    for path in paths:
+        with open_weights(path, option) as file:
+            names = list(file.keys())
+        for name in names:
+            with open_weights(path, option) as file:  # a mapping of its own
+                yield path, name, file.get_tensor(name)
+
+
 def read_weights(
     paths: Path | Iterable[Path], option: str = OPTION, unchecked: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
     """The tensors of a model that lies in one safetensors file or in shards.
 
-    ``option`` is what the user has to change where one is corrupt or holds NaN or Inf; the names of tensors
-    that may hold these begin with one of ``unchecked``.
+    They are mapped, and take memory where they are read. ``option`` is what the user has to change where one
+    is corrupt or holds NaN or Inf; the names of tensors that may hold these begin with one of ``unchecked``.
     """
     tensors: dict[str, Tensor] = {}
-    for path in [paths] if isinstance(paths, Path) else paths:
+    paths = [paths] if isinstance(paths, Path) else list(paths)
+    for path in paths:
         with open_weights(path, option) as file:
             part = {name: file.get_tensor(name) for name in list(file.keys())}
-        for name, tensor in part.items():
-            if name in tensors:
-                raise UserError(option, f"{path} holds '{name}', which an earlier shard holds too")
-            checked = tensor.is_floating_point() and not name.startswith(unchecked or "\0")
-            if checked and not torch.isfinite(tensor).all():
-                raise UserError(option, f"{path} holds NaN or Inf in '{name}'")
+        for name in part.keys() & tensors.keys():
+            raise UserError(option, f"{path} holds '{name}', which an earlier shard holds too")
         tensors |= part
+    for path, name, tensor in each_weight(paths, option):
+        checked = tensor.is_floating_point() and not name.startswith(unchecked or "\0")
+        if checked and not torch.isfinite(tensor).all():
+            raise UserError(option, f"{path} holds NaN or Inf in '{name}'")
     return tensors

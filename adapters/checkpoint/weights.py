@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from trimtab.adapters.checkpoint.files import BACKBONE, OPTION, PEFT_WEIGHTS, part_weights, read_weights
+from trimtab.adapters.checkpoint.files import (
+    BACKBONE,
+    OPTION,
+    PEFT_WEIGHTS,
+    each_weight,
+    part_weights,
+    read_weights,
+)
 from trimtab.adapters.errors import UserError, policy_error, reason
 
+Values = Callable[[], Iterable[tuple[str, Tensor]]]
 COMPILED = "_orig_mod."
 # A policy may hold what its file does not (frozen encoders, layers that are cut off): so many times more
 # parameters than the file, and as many more besides.
@@ -86,14 +94,36 @@ def check_values(
             raise UserError(option, f"'{name}' differs from {path} after loading")
 
 
-def load_weights(policy: torch.nn.Module, saved: dict[str, Tensor], path: Path) -> None:
+def load_weights(
+    policy: torch.nn.Module, saved: dict[str, Tensor], path: Path, values: Values | None = None
+) -> None:
     """Load ``saved`` and check every tensor of the model against it.
 
-    LeRobot loads with ``strict=False``. Shared tensors are saved once, and known by their storage.
+    LeRobot loads with ``strict=False``. Shared tensors are saved once, and known by their storage. ``values``
+    gives the entries of ``saved`` once more at each call, where they are not to stay in memory.
     """
-    check_names(policy.state_dict(), saved, path)
-    policy.load_state_dict(saved, strict=False)
-    check_values(policy.state_dict(), saved, path)
+    values, state = values or saved.items, policy.state_dict()
+    check_names(state, saved, path)
+    for name, tensor in values():
+        state[name].copy_(tensor)
+    state = policy.state_dict()
+    for name, tensor in values():
+        check_values(state, {name: tensor}, path)
+
+
+def one_by_one(
+    saved: Mapping[str, Tensor], read: Mapping[str, Tensor], files: Iterable[Path]
+) -> Iterator[tuple[str, Tensor]]:
+    """The entries of ``saved``: of each its values from the ``files``, whose tensors ``read`` has by name.
+
+    So a model's weights are in memory once, and not beside it those of all files.
+    """
+    names: dict[int, list[str]] = {}
+    for name, tensor in saved.items():
+        names.setdefault(id(tensor), []).append(name)
+    for _, name, tensor in each_weight(files):
+        yield from ((new, tensor) for new in names.pop(id(read[name]), ()))
+    yield from ((name, saved[name]) for made in names.values() for name in made)
 
 
 def check_part(module: torch.nn.Module, folder: Path) -> None:

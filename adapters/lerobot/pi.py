@@ -42,8 +42,14 @@ class PiAdapter(FlowAdapter):
     @classmethod
     def prepare_weights(cls, saved: dict[str, Tensor], policy: Any) -> dict[str, Tensor]:
         """LeRobot's key fixes for files of openpi and of older versions, and its prefix."""
-        fixed = policy._fix_pytorch_state_dict_keys(saved, policy.config)
-        return {key if key.startswith("model.") else f"model.{key}": value for key, value in fixed.items()}
+        bare = {key: value.to("meta") for key, value in saved.items()}  # LeRobot copies the largest
+        names = {id(value): key for key, value in bare.items()}
+        head = next((key for key in saved if key.endswith("paligemma.lm_head.weight")), "")
+        fixed = policy._fix_pytorch_state_dict_keys(bare, policy.config)
+        return {
+            key if key.startswith("model.") else f"model.{key}": saved[names.get(id(value), head)]
+            for key, value in fixed.items()
+        }
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         images, image_masks = self.policy._preprocess_images(batch)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from trimtab.adapters import PolicyAdapter, UserError
+from trimtab.adapters.memory import available_memory
 from trimtab.policies.acting import Candidates
 from trimtab.policies.noise_space import NoiseSpace
 from trimtab.rl.algorithms import AlgorithmConfig
@@ -20,11 +19,6 @@ from trimtab.rl.runner import Encoded
 
 # Features (d,) of an observation, and what else is kept of it by name.
 Row = tuple[np.ndarray, dict[str, np.ndarray]]
-# What a container may use and uses, in the two versions of Linux control groups.
-CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 
 
 def replay_layout(
@@ -62,17 +56,6 @@ def observation_rows(
         for i, row in enumerate(kept):
             row |= spec.row(conditioning, i)  # type: ignore[arg-type]
     return list(zip(features.cpu().numpy(), kept, strict=True))
-
-
-def available_memory() -> int:
-    """Bytes that this process can still take: of the machine, or of its container where that has less."""
-    free = psutil.virtual_memory().available
-    for limit, used in CGROUPS:
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # no such group, or no limit ("max")
-            continue
-    return max(free, 0)
 
 
 def check_replay(capacity: int, layout: Layout) -> str:

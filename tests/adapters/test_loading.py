@@ -1,18 +1,22 @@
 """Loading that cannot lie: what is half-written, broken or cannot be steered is refused in one line."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.tiny import make_tiny
-from trimtab.adapters import PolicyConfig, UserError, load_adapter, registry
+from trimtab.adapters import PolicyConfig, UserError, load_adapter, memory, registry
+from trimtab.adapters.checkpoint.files import read_weights
 from trimtab.adapters.checkpoint.identity import file_hash, settings_hashes, weights_hash
+from trimtab.adapters.checkpoint.weights import one_by_one
 
 
 @pytest.fixture
@@ -295,3 +299,54 @@ def test_executed_steps_are_the_users_choice(policy_type, tmp_path):
     for steps in (0, most + 1):
         with pytest.raises(UserError, match=f"--policy.n_action_steps: must be between 1 and {most}"):
             load_adapter(replace(options, n_action_steps=steps))
+
+
+def test_weights_are_in_memory_one_at_a_time(tmp_path):
+    """64 MiB in two shards: neither reading them nor what is loaded of them keeps the files in memory."""
+    read, process = {}, psutil.Process()
+    for shard in range(2):
+        part = {f"old.{shard}.{i}": torch.randn(2**21) for i in range(4)}
+        save_file(part, tmp_path / f"{shard}.safetensors")
+        read |= {name: value.sum() for name, value in part.items()}
+    del part
+    files = [tmp_path / f"{shard}.safetensors" for shard in range(2)]
+    before = process.memory_info().rss
+    tensors = read_weights(files)
+    saved = {name.replace("old", "new"): tensor for name, tensor in tensors.items()}
+    saved["again"], saved["made"] = saved["new.0.0"], torch.ones(3)
+    most = []
+    for _ in range(2):
+        found = {}
+        for name, value in one_by_one(saved, tensors, files):
+            found[name] = value.sum()
+            most.append(process.memory_info().rss - before)
+        expected = {name.replace("old", "new"): value for name, value in read.items()}
+        assert found == {**expected, "again": read["old.0.0"], "made": torch.tensor(3.0)}
+    assert max(most) < 2**25
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(folder, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "LARGE", 1)
+    load(folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"weights: [\d,]+ MiB in float32(, int64)?; this machine has [\d,]+ MiB left", line
+    ), line
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    with pytest.raises(
+        UserError, match=r"--policy.path: its weights take .* this machine has 0 MiB left; free"
+    ):
+        load(folder)
+
+
+def test_files_that_a_container_keeps_are_memory_that_it_has(tmp_path, monkeypatch):
+    for name, text in (
+        ("memory.max", "1000"),
+        ("memory.current", "900"),
+        ("memory.stat", "anon 1\ncache 700"),
+    ):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "CGROUPS", [(str(tmp_path), "memory.max", "memory.current", "cache")])
+    assert memory.available_memory() == 800
+    (tmp_path / "memory.max").write_text("max")
+    assert memory.available_memory() > 1000

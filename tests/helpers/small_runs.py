@@ -3,10 +3,10 @@
 import json
 
 SMALL = [
-    "--train.env_steps=240",
-    "--train.warmup_transitions=20",
-    "--train.first_update=16",
-    "--train.log_every=60",
+    "--train.env_steps=120",
+    "--train.warmup_transitions=10",
+    "--train.first_update=8",
+    "--train.log_every=30",
     "--rl.type=dsrl_sac",
     "--rl.batch_size=16",
     "--num_envs=2",

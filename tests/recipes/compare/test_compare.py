@@ -23,7 +23,7 @@ from trimtab.recipes.compare.from_recipe import comparison
 from trimtab.recipes.compare.runs import Meter
 from trimtab.rl.algorithms import BestOfNConfig
 
-FEW = {"train": {"first_update": 8, "warmup_transitions": 0}}
+FEW = {"train": {"first_update": 4, "warmup_transitions": 0}}
 SETTINGS = {
     "steered": {**FEW, "rl": {"batch_size": 8}},
     "residual": {**FEW, "rl": {"batch_size": 8}},
@@ -40,10 +40,10 @@ def options(base, output, **more):
         "policy.device": "cpu",
         "env.type": "metaworld_state",
         "env.task": "drawer-close",
-        "env.episode_length": 20,
+        "env.episode_length": 12,
         "settings": json.dumps(SETTINGS),
-        "env_steps": 80,
-        "grid": 40,
+        "env_steps": 48,
+        "grid": 24,
         "n_episodes": 2,
         "final_episodes": 3,
         "other_episodes": 2,
@@ -76,14 +76,14 @@ def test_every_method_has_its_budget_and_its_result(compared):
     runs = output / "runs" / TASK
     for name in ("best_of_k", "steered", "residual", "lora_rollouts"):
         record = json.loads((runs / f"{name}-seed1.json").read_text())
-        assert [point["grid"] for point in record["points"]] == [40, 80]
-        assert record["points"][-1]["env_steps"] < 80 + 2 * 8 and record["updates"] >= 0
+        assert [point["grid"] for point in record["points"]] == [24, 48]
+        assert record["points"][-1]["env_steps"] < 48 + 2 * 8 and record["updates"] >= 0
         assert record["cost"]["artefact_bytes"] > 1000 and record["cost"]["cpu_seconds"] > 0
         assert record["cost"]["peak_mb"] > 100 and record["cost"]["trainable_parameters"]["actor"] > 1000
     rollouts = json.loads((runs / "lora_rollouts-seed1.json").read_text())
-    assert rollouts["points"][-1]["env_steps"] == 80  # to the step
+    assert rollouts["points"][-1]["env_steps"] == 48  # to the step
     ticket = json.loads((runs / "golden_ticket-seed0.json").read_text())
-    assert ticket["points"][0]["env_steps"] <= 80 and ticket["search_episodes"] == 80 // 20
+    assert ticket["points"][0]["env_steps"] <= 48 and ticket["search_episodes"] == 48 // 12
     assert json.loads((runs / "lora-seed0.json").read_text())["points"][0]["env_steps"] == 0
     assert {"actor", "acting"} == set(json.loads((runs / "best_of_k-seed0.json").read_text())["final"])
     assert is_artefact(str(runs / "steered-seed1" / "artefact"))
@@ -322,10 +322,10 @@ def test_a_recipe_keeps_what_is_not_the_comparisons_own():
 def folders(tiny_base, tmp_path_factory):
     """A run folder each of adapt and of lora."""
     place = tmp_path_factory.mktemp("folders")
-    shared = [f"--policy.path={tiny_base}", "--policy.device=cpu", *ENV, "--env.episode_length=40"]
+    shared = [f"--policy.path={tiny_base}", "--policy.device=cpu", *ENV, "--env.episode_length=20"]
     shared += ["--eval.n_episodes=3", "--eval.batch_size=3", "--eval.videos=0"]
     shared += ["--machine.workers=0", "--machine.threads=1"]
-    adapt = ["--num_envs=2", "--train.env_steps=120", "--train.first_update=8", "--rl.type=dsrl_sac"]
+    adapt = ["--num_envs=2", "--train.env_steps=60", "--train.first_update=8", "--rl.type=dsrl_sac"]
     adapt += ["--rl.batch_size=8", "--train.warmup_transitions=0", "--eval.constant_candidates=0"]
     assert main(["adapt", *shared, *adapt, f"--output_dir={place / 'adapt'}"]) == 0
     data = ["--dataset.repo_id=a/b", f"--dataset.root={tiny_base / 'demonstrations'}", "--steps=2"]
@@ -341,7 +341,7 @@ def test_run_folders(folders, tmp_path):
     assert set(rows) == {"base", "zero_noise", "dsrl_sac (full)", "lora, demonstrations"}
     steered = rows["dsrl_sac (full)"]
     assert steered["success"]["episodes"] == 3 and len(steered["against_base"]["p"]) == 1
-    assert steered["env_steps"][0] >= 120 and steered["artefact_mb"] > 0.1
+    assert steered["env_steps"][0] >= 60 and steered["artefact_mb"] > 0.1
     assert rows["lora, demonstrations"]["against_base"]["ci95"] and (output / "report.html").is_file()
 
 
