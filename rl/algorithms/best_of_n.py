@@ -261,6 +261,7 @@ class BestOfN(Algorithm):
         target = self.td_target(batch, order[:, : self.config.targets])
         loss, values = self.critic_loss(batch, target)
         pairs = order[:, -self.config.pairs :]
+        # In half of the states: it would take as long as all the rest, and the noise critic only follows.
         half = {name: batch[name][::2] for name in ("features", "candidates", "candidates_u")}
         distillation = self.distillation_loss(half, pairs[::2])
         self._step(self.critic_optimizer, loss + distillation)
