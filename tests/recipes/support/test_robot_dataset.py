@@ -1,7 +1,7 @@
 """The dataset of a robot's run is whole after each episode, whatever is killed."""
 
-import json
 import contextlib
+import json
 import os
 import shutil
 from types import SimpleNamespace
