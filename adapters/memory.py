@@ -58,5 +58,5 @@ def check_weights(saved: Mapping[str, Tensor], dtype: str | None, device: str) -
             )
     if size < LARGE:
         return None
-    left = ", ".join(f"{where} has {size / 2**20:,.0f} MiB left" for where, size in free.items())
-    return f"weights: {takes}; {left}"
+    has = ", ".join(f"{where} has {left / 2**20:,.0f} MiB left" for where, left in free.items())
+    return f"weights: {takes}; {has}"

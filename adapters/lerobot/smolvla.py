@@ -28,6 +28,10 @@ class SmolVLAAdapter(FlowAdapter):
     dtypes = ("float32", "bfloat16")
     fills_missing_cameras = True
 
+    def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
+        super().__init__(policy, preprocessor, postprocessor)
+        self._places: dict[torch.Size, Tensor] = {}  # of an image's patches, by its height and width
+
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:
         if options.dtype:
@@ -49,9 +53,15 @@ class SmolVLAAdapter(FlowAdapter):
         batch = policy._prepare_batch({**batch, OBS_STATE: batch[OBS_STATE].clone()})
         images, image_masks = policy.prepare_images(batch)
         state = policy.prepare_state(batch)
-        embeddings, pad_mask, attention = model.embed_prefix(
-            images, image_masks, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK], state=state
-        )
+        experts = model.vlm_with_expert
+        experts.embed_image = self._embed_image
+        try:
+            embeddings, pad_mask, attention = model.embed_prefix(
+                *(images, image_masks, batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]),
+                state=state,
+            )
+        finally:
+            del experts.embed_image
         (hidden, _), cache = model.vlm_with_expert.forward(
             attention_mask=make_att_2d_masks(pad_mask, attention),
             position_ids=torch.cumsum(pad_mask, dim=1) - 1,
@@ -61,6 +71,29 @@ class SmolVLAAdapter(FlowAdapter):
         )
         features = torch.cat([pooled(hidden, pad_mask), state.float()], -1)
         return Conditioning({"features": features, "pad_mask": pad_mask, **store_prefix(cache)})
+
+    def _embed_image(self, image: Tensor) -> Tensor:
+        """LeRobot's ``embed_image`` of (B, 3, height, width).
+
+        There, transformers places an image's patches by a mask, for which the host waits on a GPU. The places
+        depend on the size alone: they are kept.
+        """
+        model = self.policy.model.vlm_with_expert.get_vlm_model()
+        vision, pixels, size = model.vision_model, image.to(model.vision_model.dtype), image.shape[2:]
+        embeddings = vision.embeddings
+        if size not in self._places:
+            whole = torch.ones(1, *(side // vision.patch_size for side in size), device=image.device)
+            hook = embeddings.position_embedding.register_forward_pre_hook(
+                lambda _, args: self._places.update({size: args[0]})
+            )
+            try:
+                embeddings(pixels[:1], whole.bool())
+            finally:
+                hook.remove()
+        patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        hidden = patches + embeddings.position_embedding(self._places[size])
+        hidden = vision.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
+        return model.connector(vision.post_layernorm(hidden))
 
     @property
     def inverts(self) -> bool:  # type: ignore[override]

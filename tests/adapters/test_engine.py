@@ -14,7 +14,7 @@ from trimtab.adapters import engine as engines
 from trimtab.adapters.engine import Constants, Engine, Recorder, attach
 
 SIX = ("pi0", "pi05", "smolvla", "groot", "diffusion", "multi_task_dit")
-WAITS_FOR = {("groot", "encode"): "groot.py", ("smolvla", "encode"): "modeling_smolvlm.py"}
+WAITS_FOR = {("groot", "encode"): "groot.py"}
 # (observations, noises of each): fixed at the second call, compared in the next two; fewer are padded.
 CALLS = [*[(3, 2)] * 4, (2, 2), (1, 2), (2, 2), (3, 2), *[(1, 1)] * 4, (3, 2)]
 

@@ -12,6 +12,8 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from copy import copy
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +27,7 @@ from tests.benchmarks.full_size import FULL_SIZE, RUNNABLE, full_size
 from tests.benchmarks.weightless import Counting
 from tests.helpers.tiny import TYPES, make_tiny
 from trimtab.adapters import PolicyAdapter, load_adapter
+from trimtab.adapters.engine import CHECKS, ENGINES, use_engine
 from trimtab.adapters.lerobot.injection import NoiseInjector
 from trimtab.adapters.loading import quietly
 from trimtab.recipes.cli.policies import COLUMNS, MANY, cells, markdown
@@ -33,6 +36,7 @@ from trimtab.recipes.support.reporting import write_json
 # Policies that honour LeRobot's `noise` argument. The others' own path is timed under the injector, which
 # watches every call and so slows small policies down.
 TAKES_NOISE = ("diffusion", "smolvla", "pi0", "pi05")
+ENGINE_COLUMNS = ("engine", "own / engine", f"{MANY} / 1", f"peak GiB of {MANY}, adapter / engine")
 TIMING_COLUMNS = ("policy", "size", "own path", "adapter", "adapter / own", f"{MANY} noises / 1")
 
 
@@ -90,23 +94,31 @@ def operations(adapter: PolicyAdapter, batch: dict[str, Any]) -> tuple[int, dict
     return encode, found
 
 
-def timings(name: str, tiny: PolicyAdapter, repeats: int, published: bool, cameras: int) -> list[dict]:
+def timings(
+    name: str, tiny: PolicyAdapter, repeats: int, published: bool, cameras: int, engine: str = "eager"
+) -> list[dict]:
     """Time the adapter against the policy's own public path with the same noise, alternately.
 
-    Both start from the preprocessed batch. The 16 noises include the one ``encode`` they share.
+    Both start from the preprocessed batch. The 16 noises include the one ``encode`` they share. Another
+    ``engine`` than eager is timed beside them.
     """
-    found = [timing(name, "tiny", tiny, example(tiny), repeats)]
+    found = [timing(name, "tiny", tiny, example(tiny), repeats, engine)]
     if published and name in RUNNABLE and (torch.cuda.is_available() or not name.startswith("pi0")):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        found.append(timing(name, "published", *full_size(name, device, cameras), repeats))
+        found.append(timing(name, "published", *full_size(name, device, cameras), repeats, engine))
     return found
 
 
 def timing(
-    name: str, size: str, adapter: PolicyAdapter, batch: dict[str, Any], repeats: int
+    name: str,
+    size: str,
+    adapter: PolicyAdapter,
+    batch: dict[str, Any],
+    repeats: int,
+    engine: str = "eager",
 ) -> dict[str, Any]:
-    """Median seconds per chunk, and the median of the paired ratios."""
-    spec = adapter.noise_spec
+    """Median seconds per chunk, and the median of the paired ratios; on CUDA, peak GiB by path."""
+    spec, peak = adapter.noise_spec, dict[str, float]()
     noise = torch.randn((MANY, *spec.shape), generator=torch.Generator().manual_seed(1))
     noise = noise.to(adapter.device, spec.dtype)
 
@@ -118,28 +130,53 @@ def timing(
         with NoiseInjector(native):
             return adapter.policy.predict_action_chunk(dict(batch))
 
-    def ours(k: int) -> Tensor:
+    def ours(adapter: PolicyAdapter, k: int) -> Tensor:
         return adapter.denoise(adapter.encode(batch).repeat_interleave(k), noise[:k])
 
-    def seconds(call: Callable[[], Any]) -> float:
-        wait = torch.cuda.synchronize if adapter.device.type == "cuda" else lambda: None
+    def seconds(path: str) -> float:
+        cuda = adapter.device.type == "cuda"
+        wait = torch.cuda.synchronize if cuda else lambda: None
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         wait()
         start = time.perf_counter()
         with torch.inference_mode():
-            call()
+            calls[path]()
         wait()
-        return time.perf_counter() - start
+        elapsed = time.perf_counter() - start
+        if cuda:
+            peak[path] = torch.cuda.max_memory_allocated() / 2**30
+        return elapsed
 
-    pairs = [(seconds(own), seconds(lambda: ours(1))) for _ in range(repeats + 1)][1:]  # the first warms up
-    many = median(seconds(lambda: ours(MANY)) for _ in range(max(1, repeats // 5)))
-    single = median(b for _, b in pairs)
-    found = {"type": name, "size": size, "own": median(a for a, _ in pairs), "adapter": single}
-    return found | {"ratio": median(b / a for a, b in pairs), "many": many / single}
+    calls: dict[str, Callable[[], Any]] = {"own": own, "adapter": partial(ours, adapter, 1)}
+    singles, several, warm = ["own", "adapter"], {"many": partial(ours, adapter, MANY)}, 1
+    if engine != "eager":
+        other = copy(adapter)
+        use_engine(other, engine)
+        calls["engine"], several["engine_many"] = partial(ours, other, 1), partial(ours, other, MANY)
+        singles, warm = [*singles, "engine"], 2 + CHECKS  # until its results are no longer compared
+    calls |= several
+    turns = [{path: seconds(path) for path in singles} for _ in range(repeats + warm)][warm:]
+    rarely = [{path: seconds(path) for path in several} for _ in range(max(1, repeats // 5) + warm)][warm:]
+    found = {path: median(turn[path] for turn in turns) for path in singles}
+    many = {path: median(turn[path] for turn in rarely) for path in several}
+    found |= {
+        "ratio": median(t["adapter"] / t["own"] for t in turns),
+        "many": many["many"] / found["adapter"],
+    }
+    if engine != "eager":
+        found["faster"] = median(turn["own"] / turn["engine"] for turn in turns)
+        found["engine_many"] = many["engine_many"] / found["engine"]
+    return {"type": name, "size": size, **found, "peak": peak}
 
 
 def timing_cells(row: dict[str, Any]) -> list[str]:
     milliseconds = [f"{1e3 * row[path]:.1f} ms" for path in ("own", "adapter")]
-    return [f"`{row['type']}`", row["size"], *milliseconds, f"{row['ratio']:.3f}", f"{row['many']:.2f}"]
+    found = [f"`{row['type']}`", row["size"], *milliseconds, f"{row['ratio']:.3f}", f"{row['many']:.2f}"]
+    if "engine" in row:
+        found += [f"{1e3 * row['engine']:.1f} ms", f"{row['faster']:.2f}", f"{row['engine_many']:.2f}"]
+        found.append(" / ".join(f"{row['peak'].get(path, 0):.1f}" for path in ("many", "engine_many")))
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny instances alone")
     parser.add_argument("--cameras", type=int, default=2, help="of the policies at published size")
     parser.add_argument("--time", type=int, default=0, help="repeats to time, instead of counting")
+    parser.add_argument("--engine", default="eager", choices=ENGINES, help="timed beside, with --time")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--output", type=Path, help="write the rows as JSON, too")
     options = parser.parse_args(argv)
@@ -158,11 +196,12 @@ def main(argv: list[str] | None = None) -> None:
             with quietly():
                 tiny = load_adapter(make_tiny(name, Path(folder) / name))
             if options.time:
-                rows += timings(name, tiny, options.time, not options.tiny, options.cameras)
+                rows += timings(name, tiny, options.time, not options.tiny, options.cameras, options.engine)
             else:
                 rows.append(count(name, tiny, not options.tiny, options.cameras))
     if options.time:
-        print(markdown(TIMING_COLUMNS, [timing_cells(row) for row in rows]))
+        columns = TIMING_COLUMNS + ENGINE_COLUMNS * (options.engine != "eager")
+        print(markdown(columns, [timing_cells(row) for row in rows]))
     else:
         print(markdown(COLUMNS, [cells(row) for row in rows]))
     if options.output:

@@ -37,6 +37,17 @@ def test_the_stored_rows_are_what_is_counted(tmp_path, capsys):
     assert "| (32,) |" in capsys.readouterr().out
 
 
+def test_an_engine_is_timed_beside(capsys, tmp_path, monkeypatch):
+    compile_ = torch.compile  # without a C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compile_(f, dynamic=dynamic, backend="eager"))
+    output = tmp_path / "timings.json"
+    main(["--types=act", "--tiny", "--time=2", "--threads=1", "--engine=compile", f"--output={output}"])
+    text, error = capsys.readouterr()
+    assert "own / engine" in text.splitlines()[0] and not error
+    (saved,) = json.loads(output.read_text())
+    assert saved["faster"] == pytest.approx(saved["own"] / saved["engine"], rel=0.5)
+
+
 def test_timing_table(capsys, tmp_path):
     output = tmp_path / "timings.json"
     main(["--types=act", "--tiny", "--time=2", "--threads=1", f"--output={output}"])

@@ -48,13 +48,16 @@ class AsIfCuda(TorchDispatchMode):
         return torch.nn.Parameter(value, False) if isinstance(like, torch.nn.Parameter) else value
 
     def move(self, adapter: PolicyAdapter) -> None:
-        """All tensors of a policy to the device."""
+        """All tensors of a policy, and what its adapter keeps, to the device."""
         made: dict[int, tuple[Tensor, Tensor]] = {}  # tied weights stay tied
         for module in _modules(adapter.policy):
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         tensors[name] = made.setdefault(id(tensor), (self.tensor(tensor), tensor))[0]
+        for kept in vars(adapter).values():
+            if isinstance(kept, dict):
+                kept.update({k: self.tensor(v) for k, v in kept.items() if isinstance(v, Tensor)})
         adapter.device = CUDA
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
