@@ -57,6 +57,7 @@ def use_engine(adapter: NoiseToChunk, name: str) -> None:
 def attach(adapter: NoiseToChunk, label: str, fix: Fix) -> None:
     """Let what ``adapter`` says may be ``recorded`` run by ``fix``; lines about it begin with ``label``."""
     wrap = {"encode": _encode, "denoise": _denoise}
+    adapter.rounding = max(adapter.rounding, CLOSE)  # the first results of a kind are the function's own
     for method in adapter.recorded:
         setattr(adapter, method, wrap[method](adapter, f"{label}: {method}", fix))
 

@@ -16,7 +16,7 @@ from trimtab.policies.acting import Choice, ChunkPolicy
 from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation
 from trimtab.rl.envs.contract import flat
-from trimtab.rl.runner import Encoded, PolicyRunner
+from trimtab.rl.runner import Encoded, PolicyRunner, to_device
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Rollout:
     def prior(self, draws: int, envs: list[int] | None = None) -> Tensor:
         """Noise draws (B, draws, *noise_shape) for ``envs``, by default for those looked at."""
         priors = [self.runner.prior(draws, self.generators[i]) for i in envs or self.envs]
-        return torch.stack(priors).to(self.runner.adapter.device)
+        return to_device(torch.stack(priors), self.runner.adapter.device)
 
     def begin(self, policy: ChunkPolicy, limits: dict[int, int] | None = None) -> Choice:
         """Let ``policy`` act on what ``encode_observations`` encoded, and start stepping the chunks.

@@ -24,6 +24,13 @@ from trimtab.rl.envs.hooks import env_processors
 Encoded = Conditioning | list[Conditioning]
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device``; from the host to a GPU, one for which the host does not wait."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 class PolicyRunner:
     """The frozen policy with an environment's processors around it, in ``lerobot-eval``'s order.
 
@@ -83,6 +90,8 @@ class PolicyRunner:
         history: dict[str, Any] = {}
         for key, value in flat.items():  # LeRobot's pipeline adds empty entries; leave them out
             if isinstance(value, Tensor) and value.ndim and len(value) == batch * steps:
+                if self.adapter.device.type == "cuda" and value.device.type == "cpu":
+                    value = value.pin_memory()  # LeRobot's preprocessor then copies without waiting
                 history[key] = value.unflatten(0, (batch, steps))
             elif isinstance(value, list) and len(value) == batch * steps:
                 history[key] = value[::steps]
@@ -144,7 +153,7 @@ class PolicyRunner:
         """
         lengths: list[int] = []
         denoise = partial(self.denoise, conditioning, lengths=lengths)
-        choice = policy.act(features, prior.to(self.adapter.device), denoise)
+        choice = policy.act(features, to_device(prior, self.adapter.device), denoise)
         if not isinstance(conditioning, list):
             return choice, list(self.executable(choice.chunk, conditioning))
         actions = []

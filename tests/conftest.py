@@ -80,7 +80,7 @@ def drawer_base(tmp_path_factory):
         demonstrators={},
         episodes=3,
         episode_length=100,
-        cloning=CloningConfig(steps=300, batch_size=32),
+        cloning=CloningConfig(steps=300, batch_size=32, num_inference_steps=2),
     ).resolved()
     return made_once(tmp_path_factory, "drawer_base", lambda folder: make_base(config, folder))
 

@@ -1,5 +1,6 @@
 """``--policy.engine``: what is compiled or recorded is what the adapter does; else, a line says so."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from tests.helpers.tiny import make_tiny
 from trimtab.adapters import Conditioning, PolicyConfig, UserError, load_adapter
 from trimtab.adapters import engine as engines
 from trimtab.adapters.engine import Constants, Engine, Recorder, attach
+from trimtab.adapters.steerability import measure
 
 SIX = ("pi0", "pi05", "smolvla", "groot", "diffusion", "multi_task_dit")
 WAITS_FOR = {("groot", "encode"): "groot.py"}
@@ -76,18 +78,21 @@ def test_recorded_is_the_adapter_itself(kind, tmp_path, monkeypatch, capsys):
     assert CpuGraph.recorded == 3  # encoded three, denoised three with two noises and one with one
 
 
-def test_compiled_is_the_adapter_itself(tmp_path, monkeypatch, capsys):
-    """With dynamo alone: its C++ compiler would work for a minute."""
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compiled_is_the_adapter_itself(backend, tmp_path, monkeypatch, capsys):
+    """With the default backend too, on request: its C++ compiler works for minutes."""
+    if backend == "inductor" and not os.environ.get("TRIMTAB_INDUCTOR"):
+        pytest.skip("needs a C++ compiler and minutes of it; set TRIMTAB_INDUCTOR=1 to run it")
     compile_, compiled = torch.compile, []
 
     def noted(function, dynamic):
         compiled.append(function.__self__)
-        return compile_(function, dynamic=dynamic, backend="eager")
+        return compile_(function, dynamic=dynamic, backend=backend)
 
     monkeypatch.setattr(torch, "compile", noted)
     options = make_tiny("diffusion", tmp_path / "diffusion")
     plain, ours = load_adapter(options), load_adapter(replace(options, engine="compile"))
-    act_in_turn(plain, ours, CALLS[:8], 1e-6)
+    act_in_turn(plain, ours, CALLS[:8], 1e-5)
     diffusion = ours.policy.diffusion
     assert compiled == [diffusion.unet] and capsys.readouterr().err == ""
     assert "forward" not in vars(diffusion.unet)  # who trains or hashes it meets the policy itself
@@ -193,6 +198,22 @@ def test_state_behind_the_tensors_is_noticed(capsys):
         state[0] = value
         assert float(ours(lambda: {"y": torch.ones(1) * state[0]}, {"x": torch.ones(1)})["y"]) == value
     assert not ours.works and "differ" in capsys.readouterr().err
+
+
+def test_rounding_is_no_randomness(tmp_path):
+    """The first results are the function's own, the next ones not to the bit: that is no random sampling."""
+    adapter = load_adapter(make_tiny("diffusion", tmp_path / "base"))
+
+    def rounded(run):
+        return lambda: {name: value * (1 + 1e-6) for name, value in run().items()}
+
+    attach(adapter, "--policy.engine=x", rounded)
+    generator = torch.Generator().manual_seed(0)
+    observations = [adapter.example_conditioning(1, generator) for _ in range(3)]
+    measured = measure(adapter, observations, noises=2, repeats=0)
+    assert measured.repeat_difference > 0 and measured.deterministic
+    for _ in range(3):
+        adapter.verify()
 
 
 def test_without_cuda_a_line_says_so(tmp_path, capsys):

@@ -29,7 +29,7 @@ def trained(drawer_base, tmp_path_factory):
     folder = shutil.copytree(drawer_base, tmp_path_factory.mktemp("invert") / "base")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"n_action_steps": config["horizon"]}))
-    adapter = load_adapter(PolicyConfig(path=str(folder), device="cpu"))
+    adapter = load_adapter(PolicyConfig(path=str(folder), device="cpu", num_inference_steps=5))
     (file,) = (drawer_base / "demonstrations" / "data").rglob("*.parquet")
     columns = read_table(file, columns=list(adapter.config.input_features)).to_pydict()
     rows = {name: torch.tensor(values)[:, None] for name, values in columns.items()}

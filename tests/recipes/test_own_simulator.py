@@ -13,13 +13,14 @@ from trimtab.recipes.cli import main
 
 TRAIN = (
     "--policy.type=diffusion --policy.push_to_hub=false --policy.device=cpu --wandb.enable=false "
-    "--dataset.repo_id=me/reach --num_workers=0 --steps=80 --batch_size=16 "
+    "--dataset.repo_id=me/reach --num_workers=0 --steps=20 --batch_size=8 "
     "--policy.n_obs_steps=1 --policy.horizon=8 --policy.n_action_steps=4 --policy.drop_n_last_frames=0 "
     "--policy.down_dims=[16,32] --policy.diffusion_step_embed_dim=16 --policy.noise_scheduler_type=DDIM "
     "--policy.num_train_timesteps=50 --policy.num_inference_steps=4 --policy.optimizer_lr=2e-3 "
     "--policy.scheduler_warmup_steps=10"
 )
 ENV = ["--env.type=gym", "--env.factory=reach:make", "--env.fps=10"]
+FEW = ["--eval.n_episodes=4", "--eval.constant_candidates=2", "--eval.constant_episodes=2"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
-        reach.demonstrate("data", episodes=16)
+        reach.demonstrate("data", episodes=8)
         options = [*TRAIN.split(), "--dataset.root=data", "--output_dir=base"]
         lerobot_commands.run(lerobot_train.main, options, patch)
         yield folder
@@ -49,7 +50,7 @@ def run(command, *options):
 
 def test_it_is_probed_steered_evaluated_and_exported(folder, policy, capsys):
     known = [*ENV, "--env.success=terminated", policy]
-    run("probe", *known, HERE, "--eval.n_episodes=4", "--output_dir=probe")
+    run("probe", *known, HERE, *FEW, "--output_dir=probe")
     assert "environment: gym, reach:make" in capsys.readouterr().out
     run("adapt", *known, *SMALL, "--output_dir=steered")  # in workers, which find the file as well
     results = check_results(Path("steered"), ["base", "zero_noise", "constant_noise", "steered"], 6)
@@ -60,7 +61,7 @@ def test_it_is_probed_steered_evaluated_and_exported(folder, policy, capsys):
         *ENV,
         HERE,
         "--env.success=terminated",
-        "--eval.n_episodes=4",
+        *FEW,
         "--output_dir=ev",
     )
     run("export", "--run=steered", "--output_dir=artefact")
