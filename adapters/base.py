@@ -66,7 +66,7 @@ class NoiseToChunk(abc.ABC):
     history: ClassVar[bool] = False  # takes a time axis, (B, n_obs_steps, ...)
     inverts: bool = False  # whether invert finds the noise of a chunk, through reverse
     remembers: ClassVar[bool] = False  # a chunk depends on the episode before it, through follow
-    rounding: ClassVar[float] = 0.0  # share of the noise's effect by which the same noise's chunks may differ
+    rounding: float = 0.0  # share of the noise's effect by which the same noise's chunks may differ
     fills_missing_cameras: ClassVar[bool] = False  # runs with fewer cameras than its config names
     stacks_cameras: ClassVar[bool] = False  # its cameras must be of one size
     resizes_images: bool = False  # takes images of any size

@@ -57,6 +57,7 @@ def use_engine(adapter: NoiseToChunk, name: str) -> None:
 def attach(adapter: NoiseToChunk, label: str, fix: Fix) -> None:
     """Let what ``adapter`` says may be ``recorded`` run by ``fix``; lines about it begin with ``label``."""
     wrap = {"encode": _encode, "denoise": _denoise}
+    adapter.rounding = max(adapter.rounding, CLOSE)  # the first results of a kind are the function's own
     for method in adapter.recorded:
         setattr(adapter, method, wrap[method](adapter, f"{label}: {method}", fix))
 
@@ -122,7 +123,7 @@ class Engine[Result]:
         tensors_of: Callable[[Result], Tensors],
         result_of: Callable[[Tensors], Result],
     ) -> None:
-        self.works = True
+        self.works, self._full = True, False
         self._label, self._device, self._fix, self._function = label, device, fix, function
         self._tensors_of, self._result_of = tensors_of, result_of
         self._calls: Counter[tuple] = Counter()
@@ -159,12 +160,13 @@ class Engine[Result]:
         return result
 
     def _add(self, sizes: dict[int, tuple[Tensors, Run]], rows: int, tensors: Tensors, repeats: int) -> None:
-        count = sum(map(len, self._fixed.values()))
-        if count >= MOST:
-            if count == MOST and not self._checks[()]:
-                self._checks[()] = 1
+        if sum(map(len, self._fixed.values())) >= MOST:
+            if not sizes and not self._full:
+                self._full = True
                 say(f"{self._label}: {MOST} shapes of batches so far; further ones run as they are")
-            return
+            if not sizes:
+                return
+            sizes.clear()  # these batches are smaller, and padded from now on
         try:
             with torch.inference_mode(False):
                 inputs = {name: value.clone() for name, value in tensors.items()}

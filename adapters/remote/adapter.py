@@ -41,7 +41,7 @@ class RemoteAdapter(PolicyAdapter):
 
     policy_type: ClassVar[str] = "remote"
     reads_task = True
-    rounding: ClassVar[float] = 0.1  # a server need not repeat itself to the bit
+    rounding = 0.1  # a server need not repeat itself to the bit
     config: Any = None  # has the features alone
 
     def __init__(self, options: PolicyConfig, device: str) -> None:

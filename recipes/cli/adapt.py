@@ -17,7 +17,7 @@ from trimtab.policies.actor import NoiseActor
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpace, NoiseSpaceConfig
 from trimtab.policies.observe import ObserveConfig
-from trimtab.recipes.support.console import new_output_dir, say
+from trimtab.recipes.support.console import new_output_dir, own_cores, say
 from trimtab.recipes.support.launched import (
     Trackers,
     check_trackers,
@@ -34,6 +34,7 @@ from trimtab.recipes.support.reporting import (
     results_of,
     summaries,
     table,
+    waits,
     write_json,
 )
 from trimtab.recipes.support.robot_dataset import DatasetKeeper, write_dataset
@@ -135,7 +136,9 @@ def main(config: AdaptConfig) -> None:
         say(f"{task}: " + "; ".join(f"{NAMES.get(n, n)} {rate_text(one)}" for n, one in found.items()))
     if results["untrained_actor"]:
         say(untrained_line(results, config.noise.type))
-    for line in waits(lines[-1] if lines else {}):
+    simulators = "rendering" if session.adapter.cameras() else "simulation"
+    most = 1 if is_attended(config.env) else min(own_cores(), config.num_envs)
+    for line in waits(lines[-1], simulators, session.workers, most) if lines else ():
         say(line)
     say(f"{results['actor_parameters']:,} weights trained; artefact {artefact}; all in {output}")
 
@@ -143,19 +146,6 @@ def main(config: AdaptConfig) -> None:
 def untrained_line(results: dict[str, Any], noise: str) -> str:
     """What the noise space alone does."""
     return f"untrained actor ({noise} noise): {rate_text(results['untrained_actor'])}"
-
-
-def waits(last: dict[str, Any]) -> list[str]:
-    """What waited for what while training, if the last line of the metrics tells."""
-    names = {
-        "learner_waits": "the learner waited for the environments",
-        "envs_wait": "the environments waited for the learner",
-        "denoise": "both waited for the base",
-        "processes_wait": "the processes waited for each other",
-    }
-    shares = {said: last.get(f"seconds_share/{name}") for name, said in names.items()}
-    told = ", ".join(f"{said} {share:.0%}" for said, share in shares.items() if share is not None)
-    return [f"of {last['seconds_total']:.0f} s of training: {told}"] if told else []
 
 
 def steer(
@@ -280,8 +270,7 @@ def steer(
             write_json(output / "results.json", results)
             title = f"{config.rl.type} on {config.env.task or config.env.type}, {config.noise.type} noise"
             plot_curve(output / "curve.png", metrics.lines, results["policies"], title)
-            session.record(session.own_noise, output / "before.mp4", "video: base policy")
-            session.record(steered, output / "after.mp4", "video: steered")
+            session.record({output / "before.mp4": session.own_noise, output / "after.mp4": steered})
             clock.lap("pictures")
             write_json(output / "results.json", results)  # once more, with the last time in it
         return results, metrics.lines, artefact
@@ -323,9 +312,9 @@ def measure(session: Session, config: AdaptConfig, space: NoiseSpace) -> tuple[M
             say(check_replay(config.train.replay_capacity, layout))  # refuses what does not fit
         found[task], details[task], _ = session.baselines(vec, config.seed)
         untrained = config.rl.untrained(space)
-        found[task]["untrained"] = (
-            session.evaluate(vec, untrained, label="untrained actor") if untrained else found[task]["base"]
-        )
+        seeds = session.eval.baseline_seeds
+        drawn = session.evaluate(vec, untrained, "untrained actor", seeds) if untrained else None
+        found[task]["untrained"] = drawn or found[task]["base"]
     return found, next(iter(details.values())) if len(details) == 1 else details
 
 

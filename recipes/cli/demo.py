@@ -37,11 +37,11 @@ class DemoConfig:
     rl: AlgorithmConfig = field(default_factory=BestOfNConfig)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=6_000))
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    eval: EvalConfig = field(default_factory=lambda: EvalConfig(baseline_episodes=100, constant_episodes=10))
     # Default of threads: OMP_NUM_THREADS, else all cores, because simulators take a fraction of the time.
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Episodes of each of the base's other tasks, before and after.
-    other_task_episodes: int = 40
+    other_task_episodes: int = 20
     num_envs: int = 8
     # Seed of the steering run (the base has its own: --base.seed).
     seed: int = 0
@@ -109,6 +109,6 @@ def other_tasks(session: Session, folder: Path, config: DemoConfig, when: str) -
     for task in others if config.other_task_episodes > 0 else ():
         other = Session(session.adapter, replace(session.env, task=task), session.eval, session.machine)
         seeds = session.eval.seeds[: config.other_task_episodes]
-        with other.environments(len(seeds), other.evaluation_workers) as vec:
+        with other.environments(len(seeds), 0) as vec:  # so few episodes are over before a worker has begun
             found[task] = other.evaluate(vec, base_noise, f"{task}, {when}", seeds)
     return found

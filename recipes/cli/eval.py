@@ -92,7 +92,7 @@ def main(config: EvaluateConfig) -> None:
         evaluations, details, _ = session.baselines(vec, config.seed)
         if steered is not None:
             evaluations["steered"] = session.evaluate(vec, policy, label="steered")
-    session.record(policy, output / "rollouts.mp4", "video")
+    session.record({output / "rollouts.mp4": policy})
     used = {name: getattr(config.eval, name) for name in ACTING}
     results = results_of(
         config,

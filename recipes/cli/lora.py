@@ -126,7 +126,7 @@ def main(config: LoraConfig) -> None:
     write_json(output / "config.json", repeatable(draccus.encode(config, LoraConfig)))
     if session is not None:
         after = Session(tuned, session.env, config.eval, config.machine)
-        after.record(after.own_noise, output / "after.mp4", "video: fine-tuned")
+        after.record({output / "after.mp4": after.own_noise})
         print(f"\n{table(results['policies'])}\n")
     kind = "LoRA adapter" if config.method == "lora" else "policy"
     print(f"{kind} in {output / 'policy'}; all in {output}")

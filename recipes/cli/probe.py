@@ -109,7 +109,7 @@ def _probe(adapter: PolicyAdapter, config: ProbeConfig, output: Path) -> None:
     success = summaries(evaluations)
     if success:
         print(f"\n{table(success)}")
-        session.record(session.own_noise, output / "base.mp4", "video: base policy")
+        session.record({output / "base.mp4": session.own_noise})
     if constants:
         print(describe_constants(constants))
     if best is not None:

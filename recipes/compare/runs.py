@@ -229,7 +229,7 @@ class Run:
             if method.tunes:
                 session = Session(self.runner.adapter, session.env, session.eval, session.machine)
             policy = list(self.policies.values())[-1]
-            session.record(policy, path.with_suffix(".mp4"), f"video: {self.label}")
+            session.record({path.with_suffix(".mp4"): policy})
         self.base.adapter.check_identity(identity, self.base.folder)
         return found
 

@@ -70,14 +70,17 @@ def new_output_dir(path: Path | None, default: str) -> Path:
     return path
 
 
+def own_cores() -> int:
+    """Cores of this process, where several share a machine; at least one."""
+    from trimtab.recipes.support.launched import local_processes
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, cores // local_processes())
+
+
 def default_threads(workers: int) -> int:
     """Threads for torch beside ``workers`` simulator processes: as many as the environment says
     (``OMP_NUM_THREADS``), else this process's other cores, at least one.
     """
-    from trimtab.recipes.support.launched import local_processes
-
     said = threads_said()
-    if said is not None:
-        return said
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    return max(1, cores // local_processes() - workers)
+    return said if said is not None else max(1, own_cores() - workers)

@@ -285,3 +285,24 @@ def write_grid_video(path: Path, evaluation: Evaluation) -> None:
         video.append(np.vstack(rows))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, video, FPS)
+
+
+def waits(last: dict[str, Any], simulators: str, workers: int, most: int) -> list[str]:
+    """What waited for what while training, by the last line of the metrics, and what bounds the run if not
+    the learner.
+
+    ``simulators``: what takes their time. They ran in ``workers`` processes, and can in ``most``.
+    """
+    names = {
+        "learner_waits": "the learner waited for the environments",
+        "envs_wait": "the environments waited for the learner",
+        "denoise": "both waited for the base",
+        "processes_wait": "the processes waited for each other",
+    }
+    shares = {said: last.get(f"seconds_share/{name}") for name, said in names.items()}
+    told = ", ".join(f"{said} {share:.0%}" for said, share in shares.items() if share is not None)
+    lines = [f"of {last['seconds_total']:.0f} s of training: {told}"] if told else []
+    if (last.get("seconds_share/learner_waits") or 0.0) > 0.5:
+        mend = f"--machine.workers={most} spreads it over more cores" if workers < most else "on all cores"
+        lines.append(f"{simulators} bounds this run (--machine.workers={workers}): {mend}")
+    return lines

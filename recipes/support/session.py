@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from trimtab.adapters.inputs import input_notes
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.noise_samplers import NoiseSampler, constant_noise, own_noise, zero_noise
 from trimtab.policies.observe import ObserveConfig, build_observer
+from trimtab.recipes.support.console import own_cores
 from trimtab.recipes.support.reporting import write_grid_video
 from trimtab.recipes.support.shared_configs import SELECTION_SEED, EpisodesConfig, MachineConfig
 from trimtab.rl.envs.base import VectorEnv
@@ -46,6 +47,8 @@ class Session:
     many: bool = False
     # The processes of the run, where there are several.
     world: ProcessGroup | None = None
+    # Processes of simulators; 0: this one.
+    workers: int = field(init=False)
     runner: PolicyRunner = field(init=False)
     # Names of the tasks; known once environments have been made.
     tasks: list[str] = field(init=False, default_factory=list)
@@ -65,6 +68,8 @@ class Session:
         names, features = self.adapter.raw_names(), self.adapter.config.input_features
         self.env = for_policy(self.env, {names[k]: tuple(one.shape) for k, one in features.items()})
         self.runner = PolicyRunner(self.adapter, self.env)
+        default = own_cores() if self.adapter.cameras() else 1
+        self.workers = default if self.machine.workers is None else self.machine.workers
 
     def _check_tasks(self, names: Collection[str]) -> None:
         if len(names) > 1 and not self.many:
@@ -96,7 +101,7 @@ class Session:
                     else ChunkVectorEnv(
                         self.env,
                         count,
-                        self.machine.workers if workers is None else workers,
+                        self.workers if workers is None else workers,
                         self.adapter.n_obs_steps,
                         keep_seen=keep_seen,
                         task=task,
@@ -196,7 +201,7 @@ class Session:
     @property
     def evaluation_workers(self) -> int:
         """No learner runs beside an evaluation, so that a second core is free for simulators."""
-        return max(self.machine.workers, 2) if self.machine.workers else 0
+        return max(self.workers, 2) if self.workers else 0
 
     @property
     def own_noise(self) -> NoiseSampler:
@@ -213,13 +218,14 @@ class Session:
         results = {"base": self.evaluate(vec, self.own_noise, label="base policy")}
         self._note_success(results["base"])
         if self.own_noise is not zero_noise:
-            results["zero_noise"] = self.evaluate(vec, zero_noise, label="zero noise")
+            results["zero_noise"] = self.evaluate(vec, zero_noise, "zero noise", self.eval.baseline_seeds)
         if not self.eval.constant_candidates:
             return results, {}, None
         count, episodes = self.eval.constant_candidates, self.eval.constant_episodes
         selection = range(SELECTION_SEED, SELECTION_SEED + episodes)
         noise, rates = best_constant(self.runner, vec, count, selection, seed, world=self.world)
-        results["constant_noise"] = self.evaluate(vec, constant_noise(noise), label="best constant noise")
+        seeds = self.eval.baseline_seeds
+        results["constant_noise"] = self.evaluate(vec, constant_noise(noise), "best constant noise", seeds)
         measure = "selection_success" if results["base"].reported else "selection_return"
         return results, {measure: rates, "selection_episodes": episodes}, noise
 
@@ -234,18 +240,20 @@ class Session:
                 f"too, but success is read from the first of {names} that is there"
             )
 
-    def record(self, policy: ChunkPolicy, path: Path, label: str) -> None:
-        """Render the first evaluation episodes under ``policy`` to an MP4, or say why it cannot be done."""
+    def record(self, videos: Mapping[Path, ChunkPolicy]) -> None:
+        """Render the first evaluation episodes under each policy to its MP4, or say why it cannot be done."""
         seeds = [] if is_attended(self.env) else self.eval.seeds[: self.eval.videos]
+        names = ", ".join(path.name for path in videos)
         if seeds and not self._declared:
-            print(f"no video {path.name}: this environment cannot repeat the episodes of the evaluation")
+            print(f"no video {names}: this environment cannot repeat the episodes of the evaluation")
         elif seeds:
             try:
-                with self.environments(len(seeds), min(1, self.machine.workers)) as vec:
-                    outcome = evaluate(self.runner, vec, policy, seeds, label, record=seeds)
-                write_grid_video(path, outcome)
+                with self.environments(len(seeds), min(1, self.workers)) as vec:
+                    for path, policy in videos.items():
+                        label = f"video: {path.stem}"
+                        write_grid_video(path, evaluate(self.runner, vec, policy, seeds, label, record=seeds))
             except Exception as error:  # a picture is never worth a run
-                print(f"no video {path.name}: cannot render here ({reason(error, last=True)})")
+                print(f"no video {names}: cannot render here ({reason(error, last=True)})")
 
 
 def base_of(policy: PolicyConfig) -> Path | str:

@@ -20,6 +20,8 @@ class EpisodesConfig:
 
     # Episodes per policy; all policies get the same ones.
     n_episodes: int = 200
+    # How many of those zero noise, the best constant and the untrained actor get at most; default: all.
+    baseline_episodes: int | None = None
     # Environments that run at the same time.
     batch_size: int = 40
     # First episode seed.
@@ -32,7 +34,7 @@ class EpisodesConfig:
     videos: int = 4
 
     def __post_init__(self) -> None:
-        at_least(1, self, "--eval.", "n_episodes", "batch_size", "constant_episodes")
+        at_least(1, self, "--eval.", "n_episodes", "baseline_episodes", "batch_size", "constant_episodes")
         at_least(0, self, "--eval.", "constant_candidates", "videos", "seed")
         last, selection = self.seed + self.n_episodes, SELECTION_SEED + self.constant_episodes
         if self.constant_candidates and self.seed < selection and last > SELECTION_SEED:
@@ -45,6 +47,10 @@ class EpisodesConfig:
     @property
     def seeds(self) -> list[int]:
         return list(range(self.seed, self.seed + self.n_episodes))
+
+    @property
+    def baseline_seeds(self) -> list[int]:
+        return self.seeds[: self.baseline_episodes]
 
 
 @dataclass
@@ -59,9 +65,11 @@ class EvalConfig(EpisodesConfig):
 class MachineConfig:
     """How much of the machine a run may use."""
 
-    # Simulator processes (0 steps the environments in the main process).
-    workers: int = 1
-    # Threads of torch; default: what OMP_NUM_THREADS says, else the cores that the workers leave.
+    # Simulator processes (0 steps the environments in the main process); default: one, and one on every core
+    # where the policy has cameras, for rendering then takes most of the time.
+    workers: int | None = None
+    # Threads of torch; default: what OMP_NUM_THREADS says, else the cores that the workers leave, or all but
+    # one where the number of workers is a default.
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,4 +77,4 @@ class MachineConfig:
         at_least(1, self, "--machine.", "threads")
 
     def apply(self) -> None:
-        torch.set_num_threads(self.threads or default_threads(self.workers))
+        torch.set_num_threads(self.threads or default_threads(1 if self.workers is None else self.workers))

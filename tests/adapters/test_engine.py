@@ -13,6 +13,7 @@ from tests.helpers.tiny import make_tiny
 from trimtab.adapters import Conditioning, PolicyConfig, UserError, load_adapter
 from trimtab.adapters import engine as engines
 from trimtab.adapters.engine import Constants, Engine, Recorder, attach
+from trimtab.adapters.steerability import measure
 
 SIX = ("pi0", "pi05", "smolvla", "groot", "diffusion", "multi_task_dit")
 WAITS_FOR = {("groot", "encode"): "groot.py"}
@@ -99,7 +100,8 @@ def test_compiled_is_the_adapter_itself(backend, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("kind", SIX)
-def test_recorded_on_a_gpu_is_the_adapter_itself(kind, tmp_path, capsys):
+def test_recorded_on_a_gpu_is_the_adapter_itself(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # rounds otherwise for another batch
     options = replace(make_tiny(kind, tmp_path / kind), device="cuda")
     plain, ours = load_adapter(options), load_adapter(replace(options, engine="cuda_graph"))
     act_in_turn(plain, ours, CALLS, 1e-4)
@@ -154,6 +156,16 @@ def test_only_so_many_kinds_are_kept(monkeypatch, capsys):
 DIFFER = "its results differ from the function's own"
 
 
+def test_larger_batches_take_the_place_of_smaller_ones(monkeypatch, capsys):
+    monkeypatch.setattr(engines, "MOST", 2)
+    ours = engine(lambda given, _: {"y": given["x"] + 1})
+    for rows in (1, 1, 2, 2, 3, 3, 4, 4, 1, 2, 3, 4):
+        x = torch.arange(float(rows)).unsqueeze(1)
+        assert torch.equal(ours(lambda x=x: {"y": x + 1}, {"x": x})["y"], x + 1)
+    assert [list(sizes) for sizes in ours._fixed.values()] == [[3, 4]]
+    assert ours.works and capsys.readouterr().err == ""
+
+
 def failing(run):
     raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
 
@@ -197,6 +209,22 @@ def test_state_behind_the_tensors_is_noticed(capsys):
         state[0] = value
         assert float(ours(lambda: {"y": torch.ones(1) * state[0]}, {"x": torch.ones(1)})["y"]) == value
     assert not ours.works and "differ" in capsys.readouterr().err
+
+
+def test_rounding_is_no_randomness(tmp_path):
+    """The first results are the function's own, the next ones not to the bit: that is no random sampling."""
+    adapter = load_adapter(make_tiny("diffusion", tmp_path / "base"))
+
+    def rounded(run):
+        return lambda: {name: value * (1 + 1e-6) for name, value in run().items()}
+
+    attach(adapter, "--policy.engine=x", rounded)
+    generator = torch.Generator().manual_seed(0)
+    observations = [adapter.example_conditioning(1, generator) for _ in range(3)]
+    measured = measure(adapter, observations, noises=2, repeats=0)
+    assert measured.repeat_difference > 0 and measured.deterministic
+    for _ in range(3):
+        adapter.verify()
 
 
 def test_without_cuda_a_line_says_so(tmp_path, capsys):

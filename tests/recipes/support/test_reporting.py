@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from trimtab.recipes.support.reporting import doubt
+from trimtab.recipes.support.reporting import doubt, waits
 from trimtab.rl.evaluation import Evaluation
 
 
@@ -30,3 +30,22 @@ def test_without_success_the_intervals_of_the_returns_tell():
 
 def test_a_base_alone_is_not_compared():
     assert doubt({"base": counted(49)}) == ""
+
+
+@pytest.mark.parametrize(
+    "share, workers, said",
+    [
+        (0.6, 1, "rendering bounds this run (--machine.workers=1): --machine.workers=8 spreads it over more"),
+        (0.6, 8, "rendering bounds this run (--machine.workers=8): on all cores"),
+        (0.4, 1, None),
+    ],
+)
+def test_what_bounds_a_run_is_said_with_its_option(share, workers, said):
+    last = {"seconds_total": 90.0, "seconds_share/learner_waits": share, "seconds_share/denoise": 0.1}
+    first, *rest = waits(last, "rendering", workers, 8)
+    assert first == (
+        f"of 90 s of training: the learner waited for the environments {share:.0%}, "
+        "both waited for the base 10%"
+    )
+    assert [line.startswith(said) for line in rest] == ([True] if said else [])
+    assert waits({"seconds_total": 90.0}, "simulation", 1, 8) == []

@@ -163,6 +163,20 @@ def test_distillation_reaches_the_noise_critic_alone(kind, pairs):
     assert all(parameter.grad is not None for parameter in algorithm.noise_critic.parameters())
 
 
+def test_the_noise_critic_has_its_own_size_and_learns_in_half_of_the_states():
+    def learnt(rows):
+        """What the first update makes of it, with other noises in ``rows``."""
+        algorithm, data = build(noise_members=4), batch()
+        assert algorithm.noise_critic.members == 4 and algorithm.critic.members == 3
+        data["candidates_u"][rows] *= -0.5
+        torch.manual_seed(1)
+        algorithm.update(data)
+        return torch.nn.utils.parameters_to_vector(algorithm.noise_critic.parameters())
+
+    plain = learnt([])
+    assert torch.equal(plain, learnt([1, 3, 5])) and not torch.equal(plain, learnt([4]))
+
+
 def test_logistic_critics_stay_within_the_possible_returns():
     algorithm, data = build(), batch()
     for critic in (algorithm.critic, algorithm.target_critic, algorithm.noise_critic):
