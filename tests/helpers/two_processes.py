@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
+import trimtab.rl.envs  # noqa: F401 - first, for it imports LeRobot in less time
 from tests.helpers.faulty import FaultyConfig
 from tests.helpers.point import PointAdapter
 from trimtab.policies.actor import ActorConfig

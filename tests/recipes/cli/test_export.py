@@ -100,7 +100,7 @@ def test_without_the_actor_lerobot_eval_gets_what_it_gets_of_the_base(
     torch.nn.init.constant_(actor.net[-1].bias[: actor.space.dim], 1.5)
     options, out = PolicyConfig(path=str(pusht_policy)), tmp_path / "artefact"
     save_artefact(out, actor, noise, adapter, options, pusht_policy, {})
-    env = ["--env.type=pusht", "--env.obs_type=environment_state_agent_pos", "--env.episode_length=24"]
+    env = ["--env.type=pusht", "--env.obs_type=environment_state_agent_pos", "--env.episode_length=12"]
     rewards = {}
     for name, argv in (
         ("plain", arguments(out, tmp_path / "plain", *env, "--policy.use_actor=false")),
