@@ -121,6 +121,7 @@ class Captured:
 
     def _record(self, kind: tuple, learn: Learn, batch: Batch) -> None:
         inputs, graph = {name: value.clone() for name, value in batch.items()}, torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self._stream.device)
         try:
             with torch.cuda.graph(graph, stream=self._stream):
                 metrics = learn(inputs)
@@ -128,6 +129,7 @@ class Captured:
         except RuntimeError as error:
             self.works = False
             self._recorded.clear()
+            torch.cuda.set_stream(current)  # a failed recording leaves its own
             say(f"--rl.engine=cuda_graph: cannot be captured ({reason(error)}); it runs as it is")
 
 
