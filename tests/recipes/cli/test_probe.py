@@ -23,7 +23,7 @@ def probe(folder, output, *options):
 
 
 def test_a_base_that_never_succeeds_has_nothing_to_learn_from(tiny_base, tmp_path, capsys):
-    task = ["--env.type=metaworld_state", "--env.task=button-press-topdown-v3"]
+    task = ["--env.type=metaworld_state", "--env.task=button-press-topdown-v3", "--env.episode_length=60"]
     small = [
         "--eval.n_episodes=4",
         "--eval.batch_size=4",
