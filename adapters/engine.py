@@ -312,8 +312,8 @@ class Constants(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._kept: list[Tensor | None] = []
-        self._left: Iterator[Tensor | None] | None = None
+        self._kept: list[tuple[Callable, Tensor | None]] = []
+        self._left: Iterator[tuple[Callable, Tensor | None]] | None = None
 
     def __enter__(self) -> Constants:
         self._left = iter(self._kept) if self._kept else None
@@ -326,7 +326,9 @@ class Constants(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._left is None:
             out = func(*args, **kwargs)
-            self._kept.append(None if out.device.type == "cpu" else out.clone())
+            self._kept.append((func, None if out.device.type == "cpu" else out.clone()))
             return out
-        kept = next(self._left)
+        noted, kept = next(self._left, (None, None))
+        if noted is not func:
+            raise RuntimeError("what it copies to the device differs from call to call")
         return func(*args, **kwargs) if kept is None else kept.clone()  # it may be written into

@@ -211,6 +211,20 @@ def test_state_behind_the_tensors_is_noticed(capsys):
     assert not ours.works and "differ" in capsys.readouterr().err
 
 
+def test_copies_that_differ_from_call_to_call_are_noticed():
+    cuda, constants, calls = AsIfCuda(), Constants(), []
+
+    def copies():
+        if not calls:  # as a module that makes a table at its first call
+            torch.ones(2).to("cuda:0")
+        calls.append(torch.tensor([1.0], device="cuda:0"))
+
+    with constants, cuda:
+        copies()
+    with constants, cuda, pytest.raises(RuntimeError, match="differs from call to call"):
+        copies()
+
+
 def test_rounding_is_no_randomness(tmp_path):
     """The first results are the function's own, the next ones not to the bit: that is no random sampling."""
     adapter = load_adapter(make_tiny("diffusion", tmp_path / "base"))
