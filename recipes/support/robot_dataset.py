@@ -20,6 +20,7 @@ import numpy as np
 from filelock import FileLock
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+import trimtab.rl.envs  # noqa: F401 - first, for it imports LeRobot in less time
 from trimtab.adapters.errors import UserError, reason
 from trimtab.recipes.finetune.data import Recorder
 from trimtab.recipes.support.console import say
