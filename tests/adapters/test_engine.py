@@ -12,7 +12,8 @@ from tests.helpers.cpu_graph import CpuGraph, graphs_on_the_cpu
 from tests.helpers.tiny import make_tiny
 from trimtab.adapters import Conditioning, PolicyConfig, UserError, load_adapter
 from trimtab.adapters import engine as engines
-from trimtab.adapters.engine import Constants, Engine, Recorder, attach
+from trimtab.adapters.cuda_graphs import Constants, Recorder
+from trimtab.adapters.engine import Engine, attach
 from trimtab.adapters.steerability import measure
 
 SIX = ("pi0", "pi05", "smolvla", "groot", "diffusion", "multi_task_dit")
@@ -209,6 +210,20 @@ def test_state_behind_the_tensors_is_noticed(capsys):
         state[0] = value
         assert float(ours(lambda: {"y": torch.ones(1) * state[0]}, {"x": torch.ones(1)})["y"]) == value
     assert not ours.works and "differ" in capsys.readouterr().err
+
+
+def test_copies_that_differ_from_call_to_call_are_noticed():
+    cuda, constants, calls = AsIfCuda(), Constants(), []
+
+    def copies():
+        if not calls:  # as a module that makes a table at its first call
+            torch.ones(2).to("cuda:0")
+        calls.append(torch.tensor([1.0], device="cuda:0"))
+
+    with constants, cuda:
+        copies()
+    with constants, cuda, pytest.raises(RuntimeError, match="differs from call to call"):
+        copies()
 
 
 def test_rounding_is_no_randomness(tmp_path):
