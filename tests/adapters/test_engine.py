@@ -12,7 +12,8 @@ from tests.helpers.cpu_graph import CpuGraph, graphs_on_the_cpu
 from tests.helpers.tiny import make_tiny
 from trimtab.adapters import Conditioning, PolicyConfig, UserError, load_adapter
 from trimtab.adapters import engine as engines
-from trimtab.adapters.engine import Constants, Engine, Recorder, attach
+from trimtab.adapters.cuda_graphs import Constants, Recorder
+from trimtab.adapters.engine import Engine, attach
 from trimtab.adapters.steerability import measure
 
 SIX = ("pi0", "pi05", "smolvla", "groot", "diffusion", "multi_task_dit")

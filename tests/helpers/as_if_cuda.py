@@ -83,4 +83,5 @@ class AsIfCuda(TorchDispatchMode):
     def _wait(self, func: Any, what: str) -> None:
         names = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()]
         inside = [name for name in names if any(f"/{part}/" in name for part in SOURCES)]
+        inside = inside or names
         self.waits.append(f"{inside[-1].rpartition('/')[2]}: {func} {what}")
