@@ -132,6 +132,9 @@ def _shards(index: Path, option: str) -> list[Path]:
     return [index.parent / name for name in names]
 
 
+ONE_MAPPING = 2**24  # bytes of a file that may stay in memory as a whole
+
+
 @contextmanager
 def open_weights(path: Path, option: str = OPTION) -> Iterator[Any]:
     """A safetensors file, of which ``keys()`` and ``get_tensor(name)`` read."""
@@ -149,6 +152,9 @@ def each_weight(paths: Iterable[Path], option: str = OPTION) -> Iterator[tuple[P
     for path in paths:
         with open_weights(path, option) as file:
             names = list(file.keys())
+            if path.stat().st_size < ONE_MAPPING:  # opening it for each takes longer than reading
+                yield from ((path, name, file.get_tensor(name)) for name in names)
+                continue
         for name in names:
             with open_weights(path, option) as file:  # a mapping of its own
                 yield path, name, file.get_tensor(name)
