@@ -310,6 +310,7 @@ def test_weights_are_in_memory_one_at_a_time(tmp_path):
         read |= {name: value.sum() for name, value in part.items()}
     del part
     files = [tmp_path / f"{shard}.safetensors" for shard in range(2)]
+    read_weights(files)  # what the first reading leaves for good, such as buffers of the allocator
     before = process.memory_info().rss
     tensors = read_weights(files)
     saved = {name.replace("old", "new"): tensor for name, tensor in tensors.items()}
@@ -322,7 +323,7 @@ def test_weights_are_in_memory_one_at_a_time(tmp_path):
             most.append(process.memory_info().rss - before)
         expected = {name.replace("old", "new"): value for name, value in read.items()}
         assert found == {**expected, "again": read["old.0.0"], "made": torch.tensor(3.0)}
-    assert max(most) < 2**25
+    assert max(most) < 2**24
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(folder, monkeypatch, capsys):
