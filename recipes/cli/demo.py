@@ -12,6 +12,7 @@ from trimtab.policies.noise_samplers import base_noise
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
 from trimtab.recipes.cli.adapt import AdaptConfig, check_run, steer, untrained_line
 from trimtab.recipes.embedded_base.base import BaseConfig, cached_base
+from trimtab.recipes.embedded_base.cloning import CloningConfig
 from trimtab.recipes.support.console import default_cache, default_threads, new_output_dir
 from trimtab.recipes.support.reporting import summaries, table, write_json
 from trimtab.recipes.support.session import Session, describe, open_session
@@ -32,7 +33,8 @@ class DemoConfig:
 
     # The task to steer; any of the base's tasks.
     task: str = "button-press-topdown-v3"
-    base: BaseConfig = field(default_factory=BaseConfig)
+    # Cloned for less long than `trimtab base` does: its other tasks are as good.
+    base: BaseConfig = field(default_factory=lambda: BaseConfig(cloning=CloningConfig(steps=3_500)))
     # The default of `trimtab adapt`.
     rl: AlgorithmConfig = field(default_factory=BestOfNConfig)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
