@@ -23,6 +23,9 @@ with quick_imports():
 
 quiet()
 torch.set_num_threads(1)
+# The first backward pass starts a thread for each kind of device that is known by then. Fake tensors make a
+# GPU known that is not there, and a process with such threads can't be forked, as the fault campaign is.
+torch.ones(1, requires_grad=True).sum().backward()
 # What commands take where no number is named. Several test processes share the cores, and two threads of one
 # that wait for each other on a busy core cost minutes.
 shared_configs.default_threads = lambda workers: 1
