@@ -137,8 +137,8 @@ def main(config: AdaptConfig) -> None:
     if results["untrained_actor"]:
         say(untrained_line(results, config.noise.type))
     simulators = "rendering" if session.adapter.cameras() else "simulation"
-    most = 1 if is_attended(config.env) else min(own_cores(), config.num_envs)
-    for line in waits(lines[-1], simulators, session.workers, most) if lines else ():
+    takes, most = "" if is_attended(config.env) else simulators, min(own_cores(), config.num_envs)
+    for line in waits(lines[-1], takes, session.workers, most) if lines else ():
         say(line)
     say(f"{results['actor_parameters']:,} weights trained; artefact {artefact}; all in {output}")
 

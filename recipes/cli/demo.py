@@ -33,7 +33,7 @@ class DemoConfig:
 
     # The task to steer; any of the base's tasks.
     task: str = "button-press-topdown-v3"
-    # Cloned for less long than `trimtab base` does: its other tasks are as good.
+    # Cloned in fewer steps than `trimtab base` takes: the tasks beside the steered one are as good.
     base: BaseConfig = field(default_factory=lambda: BaseConfig(cloning=CloningConfig(steps=3_500)))
     # The default of `trimtab adapt`.
     rl: AlgorithmConfig = field(default_factory=BestOfNConfig)

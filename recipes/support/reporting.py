@@ -288,10 +288,10 @@ def write_grid_video(path: Path, evaluation: Evaluation) -> None:
 
 
 def waits(last: dict[str, Any], simulators: str, workers: int, most: int) -> list[str]:
-    """What waited for what while training, by the last line of the metrics, and what bounds the run if not
-    the learner.
+    """What waited for what while training, by the last line of the metrics; and whether simulators bound it.
 
-    ``simulators``: what takes their time. They ran in ``workers`` processes, and can in ``most``.
+    ``simulators``: what takes their time, empty for a robot, whose time is its own. They may use ``workers``
+    processes, and could use ``most``: there are no more environments, or no more cores.
     """
     names = {
         "learner_waits": "the learner waited for the environments",
@@ -302,7 +302,8 @@ def waits(last: dict[str, Any], simulators: str, workers: int, most: int) -> lis
     shares = {said: last.get(f"seconds_share/{name}") for name, said in names.items()}
     told = ", ".join(f"{said} {share:.0%}" for said, share in shares.items() if share is not None)
     lines = [f"of {last['seconds_total']:.0f} s of training: {told}"] if told else []
-    if (last.get("seconds_share/learner_waits") or 0.0) > 0.5:
-        mend = f"--machine.workers={most} spreads it over more cores" if workers < most else "on all cores"
-        lines.append(f"{simulators} bounds this run (--machine.workers={workers}): {mend}")
+    if simulators and (last.get("seconds_share/learner_waits") or 0.0) > 0.5:
+        spread = f": --machine.workers={most} spreads it over more cores (now {workers})"
+        full = f", in {most} processes, as many as --num_envs and the cores allow"
+        lines.append(f"{simulators} bounds this run{spread if workers < most else full}")
     return lines

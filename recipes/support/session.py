@@ -243,8 +243,8 @@ class Session:
     def record(self, videos: Mapping[Path, ChunkPolicy]) -> None:
         """Render the first evaluation episodes under each policy to its MP4, or say why it cannot be done."""
         seeds = [] if is_attended(self.env) else self.eval.seeds[: self.eval.videos]
-        names = ", ".join(path.name for path in videos)
         if seeds and not self._declared:
+            names = ", ".join(path.name for path in videos)
             print(f"no video {names}: this environment cannot repeat the episodes of the evaluation")
         elif seeds:
             try:
@@ -253,7 +253,8 @@ class Session:
                         label = f"video: {path.stem}"
                         write_grid_video(path, evaluate(self.runner, vec, policy, seeds, label, record=seeds))
             except Exception as error:  # a picture is never worth a run
-                print(f"no video {names}: cannot render here ({reason(error, last=True)})")
+                missing = ", ".join(path.name for path in videos if not path.exists())
+                print(f"no video {missing}: cannot render here ({reason(error, last=True)})")
 
 
 def base_of(policy: PolicyConfig) -> Path | str:

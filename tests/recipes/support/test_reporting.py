@@ -35,8 +35,13 @@ def test_a_base_alone_is_not_compared():
 @pytest.mark.parametrize(
     "share, workers, said",
     [
-        (0.6, 1, "rendering bounds this run (--machine.workers=1): --machine.workers=8 spreads it over more"),
-        (0.6, 8, "rendering bounds this run (--machine.workers=8): on all cores"),
+        (0.6, 1, "rendering bounds this run: --machine.workers=8 spreads it over more cores (now 1)"),
+        (0.6, 0, "rendering bounds this run: --machine.workers=8 spreads it over more cores (now 0)"),
+        (
+            0.6,
+            9,
+            "rendering bounds this run, in 8 processes, as many as --num_envs and the cores allow",
+        ),
         (0.4, 1, None),
     ],
 )
@@ -47,5 +52,6 @@ def test_what_bounds_a_run_is_said_with_its_option(share, workers, said):
         f"of 90 s of training: the learner waited for the environments {share:.0%}, "
         "both waited for the base 10%"
     )
-    assert [line.startswith(said) for line in rest] == ([True] if said else [])
+    assert rest == ([said] if said else [])
+    assert waits(last, "", workers, 8) == [first]  # a robot
     assert waits({"seconds_total": 90.0}, "simulation", 1, 8) == []
