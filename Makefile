@@ -5,6 +5,8 @@ VENV := .venv
 # LeRobot compiles all of it anew, for longer than many a test takes.
 RUN := HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin
 ARGS ?=
+# What commands import, compiled to bytecode once: uv leaves that, and 20 s of it, to each process that is first.
+IMPORTED := trimtab.recipes.cli.demo, lerobot.policies.factory, lerobot.datasets.lerobot_dataset, metaworld
 # Test processes, each on one thread; `make test WORKERS=0` runs all in one. The files go to them in the order
 # of their names but for conftest.py's: xdist would keep those of few tests, among them the longest, for last,
 # and one core idle. Three on two cores: one waits for a robot's clock or a process while two compute.
@@ -38,6 +40,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install --quiet uv
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps --require-hashes -r requirements.lock
 	VIRTUAL_ENV=$(VENV) $(VENV)/bin/uv pip install --quiet --no-deps -e .
+	$(RUN)/python -c "import $(IMPORTED)"
 	touch $@
 
 # Versions and hashes only: no index address belongs in the repository.
