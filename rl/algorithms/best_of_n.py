@@ -1,9 +1,10 @@
 """Best-of-N: an action critic picks among candidate chunks of the frozen policy, and is distilled into noise.
 
 The action critic learns by TD over the stored (noise, chunk) pairs of each observation, as in EMaQ
-(Ghasemipour et al., arXiv 2007.11091) and the best-of-N of Q-chunking (Li et al., arXiv 2507.07969). What is
-deployed is one noise per chunk: a noise critic is regressed onto the action critic on those pairs (DSRL-NA,
-arXiv 2506.15799, equation 4), and the noise actor climbs it, held near the prior. See ``best_of_n.md``.
+(Ghasemipour et al., arXiv 2007.11091) and the best-of-N of Q-chunking (Li et al., arXiv 2507.07969). A noise
+critic is regressed onto the action critic on those pairs (DSRL-NA, arXiv 2506.15799, equation 4), and the
+noise actor climbs it, held near the prior. What is deployed takes the best of the actor's chunk and a few of
+the base's. See ``best_of_n.md``.
 
 With edits (``--rl.edit.scale``) a small actor learns a bounded change of each chunk, as in EXPO (Dong et al.,
 arXiv 2507.07986), and every candidate is judged as it is and edited.
@@ -73,9 +74,9 @@ class BestOfNConfig(AlgorithmConfig):
     target: str = "max"
     # argmax of the mean critic, softmax of it, or argmax of one member drawn for each observation.
     acting: str = "argmax"
-    # Candidates among which the artefact takes the best by the critic. 1: the actor's noise alone, which asks
-    # the base once per chunk.
-    deployed_candidates: int = 1
+    # Candidates among which the artefact takes the best by the critic: the actor's, at its mean, and draws of
+    # the base's own noise. 1: the actor alone, which asks the base once per chunk.
+    deployed_candidates: int = 4
     # Temperature of softmax targets and softmax acting, in units of return.
     temperature: float = 0.3
     # Members of the noise critic: it follows the action critic, whose mean is what several are for.

@@ -438,9 +438,9 @@ def test_what_is_deployed_takes_the_best_of_so_many_by_the_critic():
     best = algorithm.critic(features, chunks.flatten(2)).mean(0).argmax(1)
     assert policy.draws == 3 and len(best.unique()) > 1
     assert torch.allclose(choice.u, offered[torch.arange(B), best], atol=1e-6)
-    assert build().deployed_policy().draws == 1
+    assert build().deployed_policy().draws == 4 and build(deployed_candidates=1).deployed_policy().draws == 1
     trained = algorithm.trained_parameters()
-    assert trained["actor"] == trained["acting"] > build().trained_parameters()["actor"]
+    assert trained["actor"] == trained["acting"] > build(deployed_candidates=1).trained_parameters()["actor"]
 
 
 def test_gate_lets_the_learner_in():
