@@ -33,7 +33,7 @@ class DemoConfig:
 
     # The task to steer; any of the base's tasks.
     task: str = "button-press-topdown-v3"
-    # Three of the tasks that `trimtab base` takes, in as many steps for each as a base of five would get in 3,500.
+    # Three of the tasks of `trimtab base`; 2,100 steps for three are what 3,500 are for five.
     base: BaseConfig = field(
         default_factory=lambda: BaseConfig(
             "button-press-topdown-v3,hammer-v3,drawer-open-v3", cloning=CloningConfig(steps=2_100)

@@ -144,6 +144,11 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
             f"- budget: {training['env_steps']:,} environment steps in {training['episodes']:,} episodes"
             f" (seed {training.get('seed')}{algorithm})"
         )
+    if config.num_candidates > 1:
+        facts.append(
+            f"- acts: by the best of {config.num_candidates} chunks, the actor's and the base's own, by a "
+            "critic; `--policy.num_candidates=1` takes the actor's"
+        )
     if steered.edit is not None:
         facts.append(
             f"- edits: its chunks are changed by up to {config.edit_scale:g} in normalised actions; "
