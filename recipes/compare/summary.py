@@ -21,7 +21,7 @@ METHOD_NAMES = {
     "dsrl_sac_paper": "DSRL-SAC, paper's settings",
     "dsrl_sac_paper_short": "DSRL-SAC, paper's settings, short warm-up",
 }
-POLICIES = {"policy": "", "actor": "", "acting": ", best of K by the critic"}
+POLICIES = {"policy": "", "actor": "", "acting": ", best of K as in training"}
 
 
 def elsewhere(
@@ -188,5 +188,5 @@ def label(entry: dict[str, Any]) -> str:
     """The name of a row."""
     method = METHOD_NAMES.get(entry["method"], entry["method"])
     if entry["policy"] == "actor" and entry.get("has_acting"):
-        return f"{method}, distilled actor"
+        return f"{method}, as deployed"
     return method + POLICIES.get(entry["policy"], f", {entry['policy']}")

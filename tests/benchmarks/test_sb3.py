@@ -140,7 +140,7 @@ def test_a_comparison_with_it_keeps_what_is_there(tiny_base, tmp_path, capsys):
         assert run["final"]["actor"]["episodes"] == 3 and run["cost"]["trainable_parameters"]["actor"] > 1000
         assert len(run["episodes"]) >= 10 and all(step <= 416 for step, _, _ in run["episodes"])
     table = (output / "compare.md").read_text()
-    assert "| best_of_n, distilled actor |" in table and "| best_of_n, best of K by the critic |" in table
+    assert "| best_of_n, as deployed |" in table and "| best_of_n, best of K as in training |" in table
     assert table.count("| sb3_sac |") == 2 and (output / "curve.png").stat().st_size > 5000
     written = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.json")}
     capsys.readouterr()
