@@ -301,7 +301,7 @@ def test_cpu_time_of_workers_counts_and_stays_when_they_end():
 @pytest.mark.parametrize("own", [0, 2])
 def test_weights_that_best_of_k_needs_are_the_critics_and_the_actors_if_it_proposes(own):
     sizes = {"actor": ActorConfig(hidden=8, layers=1), "critic": CriticConfig(hidden=8, layers=1)}
-    config = BestOfNConfig(num_candidates=4, actor_candidates=own, **sizes)
+    config = BestOfNConfig(num_candidates=4, actor_candidates=own, deployed_candidates=1, **sizes)
     space = FullNoiseConfig().build(NoiseSpec((2, 1)))
     learner = config.build(problem(3, space, 4))
     actor, critic = (sum(p.numel() for p in part.parameters()) for part in (learner.actor, learner.critic))
