@@ -71,13 +71,17 @@ class TrainConfig:
             return episodes / self.episodes
         return env_steps / self.env_steps if self.env_steps else updates / self.offline_updates
 
-    def check_learnt(self, updates: int, transitions: int) -> None:
-        """Raise a ``UserError`` where a run has ended before its first gradient step."""
+    def check_learnt(self, updates: int, transitions: int, lost: int) -> None:
+        """Raise a ``UserError`` where a run has ended before its first gradient step.
+
+        ``lost``: episodes that faults have cost it.
+        """
         if not updates:
             name = "episodes" if self.episodes else "env_steps"
+            without = f" without the {lost} episodes lost to faults" if lost else ""
             raise UserError(
                 f"--train.{name}",
-                f"{getattr(self, name)} gave {transitions} transitions, learning starts at "
+                f"{getattr(self, name)} gave {transitions} transitions{without}, learning starts at "
                 f"{self.first_update}; raise it, or lower --train.first_update",
             )
 

@@ -138,7 +138,7 @@ class Trainer:
         if self._logged != self.env_steps:
             self._log()
         bar.close()
-        self.train.check_learnt(self.updates, self.transitions)
+        self.train.check_learnt(self.updates, self.transitions, self.dropped)
         self._keep(end=True)
         return self.algorithm
 
