@@ -204,7 +204,7 @@ def test_a_run_too_short_to_learn_is_no_success():
 
 
 def test_a_run_that_faults_left_too_short_names_them():
-    with pytest.raises(UserError, match=r"--train.env_steps: 120 gave 0 transitions without the 3 episodes lost"):
+    with pytest.raises(UserError, match=r"120 gave 0 transitions without the 3 episodes lost to faults"):
         TrainConfig(env_steps=120, first_update=8).check_learnt(0, 0, 3)
 
 
