@@ -12,23 +12,27 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 import pytest
 from filelock import FileLock
 
-from trimtab.recipes.support.console import quiet
-from trimtab.rl.runs.imports import quick_imports
 
-with quick_imports():
-    import torch
+def pytest_configure(config):
+    """What all tests need, imported once. xdist's first process runs none and does without."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    from trimtab.recipes.support.console import quiet
+    from trimtab.rl.runs.imports import quick_imports
 
-    import trimtab.recipes.cli.adapt  # noqa: F401
-    from trimtab.recipes.support import shared_configs
+    with quick_imports():
+        import torch
 
-quiet()
-torch.set_num_threads(1)
-# The first backward pass starts a thread for each kind of device that is known by then. Fake tensors make a
-# GPU known that is not there, and a process with such threads can't be forked, as the fault campaign is.
-torch.ones(1, requires_grad=True).sum().backward()
-# What commands take where no number is named. Several test processes share the cores, and two threads of one
-# that wait for each other on a busy core cost minutes.
-shared_configs.default_threads = lambda workers: 1
+        import trimtab.recipes.cli.adapt  # noqa: F401
+        from trimtab.recipes.support import shared_configs
+    quiet()
+    # The first backward pass starts a thread for each kind of device that is known by then. Fake tensors
+    # make a GPU known that is not there, and a process with such threads can't be forked, as the fault
+    # campaign is.
+    torch.ones(1, requires_grad=True).sum().backward()
+    # What commands take where no number is named. Several test processes share the cores, and two threads
+    # of one that wait for each other on a busy core cost minutes.
+    shared_configs.default_threads = lambda workers: 1
 
 
 def pytest_collection_modifyitems(items):
@@ -39,6 +43,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def one_thread():
     """Commands set torch's threads for their process."""
+    import torch
+
     torch.set_num_threads(1)
 
 
