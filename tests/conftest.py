@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as commands do
@@ -22,10 +23,13 @@ def pytest_configure(config):
 
     with quick_imports():
         import torch
+        from draccus.wrappers import docstring
 
         import trimtab.recipes.cli.adapt  # noqa: F401
         from trimtab.recipes.support import shared_configs
     quiet()
+    # draccus reads a field's comment in its source whenever it reads a config: here, thousands of times.
+    docstring.get_attribute_docstring = cache(docstring.get_attribute_docstring)
     # The first backward pass starts a thread for each kind of device that is known by then. Fake tensors
     # make a GPU known that is not there, and a process with such threads can't be forked, as the fault
     # campaign is.
