@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from functools import cache
 
@@ -28,6 +29,7 @@ def pytest_configure(config):
         import trimtab.recipes.cli.adapt  # noqa: F401
         from trimtab.recipes.support import shared_configs
     quiet()
+    gc.set_threshold(7_000, 10, 10)  # Python's 700 are for processes that hold less
     # draccus reads a field's comment in its source whenever it reads a config: here, thousands of times.
     docstring.get_attribute_docstring = cache(docstring.get_attribute_docstring)
     # The first backward pass starts a thread for each kind of device that is known by then. Fake tensors
