@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as commands do
@@ -12,23 +14,31 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 import pytest
 from filelock import FileLock
 
-from trimtab.recipes.support.console import quiet
-from trimtab.rl.runs.imports import quick_imports
 
-with quick_imports():
-    import torch
+def pytest_configure(config):
+    """What all tests need, imported once. xdist's first process runs none and does without."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    from trimtab.recipes.support.console import quiet
+    from trimtab.rl.runs.imports import quick_imports
 
-    import trimtab.recipes.cli.adapt  # noqa: F401
-    from trimtab.recipes.support import shared_configs
+    with quick_imports():
+        import torch
+        from draccus.wrappers import docstring
 
-quiet()
-torch.set_num_threads(1)
-# The first backward pass starts a thread for each kind of device that is known by then. Fake tensors make a
-# GPU known that is not there, and a process with such threads can't be forked, as the fault campaign is.
-torch.ones(1, requires_grad=True).sum().backward()
-# What commands take where no number is named. Several test processes share the cores, and two threads of one
-# that wait for each other on a busy core cost minutes.
-shared_configs.default_threads = lambda workers: 1
+        import trimtab.recipes.cli.adapt  # noqa: F401
+        from trimtab.recipes.support import shared_configs
+    quiet()
+    gc.set_threshold(7_000, 10, 10)  # Python's 700 are for processes that hold less
+    # draccus reads a field's comment in its source whenever it reads a config: here, thousands of times.
+    docstring.get_attribute_docstring = cache(docstring.get_attribute_docstring)
+    # The first backward pass starts a thread for each kind of device that is known by then. Fake tensors
+    # make a GPU known that is not there, and a process with such threads can't be forked, as the fault
+    # campaign is.
+    torch.ones(1, requires_grad=True).sum().backward()
+    # What commands take where no number is named. Several test processes share the cores, and two threads
+    # of one that wait for each other on a busy core cost minutes.
+    shared_configs.default_threads = lambda workers: 1
 
 
 def pytest_collection_modifyitems(items):
@@ -39,6 +49,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def one_thread():
     """Commands set torch's threads for their process."""
+    import torch
+
     torch.set_num_threads(1)
 
 

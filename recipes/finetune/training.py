@@ -110,6 +110,7 @@ class FineTuner:
         adapter = load_adapter(options)
         self.options, self.config = options, config
         self.adapter, self.policy, self.updates = adapter, adapter.policy, 0
+        self._checked: tuple[DatasetConfig, Any] | None = None
         self.model: Any = self.policy
         self.base_sha256, self._settings = hash_files(adapter.weights_files), settings_hashes(self.folder)
         if config.method == "lora":
@@ -242,10 +243,14 @@ class FineTuner:
         return losses
 
     def check(self, dataset: DatasetConfig) -> Any:
-        """Read one batch of ``dataset`` before any long work, as ``fit`` will; returns LeRobot's dataset."""
+        """Read one batch of ``dataset`` before any long work, as ``fit`` will; returns LeRobot's dataset.
+
+        The next ``fit`` on it does not open it again.
+        """
         data, source = self._open(self.pipeline(dataset, 1, 0), 0)
         with _blaming_dataset():
             next(source)
+        self._checked = (replace(dataset), data)
         return data
 
     def _open(self, pipeline: TrainPipelineConfig, workers: int) -> tuple[Any, Iterator[dict[str, Any]]]:
@@ -253,7 +258,11 @@ class FineTuner:
         from lerobot.datasets.factory import make_dataset
 
         chosen, drop = pipeline.dataset, self.config.drop_last_frames
-        data = open_dataset("--dataset", chosen.repo_id, chosen.root, lambda: make_dataset(pipeline))
+        opened, self._checked = self._checked, None
+        if opened is not None and opened[0] == chosen:
+            data = opened[1]
+        else:
+            data = open_dataset("--dataset", chosen.repo_id, chosen.root, lambda: make_dataset(pipeline))
         check_features(data, self.adapter, self.options.rename_map)
         source = batches(data, self.policy.config, pipeline.batch_size, pipeline.seed or 0, workers, drop)
         return data, map(partial(self._preprocess, data.meta.camera_keys), source)

@@ -57,7 +57,9 @@ MADE = "tiny.json"  # how to load what is in the cache; written last
 SIZES = read_options(Path(__file__).with_suffix(".yaml"))
 MACHINE = {"workers": 0, "threads": 1}
 EXECUTED = 2  # steps of a chunk, where the recipe says how many
+DENOISING = {"num_inference_steps": 2}
 STEPS = 8  # of an episode
+SIDE = 96  # pixels of pusht's camera
 
 
 def tiny_options(stack: ExitStack, values: Options, given: Options, command: str, kind: str) -> Options:
@@ -113,7 +115,8 @@ def _of_recipe(stack: ExitStack, values: Options, command: str, kind: str, succe
         name, policy = f"{SERVED} on a policy server", serve(stack, policy)
     elif value_at(values, "policy.n_action_steps"):
         policy["n_action_steps"] = EXECUTED
-    world = {"type": "pusht", "obs_type": "pixels_agent_pos", "episode_length": STEPS}
+    world: dict[str, Any] = {"type": "pusht", "obs_type": "pixels_agent_pos", "episode_length": STEPS}
+    world |= {"observation_height": SIDE, "observation_width": SIDE}
     if own is not None:
         world = {"type": own.type, "task": own.task, "episode_length": STEPS}
     say(
@@ -220,7 +223,7 @@ def made(kind: str, env: EnvConfig | None = None) -> tuple[Path, dict[str, Any]]
                 options = asdict(make_tiny(kind, folder, **features))
             names = ("path", "device", "tokenizer", "backbone")
             loading = {name: options[name] for name in names if options[name]}
-            write_json(folder / MADE, loading | {"rename_map": renamed})
+            write_json(folder / MADE, {**loading, **DENOISING, "rename_map": renamed})
     install(kind)
     return folder, read_json(folder / MADE)
 
@@ -230,7 +233,7 @@ def _features(kind: str, env: EnvConfig | None) -> tuple[dict[str, Any], dict[st
     if env is not None:
         inputs = {env.features_map[name]: feature for name, feature in env.features.items()}
         return {"output_features": {ACTION: inputs.pop(ACTION)}, "input_features": inputs}, {}
-    features: dict[str, Any] = camera_features(1, 96, state_dim=2, action_dim=2)
+    features: dict[str, Any] = camera_features(1, SIDE, state_dim=2, action_dim=2)
     if kind == "diffusion":  # its ResNet18 is as large as the published one's
         features["resize_shape"] = (32, 32)
     if kind != "xvla":

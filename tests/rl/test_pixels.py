@@ -126,15 +126,15 @@ def test_normaliser_takes_the_vector_and_leaves_the_encoders_output():
 
 
 @pytest.mark.parametrize(
-    "kind, pace, settings",
+    "kind, steps, pace, settings",
     [
-        ("dsrl_sac", 1.5, {}),
+        ("dsrl_sac", 1600, 1.5, {}),
         # With squared errors the critics are late in so short a run: 0.02.
-        ("dsrl_na", 2.0, {"critic_loss": "logistic"}),
-        ("best_of_n", 2.0, {}),
+        ("dsrl_na", 1200, 2.0, {"critic_loss": "logistic"}),
+        ("best_of_n", 1200, 2.0, {}),
     ],
 )
-def test_solves_a_problem_that_only_a_camera_shows(kind, pace, settings):
+def test_solves_a_problem_that_only_a_camera_shows(kind, steps, pace, settings):
     """No constant noise solves it (`test_train.py`), so the actor has to see."""
     adapter, config = PixelPointAdapter(), PixelPointConfig(limit=35)
     rl = KINDS[kind][0](
@@ -145,7 +145,7 @@ def test_solves_a_problem_that_only_a_camera_shows(kind, pace, settings):
         **settings,
     )
     budget = TrainConfig(
-        env_steps=1600, warmup_transitions=300, first_update=100, updates_per_transition=pace
+        env_steps=steps, warmup_transitions=300, first_update=100, updates_per_transition=pace
     )
     with ChunkVectorEnv(config, 8, 0) as vec:
         observe = ObserveConfig(image_size=16, shift=1)

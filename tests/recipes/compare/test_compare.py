@@ -40,7 +40,7 @@ def options(base, output, **more):
         "policy.device": "cpu",
         "env.type": "metaworld_state",
         "env.task": "drawer-close",
-        "env.episode_length": 12,
+        "env.episode_length": 8,
         "settings": json.dumps(SETTINGS),
         "env_steps": 48,
         "grid": 24,
@@ -83,7 +83,7 @@ def test_every_method_has_its_budget_and_its_result(compared):
     rollouts = json.loads((runs / "lora_rollouts-seed1.json").read_text())
     assert rollouts["points"][-1]["env_steps"] == 48  # to the step
     ticket = json.loads((runs / "golden_ticket-seed0.json").read_text())
-    assert ticket["points"][0]["env_steps"] <= 48 and ticket["search_episodes"] == 48 // 12
+    assert ticket["points"][0]["env_steps"] <= 48 and ticket["search_episodes"] == 48 // 8
     assert json.loads((runs / "lora-seed0.json").read_text())["points"][0]["env_steps"] == 0
     assert {"actor", "acting"} == set(json.loads((runs / "best_of_k-seed0.json").read_text())["final"])
     assert is_artefact(str(runs / "steered-seed1" / "artefact"))

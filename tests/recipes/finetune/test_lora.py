@@ -28,7 +28,7 @@ from trimtab.rl.seeds import training_seed
 ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3", "--env.episode_length=100"]
 MACHINE = ["--policy.device=cpu", "--machine.workers=0", "--machine.threads=1"]
 EPISODES = ["--eval.n_episodes=6", "--eval.batch_size=3", "--eval.videos=0"]
-ROLLOUTS = ["--from_rollouts=true", "--env_steps=1601", "--rounds=2", "--num_envs=4", "--steps=30"]
+ROLLOUTS = ["--from_rollouts=true", "--env_steps=1001", "--rounds=2", "--num_envs=4", "--steps=30"]
 WIDTH = {"observation.state": 4, "observation.environment_state": 85}
 
 
@@ -66,14 +66,14 @@ def test_a_run_on_rollouts_writes_results_metrics_and_its_successes(rollouts_run
 
     method, output = rollouts_run
     results = json.loads((output / "results.json").read_text())
-    assert results["env_steps"] == 1601 and results["method"] == method
+    assert results["env_steps"] == 1001 and results["method"] == method
     assert results["base_sha256"] == file_hash(base)
     assert list(results["policies"]) == ["base", "fine_tuned"]
     for entry in results["policies"].values():
         low, high = entry["ci95"]
         assert entry["episodes"] == 6 and 0 <= low <= entry["success_rate"] <= high <= 1
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["env_steps"] for line in lines] == [0, 800, 1601]
+    assert [line["env_steps"] for line in lines] == [0, 500, 1001]
     assert lines[0]["eval"] == results["policies"]["base"]
     assert lines[-1]["eval"] == results["policies"]["fine_tuned"]
     for line in lines[1:]:
@@ -160,7 +160,7 @@ def test_lerobot_loads_the_result_as_the_same_policy(rollouts_run):
 def test_the_saved_config_decodes_to_the_same_run(rollouts_run):
     _, output = rollouts_run
     again = parse(LoraConfig, "lora", [f"--config_path={output / 'config.json'}"])
-    assert again.from_rollouts and again.env_steps == 1601 and again.env.task == "drawer-close-v3"
+    assert again.from_rollouts and again.env_steps == 1001 and again.env.task == "drawer-close-v3"
     assert again.method == rollouts_run[0] and again.steps == 30 and again.dataset is None
 
 
@@ -319,8 +319,8 @@ def test_training_moves_the_policy_to_the_data(base, tmp_path, method):
     before = distance()
     frozen = {n: p.clone() for n, p in trained.model.named_parameters() if not p.requires_grad}
     assert bool(frozen) == (method == "lora")
-    losses = trained.fit(DatasetConfig("a/b", root=str(tmp_path / "data")), 0, steps=150)
-    assert len(losses) == 150 == trained.updates
+    losses = trained.fit(DatasetConfig("a/b", root=str(tmp_path / "data")), 0, steps=110)
+    assert len(losses) == 110 == trained.updates
     assert np.mean(losses[-20:]) < 0.2 * np.mean(losses[:5])
     assert distance() < 0.3 * before
     now = dict(trained.model.named_parameters())
