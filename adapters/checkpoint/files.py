@@ -169,27 +169,15 @@ def read_weights(
     is corrupt or holds NaN or Inf; the names of tensors that may hold these begin with one of ``unchecked``.
     """
     tensors: dict[str, Tensor] = {}
-    large = []
-    for path in [paths] if isinstance(paths, Path) else paths:
+    paths = [paths] if isinstance(paths, Path) else list(paths)
+    for path in paths:
         with open_weights(path, option) as file:
             part = {name: file.get_tensor(name) for name in list(file.keys())}
         for name in part.keys() & tensors.keys():
             raise UserError(option, f"{path} holds '{name}', which an earlier shard holds too")
         tensors |= part
-        if path.stat().st_size < ONE_MAPPING:
-            check_finite(path, part.items(), option, unchecked)
-        else:
-            large.append(path)
-    for path, name, tensor in each_weight(large, option):
-        check_finite(path, [(name, tensor)], option, unchecked)
-    return tensors
-
-
-def check_finite(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], option: str, unchecked: tuple[str, ...]
-) -> None:
-    """Refuse NaN or Inf in the named tensors of a file, but for those that ``read_weights`` leaves out."""
-    for name, tensor in tensors:
+    for path, name, tensor in each_weight(paths, option):
         checked = tensor.is_floating_point() and not name.startswith(unchecked or "\0")
         if checked and not torch.isfinite(tensor).all():
             raise UserError(option, f"{path} holds NaN or Inf in '{name}'")
+    return tensors

@@ -13,7 +13,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from trimtab.adapters.checkpoint.files import (
     BACKBONE,
-    ONE_MAPPING,
     OPTION,
     PEFT_WEIGHTS,
     each_weight,
@@ -117,12 +116,8 @@ def one_by_one(
 ) -> Iterator[tuple[str, Tensor]]:
     """The entries of ``saved``: of each its values from the ``files``, whose tensors ``read`` has by name.
 
-    So a model's weights are in memory once, and not beside it those of all files, unless these are small.
+    So a model's weights are in memory once, and not beside it those of all files.
     """
-    files = list(files)
-    if sum(path.stat().st_size for path in files) < ONE_MAPPING:
-        yield from saved.items()
-        return
     names: dict[int, list[str]] = {}
     for name, tensor in saved.items():
         names.setdefault(id(tensor), []).append(name)
