@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -177,11 +178,17 @@ class Comparison:
 
     def _isolated(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
         """Make the run in a process of its own, which says itself what stops it."""
-        command = [sys.executable, "-m", "trimtab.recipes.cli", "compare", f"--output_dir={self.output}"]
-        command += [f"--config_path={self.output / RECORD}", f"--only={run_name(task, name, seed)}"]
-        if code := subprocess.run(command).returncode:
-            raise SystemExit(code)
+        with tempfile.TemporaryDirectory() as folder:
+            options = Path(folder) / RECORD  # that in ``output`` may be of another command by now
+            self._write_options(options)
+            command = [sys.executable, "-m", "trimtab.recipes.cli", "compare", f"--output_dir={self.output}"]
+            command += [f"--config_path={options}", f"--only={run_name(task, name, seed)}"]
+            if code := subprocess.run(command).returncode:
+                raise SystemExit(code)
         return read_json(self._file(task, name, seed, ".json"))
+
+    def _write_options(self, path: Path) -> None:
+        write_json(path, repeatable(draccus.encode(self.config, CompareConfig)))
 
     def only(self, text: str) -> None:
         """Make one run, which ``all`` has asked for."""
@@ -192,7 +199,7 @@ class Comparison:
 
     def all(self) -> str:
         """Make what is missing, report as it goes, and return the last report."""
-        write_json(self.output / RECORD, repeatable(draccus.encode(self.config, CompareConfig)))
+        self._write_options(self.output / RECORD)
         runs: list[dict[str, Any]] = []
         plan, reported = list(self.plan()), float("-inf")
         for run in plan:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import subprocess
 import time
 
 import pytest
@@ -143,7 +144,7 @@ class MyDrawer(MetaworldStateConfig):
 
 
 def test_a_run_of_its_own_process(tiny_base, tmp_path, capfd, monkeypatch):
-    """It knows the plugins that the command line names."""
+    """It knows the plugins that the command line names, and its options, if another command begins meanwhile."""
     (tmp_path / "my_drawers").mkdir()
     (tmp_path / "my_drawers" / "__init__.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -152,7 +153,15 @@ def test_a_run_of_its_own_process(tiny_base, tmp_path, capfd, monkeypatch):
     argv = options(
         tiny_base, tmp_path / "out", methods="base", isolate="true", videos=0, other_episodes=0, **more
     )
-    assert main(argv) == 0
+    run = subprocess.run
+
+    def run_beside_another(command):
+        (tmp_path / "out" / "compare_config.json").write_text("{}")
+        return run(command)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("trimtab.recipes.compare.comparison.subprocess.run", run_beside_another)
+        assert main(argv) == 0
     record = json.loads((tmp_path / "out" / "runs" / TASK / "base.json").read_text())
     assert record["final"]["policy"]["episodes"] == 3 and record["others"] == {}
     assert record["settings"]["env"]["type"] == "my_drawer"
