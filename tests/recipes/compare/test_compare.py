@@ -144,7 +144,7 @@ class MyDrawer(MetaworldStateConfig):
 
 
 def test_a_run_of_its_own_process(tiny_base, tmp_path, capfd, monkeypatch):
-    """It knows the plugins that the command line names, and its options, if another command begins meanwhile."""
+    """It knows the plugins of the command line, and its options though another command began meanwhile."""
     (tmp_path / "my_drawers").mkdir()
     (tmp_path / "my_drawers" / "__init__.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(str(tmp_path))
