@@ -42,12 +42,17 @@ class DemoConfig:
     # The default of `trimtab adapt`.
     rl: AlgorithmConfig = field(default_factory=BestOfNConfig)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=6_000))
-    eval: EvalConfig = field(default_factory=lambda: EvalConfig(baseline_episodes=100, constant_episodes=10))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=5_000))
+    # Few episodes where the interval allows: 200 of base and steered policy, 50 of the other baselines.
+    eval: EvalConfig = field(
+        default_factory=lambda: EvalConfig(
+            baseline_episodes=50, constant_candidates=8, constant_episodes=10, videos=2
+        )
+    )
     # Default of threads: OMP_NUM_THREADS, else all cores, because simulators take a fraction of the time.
     machine: MachineConfig = field(default_factory=MachineConfig)
     # Episodes of each of the base's other tasks, before and after.
-    other_task_episodes: int = 20
+    other_task_episodes: int = 10
     num_envs: int = 8
     # Seed of the steering run (the base has its own: --base.seed).
     seed: int = 0
