@@ -33,16 +33,16 @@ class DemoConfig:
 
     # The task to steer; any of the base's tasks.
     task: str = "button-press-topdown-v3"
-    # Three of the tasks of `trimtab base`; 2,100 steps for three are what 3,500 are for five.
+    # Three of the tasks of `trimtab base`, in as many steps for each as 3,200 would be for five.
     base: BaseConfig = field(
         default_factory=lambda: BaseConfig(
-            "button-press-topdown-v3,hammer-v3,drawer-open-v3", cloning=CloningConfig(steps=2_100)
+            "button-press-topdown-v3,hammer-v3,drawer-open-v3", cloning=CloningConfig(steps=1_900)
         )
     )
     # The default of `trimtab adapt`.
     rl: AlgorithmConfig = field(default_factory=BestOfNConfig)
     noise: NoiseSpaceConfig = field(default_factory=FullNoiseConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=5_000))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(env_steps=4_000))
     # Few episodes where the interval allows: 200 of base and steered policy, 50 of the other baselines.
     eval: EvalConfig = field(
         default_factory=lambda: EvalConfig(
