@@ -198,7 +198,7 @@ def test_the_stored_comparison_makes_its_page():
     """The figures of recipes/configs/metaworld/comparison: compare.md is made of compare.json."""
     stored = json.loads((STORED / "compare.json").read_text())
     assert (
-        rendered(MARKDOWN, stored["title"], stored["facts"], stored["methods"])
+        rendered(MARKDOWN, stored["title"], stored["facts"], stored["methods"], stored["aggregates"])
         == (STORED / "compare.md").read_text()
     )
 
