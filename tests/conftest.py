@@ -16,9 +16,7 @@ from filelock import FileLock
 
 
 def pytest_configure(config):
-    """What all tests need, imported once. xdist's first process runs none and does without."""
-    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        return
+    """What all tests need, imported once; by xdist's first process, too, which counts what importing covers."""
     from trimtab.recipes.support.console import quiet
     from trimtab.rl.runs.imports import quick_imports
 
