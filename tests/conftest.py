@@ -16,7 +16,7 @@ from filelock import FileLock
 
 
 def pytest_configure(config):
-    """What all tests need, imported once; by xdist's first process, too, which counts what importing covers."""
+    """What all tests need, imported once; in xdist's first process, too: it counts what importing covers."""
     from trimtab.recipes.support.console import quiet
     from trimtab.rl.runs.imports import quick_imports
 
