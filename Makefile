@@ -5,7 +5,8 @@ VENV := .venv
 # LeRobot compiles all of it anew, for longer than many a test takes.
 RUN := HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin
 ARGS ?=
-# What commands import, compiled to bytecode once: uv leaves that, and 20 s of it, to each process that is first.
+# Imported once at set-up, which writes their bytecode. uv writes none, and each process of the first command
+# would spend some 25 s on it.
 IMPORTED := trimtab.recipes.cli.demo, lerobot.policies.factory, lerobot.datasets.lerobot_dataset, metaworld
 # Test processes, each on one thread; `make test WORKERS=0` runs all in one. The files go to them in the order
 # of their names but for conftest.py's: xdist would keep those of few tests, among them the longest, for last,

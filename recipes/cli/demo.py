@@ -33,7 +33,7 @@ class DemoConfig:
 
     # The task to steer; any of the base's tasks.
     task: str = "button-press-topdown-v3"
-    # Three of the tasks of `trimtab base`, in as many steps for each as 3,200 would be for five.
+    # Fewer tasks and cloning steps than `trimtab base` takes, to be made in a minute.
     base: BaseConfig = field(
         default_factory=lambda: BaseConfig(
             "button-press-topdown-v3,hammer-v3,drawer-open-v3", cloning=CloningConfig(steps=1_900)
