@@ -208,7 +208,7 @@ def test_an_export_is_complete_small_and_its_card_shows_the_measured_success(run
         assert f"{100 * entry['ci95'][0]:.1f} - {100 * entry['ci95'][1]:.1f} %" in card
     assert f"{results['env_steps']:,} environment steps in {results['training_episodes']:,} episodes" in card
     assert results["base_sha256"] in card and "drawer-close-v3" in card and "best_of_n" in card
-    assert "changed by up to 0.1 in normalised actions" in card
+    assert "by the best of 4 chunks" in card and "changed by up to 0.1 in normalised actions" in card
     assert str(root) not in card, "no path of this machine"
     assert read_config(out).base.path == "../base"
     again = json.loads((out / "adapt.json").read_text())
