@@ -203,11 +203,6 @@ def test_a_run_too_short_to_learn_is_no_success():
         train(PolicyRunner(PointAdapter(), config), vec, env_steps=100)
 
 
-def test_a_run_that_faults_left_too_short_names_them():
-    with pytest.raises(UserError, match=r"120 gave 0 transitions without the 3 episodes lost to faults"):
-        TrainConfig(env_steps=120, first_update=8).check_learnt(0, 0, 3)
-
-
 def test_a_diverged_actor_is_named():
     config = PointConfig()
     with ChunkVectorEnv(config, 2, 0) as vec:

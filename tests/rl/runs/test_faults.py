@@ -115,6 +115,13 @@ def test_a_policy_that_makes_nan_chunks(tmp_path):
     assert len(trainer.replay) == 0 and trainer.faults["chunk"] == 6
 
 
+def test_a_run_that_faults_left_too_short_names_them(tmp_path):
+    trainer, _ = make(tmp_path, "raise", env_steps=100, first_update=500)
+    with trainer.vec, pytest.raises(UserError, match=r"--train.env_steps: 100 gave ") as raised:
+        trainer.run()
+    assert trainer.dropped and f" without the {trainer.dropped} episodes lost to faults" in str(raised.value)
+
+
 def test_nan_losses_never_reach_the_weights(tmp_path):
     """Every third batch is poisoned: those updates are left out, counted, and the metrics stay finite."""
     trainer, lines = make(tmp_path, limit=1000)
