@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import replace
 from functools import partial
@@ -101,7 +102,8 @@ class TrimtabPolicy(PreTrainedPolicy):
         Args:
             batch: one observation of each environment. The history that the base looks at is kept here,
                 the first observation standing in for those before it.
-            noise: (B, *noise_shape) the draw that the actor starts from; default: fresh.
+            noise: the draws of a chunk, (B, draws, *noise_shape) for as many as ``num_candidates``, or
+                (B, *noise_shape) for one; the actor starts from the last. Default: fresh.
             kwargs: for the plain base.
         """
         if self._plain:
@@ -151,6 +153,11 @@ class TrimtabPolicy(PreTrainedPolicy):
 
     def init_rtc_processor(self) -> None:
         """Hand ``config.rtc_config``, which LeRobot's engine sets, to the base."""
+        if not self._plain and self.config.num_candidates > 1:
+            logging.warning(
+                "real-time chunking executes the actor's own chunk: --policy.num_candidates=%d has no effect",
+                self.config.num_candidates,
+            )
         self.base.config.rtc_config = getattr(self.config, "rtc_config", None)
         self.base.init_rtc_processor()
 
@@ -204,12 +211,17 @@ class TrimtabPolicy(PreTrainedPolicy):
                 "--env.type", f"the base policy needs {error.args[0]}, the observations are {given}"
             ) from None
 
-    def _prior(self, count: int, noise: Tensor | None = None) -> Tensor:
-        device, expected = self.actor.normalizer.mean.device, (count, *self.config.noise_shape)
+    def _prior(self, count: int, draws: int, noise: Tensor | None) -> Tensor:
+        """(count, draws, *noise_shape): ``noise``, or fresh where ``None``, or where it is one of several."""
+        device, one = self.actor.normalizer.mean.device, (count, *self.config.noise_shape)
+        expected = (count, draws, *self.config.noise_shape)
         if noise is None:
             return torch.randn(expected, device=device)
+        if tuple(noise.shape) == one:
+            fresh = torch.randn((count, draws - 1, *one[1:]), device=noise.device)
+            noise = torch.cat([fresh, noise.float().unsqueeze(1)], 1)
         if tuple(noise.shape) != expected:
-            raise ValueError(f"noise has shape {tuple(noise.shape)}, the policy takes {expected}")
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, the policy takes {expected} or {one}")
         return noise.to(device, torch.float32)
 
     def _seen(self, conditioning: Conditioning) -> Tensor:
@@ -228,12 +240,10 @@ class TrimtabPolicy(PreTrainedPolicy):
         conditioning = self._encode(batch)
         count = conditioning.batch_size
         policy: ChunkPolicy = self._sampler()
-        prior, config = self._prior(count, noise).unsqueeze(1), self.config
+        config = self.config
         if config.use_actor:
             policy = self.steered.policy(config.deterministic, config.num_candidates, config.use_edit)
-        if policy.draws > 1:
-            others = self._prior(count * (policy.draws - 1)).unflatten(0, (count, -1))
-            prior = torch.cat([others, prior], 1)  # the actor's draw is the last
+        prior = self._prior(count, policy.draws, noise)
         chunk = policy.act(
             self._seen(conditioning).to(prior), prior, partial(denoise_several, self.adapter, conditioning)
         ).chunk
@@ -247,7 +257,7 @@ class TrimtabPolicy(PreTrainedPolicy):
             mend = "use sync" + ", or --policy.use_edit=false" * self._edits
             raise UserError("--inference.type", f"a steered {who} does no real-time chunking; {mend}")
         conditioning = self._encode(batch)
-        prior = self._prior(conditioning.batch_size, noise)
+        prior = self._prior(conditioning.batch_size, 1, noise)[:, 0]
         chosen = self._sampler()(self._seen(conditioning).to(prior), prior)
         chosen = chosen.to(self.adapter.device, self.adapter.noise_spec.dtype)
         return self.base.predict_action_chunk(batch, noise=chosen, **kwargs)

@@ -67,9 +67,9 @@ class _Runners:
         self.steered, self.adapter = steered, steered.adapter
         config = PreTrainedConfig.from_pretrained(str(folder))
         config.pretrained_path, config.device = folder, self.adapter.device.type
-        config.use_actor, config.num_candidates = True, 1  # the actor's own chunk
-        config.compile_model = False
+        config.use_actor, config.compile_model = True, False
         self.policy = TrimtabPolicy(config, steered=steered).eval()
+        self.ours = steered.policy(config.deterministic, config.num_candidates, config.use_edit)
         overrides = {
             "device_processor": {"device": config.device},
             "rename_observations_processor": {"rename_map": {}},
@@ -89,7 +89,7 @@ class _Runners:
         ]
 
     def prior(self) -> Tensor:
-        shape = (self.count, *self.adapter.noise_spec.shape)
+        shape = (self.count, self.ours.draws, *self.adapter.noise_spec.shape)
         return torch.randn(shape, generator=self.generator).to(self.steered.actor.normalizer.mean.device)
 
     def compare_steps(self) -> None:
@@ -128,11 +128,10 @@ class _Runners:
             for key, value in seen[-1].items()
         }
         conditioning = adapter.observe(history, last)
-        looks = steered.actor.space.uses_features or steered.edit is not None
+        looks = steered.actor.space.uses_features or steered.edit is not None or self.ours.draws > 1
         features = adapter.seen(conditioning) if looks else torch.zeros(len(prior), 0)
-        policy = steered.policy(steered.config.deterministic, use_edit=steered.config.use_edit)
         denoise = partial(denoise_several, adapter, conditioning)
-        chunk = policy.act(features.float(), prior.unsqueeze(1), denoise).chunk
+        chunk = self.ours.act(features.float(), prior, denoise).chunk
         last = (conditioning, chunk) if adapter.remembers else None
         return adapter.postprocess(chunk, conditioning).float().cpu(), last
 

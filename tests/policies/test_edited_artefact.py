@@ -85,10 +85,10 @@ def test_the_best_of_candidates_and_their_edits(both):
     conditioning = adapter.encode(timed_batch(root, adapter))
     features, space, kinds = adapter.features(conditioning), actor.space, set()
     torch.manual_seed(6)
-    own = actor.act(features, torch.randn(3, *adapter.noise_spec.shape), True)
-    drawn = torch.randn(6, *adapter.noise_spec.shape)
+    drawn = torch.randn(3, 3, *adapter.noise_spec.shape)
+    own = actor.act(features, drawn[:, -1], True)
     for row in range(3):
-        others = [space.expand(space.squash(space.draw(d[None])), d[None])[0] for d in drawn[2 * row :][:2]]
+        others = [space.expand(space.squash(space.draw(d[None])), d[None])[0] for d in drawn[row, :2]]
         made = torch.cat([adapter.denoise(conditioning[row], n[None]) for n in [*others, own[row]]]).flatten(
             1
         )

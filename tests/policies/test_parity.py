@@ -13,12 +13,13 @@ from lerobot.scripts.lerobot_eval import rollout
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
 from tests.helpers.lane import LaneConfig, LaneEnv, make_lane_policy
-from tests.helpers.steered import artefact_of
+from tests.helpers.steered import artefact_of, features_of
 from tests.helpers.tiny import TYPES, make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.tiny.parts import camera_features
 from trimtab.policies.actor import ActorConfig, NoiseActor
 from trimtab.policies.artefact import Steered, load_artefact, read_config, save_artefact
+from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_samplers import steered_noise
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.policies.observe import ObserveConfig, Observer
@@ -196,6 +197,30 @@ def test_other_actions_are_refused_and_nothing_is_written(fault, lane, tmp_path,
     assert main(["export", f"--run={root / 'artefact'}", f"--output_dir={out}", "--policy.device=cpu"]) == 2
     assert "lerobot-eval would execute other actions than trimtab eval" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def other_candidates(self, count, draws, noise):
+    return torch.cat([torch.randn(count, draws - 1, *noise.shape[2:]), noise[:, -1:]], 1)
+
+
+def test_the_choice_among_candidates_is_compared_too(lane, tmp_path, monkeypatch):
+    root, steered = lane
+    adapter = steered.adapter
+    torch.manual_seed(5)
+    size, steps = CriticConfig(members=2, hidden=16, layers=2), adapter.chunk_shape
+    critic = CriticEnsemble(features_of(adapter), steps[0] * steps[1], size).eval()
+    out = tmp_path / "artefact"
+    artefact_of(
+        PolicyConfig(path=str(root / "base"), device="cpu"),
+        out,
+        critic=(critic, size),
+        acting={"num_candidates": 4},
+    )
+    several = load_artefact(PolicyConfig(path=str(out), device="cpu"))
+    assert not any("other actions" in note for note in check_runners(out, several))
+    monkeypatch.setattr(TrimtabPolicy, "_prior", other_candidates)
+    with pytest.raises(UserError, match="would execute other actions"):
+        check_runners(out, several)
 
 
 def test_other_shapes_and_nan_are_no_rounding():

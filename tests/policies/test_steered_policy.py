@@ -183,6 +183,23 @@ def test_real_time_chunking_is_the_bases_own(tmp_path):
     assert torch.allclose(second, expected, atol=1e-6)
 
 
+def test_real_time_chunking_says_that_it_chooses_among_no_candidates(tmp_path, caplog):
+    from lerobot.policies.rtc.configuration_rtc import RTCConfig
+
+    options = make_tiny("smolvla", tmp_path / "base")
+    adapter = load_adapter(options)
+    width = adapter.chunk_shape[0] * adapter.chunk_shape[1]
+    critic = CriticEnsemble(features_of(adapter), width, size := CriticConfig(members=2, hidden=16, layers=2))
+    artefact_of(options, tmp_path / "artefact", critic=(critic.eval(), size), acting={"num_candidates": 4})
+    for changes, said in (((), 1), (("--num_candidates=1",), 0), (("--use_actor=false",), 0)):
+        policy = load(tmp_path / "artefact", *changes)
+        policy.config.rtc_config = RTCConfig(enabled=True)
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            policy.init_rtc_processor()
+        assert caplog.text.count("--policy.num_candidates=4 has no effect") == said
+
+
 def test_real_time_chunking_needs_a_base_that_does_it(pair):
     folder, _, adapter, _ = pair
     policy = load(folder)
@@ -347,13 +364,13 @@ def test_best_of_candidates_is_the_critics_choice(pair, tmp_path, bounds):
     conditioning = adapter.encode(timed)
     features, space = adapter.features(conditioning), actor.space
     torch.manual_seed(6)
-    own = actor.act(features, torch.randn(3, *adapter.noise_spec.shape), True)
-    drawn = torch.randn(12, *adapter.noise_spec.shape)
+    drawn = torch.randn(3, 5, *adapter.noise_spec.shape)
+    own = actor.act(features, drawn[:, -1], True)
     best = []
     for row in range(3):
         noises = [
             own[row],
-            *(space.expand(space.squash(space.draw(d[None])), d[None])[0] for d in drawn[4 * row :][:4]),
+            *(space.expand(space.squash(space.draw(d[None])), d[None])[0] for d in drawn[row, :4]),
         ]
         chunks = [adapter.denoise(conditioning[row], noise[None])[0] for noise in noises]
         values = [
@@ -362,6 +379,8 @@ def test_best_of_candidates_is_the_critics_choice(pair, tmp_path, bounds):
         best.append(max(range(5), key=values.__getitem__))
         assert torch.allclose(chunk[row], chunks[best[-1]], atol=1e-5)
     assert any(best), "another candidate than the actor's won somewhere"
+    torch.manual_seed(7)
+    assert torch.equal(policy.predict_action_chunk(dict(batch), noise=drawn), chunk), "draws that are named"
     with pytest.raises(Exception, match="needs the critic of a best_of_n run"):
         load(pair[0], "--num_candidates=5")
 
