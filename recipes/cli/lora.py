@@ -94,8 +94,10 @@ def main(config: LoraConfig) -> None:
             f"a {tuner.adapter.policy_type} policy remembers its episode chunk by chunk, which cannot be cut "
             "to an exact number of steps; learn from a dataset",
         )
+    opened = None
     if config.dataset is not None:
-        for line in rate_warning(tuner.check(config.dataset), config.env and config.env.fps):
+        opened = tuner.check(config.dataset)
+        for line in rate_warning(opened, config.env and config.env.fps):
             print(line)
     if config.env is not None:
         check_base(config.env, tuner.folder)
@@ -108,7 +110,7 @@ def main(config: LoraConfig) -> None:
         if config.from_rollouts:
             require_success(base)
     with MetricsWriter(output / "metrics.jsonl") as metrics:
-        details = run.from_rollouts(metrics) if config.from_rollouts else run.from_dataset(metrics)
+        details = run.from_rollouts(metrics) if config.from_rollouts else run.from_dataset(opened, metrics)
     tuned = tuner.save(output / "policy")
     results = results_of(
         config,
@@ -143,9 +145,10 @@ class Run:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def from_dataset(self, metrics: MetricsWriter) -> dict[str, Any]:
-        """Fine-tune on the user's dataset."""
-        losses = self.tuner.fit(self.config.dataset, self.config.seed, on_metrics=metrics)
+    def from_dataset(self, opened: Any, metrics: MetricsWriter) -> dict[str, Any]:
+        """Fine-tune on the user's dataset, ``opened``."""
+        dataset, seed = self.config.dataset, self.config.seed
+        losses = self.tuner.fit(dataset, seed, on_metrics=metrics, opened=opened)
         self.seconds["training"] = metrics.lines[-1]["seconds_total"]
         if self.session is not None:
             self.evaluate("fine_tuned", "fine-tuned")

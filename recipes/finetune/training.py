@@ -110,7 +110,6 @@ class FineTuner:
         adapter = load_adapter(options)
         self.options, self.config = options, config
         self.adapter, self.policy, self.updates = adapter, adapter.policy, 0
-        self._checked: tuple[DatasetConfig, Any] | None = None
         self.model: Any = self.policy
         self.base_sha256, self._settings = hash_files(adapter.weights_files), settings_hashes(self.folder)
         if config.method == "lora":
@@ -186,6 +185,7 @@ class FineTuner:
         label: str = "fine-tuning",
         steps: int = DATASET_STEPS,
         on_metrics: Callable[[dict[str, Any]], None] = lambda line: None,
+        opened: Any = None,
     ) -> list[float]:
         """Train on a LeRobotDataset; return the loss of every step.
 
@@ -195,6 +195,7 @@ class FineTuner:
             label: shown on the progress bar.
             steps: gradient steps, unless the config says how many.
             on_metrics: called with the mean loss of every ``LOG_EVERY`` steps.
+            opened: what ``check`` made of ``dataset``, which is not opened again.
 
         Raises:
             UserError: the dataset does not fit the policy; the loss became NaN or Inf.
@@ -207,7 +208,8 @@ class FineTuner:
         steps = self.config.steps or steps
         pipeline = self.pipeline(dataset, steps, seed)
         set_seed(seed)
-        data, source = self._open(pipeline, self.config.num_workers)
+        data = self._open(pipeline) if opened is None else opened
+        source = self._batches(data, pipeline, self.config.num_workers)
         optimizer, scheduler = self.accelerator.prepare(*make_optimizer_and_scheduler(pipeline, self.model))
         meters = {name: AverageMeter(name) for name in ("loss", "grad_norm", "lr", "update_s", "gpu_mem_gb")}
         tracker = MetricsTracker(
@@ -243,29 +245,27 @@ class FineTuner:
         return losses
 
     def check(self, dataset: DatasetConfig) -> Any:
-        """Read one batch of ``dataset`` before any long work, as ``fit`` will; returns LeRobot's dataset.
-
-        The next ``fit`` on it does not open it again.
-        """
-        data, source = self._open(self.pipeline(dataset, 1, 0), 0)
+        """Read one batch of ``dataset`` before any long work, as ``fit`` will; returns LeRobot's dataset."""
+        pipeline = self.pipeline(dataset, 1, 0)
+        data = self._open(pipeline)
         with _blaming_dataset():
-            next(source)
-        self._checked = (replace(dataset), data)
+            next(self._batches(data, pipeline, 0))
         return data
 
-    def _open(self, pipeline: TrainPipelineConfig, workers: int) -> tuple[Any, Iterator[dict[str, Any]]]:
-        """LeRobot's dataset, and preprocessed batches of it without end."""
+    def _open(self, pipeline: TrainPipelineConfig) -> Any:
+        """LeRobot's dataset, which has what the policy needs."""
         from lerobot.datasets.factory import make_dataset
 
-        chosen, drop = pipeline.dataset, self.config.drop_last_frames
-        opened, self._checked = self._checked, None
-        if opened is not None and opened[0] == chosen:
-            data = opened[1]
-        else:
-            data = open_dataset("--dataset", chosen.repo_id, chosen.root, lambda: make_dataset(pipeline))
+        named = pipeline.dataset
+        data = open_dataset("--dataset", named.repo_id, named.root, lambda: make_dataset(pipeline))
         check_features(data, self.adapter, self.options.rename_map)
-        source = batches(data, self.policy.config, pipeline.batch_size, pipeline.seed or 0, workers, drop)
-        return data, map(partial(self._preprocess, data.meta.camera_keys), source)
+        return data
+
+    def _batches(self, data: Any, pipeline: TrainPipelineConfig, workers: int) -> Iterator[dict[str, Any]]:
+        """Preprocessed batches without end."""
+        size, seed, drop = pipeline.batch_size, pipeline.seed or 0, self.config.drop_last_frames
+        source = batches(data, self.policy.config, size, seed, workers, drop)
+        return map(partial(self._preprocess, data.meta.camera_keys), source)
 
     def _preprocess(self, cameras: list[str], batch: dict[str, Any]) -> dict[str, Any]:
         for key in cameras:  # as lerobot-train does
