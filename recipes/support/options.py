@@ -72,7 +72,8 @@ def parse[Config](
         path = resumed(given, path)
     content, given = load_plugins(read_options(path) if path else {}, given)
     content.pop(ABOUT, None)
-    content, given = with_robot(content), with_robot(given)
+    if "env" in names:
+        content, given = with_robot(content), with_robot(given)
     content = fitted(content, command, names, path)
     below: Options = {}
     if "rl" in names:

@@ -259,6 +259,7 @@ def test_an_export_keeps_whether_the_actor_samples(run, tmp_path):
             "is a local folder, which nobody else has",
         ),
         (["--run={run}", "--output_dir={tmp}/x", "--policy.path=nobody/nothing"], "is not where it was"),
+        (["--run={run}", "--robot.type=so101_follower"], "--robot.type: no such option"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_in_one_line_and_nothing_is_written(
