@@ -24,11 +24,15 @@ class CriticConfig:
     layer_norm: bool = True
     # relu or tanh.
     activation: str = "relu"
+    # Share of the hidden units that is dropped while it learns, and only then.
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         require_activation("--rl.critic.activation", self.activation)
         if min(self.members, self.hidden, self.layers) < 1:
             raise UserError("--rl.critic.members", "hidden and layers must be at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError("--rl.critic.dropout", f"is a share, from 0 to below 1, got {self.dropout}")
 
 
 class CriticEnsemble(nn.Module):
@@ -38,6 +42,9 @@ class CriticEnsemble(nn.Module):
     cross-entropy, as in "Stop Regressing" (Farebrother et al., arXiv 2403.03950) with two classes. Whatever
     the scale of the returns, its first values lie in their middle, and a step of the optimiser moves them
     alike: few transitions are enough to tell chunks apart. Without, it learns values by squared error.
+
+    With ``dropout`` members cannot remember how each of few episodes ended by its states alone, and say more
+    of chunks in states that are new.
     """
 
     def __init__(
@@ -48,7 +55,7 @@ class CriticEnsemble(nn.Module):
         bounds: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self.bounds, self.members = bounds, config.members
+        self.bounds, self.members, self.dropout = bounds, config.members, config.dropout
         self.normalizer = FeatureNormalizer(feature_dim)
         size = config.hidden, config.layers, config.layer_norm, config.activation
         self.net = EnsembleMLP(config.members, feature_dim + action_dim, *size)
@@ -74,9 +81,10 @@ class CriticEnsemble(nn.Module):
     def regress(self, features: Tensor, u: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, averaged over the batch and summed over the members, and the values without gradient.
 
-        ``target`` is (B,) or (E, B), with m actions to a state (B, m) or (E, B, m); within ``bounds``.
+        ``target`` is (B,) or (E, B), with m actions to a state (B, m) or (E, B, m); within ``bounds``. Only
+        here units are dropped. DroQ (Hiraoka et al., arXiv 2110.02034) drops them in targets, too.
         """
-        outputs = self.net(self.normalizer(features), u)
+        outputs = self.net(self.normalizer(features), u, dropout=self.dropout)
         if self.bounds is None:
             errors = (outputs - target).square()
         else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import layer_norm
 
 from trimtab.adapters.errors import UserError
@@ -44,10 +45,11 @@ class EnsembleMLP(nn.Module):
             self.weights.append(nn.Parameter(torch.empty(members, fan_in, fan_out).uniform_(-scale, scale)))
             self.biases.append(nn.Parameter(torch.empty(members, 1, fan_out).uniform_(-scale, scale)))
 
-    def forward(self, x: Tensor, u: Tensor, members: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, u: Tensor, members: Tensor | None = None, dropout: float = 0.0) -> Tensor:
         """States (B, d) and actions (B, a) -> (E, B); with m actions to a state, (B, m, a) -> (E, B, m).
 
-        With ``members`` (n,), only those are asked: (n, ...).
+        With ``members`` (n,), only those are asked: (n, ...). Of each hidden layer a share ``dropout`` of the
+        units is dropped, drawn anew for each input and member.
         """
         weights, biases = list(self.weights), list(self.biases)
         if members is not None:
@@ -61,13 +63,14 @@ class EnsembleMLP(nn.Module):
             shared = torch.baddbmm(biases[0], x.expand(count, -1, -1), weights[0][:, :width])
             h = (h.unflatten(1, (len(x), -1)) + shared.unsqueeze(2)).flatten(1, 2)
         for weight, bias in zip(weights[1:-1], biases[1:-1], strict=True):
-            h = torch.baddbmm(bias, self._activate(h), weight)
-        h = self._activate(h)
+            h = torch.baddbmm(bias, self._activate(h, dropout), weight)
+        h = self._activate(h, dropout)
         with torch.autocast(h.device.type, enabled=False):
             return torch.baddbmm(biases[-1], h.to(weights[-1].dtype), weights[-1]).view(-1, *u.shape[:-1])
 
-    def _activate(self, h: Tensor) -> Tensor:
-        return self.activate(layer_norm(h, h.shape[-1:]) if self.layer_norm else h)
+    def _activate(self, h: Tensor, share: float) -> Tensor:
+        h = self.activate(layer_norm(h, h.shape[-1:]) if self.layer_norm else h)
+        return functional.dropout(h, share) if share else h
 
 
 class Head(nn.Linear):

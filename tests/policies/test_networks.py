@@ -49,6 +49,40 @@ def test_some_members_alone_give_what_they_give_among_all():
         assert torch.equal(critic.smallest(features, u, 5), critic(features, u).min(0).values)
 
 
+def test_dropout_is_drawn_for_each_input_unit_and_member():
+    """One hidden layer: mean and variance over many inputs that are alike, by hand."""
+    torch.manual_seed(0)
+    net, share, rows = EnsembleMLP(2, 5, 32, 1, True, "relu").double(), 0.25, 20_000
+    x, u = torch.randn(1, 3).double(), torch.randn(1, 2).double()
+    with torch.no_grad():
+        found = net(x.expand(rows, -1), u.expand(rows, -1), dropout=share)
+        for index, plain in enumerate(net(x, u)[:, 0]):
+            hidden = member(net, index)[:-1](torch.cat([x, u], 1))[0]
+            terms = hidden * net.weights[1][index, :, 0]
+            deviation = (share / (1 - share) * terms.square().sum()).sqrt()
+            assert deviation > 0.02 and abs(found[index].mean() - plain) < 4 * deviation / rows**0.5
+            assert abs(found[index].std() / deviation - 1.0) < 0.03
+    centred = found - found.mean(1, keepdim=True)
+    together = (centred[0] * centred[1]).mean() / (centred[0].std() * centred[1].std())
+    assert abs(together) < 4 / rows**0.5, "each member drops its own"
+
+
+def test_a_critic_drops_units_in_its_loss_alone():
+    torch.manual_seed(0)
+    size = CriticConfig(members=2, hidden=32, layers=2, dropout=0.5)
+    critic, plain = CriticEnsemble(4, 3, size, (-20.0, 0.0)), CriticConfig(members=2, hidden=32, layers=2)
+    same = CriticEnsemble(4, 3, plain, (-20.0, 0.0))
+    same.load_state_dict(critic.state_dict())
+    features, u, target = torch.randn(6, 4), torch.randn(6, 3), -10 * torch.rand(6)
+    assert torch.equal(critic(features, u), same(features, u))
+    assert torch.equal(critic.smallest(features, u, 2), same.smallest(features, u, 2))
+    first, second = (critic.regress(features, u, target) for _ in range(2))
+    assert first[0] != second[0] and not torch.equal(first[1], same(features, u))
+    for share in (-0.1, 1.0):
+        with pytest.raises(UserError, match="dropout: is a share"):
+            CriticConfig(dropout=share)
+
+
 def test_under_autocast_the_last_layer_stays_in_float32_and_weights_are_read_anew():
     torch.manual_seed(0)
     net, x, u = EnsembleMLP(2, 6, 64, 3, True, "relu"), torch.randn(50, 4), torch.randn(50, 2)
