@@ -23,6 +23,7 @@ from trimtab.recipes.compare.runs import Method, Run
 from trimtab.recipes.finetune.data import Recorder
 from trimtab.recipes.finetune.rollouts import Rollouts, rounds
 from trimtab.recipes.finetune.training import FineTuner, TuningConfig
+from trimtab.recipes.support.group_defaults import with_defaults
 from trimtab.recipes.support.option_dicts import Options, merge
 from trimtab.rl.algorithms import AlgorithmConfig
 from trimtab.rl.algorithms.acting import TrainingResult
@@ -222,7 +223,7 @@ def make_method(name: str, changes: Options | None = None, reward: str = "sparse
                 option, f"'{part}' is none of {', '.join(known) or 'anything: it has no settings'}"
             )
     try:
-        return draccus.decode(kind, merge(options, changes or {}))
+        return draccus.decode(kind, with_defaults(kind, merge(options, changes or {})))
     except ParsingError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None

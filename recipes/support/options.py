@@ -20,6 +20,7 @@ from trimtab.recipes.cli import COMMANDS, REMOVED
 from trimtab.recipes.cli.recipes import ABOUT, ADAPT, BASE, COMPARE, FOLDER, LORA, RECIPES
 from trimtab.recipes.compare.from_recipe import comparison, is_recipe
 from trimtab.recipes.support.console import say
+from trimtab.recipes.support.group_defaults import is_choices, members, with_defaults
 from trimtab.recipes.support.option_dicts import (
     CONFIG_PATH,
     Flag,
@@ -194,7 +195,7 @@ def decode[Config](
     """The config of ``values``; a ``UserError`` names what does not fit, and ``path`` if that said it."""
     try:
         check_names(config_class, values, "", command)
-        return draccus.decode(config_class, values)
+        return draccus.decode(config_class, with_defaults(config_class, values))
     except (UserError, draccus.utils.ParsingError, ValueError, TypeError, KeyError, AttributeError) as error:
         found = _user_error(error, path)
     name = found.option.removeprefix("--")
@@ -264,14 +265,3 @@ def unknown(name: str, where: str, known: list[str], of: str, command: str) -> s
     close = difflib.get_close_matches(name, known, 1)
     meant = f"; did you mean --{where}{close[0]}?" if close else ""
     return f"no such option{of}{meant}; `trimtab {command} --help` lists them"
-
-
-def members(hint: Any) -> tuple[Any, ...]:
-    """The types that a union names; of another hint itself."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
-
-
-def is_choices(cls: Any) -> bool:
-    """Whether a class stands for those that are registered with it."""
-    return isinstance(cls, type) and draccus.ChoiceRegistry in cls.__bases__
