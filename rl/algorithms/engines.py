@@ -69,15 +69,15 @@ class Compiled:
     def _compile(self, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         compiled = torch.compile(plain, dynamic=False)  # every shape comes back in each update
 
-        def forward(*args: Any) -> Tensor:
+        def forward(*args: Any, **options: Any) -> Tensor:
             if self.works:
                 try:
-                    return compiled(*args)
+                    return compiled(*args, **options)
                 except Exception as error:  # of many classes, from dynamo to the compiler's exit code
                     self.works = False
                     why = reason(error.__cause__ or error)
                     say(f"--rl.engine=compile: cannot compile here ({why}); it runs uncompiled")
-            return plain(*args)
+            return plain(*args, **options)
 
         return forward
 

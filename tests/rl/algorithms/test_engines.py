@@ -20,6 +20,7 @@ CONFIGS = {
     "dsrl_na": (DSRLNAConfig, {"num_candidates": K, "distillation_steps": 0.5}),
     "importance": (DSRLNAConfig, {"num_candidates": K, "bootstrap": "importance"}),
     "best_of_n": (BestOfNConfig, {"num_candidates": K, "target_candidates": 4, "actor_every": 3}),
+    "dropout": (BestOfNConfig, {"num_candidates": K}),
     "edits": (BestOfNConfig, {"num_candidates": K, "edit": EditConfig(scale=0.3)}),
 }
 
@@ -27,7 +28,8 @@ CONFIGS = {
 def make(name, engine="eager", cpu=True, **more):
     torch.manual_seed(0)
     make_config, settings = CONFIGS[name]
-    size = {"actor": ActorConfig(hidden=16, layers=2), "critic": CriticConfig(hidden=16, layers=2)}
+    critic = CriticConfig(hidden=16, layers=2, dropout=0.1 if name == "dropout" else 0.0)
+    size = {"actor": ActorConfig(hidden=16, layers=2), "critic": critic}
     config = make_config(engine=engine, **size, **settings, **more)
     space = FullNoiseConfig().build(NoiseSpec((2, 2)))
     accelerator = Accelerator(cpu=cpu)
