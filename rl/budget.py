@@ -29,6 +29,9 @@ class TrainConfig:
     # Gradient steps per collected transition (one transition per executed chunk). With several processes, per
     # transition of each process: each brings a batch of its own to every step.
     updates_per_transition: float | None = None
+    # After the last transition everything that learns begins anew, and takes this share of the gradient steps
+    # so far on the whole replay; 0: it does not. Default: the algorithm's own.
+    restart: float | None = None
     # Whether the gradient steps of the transitions before the first update are made up for at once.
     catch_up: bool = True
     replay_capacity: int = 100_000
@@ -58,7 +61,7 @@ class TrainConfig:
                 raise UserError("--train.reward_range", said)
         at_least(1, self, "--train.", "episodes", "first_update", "replay_capacity", "log_every")
         at_least(0 if self.offline_updates else 1, self, "--train.", "env_steps")
-        at_least(0, self, "--train.", "warmup_transitions", "offline_updates")
+        at_least(0, self, "--train.", "warmup_transitions", "offline_updates", "restart")
         for name in ("updates_per_transition", "clip_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"--train.{name}", f"must be positive, got {value}")

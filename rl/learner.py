@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import broadcast
 from tqdm import tqdm
 
 from trimtab.policies.noise_space import NoiseSpace
@@ -14,6 +15,28 @@ from trimtab.rl.data.demonstration_data import read_demonstrations
 from trimtab.rl.data.demonstrations import Demonstrations, make_transitions
 from trimtab.rl.data.memory import check_replay, replay_layout
 from trimtab.rl.data.replay import ReplayBuffer
+from trimtab.rl.runs.faults import Stopped
+from trimtab.rl.runs.progress import Progress
+from trimtab.rl.warm_start import read_constant
+
+CHECKED_EVERY = 20  # updates between two looks at the learning rate and at signals
+
+
+def make_algorithm(run: Any, collector: Collector, space: NoiseSpace) -> Algorithm:
+    """An algorithm that has learnt nothing, for what ``collector`` sees; the same on all processes."""
+    adapter, rl, spec = run.runner.adapter, run.rl, collector.spec
+    observe = adapter.observer.config if adapter.observer else None
+    bounds, (steps, action_dim) = collector.returns.bounds, adapter.chunk_shape
+    width = collector.rollout.features.shape[1] - (observe.pixels if observe else 0)
+    problem = Problem(width, space, run.accelerator, bounds, steps * action_dim, observe)
+    algorithm: Algorithm = rl.build(problem)
+    if spec:
+        algorithm.decode = Decoder(adapter, space, spec)
+    if run.train.warm_start:
+        noise = read_constant(run.train.warm_start, adapter.noise_spec)
+        algorithm.start = algorithm.actor.begin_at(noise)
+    broadcast(algorithm.state_dict())  # every process begins with the first one's weights
+    return algorithm
 
 
 def make_learner(
@@ -25,21 +48,10 @@ def make_learner(
         UserError: the replay does not fit into the memory, or the demonstrations do not fit the policy.
     """
     adapter, spec, train, rl = run.runner.adapter, collector.spec, run.train, run.rl
-    observe = adapter.observer.config if adapter.observer else None
-    bounds, (steps, action_dim) = collector.returns.bounds, adapter.chunk_shape
     width = collector.rollout.features.shape[1]
-    problem = Problem(
-        width - (observe.pixels if observe else 0),
-        space,
-        run.accelerator,
-        bounds,
-        steps * action_dim,
-        observe,
-    )
-    algorithm: Algorithm = rl.build(problem)
     if spec:
         spec.check_memory(train.replay_capacity, rl.conditioning_limit)
-        algorithm.decode = Decoder(adapter, space, spec)
+    algorithm = make_algorithm(run, collector, space)
     layout = replay_layout(rl, adapter, space, width, spec)
     check_replay(train.replay_capacity, layout)
     settings = layout, run.seed + run.world.rank, run.accelerator.device
@@ -55,3 +67,29 @@ def make_learner(
     for note in data.summary(len(transitions), run.runner.fps) if run.progress else ():
         tqdm.write(note)
     return algorithm, replay, demonstrations
+
+
+def learn_anew(run: Any, collector: Collector, space: NoiseSpace) -> Algorithm:
+    """The algorithm of a ``Trainer`` ``run``, learnt once more from the beginning on all that was seen.
+
+    What was learnt while there was little to learn from stays in the networks ("The Primacy Bias in Deep
+    Reinforcement Learning", Nikishin et al., arXiv 2205.07802). It takes ``TrainConfig.restart`` of the
+    updates so far; of none, the algorithm stays as it is. No checkpoint is written meanwhile.
+
+    Raises:
+        Stopped: a signal ended it.
+    """
+    updates = round((run.train.restart or 0.0) * run.updates) if run.env_steps else 0
+    if not updates:
+        return run.algorithm
+    algorithm = make_algorithm(run, collector, space)
+    run.guard.attach(algorithm)
+    run.fit_normalizer(algorithm)
+    for number in Progress(range(updates), desc="learning anew", unit="step", disable=not run.progress):
+        if number % CHECKED_EVERY == 0:
+            algorithm.progress(number / updates)
+            if any(run.world.gather(run.stop())):
+                raise Stopped(run.stop.name or "a signal to another process", run.env_steps)
+        algorithm.update(run.batch())
+    run.updates += updates
+    return algorithm

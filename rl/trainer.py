@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 
 from trimtab.adapters import UserError
 from trimtab.policies.noise_space import FullNoiseConfig, NoiseSpaceConfig
@@ -20,7 +19,7 @@ from trimtab.rl.data.demonstration_data import DemosConfig
 from trimtab.rl.data.replay import Batch
 from trimtab.rl.data.returns import Transition
 from trimtab.rl.envs.base import VectorEnv
-from trimtab.rl.learner import make_learner
+from trimtab.rl.learner import learn_anew, make_learner
 from trimtab.rl.metrics import RunMetrics, calibration, human_chunks
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
@@ -30,7 +29,6 @@ from trimtab.rl.runs.progress import Progress
 from trimtab.rl.runs.reshard import reshard
 from trimtab.rl.seeds import training_seed
 from trimtab.rl.takeover import Takeover
-from trimtab.rl.warm_start import read_constant
 
 COUNTED = (
     *("transitions", "episodes", "updates", "env_steps", "dropped", "update_seconds", "seconds"),
@@ -89,10 +87,6 @@ class Trainer:
             reward_range=self.train.reward_range,
         )
         self.algorithm, self.replay, self.demonstrations = make_learner(self, self.collector, self.space)
-        if self.train.warm_start:
-            noise = read_constant(self.train.warm_start, self.runner.adapter.noise_spec)
-            self.algorithm.start = self.algorithm.actor.begin_at(noise)
-        broadcast(self.algorithm.state_dict())  # every process begins with the first one's weights
         self.guard = StepGuard(world, self.train.clip_norm)
         self.guard.attach(self.algorithm)
         if world.rank:
@@ -128,8 +122,9 @@ class Trainer:
             self.seconds = time.perf_counter() - started
             bar.update(self._done() - bar.n)
             if episodes:
-                phase = "untrained actor" if self._warming else "steered"
-                bar.set_postfix_str(f"{self.metrics.outcome()}, {phase}")
+                bar.set_postfix_str(
+                    f"{self.metrics.outcome()}, {'untrained' if self._warming else 'steered'}"
+                )
             if self.env_steps - self._logged >= self.train.log_every:
                 self._log()
             self._keep()
@@ -140,6 +135,7 @@ class Trainer:
         bar.close()
         self.train.check_learnt(self.updates, self.transitions, self.dropped)
         self._keep(end=True)
+        self.algorithm = learn_anew(self, self.collector, self.space)
         return self.algorithm
 
     def _done(self) -> int:
@@ -153,10 +149,9 @@ class Trainer:
         self._learn()
         if self._logged != self.env_steps:
             self._log()
-        started = self.collector.start_episodes()
-        self._stopping = not started
+        self._stopping = not self.collector.start_episodes()
         self._keep()
-        return started
+        return not self._stopping
 
     def _learn_offline(self, started: float) -> None:
         """Take the gradient steps on the demonstrations alone, unless a checkpoint is past them."""
@@ -180,14 +175,19 @@ class Trainer:
         """Pay the gradient steps owed for the transitions so far, or as many as a robot leaves time for."""
         if self.transitions < self.train.first_update or not self._ready:
             return
-        replay, demos, size = self.replay, self.demonstrations, self.rl.batch_size
         if self.updates == 0:
-            features = self.world.gather(replay.all_features())
-            self.algorithm.fit_normalizer(torch.cat(features + ([demos.all_features()] if demos else [])))
-        count, share = int(self._owed), self._share
-        self._owed -= self._update(
-            count, lambda: demos.mix(replay, size, share) if demos else replay.sample(size), self.vec.calls
-        )
+            self.fit_normalizer(self.algorithm)
+        self._owed -= self._update(int(self._owed), self.batch, self.vec.calls)
+
+    def batch(self) -> Batch:
+        """What an update learns from."""
+        demos, size = self.demonstrations, self.rl.batch_size
+        return demos.mix(self.replay, size, self._share) if demos else self.replay.sample(size)
+
+    def fit_normalizer(self, algorithm: Algorithm) -> None:
+        """Take the statistics of all that was seen, by all processes."""
+        seen, demos = self.world.gather(self.replay.all_features()), self.demonstrations
+        algorithm.fit_normalizer(torch.cat(seen + ([demos.all_features()] if demos else [])))
 
     def _update(
         self, count: int, batch: Callable[[], Batch], called: Callable[[float], bool] = lambda seconds: False

@@ -106,7 +106,7 @@ class Steering(Method):
             )
             for note in trainer.resume(earlier) if earlier is not None else ():
                 print(note)
-            trainer.run()
+            self._take(run, trainer.run())
         return {"updates": trainer.updates, "metrics": lines, "reward_range": train.reward_range}
 
     def _take(self, run: Run, learnt: TrainingResult) -> None:

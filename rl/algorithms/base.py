@@ -83,6 +83,7 @@ class AlgorithmConfig(draccus.ChoiceRegistry, abc.ABC):
         "warmup_transitions": 800,
         "first_update": 256,
         "updates_per_transition": 2.0,
+        "restart": 0.0,
     }
 
     def __post_init__(self) -> None:

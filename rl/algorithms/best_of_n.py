@@ -53,7 +53,7 @@ class BestOfNConfig(AlgorithmConfig):
     actor: ActorConfig = field(default_factory=ActorConfig)
     # The action critic, and the noise critic that is distilled from it. More members choose better from
     # few transitions: see rl/algorithms/best_of_n.md.
-    critic: CriticConfig = field(default_factory=lambda: CriticConfig(members=5, dropout=0.1))
+    critic: CriticConfig = field(default_factory=lambda: CriticConfig(members=5))
     # Members of the action critic, drawn anew at each update, of whose values the smallest counts in the
     # target; at most all of them.
     target_members: int = 2

@@ -45,6 +45,7 @@ RUNS = {
     "exact": (DSRLNAConfig(mode="exact", **SIZE), TRAIN),
     "best_of_n": (BestOfNConfig(num_candidates=4, target_candidates=2, acting="thompson", **SIZE), TRAIN),
     "proposals": (BestOfNConfig(num_candidates=4, target_candidates=2, actor_candidates=2, **SIZE), TRAIN),
+    "restart": (BestOfNConfig(num_candidates=4, **SIZE), replace(TRAIN, restart=0.5)),
     "edits": (BestOfNConfig(num_candidates=4, edit=EditConfig(scale=0.3), **SIZE), TRAIN),
     "demonstrations": (DSRLNAConfig(num_candidates=4, **SIZE), TRAIN),
     "residual": (ResidualConfig(**SIZE), TRAIN),
