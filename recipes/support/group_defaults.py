@@ -42,19 +42,27 @@ def with_defaults(cls: Any, values: Options) -> Options:
         value = with_defaults(parts[0], value)
         if field.default_factory is not dataclasses.MISSING:
             default: Any = field.default_factory()
-            own, plain = (draccus.encode(one, parts[0]) for one in (default, type(default)()))
+            own, plain = draccus.encode(default, parts[0]), _without_changes(default, parts[0])
             if not is_choices(parts[0]) or value.get("type") == own["type"]:
                 value = merge(_changed(own, plain), value)
         found[field.name] = value
     return found
 
 
+def _without_changes(default: Any, kind: Any) -> Options:
+    """What a group of the class of ``default`` is by itself; nothing where it is not without arguments."""
+    try:
+        return draccus.encode(type(default)(), kind)
+    except TypeError:
+        return {}
+
+
 def _changed(own: Options, plain: Options) -> Options:
     """What is otherwise in ``own``."""
     found: Options = {}
     for name, value in own.items():
-        if value == plain[name]:
+        if name in plain and value == plain[name]:
             continue
-        both = isinstance(value, dict) and isinstance(plain[name], dict)
+        both = isinstance(value, dict) and isinstance(plain.get(name), dict)
         found[name] = _changed(value, plain[name]) if both else value
     return found

@@ -1,6 +1,6 @@
 """A group that is named in part keeps what the config around it says of the rest."""
 
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import get_type_hints
 
 import draccus
@@ -41,19 +41,36 @@ def test_an_option_of_the_demo_leaves_the_others():
     assert changed == plain
 
 
+@dataclass
+class Place:
+    x: float
+    y: float = 0.0
+
+
+@dataclass
+class Somewhere:
+    place: Place = field(default_factory=lambda: Place(1.0, 2.0))
+
+
+def test_a_group_that_needs_arguments_keeps_what_is_said_of_it():
+    for given, place in (({"y": 3.0}, Place(1.0, 3.0)), ({"x": 0.0}, Place(0.0, 2.0))):
+        found = draccus.decode(Somewhere, with_defaults(Somewhere, {"place": given}))
+        assert found.place == place
+
+
 @pytest.mark.parametrize("command", [name for name, one in COMMANDS.items() if not one.light])
 def test_any_option_of_any_group_leaves_the_group_as_it_is(command):
     """Named with the value that it has by default."""
     cls, named = config_class(command), 0
-    for field in fields(cls):
-        default = field.default_factory() if field.default_factory is not MISSING else None
+    for group in fields(cls):
+        default = group.default_factory() if group.default_factory is not MISSING else None
         if not is_dataclass(default):
             continue
-        part = next(kind for kind in members(get_type_hints(cls)[field.name]) if kind is not type(None))
+        part = next(kind for kind in members(get_type_hints(cls)[group.name]) if kind is not type(None))
         own = draccus.encode(default, part)
         for name in own.keys() - {"type"}:
             one = {key: value for key, value in own.items() if key in (name, "type")}
-            found = draccus.decode(part, with_defaults(cls, {field.name: one})[field.name])
-            assert found == default, f"--{field.name}.{name}"
+            found = draccus.decode(part, with_defaults(cls, {group.name: one})[group.name])
+            assert found == default, f"--{group.name}.{name}"
             named += 1
     assert named or command in ("recipes", "policies", "station")
