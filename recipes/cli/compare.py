@@ -10,6 +10,7 @@ from trimtab.recipes.compare.report import write_report
 from trimtab.recipes.compare.runs import SAME_COMMAND
 from trimtab.recipes.support.console import new_output_dir
 from trimtab.recipes.support.run_folder import run_errors
+from trimtab.rl.envs.hooks import refuse_attended
 
 
 def main(config: CompareConfig) -> None:
@@ -20,6 +21,7 @@ def main(config: CompareConfig) -> None:
         raise UserError("--policy.path", "name the base policy, or with --runs=[...] folders to report on")
     if config.env is None:
         raise UserError("--env.type", "name the environment, for instance --env.type=metaworld_state")
+    refuse_attended(config.env, "compare in a simulator, or use `trimtab adapt` and `trimtab eval`")
     comparison = Comparison(config)
     with run_errors(comparison.output, SAME_COMMAND):
         if config.only:

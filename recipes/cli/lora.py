@@ -23,7 +23,7 @@ from trimtab.recipes.support.reporting import MetricsWriter, rate_text, results_
 from trimtab.recipes.support.session import Session, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.data.demonstration_data import rate_warning
-from trimtab.rl.envs.hooks import check_base
+from trimtab.rl.envs.hooks import check_base, refuse_attended
 from trimtab.rl.evaluation import Evaluation, require_success
 from trimtab.rl.seeds import training_seed
 
@@ -83,6 +83,7 @@ class LoraConfig(TuningConfig):
 
 
 def main(config: LoraConfig) -> None:
+    refuse_attended(config.env, "learn from --dataset.repo_id= without a robot, then `trimtab eval`")
     output = new_output_dir(config.output_dir, "lora")
     config.machine.apply()
     tuner, session = FineTuner(config.policy, config), None

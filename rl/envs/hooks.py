@@ -76,6 +76,14 @@ def is_attended(config: EnvConfig) -> bool:
     return getattr(config, "attended", False)
 
 
+def refuse_attended(config: EnvConfig | None, instead: str) -> None:
+    """Raise a UserError for an environment whose episodes people start, where a command runs hundreds."""
+    if config is not None and is_attended(config):
+        raise UserError(
+            "--robot.type", f"people start its episodes, and this command runs hundreds; {instead}"
+        )
+
+
 def tiny_form(options: dict[str, Any], steps: int) -> EnvConfig | None:
     """The environment that ``options`` name, with episodes of ``steps``, if it says that it is ``tiny``."""
     config = EnvConfig.get_known_choices().get(options.get("type"))

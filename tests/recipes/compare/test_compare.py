@@ -187,6 +187,7 @@ ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3"]
         (["--grid=3000"], "--grid: --env_steps=20000 must be a multiple"),
         (["--settings={sac: {}}"], "--settings: there is no method 'sac'"),
         ([*ENV, "--config_path=demos.yaml"], "--demos.repo_id: compare replays no demonstrations"),
+        (["--policy.path=x", "--robot.type=mujoco_arm"], "--robot.type: people start its episodes"),
         (["--n_episodes=0"], "--n_episodes: must be at least 1"),
         (["--runs=[/nowhere]"], "--runs: there is no folder /nowhere"),
         (

@@ -396,6 +396,7 @@ def refused(argv, capsys):
         (["--from_rollouts=true"], "--env.type: --from_rollouts needs"),
         (["--dataset.repo_id=a/b", "--from_rollouts=true", *ENV], "--dataset.repo_id: drop it"),
         (["--method=half", "--dataset.repo_id=a/b"], "--method: must be lora or full"),
+        (["--from_rollouts=true", "--robot.type=mujoco_arm"], "--robot.type: people start its episodes"),
         (["--rounds=0", "--from_rollouts=true", *ENV], "--rounds: must be at least 1"),
         (["--env_steps=3", "--from_rollouts=true", *ENV], "--env_steps: must be at least one for each"),
         (["--peft.r=0", "--dataset.repo_id=a/b"], "--peft.r: must be at least 1"),
