@@ -43,8 +43,7 @@ class CriticEnsemble(nn.Module):
     the scale of the returns, its first values lie in their middle, and a step of the optimiser moves them
     alike: few transitions are enough to tell chunks apart. Without, it learns values by squared error.
 
-    With ``dropout`` members cannot remember how each of few episodes ended by its states alone, and say more
-    of chunks in states that are new.
+    ``dropout`` keeps members from remembering by its states how each of few episodes ended.
     """
 
     def __init__(

@@ -62,6 +62,8 @@ class TrainConfig:
         at_least(1, self, "--train.", "episodes", "first_update", "replay_capacity", "log_every")
         at_least(0 if self.offline_updates else 1, self, "--train.", "env_steps")
         at_least(0, self, "--train.", "warmup_transitions", "offline_updates", "restart")
+        if self.restart == math.inf:
+            raise UserError("--train.restart", "must be finite, got inf")
         for name in ("updates_per_transition", "clip_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"--train.{name}", f"must be positive, got {value}")

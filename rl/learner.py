@@ -69,7 +69,7 @@ def make_learner(
     return algorithm, replay, demonstrations
 
 
-def learn_anew(run: Any, collector: Collector, space: NoiseSpace) -> Algorithm:
+def learn_anew(run: Any) -> Algorithm:
     """The algorithm of a ``Trainer`` ``run``, learnt once more from the beginning on all that was seen.
 
     What was learnt while there was little to learn from stays in the networks ("The Primacy Bias in Deep
@@ -82,7 +82,7 @@ def learn_anew(run: Any, collector: Collector, space: NoiseSpace) -> Algorithm:
     updates = round((run.train.restart or 0.0) * run.updates) if run.env_steps else 0
     if not updates:
         return run.algorithm
-    algorithm = make_algorithm(run, collector, space)
+    algorithm = make_algorithm(run, run.collector, run.space)
     run.guard.attach(algorithm)
     run.fit_normalizer(algorithm)
     for number in Progress(range(updates), desc="learning anew", unit="step", disable=not run.progress):

@@ -122,9 +122,8 @@ class Trainer:
             self.seconds = time.perf_counter() - started
             bar.update(self._done() - bar.n)
             if episodes:
-                bar.set_postfix_str(
-                    f"{self.metrics.outcome()}, {'untrained' if self._warming else 'steered'}"
-                )
+                phase = "untrained actor" if self._warming else "steered"
+                bar.set_postfix_str(f"{self.metrics.outcome()}, {phase}")
             if self.env_steps - self._logged >= self.train.log_every:
                 self._log()
             self._keep()
@@ -135,7 +134,7 @@ class Trainer:
         bar.close()
         self.train.check_learnt(self.updates, self.transitions, self.dropped)
         self._keep(end=True)
-        self.algorithm = learn_anew(self, self.collector, self.space)
+        self.algorithm = learn_anew(self)
         return self.algorithm
 
     def _done(self) -> int:

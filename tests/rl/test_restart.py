@@ -11,7 +11,7 @@ from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.rl.algorithms import BestOfNConfig
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
-from trimtab.rl.learner import make_algorithm
+from trimtab.rl.learner import learn_anew, make_algorithm
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import CheckpointConfig, Checkpoints
 from trimtab.rl.runs.faults import Stopped
@@ -69,11 +69,7 @@ def test_it_is_a_learner_of_its_own_on_the_whole_replay():
 def test_demonstrations_alone_are_learnt_once():
     trainer = made(1.0)
     trainer.updates, trainer.env_steps = 50, 0
-    from trimtab.rl.learner import learn_anew
-
-    assert (
-        learn_anew(trainer, trainer.collector, trainer.space) is trainer.algorithm and trainer.updates == 50
-    )
+    assert learn_anew(trainer) is trainer.algorithm and trainer.updates == 50
 
 
 def test_a_signal_meanwhile_leaves_the_run_as_it_was_before_and_it_goes_on(tmp_path):

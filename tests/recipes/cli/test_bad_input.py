@@ -31,6 +31,7 @@ OPTIONS = {
     "small replay": (["--train.replay_capacity=10"], "--train.replay_capacity: cannot be below"),
     "no updates": (["--train.updates_per_transition=0"], "--train.updates_per_transition: must be positive"),
     "updates of nan": (["--train.updates_per_transition=nan"], "--train.updates_per_transition"),
+    "endless restart": (["--train.restart=.inf"], "--train.restart: must be finite"),
     "negative restart": (["--train.restart=-1"], "--train.restart: cannot be negative"),
     "negative warm-up": (["--train.warmup_transitions=-1"], "--train.warmup_transitions: cannot be"),
     "unknown reward": (["--train.reward=gold"], "--train.reward: 'gold' is none of"),

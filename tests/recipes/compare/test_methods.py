@@ -71,6 +71,19 @@ def test_evaluations_leave_the_run_alone(tmp_path):
     assert often["final"]["acting"]["episodes"] == 2
 
 
+@pytest.mark.parametrize("restart", [0.0, 1.0])
+def test_the_end_of_a_run_is_evaluated_on_what_has_learnt_anew(restart, tmp_path):
+    method = Steering(
+        BestOfNConfig(num_candidates=4, target_candidates=2, batch_size=16),
+        train=TrainConfig(first_update=16, warmup_transitions=0, updates_per_transition=0.5, restart=restart),
+    )
+    with begin(PointAdapter(), PointConfig(), tmp_path) as run:
+        add_point, seen = run.add_point, []
+        run.add_point = lambda *at: (seen.append(run.policies["actor"].actor), add_point(*at))
+        method.learn(run)
+        assert (run.policies["actor"].actor is not seen[-1]) == bool(restart)
+
+
 def test_filtered_behaviour_cloning_trains_a_copy_of_the_base(drawer_base):
     env = MetaworldStateConfig(task="drawer-close-v3", episode_length=100)
     adapter = load_adapter(PolicyConfig(path=str(drawer_base), device="cpu"))
