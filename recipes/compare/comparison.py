@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import draccus
@@ -29,6 +32,7 @@ from trimtab.recipes.support.option_dicts import TASK, filled, repeatable
 from trimtab.recipes.support.reporting import read_json, write_json
 from trimtab.recipes.support.session import Session
 from trimtab.rl.envs.hooks import base_tasks, check_base, task_names
+from trimtab.rl.runs.faults import stopping
 
 RECORD, CHECKPOINTS = "compare_config.json", "-checkpoints"
 REPORT_EVERY = 30.0  # seconds: short runs, and those that are there already, take less time than a report
@@ -183,8 +187,8 @@ class Comparison:
             self._write_options(options)
             command = [sys.executable, "-m", "trimtab.recipes.cli", "compare", f"--output_dir={self.output}"]
             command += [f"--config_path={options}", f"--only={run_name(task, name, seed)}"]
-            if code := subprocess.run(command).returncode:
-                raise SystemExit(code)
+            if code := ended(command):
+                raise SystemExit(code if code > 0 else 128 - code)  # a signal as shells say it
         return read_json(self._file(task, name, seed, ".json"))
 
     def _write_options(self, path: Path) -> None:
@@ -256,6 +260,26 @@ class Comparison:
         """A file of one run, or without a suffix its folder."""
         run = name if seed is None else f"{name}-seed{seed}"
         return self.output / "runs" / (task or self.config.env.type) / f"{run}{suffix}"
+
+
+def ended(command: list[str]) -> int:
+    """Exit code of a process, less than 0 for a signal. One that ends this process ends that, too."""
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    heard = {*stopping()} - {signal.SIGINT}  # which reaches both from a terminal
+    main = threading.current_thread() is threading.main_thread()  # Python hears signals there alone
+    with subprocess.Popen(command) as process:
+        before = {number: signal.signal(number, hand_on) for number in heard if main}
+        try:
+            return process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def run_name(task: str, name: str, seed: int | None) -> str:

@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
+import signal
+import sys
+import threading
 import time
 
 import pytest
@@ -17,7 +19,7 @@ from trimtab.policies.artefact import is_artefact
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.cli import main
-from trimtab.recipes.compare.comparison import once
+from trimtab.recipes.compare.comparison import ended, once
 from trimtab.recipes.compare.config import ALL, METHODS, CompareConfig
 from trimtab.recipes.compare.folders import read_runs
 from trimtab.recipes.compare.from_recipe import comparison
@@ -153,14 +155,13 @@ def test_a_run_of_its_own_process(tiny_base, tmp_path, capfd, monkeypatch):
     argv = options(
         tiny_base, tmp_path / "out", methods="base", isolate="true", videos=0, other_episodes=0, **more
     )
-    run = subprocess.run
 
-    def run_beside_another(command):
+    def beside_another(command):
         (tmp_path / "out" / "compare_config.json").write_text("{}")
-        return run(command)
+        return ended(command)
 
     with monkeypatch.context() as patched:
-        patched.setattr("trimtab.recipes.compare.comparison.subprocess.run", run_beside_another)
+        patched.setattr("trimtab.recipes.compare.comparison.ended", beside_another)
         assert main(argv) == 0
     record = json.loads((tmp_path / "out" / "runs" / TASK / "base.json").read_text())
     assert record["final"]["policy"]["episodes"] == 3 and record["others"] == {}
@@ -375,3 +376,13 @@ def test_runs_that_cannot_be_compared(file, changes, message, folders, tmp_path,
     assert not (tmp_path / "out").exists()
     (other / "results.json").unlink()
     assert "holds no results.json" in refused(argv, capsys)
+
+
+def test_what_ends_a_comparison_ends_the_run_in_its_own_process():
+    """As a job scheduler does it: SIGTERM to the command alone. The exit code is what a shell would say."""
+    before = signal.getsignal(signal.SIGTERM)
+    end = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    end.start()
+    assert ended([sys.executable, "-S", "-c", "import time; time.sleep(60)"]) == -signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert ended([sys.executable, "-S", "-c", "raise SystemExit(2)"]) == 2
