@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
+# Of a disk or its rights, which the user can mend.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 LONGEST = 600  # characters of a foreign error's text that a line of ours repeats
 
 

@@ -103,7 +103,7 @@ def save_artefact(
     """
     folder = folder.resolve()
     names = adapter.raw_names()
-    looks = adapter.observer is not None and (actor.space.uses_features or actor.encoder.image_shape or edit)
+    looking = actor.space.uses_features or actor.encoder.image_shape or edit or critic
     config = TrimtabConfig(
         n_obs_steps=adapter.n_obs_steps,
         input_features={names[k]: v for k, v in adapter.config.input_features.items()},
@@ -113,7 +113,7 @@ def save_artefact(
         noise=noise,
         noise_shape=list(adapter.noise_spec.shape),
         feature_dim=actor.encoder.vector_dim,
-        observe=adapter.observer.config if looks else None,
+        observe=adapter.observer.config if adapter.observer and looking else None,
         actor=actor.config,
         critic=critic[1] if critic else None,
         critic_bounds=list(critic[0].bounds) if critic and critic[0].bounds else None,

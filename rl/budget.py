@@ -64,6 +64,11 @@ class TrainConfig:
         at_least(0, self, "--train.", "warmup_transitions", "offline_updates", "restart")
         if self.restart == math.inf:
             raise UserError("--train.restart", "must be finite, got inf")
+        if self.gate.enabled and self.warmup_transitions:
+            raise UserError(
+                "--train.warmup_transitions",
+                "has no effect with --train.gate.enabled=true, for which the base acts instead; leave out one",
+            )
         for name in ("updates_per_transition", "clip_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"--train.{name}", f"must be positive, got {value}")
@@ -102,6 +107,7 @@ class TrainConfig:
         Raises:
             UserError: the replay is too small for it.
         """
-        # Without a warm-up where the actor has learnt before it acts.
-        pace = rl.pace | ({"warmup_transitions": 0} if self.offline_updates else {})
+        # Without a warm-up where the actor has learnt before it acts, or must earn that it does.
+        cold = not self.offline_updates and not self.gate.enabled
+        pace = rl.pace | ({} if cold else {"warmup_transitions": 0})
         return replace(self, **{name: v for name, v in pace.items() if getattr(self, name) is None})

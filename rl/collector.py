@@ -40,6 +40,7 @@ class Episode:
             not keep it.
         rewards, discounts: of each chunk.
         human, inverted: how many chunks a person executed, and of how many of them the noise was found.
+        helped: whether a person has taken over in it: its success is not the policy's own.
     """
 
     seed: int
@@ -56,6 +57,7 @@ class Episode:
     discounts: Any = field(default_factory=list)
     human: int = 0
     inverted: int = 0
+    helped: bool = False
 
 
 class Collector:
@@ -174,9 +176,9 @@ class Collector:
         """
         self._steering = steering
         choice = self.rollout.begin(self)
-        self._u = choice.u.float().cpu().numpy()
+        self._u = np.array(choice.u.float().cpu())  # copies: a robot may have executed something else
         self._marks = np.zeros((len(self._u), 1), dtype=np.float32)
-        self._chunks = choice.chunk.float().flatten(1).cpu().numpy()
+        self._chunks = np.array(choice.chunk.float().flatten(1).cpu())
         self.vec.note(u=self._u[0], steered=np.array(self._episodes[0].steered))
 
     @property
@@ -271,6 +273,7 @@ class Collector:
         episode.steps += result.steps
         episode.total += float(result.rewards.sum())
         episode.terminated = result.terminated
+        episode.helped |= result.human
         self.reported |= result.success_key is not None or episode.success
         kept |= {"chunk": self._chunks[i], "imitated": self._marks[i]}
         chunk = Transition(features, self._u[i], reward, discount, next_features, kept)
@@ -323,7 +326,9 @@ class Collector:
                 self._candidates.chunks[i] = saved[i]["candidates"]["chunks"]
         if back:
             self._rows = observation_rows(rollout.features, self._candidates, rollout.encoded, self.spec)
-        interrupted = [one["rollout"]["trace"]["actions"] or self.vec.repeatable for one in saved]
+        traces = [one["rollout"]["trace"] for one in saved]
+        # Without digests nothing had begun: it had learnt from demonstrations alone.
+        interrupted = [one["actions"] or (self.vec.repeatable and one["digests"]) for one in traces]
         return sum(bool(began) and i not in back for i, began in enumerate(interrupted))
 
     def skip(self, seed: int) -> None:

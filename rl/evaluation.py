@@ -91,6 +91,9 @@ def evaluate(
         record: seeds whose episodes are rendered (each must run first in its environment).
         progress: show the bar.
         world: several processes that share the episodes; all of them get the whole outcome.
+
+    Raises:
+        UserError: a fault has lost an episode, in environments that go on after one.
     """
     if world is not None and world.size > 1:
         mine = list(range(world.rank, len(seeds), world.size))
@@ -120,6 +123,9 @@ def evaluate(
         rollout.begin(acting)
         for i, result in rollout.receive().items():
             k = running[i]
+            if result.lost:  # nobody knows how it would have ended
+                option, _, said = result.lost[1].partition(": ")
+                raise UserError(option, said)
             found.successes[k] |= bool(result.successes.any())
             found.steps[k] += result.steps
             found.returns[k] += result.rewards.sum()

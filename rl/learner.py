@@ -78,7 +78,10 @@ def learn_anew(run: Any) -> Algorithm:
 
     Raises:
         Stopped: a signal ended it.
+        UserError: more faults than the limit.
     """
+    if run.train.restart and not run.env_steps and run.progress:
+        tqdm.write("note: --train.restart has no effect before the first environment step")
     updates = round((run.train.restart or 0.0) * run.updates) if run.env_steps else 0
     if not updates:
         return run.algorithm
@@ -90,6 +93,10 @@ def learn_anew(run: Any) -> Algorithm:
             algorithm.progress(number / updates)
             if any(run.world.gather(run.stop())):
                 raise Stopped(run.stop.name or "a signal to another process", run.env_steps)
-        algorithm.update(run.batch())
+            run.faults.gather(run.world, run.guard)
+            run.faults.check()
+        algorithm.update(run.batch(number / updates))
+    run.faults.gather(run.world, run.guard)
+    run.faults.check()
     run.updates += updates
     return algorithm

@@ -42,23 +42,23 @@ class TakeoverConfig:
 
 
 class Takeover:
-    """The schedule of one run, as the module's docstring has it; ``seed`` is that of its draws."""
+    """The schedule of one run, as the module's docstring has it; ``seed`` is that of its draws.
+
+    ``share`` is that of the episodes in which the learner acts, as last reckoned.
+    """
 
     def __init__(self, config: TakeoverConfig, seed: int) -> None:
         self.config = config
         self._rng = np.random.default_rng(seed)
         self._base: list[bool] = []
         self._steered: deque[bool] = deque(maxlen=config.window)
+        self.share = config.least if config.enabled else 1.0
 
     def add(self, steered: bool, success: bool) -> None:
         """Note the outcome of a training episode."""
         (self._steered if steered else self._base).append(success)
 
-    @property
-    def share(self) -> float:
-        """Share of the coming episodes in which the learner acts."""
-        if not self.config.enabled:
-            return 1.0
+    def _reckoned(self) -> float:
         base = self._rng.beta(1 + sum(self._base), 1 + len(self._base) - sum(self._base), DRAWS)
         won = sum(self._steered)
         lost = len(self._steered) - won
@@ -67,12 +67,17 @@ class Takeover:
 
     def __call__(self) -> bool:
         """Whether the learner acts in the next episode."""
-        return len(self._base) >= self.config.base_episodes and bool(self._rng.random() < self.share)
+        if not self.config.enabled or len(self._base) < self.config.base_episodes:
+            return not self.config.enabled
+        chance = self._rng.random()
+        self.share = self._reckoned()
+        return bool(chance < self.share)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rng": self._rng.bit_generator.state, "base": self._base, "steered": self._steered}
+        state = {"rng": self._rng.bit_generator.state, "share": self.share}
+        return state | {"base": self._base, "steered": self._steered}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rng.bit_generator.state = state["rng"]
-        self._base = state["base"]
+        self._base, self.share = state["base"], state["share"]
         self._steered.extend(state["steered"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from trimtab.rl.learner import learn_anew, make_learner
 from trimtab.rl.metrics import RunMetrics, calibration, human_chunks
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
-from trimtab.rl.runs.faults import FaultsConfig, Stopped, StopSignals, lost_notes, too_many
+from trimtab.rl.runs.faults import Faults, FaultsConfig, Stopped, StopSignals, lost_notes
 from trimtab.rl.runs.processes import ProcessGroup, StepGuard, weights_digest
 from trimtab.rl.runs.progress import Progress
 from trimtab.rl.runs.reshard import reshard
@@ -91,9 +91,7 @@ class Trainer:
         self.guard.attach(self.algorithm)
         if world.rank:
             torch.manual_seed(self.seed + 1_000_003 * world.rank)  # from here on, each draws its own
-        self.faults: Counter[str] = Counter()
-        self._new_faults: list[tuple[str, str]] = []  # kind, and what is said of it
-        self._last_fault = ""
+        self.faults = Faults(self.faults_config.limit)
         self.metrics = RunMetrics(world, list(dict.fromkeys(self.vec.task_names)))
         self.recent: deque[Episode] = deque(maxlen=20)
 
@@ -112,7 +110,7 @@ class Trainer:
         while self._done() < total:
             if self.collector.rollout.waiting and not self._start_episodes():
                 continue
-            self._warming = self.transitions < self.train.warmup_transitions and not self.train.gate.enabled
+            self._warming = self.transitions < self.train.warmup_transitions
             self.collector.begin(steering=self.updates > 0 and not self._warming)
             self._learn()
             before = self.collector.env_steps
@@ -133,6 +131,7 @@ class Trainer:
             self._log()
         bar.close()
         self.train.check_learnt(self.updates, self.transitions, self.dropped)
+        self.faults.gather(self.world, self.guard)
         self._keep(end=True)
         self.algorithm = learn_anew(self)
         return self.algorithm
@@ -165,6 +164,7 @@ class Trainer:
             self._update(count, lambda: demos.sample(self.rl.batch_size))
             bar.update(count)
             self.seconds = time.perf_counter() - started
+            self.faults.gather(self.world, self.guard)
             self._log()
             self._stopping = any(self.world.gather(self.stop()))
             self._keep()
@@ -178,10 +178,10 @@ class Trainer:
             self.fit_normalizer(self.algorithm)
         self._owed -= self._update(int(self._owed), self.batch, self.vec.calls)
 
-    def batch(self) -> Batch:
-        """What an update learns from."""
-        demos, size = self.demonstrations, self.rl.batch_size
-        return demos.mix(self.replay, size, self._share) if demos else self.replay.sample(size)
+    def batch(self, share: float | None = None) -> Batch:
+        """What an update learns from; ``share`` is how much of the learning is done."""
+        demos, size, share = self.demonstrations, self.rl.batch_size, self._share if share is None else share
+        return demos.mix(self.replay, size, share) if demos else self.replay.sample(size)
 
     def fit_normalizer(self, algorithm: Algorithm) -> None:
         """Take the statistics of all that was seen, by all processes."""
@@ -212,9 +212,9 @@ class Trainer:
             try:
                 self.replay.add(transition)
             except ValueError as error:
-                self._new_faults.append(("transition", f"--policy.path: {error}"))
+                self.faults.new.append(("transition", f"--policy.path: {error}"))
         lost, self.collector.lost = self.collector.lost, []
-        self._new_faults += [*(fault for fault in lost if fault[0] != "abort"), *self.guard.taken()]
+        self.faults.new += [fault for fault in lost if fault[0] != "abort"]
         self.recent.extend(episodes)
         here = {
             "stored": self.replay.added - added,
@@ -223,10 +223,10 @@ class Trainer:
             "stop": self.stop() or bool(self.vec.stopped),
             "ready": len(self.replay) > 0,
             "reported": self.collector.reported,
-            "faults": self._new_faults,
-            "episodes": [(one.task, one.steered, one.success, one.total) for one in episodes],
+            "episodes": [(one.task, one.steered, one.success, one.total, one.helped) for one in episodes],
         }
-        everyone, self._new_faults = self.world.gather(here), []
+        everyone = self.world.gather(here)
+        self.faults.gather(self.world, self.guard)
         brought = sum(there["stored"] for there in everyone)
         self.transitions += brought
         if self.train.catch_up or self.transitions > self.train.first_update:
@@ -236,13 +236,11 @@ class Trainer:
         for there in everyone:
             self.env_steps += there["steps"]
             self.dropped += there["lost"]
-            for kind, self._last_fault in there["faults"]:
-                self.faults[kind] += 1
             self.metrics.reported |= there["reported"]
-            for task, steered, success, total in there["episodes"]:
+            for task, steered, success, total, helped in there["episodes"]:
                 self.episodes += 1
                 self.metrics.add_episode(task, success, total)
-                self.takeover.add(steered, success)
+                self.takeover.add(steered, success and not helped)
 
     def _log(self) -> None:
         """Report a line of metrics; all processes make it together."""
@@ -273,13 +271,12 @@ class Trainer:
 
     def _keep(self, end: bool = False) -> None:
         """Write a checkpoint where one is due, or the run has to end; all processes do so together."""
-        stops, now = self.faults.total() > self.faults_config.limit, (self.env_steps, self.updates)
-        wanted = stops or self._stopping or (end and now != self._kept)
+        now = self.env_steps, self.updates
+        wanted = self.faults.too_many or self._stopping or (end and now != self._kept)
         if self.checkpoints and (wanted or self.checkpoints.due(self.env_steps)):
             self.checkpoints.save(self.env_steps, self.state_dict())
             self._kept = now
-        if stops:
-            raise too_many(self.faults, self._last_fault, self.faults_config.limit)
+        self.faults.check()
         if self._stopping:
             raise Stopped(self.stop.name or self.vec.stopped or "a signal to another process", self.env_steps)
 
@@ -288,7 +285,7 @@ class Trainer:
         demos, replay, device = self.demonstrations, self.replay, self.accelerator.device
         return {
             **{name: getattr(self, name) for name in COUNTED},
-            "faults": self.faults,
+            "faults": dict(self.faults),
             "metrics": self.metrics.state_dict(),
             "algorithm": self.algorithm.training_state(),
             "weights": weights_digest(self.algorithm, self.world),
@@ -342,7 +339,7 @@ class Trainer:
             lost = sum(self.world.gather(lost))
             self.dropped += lost
         else:
-            self._new_faults += [("unrepeatable", "--env.type: the simulator repeats no episode")] * lost
+            self.faults.new += [("unrepeatable", "--env.type: the simulator repeats no episode")] * lost
         torch.set_rng_state(state["rng"])  # last: building and looking may have drawn
         if state["cuda_rng"] is not None and self.accelerator.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"], self.accelerator.device)

@@ -111,7 +111,7 @@ def _run(command: str, args: list[str]) -> int:
     if COMMANDS[command].simulates and not any(arg.startswith(no_workers) for arg in args):
         start_worker_server()
     with quick_imports():
-        from trimtab.adapters.errors import UserError
+        from trimtab.adapters.errors import DISK, UserError
 
         kind = config_class(command)
 
@@ -133,6 +133,12 @@ def _run(command: str, args: list[str]) -> int:
         rank = os.environ.get("RANK", "0")  # of an `accelerate launch`
         where = "" if rank == "0" else f" (process {rank})"
         print(f"\ntrimtab {command}{where}: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"\ntrimtab {command}: error: {where}{error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ntrimtab {command}: interrupted", file=sys.stderr)

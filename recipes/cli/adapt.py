@@ -180,7 +180,7 @@ def steer(
         if before is None or not (before[0] or robot):  # a robot's base is measured in the run
             before = ({}, {}) if robot else measure(session, config, space)
         measured, constants = before
-        check_reward(config.rl, config.train.reward, measured)
+        check_reward(config.rl, config.train.reward, measured, config.train.gate.enabled)
         seen = [found["base"] for found in measured.values()]
         config.train = config.train.within_rewards(pooled(seen).reward_range if seen else None)
         clock.lap("baselines")
@@ -214,7 +214,7 @@ def steer(
                 if run.checkpoints:
                     run.checkpoints.beside = lambda: {
                         "metrics": metrics.offset(),
-                        "repeatable": vec.repeatable,
+                        "repeatable": vec.repeatable or vec.empty,  # where nothing ran, none has been asked
                         "episodes": vec.episodes if robot else None,
                     }
                 for note in trainer.resume(checkpoint) if checkpoint else ():
@@ -318,9 +318,11 @@ def measure(session: Session, config: AdaptConfig, space: NoiseSpace) -> tuple[M
     return found, next(iter(details.values())) if len(details) == 1 else details
 
 
-def check_reward(rl: AlgorithmConfig, reward: str, measured: Measured) -> None:
-    """Refuse to learn from success where the environment reports none."""
+def check_reward(rl: AlgorithmConfig, reward: str, measured: Measured, gated: bool = False) -> None:
+    """Refuse to learn from success, or to hand over by it, where the environment reports none."""
     problem = rl.without_success(reward)
+    if gated and problem is None:
+        problem = "--train.gate.enabled", "leave it out"
     for found in measured.values() if problem else ():
         if not found["base"].reported:
             option, mend = problem

@@ -39,6 +39,8 @@ def main(config: PoliciesConfig) -> None:
     if unknown:
         raise UserError("--types", f"no policy type {', '.join(unknown)}; there are {', '.join(rows)}")
     chosen = [rows[name] for name in names]
+    if config.output and config.output.is_dir():
+        raise UserError("--output", f"{config.output} is a folder; name a file")
     print(markdown(COLUMNS, [cells(row) for row in chosen]))
     if config.output:
         write_json(config.output, chosen)

@@ -12,7 +12,7 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.checkpoint.folder import is_peft
-from trimtab.adapters.checkpoint.identity import file_hash
+from trimtab.adapters.checkpoint.identity import file_hash, hash_files, settings_hashes
 from trimtab.policies.artefact import is_artefact
 from trimtab.recipes.embedded_base.base import DEMONSTRATIONS
 from trimtab.recipes.embedded_base.demonstrations import REPO_ID
@@ -26,7 +26,7 @@ class Base:
 
     Attributes:
         options: load it from ``folder``, which may be a server.
-        sha256: of its weights; ``None``: a server shows none.
+        sha256, files: of its weights (``None``: a server shows none), and of what else makes it what it is.
         dataset: the demonstrations that are named, or those that an embedded base was made from.
 
     Raises:
@@ -43,12 +43,19 @@ class Base:
                 "--policy.path", f"{self.folder} is a LoRA adapter; name the policy that it adapts"
             )
         self.sha256 = file_hash(local) if local else None
+        self.files = settings_hashes(local) if local else {}
         if dataset is None and local and (local / DEMONSTRATIONS).is_dir():
             self.dataset = DatasetConfig(REPO_ID, root=str(local / DEMONSTRATIONS))
 
     @cached_property
     def loaded(self) -> LoadedBase:
         return LoadedBase(load_adapter(self.options), self.options, self.folder)
+
+    def dataset_sha256(self) -> str | None:
+        """Of what the demonstrations say of themselves, statistics and episodes; ``None``: they are not here."""
+        root = self.dataset and self.dataset.root
+        paths = sorted((Path(root).expanduser() / "meta").rglob("*.*")) if root else []
+        return hash_files(paths) if paths else None
 
     @property
     def text(self) -> str:

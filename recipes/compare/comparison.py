@@ -144,6 +144,7 @@ class Comparison:
             loaded.pop(key, None)
         found = {
             "base_sha256": base.sha256,
+            "base_files": base.files,
             "policy": loaded,
             "env": draccus.encode(env_of(config.env, task), EnvConfig),
             "method": method.settings(),
@@ -155,6 +156,7 @@ class Comparison:
             found[key] = draccus.encode(base.dataset if key == "dataset" else getattr(config, key))
         if "dataset" in found:
             found["dataset"].pop("root", None)  # where it lies decides nothing
+            found["dataset"]["sha256"] = base.dataset_sha256()
         return json.loads(json.dumps(found))
 
     def record(self, task: str, name: str, seed: int | None) -> dict[str, Any]:
@@ -186,7 +188,7 @@ class Comparison:
             options = Path(folder) / RECORD  # that in ``output`` may be of another command by now
             self._write_options(options)
             command = [sys.executable, "-m", "trimtab.recipes.cli", "compare", f"--output_dir={self.output}"]
-            command += [f"--config_path={options}", f"--only={run_name(task, name, seed)}"]
+            command += [f"--config_path={options}", f"--only={json.dumps(run_name(task, name, seed))}"]
             if code := ended(command):
                 raise SystemExit(code if code > 0 else 128 - code)  # a signal as shells say it
         return read_json(self._file(task, name, seed, ".json"))

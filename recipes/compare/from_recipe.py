@@ -16,7 +16,7 @@ LEARN_NOTHING_NEW = ("base", "zero_noise", "golden_ticket", "steered", "residual
 FINE_TUNED = "lora_rollouts"
 STEERED = ("rl", "noise", "train")
 NO_PART = ("demos", "checkpoint", "faults", "trackers", "resume", "seed", "output_dir", "eval")
-OWN_TRAIN = ("env_steps", "log_every", "reward")  # the comparison's own
+OWN_TRAIN = ("env_steps", "episodes", "log_every", "reward")  # the comparison's own
 COUNT_SUCCESSES = ("golden_ticket", FINE_TUNED)  # no part where the environment's reward is learnt from
 
 

@@ -72,7 +72,7 @@ class Steering(Method):
         found = super().settings()
         # Of its pace what holds; how long it trains and reports is the comparison's own.
         found["train"] = draccus.encode(self.train.at_pace_of(self.rl))
-        for name in ("env_steps", "log_every"):
+        for name in ("env_steps", "episodes", "log_every"):
             del found["train"][name]
         return found
 
@@ -81,7 +81,7 @@ class Steering(Method):
         return max(train.first_update or 0, train.warmup_transitions or 0)
 
     def needs_success(self) -> bool:
-        return self.rl.without_success(self.train.reward) is not None
+        return self.train.gate.enabled or self.rl.without_success(self.train.reward) is not None
 
     def learn(self, run: Run) -> dict[str, Any]:
         lines: list[dict[str, Any]] = []
@@ -94,7 +94,7 @@ class Steering(Method):
                 self._take(run, search.run())
                 run.add_point(search.env_steps, search.env_steps)
                 return {"updates": 0, "search_episodes": search.episodes, "metrics": lines}
-            train = replace(self.train, env_steps=config.env_steps, log_every=config.grid)
+            train = replace(self.train, env_steps=config.env_steps, episodes=None, log_every=config.grid)
             if train.reward == "env":
                 train = train.within_rewards(base_episodes(run).reward_range)
             accelerator = Accelerator(cpu=adapter.device.type == "cpu")
@@ -192,6 +192,13 @@ def good_demonstrations(run: Run) -> tuple[DatasetConfig, int]:
     return replace(named, episodes=sorted(good)), len(good)
 
 
+# Of --train, what no method has for itself.
+OF_COMPARISON = {
+    "env_steps": "--env_steps",
+    "episodes": "--env_steps",
+    "log_every": "--grid",
+    "reward": "--reward",
+}
 # By the name that methods.yaml gives a kind.
 KINDS: dict[str, type[Method]] = {
     "base": Base,
@@ -217,11 +224,16 @@ def make_method(name: str, changes: Options | None = None, reward: str = "sparse
     if kind is Steering:
         options = merge({"noise": {"type": "full"}}, merge(options, {"train": {"reward": reward}}))
     known = [one.name for one in fields(kind)]
+    if not isinstance(changes or {}, dict):
+        raise UserError(option, f"is a group of options such as {{rl: {{gamma: 0.9}}}}, got {changes}")
     for part in changes or {}:
         if part not in known:
             raise UserError(
                 option, f"'{part}' is none of {', '.join(known) or 'anything: it has no settings'}"
             )
+    if said := {*((changes or {}).get("train") or {})} & OF_COMPARISON.keys():
+        name = min(said)
+        raise UserError(f"{option}.train.{name}", f"is the comparison's: {OF_COMPARISON[name]}, for all alike")
     try:
         return draccus.decode(kind, with_defaults(kind, merge(options, changes or {})))
     except ParsingError as error:

@@ -167,6 +167,7 @@ def write_report(
     ``compared`` asks for the aggregates over tasks and seeds: ``improved`` and ``reach`` of ``aggregate``.
     """
     entries, facts = summarise(runs), list(facts)
+    videos = [(caption, path.absolute()) for caption, path in videos]  # the report lies in another folder
     aggregates: list[dict[str, Any]] = []
     try:
         aggregates = aggregate(runs, *compared) if compared else []

@@ -24,7 +24,7 @@ TASK = "{task}"  # stands for the task in texts of `trimtab compare`
 # Options that may name a folder or file of this machine.
 PLACES = (
     *("policy.path", "policy.tokenizer", "policy.backbone", "policy.base_path"),
-    *("demos.root", "train.warm_start", "dataset.root"),
+    *("demos.root", "train.warm_start", "dataset.root", "from_episodes"),
 )
 # Packages that this process has loaded, by option. Importing cannot be undone, so this is the process's own.
 _loaded: dict[str, str] = {}
@@ -59,9 +59,23 @@ def _value(option: str, text: str) -> Any:
         raise UserError(option, f"cannot be read as YAML: {reason(error)}") from None
     if text == TASK:  # which YAML takes for a mapping
         return text
+    if "#" in text and isinstance(value, str | None) and not text.startswith(("'", '"')):
+        return text  # which YAML ends where a comment begins
     if isinstance(value, str) and value.startswith("include "):  # draccus' word for a part in a file
         return read_options(value.removeprefix("include "), option)
-    return value
+    return at_home(value)
+
+
+def at_home(value: Any) -> Any:
+    """``value`` with the user's home in the place of the ``~/`` that texts in it begin with.
+
+    A shell expands that in ``--output_dir ~/run``, and leaves it in ``--output_dir=~/run``.
+    """
+    if isinstance(value, dict):
+        return {name: at_home(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [at_home(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def read_options(path: str | Path, option: str = "") -> Options:
@@ -78,18 +92,22 @@ def read_options(path: str | Path, option: str = "") -> Options:
         raise UserError(option, f"cannot be read ({reason(error)})") from None
     if not isinstance(content, dict):
         raise UserError(option, "holds no options, such as `seed: 3`")
-    return content
+    return at_home(content)
 
 
 def merge(below: Options, above: Options) -> Options:
-    """``below`` with what ``above`` says. A part to which ``above`` gives another type begins empty."""
+    """``below`` with what ``above`` says.
+
+    A part to which ``above`` gives another type begins empty, and one that ``above`` says is empty is.
+    """
     merged = dict(below)
     for name, value in above.items():
         if isinstance(value, dict):
             before = merged.get(name)
             before = before if isinstance(before, dict) else {}
             types = before.get("type"), value.get("type")
-            value = merge({} if None not in types and types[0] != types[1] else before, value)
+            goes_on = (value or "type" in before) and (None in types or types[0] == types[1])
+            value = merge(before if goes_on else {}, value)
         merged[name] = value
     return merged
 

@@ -76,6 +76,8 @@ def parse[Config](
     if "env" in names:
         content, given = with_robot(content), with_robot(given)
     content = fitted(content, command, names, path)
+    if command == "eval" and value_at(given, "policy.path") and isinstance(content.get("policy"), dict):
+        content["policy"] = of_artefact(content["policy"], str(given["policy"]["path"]))
     below: Options = {}
     if "rl" in names:
         if value_at(given, "train.env_steps") and not value_at(given, "train.episodes"):
@@ -126,6 +128,17 @@ def fitted(content: Options, command: str, names: set[str], path: Path | None) -
     if others & set(content):
         others |= set(TAKES_ADAPTS[command])
     return {name: value for name, value in content.items() if name not in others}
+
+
+def of_artefact(policy: Options, path: str) -> Options:
+    """Of a file's options for its policy, those that hold for the one at ``path``.
+
+    An artefact knows how its base was loaded when it was steered, and the file may be of another run.
+    """
+    from trimtab.policies.artefact import LOADED_WITH, is_artefact
+
+    own = LOADED_WITH if is_artefact(path) else ()
+    return {name: value for name, value in policy.items() if name not in own}
 
 
 def with_algorithm(content: Options, given: Options) -> tuple[Options, Options, Options]:
@@ -240,6 +253,8 @@ def check_names(cls: type, values: Options, where: str, command: str) -> None:
         kinds = members(hints[name])
         if isinstance(value, Flag) and bool not in kinds:
             raise UserError(f"--{where}{name}", "expects a value")
+        if isinstance(value, dict | list) and {*kinds} <= {str, types.NoneType}:
+            raise UserError(f"--{where}{name}", f"is a text, which YAML took for {value}; quote it twice: '\"...\"'")
         parts = [one for one in kinds if dataclasses.is_dataclass(one) or is_choices(one)]
         if len(parts) != 1 or value is None or value == {}:
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from draccus.utils import flatten
 from safetensors import SafetensorError
 
 from trimtab.adapters import UserError
-from trimtab.adapters.errors import reason
+from trimtab.adapters.errors import DISK, reason
 from trimtab.recipes.support.console import say
 from trimtab.recipes.support.option_dicts import (
     Options,
@@ -50,7 +49,6 @@ FREE = (
     *(f"env.{name}" for name in STATION),
 )
 ONLINE = ("env", "eval", "num_envs")  # what a run without an environment has not used
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
 
 
 def resumed(given: Options, path: Path | None) -> Path | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,8 +71,8 @@ class Session:
         default = own_cores() if self.adapter.cameras() else 1
         self.workers = default if self.machine.workers is None else self.machine.workers
 
-    def _check_tasks(self, names: Collection[str]) -> None:
-        if len(names) > 1 and not self.many:
+    def _check_tasks(self, tasks: Sized) -> None:
+        if len(tasks) > 1 and not self.many:
             raise UserError(
                 "--env.task", "only adapt takes several tasks at once; name one, and run this once for each"
             )
@@ -110,6 +110,8 @@ class Session:
                     )
                 )
                 stack.callback(vec.close)
+                if task is None:
+                    self._check_tasks(range(vec.descriptions[0].tasks))
                 self._preflight(vec)
             except UserError:
                 raise
@@ -177,10 +179,22 @@ class Session:
         if self.world is None or self.world.main:
             tqdm.write(line)
 
-    def evaluation_environments(self, task: int | None = None) -> Any:
-        """As many environments as an evaluation uses, in two worker processes or more."""
+    @contextmanager
+    def evaluation_environments(self, task: int | None = None) -> Iterator[VectorEnv]:
+        """As many environments as an evaluation uses, in two worker processes or more.
+
+        Raises:
+            UserError: they are fewer than the tasks, which shows only now.
+        """
         count = min(self.eval.batch_size, self.eval.n_episodes)
-        return self.environments(count, self.evaluation_workers, task=task)
+        with self.environments(count, self.evaluation_workers, task=task) as vec:
+            if (tasks := vec.descriptions[0].tasks) > len(self.tasks):
+                raise UserError(
+                    "--eval.batch_size",
+                    f"'{self.env.task or self.env.type}' has {tasks} tasks, of which {count} environments see "
+                    f"{len(self.tasks)}; as many environments and episodes as tasks, or more",
+                )
+            yield vec
 
     def evaluations_by_task(self) -> Iterator[tuple[str, VectorEnv]]:
         """Environments to evaluate in, of one task after the other."""

@@ -72,6 +72,7 @@ class ChunkEnv:
             observations, the first one repeated after a reset.
         keep_seen: return every step's observation, to record what was done.
         limit: steps of an episode, where the environment itself names no time limit.
+        tasks: how many its config has, of which it has one.
 
     ``seed`` is that of the running episode, ``limit`` its time limit in steps or ``None``; frames are kept
     where ``render`` is set. ``layout`` is that of the first observation; empty before it.
@@ -80,9 +81,14 @@ class ChunkEnv:
     frame_every = 2  # steps from one kept frame to the next
 
     def __init__(
-        self, env: gym.Env, n_obs_steps: int = 1, keep_seen: bool = False, limit: int | None = None
+        self,
+        env: gym.Env,
+        n_obs_steps: int = 1,
+        keep_seen: bool = False,
+        limit: int | None = None,
+        tasks: int = 1,
     ) -> None:
-        self.env = env
+        self.env, self.tasks = env, tasks
         self.n_obs_steps, self.keep_seen = n_obs_steps, keep_seen
         self.limit = time_limit(env) or limit or None
         self.layout: contract.Layout = {}

@@ -23,6 +23,7 @@ class Description:
     warnings: list[str]
     # Where it cannot repeat: an observation history of zeros as it declares it, if it does.
     blank: dict[str, Any] | None
+    tasks: int = 1  # of its config, of which it has one; more only where the config itself cannot name them
 
 
 @dataclass
@@ -52,7 +53,7 @@ def describe(env: ChunkEnv, fps: float | None) -> Description:
         blank = read_observation(gym.vector.utils.create_empty_array(space, env.n_obs_steps, np.zeros))
     said = [getattr(env.env.unwrapped, name, None) for name in ("task_description", "task")]
     instruction = next((text for text in said if isinstance(text, str) and text), "")  # as in lerobot-eval
-    return Description(instruction, str(said[1] or ""), repeatable, warnings, blank)
+    return Description(instruction, str(said[1] or ""), repeatable, warnings, blank, env.tasks)
 
 
 def _metadata(env: gym.Env, name: str) -> list[Any]:

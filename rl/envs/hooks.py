@@ -68,7 +68,8 @@ def make_chunk_env(config: EnvConfig, task_index: int, **options: Any) -> ChunkE
     if make is not None:
         return make(task_index, **options)
     limit = getattr(config, "episode_length", None)
-    return ChunkEnv(make_single_env(config, task_index), limit=limit, **options)
+    env, tasks = make_single_env(config, task_index)
+    return ChunkEnv(env, limit=limit, tasks=tasks, **options)
 
 
 def is_attended(config: EnvConfig) -> bool:
@@ -118,8 +119,8 @@ def check_buildable(config: EnvConfig) -> None:
     raise UserError("--env.type", f"{why}; {ELSEWHERE}")
 
 
-def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
-    """One bare environment of ``config``: of its tasks that of ``task_index``, modulo their number.
+def make_single_env(config: EnvConfig, task_index: int = 0) -> tuple[Any, int]:
+    """One bare environment of ``config``, and how many tasks it has: that of ``task_index`` modulo these.
 
     LeRobot's vector environments reset or freeze a sub-environment on their own, which would lose
     the last observation; the environment inside them does not.
@@ -133,7 +134,8 @@ def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
         cause = f"{reason(error.__cause__)}: " if error.__cause__ else ""
         raise UserError("--env.type", f"'{config.type}' does not run here: {cause}{reason(error)}") from error
     tasks = [vec for by_task in suites.values() for vec in by_task.values()]
-    chosen = tasks.pop(task_index % len(tasks))
+    count = len(tasks)
+    chosen = tasks.pop(task_index % count)
     for vec in tasks:
         vec.close()
     if not hasattr(chosen, "envs"):
@@ -142,4 +144,4 @@ def make_single_env(config: EnvConfig, task_index: int = 0) -> Any:
             f"create_envs of '{config.type}' must give a gymnasium.vector.SyncVectorEnv, it gives a "
             f"{type(chosen).__name__}",
         )
-    return chosen.envs[0]
+    return chosen.envs[0], count

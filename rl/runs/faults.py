@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from trimtab.adapters.errors import UserError, at_least
+
+if TYPE_CHECKING:  # a robot's station does without torch
+    from trimtab.rl.runs.processes import ProcessGroup, StepGuard
 
 
 @dataclass
@@ -31,12 +35,36 @@ class FaultsConfig:
         at_least(0, self, "--faults.", "limit", "timeout")
 
 
-def too_many(faults: Counter[str], last: str, limit: int) -> UserError:
-    """That there are more than ``limit`` faults, with what was said of the last."""
-    option, _, message = last.partition(": ")
-    listed = ", ".join(f"{count} x {kind}" for kind, count in faults.items())
-    count = f"stopped after {faults.total()} faults ({listed}), more than --faults.limit={limit}"
-    return UserError(option, f"{message}; {count}")
+class Faults(Counter[str]):
+    """How many there have been in all processes, by kind.
+
+    Attributes:
+        limit: more than so many end the run.
+        new: those here since the last ``gather``: kind, and what is said of it, after its option.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit, self.new, self._last = limit, list[tuple[str, str]](), ""
+
+    def gather(self, world: ProcessGroup, guard: StepGuard) -> None:
+        """Count what is new, and the steps that ``guard`` has left out; all processes do so together."""
+        everyone = world.gather([*self.new, *guard.taken()])
+        self.new = []
+        for kind, self._last in (fault for there in everyone for fault in there):
+            self[kind] += 1
+
+    @property
+    def too_many(self) -> bool:
+        return self.total() > self.limit
+
+    def check(self) -> None:
+        """Raise a ``UserError`` about the last one where there have been too many."""
+        if self.too_many:
+            option, _, message = self._last.partition(": ")
+            listed = ", ".join(f"{count} x {kind}" for kind, count in self.items())
+            count = f"stopped after {self.total()} faults ({listed}), more than --faults.limit={self.limit}"
+            raise UserError(option, f"{message}; {count}")
 
 
 class Stopped(Exception):

@@ -180,6 +180,23 @@ class LanesConfig(LaneConfig):
         return LaneChunks(env, limit=self.episode_length, **options)
 
 
+@EnvConfig.register_subclass("test_suite")
+@dataclass
+class SuiteConfig(LaneConfig):
+    """Three tasks, which show only once they are made: as LIBERO's suites are in LeRobot."""
+
+    task: str | None = "suite"
+
+    def create_envs(self, n_envs, use_async_envs=False):
+        def lane(number):
+            env = gym.wrappers.TimeLimit(LaneEnv(self.manner), self.episode_length)
+            env.unwrapped.task = f"lane {number}"
+            return env
+
+        made = {n: gym.vector.SyncVectorEnv([lambda n=n: lane(n)]) for n in range(3)}
+        return {self.task: made}
+
+
 def make_lane_policy(folder, **fields):
     """Save a random DiffusionPolicy for the lane, whose actions follow its noise. It executes four of eight.
 

@@ -1,6 +1,7 @@
 """Artefacts: every noise space comes back the same, old files act as they did, a constant is small."""
 
 import json
+import math
 from dataclasses import replace
 
 import draccus
@@ -13,6 +14,7 @@ from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR, state
 from trimtab.policies import artefact
 from trimtab.policies.actor import ActorConfig, NoiseActor, constant_actor
 from trimtab.policies.artefact import load_artefact, save_artefact
+from trimtab.policies.critic import CriticConfig, CriticEnsemble
 from trimtab.policies.noise_space import (
     ConstantNoiseConfig,
     FullNoiseConfig,
@@ -22,6 +24,7 @@ from trimtab.policies.noise_space import (
     RepeatNoiseConfig,
     ResidualNoiseConfig,
 )
+from trimtab.policies.observe import ObserveConfig, build_observer
 from trimtab.rl.algorithms.presets import PAPER
 
 FEATURES = 18
@@ -98,6 +101,19 @@ def test_one_noise_is_a_small_artefact(base, tmp_path):
     prior = torch.randn(3, *ticket.shape)
     made = load(out).actor.act(torch.randn(3, FEATURES), prior, deterministic=True)
     assert torch.allclose(made, ticket.expand_as(made), atol=1e-5)
+
+
+def test_what_the_critic_looks_at_is_kept_though_the_actor_looks_at_nothing(base, tmp_path, monkeypatch):
+    folder, adapter = base
+    monkeypatch.setattr(adapter, "observer", build_observer(ObserveConfig(inputs=["state"]), adapter, [""]))
+    noise, options = ConstantNoiseConfig(), PolicyConfig(path=str(folder))
+    actor = constant_actor(torch.zeros(adapter.noise_spec.shape), noise.build(adapter.noise_spec))
+    config = CriticConfig(hidden=8, layers=1)
+    critic = CriticEnsemble(2, math.prod(adapter.chunk_shape), config)
+    for given, kept in ((None, None), ((critic, config), ["state"])):
+        out = save_artefact(tmp_path / str(kept), actor, noise, adapter, options, folder, {}, given)
+        found = json.loads((out / "config.json").read_text())["observe"]
+        assert (found and found["inputs"]) == kept
 
 
 def test_an_actor_of_the_papers_settings_deploys_the_noise_of_its_training(base, tmp_path):

@@ -111,6 +111,10 @@ def test_it_learns_from_a_dataset_without_a_simulator_and_goes_on_in_one(folder,
     more = [*ENV, "--env.success=terminated", HERE, "--eval.n_episodes=2", "--eval.constant_candidates=0"]
     run("eval", "--policy.path=offline/artefact", *more, "--output_dir=offline_ev")
     online = [*more, "--train.env_steps=40", "--num_envs=2", "--eval.videos=0"]
+    capsys.readouterr()
     run("adapt", "--resume=true", "--output_dir=offline", *online)
+    assert "cannot repeat" not in "".join(capsys.readouterr()), "it is asked, though a dataset was not"
+    lines = Path("offline/metrics.jsonl").read_text().splitlines()
+    assert not any("faults" in json.loads(line) for line in lines)
     results = json.loads(Path("offline/results.json").read_text())
     assert list(results["policies"]) == ["base", "zero_noise", "steered"] and results["env_steps"] >= 40

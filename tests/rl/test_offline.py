@@ -1,5 +1,7 @@
 """Learning from a dataset alone, and going on in the environment from there."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,20 @@ def test_a_dataset_alone_teaches_what_the_base_seldom_does(recorded):
     base, steered = offline(recorded, ALGORITHMS["best_of_n"], 520, lines)
     assert [line["updates"] for line in lines] == [500, 520]
     assert base < 0.5 and steered > 0.9
+
+
+def test_updates_left_out_are_counted_and_too_many_end_the_run(recorded):
+    lines, config = [], PointConfig()
+    with ChunkVectorEnv(config, 2, 0) as vec:
+        diverging = replace(ALGORITHMS["best_of_n"], learning_rate=1e30, learning_rate_end=1.0)
+        run = trainer(
+            *(PolicyRunner(PointAdapter(), config), vec, recorded, diverging, None, lines, FEW),
+            **{"env_steps": 0, "offline_updates": 100, "log_every": 10},
+        )
+        with pytest.raises(UserError, match=r"--rl.learning_rate: NaN or Inf in a gradient; lower it; stop"):
+            run.run()
+    assert 50 < run.faults["loss"] == run.faults.total() < 90
+    assert lines[0]["faults"] > 10 and run.updates == 10 * len(lines) < 100
 
 
 def test_dsrl_na_learns_from_a_dataset_too(recorded):

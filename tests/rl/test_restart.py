@@ -1,10 +1,14 @@
 """At its end a run learns once more, from the beginning, on all that it has seen."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
 
 from tests.helpers.point import PointAdapter, PointConfig
+from trimtab.adapters import UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
@@ -66,6 +70,29 @@ def test_it_is_a_learner_of_its_own_on_the_whole_replay():
     assert learnt is again.algorithm and learnt.updates == count
 
 
+def test_updates_left_out_meanwhile_count_as_faults():
+    trainer = made(1.0)
+    trainer.run()
+    trainer.rl = replace(trainer.rl, learning_rate=1e30, learning_rate_end=1.0)
+    assert trainer.faults.total() == 0
+    with pytest.raises(UserError, match=r"--rl.learning_rate: NaN or Inf in a gradient; .*--faults.limit=50"):
+        learn_anew(trainer)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_demonstrations_take_the_part_that_they_had_then(share):
+    """Their schedule begins anew, as that of the learning rate does."""
+    asked = SimpleNamespace(mix=lambda replay, size, share: asked.__dict__.setdefault("share", share))
+    trainer = made(0.0)
+    trainer.demonstrations = asked
+    trainer.batch(share)
+    assert asked.share == share
+    del asked.share
+    trainer.env_steps = 100
+    trainer.batch()
+    assert asked.share == 0.25
+
+
 def test_demonstrations_alone_are_learnt_once():
     trainer = made(1.0)
     trainer.updates, trainer.env_steps = 50, 0
@@ -77,11 +104,11 @@ def test_a_signal_meanwhile_leaves_the_run_as_it_was_before_and_it_goes_on(tmp_p
     stopped = made(1.0, tmp_path / "stopped")
     batch, drawn = stopped.batch, []
 
-    def noted():
-        drawn.append(stopped.env_steps >= 400)
-        if sum(drawn) > 70:  # it learns anew
+    def noted(*share):
+        drawn.append(share)
+        if sum(map(bool, drawn)) > 70:  # it learns anew
             stopped.stop.name = "SIGTERM"
-        return batch()
+        return batch(*share)
 
     stopped.batch = noted
     with pytest.raises(Stopped) as said:

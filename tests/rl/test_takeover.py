@@ -12,6 +12,7 @@ def gate(base=(), steered=(), **settings):
         made.add(False, success)
     for success in steered:
         made.add(True, success)
+    made()
     return made
 
 
@@ -39,8 +40,18 @@ def test_old_failures_are_forgotten():
     assert gate([True, False] * 20, [False] * 30 + [True] * 20, window=20).share > 0.97
 
 
+def test_looking_at_the_share_changes_nothing():
+    watched, other = gate([True] * 5, [True] * 3), gate([True] * 5, [True] * 3)
+    found = [(watched.share, watched()) for _ in range(50)]
+    assert [(acts, True) for _, acts in found] == [(other(), True) for _ in range(50)]
+    again = Takeover(TakeoverConfig(enabled=True), 1)
+    again.load_state_dict(watched.state_dict())
+    assert again.share == watched.share and [again() for _ in range(50)] == [other() for _ in range(50)]
+
+
 def test_without_the_gate_the_learner_acts():
-    assert Takeover(TakeoverConfig(enabled=False), 0).share == 1.0
+    made = Takeover(TakeoverConfig(enabled=False), 0)
+    assert made() and made.share == 1.0
 
 
 @pytest.mark.parametrize("settings", [{"least": 0.0}, {"least": 1.5}, {"window": 0}, {"doubt": -1.0}])

@@ -9,21 +9,24 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.problem import problem
-from trimtab.adapters import NoiseSpec
+from trimtab.adapters import NoiseSpec, UserError
 from trimtab.policies.actor import ActorConfig
 from trimtab.policies.artefact import is_artefact
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.cli import main
-from trimtab.recipes.compare.comparison import ended, once
+from trimtab.recipes.compare.comparison import Comparison, ended, once
 from trimtab.recipes.compare.config import ALL, METHODS, CompareConfig
 from trimtab.recipes.compare.folders import read_runs
 from trimtab.recipes.compare.from_recipe import comparison
+from trimtab.recipes.compare.methods import make_method
 from trimtab.recipes.compare.runs import Meter
+from trimtab.recipes.support.options import parse
 from trimtab.rl.algorithms import BestOfNConfig
 
 FEW = {"train": {"first_update": 4, "warmup_transitions": 0}}
@@ -114,8 +117,9 @@ def test_the_report(compared):
     assert (output / "curve.png").stat().st_size > 5000
 
 
-def test_what_is_there_is_kept(compared, tiny_base, capsys):
+def test_what_is_there_is_kept(compared, tiny_base, capsys, monkeypatch):
     output, before = compared
+    monkeypatch.chdir(output.parent)  # where the runs' videos are found by a relative path
     runs = output / "runs" / TASK
     # (This test runs after those that read the report, which it makes anew.)
     assert set(before) == {"base.json", "steered-seed0.json", "lora_rollouts-seed0.json"}
@@ -123,14 +127,48 @@ def test_what_is_there_is_kept(compared, tiny_base, capsys):
     made = {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}
     assert len(made) == 2 + 6 * 2
     changed = {**SETTINGS, "steered": {**SETTINGS["steered"], "noise": {"type": "repeat"}}}
-    argv = options(tiny_base, output, methods="steered,lora", seeds=1, settings=json.dumps(changed))
-    assert main(argv) == 0
+    relative = options(tiny_base, output.name, methods="steered,lora", seeds=1, settings=json.dumps(changed))
+    assert main(relative) == 0
+    assert (output / "report.html").read_text().count("data:video/mp4;base64,") >= 1
     said = capsys.readouterr().out
     assert "lora-seed0.json is there already" in said and "steered-seed0.json was made with other" in said
     now = {path.name: path.stat().st_mtime_ns for path in runs.glob("*.json")}
     assert {name for name in now if now[name] != made[name]} == {"steered-seed0.json"}
     record = json.loads((runs / "steered-seed0.json").read_text())
     assert record["settings"]["method"]["noise"]["type"] == "repeat"
+
+
+def test_another_base_or_dataset_of_the_same_name_is_not_taken_for_the_one_before(tiny_base, tmp_path):
+    """What else decides what a policy does, and what demonstrations hold, lies beside weights and names."""
+    folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+    def found():
+        given = options(folder, tmp_path / "out", methods="base,lora", videos=0)[1:]
+        made = Comparison(parse(CompareConfig, "compare", given))
+        return [json.dumps(made.settings(TASK, name, seed)) for name, seed in (("base", None), ("lora", 0))]
+
+    before = found()
+    assert found() == before
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_inference_steps": 3}))
+    other = found()
+    assert all(one != two for one, two in zip(before, other, strict=True))
+    info = folder / "demonstrations" / "meta" / "info.json"
+    info.write_text(info.read_text() + " ")
+    assert [one == two for one, two in zip(other, found(), strict=True)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (3, "--settings.steered: is a group of options"),
+        ({"train": {"episodes": 5}}, "--settings.steered.train.episodes: is the comparison's: --env_steps,"),
+        ({"train": {"log_every": 5}}, "--settings.steered.train.log_every: is the comparison's: --grid,"),
+    ],
+)
+def test_what_a_method_cannot_have_for_itself(changes, message):
+    with pytest.raises(UserError, match=message):
+        make_method("steered", changes)
 
 
 PLUGIN = """
@@ -323,7 +361,7 @@ def test_weights_that_best_of_k_needs_are_the_critics_and_the_actors_if_it_propo
 
 
 def test_a_recipe_keeps_what_is_not_the_comparisons_own():
-    train = {"env_steps": 1200, "log_every": 5, "first_update": 7}
+    train = {"env_steps": 1200, "episodes": 40, "log_every": 5, "first_update": 7}
     found = comparison({"train": train, "rl": {"type": "dsrl_sac"}, "eval": {"n_episodes": 9}}, None, False)
     assert found["settings"]["steered"] == {"rl": {"type": "dsrl_sac"}, "train": {"first_update": 7}}
     assert (found["env_steps"], found["n_episodes"], found["final_episodes"]) == (1200, 9, 9)

@@ -114,6 +114,15 @@ def test_adapt_learns_from_the_reward_and_shows_the_return(policy, tmp_path, cap
     assert "not reported" in card and "return [95 % interval]" in card and "0.0 %" not in card
 
 
+def test_nothing_is_handed_over_by_successes_that_nobody_reports(policy, tmp_path, capsys):
+    argv = ["adapt", f"--policy.path={policy}", *SMALL, *TRAIN, "--env.manner=silent", "--train.reward=env"]
+    argv += ["--train.gate.enabled=true", f"--output_dir={tmp_path / 'run'}"]
+    assert main(argv) == 2
+    assert "--train.warmup_transitions: has no effect with --train.gate" in capsys.readouterr().err
+    assert main([*argv, "--train.warmup_transitions=0"]) == 2
+    assert "--train.gate.enabled: the environment never reported" in capsys.readouterr().err
+
+
 def test_what_counts_successes_alone_refuses(policy, tmp_path, capsys):
     argv = ["lora", f"--policy.path={policy}", *SMALL[:5], "--env.manner=silent", "--from_rollouts=true"]
     assert main([*argv, f"--output_dir={tmp_path / 'lora'}"]) == 2

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from tests.helpers.faulty import FaultyConfig
 from tests.helpers.point import PointAdapter, PointConfig
 from trimtab.adapters import NoiseSpec, PolicyConfig, UserError
 from trimtab.policies.actor import ActorConfig, NoiseActor
@@ -48,6 +49,16 @@ def test_the_budget_is_kept_and_nearly_used_up(budget):
     spent = sum(count * share for count, share in zip(counts, each, strict=True))
     assert min(each) >= 1 and budget - counts[-1] < spent <= budget
     assert each == sorted(each)  # the fewer are left, the closer they are looked at
+
+
+def test_an_episode_lost_to_a_fault_is_no_failure_of_its_constant():
+    """The environments of training go on after a fault; the search cannot."""
+    config = FaultyConfig(fault="raise")
+    rl = GoldenTicketConfig(candidates=4, budget=48)
+    with ChunkVectorEnv(config, 4, 0, tolerant=True) as vec:
+        seeking = TicketSearch(PolicyRunner(PointAdapter(), config), vec, rl, progress=False)
+        with pytest.raises(UserError, match=r"--env.type: .*the physics exploded"):
+            seeking.run()
 
 
 def search(budget=120, seed=0, candidates=12, keep=0.5, **settings):

@@ -256,7 +256,7 @@ def test_what_it_says_of_itself_reaches_the_run(workers):
     class Wrapped(gym.Wrapper):
         metadata = {"render_fps": 10}  # noqa: RUF012 - Gymnasium's own form
 
-    inner = make_single_env(LaneConfig(manner="arm"))
+    inner, _ = make_single_env(LaneConfig(manner="arm"))
     assert not describe(ChunkEnv(Wrapped(inner)), None).repeatable
     with ChunkVectorEnv(LaneConfig(manner="arm"), 2, workers) as vec:
         assert not vec.repeatable

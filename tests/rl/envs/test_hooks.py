@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.helpers.lane import KNOWN, LaneConfig, LanesConfig, make_lane_policy
+from tests.helpers.lane import KNOWN, LaneConfig, LanesConfig, SuiteConfig, make_lane_policy
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.recipes.cli import main
 from trimtab.recipes.support.session import open_session
@@ -63,6 +63,28 @@ def test_a_session_takes_its_tasks_one_by_one(base):
     assert session.tasks == ["near", "far"]
     assert [vec.task_names[0] for _, vec in session.evaluations_by_task()] == ["near", "far"]
     (base / KNOWN).write_text("near")
+
+
+@pytest.mark.parametrize(
+    ("count", "many", "refused"),
+    [
+        (1, False, "--env.task: only adapt takes several tasks"),
+        (4, False, "--env.task: only adapt takes several tasks"),
+        (2, True, "--eval.batch_size: 'suite' has 3 tasks, of which 2 environments see 2;"),
+        (4, True, ""),
+    ],
+)
+def test_no_task_of_a_suite_is_left_out(count, many, refused, base):
+    """However few environments there are: the first would be taken for all of them."""
+    episodes = EpisodesConfig(n_episodes=4, batch_size=count)
+    policy = PolicyConfig(path=str(base), device="cpu")
+    session, _ = open_session(policy, SuiteConfig(), episodes, MachineConfig(0), many=many)
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            next(session.evaluations_by_task())
+    else:
+        seen = [(task, {*vec.task_names}) for task, vec in session.evaluations_by_task()]
+        assert seen == [(f"lane {n}", {f"lane {n}"}) for n in range(3)]
 
 
 @pytest.mark.parametrize("command", ["probe", "eval", "adapt", "lora", "compare"])

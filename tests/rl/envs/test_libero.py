@@ -54,7 +54,7 @@ def test_frames_are_those_of_lerobot_and_only_those_that_are_looked_at(tmp_path,
     from lerobot.envs.libero import LiberoEnv
 
     actions = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 10, 7)).astype(np.float32)
-    ours, plain = (make_single_env(libero.LiberoChunksConfig(**SMALL)) for _ in range(2))
+    ours, plain = (make_single_env(libero.LiberoChunksConfig(**SMALL))[0] for _ in range(2))
     plain.__class__ = LiberoEnv
     plain.init_state_id = 3
     expected, seconds = [plain.reset(seed=3)[0]], {}

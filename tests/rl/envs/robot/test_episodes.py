@@ -8,6 +8,7 @@ import pytest
 
 from trimtab.adapters.errors import UserError
 from trimtab.rl.envs.robot.episodes import RECORD, Chunk, EpisodeRecord, episode_folders
+from trimtab.rl.envs.robot.outcomes import robot_outcomes
 
 
 @pytest.fixture
@@ -21,6 +22,15 @@ def test_a_corrected_outcome_is_read(folder):
     record = json.loads((folder / RECORD).read_text())
     (folder / RECORD).write_text(json.dumps(record | {"outcome": "success"}))
     assert EpisodeRecord.read(folder).outcome == "success"
+
+
+def test_what_a_person_has_finished_is_no_success_of_the_policy(folder):
+    record = json.loads((folder / RECORD).read_text()) | {"outcome": "success", "steered": True}
+    for number, steps in enumerate((0, 2)):
+        copy = shutil.copytree(folder, folder.with_name(f"{number + 1:06}"))
+        (copy / RECORD).write_text(json.dumps(record | {"human_steps": steps}))
+    found = robot_outcomes(folder.parent)
+    assert found["steered"].successes.tolist() == [True, False] and not found["base"].successes.any()
 
 
 def test_only_numbers_are_episodes(folder):
