@@ -67,7 +67,7 @@ class TrainConfig:
         if self.gate.enabled and self.warmup_transitions:
             raise UserError(
                 "--train.warmup_transitions",
-                "has no effect with --train.gate.enabled=true, for which the base acts instead; leave out one",
+                "has no effect with --train.gate.enabled=true: the base acts first anyway; leave one out",
             )
         for name in ("updates_per_transition", "clip_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:

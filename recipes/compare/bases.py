@@ -52,7 +52,7 @@ class Base:
         return LoadedBase(load_adapter(self.options), self.options, self.folder)
 
     def dataset_sha256(self) -> str | None:
-        """Of what the demonstrations say of themselves, statistics and episodes; ``None``: they are not here."""
+        """Of what the demonstrations say of themselves and their episodes; ``None``: they are not here."""
         root = self.dataset and self.dataset.root
         paths = sorted((Path(root).expanduser() / "meta").rglob("*.*")) if root else []
         return hash_files(paths) if paths else None

@@ -233,7 +233,9 @@ def make_method(name: str, changes: Options | None = None, reward: str = "sparse
             )
     if said := {*((changes or {}).get("train") or {})} & OF_COMPARISON.keys():
         name = min(said)
-        raise UserError(f"{option}.train.{name}", f"is the comparison's: {OF_COMPARISON[name]}, for all alike")
+        raise UserError(
+            f"{option}.train.{name}", f"is the comparison's: {OF_COMPARISON[name]}, for all alike"
+        )
     try:
         return draccus.decode(kind, with_defaults(kind, merge(options, changes or {})))
     except ParsingError as error:

@@ -39,7 +39,7 @@ from trimtab.recipes.support.robot_options import (
     without_environment,
 )
 from trimtab.rl.algorithms import AlgorithmConfig
-from trimtab.rl.algorithms.presets import IMPLIED_DEFAULTS, PAPER
+from trimtab.rl.algorithms.presets import BUDGETS, IMPLIED_DEFAULTS, PAPER
 
 HELP = ("-h", "--help")
 PRESET = "rl.preset"
@@ -160,6 +160,10 @@ def with_algorithm(content: Options, given: Options) -> tuple[Options, Options, 
     if preset:
         rl = {name: value for name, value in given["rl"].items() if name != "preset"}
         given = {name: value for name, value in {**given, "rl": rl}.items() if value != {}}
+    if algorithm in BUDGETS and value_at(given, "train.env_steps") is not None:
+        raise UserError(
+            "--train.env_steps", f"has no effect on {algorithm}, which spends {BUDGETS[algorithm]}"
+        )
     below = merge(PAPER[algorithm], {"rl": {"type": algorithm}}) if preset == "paper" else {}
     implied = IMPLIED_DEFAULTS.get(algorithm, {})
     if None not in (before, now) and before != now:
@@ -254,7 +258,9 @@ def check_names(cls: type, values: Options, where: str, command: str) -> None:
         if isinstance(value, Flag) and bool not in kinds:
             raise UserError(f"--{where}{name}", "expects a value")
         if isinstance(value, dict | list) and {*kinds} <= {str, types.NoneType}:
-            raise UserError(f"--{where}{name}", f"is a text, which YAML took for {value}; quote it twice: '\"...\"'")
+            raise UserError(
+                f"--{where}{name}", f"is a text, which YAML took for {value}; quote it twice: '\"...\"'"
+            )
         parts = [one for one in kinds if dataclasses.is_dataclass(one) or is_choices(one)]
         if len(parts) != 1 or value is None or value == {}:
             continue

@@ -191,8 +191,8 @@ class Session:
             if (tasks := vec.descriptions[0].tasks) > len(self.tasks):
                 raise UserError(
                     "--eval.batch_size",
-                    f"'{self.env.task or self.env.type}' has {tasks} tasks, of which {count} environments see "
-                    f"{len(self.tasks)}; as many environments and episodes as tasks, or more",
+                    f"'{self.env.task or self.env.type}' has {tasks} tasks, {count} environments see "
+                    f"{len(self.tasks)} of them; as many environments and episodes as tasks, or more",
                 )
             yield vec
 

@@ -13,3 +13,5 @@ PAPER: dict[str, dict[str, Any]] = yaml.safe_load(
 
 # What goes with an algorithm unless it is said otherwise: a golden ticket is one noise for all observations.
 IMPLIED_DEFAULTS: dict[str, dict[str, Any]] = {"golden_ticket": {"noise": {"type": "constant"}}}
+# What an algorithm spends in the place of --train.env_steps.
+BUDGETS = {"golden_ticket": "episodes: --rl.budget"}

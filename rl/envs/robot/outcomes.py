@@ -11,8 +11,8 @@ from trimtab.rl.envs.robot.episodes import counted_episodes
 from trimtab.rl.evaluation import Evaluation
 
 MEASURED_ON = (
-    "Episodes of the run itself: the last 20 that were steered, and of the base, which drew its noise from the "
-    "noise space, all. Those in which a person took over count as failures."
+    "Episodes of the run itself: the last 20 that were steered, and all of the base, which drew its noise "
+    "from the noise space. Those in which a person took over count as failures."
 )
 LAST = 20  # steered episodes that count: the policy changes as it learns
 
@@ -29,7 +29,9 @@ def robot_outcomes(root: Path, last: int | None = LAST) -> dict[str, Evaluation]
     return {
         name: Evaluation(
             [record["number"] for record in records],
-            np.array([record["outcome"] == "success" and not record.get("human_steps") for record in records]),
+            np.array(
+                [record["outcome"] == "success" and not record.get("human_steps") for record in records]
+            ),
             np.array([record["steps"] for record in records]),
         )
         for name, records in found.items()

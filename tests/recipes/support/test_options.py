@@ -44,11 +44,10 @@ def test_home_is_where_the_shell_would_have_it(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text("output_dir: ~/run\npolicy: {path: ~/base, tokenizer: ~/words}\n")
     config = read("--config_path=~/mine.yaml", "--demos.root=~/data", "--from_episodes=~/old")
     assert config.output_dir == tmp_path / "run" and config.from_episodes == tmp_path / "old"
-    assert [config.policy.path, config.policy.tokenizer] == [str(tmp_path / name) for name in ("base", "words")]
+    assert (config.policy.path, config.policy.tokenizer) == (str(tmp_path / "base"), str(tmp_path / "words"))
     assert config.demos.root == str(tmp_path / "data")
-    assert parse(LoraConfig, "lora", [ENV, "--dataset.repo_id=a/b", "--dataset.root=~/d"]).dataset.root == str(
-        tmp_path / "d"
-    )
+    lora = parse(LoraConfig, "lora", [ENV, "--dataset.repo_id=a/b", "--dataset.root=~/d"])
+    assert lora.dataset.root == str(tmp_path / "d")
 
 
 def test_the_episodes_of_a_robot_are_found_again_from_another_folder(tmp_path, monkeypatch):
@@ -65,6 +64,13 @@ def test_what_is_said_to_be_empty_is(tmp_path):
     assert read(f"--config_path={file}").policy.rename_map == {"a": "b"}
     assert merge({"rl": {"type": "x", "gamma": 1}}, {"rl": {}}) == {"rl": {"type": "x", "gamma": 1}}
     assert merge({"a": {"b": 1}}, {"a": {"c": 2}}) == {"a": {"b": 1, "c": 2}}
+
+
+def test_a_budget_that_an_algorithm_does_not_spend_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--train.env_steps: has no effect on golden_ticket, which"):
+        read("--rl.type=golden_ticket", "--train.env_steps=500")
+    (tmp_path / "mine.yaml").write_text("rl: {type: dsrl_sac}\ntrain: {env_steps: 500}\n")
+    assert read(f"--config_path={tmp_path / 'mine.yaml'}", "--rl.type=golden_ticket").rl.budget == 500
 
 
 def test_an_artefacts_base_is_loaded_as_it_was_and_not_as_another_runs_file_says(tmp_path, monkeypatch):

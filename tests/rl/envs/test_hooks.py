@@ -70,7 +70,7 @@ def test_a_session_takes_its_tasks_one_by_one(base):
     [
         (1, False, "--env.task: only adapt takes several tasks"),
         (4, False, "--env.task: only adapt takes several tasks"),
-        (2, True, "--eval.batch_size: 'suite' has 3 tasks, of which 2 environments see 2;"),
+        (2, True, "--eval.batch_size: 'suite' has 3 tasks, 2 environments see 2 of them;"),
         (4, True, ""),
     ],
 )

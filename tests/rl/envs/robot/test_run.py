@@ -193,6 +193,8 @@ def test_what_a_person_does_is_learnt_by_the_critic_and_no_return_crosses_it(bas
     record = EpisodeRecord.read(tmp_path / "run" / "episodes" / "000000")
     parts = [(bool(chunk.human.any()), len(chunk.executed)) for chunk in record.chunks]
     assert parts == [(False, 3), (True, 5), (True, 3), (False, 4)]
+    newest = max((tmp_path / "run" / "checkpoints").glob("*/process-0.json"))
+    assert [episode["helped"] for episode in json.loads(newest.read_text())["recent"]] == [True, False]
     discounts = replayed(tmp_path / "run", "discount").numpy()[:4]
     steps = np.log(discounts) / np.log(BestOfNConfig().gamma)
     # The first chunk alone; the person's two together, then the second of them; the last one alone.
