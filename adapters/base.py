@@ -73,6 +73,7 @@ class NoiseToChunk(abc.ABC):
     reads_task: ClassVar[bool] = False  # reads an instruction
     max_batch: ClassVar[int | None] = None  # most noises that it denoises in one batch; None = any number
     recorded: ClassVar[tuple[str, ...]] = ("encode", "denoise")  # may run by --policy.engine
+    brightest: ClassVar[float] = 1.001  # of an image in [0, 1], with room for an interpolation's rounding
     noise_spec: NoiseSpec
     # (steps executed per chunk, action dimension after un-padding); with remembers, of an episode's first.
     chunk_shape: tuple[int, int]

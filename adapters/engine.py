@@ -89,6 +89,8 @@ def _denoise(adapter: NoiseToChunk, label: str, fix: Fix) -> Callable[..., Tenso
 
     def denoise(conditioning: Conditioning, noise: Tensor) -> Tensor:
         adapter.check_noise(conditioning, noise)
+        if conditioning.lists:  # which a fixed call would go without
+            return plain(conditioning, noise)
         repeats = conditioning.repeats
         given = conditioning.tensors | {NOISE: noise.unflatten(0, (-1, repeats))}
         as_it_is = lambda: plain(conditioning, noise).unflatten(0, (-1, repeats))  # noqa: E731

@@ -19,7 +19,6 @@ from trimtab.adapters.base import NoiseToChunk, steps_with
 from trimtab.adapters.errors import UserError
 
 FILLED = "empty_camera"  # in the name of an input that LeRobot fills itself
-BRIGHTEST = 1.001  # of an image in [0, 1], with room for an interpolation's rounding
 
 
 def required_inputs(adapter: NoiseToChunk, given: Collection[str]) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def _value_faults(adapter: NoiseToChunk, key: str, wanted: tuple[int, ...], valu
         yield f"the policy needs {key} of shape {wanted}, the environment gives {shape}{mend}"
     if value.is_meta:  # shapes alone, where operations are counted
         return
-    if image and (not value.is_floating_point() or value.amax() > BRIGHTEST):
+    if image and (not value.is_floating_point() or value.amax() > adapter.brightest):
         most = value.max().item()
         yield f"gives {key} as {value.dtype} up to {most:g}; policies take images as floats from 0 to 1"
 

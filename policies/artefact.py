@@ -265,6 +265,12 @@ def load_artefact(options: PolicyConfig, config: TrimtabConfig | None = None) ->
             "--policy.path",
             f"the base takes noise of shape {adapter.noise_spec.shape}, the actor makes {shape}",
         )
+    if saved.n_action_steps != adapter.chunk_shape[0] and (saved.critic or saved.edit_scale):
+        raise UserError(
+            "--policy.n_action_steps",
+            f"{folder} holds a critic or edits of chunks of {saved.n_action_steps} actions; for chunks of "
+            f"{adapter.chunk_shape[0]} steer the base with that",
+        )
     # The base's own spec: which entries are live decides what a masked actor steers.
     space = saved.noise.build(replace(adapter.noise_spec, dtype=torch.float32))
     # Whoever seeds torch and then loads meets the draws that follow on loading the base itself.

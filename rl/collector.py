@@ -179,7 +179,7 @@ class Collector:
         self._u = np.array(choice.u.float().cpu())  # copies: a robot may have executed something else
         self._marks = np.zeros((len(self._u), 1), dtype=np.float32)
         self._chunks = np.array(choice.chunk.float().flatten(1).cpu())
-        self.vec.note(u=self._u[0], steered=np.array(self._episodes[0].steered))
+        self.vec.note(u=self._u[0], steered=np.array(steering and self._episodes[0].steered))
 
     @property
     def draws(self) -> int:

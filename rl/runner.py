@@ -173,8 +173,9 @@ class PolicyRunner:
     def executable(self, chunk: Tensor, conditioning: Conditioning) -> np.ndarray:
         """What the environment gets for normalised chunks (B, steps, action_dim)."""
         actions = self.adapter.postprocess(chunk, conditioning)
-        actions = self.env_postprocessor({ACTION: actions})[ACTION]
-        return actions.float().cpu().numpy()
+        # A step at a time, as LeRobot's loop does: X-VLA's in LIBERO turn (B, 20) into (B, 7).
+        sent = self.env_postprocessor({ACTION: actions.flatten(0, 1)})[ACTION]
+        return sent.unflatten(0, actions.shape[:2]).float().cpu().numpy()
 
     def normalised(self, history: dict[str, Any], actions: Tensor) -> Tensor:
         """Actions (B, T, action_dim) as the policy makes them, on the CPU, where ``history`` was seen.

@@ -90,14 +90,20 @@ class FastWAMAdapter(VLAAdapter):
             )
         if not config.load_text_encoder:
             raise policy_error("it was saved without its text encoder (load_text_encoder=false)")
+        notes = []
+        if config.inference_seed is not None:
+            notes.append(
+                f"LeRobot draws this policy's noise from inference_seed {config.inference_seed} anew for "
+                "each chunk; here the base draws another one"
+            )
         if config.torch_dtype != "float32" and not str(config.device).startswith("cuda"):
             # It relies on CUDA's autocast for its time embedding.
             if options.dtype:
                 raise UserError("--policy.dtype", f"fastwam runs in {options.dtype} on CUDA alone")
             note = f"fastwam runs in {config.torch_dtype} on CUDA alone: switched to float32"
             config.torch_dtype = "float32"
-            return [note]
-        return []
+            notes.append(note)
+        return notes
 
     @classmethod
     def build(cls, config: Any) -> Any:

@@ -21,7 +21,7 @@ from trimtab.adapters.base import steps_with
 from trimtab.adapters.checkpoint.files import BACKBONE
 from trimtab.adapters.errors import reason
 from trimtab.adapters.lerobot.injection import injected
-from trimtab.adapters.lerobot.vla import pooled
+from trimtab.adapters.lerobot.vla import pooled, refuse_lengths
 
 ENCODE_STEP = "groot_n1_7_vlm_encode_v1"  # LeRobot's name of the step that tokenizes
 TOKENS = ("backbone_features", "backbone_attention_mask", "image_mask")  # one entry per token of the prompt
@@ -39,7 +39,10 @@ class _UnloadedGrootPolicy(GrootPolicy):
         asked = {name: value for name in names if (value := getattr(config, name)) is not None}
         base = GR00TN17Config.from_pretrained(config.base_model_path, **asked)
         dtype = {"dtype": torch.float32} if config.model_params_fp32 else {}
-        return GR00TN17._from_config(base, load_backbone_weights=False, **dtype)
+        model = GR00TN17._from_config(base, load_backbone_weights=False, **dtype)
+        if config.model_params_fp32:  # the backbone's own config may say otherwise
+            self._cast_model_parameters_to_fp32(model)
+        return model
 
 
 class GrootAdapter(PolicyAdapter):
@@ -123,7 +126,9 @@ class GrootAdapter(PolicyAdapter):
         inputs = self.policy._filter_groot_inputs(batch, include_action=False)
         lengths = inputs["attention_mask"].sum(1)
         head = self.policy._groot_model.action_head
-        if len(lengths.unique()) == 1 or not head.config.use_alternate_vl_dit:  # LeRobot's plain DiT: no mask
+        if not head.config.use_alternate_vl_dit:  # LeRobot's plain DiT takes no mask
+            refuse_lengths(self.policy_type, inputs["attention_mask"])
+        if len(lengths.unique()) == 1:
             return Conditioning(self._encode(inputs))
         # LeRobot's projector attends to the padding of shorter instructions: what an observation gives would
         # depend on its neighbours. Those of one length go together, and the padding is put back after.

@@ -94,6 +94,10 @@ class MolmoAct2Adapter(PolicyAdapter):
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         backbone, inputs = self.backbone, self.policy._model_inputs(batch)
         ids = inputs["input_ids"]
+        if (mask := inputs.get("attention_mask")) is not None:
+            # LeRobot counts the padding on the left of shorter prompts, too: what an observation gives would
+            # depend on the instructions beside it.
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0)
         with self._precision():
             outputs = backbone(**inputs, use_cache=True)
             states = backbone._extract_kv_states(outputs.past_key_values)

@@ -14,7 +14,7 @@ from lerobot.policies.common.flow_matching import euler_integrate
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter
+from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, UserError
 from trimtab.adapters.conditioning import repeat_rows
 from trimtab.adapters.lerobot.inversion import Velocity, reverse_euler
 
@@ -31,6 +31,19 @@ class VLAAdapter(PolicyAdapter):
         config = policy.config
         self.noise_spec = NoiseSpec(tuple(getattr(config, name) for name in self.noise_fields))
         self.chunk_shape = (config.n_action_steps, config.action_feature.shape[0])
+
+
+def refuse_lengths(kind: str, mask: Tensor) -> None:
+    """Raise a ``UserError`` for instructions of several lengths, where the policy attends to their padding.
+
+    ``mask`` is (B, tokens). What an observation gives would depend on the instructions beside it.
+    """
+    if len(lengths := mask.sum(1).unique()) > 1:
+        raise UserError(
+            "--env.task",
+            f"this {kind} policy attends to the padding of shorter instructions; those of these tasks are "
+            f"{', '.join(map(str, lengths.int().tolist()))} tokens long; name one task",
+        )
 
 
 class FlowAdapter(VLAAdapter):

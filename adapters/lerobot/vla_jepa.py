@@ -31,6 +31,7 @@ class VLAJEPAAdapter(VLAAdapter):
     loads_backbone = True
     steps_field = "num_inference_timesteps"
     noise_fields = ("chunk_size", "action_dim")
+    recorded = ("denoise",)  # without its instruction, which is no tensor, it would encode LeRobot's own one
 
     @classmethod
     def prepare_config(cls, config: Any, options: PolicyConfig) -> list[str]:

@@ -12,10 +12,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter
 from trimtab.adapters.lerobot.injection import injected
+from trimtab.adapters.lerobot.vla import refuse_lengths
 
 SHARED = "model.vlm.language_model.shared.weight"
 EMBEDDING = "model.vlm.language_model.encoder.embed_tokens.weight"
@@ -42,6 +44,7 @@ class XVLAAdapter(PolicyAdapter):
     dtypes = ("float32", "bfloat16")
     reads_task = True
     fills_missing_cameras = True
+    brightest = 2.7  # in LIBERO, LeRobot normalises its images by ImageNet's statistics before it sees them
 
     def __init__(self, policy: Any, preprocessor: Any, postprocessor: Any) -> None:
         super().__init__(policy, preprocessor, postprocessor)
@@ -66,6 +69,8 @@ class XVLAAdapter(PolicyAdapter):
 
     def encode(self, batch: dict[str, Any]) -> Conditioning:
         model = self.policy.model
+        if self.config.pad_language_to == "longest":
+            refuse_lengths(self.policy_type, batch[OBS_LANGUAGE_ATTENTION_MASK])
         inputs = self.policy._build_model_inputs(batch)
         tokens = model.forward_vlm(
             inputs["input_ids"], inputs["image_input"].to(model._get_target_dtype()), inputs["image_mask"]

@@ -294,7 +294,7 @@ def _check_features(config: TrimtabConfig, steered: Steered) -> None:
             raise UserError(
                 f"--policy.{name}",
                 f"the base was loaded with {loaded}, the config says {getattr(config, name)}; `trimtab "
-                "export` writes an artefact with another --policy.n_action_steps",
+                "export` writes one without critic and edits with another --policy.n_action_steps",
             )
     made = {k: tuple(f.shape) for k, f in adapter.config.output_features.items()}
     asked = {k: tuple(f.shape) for k, f in (config.output_features or {}).items()}

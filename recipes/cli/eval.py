@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lerobot.envs.configs import EnvConfig
 
@@ -18,6 +19,7 @@ from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.hooks import check_base, is_attended
 from trimtab.rl.envs.robot.episodes import EPISODES
+from trimtab.rl.runs.faults import StopSignals
 
 ACTING = "deterministic", "num_candidates", "use_edit"  # how a steered policy acted
 
@@ -79,6 +81,7 @@ def main(config: EvaluateConfig) -> None:
         config.machine.apply()
         steered = load_artefact(config.policy)
         check_base(config.env, steered.base_folder)
+        check_robot(config.env, steered.config.training.get("env") or {})
         session = Session(steered.adapter, config.env, config.eval, config.machine)
         folder = steered.base_folder
     else:
@@ -113,11 +116,15 @@ def judged(
 
     policies: dict[str, ChunkPolicy] = {"base": session.own_noise}
     policies |= {"steered": steered} if steered else {}
-    with session.environments(1) as vec:
+    with StopSignals().installed() as signals, session.environments(1) as vec:
         order = plan([*policies], config.eval.n_episodes, config.seed)
         vec.keep(output / EPISODES)
+        vec.stopping, signals.deferred = signals, True
         print(announcement(order, vec))
         found = judge(session.runner, vec, policies, order, config.seed)
+        signals.deferred = False
+    if signals() and not found:
+        raise KeyboardInterrupt
     used = {name: getattr(config.eval, name) for name in ACTING}
     results = results_of(
         config,
@@ -127,6 +134,16 @@ def judged(
     )
     write_json(output / "results.json", results)
     print(f"\n{table(results['policies'])}\n\n{verdict(found)}\nall in {output}")
+
+
+def check_robot(env: EnvConfig, steered: dict[str, Any]) -> None:
+    """Refuse to judge an artefact of a robot at another rate or task than it was ``steered`` with."""
+    for name in ("fps", "task") if is_attended(env) and steered.get("type") == env.type else ():
+        if steered.get(name) != (now := getattr(env, name)):
+            raise UserError(
+                f"--robot.{name}",
+                f"the artefact was steered with {steered.get(name)}, not {now}; name the same",
+            )
 
 
 def acting(session: Session, steered: Steered | None) -> ChunkPolicy:

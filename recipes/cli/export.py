@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.checkpoint.files import CONFIG
@@ -12,11 +14,17 @@ from trimtab.adapters.checkpoint.folder import is_server
 from trimtab.adapters.errors import reason
 from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, save_artefact
 from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
+from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 from trimtab.recipes.support.export_check import check_runners
 from trimtab.recipes.support.reporting import read_json, table
 
 CARD, CARD_TEXT = "README.md", Path(__file__).with_name("card.md")
 ACTING = ("num_candidates", "use_actor", "use_edit")  # how the artefact acts, beside `deterministic`
+ACTIONS = (
+    "n_action_steps",
+    "num_inference_steps",
+    "dtype",
+)  # of the base's loading, what changes its actions
 RUN_CONFIG = "adapt.json"  # the run's own config, to run it again
 
 
@@ -91,6 +99,9 @@ def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None 
             "--policy.path=user/name",
         )
     steered = load_artefact(replace(policy, path=str(artefact)), config)
+    if anew := [name for name in ACTIONS if getattr(policy, name) not in (None, *_said(config, name))]:
+        print(f"note: with another --policy.{anew[0]} it is another policy: its success is not measured")
+        config.training = {n: value for n, value in config.training.items() if n != "success"}
     beside = {}
     runs = [artefact / RUN_CONFIG, *([artefact.parent / CONFIG] if artefact.name == "artefact" else ())]
     if run := next((path for path in reversed(runs) if path.is_file()), None):
@@ -118,6 +129,11 @@ def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None 
         check,
         steered.edit,
     )
+
+
+def _said(config: TrimtabConfig, name: str) -> tuple[Any, Any]:
+    """An option of the base's loading, as it was said for the artefact and as the artefact has it."""
+    return getattr(config.base, name), getattr(config, name, None)
 
 
 def card(steered: Steered, name: str, can_repeat: bool) -> str:
@@ -158,9 +174,13 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
     if training.get("success"):
         episodes = training.get("measured_on") or "All policies met the same episode seeds."
         measured = f"```\n{table(training['success'])}\n```\n{episodes}"
-    options = {"policy.path": Path(name).name if Path(name).is_absolute() else name}
-    options |= {**(training.get("plugins") or {}), "env.type": env.get("type", "...")}
-    options |= {"env.task": env["task"]} if env.get("task") else {}
+    robot, path_option = env.get("type") == "robot", Path(name).name if Path(name).is_absolute() else name
+    options = {"policy.path": path_option, **(training.get("plugins") or {})}
+    if robot:
+        options |= {"robot.type": "...", "fps": env.get("fps"), "task": env.get("task")}
+    else:
+        options |= {"env.type": env.get("type", "..."), "env.task": env.get("task")}
+    given = [f"--{option}={shlex.quote(str(value))}" for option, value in options.items() if value]
     again = f"\n## Reproduce\n\n```\ntrimtab adapt --config_path={RUN_CONFIG}\n```\n"
     return CARD_TEXT.read_text(encoding="utf-8").format(
         base_model=f"base_model: {path}\n" if path.count("/") == 1 and not local else "",
@@ -169,7 +189,7 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
         weights=sum(p.numel() for part in (steered.actor, steered.edit) if part for p in part.parameters()),
         facts="\n".join(facts),
         measured=measured,
-        options=" ".join(f"--{option}={value}" for option, value in options.items()),
+        command=" ".join(["lerobot-rollout" if robot else "lerobot-eval", *given]),
         reproduce=again if can_repeat else "",
     )
 

@@ -22,7 +22,7 @@ from trimtab.recipes.support.option_dicts import repeatable
 from trimtab.recipes.support.reporting import MetricsWriter, rate_text, results_of, table, write_json
 from trimtab.recipes.support.session import Session, describe
 from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
-from trimtab.rl.data.demonstration_data import rate_warning
+from trimtab.rl.data.demonstration_data import failures_note, rate_warning
 from trimtab.rl.envs.hooks import check_base, refuse_attended
 from trimtab.rl.evaluation import Evaluation, require_success
 from trimtab.rl.seeds import training_seed
@@ -98,7 +98,7 @@ def main(config: LoraConfig) -> None:
     opened = None
     if config.dataset is not None:
         opened = tuner.check(config.dataset)
-        for line in rate_warning(opened, config.env and config.env.fps):
+        for line in (*rate_warning(opened, config.env and config.env.fps), *failures_note(opened)):
             print(line)
     if config.env is not None:
         check_base(config.env, tuner.folder)

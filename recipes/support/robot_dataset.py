@@ -26,7 +26,7 @@ from trimtab.recipes.finetune.data import Recorder
 from trimtab.recipes.support.console import say
 from trimtab.recipes.support.reporting import read_json, write_json
 from trimtab.rl.envs.robot.config import RobotEnvConfig
-from trimtab.rl.envs.robot.episodes import EPISODES, EpisodeRecord, counted_episodes, image_of
+from trimtab.rl.envs.robot.episodes import EPISODES, EpisodeRecord, counted_episodes, image_of, read_record
 
 REPO_ID = "trimtab/robot_episodes"
 DATASET = "dataset"  # in a run's folder
@@ -167,8 +167,10 @@ def _append(dataset: Path, fps: int, task: str, folders: list[Path], held: int) 
     import datasets
 
     datasets.disable_progress_bars()
+    said = read_record(folders[0])
+    names = {ACTION: said.get("names"), OBS_STATE: said.get("state_names")}
     try:
-        Recorder(dataset, fps, REPO_ID, episodes=held).add(
+        Recorder(dataset, fps, REPO_ID, {key: one for key, one in names.items() if one}, held).add(
             frames(EpisodeRecord.read(folder), task) for folder in folders
         )
     except OSError as error:

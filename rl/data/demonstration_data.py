@@ -280,5 +280,18 @@ def rate_warning(dataset: Any, env_fps: float | None) -> list[str]:
     ]
 
 
+def failures_note(dataset: Any) -> list[str]:
+    """A line where episodes of a LeRobotDataset do not succeed: they are cloned all the same."""
+    if "next.success" not in dataset.features:
+        return []
+    number, success = _column(dataset, "episode_index"), _column(dataset, "next.success")
+    episodes, won = np.unique(number), np.unique(number[success.reshape(len(number), -1).any(1)])
+    if len(won) == len(episodes):
+        return []
+    mend = f"; --dataset.episodes=[{','.join(map(str, won))}] takes those that do" if len(won) else ""
+    lost = f"{len(episodes) - len(won)} of {len(episodes)} episodes"
+    return [f"note: {lost} of the dataset do not succeed (next.success), and are cloned like the rest{mend}"]
+
+
 def _column(dataset: Any, name: str) -> np.ndarray:
     return np.asarray(dataset.hf_dataset.with_format("numpy")[name][:])

@@ -132,6 +132,21 @@ def test_a_kind_is_its_names_shapes_precisions_and_noises(capsys):
     assert len(fixed) == 7 and ours.works and capsys.readouterr().err == ""
 
 
+def test_what_is_no_tensor_is_not_left_out(tmp_path, monkeypatch):
+    """vla_jepa would encode LeRobot's own instruction; a list in a conditioning would be lost."""
+    adapter = load_adapter(make_tiny("vla_jepa", tmp_path))
+    plain, asked = adapter.denoise, []
+    monkeypatch.setattr(adapter, "denoise", lambda *given: asked.append(1) or plain(*given))
+    attach(adapter, "test", lambda run: run)
+    assert "encode" not in vars(adapter) and "denoise" in vars(adapter)
+    seen = adapter.observe(adapter.example_observation(1, torch.Generator().manual_seed(0)))
+    seen = Conditioning(seen.tensors, {"task": ["push"]})
+    noise = noise_like(adapter, 1)
+    for _ in range(8):
+        adapter.denoise(seen, noise)
+    assert len(asked) == 8
+
+
 def test_what_cannot_be_padded_is_a_kind_of_its_own():
     ours, shapes = engine(lambda given, _: {"y": given["x"].sum(0)}), []
     ours._fix = lambda run: shapes.append(1) or run

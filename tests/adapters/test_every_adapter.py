@@ -8,7 +8,7 @@ import torch
 
 from tests.helpers.adapter_cases import all_cases, noise_like
 from tests.helpers.tiny import make_tiny
-from trimtab.adapters import load_adapter
+from trimtab.adapters import UserError, load_adapter
 from trimtab.adapters.checkpoint.identity import weights_hash
 from trimtab.policies.observe import ObserveConfig
 
@@ -111,6 +111,28 @@ def test_many_noises_in_one_batch_equal_single_calls(adapter, conditioning):
         assert (together[row] - alone[0]).abs().max() <= 1e-5
     picked = adapter.denoise(repeated[[1, 4]], noises[[1, 4]])  # rows of a repeated conditioning
     assert (picked - together[[1, 4]]).abs().max() <= 1e-5
+
+
+def test_an_instruction_does_not_change_what_stands_beside_it(adapter, observation, batch_size):
+    """A shorter one is padded; or instructions of several lengths are refused."""
+    if not adapter.reads_task or batch_size < 2:
+        pytest.skip("it reads no task, or looks at one observation at a time")
+    tasks = ["pick up the red cube and push it to the goal", "push"] * batch_size
+    mixed = observation | {"task": tasks[:batch_size]}
+    try:
+        together = adapter.observe(mixed)
+    except UserError as error:
+        assert "attends to the padding of shorter instructions" in str(error)
+        return
+    noise = noise_like(adapter, batch_size)
+    chunks, other = (
+        adapter.denoise(together, noise),
+        adapter.denoise(together, noise_like(adapter, batch_size, 2)),
+    )
+    for row in range(2):
+        one = {k: v[row : row + 1] if k != "task" else [v[row]] for k, v in mixed.items()}
+        alone = adapter.denoise(adapter.observe(one), noise[row : row + 1])
+        assert (alone[0] - chunks[row]).abs().max() <= 1e-3 * (chunks - other).abs().max()
 
 
 def test_conditioning_survives_denoising(adapter, conditioning, batch_size):

@@ -65,6 +65,15 @@ def timed_batch(root, adapter):
     return {k: torch.stack([v, v], 1) for k, v in batch.items() if k.startswith("observation")}
 
 
+@pytest.mark.parametrize("name", ["plain", "edited"])
+def test_what_judges_or_edits_a_chunk_is_for_its_length_alone(both, name):
+    options = PolicyConfig(path=str(both[0] / name), device="cpu", n_action_steps=2)
+    with pytest.raises(
+        UserError, match=r"--policy.n_action_steps: .*of chunks of 3 actions; for chunks of 2 st"
+    ):
+        load_artefact(options)
+
+
 def test_it_executes_the_edited_chunk_as_in_training(both):
     root, adapter, actor, edit, _ = both
     steered = load_artefact(PolicyConfig(path=str(root / "edited"), device="cpu"))

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from tests.helpers.acting import Acts
 from tests.helpers.faulty import FaultyConfig
 from tests.helpers.point import PointAdapter, PointConfig
+from tests.helpers.problem import problem
 from trimtab.adapters import PolicyConfig, load_adapter
 from trimtab.policies.noise_space import FullNoiseConfig
-from trimtab.rl.algorithms import DSRLSACConfig
+from trimtab.rl.algorithms import DSRLSACConfig, ResidualConfig
 from trimtab.rl.collector import Collector
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 from trimtab.rl.envs.vector import ChunkVectorEnv
@@ -65,6 +66,26 @@ def test_every_transition_replays_in_the_simulator(tiny_base):
             assert transition.reward == pytest.approx(-sum(0.9**i for i in range(length)))
             assert transition.discount == pytest.approx(0.9**length)
         assert truncated
+
+
+def test_what_a_robot_executes_does_not_overwrite_what_the_base_proposed():
+    """The residual policy's unsteered chunk is the base's own, of which the replay keeps a copy."""
+    config, adapter = PointConfig(), PointAdapter()
+    with ChunkVectorEnv(config, 2, 0) as vec:
+        rl = ResidualConfig()
+        collector = Collector(PolicyRunner(adapter, config), vec, rl, "sparse", seed=5)
+        space = FullNoiseConfig().build(adapter.noise_spec)
+        collector.start(rl.build(problem(collector.rollout.features.shape[1], space, 2)))
+        noted = []
+        vec.note = lambda **arrays: noted.append(bool(arrays["steered"]))
+        collector.begin(steering=False)
+        assert noted == [False] and collector._episodes[0].steered, "the untrained actor acts"
+        before = collector._candidates.chunks.clone()
+        assert np.array_equal(collector._chunks, before[:, 0].flatten(1))
+        collector._chunks[:], collector._u[:] = 7.0, 7.0
+        assert torch.equal(collector._candidates.chunks, before)
+        assert not (collector._candidates.u == 7.0).any()
+        collector.finish()
 
 
 def test_no_transition_crosses_an_episode_and_terminal_ones_hand_nothing_on():

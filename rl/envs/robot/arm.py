@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -63,12 +64,18 @@ class Arm:
         Raises:
             ValueError: it holds NaN or Inf. Nothing moves.
         """
+        return self._send(self.within(values))
+
+    def within(self, values: np.ndarray) -> np.ndarray:
+        """The action nearest to ``values`` (n,) that no limit forbids."""
+        wide = [self.config.limits.get(name, (-np.inf, np.inf)) for name in self.names]
+        return np.clip(values, *np.array(wide, values.dtype).T)
+
+    def _send(self, values: np.ndarray) -> np.ndarray:
         if not np.isfinite(values).all():
             raise ValueError(f"an action holds NaN or Inf: {values}")
         action = {}
         for name, value in zip(self.names, values.tolist(), strict=True):
-            low, high = self.config.limits.get(name, (value, value))
-            value = min(max(value, low), high)
             step, before = self.config.max_step.get(name), self.target.get(name)
             if step is not None and before is not None:
                 value = min(max(value, before - step), before + step)
@@ -83,9 +90,14 @@ class Arm:
         return np.array([self.target[name] for name in self.names], np.float32)
 
     def go_to(self, pose: Action, held: Callable[[], bool] = lambda: False) -> None:
-        """Move slowly, from where it is, in a straight line of its joints, unless it is ``held``."""
+        """Move slowly, from where it is, in a straight line of its joints, unless it is ``held``.
+
+        It arrives, however small ``max_step`` is; and where it or ``pose`` is outside of the limits, the way
+        there or from there is.
+        """
         start = self.position()
-        steps = max(1, round(self.config.move_s * MOVE_FPS))
+        far = [abs(pose[n] - start[n]) / step for n, step in self.config.max_step.items() if n in pose]
+        steps = max(1, round(self.config.move_s * MOVE_FPS), *(math.ceil(one) for one in far))
         self.target = self.target | start
         for number in range(1, steps + 1):
             if held():
@@ -95,7 +107,7 @@ class Arm:
                 (1 - share) * start.get(name, self.target[name]) + share * pose.get(name, self.target[name])
                 for name in self.names
             ]
-            self.send(np.array(values))
+            self._send(np.array(values))
             if not self.config.in_lockstep:
                 time.sleep(1 / MOVE_FPS / self.config.speed)
 

@@ -73,7 +73,8 @@ class RobotEnvConfig(OneTaskConfig):
     park_pose: dict[str, float] = field(default_factory=dict)
     # Seconds that such a motion takes, and at most until the robot has caught up with who takes it over.
     move_s: float = 3.0
-    # By feature of the action: what is never left, and the largest step from one action to the next.
+    # By feature of the action: what neither policy nor person leaves, and the largest step from one action to
+    # the next.
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     max_step: dict[str, float] = field(default_factory=dict)
     # An episode whose first action is farther than that from where the robot is, in the units of any joint,
@@ -122,6 +123,13 @@ class RobotEnvConfig(OneTaskConfig):
         for name, (low, high) in self.limits.items():
             if not low < high:
                 raise UserError("--robot.limits", f"of {name}: the smaller first, got {low}, {high}")
+        for option in ("start_pose", "park_pose"):
+            for name, value in getattr(self, option).items():
+                low, high = self.limits.get(name, (value, value))
+                if not low <= value <= high:
+                    raise UserError(
+                        f"--robot.{option}", f"{name} is {value}, outside of its limits {low}, {high}"
+                    )
         if any(not step > 0 for step in self.max_step.values()):
             raise UserError("--robot.max_step", "holds positive numbers")
 

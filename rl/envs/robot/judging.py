@@ -46,7 +46,7 @@ def judge(
     """
     left, failed = list(order), 0
     rollout = Rollout(runner, vec, lambda i, k: seed if k is None else k + 1)
-    while left and rollout.start():
+    while left and not vec.stopping() and rollout.start():
         while not rollout.waiting:
             rollout.encode_observations()
             rollout.begin(policies[left[0]])

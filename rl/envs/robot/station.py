@@ -23,6 +23,7 @@ from typing import Any
 import draccus
 import numpy as np
 from lerobot.envs.configs import EnvConfig
+from lerobot.utils.constants import OBS_STATE
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.robot.arm import Arm, attempt
@@ -63,7 +64,8 @@ class Station:
         arm = self.arm
         shapes = {name: list(one["shape"]) for name, one in arm.features.items()}
         said = {"period": self.period, "options": self.config.at_station}
-        return {"names": arm.names, "shapes": shapes, **said}
+        state = arm.features.get(OBS_STATE, {}).get("names")
+        return {"names": arm.names, "state_names": state, "shapes": shapes, **said}
 
     def serve(self, link: StationLink) -> None:
         """Do what the learner asks until it says park.
@@ -82,6 +84,7 @@ class Station:
         number = int(message["number"])
         by_hand = self.leader if self.config.reset == "teleop" else None
         how = ", space to drive the robot" if by_hand else ""
+        getattr(self.person, "forget", lambda: None)()
         print(f"\n{message['say']}: put the scene right{how}; it starts once you say ready")
         self.step = 0
         self._hand_over("release")
@@ -166,7 +169,8 @@ class Station:
 
     def _approach(self, first: np.ndarray) -> None:
         """Before an episode's first action: go there slowly, where it is far."""
-        there, here = dict(zip(self.arm.names, first.tolist(), strict=True)), self.arm.position()
+        within = self.arm.within(first).tolist()
+        there, here = dict(zip(self.arm.names, within, strict=True)), self.arm.position()
         if np.isfinite(first).all() and any(abs(there[n] - here[n]) > self.config.approach for n in here):
             self.arm.go_to(there, lambda: self.interrupted)
 

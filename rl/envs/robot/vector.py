@@ -168,12 +168,11 @@ class RobotVectorEnv(VectorEnv):
         """
         if self._playing or self._recorded or not self.hello["period"]:
             return False
-        if self._deadline is not None:
-            return time.perf_counter() + seconds > self._deadline
-        if self._announced and self._answer is None:
+        if self._answer is None and (self._announced or self._deadline is not None):
             with contextlib.suppress(TimeoutError, Lost):
-                self._answer = self.link.receive(0.0)
-        return self._answer is not None
+                self._answer = self.link.receive(0.0)  # a chunk's comes early where a person takes over
+        late = self._deadline is not None and time.perf_counter() + seconds > self._deadline
+        return late or self._answer is not None
 
     def _wait_for_person(self, answer: dict[str, Any] | None) -> dict[str, Any]:
         """What is seen once the person has started the episode; ``answer`` is what has been said so far."""
@@ -251,6 +250,7 @@ class RobotVectorEnv(VectorEnv):
         if self.root is not None:
             held_up = any(chunk.gap > self.config.max_gap_s for chunk in record.chunks)
             facts = {"held_up": held_up, "fps": self.config.fps, "task": self.config.task or ""}
+            facts |= {name: self.hello[name] for name in ("names", "state_names")}
             record.write(self.root, {"steered": bool(self._note.get("steered", False)), **facts})
             self.written(bool(self.hello["period"]))
         self._running = EpisodeRecord(record.number + 1)

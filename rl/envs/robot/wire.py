@@ -26,7 +26,7 @@ except ImportError:
         "--robot.type", "needs two more packages: uv pip install 'lerobot_policy_trimtab[remote]'"
     ) from None
 
-VERSION = 2  # of the messages
+VERSION = 3  # of the messages
 GREETING_S = 10.0  # for a greeting
 REDIAL_S = 0.5
 BUSY = "another station is connected"

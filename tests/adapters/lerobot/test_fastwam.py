@@ -42,6 +42,7 @@ def test_lerobot_itself_always_draws_the_same_noise(adapter):
     expected = adapter.policy.predict_action_chunk(adapter.preprocess(observation))
     chunk = adapter.denoise(adapter.observe(observation), drawn.repeat(2, 1, 1))
     assert (chunk - adapter.executed(expected)).abs().max() <= 1e-5
+    assert any("inference_seed 42" in note for note in adapter.notes)
 
 
 def test_equals_select_action(adapter):

@@ -58,6 +58,25 @@ def test_weights_keep_the_precision_that_lerobot_gives_them(tmp_path):
     assert set(expected.values()) == {torch.bfloat16}
 
 
+def test_a_backbone_that_says_bfloat16_is_float32_where_lerobot_makes_it_so(tmp_path):
+    options = make_tiny("groot", tmp_path)
+    path = tmp_path / "gr00t" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "load_bf16": True}))
+    expected = GrootPolicy.from_pretrained(tmp_path).state_dict()
+    state = open_adapter(options).policy.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def test_without_a_mask_instructions_of_two_lengths_are_refused(adapter, monkeypatch):
+    monkeypatch.setattr(adapter.policy._groot_model.action_head.config, "use_alternate_vl_dit", False)
+    adapter.encode(adapter.preprocess(seen(adapter, task=["push", "pull"])))
+    with pytest.raises(
+        UserError, match=r"--env.task: this groot policy attends to the padding of shorter instr"
+    ):
+        adapter.encode(adapter.preprocess(seen(adapter, task=["pick up the red cube", "push"])))
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_bfloat16(tmp_path, dtype):
     options = make_tiny("groot", tmp_path, use_bf16=True)

@@ -34,6 +34,16 @@ def test_equals_select_action_with_its_queue(options):
     assert (chunk_of(adapter) - torch.stack(steps, 1)).abs().max() <= 1e-5
 
 
+def test_instructions_padded_to_the_longest_are_of_one_length(tmp_path):
+    adapter = load_adapter(make_tiny("xvla", tmp_path, pad_language_to="longest"))
+    raw = adapter.example_observation(2, torch.Generator().manual_seed(3))
+    adapter.observe(raw | {"task": ["push it", "pull it"]})
+    with pytest.raises(
+        UserError, match=r"--env.task: this xvla policy attends to the padding of shorter instru"
+    ):
+        adapter.observe(raw | {"task": ["pick up the red cube and push it to the goal", "push"]})
+
+
 def test_postprocessor_that_takes_single_steps(options):
     """The step of LIBERO checkpoints indexes (B, action_dim): a whole chunk would lose its time axis."""
     adapter = load_adapter(options)

@@ -54,6 +54,15 @@ def read(run):
     return dataset.num_episodes, frames
 
 
+def test_its_numbers_have_the_robots_names(tmp_path):
+    """By which LeRobot leaves a gripper out of relative actions, and replays an episode."""
+    names, states = [f"joint_{k}.pos" for k in range(5)], [f"s{k}" for k in range(7)]
+    write(tmp_path, 0, "success", names=names, state_names=states)
+    update(tmp_path)
+    features = LeRobotDataset("a/run", root=tmp_path / "dataset").meta.features
+    assert features["action"]["names"] == names and features[STATE]["names"] == states
+
+
 def correct(run, number, outcome):
     record = run / "episodes" / f"{number:06d}" / RECORD
     record.write_text(json.dumps(json.loads(record.read_text()) | {"outcome": outcome}))

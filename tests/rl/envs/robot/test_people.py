@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+from lerobot.utils.keyboard_input import TerminalKeyListener
 
 from trimtab.rl.envs.robot.people import Keyboard
 
@@ -49,6 +50,7 @@ def test_keys_start_and_end_episodes(keys):
 def test_between_episodes_space_drives_the_robot_until_ready(keys):
     person, press = keys
     for _ in range(2):
+        person.forget()  # as a station does before it asks
         for said in ("takeover", "release", "takeover"):
             press(b" ")
             assert answer(lambda: person.start(None, 0) or person.said(None, -1)) == said
@@ -56,6 +58,30 @@ def test_between_episodes_space_drives_the_robot_until_ready(keys):
         assert answer(lambda: person.start(None, 0)) is True
         press(b" ")  # takes over in the episode, and has it at its end
         assert answer(lambda: person.said(None, 4)) == "takeover"
+
+
+def test_an_enter_of_before_starts_nothing(keys):
+    person, press = keys
+    press(b"\n \n")
+    answer(lambda: person._keys.qsize() == 3)
+    person.forget()
+    assert not person.start(None, 0) and person.said(None, -1) is None
+    press(b"\n")
+    assert answer(lambda: person.start(None, 0))
+
+
+def test_no_key_is_lost_and_caps_lock_changes_nothing(keys):
+    person, press = keys
+    press(b" Sq")
+    answer(lambda: person._keys.qsize() == 3)
+    assert [person.said(None, 3) for _ in range(4)] == ["takeover", "success", "stop", "stop"]
+    person.forget()
+    assert not person.start(None, 1) and person.said(None, -1) == "stop"
+
+
+def test_a_terminal_hears_its_own_keys_alone(keys):
+    """Not those of any window, as LeRobot's first choice does where there is a screen."""
+    assert isinstance(keys[0]._listener, TerminalKeyListener)
 
 
 def test_stop_is_heard_between_episodes(keys):

@@ -1,7 +1,9 @@
 """A run on the embedded arm by the command: what it leaves, and how it goes on."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from trimtab.recipes.embedded_arm import MujocoArm, MujocoArmConfig, ScriptedPus
 from trimtab.recipes.embedded_arm.teleop import ScriptedPusher
 from trimtab.recipes.support.robot_dataset import DatasetKeeper
 from trimtab.rl.algorithms import BestOfNConfig
-from trimtab.rl.envs.robot.episodes import RECORD, EpisodeRecord
+from trimtab.rl.envs.robot.episodes import RECORD, EpisodeRecord, episode_folders
 from trimtab.rl.envs.robot.vector import RobotVectorEnv
 from trimtab.rl.trainer import Trainer
 
@@ -187,14 +189,18 @@ def test_the_critic_is_told_what_the_robot_was_sent(base, tmp_path):
 
 
 def test_what_a_person_does_is_learnt_by_the_critic_and_no_return_crosses_it(base, tmp_path):
-    said = {"script": {"0": {"3": "takeover", "11": "release"}}}
+    said = {"script": {"0": {"3": "takeover", "11": "release"}, "1": {"2": "takeover", "7": "success"}}}
     teleop = ScriptedPusherConfig(arm="test")
     adapt(base, tmp_path / "run", "--robot.episodes=2", "--rl.n_step=3", said=said, teleop=teleop)
     record = EpisodeRecord.read(tmp_path / "run" / "episodes" / "000000")
     parts = [(bool(chunk.human.any()), len(chunk.executed)) for chunk in record.chunks]
     assert parts == [(False, 3), (True, 5), (True, 3), (False, 4)]
     newest = max((tmp_path / "run" / "checkpoints").glob("*/process-0.json"))
-    assert [episode["helped"] for episode in json.loads(newest.read_text())["recent"]] == [True, False]
+    state = json.loads(newest.read_text())
+    assert [(one["helped"], one["success"]) for one in state["recent"]] == [(True, False), (True, True)]
+    assert state["takeover"]["base"] == [False, False], "whoever helped has won, not the policy"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["policies"]["base"]["successes"] == 0
     discounts = replayed(tmp_path / "run", "discount").numpy()[:4]
     steps = np.log(discounts) / np.log(BestOfNConfig().gamma)
     # The first chunk alone; the person's two together, then the second of them; the last one alone.
@@ -266,6 +272,19 @@ def test_the_arm_does_not_wait_for_the_learner(monkeypatch, base, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["updates"] == sum(during) + last and last > 5
     assert recorded(tmp_path / "run") == 3
+
+
+def test_a_judging_that_is_stopped_keeps_its_episodes(monkeypatch, base, tmp_path):
+    write = EpisodeRecord.write
+
+    def stopped(record, root, facts):
+        os.kill(os.getpid(), signal.SIGTERM) if record.number == 1 else None
+        return write(record, root, facts)
+
+    monkeypatch.setattr(EpisodeRecord, "write", stopped)
+    command("eval", f"--policy.path={base}", "--eval.n_episodes=5", f"--output_dir={tmp_path / 'ev'}")
+    results = json.loads((tmp_path / "ev" / "results.json").read_text())
+    assert results["policies"]["base"]["episodes"] == len(episode_folders(tmp_path / "ev" / "episodes")) == 2
 
 
 def test_a_judging_ends_where_the_robot_fails_again_and_again(monkeypatch, base, tmp_path, capsys):

@@ -33,6 +33,15 @@ from trimtab.rl.envs.robot.wire import VERSION, LearnerLink, Lost, StationLink
 from trimtab.rl.runs.faults import stopping
 
 
+def test_what_was_pressed_before_the_question_is_no_answer_to_it(make):
+    station, asked = make(), []
+    station.person.forget = lambda: asked.append("forget")
+    start = station.person.start
+    station.person.start = lambda *args: (asked.append("start"), start(*args))[1]
+    begin(station)
+    assert asked == ["forget", "start"]
+
+
 def test_nothing_moves_before_the_person_is_ready(make):
     station = make(ready_after=3, reset="pose", start_pose=START)
     sends = []
@@ -79,6 +88,44 @@ def test_limits_hold_and_nan_moves_nothing(make):
     answer = station.chunk(np.tile(far, (5, 1)))
     assert answer["outcome"] == "abort" and "NaN" in answer["why"]
     assert station.arm.robot.sends == sends
+
+
+def moves(arm, name):
+    """What a joint is sent from now on, after where it is."""
+    found, send = [arm.position()[name]], arm.robot.send_action
+    arm.robot.send_action = lambda action: (found.append(action[name]), send(action))[1]
+    return found
+
+
+def test_outside_its_limits_it_comes_in_slowly_and_parks_where_it_was(make):
+    """An arm rests outside of where it works: no jump to the limit, and no torque off above the table."""
+    name = "shoulder_lift.pos"
+    rest = make(id="resting").arm.home[name]
+    station = make(limits={name: (rest + 20, rest + 60)}, move_s=1.0)
+    begin(station)
+    sent, action = moves(station.arm, name), POSE.copy()
+    action[list(START).index(name)] = rest + 10  # nearer than --robot.approach, were it not for the limit
+    station.chunk(np.tile(action, (3, 1)))
+    assert np.abs(np.diff(sent)).max() < 3.0 and sent[-1] == pytest.approx(rest + 20, abs=0.1)
+    way = moves(station.arm, name)
+    station.arm.park()
+    assert np.abs(np.diff(way)).max() < 3.0 and way[-1] == pytest.approx(rest, abs=0.1)
+    station.arm.robot.connect()  # for the fixture to disconnect
+
+
+def test_a_pose_is_reached_however_small_the_steps(make):
+    name = next(iter(START))
+    station = make(max_step={name: 0.5}, move_s=0.1)
+    there = station.arm.home | {name: station.arm.home[name] + 12.0}
+    sent = moves(station.arm, name)
+    station.arm.go_to(there)
+    assert sent[-1] == pytest.approx(there[name], abs=0.01) and len(sent) >= 25
+
+
+@pytest.mark.parametrize("option", ["start_pose", "park_pose"])
+def test_a_pose_outside_of_the_limits_is_refused(option):
+    with pytest.raises(UserError, match=rf"--robot.{option}: a.pos is 9.0, outside of its limits 0.0, 5.0"):
+        robot_config(limits={"a.pos": (0.0, 5.0)}, **{option: {"a.pos": 9.0}})
 
 
 def test_an_episode_begins_slowly(make):
@@ -275,7 +322,8 @@ def test_a_robot_that_hangs_costs_an_episode(monkeypatch, tmp_path):
     thread.start()
     seen = {"observation.state": np.zeros(7, np.float32)}
     shapes = {"observation.state": [7]}
-    hello = {"names": list(START), "shapes": shapes, "period": 0.0, "options": config.at_station}
+    hello = {"names": list(START), "state_names": None, "shapes": shapes, "period": 0.0}
+    hello["options"] = config.at_station
     with StationLink(config.listen, "word", 5.0, wait=True) as link:
         link.send(hello)
         assert link.receive()["kind"] == "episode"
