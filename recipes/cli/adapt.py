@@ -262,6 +262,7 @@ def steer(
                 "deterministic": config.eval.deterministic,
                 "success": results["policies"],
                 "measured_on": MEASURED_ON if robot else None,
+                "attended": robot,
                 "algorithm": config.rl.type,
                 "plugins": loaded_plugins(),
             }

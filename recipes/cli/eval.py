@@ -81,7 +81,7 @@ def main(config: EvaluateConfig) -> None:
         config.machine.apply()
         steered = load_artefact(config.policy)
         check_base(config.env, steered.base_folder)
-        check_robot(config.env, steered.config.training.get("env") or {})
+        check_robot(config.env, steered.config.training)
         session = Session(steered.adapter, config.env, config.eval, config.machine)
         folder = steered.base_folder
     else:
@@ -136,9 +136,10 @@ def judged(
     print(f"\n{table(results['policies'])}\n\n{verdict(found)}\nall in {output}")
 
 
-def check_robot(env: EnvConfig, steered: dict[str, Any]) -> None:
-    """Refuse to judge an artefact of a robot at another rate or task than it was ``steered`` with."""
-    for name in ("fps", "task") if is_attended(env) and steered.get("type") == env.type else ():
+def check_robot(env: EnvConfig, training: dict[str, Any]) -> None:
+    """Refuse to judge an artefact of a robot at another rate or task than that of its ``training``."""
+    steered = training.get("env") or {}
+    for name in ("fps", "task") if is_attended(env) and training.get("attended") else ():
         if steered.get(name) != (now := getattr(env, name)):
             raise UserError(
                 f"--robot.{name}",

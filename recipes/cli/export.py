@@ -174,7 +174,7 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
     if training.get("success"):
         episodes = training.get("measured_on") or "All policies met the same episode seeds."
         measured = f"```\n{table(training['success'])}\n```\n{episodes}"
-    robot, path_option = env.get("type") == "robot", Path(name).name if Path(name).is_absolute() else name
+    robot, path_option = training.get("attended"), Path(name).name if Path(name).is_absolute() else name
     options = {"policy.path": path_option, **(training.get("plugins") or {})}
     if robot:
         options |= {"robot.type": "...", "fps": env.get("fps"), "task": env.get("task")}

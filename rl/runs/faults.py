@@ -14,12 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Any
 
 from trimtab.adapters.errors import UserError, at_least
-
-if TYPE_CHECKING:  # a robot's station does without torch
-    from trimtab.rl.runs.processes import ProcessGroup, StepGuard
 
 
 @dataclass
@@ -47,8 +44,8 @@ class Faults(Counter[str]):
         super().__init__()
         self.limit, self.new, self._last = limit, list[tuple[str, str]](), ""
 
-    def gather(self, world: ProcessGroup, guard: StepGuard) -> None:
-        """Count what is new, and the steps that ``guard`` has left out; all processes do so together."""
+    def gather(self, world: Any, guard: Any) -> None:
+        """Count what is new in all of a ``ProcessGroup``, and the steps that a ``StepGuard`` has left out."""
         everyone = world.gather([*self.new, *guard.taken()])
         self.new = []
         for kind, self._last in (fault for there in everyone for fault in there):

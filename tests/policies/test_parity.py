@@ -291,15 +291,21 @@ def test_export_keeps_how_the_artefact_acts_and_changes_what_is_asked(lane, tmp_
 
     folder, out = lane[0] / "artefact", tmp_path / "out"
     saved = read_config(folder)
-    write_config(replace(saved, use_actor=False, deterministic=False), folder / "config.json")
+    told = {"seed": 1, "success": {"steered": {"successes": 9, "episodes": 9}}}
+    changed = replace(saved, use_actor=False, deterministic=False, training=told)
+    write_config(changed, folder / "config.json")
     try:
         argv = ["export", f"--run={folder}", f"--output_dir={out}", "--policy.device=cpu"]
         assert main([*argv, "--policy.n_action_steps=3"]) == 0
     finally:
         write_config(saved, folder / "config.json")
     found = read_config(out)
+    assert found.training == {"seed": 1, "deterministic": False}
+    assert "Not measured." in (out / "README.md").read_text()
     assert (found.use_actor, found.deterministic, found.n_action_steps) == (False, False, 3)
-    assert "policy server shows a policy the latest observation alone" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "its success is not measured" in said
+    assert "policy server shows a policy the latest observation alone" in said
     assert load_artefact(PolicyConfig(path=str(out), device="cpu")).adapter.chunk_shape[0] == 3
 
 

@@ -52,7 +52,7 @@ def killed_after(episodes, output, command):
     return process.communicate(timeout=60)[0]  # the station holds the pipe, too, until it has parked
 
 
-def test_a_run_that_is_killed_keeps_its_episodes_and_goes_on(base, tmp_path):
+def test_a_run_that_is_killed_keeps_its_episodes_and_goes_on(base, tmp_path, capfd):
     output, trimtab = tmp_path / "run", [sys.executable, "-m", "trimtab.recipes.cli"]
     options = [f"--policy.path={base}", *ARM, *RUN, "--robot.episodes=4", f"--output_dir={output}"]
     said = killed_after(2, output, [*trimtab, "adapt", *options])
@@ -91,7 +91,11 @@ def test_a_run_that_is_killed_keeps_its_episodes_and_goes_on(base, tmp_path):
     judged = json.loads((tmp_path / "ev" / "results.json").read_text())
     assert judged["steered_by"] == {"deterministic": True, "num_candidates": 16, "use_edit": True}
     assert main(["export", f"--run={output}"]) == 0
-    assert "Episodes of the run itself" in (output / "export" / "README.md").read_text()
+    card = (output / "export" / "README.md").read_text()
+    assert "Episodes of the run itself" in card and "lerobot-eval" not in card
+    assert "lerobot-rollout --policy.path=export --robot.type=... --fps=15" in card
+    command("eval", steered[0], "--robot.fps=30", f"--output_dir={tmp_path / 'fast'}", rc=2)
+    assert "--robot.fps: the artefact was steered with 15, not 30; name the same" in capfd.readouterr().err
 
 
 def test_a_judge_who_stops_is_not_asked_again(base, tmp_path, capfd):

@@ -22,6 +22,7 @@ from trimtab.recipes.finetune.training import FineTuner, TuningConfig, default_t
 from trimtab.recipes.support.options import parse
 from trimtab.recipes.support.session import Session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
+from trimtab.rl.data.demonstration_data import failures_note
 from trimtab.rl.envs.metaworld import MetaworldStateConfig, MetaworldStateEnv
 from trimtab.rl.seeds import training_seed
 
@@ -286,6 +287,18 @@ def synthetic(length=24, episodes=2, seed=0, action=(0.5, -0.5, 0.25, -0.25), wi
 
 def record(folder, episodes, fps):
     Recorder(folder, fps).add(episode.frames for episode in episodes)
+
+
+def test_failures_in_a_dataset_are_named(tmp_path):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    episodes = synthetic(length=4, episodes=3)
+    record(tmp_path / "won", episodes, 10)
+    assert failures_note(LeRobotDataset("a/b", root=tmp_path / "won")) == []
+    episodes[1].frames[-1]["next.success"] = np.array([False])
+    record(tmp_path / "mixed", episodes, 10)
+    said = failures_note(LeRobotDataset("a/b", root=tmp_path / "mixed"))
+    assert len(said) == 1 and "1 of 3 episodes" in said[0] and "--dataset.episodes=[0,2] takes" in said[0]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
