@@ -94,7 +94,7 @@ def test_a_run_that_is_killed_keeps_its_episodes_and_goes_on(base, tmp_path, cap
     card = (output / "export" / "README.md").read_text()
     assert "Episodes of the run itself" in card and "lerobot-eval" not in card
     assert "lerobot-rollout --policy.path=export --robot.type=... --fps=15" in card
-    command("eval", steered[0], "--robot.fps=30", f"--output_dir={tmp_path / 'fast'}", rc=2)
+    assert main(["eval", steered[0], *ARM, "--robot.fps=30", f"--output_dir={tmp_path / 'fast'}"]) == 2
     assert "--robot.fps: the artefact was steered with 15, not 30; name the same" in capfd.readouterr().err
 
 

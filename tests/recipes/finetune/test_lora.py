@@ -292,9 +292,9 @@ def record(folder, episodes, fps):
 def test_failures_in_a_dataset_are_named(tmp_path):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    episodes = synthetic(length=4, episodes=3)
-    record(tmp_path / "won", episodes, 10)
+    record(tmp_path / "won", synthetic(length=4, episodes=3), 10)
     assert failures_note(LeRobotDataset("a/b", root=tmp_path / "won")) == []
+    episodes = synthetic(length=4, episodes=3)
     episodes[1].frames[-1]["next.success"] = np.array([False])
     record(tmp_path / "mixed", episodes, 10)
     said = failures_note(LeRobotDataset("a/b", root=tmp_path / "mixed"))
