@@ -12,7 +12,8 @@ from trimtab.recipes.cli import COMMANDS
 ROOT = Path(__file__).parents[1]
 WIDTH = 100  # columns; tables may be wider
 README_WORDS = 700
-GENERATED = {"recipes/CONFIGURATION.md", "recipes/configs/metaworld/comparison/compare.md"}
+COMPARISONS = (f"recipes/configs/{name}/comparison/compare.md" for name in ("metaworld", "metaworld_suite"))
+GENERATED = {"recipes/CONFIGURATION.md", *COMPARISONS}
 TOP = ("adapters", "policies", "rl", "recipes", "tests", "notebooks", ".github")
 # Other files that a page names are often what a command writes.
 SOURCES = ("py", "yaml", "ipynb", "toml", "lock")

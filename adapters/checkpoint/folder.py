@@ -104,6 +104,10 @@ def _check_whole(folder: Path) -> None:
         return
     there = sorted(file.name for file in folder.iterdir()) or ["nothing"]
     inside = sorted(folder.glob(f"checkpoints/*/pretrained_model/{CONFIG}"))
+    if not inside and CONFIG not in missing and any(folder.glob("*.safetensors")):
+        from trimtab.adapters.checkpoint.saved_config import read_policy_type
+
+        read_policy_type(folder)  # raises where the weights are another library's, whatever else is there
     if inside:
         hint = f"its last checkpoint is {inside[-1].parent}"
     elif WEIGHTS in missing and any(folder.glob("model-*-of-*.safetensors")):

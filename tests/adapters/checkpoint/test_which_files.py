@@ -181,3 +181,8 @@ def test_a_config_of_something_else(name, folder):
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         load(folder)
+    for path in folder.glob("policy_*"):  # which others do not have, as they name their weights otherwise
+        path.unlink()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=message):
+        load(folder)

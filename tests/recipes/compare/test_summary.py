@@ -15,7 +15,7 @@ from trimtab.recipes.compare.report import MARKDOWN, learning_row, rendered, row
 from trimtab.recipes.compare.summary import dip, elsewhere, summarise, sustained
 from trimtab.rl.statistics import bootstrap_interval, p_below
 
-STORED = Path(__file__).parents[3] / "recipes/configs/metaworld/comparison"
+CONFIGS = Path(__file__).parents[3] / "recipes/configs"
 
 
 def summary(won):
@@ -194,13 +194,13 @@ def test_dip_against_every_window_by_hand():
     assert dip([[i, 1, 1] for i in range(60)], base)["below"] == 0
 
 
-def test_the_stored_comparison_makes_its_page():
-    """The figures of recipes/configs/metaworld/comparison: compare.md is made of compare.json."""
-    stored = json.loads((STORED / "compare.json").read_text())
-    assert (
-        rendered(MARKDOWN, stored["title"], stored["facts"], stored["methods"], stored["aggregates"])
-        == (STORED / "compare.md").read_text()
-    )
+@pytest.mark.parametrize("recipe", ["metaworld", "metaworld_suite"])
+def test_the_stored_comparison_makes_its_page(recipe):
+    """The figures of a recipe's comparison: compare.md is made of compare.json."""
+    stored = CONFIGS / recipe / "comparison"
+    found = json.loads((stored / "compare.json").read_text())
+    made = rendered(MARKDOWN, found["title"], found["facts"], found["methods"], found["aggregates"])
+    assert made == (stored / "compare.md").read_text()
 
 
 def test_what_happened_while_learning():
