@@ -193,12 +193,7 @@ def good_demonstrations(run: Run) -> tuple[DatasetConfig, int]:
 
 
 # Of --train, what no method has for itself.
-OF_COMPARISON = {
-    "env_steps": "--env_steps",
-    "episodes": "--env_steps",
-    "log_every": "--grid",
-    "reward": "--reward",
-}
+OF_COMPARISON = {"env_steps": "--env_steps", "episodes": "--env_steps", "log_every": "--grid"}
 # By the name that methods.yaml gives a kind.
 KINDS: dict[str, type[Method]] = {
     "base": Base,

@@ -302,7 +302,8 @@ def test_best_of_n_repeats_exactly_and_behind_the_gate(tiny_base, tmp_path):
         options = ["--rl.type=best_of_n", "--rl.num_candidates=4", "--rl.target_candidates=2"]
         small = [o for o in SMALL if not o.startswith(("--rl.type", "--eval.videos"))]
         argv = ["adapt", f"--policy.path={tiny_base}", *ENV, *small, *options, "--eval.videos=0", HERE]
-        assert main([*argv, "--train.gate.enabled=true", f"--output_dir={output}"]) == 0
+        gate = ["--train.gate.enabled=true", "--train.warmup_transitions=0"]
+        assert main([*argv, *gate, f"--output_dir={output}"]) == 0
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
 

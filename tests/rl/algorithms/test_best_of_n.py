@@ -381,7 +381,10 @@ def train(seed, gate, steps):
         critic=CriticConfig(hidden=64, layers=2),
     )
     budget = TrainConfig(
-        env_steps=steps, warmup_transitions=300, first_update=100, gate=TakeoverConfig(enabled=gate)
+        env_steps=steps,
+        warmup_transitions=0 if gate else 300,
+        first_update=100,
+        gate=TakeoverConfig(enabled=gate),
     )
     with ChunkVectorEnv(config, 8, 0) as vec:
         trainer = Trainer(

@@ -49,7 +49,7 @@ RUNS = {
     "edits": (BestOfNConfig(num_candidates=4, edit=EditConfig(scale=0.3), **SIZE), TRAIN),
     "demonstrations": (DSRLNAConfig(num_candidates=4, **SIZE), TRAIN),
     "residual": (ResidualConfig(**SIZE), TRAIN),
-    "gate": (DSRLSACConfig(**SIZE), replace(TRAIN, gate=TakeoverConfig(enabled=True))),
+    "gate": (DSRLSACConfig(**SIZE), replace(TRAIN, warmup_transitions=0, gate=TakeoverConfig(enabled=True))),
 }
 
 
