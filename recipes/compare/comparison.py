@@ -188,7 +188,7 @@ class Comparison:
             options = Path(folder) / RECORD  # that in ``output`` may be of another command by now
             self._write_options(options)
             command = [sys.executable, "-m", "trimtab.recipes.cli", "compare", f"--output_dir={self.output}"]
-            command += [f"--config_path={options}", f"--only={json.dumps(run_name(task, name, seed))}"]
+            command += [f"--config_path={options}", only_option(task, name, seed)]
             if code := ended(command):
                 raise SystemExit(code if code > 0 else 128 - code)  # a signal as shells say it
         return read_json(self._file(task, name, seed, ".json"))
@@ -287,6 +287,11 @@ def ended(command: list[str]) -> int:
 def run_name(task: str, name: str, seed: int | None) -> str:
     """A run as ``--only`` names it."""
     return f"{task},{name}" + ("" if seed is None else f",{seed}")
+
+
+def only_option(task: str, name: str, seed: int | None) -> str:
+    """The argument that names a run; quoted, for a task may be empty or hold what YAML takes for more."""
+    return f"--only={json.dumps(run_name(task, name, seed))}"
 
 
 def once(path: Path, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Steering(Method):
         found = super().settings()
         # Of its pace what holds; how long it trains and reports is the comparison's own.
         found["train"] = draccus.encode(self.train.at_pace_of(self.rl))
-        for name in ("env_steps", "episodes", "log_every"):
+        for name in ("env_steps", "log_every"):
             del found["train"][name]
         return found
 
@@ -94,7 +94,7 @@ class Steering(Method):
                 self._take(run, search.run())
                 run.add_point(search.env_steps, search.env_steps)
                 return {"updates": 0, "search_episodes": search.episodes, "metrics": lines}
-            train = replace(self.train, env_steps=config.env_steps, episodes=None, log_every=config.grid)
+            train = replace(self.train, env_steps=config.env_steps, log_every=config.grid)
             if train.reward == "env":
                 train = train.within_rewards(base_episodes(run).reward_range)
             accelerator = Accelerator(cpu=adapter.device.type == "cpu")

@@ -20,12 +20,13 @@ from trimtab.policies.artefact import is_artefact
 from trimtab.policies.critic import CriticConfig
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.cli import main
-from trimtab.recipes.compare.comparison import Comparison, ended, once
+from trimtab.recipes.compare.comparison import Comparison, ended, once, only_option
 from trimtab.recipes.compare.config import ALL, METHODS, CompareConfig
 from trimtab.recipes.compare.folders import read_runs
 from trimtab.recipes.compare.from_recipe import comparison
 from trimtab.recipes.compare.methods import make_method
 from trimtab.recipes.compare.runs import Meter
+from trimtab.recipes.support.option_dicts import read_arguments
 from trimtab.recipes.support.options import parse
 from trimtab.rl.algorithms import BestOfNConfig
 
@@ -206,6 +207,12 @@ def test_a_run_of_its_own_process(tiny_base, tmp_path, capfd, monkeypatch):
     assert record["settings"]["env"]["type"] == "my_drawer"
     assert main([*argv, "--only=drawer-close-v3,steered,0"]) == 2
     assert "--only: 'drawer-close-v3,steered,0' is no run" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["", "place it: left", "no. 1 #2", TASK])
+def test_a_run_is_named_whatever_its_task(task):
+    assert read_arguments([only_option(task, "base", None)]) == {"only": f"{task},base"}
+    assert read_arguments([only_option(task, "lora", 3)]) == {"only": f"{task},lora,3"}
 
 
 ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3"]
