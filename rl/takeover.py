@@ -67,8 +67,10 @@ class Takeover:
 
     def __call__(self) -> bool:
         """Whether the learner acts in the next episode."""
-        if not self.config.enabled or len(self._base) < self.config.base_episodes:
-            return not self.config.enabled
+        if not self.config.enabled:
+            return True
+        if len(self._base) < self.config.base_episodes:
+            return False
         chance = self._rng.random()
         self.share = self._reckoned()
         return bool(chance < self.share)

@@ -294,7 +294,7 @@ def _check_features(config: TrimtabConfig, steered: Steered) -> None:
             raise UserError(
                 f"--policy.{name}",
                 f"the base was loaded with {loaded}, the config says {getattr(config, name)}; `trimtab "
-                "export` writes one without critic and edits with another --policy.n_action_steps",
+                "export --policy.n_action_steps=` changes that of an artefact without critic and edits",
             )
     made = {k: tuple(f.shape) for k, f in adapter.config.output_features.items()}
     asked = {k: tuple(f.shape) for k, f in (config.output_features or {}).items()}

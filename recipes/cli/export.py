@@ -20,11 +20,7 @@ from trimtab.recipes.support.reporting import read_json, table
 
 CARD, CARD_TEXT = "README.md", Path(__file__).with_name("card.md")
 ACTING = ("num_candidates", "use_actor", "use_edit")  # how the artefact acts, beside `deterministic`
-ACTIONS = (
-    "n_action_steps",
-    "num_inference_steps",
-    "dtype",
-)  # of the base's loading, what changes its actions
+ACTIONS = ("n_action_steps", "num_inference_steps", "dtype")  # what changes them, of the base's loading
 RUN_CONFIG = "adapt.json"  # the run's own config, to run it again
 
 
