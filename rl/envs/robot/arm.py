@@ -61,15 +61,24 @@ class Arm:
     def send(self, values: np.ndarray) -> np.ndarray:
         """Send an action (n,) within the limits; what the robot says that it was sent.
 
+        From outside of them it goes no farther out, and in as far as the action says: no jump to the limit.
+
         Raises:
             ValueError: it holds NaN or Inf. Nothing moves.
         """
-        return self._send(self.within(values))
+        here = np.array([self.target[name] for name in self.names])
+        low, high = self._limits()
+        return self._send(np.clip(values, np.minimum(low, here), np.maximum(high, here)))
 
     def within(self, values: np.ndarray) -> np.ndarray:
         """The action nearest to ``values`` (n,) that no limit forbids."""
+        return np.clip(values, *self._limits())
+
+    def _limits(self) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and the highest action (n,)."""
         wide = [self.config.limits.get(name, (-np.inf, np.inf)) for name in self.names]
-        return np.clip(values, *np.array(wide, values.dtype).T)
+        low, high = np.array(wide, np.float32).T
+        return low, high
 
     def _send(self, values: np.ndarray) -> np.ndarray:
         if not np.isfinite(values).all():

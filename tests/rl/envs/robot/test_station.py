@@ -113,6 +113,18 @@ def test_outside_its_limits_it_comes_in_slowly_and_parks_where_it_was(make):
     station.arm.robot.connect()  # for the fixture to disconnect
 
 
+def test_a_person_drives_it_in_from_outside_its_limits(make):
+    name = "shoulder_lift.pos"
+    rest = make(id="resting").arm.home[name]
+    arm = make(limits={name: (rest + 20, rest + 60)}).arm
+    place, found = list(START).index(name), []
+    for wanted in (-5, 5, 30, 10, 90):
+        action = np.array([arm.home[joint] for joint in arm.names], np.float32)
+        action[place] = rest + wanted
+        found.append(float(arm.send(action)[place]) - rest)
+    assert found == pytest.approx([0, 5, 30, 20, 60], abs=0.1)
+
+
 def test_a_pose_is_reached_however_small_the_steps(make):
     name = next(iter(START))
     station = make(max_step={name: 0.5}, move_s=0.1)
