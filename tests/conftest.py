@@ -15,13 +15,19 @@ import pytest
 from filelock import FileLock
 
 
-def pytest_configure(config):
-    """What all tests need, imported once; in xdist's first process, too: it counts what importing covers."""
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session):
+    """What all tests need, imported once, when the lines that importing covers are counted. xdist's first
+    process runs no tests.
+    """
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return
     from trimtab.recipes.support.console import quiet
     from trimtab.rl.runs.imports import quick_imports
 
     with quick_imports():
         import torch
+        from datasets import Features
         from draccus.wrappers import docstring
 
         import trimtab.recipes.cli.adapt  # noqa: F401
@@ -30,6 +36,8 @@ def pytest_configure(config):
     gc.set_threshold(7_000, 10, 10)  # Python's 700 are for processes that hold less
     # draccus reads a field's comment in its source whenever it reads a config: here, thousands of times.
     docstring.get_attribute_docstring = cache(docstring.get_attribute_docstring)
+    # datasets looks at all columns again whenever it names one: 170,000 times where LeRobot opens a dataset.
+    Features.__setitem__ = set_column
     # The first backward pass starts a thread for each kind of device that is known by then. Fake tensors
     # make a GPU known that is not there, and a process with such threads can't be forked, as the fault
     # campaign is.
@@ -37,6 +45,14 @@ def pytest_configure(config):
     # What commands take where no number is named. Several test processes share the cores, and two threads
     # of one that wait for each other on a busy core cost minutes.
     shared_configs.default_threads = lambda workers: 1
+
+
+def set_column(features, name, feature):
+    """``datasets.Features.__setitem__``."""
+    from datasets.features.features import require_decoding
+
+    dict.__setitem__(features, name, feature)
+    features._column_requires_decoding[name] = require_decoding(feature)
 
 
 def pytest_collection_modifyitems(items):

@@ -63,10 +63,16 @@ def pair(request, tmp_path_factory):
     return options, replace(options, path=str(old))
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made") / "old"
+    make_tiny("diffusion", folder, **KINDS["diffusion"])
+    return to_old_format(folder)
+
+
 @pytest.fixture
-def old(tmp_path):
-    make_tiny("diffusion", tmp_path / "old", **KINDS["diffusion"])
-    return to_old_format(tmp_path / "old")
+def old(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "old")
 
 
 def load(folder):
