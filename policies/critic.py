@@ -92,6 +92,13 @@ class CriticEnsemble(nn.Module):
             errors = binary_cross_entropy_with_logits(outputs, probability, reduction="none")
         return errors.flatten(1).mean(1).sum(), self._values(outputs.detach())
 
+    @torch.no_grad()
+    def begin_at(self, value: float) -> None:
+        """Move what has not learnt yet from the middle of the ``bounds`` to ``value`` there, for all inputs."""
+        low, high = self.bounds or (0.0, 1.0)
+        share = torch.tensor((value - low) / (high - low)).clamp(1e-4, 1.0 - 1e-4)
+        self.net.biases[-1] += torch.logit(share)
+
     def _values(self, outputs: Tensor) -> Tensor:
         if self.bounds is None:
             return outputs

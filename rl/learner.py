@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast
 from tqdm import tqdm
 
@@ -69,6 +70,21 @@ def make_learner(
     return algorithm, replay, demonstrations
 
 
+def fit(run: Any, algorithm: Algorithm) -> None:
+    """Let an algorithm that has learnt nothing begin with the statistics of all that all processes saw.
+
+    The environment's own rewards may be small beside their bounds. In the middle of these an episode that
+    goes on would be worth more than success.
+    """
+    demos = [run.demonstrations] if run.demonstrations else []
+    seen = run.world.gather(run.replay.all_features()) + [one.all_features() for one in demos]
+    algorithm.fit_normalizer(torch.cat(seen))
+    if run.train.reward == "env":
+        returned = run.world.gather(run.replay.returned()) + [one.returned() for one in demos]
+        reward, ended = torch.stack(returned).sum(0)
+        algorithm.begin_at(float(reward / ended.clamp_min(1e-9)))
+
+
 def learn_anew(run: Any) -> Algorithm:
     """The algorithm of a ``Trainer`` ``run``, learnt once more from the beginning on all that was seen.
 
@@ -87,7 +103,7 @@ def learn_anew(run: Any) -> Algorithm:
         return run.algorithm
     algorithm = make_algorithm(run, run.collector, run.space)
     run.guard.attach(algorithm)
-    run.fit_normalizer(algorithm)
+    fit(run, algorithm)
     for number in Progress(range(updates), desc="learning anew", unit="step", disable=not run.progress):
         if number % CHECKED_EVERY == 0:
             algorithm.progress(number / updates)

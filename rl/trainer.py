@@ -19,7 +19,7 @@ from trimtab.rl.data.demonstration_data import DemosConfig
 from trimtab.rl.data.replay import Batch
 from trimtab.rl.data.returns import Transition
 from trimtab.rl.envs.base import VectorEnv
-from trimtab.rl.learner import learn_anew, make_learner
+from trimtab.rl.learner import fit, learn_anew, make_learner
 from trimtab.rl.metrics import RunMetrics, calibration, human_chunks
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.checkpoint import Checkpoint, Checkpoints
@@ -157,7 +157,7 @@ class Trainer:
         if demos is None or self.updates >= total:
             return
         if self.updates == 0:
-            self.algorithm.fit_normalizer(demos.all_features())
+            fit(self, self.algorithm)
         bar = Progress(total=total, initial=self.updates, desc="learning offline", disable=not self.progress)
         while self.updates < total:
             count = min(self.train.log_every, total - self.updates)
@@ -175,18 +175,13 @@ class Trainer:
         if self.transitions < self.train.first_update or not self._ready:
             return
         if self.updates == 0:
-            self.fit_normalizer(self.algorithm)
+            fit(self, self.algorithm)
         self._owed -= self._update(int(self._owed), self.batch, self.vec.calls)
 
     def batch(self, share: float | None = None) -> Batch:
         """What an update learns from; ``share`` is how much of the learning is done."""
         demos, size, share = self.demonstrations, self.rl.batch_size, self._share if share is None else share
         return demos.mix(self.replay, size, share) if demos else self.replay.sample(size)
-
-    def fit_normalizer(self, algorithm: Algorithm) -> None:
-        """Take the statistics of all that was seen, by all processes."""
-        seen, demos = self.world.gather(self.replay.all_features()), self.demonstrations
-        algorithm.fit_normalizer(torch.cat(seen + ([demos.all_features()] if demos else [])))
 
     def _update(
         self, count: int, batch: Callable[[], Batch], called: Callable[[float], bool] = lambda seconds: False

@@ -49,7 +49,8 @@ def main(config: MakeBaseConfig) -> None:
     MachineConfig(workers=0, threads=config.threads).apply()
     made = make_base(base, folder)
     for task, rate in made["demonstration_success"].items():
-        print(f"{task:<32} demonstrators succeeded in {100 * rate:.0f} % of {base.episodes}")
+        count = made["demonstrators"][task].get("episodes") or base.episodes
+        print(f"{task:<32} demonstrators succeeded in {100 * rate:.0f} % of {count}")
     say_made(folder, made, f"--env.type=metaworld_state --env.task={base.tasks.split(',')[0]}")
 
 

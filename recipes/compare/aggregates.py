@@ -12,6 +12,7 @@ from trimtab.recipes.compare.measure import RETURN, Measure, measure_of
 
 LEAST_TASKS, LEAST_SEEDS = 2, 3  # either is enough
 RESAMPLES = 2000
+ROUNDING = 1e-9  # of a mean over seeds
 Run = dict[str, Any]
 Matrix = dict[tuple[str, str], list[list[Run]]]  # by method and policy: tasks, and of each its seeds
 
@@ -127,7 +128,7 @@ def steps_to_reach(
 
     def share(run: Run, policy: str, goal: list[Run]) -> float:
         mean = measures[run["task"]].mean
-        level = np.mean([one["points"][-1][target[1]][mean] for one in goal])
+        level = np.mean([one["points"][-1][target[1]][mean] for one in goal]) - ROUNDING
         base = bases.get(run["task"], {"points": []})
         starts = ({"grid": 0, policy: point["policy"]} for point in base["points"])
         there = (point["grid"] for point in (*starts, *run["points"]) if point[policy][mean] >= level)

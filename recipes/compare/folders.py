@@ -82,7 +82,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _records(folder: Path, results: dict[str, Any], config: dict[str, Any]) -> list[Record]:
     """What the run has found: one record per policy."""
     path, seconds = folder / METRICS, results.get("seconds", {})
-    won, returns = results.get("outcomes") or {}, results.get("returns") or {}
+    paired = results.get("paired", True)
+    won, returns = (results.get(name) or {} if paired else {} for name in ("outcomes", "returns"))
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
     finals = {
         name: final | {"won": won.get(name, ""), "returns": returns.get(name)}

@@ -98,10 +98,27 @@ SUCCESS, RETURN = Measure(), Return()
 MEASURES = {measure.name: measure for measure in (SUCCESS, RETURN)}
 
 
+def count_unreported(runs: Sequence[dict[str, Any]]) -> None:
+    """Where one evaluation of a task reported success, one that did not had none: some environments report
+    it in the step that succeeds alone.
+    """
+    for task in {run["task"] for run in runs}:
+        every = [one for run in runs if run["task"] == task for one in _evaluations(run)]
+        if any(one["success_rate"] is not None for one in every):
+            for one in every:
+                if one["success_rate"] is None:
+                    one |= SUCCESS.pool([{"successes": 0, "episodes": one["episodes"]}])
+                    one["won"] = "0" * one["episodes"]
+
+
+def _evaluations(run: dict[str, Any]) -> list[Summary]:
+    points = [point[name] for point in run["points"] for name in run["final"]]
+    return [*run["final"].values(), *points]
+
+
 def measure_of(runs: Sequence[dict[str, Any]]) -> Measure:
     """What the runs of one task are judged by: success where every evaluation reports it."""
-    every = [run["final"][name] for run in runs for name in run["final"]]
-    every += [point[name] for run in runs for point in run["points"] for name in run["final"]]
+    every = [one for run in runs for one in _evaluations(run)]
     return SUCCESS if all(one["success_rate"] is not None for one in every) else RETURN
 
 

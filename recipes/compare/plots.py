@@ -83,7 +83,7 @@ def plot_aggregates(path: Path, aggregates: Sequence[dict[str, Any]]) -> None:
                     alpha=0.4,
                 )
                 axis.plot(value, y, "o", color="tab:blue")
-        axis.set(title=titles[name], xlim=(0, None))
+        axis.set(title=titles[name], xlim=(min(0.0, axis.get_xlim()[0]), None))
     if "improvement" in shown:
         axes[shown.index("improvement")].axvline(0.5, color="black", linestyle="--", linewidth=0.8)
     axes[0].set_yticks(range(len(aggregates)), [label(entry) for entry in aggregates])

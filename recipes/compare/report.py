@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from trimtab.recipes.compare.aggregates import aggregate
-from trimtab.recipes.compare.measure import SUCCESS, Measure, measure_in
+from trimtab.recipes.compare.measure import SUCCESS, Measure, count_unreported, measure_in
 from trimtab.recipes.compare.plots import plot_aggregates, plot_curves
 from trimtab.recipes.compare.summary import WINDOW, label, summarise
 from trimtab.recipes.support.reporting import write_json
@@ -166,6 +166,7 @@ def write_report(
 
     ``compared`` asks for the aggregates over tasks and seeds: ``improved`` and ``reach`` of ``aggregate``.
     """
+    count_unreported(runs)
     entries, facts = summarise(runs), list(facts)
     videos = [(caption, path.absolute()) for caption, path in videos]  # the report lies in another folder
     aggregates: list[dict[str, Any]] = []

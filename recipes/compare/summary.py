@@ -147,7 +147,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _entry(
     policy: str, runs: list[dict[str, Any]], base: dict[str, Any] | None, measure: Measure
 ) -> dict[str, Any]:
-    finals, curves = [run["final"][policy] for run in runs], bool(runs[0]["points"])
+    finals, curves = [run["final"][policy] for run in runs], all(run["points"] for run in runs)
     own = base and [base["final"]["policy"], *(point["policy"] for point in base["points"])]
     every = measure.pool(own) if own else None
     found = {

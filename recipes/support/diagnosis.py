@@ -122,7 +122,8 @@ def _diagnose_success(
             [*lines, "improve the base first (demonstrations), or reward progress instead of success"],
         )
     gains = {
-        name: _Gain(*paired_difference(base.successes, other.successes)) for name, other in others.items()
+        name: _Gain(*paired_difference(base.successes[: len(other.successes)], other.successes))
+        for name, other in others.items()
     }
     success = rate_text(rates["base"])
     for name in WITHOUT_LEARNING:

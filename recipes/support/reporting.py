@@ -88,7 +88,9 @@ def results_of(config: Any, evaluations: dict[str, Evaluation], **more: Any) -> 
     """Content of results.json: ``more``, and how the policies of a command did, and on which episodes."""
     return {
         "policies": summaries(evaluations),
-        # 1 or 0 for each episode, in the order of the seeds: what a paired test needs.
+        # 1 or 0 for each episode, in the order of the seeds: what a paired test needs. With a person the
+        # scenes of two policies differ.
+        "paired": not getattr(config.env, "attended", False),
         "outcomes": {n: "".join(str(int(won)) for won in e.successes) for n, e in evaluations.items()},
         "returns": {n: e.returns.tolist() for n, e in evaluations.items() if e.returns is not None},
         "env": config.env and {"type": config.env.type, "task": config.env.task},

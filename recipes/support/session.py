@@ -60,6 +60,7 @@ class Session:
     _examined: bool = field(init=False, default=False)
     _declared: bool = field(init=False, default=True)  # what they say of it themselves
     _success_keys: set[str] = field(init=False, default_factory=set)
+    _reports_success: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         check_buildable(self.env)
@@ -209,8 +210,14 @@ class Session:
     def evaluate(
         self, vec: VectorEnv, policy: ChunkPolicy, label: str, seeds: Sequence[int] = ()
     ) -> Evaluation:
-        """One episode for each seed (default: those of the evaluation), shared among the processes."""
-        return evaluate(self.runner, vec, policy, seeds or self.eval.seeds, label, world=self.world)
+        """One episode for each seed (default: those of the evaluation), shared among the processes.
+
+        An environment that has once reported success reports it: some do so in the step that succeeds alone.
+        """
+        found = evaluate(self.runner, vec, policy, seeds or self.eval.seeds, label, world=self.world)
+        self._reports_success |= found.reported
+        found.reported = self._reports_success
+        return found
 
     @property
     def evaluation_workers(self) -> int:

@@ -273,6 +273,12 @@ class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
         for network in self.children():
             network.normalizer.fit(features.to(self.accelerator.device))
 
+    def begin_at(self, value: float) -> None:
+        """Let critics that learn between bounds begin with this value, and not in the bounds' middle."""
+        for network in self.children():
+            if isinstance(network, CriticEnsemble) and network.bounds:
+                network.begin_at(value)
+
     def progress(self, share: float) -> None:
         """Let the learning rates fall linearly, once ``share`` of the run's environment steps are made."""
         rate = self.config.learning_rate * (1.0 - min(share, 1.0) * (1.0 - self.config.learning_rate_end))

@@ -43,7 +43,10 @@ class Demonstrations(ReplayBuffer):
         super().__init__(max(1, len(transitions)), layout, seed, device)
         self.config = config
         for transition in transitions:
-            self.add(transition)
+            try:
+                self.add(transition)
+            except ValueError as error:
+                raise UserError(OPTION, f"{error}; leave out what is broken by --demos.episodes") from None
 
     def share(self, progress: float) -> float:
         """Their share of a batch at ``progress`` (0 to 1) of the run."""

@@ -160,6 +160,13 @@ class ReplayBuffer:
         """The stored features (size, d), without pixels, on the CPU."""
         return self._data["features"][: len(self)].cpu()
 
+    def returned(self) -> Tensor:
+        """Sums over all transitions of ``R`` and of ``1 - D`` (2,): their ratio is the one value for all
+        states with which TD agrees on average.
+        """
+        reward, discount = (self._data[name][: len(self)].double().cpu() for name in ("reward", "discount"))
+        return torch.stack([reward.sum(), (1.0 - discount).sum()])
+
     def rows(self, start: int, stop: int) -> Batch:
         """The transitions from the ``start``-th to before the ``stop``-th ever added, on the CPU."""
         index = torch.arange(start, stop) % self.capacity

@@ -42,7 +42,8 @@ class LaneEnv(gym.Env):
             the reward is where it stands. ``box``: the observation is a vector. ``in_place``: the observation
             is its own state, which it changes. ``forgets_seed``: starts anywhere, whatever the seed.
             ``one_start``: the same start for every seed. ``arm``: cannot repeat, and says so. ``hurdle``:
-            ends in the pit, in a block on the way, and off the sides of the lane.
+            ends in the pit, in a block on the way, and off the sides of the lane. ``terse``: says ``is_success``
+            in the step that succeeds alone.
         log: file to which a line is added for each reset (before and after) and step.
     """
 
@@ -77,7 +78,8 @@ class LaneEnv(gym.Env):
         key = SUCCESS_KEYS.get(self.manner, "is_success")
         reward = float(self.state[0]) if self.manner == "dense" else float(won)
         ended = won or (fell and self.manner in ("pit", "dense", "hurdle"))
-        return self._observation(), reward, ended, False, {} if key is None else {key: won}
+        said = key is not None and (won or self.manner != "terse")
+        return self._observation(), reward, ended, False, {key: won} if said else {}
 
     def render(self):
         image = np.zeros((64, 64, 3), np.uint8)

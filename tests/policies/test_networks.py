@@ -137,3 +137,15 @@ def test_plain_networks():
     for config, option in ((ActorConfig, "--rl.actor.activation"), (CriticConfig, "--rl.critic.activation")):
         with pytest.raises(UserError, match=option):
             config(activation="gelu")
+
+
+def test_critics_begin_where_they_are_told():
+    """About there for all inputs, also near the ends of the bounds; and they still tell inputs apart."""
+    torch.manual_seed(0)
+    features, u = torch.randn(64, 4), torch.randn(64, 3)
+    for value, low, high in ((0.3, 0.2, 0.45), (100.0, 99.9, 100.0), (-5.0, 0.0, 0.02)):
+        critic = CriticEnsemble(4, 3, CriticConfig(hidden=16, layers=2), (0.0, 100.0))
+        assert critic(features, u).median() > 40.0
+        critic.begin_at(value)
+        values = critic(features, u)
+        assert low < values.median() < high and values.std() > 0

@@ -28,6 +28,7 @@ def test_a_base_that_never_succeeds_has_nothing_to_learn_from(tiny_base, tmp_pat
         "--eval.n_episodes=4",
         "--eval.batch_size=4",
         "--eval.constant_episodes=2",
+        "--eval.baseline_episodes=3",
         "--machine.workers=0",
     ]
     report = probe(tiny_base, tmp_path / "out", *task, *small, "--eval.constant_candidates=3")
@@ -36,7 +37,7 @@ def test_a_base_that_never_succeeds_has_nothing_to_learn_from(tiny_base, tmp_pat
     # Cloned for thirty steps, it never succeeds: right is to say that there is nothing to learn from.
     assert report["success"]["base"]["successes"] == 0
     assert not report["steerable"] and "nothing seen to learn from" in report["diagnosis"]
-    assert "no success in 22 episodes" in report["diagnosis"]
+    assert "no success in 20 episodes" in report["diagnosis"]
     assert "diagnosis: nothing seen" in capsys.readouterr().out
 
 

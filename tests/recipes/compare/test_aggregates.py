@@ -5,11 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from trimtab.adapters import UserError
 from trimtab.recipes.compare import aggregates
 from trimtab.recipes.compare.aggregates import aggregate
 from trimtab.recipes.compare.config import CompareConfig
+from trimtab.recipes.compare.plots import plot_aggregates
 from trimtab.recipes.compare.report import aggregate_row, write_report
 
 EPISODES = 100
@@ -103,6 +105,23 @@ def test_steps_to_the_final_level_of_a_method():
     assert ours["share"] is None and ours["share_ci95"] == [0.25, None] and ours["reached"] == 2
     assert said == "never [0.250, never] (2/6)"
     assert of_ours(replaced(suite(), "base", [0.6, 0.4], (None,)))[0]["share"] == 0.0, "the base is as high"
+
+
+def test_the_same_rate_is_that_level():
+    """The mean of three times 0.8 is a little more than 0.8 in floats."""
+    runs = [a_run("a", "base", None, [0.4, 0.4])]
+    runs += [a_run("a", name, seed, [0.4, 0.8, 0.8]) for name in ("ours", "paper") for seed in range(3)]
+    (ours,) = (one for one in aggregate(runs, "ours", "paper") if one["method"] == "ours")
+    assert ours["share"] == 1.0 and ours["reached"] == 3
+
+
+def test_a_score_below_zero_is_in_the_figure(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *path, **how: shown.append(figure))
+    entry = {"method": "ours", "policy": "actor", "iqm": -0.6, "iqm_ci95": [-0.7, -0.5], "improved": "ours"}
+    plot_aggregates(tmp_path / "a.png", [entry, entry | {"iqm": 1.0, "iqm_ci95": None}])
+    low, high = shown[0].axes[0].get_xlim()
+    assert low <= -0.7 and high >= 1.0
 
 
 def test_returns_are_scored_as_multiples_of_the_bases():

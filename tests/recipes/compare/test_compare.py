@@ -401,6 +401,17 @@ def test_run_folders(folders, tmp_path):
     assert rows["lora, demonstrations"]["against_base"]["ci95"] and (output / "report.html").is_file()
 
 
+def test_episodes_that_a_person_began_are_not_paired(folders, tmp_path):
+    robot = shutil.copytree(folders / "adapt", tmp_path / "robot")
+    results = json.loads((robot / "results.json").read_text())
+    assert results["paired"]
+    (robot / "results.json").write_text(json.dumps(results | {"paired": False}))
+    assert main(["compare", f"--runs=[{robot}]", f"--output_dir={tmp_path / 'out'}"]) == 0
+    rows = {one["method"]: one for one in json.loads((tmp_path / "out/compare.json").read_text())["methods"]}
+    assert rows["dsrl_sac (full)"]["against_base"] is None
+    assert rows["dsrl_sac (full)"]["success"]["episodes"] == 3
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [

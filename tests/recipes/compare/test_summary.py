@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from trimtab.recipes.compare.measure import RETURN, SUCCESS
-from trimtab.recipes.compare.report import MARKDOWN, learning_row, rendered, row
+from trimtab.recipes.compare.report import MARKDOWN, learning_row, rendered, row, write_report
 from trimtab.recipes.compare.summary import dip, elsewhere, summarise, sustained
 from trimtab.rl.statistics import bootstrap_interval, p_below
 
@@ -41,6 +41,35 @@ def returned(*values):
     low, high = bootstrap_interval(values)
     mean = {"return_mean": float(np.mean(values)), "return_ci95": [low, high]}
     return {"successes": None, "episodes": len(values), "success_rate": None, "returns": list(values), **mean}
+
+
+def a_run(method, seed, final, points=()):
+    policy = "policy" if seed is None else "actor"
+    points = [{"grid": 10 * k, "env_steps": 10 * k, policy: one} for k, one in enumerate(points, 1)]
+    run = {"task": "t", "method": method, "seed": seed, "points": points, "final": {policy: final}}
+    return run | {"episodes": [], "cost": {}}
+
+
+def test_where_others_report_success_none_is_zero(tmp_path):
+    """Some environments report it in the step that succeeds alone; where none does, there is none."""
+    runs = [a_run("base", None, summary("1010")), a_run("m", 0, returned(0.0, 0, 0, 0), [returned(0, 0)])]
+    write_report(tmp_path, "t", [], runs, [])
+    _, entry = json.loads((tmp_path / "compare.json").read_text())["methods"]
+    assert entry["measure"] == "success" and entry["success"]["successes"] == 0
+    assert entry["against_base"]["by_seed"] == [-0.5] and entry["last_point"]["episodes"] == 2
+    runs = [a_run("base", None, returned(1.0, 2.0)), a_run("m", 0, returned(2.0, 3.0))]
+    write_report(tmp_path, "t", [], runs, [])
+    assert {one["measure"] for one in json.loads((tmp_path / "compare.json").read_text())["methods"]} == {
+        "return"
+    }
+
+
+def test_a_seed_without_a_curve_leaves_the_others_their_result():
+    runs = [a_run("base", None, summary("1010")), a_run("m", 0, summary("1110"), [summary("10")])]
+    runs.append(a_run("m", 1, summary("1111")))
+    for order in (runs, [runs[0], *runs[:0:-1]]):
+        _, entry = summarise(order)
+        assert entry["success"]["successes"] == 7 and entry["to_level"] is None is entry["last_point"]
 
 
 def test_tasks_without_success_are_judged_by_their_return():

@@ -4,13 +4,16 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import tests.helpers.lane as lane
 from tests.helpers.lane import SMALL, TRAIN
 from trimtab.adapters import PolicyConfig, load_adapter
-from trimtab.policies.noise_samplers import own_noise
+from trimtab.policies.noise_samplers import constant_noise, own_noise
 from trimtab.recipes.cli import main
 from trimtab.recipes.support.run_folder import decode, encode
+from trimtab.recipes.support.session import Session
+from trimtab.recipes.support.shared_configs import EpisodesConfig, MachineConfig
 from trimtab.rl.envs.vector import ChunkVectorEnv
 from trimtab.rl.evaluation import Evaluation, evaluate, pooled, require_success
 from trimtab.rl.runner import PolicyRunner
@@ -81,6 +84,20 @@ def test_success_is_shown_as_before_where_it_is_reported(policy, tmp_path, capsy
     assert "not reported" not in said and "return [" not in said
     entry = json.loads((tmp_path / "out" / "results.json").read_text())["policies"]["base"]
     assert entry["return_mean"] == entry["success_rate"], "this environment pays 1 for success"
+
+
+def test_success_that_is_said_where_there_is_one_alone(policy):
+    """A policy that never succeeds there has 0 %, where another has succeeded."""
+    adapter = load_adapter(PolicyConfig(str(policy), device="cpu"))
+    episodes = EpisodesConfig(n_episodes=20, batch_size=20, videos=0)
+    session = Session(adapter, lane.LaneConfig(manner="terse"), episodes, MachineConfig(workers=0))
+    back = constant_noise(torch.full(adapter.noise_spec.shape, -2.0))
+    with session.evaluation_environments() as vec:
+        unknown = session.evaluate(vec, back, "back", range(4))
+        some, none = (session.evaluate(vec, noise, "") for noise in (session.own_noise, back))
+    assert not unknown.reported and unknown.summary()["success_rate"] is None
+    assert 0 < some.successes.sum() < 20
+    assert none.reported and none.summary()["successes"] == 0 and none.summary()["ci95"][0] == 0.0
 
 
 @pytest.mark.parametrize("options", [[], ["--rl.type=golden_ticket"]])

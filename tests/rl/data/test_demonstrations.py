@@ -453,6 +453,12 @@ def test_every_algorithm_of_chunks_learns_beside_them_and_none_uses_their_noise(
     assert shares == sorted(shares, reverse=True) and shares[-1] == 0.0
 
 
+def test_what_no_replay_keeps_is_one_line():
+    one = Transition(np.zeros(3), np.zeros(2), np.nan, 0.5, np.zeros(3))
+    with pytest.raises(UserError, match=r"--demos.*NaN or Inf in 'reward'.*--demos.episodes"):
+        Demonstrations(DemosConfig(root="x"), [one], Layout(3, 2), 0)
+
+
 def test_statistics_of_the_features_count_demonstrations_too(tmp_path):
     root, config = point_dataset(tmp_path / "plain"), PointConfig()
     with ChunkVectorEnv(config, 4, 0) as vec:

@@ -35,6 +35,15 @@ def test_rows_stay_together_and_sampling_repeats():
     assert (batch["reward"] == second.sample(64)["reward"]).all()
 
 
+def test_what_was_returned_is_that_of_one_value_for_all_states():
+    """An episode of three chunks that ends with 1: V = (0 + 0 + 1 + 0.5 V + 0.5 V) / 3 = 1 / 2."""
+    replay = ReplayBuffer(10, Layout(3, 2), seed=0)
+    for reward, discount in ((0.0, 0.5), (0.0, 0.5), (1.0, 0.0)):
+        replay.add(transition(0.0, reward=reward, discount=discount))
+    reward, ended = replay.returned()
+    assert reward / ended == 0.5
+
+
 @pytest.mark.parametrize("name", ["features", "u", "reward", "next_features"])
 def test_nan_is_kept_out(name):
     replay = ReplayBuffer(4, Layout(3, 2), seed=0)
