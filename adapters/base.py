@@ -1,7 +1,5 @@
 """What an adapter is: a frozen generative policy as a function (observation, noise) -> action chunk."""
 
-from __future__ import annotations
-
 import abc
 import math
 from collections.abc import Callable, Collection, Sequence

@@ -1,7 +1,5 @@
 """How a user names a base policy: the options under ``--policy.``."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 DTYPES = ("float32", "bfloat16", "float16")

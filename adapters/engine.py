@@ -6,8 +6,6 @@ precisions, and so many noises per observation. A smaller batch of observations 
 recorded. Where that cannot be, one line on stderr says so, and the function runs as it is.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The one exception that means: the user can mend this."""
 
-from __future__ import annotations
-
 import errno
 
 # Of a disk or its rights, which the user can mend.

@@ -5,8 +5,6 @@ all exist, or where all that exist are among those. Which of the latter a policy
 affair: some fill what is missing with blank images, others fail. Names count after renaming.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Iterator
 from difflib import SequenceMatcher

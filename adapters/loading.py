@@ -1,7 +1,5 @@
 """Load a LeRobot policy folder into an adapter, and prove that what was loaded is what was saved."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import partial

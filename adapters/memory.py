@@ -1,7 +1,5 @@
 """The memory that a policy's weights take, and what the machine has."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

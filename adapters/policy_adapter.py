@@ -1,7 +1,5 @@
 """The base class of adapters: how a policy is loaded and checked, and what identifies it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, ClassVar
 

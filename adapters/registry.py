@@ -1,7 +1,5 @@
 """Which adapter class serves a policy type; a class is imported on its first use."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module

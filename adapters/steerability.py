@@ -1,7 +1,5 @@
 """What noise does to a policy's chunks: measured on its function alone, without an environment."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field

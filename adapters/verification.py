@@ -1,7 +1,5 @@
 """What loading proves on the real weights: the policy does what its adapter says, steered by noise alone."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The noise actor: a squashed Gaussian over the bounded noise space."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

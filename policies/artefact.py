@@ -3,8 +3,6 @@
 One folder for all: `trimtab eval` reads it, and LeRobot's commands do, as a policy of type ``trimtab``.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

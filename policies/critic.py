@@ -1,7 +1,5 @@
 """Critic ensembles over (observation features, noise or chunk)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -94,7 +92,7 @@ class CriticEnsemble(nn.Module):
 
     @torch.no_grad()
     def begin_at(self, value: float) -> None:
-        """Move what has not learnt yet from the middle of the ``bounds`` to ``value`` there, for all inputs."""
+        """Move what has learnt nothing from the middle of its ``bounds`` to ``value``, for all inputs."""
         low, high = self.bounds or (0.0, 1.0)
         share = torch.tensor((value - low) / (high - low)).clamp(1e-4, 1.0 - 1e-4)
         self.net.biases[-1] += torch.logit(share)

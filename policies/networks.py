@@ -4,8 +4,6 @@ Under ``torch.autocast`` (``--rl.precision=bfloat16``) hidden layers are multipl
 layer stays in float32: a value of -90 would be rounded to a multiple of 0.5.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Noise samplers: who chooses the noise that the frozen policy is fed. Each is a policy to compare."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar

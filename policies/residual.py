@@ -1,7 +1,5 @@
 """The residual actor: a bounded correction of the chunk that the frozen policy makes, alone or as an edit."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass

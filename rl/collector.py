@@ -1,7 +1,5 @@
 """Collects transitions: the frozen policy acts on chosen noise, chunk by chunk, in many environments."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field

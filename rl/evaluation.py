@@ -1,7 +1,5 @@
 """Paired, vectorised evaluation of policies on the same frozen base and seeds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ after 30 seconds what still runs, and ending with a traceback and exit code 1, a
 written its share of a checkpoint and ended with 0. This one hands them on and waits.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import sys

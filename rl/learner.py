@@ -1,7 +1,5 @@
 """What learns in a run: the algorithm for what its collector sees, its replay, demonstrations beside it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

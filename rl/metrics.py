@@ -1,7 +1,5 @@
 """What a training run reports: outcomes of its last episodes, figures of its updates, where time went."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any

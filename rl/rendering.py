@@ -1,7 +1,5 @@
 """How simulators render where there is no display."""
 
-from __future__ import annotations
-
 import os
 import sys
 

@@ -1,7 +1,5 @@
 """The one loop that steps environments chunk by chunk: for training, evaluation, rollouts and resuming."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Sequence

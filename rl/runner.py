@@ -1,7 +1,5 @@
 """From raw environment observations to conditioning, and from noise to executable actions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

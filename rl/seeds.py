@@ -1,7 +1,5 @@
 """Seeds of training, far from those of evaluation, demonstrations and other runs."""
 
-from __future__ import annotations
-
 MAX_SEED = 20_000  # keeps environment seeds below 2^31
 SEEDS_PER_RUN = 100_000
 

@@ -1,7 +1,5 @@
 """Intervals of success rates, and tests between them. Impossible counts raise a ``ValueError``."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -6,8 +6,6 @@ that it succeeds at least as often as the base; never in less than ``least``, or
 about it. (Probability matching between two Beta posteriors; Thompson 1933.)
 """
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass
 from typing import Any

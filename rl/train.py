@@ -1,7 +1,5 @@
 """``accelerate launch -m trimtab.rl.train ...``: ``trimtab adapt`` in each process."""
 
-from __future__ import annotations
-
 import sys
 from importlib.metadata import entry_points
 

@@ -1,7 +1,5 @@
 """The training loop: collect chunks under what is learnt, learn while the simulators step."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable

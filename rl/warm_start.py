@@ -1,7 +1,5 @@
 """``--train.warm_start``: a noise actor that begins at a known constant noise."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The files of a saved policy: their names, and how each is read. Nothing is unpickled."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

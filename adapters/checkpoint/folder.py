@@ -1,7 +1,5 @@
 """Where a policy lies: a local folder, the Hub, or a server; and whether a folder holds a whole policy."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterator

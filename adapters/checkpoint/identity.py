@@ -1,7 +1,5 @@
 """What tells one base policy from any other: hashes of its files and of its weights in memory."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Mapping

@@ -5,8 +5,6 @@ normalised in buffers of their own (``normalize_inputs.buffer_observation_state.
 own factory makes the processors that it would save today. Nothing is written into the folder.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The config of a saved policy: decoded by LeRobot, checked, and set to act instead of to train."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import MISSING, fields

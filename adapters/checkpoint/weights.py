@@ -1,7 +1,5 @@
 """Put saved weights into a policy, and prove that what is in memory is what lies in the files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

@@ -10,8 +10,6 @@ policy whose KL term collapsed ignores its latent: measure before steering.
 which so runs whole for every noise.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

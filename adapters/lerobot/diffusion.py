@@ -4,8 +4,6 @@ Noise: (horizon, action_dim), standard normal, in the normalised action space. A
 executed slice ``[n_obs_steps - 1 : n_obs_steps - 1 + n_action_steps]`` through the U-Net.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -6,8 +6,6 @@ before the span (images, task, state) through Qwen once. LeRobot's ``sample_acti
 hence a loop of its own here.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -6,8 +6,6 @@ it to the policy's by the normal distribution function. ``encode`` runs InternVL
 tokens at every step. The chunk keeps the padded dimensions: the policy's own postprocessor crops them.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, ClassVar
 

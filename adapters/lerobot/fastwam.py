@@ -11,8 +11,6 @@ A checkpoint does not hold the frozen VAE and text encoder. LeRobot takes both f
 name in its code; ``--policy.backbone`` names a folder with ``vae``, ``text_encoder`` and ``tokenizer``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ live, for the DiT encodes the padded dimensions too. ``encode`` runs backbone, V
 once; ``denoise`` runs LeRobot's own loop on those features, its single draw replaced.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from typing import Any, ClassVar
 

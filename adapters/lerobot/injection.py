@@ -4,8 +4,6 @@ A ``TorchFunctionMode`` sees every factory call (``torch.randn`` and the like) o
 active, so nothing is patched and nothing stays behind.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

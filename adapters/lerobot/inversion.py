@@ -1,7 +1,5 @@
 """Denoising loops backwards: from a chunk to the noise that makes it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

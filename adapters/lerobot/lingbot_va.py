@@ -14,8 +14,6 @@ has one frame's actions fewer than later ones, for its first frame is the observ
 is that of the first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

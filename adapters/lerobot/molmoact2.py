@@ -5,8 +5,6 @@ and after every step, so they are inert. ``encode`` runs images, language and st
 through the VLM and projects its keys and values for the expert, once; ``denoise`` is LeRobot's own flow loop.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 

@@ -6,8 +6,6 @@ other, so all of them move the executed slice
 (Euler, Runge-Kutta or DDIM) is ``denoise``; the one draw that DDIM makes is replaced.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -7,8 +7,6 @@ LeRobot's ``denoise_step`` clones the whole key-value cache at every step, so th
 it, with a cache that stores nothing new.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

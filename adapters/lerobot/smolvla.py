@@ -5,8 +5,6 @@ expert mixes them. ``encode`` runs vision, language and state through the VLM on
 the expert over the kept keys and values.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -3,8 +3,6 @@
 Any number of noises read the cache of an observation's prefix, and none changes it.
 """
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Iterable
 from typing import Any, ClassVar

@@ -5,8 +5,6 @@ Noise: (chunk_size, action_dim), standard normal, in the normalised action space
 tokens, its single draw replaced. The world model takes part in training alone and is not built.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

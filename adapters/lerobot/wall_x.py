@@ -6,8 +6,6 @@ action tokens, which see each other, come last: nothing before them depends on t
 images, language and state once and keeps keys and values; ``denoise`` integrates the action tokens alone.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

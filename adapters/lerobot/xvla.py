@@ -7,8 +7,6 @@ at each step, so this is no integration of an ODE, but it is deterministic given
 ``encode`` runs vision and language through Florence-2 once; the transformer reads its tokens at every step.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch

@@ -7,8 +7,6 @@ environment's own units. It takes one observation with one noise at a time; noth
 noises. The noise actor sees the raw state, and the server's prefix where it offers one.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any, ClassVar

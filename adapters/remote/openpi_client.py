@@ -4,8 +4,6 @@ The messages are those of ``openpi_client``, byte for byte; that package itself 
 LeRobot, for it wants numpy < 2. Nothing is ever pickled.
 """
 
-from __future__ import annotations
-
 import os
 import ssl
 from contextlib import ExitStack, suppress

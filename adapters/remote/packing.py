@@ -1,7 +1,5 @@
 """Messages: msgpack with NumPy arrays, as ``openpi_client`` writes them. Nothing is pickled."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -7,8 +7,6 @@ A builder saves the policy, and what its config names, in ``folder`` and returns
 ``fields`` are fields of the policy's config that shall differ from those in ``sizes.json``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What tiny instances share: features, statistics, tokenizers, narrow widths, building and saving."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -7,8 +7,6 @@ policy is built, and only then; ``install`` lets ``load_adapter`` build it in th
 did not make the folder, call ``install`` before loading.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module

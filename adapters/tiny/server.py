@@ -4,8 +4,6 @@ For ``--tiny=true`` of recipes whose policy is on a server. It takes the noise t
 forks of openpi do.
 """
 
-from __future__ import annotations
-
 import threading
 import traceback
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Config of the LeRobot policy type ``trimtab``: what an artefact's config.json holds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ LeRobot's commands run them around the policy, so that normalisation is the base
 normalised batches and returns normalised actions.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """The `trimtab` command. Heavy imports wait until a command runs, so that help is instant."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """`trimtab adapt`: steer a LeRobot policy in an environment by noise-space RL."""
 
-from __future__ import annotations
-
 import os
 import time
 from dataclasses import asdict, dataclass, field

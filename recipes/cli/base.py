@@ -1,7 +1,5 @@
 """`trimtab base`: make base policies where none can be downloaded, for Meta-World or a benchmark's tasks."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path

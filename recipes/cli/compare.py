@@ -1,7 +1,5 @@
 """`trimtab compare`: runs what is missing, or reads run folders, and reports."""
 
-from __future__ import annotations
-
 from trimtab.adapters import UserError
 from trimtab.recipes.compare.comparison import Comparison
 from trimtab.recipes.compare.config import CompareConfig

@@ -1,7 +1,5 @@
 """`trimtab demo`: make a generalist, steer it on one task, and compare. The whole story in minutes."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`trimtab eval`: compare noise sources on one frozen policy, on paired seeds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

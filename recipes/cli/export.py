@@ -1,7 +1,5 @@
 """`trimtab export`: a steering run as a LeRobot policy for anyone: processors, model card, Hub."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """`trimtab lora`: fine-tune a LeRobot policy instead of steering it, on a dataset or on its own successes."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field

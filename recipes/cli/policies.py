@@ -3,8 +3,6 @@
 The figures were counted before (``python -m tests.benchmarks.policies`` makes them anew).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

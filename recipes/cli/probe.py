@@ -1,7 +1,5 @@
 """`trimtab probe`: can this policy be steered, and in which noise space?"""
 
-from __future__ import annotations
-
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -3,8 +3,6 @@
 Imports nothing heavy, so that the list is instant.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

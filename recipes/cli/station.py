@@ -1,7 +1,5 @@
 """`trimtab station`: the process beside a robot, for a learner on another machine."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any

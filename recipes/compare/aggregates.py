@@ -1,7 +1,5 @@
 """A comparison over all tasks and seeds, by rliable (Agarwal et al., arXiv 2108.13264)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

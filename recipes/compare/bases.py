@@ -1,7 +1,5 @@
 """The frozen policies of a comparison: one for all tasks, or where a path names ``{task}``, one for each."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A comparison: which runs it has, where their records lie, and the report on them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """Options of `trimtab compare`, and the methods that can be named."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

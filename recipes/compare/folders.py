@@ -1,7 +1,5 @@
 """Records of a comparison from the folders that `trimtab adapt`, `lora`, `eval` and `demo` left."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Imports nothing heavy: options are read before anything else is loaded.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a task is judged by: success, or the undiscounted return where the environment reports no success."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from typing import Any, ClassVar

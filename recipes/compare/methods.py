@@ -3,8 +3,6 @@
 A package that `--env.discover_packages_path` names may add its own to ``KINDS`` and ``METHODS``.
 """
 
-from __future__ import annotations
-
 import tempfile
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path

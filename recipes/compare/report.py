@@ -1,7 +1,5 @@
 """The report of a comparison: Markdown, JSON, a figure, and one HTML file with everything in it."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator, Sequence
 from pathlib import Path

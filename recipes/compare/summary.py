@@ -1,7 +1,5 @@
 """What the runs of a comparison say together: one entry per task, method and policy, over all seeds."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Plays the person beside the arm: `--robot.person=trimtab.recipes.embedded_arm:ScriptedPerson`."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A processor step of the embedded arm's base, saved with it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

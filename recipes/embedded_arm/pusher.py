@@ -1,7 +1,5 @@
 """A controller that pushes the cube: who demonstrates, and who takes over."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from trimtab.recipes.embedded_arm.arm import HAND, LINK, PARKED, SHOULDER

@@ -1,7 +1,5 @@
 """A teleoperator that pushes the cube by itself, for takeovers: `--teleop.type=scripted_pusher`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

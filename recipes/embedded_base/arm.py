@@ -4,8 +4,6 @@ Half of the episodes have a blind spot: the pusher sees the cube too far to the 
 the arm, and too far to the right if it lies to the right, and pushes beside it. All of them move with noise.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any

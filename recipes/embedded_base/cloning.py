@@ -1,7 +1,5 @@
 """Behaviour cloning of a state-based LeRobot DiffusionPolicy from a LeRobotDataset."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

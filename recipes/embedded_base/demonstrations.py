@@ -5,8 +5,6 @@ object where it is. A careless one sees it displaced, for a whole episode, and m
 imitates both keeps both habits and picks one of them by its noise: that is what steering can use.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ The counterpart of D4RL's "medium" data, from which DSRL's Gym bases were cloned
 learns until its return reaches a target, and the demonstrations are episodes of it and of what it was before.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from functools import partial

@@ -7,8 +7,6 @@ critic that learns from the demonstrations.
 OGBench's observations do not tell the goal, so each policy is for one task, with one goal.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

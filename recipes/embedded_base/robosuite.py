@@ -8,8 +8,6 @@ Both start from the same states. Otherwise a clone reads from where the object l
 its noise decides nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial

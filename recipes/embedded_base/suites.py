@@ -1,7 +1,5 @@
 """Benchmark suites for which `trimtab base` makes a base policy per task."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace

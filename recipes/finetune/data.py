@@ -1,7 +1,5 @@
 """What fine-tuning reads: LeRobotDatasets, and a recording of episodes as one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Filtered behaviour cloning, the baseline of all steering: the base fine-tuned on its own successes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field

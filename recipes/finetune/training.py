@@ -1,7 +1,5 @@
 """Fine-tuning of a LeRobot policy, by LoRA or in full, with LeRobot's own training step."""
 
-from __future__ import annotations
-
 import math
 import re
 import shutil

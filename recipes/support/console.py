@@ -1,7 +1,5 @@
 """What all commands share at the console: quiet libraries, output folders, threads."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

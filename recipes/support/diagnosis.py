@@ -1,7 +1,5 @@
 """What a probe's measurements mean, in words."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field

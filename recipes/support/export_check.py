@@ -1,7 +1,5 @@
 """What LeRobot's runners execute of an artefact, compared with what trimtab executes of it."""
 
-from __future__ import annotations
-
 import itertools
 from collections import deque
 from functools import partial

@@ -1,7 +1,5 @@
 """What a config says by default of a group of options that a user names in part."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 import typing

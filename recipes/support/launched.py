@@ -4,8 +4,6 @@ A launcher tells each process its rank in variables. Templates of clusters expor
 where a command that is started plainly finds them too.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Options as nested dicts: read from a command line or a file, merged, and kept to repeat a run."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """The options of a command: preset < file < command line, merged as data and decoded once."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import types

@@ -4,8 +4,6 @@ LeRobot's own recording is lost where it is killed. So what is appended to is a 
 then takes the dataset's place.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """``--robot.NAME=`` and ``--teleop.NAME=`` of LeRobot's commands are options of ``--env.type=robot``."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 

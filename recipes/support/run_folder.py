@@ -1,7 +1,5 @@
 """`--resume=true`: which run goes on, whether it is still the same run, and what it had measured before."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A frozen policy in an environment: opened, examined, evaluated."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field

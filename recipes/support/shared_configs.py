@@ -1,7 +1,5 @@
 """Options that commands share: the episodes to evaluate policies on, and what of the machine to use."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

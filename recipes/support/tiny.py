@@ -6,8 +6,6 @@ stays as the recipe says. What comes out is an artefact or a LoRA of a policy th
 that the recipe runs, not that it works.
 """
 
-from __future__ import annotations
-
 import shutil
 from contextlib import ExitStack
 from copy import deepcopy

@@ -4,8 +4,6 @@ The defaults are those of an algorithm that learns a noise actor and feeds the f
 per chunk. An algorithm that acts in another way overrides them; nothing outside this folder asks which it is.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

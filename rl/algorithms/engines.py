@@ -3,8 +3,6 @@
 Where that cannot be, one line on stderr says so, and updates run as they are.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any

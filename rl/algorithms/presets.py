@@ -1,7 +1,5 @@
 """Settings that go with an algorithm: those of the paper, and what it implies."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ they serve algorithms whose critic judges chunks (``best_of_n``, ``dsrl_na``). T
 what the policy itself makes of noise: candidates are decoded for every state of the demonstrations too.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

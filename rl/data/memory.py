@@ -1,7 +1,5 @@
 """What the replay keeps for an algorithm, and whether the machine has the memory."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A ring buffer of transitions with uniform sampling; frames in it are kept once."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections import Counter

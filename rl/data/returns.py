@@ -9,8 +9,6 @@ Where each step costs 1, ending early would pay, however it ends. So an episode 
 and no success before or in it) returns what it would if success never came: the lowest return there is.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any

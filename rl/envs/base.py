@@ -1,7 +1,5 @@
 """What a learner asks of environments that it acts in chunk by chunk: simulators, a robot, or none."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any

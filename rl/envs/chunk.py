@@ -1,7 +1,5 @@
 """One environment stepped a whole action chunk at a time."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Where something does not hold, each function here raises a ``UserError`` that sa
 asks once for what a single step cannot show.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

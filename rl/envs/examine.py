@@ -1,7 +1,5 @@
 """What an environment says of itself, and what one examination of it finds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

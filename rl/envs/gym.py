@@ -5,8 +5,6 @@ names of its own is handed on under these names, as the policy's input features 
 ``success`` says it is.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable, Mapping

@@ -15,8 +15,6 @@ Nothing outside ``rl/envs`` asks for an environment's type. A LeRobot ``EnvConfi
 LeRobot's own configs define none of them. ``CHUNK_CONFIGS`` names configs of ours that run in their place.
 """
 
-from __future__ import annotations
-
 from dataclasses import fields
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ on in the steps that ``ChunkEnv`` asks for only (``watch``): those it hands on. 
 trimtab.rl.envs.libero`` lets LIBERO find its meshes in LeRobot's own commands too.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Callable

@@ -4,8 +4,6 @@ LeRobot's own ``metaworld`` environment renders a 480x480 image at every step an
 This one returns the state, renders on request only, and resets from a cached post-reset state.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import functools

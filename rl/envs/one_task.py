@@ -1,7 +1,5 @@
 """What configs of one task answer alike (``hooks.py``)."""
 
-from __future__ import annotations
-
 import copy
 from typing import ClassVar, Self
 

@@ -1,7 +1,5 @@
 """Many chunk environments in worker processes: one message per worker and chunk."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import signal

@@ -9,8 +9,6 @@
 A folder is written under another name, brought to the disk and renamed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

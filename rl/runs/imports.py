@@ -1,7 +1,5 @@
 """LeRobot's imports in two thirds of the time."""
 
-from __future__ import annotations
-
 import gc
 import importlib.metadata
 import sys

@@ -4,8 +4,6 @@ All processes of a run step their environments chunk by chunk in step with each 
 call is made by all of them, whatever their own environments have brought.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Iterator, Sequence

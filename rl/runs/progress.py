@@ -1,7 +1,5 @@
 """Progress for whoever waits: a bar on a terminal, in a log a line now and then."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import Any

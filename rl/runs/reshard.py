@@ -1,7 +1,5 @@
 """A checkpoint of another number of processes, resharded among those of this run."""
 
-from __future__ import annotations
-
 from trimtab.rl.collector import Collector
 from trimtab.rl.data.replay import ReplayBuffer
 from trimtab.rl.runs.checkpoint import Checkpoint

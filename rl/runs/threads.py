@@ -8,8 +8,6 @@ threads, two cores) takes 17.9 ms so and 17.8 by default; with two other program
 OpenMP reads the variable when it is loaded, so this module imports no torch and has to act before torch is.
 """
 
-from __future__ import annotations
-
 import os
 
 # What says how OpenMP's threads wait: the standard's, GNU's and LLVM's variable.

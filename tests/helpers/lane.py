@@ -42,8 +42,8 @@ class LaneEnv(gym.Env):
             the reward is where it stands. ``box``: the observation is a vector. ``in_place``: the observation
             is its own state, which it changes. ``forgets_seed``: starts anywhere, whatever the seed.
             ``one_start``: the same start for every seed. ``arm``: cannot repeat, and says so. ``hurdle``:
-            ends in the pit, in a block on the way, and off the sides of the lane. ``terse``: says ``is_success``
-            in the step that succeeds alone.
+            ends in the pit, in a block on the way, and off the sides of the lane. ``terse``: says
+            ``is_success`` in the step that succeeds alone.
         log: file to which a line is added for each reset (before and after) and step.
     """
 

@@ -34,7 +34,8 @@ def adapter(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name, reward", [("best_of_n", "sparse"), ("dsrl_sac", "sparse"), ("best_of_n", "env"), ("dsrl_na", "env")]
+    "name, reward",
+    [("best_of_n", "sparse"), ("dsrl_sac", "sparse"), ("best_of_n", "env"), ("dsrl_na", "env")],
 )
 def test_learning_keeps_out_of_the_pit(adapter, name, reward):
     """Paid for success alone, it does not wait for the time limit either."""

@@ -1,7 +1,5 @@
 """A connected LeRobot robot."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

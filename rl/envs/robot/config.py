@@ -1,7 +1,5 @@
 """``--env.type=robot``: a LeRobot ``Robot``, run by a station; the commands also take ``--robot.NAME=``."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

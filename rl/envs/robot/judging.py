@@ -1,7 +1,5 @@
 """Policies on a robot, judged blind: in random order, and the person is not told which acts."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from trimtab.adapters.errors import UserError

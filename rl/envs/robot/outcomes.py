@@ -1,7 +1,5 @@
 """How the episodes of a run on a robot ended: the base's, and those that were steered."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How punctual a robot was: late actions, gaps between chunks, the rate that was reached."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

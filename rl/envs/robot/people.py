@@ -7,8 +7,6 @@ the start. ``forget()``, if it has that, comes before each question for the next
 then answers another one, but ``stop``. It ends with ``close()``.
 """
 
-from __future__ import annotations
-
 import importlib
 import queue
 import sys

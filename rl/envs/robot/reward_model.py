@@ -1,7 +1,5 @@
 """A LeRobot reward classifier that says success beside the person: ``--robot.reward_model.*``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

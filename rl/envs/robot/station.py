@@ -10,8 +10,6 @@ It dials the learner and then does what it is asked, a message at a time:
 Where the learner falls silent the robot holds its last target, then parks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

@@ -5,8 +5,6 @@ learner pays its debt of gradient steps. Episodes go to files before anything is
 that goes on takes up from these what its checkpoint has not seen.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -4,8 +4,6 @@ The station greets with version and token; the learner answers, or refuses in on
 websocket are the heartbeat: either end is lost once it is silent for ``silence_s``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hmac
 import queue
