@@ -118,7 +118,8 @@ def test_the_same_rate_is_that_level():
 def test_a_score_below_zero_is_in_the_figure(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *path, **how: shown.append(figure))
-    entry = {"method": "ours", "policy": "actor", "iqm": -0.6, "iqm_ci95": [-0.7, -0.5], "improved": "ours", "reach": ""}
+    entry = {"method": "ours", "policy": "actor", "iqm": -0.6, "iqm_ci95": [-0.7, -0.5]}
+    entry |= {"improved": "ours", "reach": ""}
     plot_aggregates(tmp_path / "a.png", [entry, entry | {"iqm": 1.0, "iqm_ci95": None}])
     low, high = shown[0].axes[0].get_xlim()
     assert low <= -0.7 and high >= 1.0
