@@ -51,6 +51,13 @@ def test_a_policy_that_cannot_be_steered_is_named_so_with_the_cause(fields, said
     assert not diagnosis.steerable and said in diagnosis.headline
 
 
+def test_fewer_episodes_of_the_other_noises_are_compared_with_the_same_of_the_base():
+    base, zero = outcome(40), outcome(0, total=20)
+    base.successes[:20], base.successes[20:60] = False, True  # all of its successes lie in the others
+    diagnosis = diagnose(measured(), "smolvla", {"base": base, "zero_noise": zero, "repeated_noise": zero})
+    assert diagnosis.steerable and "repeated noise costs success" not in "".join(diagnosis.lines)
+
+
 def test_a_collapsed_act_latent_is_told_to_be_retrained():
     diagnosis = diagnose(measured(noise_difference=0.0), "act")
     assert "kl_weight" in diagnosis.lines[0]
