@@ -63,7 +63,8 @@ def make_learner(
         data, run.runner, algorithm, collector.returns, spec, run.seed, run.progress
     )
     demonstrations = Demonstrations(run.demos, transitions, *settings)
-    for note in data.summary(len(transitions), run.runner.fps) if run.progress else ():
+    rate = None if run.vec.empty else run.runner.fps
+    for note in data.summary(len(transitions), rate) if run.progress else ():
         tqdm.write(note)
     return algorithm, replay, demonstrations
 

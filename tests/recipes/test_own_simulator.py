@@ -105,6 +105,8 @@ def test_it_learns_from_a_dataset_without_a_simulator_and_goes_on_in_one(folder,
         "--train.offline_updates=20",
         "--output_dir=offline",
     )
+    said = "".join(capsys.readouterr())
+    assert "demonstrations: " in said and "frames a second" not in said, "there is no environment"
     results = json.loads(Path("offline/results.json").read_text())
     assert results["policies"] == {} and results["updates"] == 20
     assert Path("offline/artefact/model.safetensors").is_file()
