@@ -163,6 +163,8 @@ def doubt(results: dict[str, dict[str, Any]]) -> str:
     else:
         lows, highs = zip(*(one.get("return_ci95") or (0.0, 0.0) for one in (base, steered)))
         better, why = lows[1] > highs[0], "their 95 % intervals meet"
+        if min(base["episodes"], steered["episodes"]) < 2:
+            better, why = False, "one episode has no interval"
     mend = "more steps or episodes, another --seed, and what `trimtab probe` says of the base may help"
     return "" if better else f"steered is NOT shown to be better than the base ({why}): {mend}\n"
 

@@ -21,11 +21,12 @@ def test_who_is_not_shown_to_be_better_is_named(steered, better):
 
 
 def test_without_success_the_intervals_of_the_returns_tell():
-    def entry(low, high):
-        return {"success_rate": None, "return_ci95": [low, high]}
+    def entry(low, high, episodes=20):
+        return {"success_rate": None, "episodes": episodes, "return_ci95": [low, high]}
 
     assert doubt({"base": entry(1.0, 2.0), "steered": entry(2.1, 3.0)}) == ""
     assert "their 95 % intervals meet" in doubt({"base": entry(1.0, 2.0), "steered": entry(1.9, 3.0)})
+    assert "(one episode has no interval)" in doubt({"base": entry(1.0, 1.0, 1), "steered": entry(2.0, 2.0)})
 
 
 def test_a_base_alone_is_not_compared():
