@@ -92,10 +92,11 @@ class CriticEnsemble(nn.Module):
 
     @torch.no_grad()
     def begin_at(self, value: float) -> None:
-        """Move what has learnt nothing from the middle of its ``bounds`` to ``value``, for all inputs."""
-        low, high = self.bounds or (0.0, 1.0)
-        share = torch.tensor((value - low) / (high - low)).clamp(1e-4, 1.0 - 1e-4)
-        self.net.biases[-1] += torch.logit(share)
+        """Move what has learnt nothing from the middle of its ``bounds``, if any, to ``value``."""
+        if self.bounds is not None:
+            low, high = self.bounds
+            share = torch.tensor((value - low) / (high - low)).clamp(1e-4, 1.0 - 1e-4)
+            self.net.biases[-1] += torch.logit(share)
 
     def _values(self, outputs: Tensor) -> Tensor:
         if self.bounds is None:

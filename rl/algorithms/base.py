@@ -276,7 +276,7 @@ class Algorithm(nn.Module, BehaviorPolicy, abc.ABC):
     def begin_at(self, value: float) -> None:
         """Let critics that learn between bounds begin with this value, and not in the bounds' middle."""
         for network in self.children():
-            if isinstance(network, CriticEnsemble) and network.bounds:
+            if isinstance(network, CriticEnsemble):
                 network.begin_at(value)
 
     def progress(self, share: float) -> None:

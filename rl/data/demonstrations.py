@@ -44,7 +44,7 @@ class Demonstrations(ReplayBuffer):
             try:
                 self.add(transition)
             except ValueError as error:
-                raise UserError(OPTION, f"{error}; leave out what is broken by --demos.episodes") from None
+                raise UserError(OPTION, f"{error}; leave out its episode by --demos.episodes") from None
 
     def share(self, progress: float) -> float:
         """Their share of a batch at ``progress`` (0 to 1) of the run."""

@@ -123,7 +123,7 @@ def test_target_by_importance_is_the_weighted_mean_over_the_candidates(entropy):
     )
     batch = make_batch(adapter)
     torch.manual_seed(3)
-    draws = torch.stack([algorithm.td_target(batch) for _ in range(800)])
+    draws = torch.stack([algorithm.td_target(batch) for _ in range(3000)])
     for i in range(B):
         weights, values = [], []
         for k in range(K):
