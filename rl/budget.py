@@ -38,7 +38,7 @@ class TrainConfig:
     # sparse: -1 a step until success, the lowest return for failing; env: the environment's own reward.
     reward: str = "sparse"
     # Of reward=env: the smallest and the largest reward of a step that the value must hold; the larger one is
-    # what a reward is divided by. Default: twice those of the base's evaluation.
+    # what a reward is divided by. Default: twice those of the base's evaluation and of the demonstrations.
     reward_range: tuple[float, float] | None = None
     # Where the actor begins: the artefact of a constant noise, or best_constant.safetensors of a probe.
     warm_start: str | None = None
@@ -95,11 +95,12 @@ class TrainConfig:
                 f"{self.first_update}; raise it, or lower --train.first_update",
             )
 
-    def within_rewards(self, seen: tuple[float, float] | None) -> TrainConfig:
-        """A copy that knows what the environment's rewards may be: in the base's episodes, ``seen``."""
-        if self.reward != "env" or self.reward_range or not seen or not any(seen):
+    def within_rewards(self, *seen: tuple[float, float] | None) -> TrainConfig:
+        """A copy that knows what the environment's rewards may be, by those ``seen`` in several places."""
+        rewards = [0.0, *(reward for one in seen for reward in one or ())]
+        if self.reward != "env" or self.reward_range or not any(rewards):
             return self
-        return replace(self, reward_range=(2.0 * min(seen[0], 0.0), 2.0 * max(seen[1], 0.0)))
+        return replace(self, reward_range=(2.0 * min(rewards), 2.0 * max(rewards)))
 
     def at_pace_of(self, rl: AlgorithmConfig) -> TrainConfig:
         """A copy whose pace is the algorithm's own wherever it was left open.

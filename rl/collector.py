@@ -200,6 +200,7 @@ class Collector:
         ended, encoded = rollout.final_observations()
         finals = self._look(encoded, self.runner.features(encoded), ended)[1] if encoded is not None else []
         rollout.start_next_episodes()
+        self.lost, self.vec.not_begun = [*self.lost, *self.vec.not_begun], []
         before = self._rows
         self._look_here()
         after = list(self._rows)  # where an episode waits, not to be used

@@ -13,6 +13,7 @@ from trimtab.adapters import UserError
 from trimtab.policies.acting import ChunkPolicy
 from trimtab.policies.noise_samplers import constant_noise
 from trimtab.rl.envs.base import VectorEnv
+from trimtab.rl.envs.chunk import Fault
 from trimtab.rl.rollout import Rollout
 from trimtab.rl.runner import PolicyRunner
 from trimtab.rl.runs.processes import ProcessGroup
@@ -112,6 +113,7 @@ def evaluate(
         runner, vec, lambda i, k: next(queue, None), lambda k: found.seeds[k], render=[int(s) for s in record]
     )
     bar = Progress(total=total, desc=label, unit="ep", disable=not progress, leave=False)
+    _refuse(vec.not_begun)
     while rollout.episode:
         rollout.encode_observations()
         running = dict(rollout.episode)
@@ -119,11 +121,10 @@ def evaluate(
         if isinstance(policy, Tensor):
             acting = constant_noise(policy[[running[i] for i in rollout.envs]])
         rollout.begin(acting)
-        for i, result in rollout.receive().items():
+        results = rollout.receive()
+        _refuse([*(result.lost for result in results.values() if result.lost), *vec.not_begun])
+        for i, result in results.items():
             k = running[i]
-            if result.lost:  # nobody knows how it would have ended
-                option, _, said = result.lost[1].partition(": ")
-                raise UserError(option, said)
             found.successes[k] |= bool(result.successes.any())
             found.steps[k] += result.steps
             found.returns[k] += result.rewards.sum()
@@ -143,6 +144,13 @@ def evaluate(
     found.reported |= bool(found.successes.any())
     found.info_keys = tuple(sorted(info_keys))
     return found
+
+
+def _refuse(faults: Sequence[Fault]) -> None:
+    """Nobody knows how an episode would have ended that a fault has lost."""
+    for _, message in faults:
+        option, _, said = message.partition(": ")
+        raise UserError(option, said)
 
 
 def pooled(evaluations: Sequence[Evaluation], order: np.ndarray | None = None) -> Evaluation:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.adapters import UserError
 from trimtab.policies.acting import Choice, ChunkPolicy
 from trimtab.rl.envs.base import VectorEnv
 from trimtab.rl.envs.chunk import ChunkResult, RawObservation
@@ -30,6 +31,9 @@ class Trace:
     digests: list[str] = field(default_factory=list)
     actions: list[np.ndarray] = field(default_factory=list)
     chunks: list[np.ndarray] = field(default_factory=list)
+
+
+ATTEMPTS = 10  # episodes in a row that may fail to begin
 
 
 class Rollout:
@@ -87,14 +91,26 @@ class Rollout:
             self.restart(list(self.upcoming), render)
 
     def restart(self, envs: list[int], render: Sequence[int] = ()) -> None:
-        """Begin the upcoming episodes of ``envs`` at once."""
-        for i in envs:
-            self._enter(i)
-        seeds = {i: self.seed_of(self.episode[i]) for i in envs}
-        if seeds:
-            self.observations |= self.vec.reset(seeds, {i: seed in render for i, seed in seeds.items()})
-        for i in envs:
-            self._note(i)
+        """Begin the upcoming episodes of ``envs`` at once, or of one that cannot begin the one after it.
+
+        Raises:
+            UserError: one after the other cannot.
+        """
+        for _ in range(ATTEMPTS):
+            for i in envs:
+                self._enter(i)
+            seeds = {i: self.seed_of(self.episode[i]) for i in envs if i in self.episode}
+            if not seeds:
+                return
+            found = self.vec.reset(seeds, {i: seed in render for i, seed in seeds.items()})
+            self.observations |= found
+            for i in found:
+                self._note(i)
+            envs = [i for i in seeds if i not in found]
+            self.upcoming |= {i: self.following(i, self.episode[i]) for i in envs}
+        if envs:
+            option, _, said = self.vec.not_begun[-1][1].partition(": ")
+            raise UserError(option, f"{said}; so {ATTEMPTS} episodes in a row could not begin")
 
     def start(self) -> bool:
         """Wait until people have started the episodes that are ``waiting``; false if they end the run."""
@@ -196,6 +212,7 @@ class Rollout:
 
     def start_next_episodes(self) -> None:
         """Take up the observations that ``receive`` brought; where an episode has ended, the next one's."""
+        passed = []
         for i, result in self._results.items():
             if (result.ended or result.lost) and self.vec.attended:
                 if self.upcoming[i] is None:
@@ -206,9 +223,13 @@ class Rollout:
                 continue
             if result.ended or result.lost:
                 self._enter(i)
-            if i in self.episode:
+            if i in self.episode and result.not_begun:
+                self.upcoming[i] = self.following(i, self.episode[i])
+                passed.append(i)
+            elif i in self.episode:
                 self.observations[i] = result.observation
                 self._note(i)
+        self.restart(passed)
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Of each environment its episodes, its generator and its trace; the simulators are not in it."""
@@ -246,7 +267,7 @@ class Rollout:
         """Execute the traces of ``envs`` from their seeds; returns those that did not go as they had gone."""
         runner, vec, traces = self.runner, self.vec, self.traces
         observations = vec.reset({i: self.seed_of(self.episode[i]) for i in envs})
-        lost = {i for i in envs if digest(observations[i]) != traces[i].digests[0]}
+        lost = {i for i in envs if i not in observations or digest(observations[i]) != traces[i].digests[0]}
         for i in envs:
             runner.forget(i)
         step = 0

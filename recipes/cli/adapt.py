@@ -43,7 +43,7 @@ from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
 from trimtab.rl.algorithms.acting import LoadedBase, RunRequest
 from trimtab.rl.budget import TrainConfig
 from trimtab.rl.data.decoder import ConditioningSpec
-from trimtab.rl.data.demonstration_data import DemosConfig, read_demonstrations
+from trimtab.rl.data.demonstration_data import DemonstrationData, DemosConfig, read_demonstrations
 from trimtab.rl.data.memory import check_replay, replay_layout
 from trimtab.rl.envs.hooks import is_attended
 from trimtab.rl.envs.robot.episodes import EPISODES
@@ -164,7 +164,7 @@ def steer(
     session.world = world = ProcessGroup(accelerator)
     with StopSignals().installed() as signals, run_errors(output):
         space, clock = config.noise.build(session.adapter.noise_spec), Clock()
-        check_inputs(session, config, space)
+        shown = check_inputs(session, config, space)
         identity = session.adapter.identity(folder)
         run = RunFolder(output, config, identity, world)
         checkpoint = run.newest() if config.resume else None
@@ -179,8 +179,12 @@ def steer(
             before = ({}, {}) if robot else measure(session, config, space)
         measured, constants = before
         check_reward(config.rl, config.train.reward, measured, config.train.gate.enabled)
-        seen = [found["base"] for found in measured.values()]
-        config.train = config.train.within_rewards(pooled(seen).reward_range if seen else None)
+        if checkpoint is None:
+            seen = [found["base"].reward_range for found in measured.values()]
+            steps = session.adapter.chunk_shape[0]
+            config.train = config.train.within_rewards(*seen, shown and shown.reward_range(steps))
+        elif rewards := checkpoint.beside["reward_range"]:  # what was learnt is in their units
+            config.train.reward_range = rewards[0], rewards[1]
         clock.lap("baselines")
         tracked = Trackers(accelerator, flatten(run.config))
         kept = checkpoint.beside["metrics"] if checkpoint else 0
@@ -212,6 +216,7 @@ def steer(
                 if run.checkpoints:
                     run.checkpoints.beside = lambda: {
                         "metrics": metrics.offset(),
+                        "reward_range": config.train.reward_range,
                         "repeatable": vec.repeatable or vec.empty,  # where nothing ran, none has been asked
                         "episodes": vec.episodes if robot else None,
                     }
@@ -275,8 +280,8 @@ def steer(
         return results, metrics.lines, artefact
 
 
-def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> None:
-    """Refuse what does not fit together before any long work."""
+def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> DemonstrationData | None:
+    """Refuse what does not fit together before any long work; returns the demonstrations, if any."""
     tasks, demos, warm_start = len(session.tasks), config.demos, config.train.warm_start
     asked = config.resume, bool(warm_start), session.adapter.inverts, is_attended(config.env)
     run = RunRequest(tasks, session.world.size, *asked)
@@ -288,10 +293,11 @@ def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> No
         raise UserError("--env.task", "demonstrations are of one task; name one")
     if config.num_envs < tasks:
         raise UserError("--num_envs", f"{tasks} tasks need as many environments or more")
-    if demos.enabled:
-        read_demonstrations(demos, session.adapter, config.train.reward, config.env.task or "")
     if warm_start:
         NoiseActor(1, space, config.rl.actor).begin_at(read_constant(warm_start, session.adapter.noise_spec))
+    if not demos.enabled:
+        return None
+    return read_demonstrations(demos, session.adapter, config.train.reward, config.env.task or "")
 
 
 def measure(session: Session, config: AdaptConfig, space: NoiseSpace) -> tuple[Measured, dict[str, Any]]:

@@ -100,8 +100,13 @@ def count_unreported(runs: Sequence[dict[str, Any]]) -> None:
     """Where one evaluation of a task reported success, one that did not had none: some environments report
     it in the step that succeeds alone.
     """
-    for task in {run["task"] for run in runs}:
-        every = [one for run in runs if run["task"] == task for one in _evaluations(run)]
+    by_task: dict[str, list[Summary]] = {}
+    for run in runs:
+        by_task.setdefault(run["task"], []).extend(_evaluations(run))
+        for others in ("others", "base_elsewhere"):
+            for task, found in (run.get(others) or {}).items():
+                by_task.setdefault(task, []).extend(found.values())
+    for every in by_task.values():
         if any(one["success_rate"] is not None for one in every):
             for one in every:
                 if one["success_rate"] is None:

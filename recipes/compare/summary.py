@@ -37,9 +37,14 @@ def elsewhere(
 
     Returns:
         ``before`` and ``after`` (means), ``change``, ``flipped`` (episodes that ended otherwise),
-        ``episodes``, and the change ``by_task``; ``None`` where there are no other tasks.
+        ``episodes``, and the change ``by_task``, of the tasks that report what is measured; ``None`` where
+        there are none.
     """
-    pairs = {task: [(found["policy"], run[task][policy]) for run in after] for task, found in before.items()}
+    pairs = {
+        task: [(found["policy"], run[task][policy]) for run in after]
+        for task, found in before.items()
+        if found["policy"][measure.mean] is not None
+    }
     if not pairs:
         return None
     every = [pair for found in pairs.values() for pair in found]

@@ -158,10 +158,13 @@ def with_algorithm(content: Options, given: Options) -> tuple[Options, Options, 
     if preset:
         rl = {name: value for name, value in given["rl"].items() if name != "preset"}
         given = {name: value for name, value in {**given, "rl": rl}.items() if value != {}}
-    if algorithm in BUDGETS and value_at(given, "train.env_steps") is not None:
-        raise UserError(
-            "--train.env_steps", f"has no effect on {algorithm}, which spends {BUDGETS[algorithm]}"
-        )
+    if algorithm in BUDGETS:
+        spent = f"has no effect on {algorithm}, which counts successes and spends {BUDGETS[algorithm]}"
+        for name, value in flatten(given.get("train") or {}).items():
+            if value is not None:
+                raise UserError(f"--train.{name}", spent)
+        if value_at(content, "train.reward") == "env":
+            raise UserError("--train.reward", f"env, which the file says, {spent}")
     below = merge(PAPER[algorithm], {"rl": {"type": algorithm}}) if preset == "paper" else {}
     implied = IMPLIED_DEFAULTS.get(algorithm, {})
     if None not in (before, now) and before != now:

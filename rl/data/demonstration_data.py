@@ -116,6 +116,15 @@ class DemonstrationData:
     notes: list[str]  # to show the user
     rule: str  # how success was told
 
+    def reward_range(self, steps: int) -> tuple[float, float]:
+        """Smallest and largest reward, each the mean of a chunk's ``steps``."""
+        means = [
+            float(episode.rewards[start : start + steps].mean())
+            for episode in self.episodes
+            for start in range(0, len(episode.rewards), steps)
+        ]
+        return min(means), max(means)
+
     def summary(self, transitions: int, env_fps: float | None) -> list[str]:
         """Lines about the ``transitions`` that join the replay of an environment of ``env_fps``."""
         won = sum(episode.succeeded for episode in self.episodes)

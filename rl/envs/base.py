@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.rl.envs.chunk import ChunkResult, RawObservation
+from trimtab.rl.envs.chunk import ChunkResult, Fault, RawObservation
 from trimtab.rl.envs.examine import Description, Findings
 
 
@@ -27,6 +27,7 @@ class VectorEnv(contextlib.AbstractContextManager["VectorEnv"]):
         stopped: who of them has ended the run, if anyone.
         written: told of each episode of a robot that is on the disk, and whether a clock goes on.
         episodes: how many of a robot's have been handed on, to be learnt from or dropped.
+        not_begun: faults of episodes that could not begin; who goes on without them takes them from here.
     """
 
     num_envs = 1
@@ -39,6 +40,7 @@ class VectorEnv(contextlib.AbstractContextManager["VectorEnv"]):
         self.on_success_key: Callable[[str], None] = lambda key: None
         self.stopping: Callable[[], bool] = lambda: False
         self.written: Callable[[bool], None] = lambda clock: None
+        self.not_begun: list[Fault] = []
 
     @property
     def task_descriptions(self) -> list[str]:
@@ -55,14 +57,16 @@ class VectorEnv(contextlib.AbstractContextManager["VectorEnv"]):
     def reset(
         self, seeds: dict[int, int], render: dict[int, bool] | None = None
     ) -> dict[int, RawObservation]:
-        """Begin episodes in the environments named in ``seeds``; their observation histories.
+        """Begin episodes in the environments named in ``seeds``; the observation histories of those that did.
 
         Of those that people start it is empty where they end the run instead.
         """
         raise NotImplementedError
 
     def send(self, chunks: dict[int, np.ndarray], next_seeds: dict[int, int | None]) -> None:
-        """Start stepping ``chunks`` (each (T, action_dim)); ``next_seeds`` as in ``ChunkEnv.step_chunk``."""
+        """Start stepping ``chunks`` (each (T, action_dim)). Where an episode ends, that of its next seed
+        begins; with ``None``, none does.
+        """
         raise NotImplementedError
 
     def receive(self) -> dict[int, ChunkResult]:

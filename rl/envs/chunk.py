@@ -14,6 +14,7 @@ from trimtab.rl.envs import contract
 
 # One environment's raw observation: arrays by key; cameras may sit one level deeper (`pixels`).
 RawObservation = dict[str, Any]
+Fault = tuple[str, str]  # its kind, and what is said of it, after its option
 
 
 class NotFinite(UserError):
@@ -41,8 +42,9 @@ class ChunkResult:
     seed: int = -1  # of the episode that ran
     frames: list[np.ndarray] = field(default_factory=list)  # rendered, where asked for
     seen: list[RawObservation] = field(default_factory=list)  # before each step, where asked for
-    # The kind of fault that lost the episode, and its message. Nothing then holds but the observation.
-    lost: tuple[str, str] | None = None
+    # What lost the episode. Nothing then holds but the observation.
+    lost: Fault | None = None
+    not_begun: Fault | None = None  # why the next episode has no observation
     # Of a robot: the actions (k, action_dim) that it was sent, where these are not the chunk's; whether a
     # person acted in the policy's place; and what the learner noted when it acted.
     executed: np.ndarray | None = None
@@ -111,10 +113,8 @@ class ChunkEnv:
         self._frames = [self._frame()] if self.render else []
         return self.history()
 
-    def step_chunk(self, actions: np.ndarray, next_seed: int | None) -> ChunkResult:
+    def step_chunk(self, actions: np.ndarray) -> ChunkResult:
         """Execute ``actions`` (T, action_dim), un-normalised, until the chunk or the episode ends.
-
-        Should it end, the episode of ``next_seed`` begins; ``None`` leaves it ended.
 
         Raises:
             NotFinite: NaN or Inf in an action, observation or reward.
@@ -167,8 +167,7 @@ class ChunkEnv:
         )
         if result.ended:
             self._running = False
-            result.final_observation = result.observation
-            result.observation = None if next_seed is None else self.reset(next_seed)
+            result.final_observation, result.observation = result.observation, None
         return result
 
     def close(self) -> None:

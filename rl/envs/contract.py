@@ -24,23 +24,32 @@ def _broken(message: str) -> UserError:
     return UserError("--env.type", message)
 
 
-def read_reset(returned: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The observation, as arrays of its own, and the info that ``reset`` returned."""
+def unpack_reset(returned: Any) -> tuple[Any, dict[str, Any]]:
+    """The observation and the info that ``reset`` returned."""
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise _broken(f"reset must return (observation, info); it returns {kind(returned)}")
-    observation, info = returned
+    return returned[0], _read_info(returned[1], "reset")
+
+
+def unpack_step(returned: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+    """Observation, reward, terminated, truncated and info that ``step`` returned."""
+    if not isinstance(returned, tuple) or len(returned) != 5:
+        wanted = "(observation, reward, terminated, truncated, info)"
+        raise _broken(f"step must return {wanted}; it returns {kind(returned)}")
+    return *returned[:4], _read_info(returned[4], "step")
+
+
+def read_reset(returned: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The observation, as arrays of its own, and the info that ``reset`` returned."""
+    observation, info = unpack_reset(returned)
     if _readable(info) and isinstance(observation, Mapping) and not _readable(observation):
         raise _broken("reset must return (observation, info); it returns (info, observation)")
-    return read_observation(observation), _read_info(info, "reset")
+    return read_observation(observation), info
 
 
 def read_step(returned: Any) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
     """Observation, as arrays of its own, reward, terminated, truncated and info that ``step`` returned."""
-    if not isinstance(returned, tuple) or len(returned) != 5:
-        wanted = "(observation, reward, terminated, truncated, info)"
-        raise _broken(f"step must return {wanted}; it returns {kind(returned)}")
-    observation, reward, terminated, truncated, info = returned
-    info = _read_info(info, "step")
+    observation, reward, terminated, truncated, info = unpack_step(returned)
     terminated, truncated = read_truth(terminated, "terminated"), read_truth(truncated, "truncated")
     if terminated or truncated:  # one that resets itself at once keeps the last observation here
         last = [info.get(key) for key in FINAL_OBSERVATIONS]

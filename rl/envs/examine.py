@@ -49,9 +49,11 @@ def describe(env: ChunkEnv, fps: float | None) -> Description:
     space, blank = getattr(env.env, "observation_space", None), None
     if not repeatable and isinstance(space, gym.spaces.Dict):
         blank = read_observation(gym.vector.utils.create_empty_array(space, env.n_obs_steps, np.zeros))
-    said = [getattr(env.env.unwrapped, name, None) for name in ("task_description", "task")]
+    inner = env.env.unwrapped
+    named = (env.env, "task_description"), (inner, "task_description"), (inner, "task")
+    said = [getattr(one, name, None) for one, name in named]
     instruction = next((text for text in said if isinstance(text, str) and text), "")  # as in lerobot-eval
-    return Description(instruction, str(said[1] or ""), repeatable, warnings, blank, env.tasks)
+    return Description(instruction, str(said[2] or ""), repeatable, warnings, blank, env.tasks)
 
 
 def _metadata(env: gym.Env, name: str) -> list[Any]:
@@ -75,7 +77,7 @@ def examine(env: ChunkEnv, chunk: np.ndarray, move: bool = True) -> Findings:
     if not move:
         return Findings(repeatable=False)
     seed, first, after_reset = env.seed, env.history(), env.layout
-    result = env.step_chunk(chunk, None)
+    result = env.step_chunk(chunk)
     findings = Findings(True, result.success_key)
     warn = findings.warnings.append
     for key, (_, dtype) in layout(flat(result.final_observation or result.observation)).items():

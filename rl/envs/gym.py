@@ -21,7 +21,14 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGE, OBS_IMAGES
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.chunk import time_limit, vector_envs
-from trimtab.rl.envs.contract import FINAL_OBSERVATIONS, SUCCESS_KEYS, flat, kind
+from trimtab.rl.envs.contract import (
+    FINAL_OBSERVATIONS,
+    SUCCESS_KEYS,
+    flat,
+    kind,
+    unpack_reset,
+    unpack_step,
+)
 from trimtab.rl.envs.one_task import OneTaskConfig
 from trimtab.rl.rendering import choose_gl_backend
 
@@ -117,8 +124,6 @@ def make_env(config: GymConfig) -> gym.Env:
         raise UserError(
             "--env.episode_length", "this environment has no time limit: say how many steps an episode takes"
         )
-    if config.task not in (config.id, config.factory):
-        env.unwrapped.task_description = config.task  # type: ignore[attr-defined]
     return LeRobotNames(env, config)
 
 
@@ -154,24 +159,30 @@ class LeRobotNames(gym.Wrapper):
         self._sources = match(spaces, config)
         self._succeeded = success_rule(config.success)
         self._actions: Any = env.action_space  # asked once: OGBench builds it anew, a fifth of a step's time
+        # LeRobot asks for it, and an asynchronous vector environment ends where there is none.
+        said = [config.task, *(getattr(env.unwrapped, name, "") for name in ("task_description", "task"))]
+        if config.task in (config.id, config.factory):
+            del said[0]
+        self.task_description = next((text for text in said if text and isinstance(text, str)), "")
         self.observation_space = _nested(
             {
-                feature: spaces[paths[0]]
-                if len(paths) == 1
-                else gym.spaces.flatten_space(gym.spaces.Dict({path: spaces[path] for path in paths}))
+                feature: spaces[paths[0]] if len(paths) == 1 else _joined([spaces[path] for path in paths])
                 for feature, paths in self._sources.items()
             },
             gym.spaces.Dict,
         )
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        observation, info = self.env.reset(seed=seed, options=options)
+        observation, info = unpack_reset(self.env.reset(seed=seed, options=options))
         return self._renamed(observation), self._without_success(info)
 
     def step(self, action: np.ndarray) -> tuple[dict, Any, bool, bool, dict]:
         space = self._actions
-        action = np.clip(action, space.low, space.high).astype(space.dtype)
-        observation, reward, terminated, truncated, info = self.env.step(action)
+        action = np.clip(action, space.low, space.high)
+        if np.issubdtype(space.dtype, np.integer):
+            action = np.rint(action)
+        returned = self.env.step(action.astype(space.dtype))
+        observation, reward, terminated, truncated, info = unpack_step(returned)
         success = self._succeeded(reward, terminated, info) if self._succeeded else None
         info = self._without_success(info) | ({} if success is None else {"is_success": success})
         for key in FINAL_OBSERVATIONS:
@@ -218,7 +229,7 @@ def match(spaces: Mapping[str, gym.Space], config: GymConfig) -> dict[str, list[
     spare = [path for path in spaces if path not in config.rename_map]
     alone = spare == [BOX]  # a single array may serve several features
     if config.wanted is None and alone and not _is_image(spaces[BOX]):
-        return {OBS_STATE: [BOX], OBS_ENV_STATE: [BOX]}  # LeRobot's commands: either may be asked for
+        return {OBS_STATE: [BOX], OBS_ENV_STATE: [BOX]} | sources  # LeRobot's commands may ask for either
     by_name = {path: _feature(path, spaces[path]) for path in spare}
     for path, feature in by_name.items():
         if feature in (config.wanted or {}) and feature not in sources:
@@ -277,6 +288,13 @@ def _entries(space: gym.Space, path: str = "") -> dict[str, gym.Space]:
     ):
         raise UserError("--env.type", f"observations must be arrays or a dict of them, '{path}' is {space}")
     return {path or BOX: space}
+
+
+def _joined(spaces: list[gym.Space]) -> gym.Space:
+    """The space of several entries as one vector."""
+    size = sum(int(np.prod(one.shape or 1)) for one in spaces)
+    dtype = np.result_type(np.float32, *(one.dtype for one in spaces))
+    return gym.spaces.Box(-np.inf, np.inf, (size,), dtype)
 
 
 def _nested(features: Mapping[str, Any], make: Callable[[dict[str, Any]], Any]) -> Any:

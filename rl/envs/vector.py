@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,14 @@ from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters.errors import UserError, reason
 from trimtab.rl.envs.base import VectorEnv
-from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, NotFinite, RawObservation
+from trimtab.rl.envs.chunk import ChunkEnv, ChunkResult, Fault, NotFinite, RawObservation
 from trimtab.rl.envs.examine import Description, Findings, describe, examine
 from trimtab.rl.envs.hooks import make_chunk_env
 
 # By environment: the arguments of a command. The last one of `reset` and `step` is the next episode's seed.
 Arguments = dict[int, tuple[Any, ...]]
+# The first observation of an episode; where it cannot begin, ``None`` and the fault.
+Begun = tuple[RawObservation | None, Fault | None]
 BUILDING = 5  # a simulator may take so many times longer to be built than to step a chunk
 
 
@@ -61,25 +64,33 @@ class _Group:
     def examine(self, i: int, chunk: np.ndarray, move: bool) -> Findings:
         return examine(self.envs[i], chunk, move)
 
-    def reset(self, i: int, render: bool, seed: int) -> RawObservation:
+    def reset(self, i: int, render: bool, seed: int) -> Begun:
         self.envs[i].render = render
-        return self.envs[i].reset(seed)
+        return self._try(i, lambda env: env.reset(seed))
 
     def step(self, i: int, chunk: np.ndarray, next_seed: int | None) -> ChunkResult:
+        result, fault = self._try(i, lambda env: env.step_chunk(chunk))
+        result = result or ChunkResult(None, lost=fault)
+        if next_seed is not None and (result.ended or result.lost):
+            result.observation, result.not_begun = self._try(i, lambda env: env.reset(next_seed))
+        return result
+
+    def _try(self, i: int, do: Callable[[ChunkEnv], Any]) -> tuple[Any, Fault | None]:
+        """What ``do`` returns; after a fault that the run outlives ``None`` and the fault."""
         try:
-            return self.envs[i].step_chunk(chunk, next_seed)
+            return do(self.envs[i]), None
         except NotFinite as error:
             if not self._tolerant:
                 raise
-            lost = error.kind, str(error)
+            return None, (error.kind, str(error))
         except Exception as error:  # whatever a simulator raises
             if not self._tolerant or isinstance(error, UserError):
                 raise
-            lost = "crash", f"--env.type: the simulator failed: {reason(error, last=True)}"
+            fault = "crash", f"--env.type: the simulator failed: {reason(error, last=True)}"
             with contextlib.suppress(Exception):
                 self.envs[i].close()
             self.build(i)
-        return ChunkResult(None if next_seed is None else self.envs[i].reset(next_seed), lost=lost)
+            return None, fault
 
     def close(self) -> None:
         for env in self.envs.values():
@@ -107,6 +118,10 @@ def _serve(connection: Any, config: EnvConfig, settings: tuple[Any, ...]) -> Non
         while (message := connection.recv())[0] != "close":
             connection.send(group.answer(*message))
     group.close()
+
+
+def _fault(lost: WorkerLost) -> Fault:
+    return lost.kind, f"--env.type: {reason(lost, last=True)}"
 
 
 @dataclass
@@ -155,7 +170,8 @@ class ChunkVectorEnv(VectorEnv):
         n_obs_steps, keep_seen: as for ``ChunkEnv``.
         task: run this task of the config in every environment.
         tolerant: an episode in which the simulator crashes or hangs, or NaN or Inf appears, is lost
-            (``ChunkResult.lost``) and the next one starts, in a new worker where need be; else an error.
+            (``ChunkResult.lost``) and the next one starts, in a new worker where need be; one that cannot
+            begin is left out (``not_begun``). Else an error.
         timeout: seconds that a worker may take for an answer before it counts as hanging; 0 for any time.
     """
 
@@ -214,7 +230,9 @@ class ChunkVectorEnv(VectorEnv):
         self, seeds: dict[int, int], render: dict[int, bool] | None = None
     ) -> dict[int, RawObservation]:
         self._send("reset", {i: ((render or {}).get(i, False), seed) for i, seed in seeds.items()})
-        return self._receive()
+        begun = self._receive()
+        self.not_begun += [fault for _, fault in begun.values() if fault]
+        return {i: observation for i, (observation, _) in begun.items() if observation is not None}
 
     def examine(self, chunk: np.ndarray, move: bool = True) -> Findings:
         """Ask the first environment whether it does what it must, as ``examine.examine`` finds it."""
@@ -226,6 +244,7 @@ class ChunkVectorEnv(VectorEnv):
 
     def receive(self) -> dict[int, ChunkResult]:
         results = self._receive()
+        self.not_begun += [result.not_begun for result in results.values() if result.not_begun]
         for key in {result.success_key for result in results.values()} - {None, *self._success_keys}:
             self._success_keys.add(key)
             self.on_success_key(key)
@@ -264,18 +283,27 @@ class ChunkVectorEnv(VectorEnv):
         return dict(sorted(merged.items()))
 
     def _restart(self, number: int, command: str, arguments: Arguments, lost: WorkerLost) -> dict[int, Any]:
-        """Start a lost worker anew, and in it the episodes that would have followed."""
+        """Start a lost worker anew, and in it the episodes that would have followed, if they can begin."""
+        seeds = {i: values[-1] for i, values in arguments.items()}
+        running = {i: (False, seed) for i, seed in seeds.items() if seed is not None}
+        fault, begun = _fault(lost), dict.fromkeys(seeds, (None, None))
+        try:
+            worker = self._renew(number)
+            worker.connection.send(("reset", running))
+            begun |= worker.receive(BUILDING * self._timeout)[0]
+        except WorkerLost as again:
+            self._renew(number)
+            begun |= dict.fromkeys(running, (None, _fault(again)))
+        if command == "reset":
+            return begun
+        return {i: ChunkResult(first, lost=fault, not_begun=why) for i, (first, why) in begun.items()}
+
+    def _renew(self, number: int) -> _Worker:
+        """A new worker in the place of a lost one, its environments built."""
         self._workers[number].join(0)
         self._workers[number] = worker = self._start(self._workers[number].members)
         worker.receive(BUILDING * self._timeout)
-        seeds = {i: values[-1] for i, values in arguments.items()}
-        running = {i: (False, seed) for i, seed in seeds.items() if seed is not None}
-        worker.connection.send(("reset", running))
-        observations, _ = worker.receive(BUILDING * self._timeout)
-        if command == "reset":
-            return observations
-        fault = lost.kind, f"--env.type: {reason(lost, last=True)}"
-        return {i: ChunkResult(observations.get(i), lost=fault) for i in seeds}
+        return worker
 
     def close(self) -> None:
         """Stop the workers."""

@@ -14,7 +14,7 @@ from tests.helpers.point import PointConfig, PointEnv
 
 
 class FaultyEnv(PointEnv):
-    """In the fifth step of every fourth episode, by seed, ``fault`` happens."""
+    """In the fifth step of every fourth episode, by seed, ``fault`` happens; "reset ..." at its beginning."""
 
     def __init__(self, limit, fault, slow=0.0):
         super().__init__(limit)
@@ -22,24 +22,30 @@ class FaultyEnv(PointEnv):
 
     def reset(self, *, seed=None, options=None):
         self.due = seed % 4 == 3 or self.fault.startswith("always")
-        return super().reset(seed=seed)
+        observation, info = super().reset(seed=seed)
+        if self.due and "reset" in self.fault:
+            self._happen(self.fault.split()[-1], observation)
+        return observation, info
 
     def step(self, action):
         observation, reward, *rest = super().step(action)
         time.sleep(self.slow)
-        if self.due and self.t == 5:
+        if self.due and self.t == 5 and "reset" not in self.fault:
             fault = self.fault.removeprefix("always ")
-            if fault == "die":
-                os._exit(7)
-            elif fault == "hang":
-                time.sleep(600)
-            elif fault == "raise":
-                raise ValueError("the physics exploded")
-            elif fault == "observation":
-                observation["agent_pos"] = np.array([np.nan])
-            elif fault == "reward":
+            self._happen(fault, observation)
+            if fault == "reward":
                 reward = np.inf
         return observation, reward, *rest
+
+    def _happen(self, fault, observation):
+        if fault == "die":
+            os._exit(7)
+        elif fault == "hang":
+            time.sleep(600)
+        elif fault == "raise":
+            raise ValueError("the physics exploded")
+        elif fault == "observation":
+            observation["agent_pos"] = np.array([np.nan])
 
 
 @EnvConfig.register_subclass("test_faulty")

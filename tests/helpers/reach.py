@@ -46,6 +46,7 @@ def demonstrate(root, episodes=30):
         "observation.state": {"dtype": "float32", "shape": (4,), "names": None},
         "observation.environment_state": {"dtype": "float32", "shape": (4,), "names": None},
         "action": {"dtype": "float32", "shape": (2,), "names": None},
+        "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
     }
     dataset = LeRobotDataset.create("me/reach", 10, features, root=root, use_videos=False)
     env, rng = make(), np.random.default_rng(0)
@@ -58,8 +59,8 @@ def demonstrate(root, episodes=30):
             action = np.clip(4 * (aim - observation[:2]) + rng.normal(0, 0.1, 2), -1, 1).astype(np.float32)
             state = observation.astype(np.float32)
             frame = {"observation.state": state, "observation.environment_state": state, "action": action}
-            dataset.add_frame(frame | {"task": "reach"})
-            observation, _, terminated, truncated, _ = env.step(action)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            dataset.add_frame(frame | {"next.reward": np.array([reward], np.float32), "task": "reach"})
             ended = terminated or truncated
         dataset.save_episode()
     dataset.finalize()

@@ -71,7 +71,7 @@ def trimtab_eval(steered, episodes):
             conditioning = runner.encode(seen, [""] * len(seeds))
             prior = runner.prior(len(seeds), torch.Generator().manual_seed(0))
             chunk = np.stack(runner.decode(conditioning, source(runner.features(conditioning), prior)))
-            results = [env.step_chunk(one, None) for env, one in zip(envs, chunk)]
+            results = [env.step_chunk(one) for env, one in zip(envs, chunk)]
             executed = min(result.steps for result in results)
             actions.append(chunk[:, :executed])
             steps += executed

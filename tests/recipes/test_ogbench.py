@@ -47,10 +47,11 @@ def test_the_environment_plays_a_demonstration_again(name):
     beyond = np.where(np.abs(actions) == 1.0, 3.0 * actions, actions)
     assert (beyond != actions).any()
     for played in (actions, beyond):  # the second time after an episode of another seed
+        env.reset(SEED + 7)
         seen = preprocess_observation({key: entry[0] for key, entry in env.reset(SEED).items()})
         for key in FEATURES:
             assert np.array_equal(seen[key][0].numpy(), frames[0][key])
-        result = env.step_chunk(played, SEED + 7)
+        result = env.step_chunk(played)
         assert result.terminated and list(result.successes) == [bool(f["next.success"][0]) for f in frames]
         assert np.allclose(result.rewards, [frame["next.reward"][0] for frame in frames])
 

@@ -103,12 +103,15 @@ def test_it_learns_from_a_dataset_without_a_simulator_and_goes_on_in_one(folder,
         "--demos.success=end",
         "--train.env_steps=0",
         "--train.offline_updates=20",
+        "--train.reward=env",
         "--output_dir=offline",
     )
     said = "".join(capsys.readouterr())
     assert "demonstrations: " in said and "frames a second" not in said, "there is no environment"
     results = json.loads(Path("offline/results.json").read_text())
     assert results["policies"] == {} and results["updates"] == 20
+    low, high = rewards = results["train"]["reward_range"]  # twice those of the dataset
+    assert -8.0 < low < -0.3 and high == 0.0
     assert Path("offline/artefact/model.safetensors").is_file()
     more = [*ENV, "--env.success=terminated", HERE, "--eval.n_episodes=2", "--eval.constant_candidates=0"]
     run("eval", "--policy.path=offline/artefact", *more, "--output_dir=offline_ev")
@@ -120,3 +123,4 @@ def test_it_learns_from_a_dataset_without_a_simulator_and_goes_on_in_one(folder,
     assert not any("faults" in json.loads(line) for line in lines)
     results = json.loads(Path("offline/results.json").read_text())
     assert list(results["policies"]) == ["base", "zero_noise", "steered"] and results["env_steps"] >= 40
+    assert results["train"]["reward_range"] == rewards, "what was learnt is in their units"

@@ -57,6 +57,12 @@ def test_where_others_report_success_none_is_zero(tmp_path):
     _, entry = json.loads((tmp_path / "compare.json").read_text())["methods"]
     assert entry["measure"] == "success" and entry["success"]["successes"] == 0
     assert entry["against_base"]["by_seed"] == [-0.5] and entry["last_point"]["episodes"] == 2
+    others = {"a": {"policy": summary("11")}, "b": {"policy": returned(1.0, 2.0)}}
+    after = {"a": {"actor": returned(0.0, 0.0)}, "b": {"actor": returned(1.0, 2.0)}}
+    runs = [a_run("base", None, summary("1010")), a_run("m", 0, summary("1110"))]
+    write_report(tmp_path, "t", [], [runs[0] | {"others": others}, runs[1] | {"others": after}], [])
+    _, entry = json.loads((tmp_path / "compare.json").read_text())["methods"]
+    assert entry["other_tasks"]["by_task"] == {"a": -1.0} and entry["other_tasks"]["episodes"] == 2
     runs = [a_run("base", None, returned(1.0, 2.0)), a_run("m", 0, returned(2.0, 3.0))]
     write_report(tmp_path, "t", [], runs, [])
     assert {one["measure"] for one in json.loads((tmp_path / "compare.json").read_text())["methods"]} == {

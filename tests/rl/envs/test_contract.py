@@ -43,7 +43,7 @@ class Strange(gym.Env):
 def chunk(seed=3, limit=None, **returns):
     env = ChunkEnv(Strange(**returns), limit=limit)
     first = env.reset(seed)
-    return first, env.step_chunk(RIGHT, None)
+    return first, env.step_chunk(RIGHT)
 
 
 @pytest.mark.parametrize("value", [1, 1.0, True, np.True_, np.array([1.0]), np.array([[1]], np.int64)])
@@ -132,7 +132,7 @@ def test_actions_for_another_kind_of_environment():
     env.env.action_space = gym.spaces.Discrete(4)
     env.reset(0)
     with pytest.raises(UserError, match=r"of shape \(2,\), the environment takes Discrete\(4\); choose"):
-        env.step_chunk(RIGHT, None)
+        env.step_chunk(RIGHT)
 
 
 def test_observations_frames_and_actions_are_kept_as_they_were():
@@ -154,13 +154,13 @@ def test_observations_frames_and_actions_are_kept_as_they_were():
     env.render = True
     start = env.reset(3)["agent_pos"][-1, 0]
     actions = RIGHT.copy()
-    result = env.step_chunk(actions, None)
+    result = env.step_chunk(actions)
     assert np.allclose(result.observation["agent_pos"][:, 0], start + np.array([1.5, 2.0]))
     assert np.allclose([seen["agent_pos"][0] for seen in result.seen], start + np.array([0, 0.5, 1.0, 1.5]))
     assert len({int(frame[0, 0, 0]) for frame in result.frames}) == 5
     assert np.array_equal(actions, RIGHT)
-    last = env.step_chunk(np.array([[20, 0]] * 20, np.float32), next_seed=4)
-    assert last.final_observation["agent_pos"][-1, 0] >= 6 > last.observation["agent_pos"][-1, 0]
+    last = env.step_chunk(np.array([[20, 0]] * 20, np.float32))
+    assert env.reset(4)["agent_pos"][-1, 0] < 6 <= last.final_observation["agent_pos"][-1, 0]
 
 
 def test_the_last_observation_of_one_that_resets_itself():
@@ -175,10 +175,10 @@ def test_the_last_observation_of_one_that_resets_itself():
     for env in (Resets(), gym.wrappers.Autoreset(LaneEnv())):
         env = ChunkEnv(env, n_obs_steps=2)
         env.reset(3)
-        result = env.step_chunk(np.array([[1, 0]] * 12, np.float32), next_seed=4)
+        result = env.step_chunk(np.array([[1, 0]] * 12, np.float32))
         assert result.terminated and result.final_observation["agent_pos"][-1, 0] >= 6
-        assert result.steps < 12 and abs(result.observation["agent_pos"][-1, 0]) < 1
-        assert env.step_chunk(RIGHT, None).steps == 4
+        assert result.steps < 12 and abs(env.reset(4)["agent_pos"][-1, 0]) < 1
+        assert env.step_chunk(RIGHT).steps == 4
 
 
 def test_a_time_limit_from_the_spec_or_the_config():
@@ -188,7 +188,7 @@ def test_a_time_limit_from_the_spec_or_the_config():
     for env in (ChunkEnv(Lasting(), limit=9), ChunkEnv(Strange(), limit=3)):
         assert env.limit == 3 and not describe(env, None).warnings
         env.reset(0)
-        result = env.step_chunk(RIGHT, None)
+        result = env.step_chunk(RIGHT)
         assert (result.steps, result.truncated, result.terminated) == (3, True, False)
     for won, terminated in ((True, True), (True, False), (False, True)):
         _, result = chunk(limit=1, terminated=terminated, info={"is_success": won})
@@ -287,7 +287,7 @@ def test_nothing_is_stepped_whose_reset_has_not_returned():
     with pytest.raises(OSError):
         env.reset(1)
     with pytest.raises(RuntimeError, match="reset it first"):
-        env.step_chunk(RIGHT, None)
+        env.step_chunk(RIGHT)
 
 
 def test_environments_that_create_envs_does_not_hold_here():

@@ -74,7 +74,7 @@ def made(features=None, **options):
 
 def step(env, value=0.5, steps=3):
     env.reset(0)
-    return env.step_chunk(np.full((steps, 2), value, np.float32), None)
+    return env.step_chunk(np.full((steps, 2), value, np.float32))
 
 
 def test_a_box_is_the_state_and_whatever_else_of_its_shape_the_policy_reads():
@@ -116,6 +116,100 @@ def test_entries_go_by_their_names_by_the_only_fitting_shape_and_by_the_map():
     assert observation["agent_pos"].tolist() == [[1, 0, 1, 2]]
     with pytest.raises(UserError, match=r"--env.rename_map: gives observation.image and observation.images"):
         made({}, rename_map={"wrist": "observation.image", "front": "observation.images.front"}).reset(0)
+
+
+class Goal(gym.Env):
+    """As Gymnasium-Robotics' goal environments; its actions are whole numbers, its description its own."""
+
+    box = gym.spaces.Box(-9, 9, (2,), np.float32)
+    observation_space = gym.spaces.Dict({"observation": box, "desired_goal": box})
+    action_space = gym.spaces.Box(-5, 5, (2,), np.int64)
+    task_description = property(lambda self: "reach")
+
+    def reset(self, *, seed=None, options=None):
+        self.taken = []
+        return self._seen(), {}
+
+    def step(self, action):
+        self.taken.append(action)
+        return self._seen(), 0.0, False, False, {}
+
+    def _seen(self):
+        return {"observation": np.zeros(2, np.float32), "desired_goal": np.ones(2, np.float32)}
+
+
+class Odd(Goal):
+    """Breaks the contract."""
+
+    _max_episode_steps = 9
+
+    def __init__(self, reset, step):
+        self.returned = {"reset": reset, "step": step}
+
+    def reset(self, *, seed=None, options=None):
+        return eval(self.returned["reset"], {"seen": self._seen()})
+
+    def step(self, action):
+        return eval(self.returned["step"], {"seen": self._seen()})
+
+
+def goal():
+    return gym.wrappers.TimeLimit(Goal(), 9)
+
+
+GOAL = {"factory": f"{__name__}:goal", "rename_map": {"desired_goal": "observation.environment_state"}}
+
+
+READ = {"observation.state": (2,), "observation.environment_state": (2,)}
+
+
+@pytest.mark.parametrize("features", [None, READ])
+def test_a_goal_that_is_renamed_is_what_lerobots_commands_read(features):
+    seen = made(features, **GOAL).reset(0)
+    assert seen["agent_pos"].tolist() == [[0, 0]] and seen["environment_state"].tolist() == [[1, 1]]
+
+
+def test_whole_numbers_are_rounded():
+    env = made({}, **GOAL)
+    step(env, value=0.97, steps=1)
+    step(env, value=2.9, steps=1)
+    assert env.env.unwrapped.taken[0].tolist() == [3, 3]
+    assert env.env.unwrapped.taken[0].dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({}, "reach"), ({"task": "push"}, "push"), ({"id": "Pendulum-v1"}, "")]
+)
+@pytest.mark.parametrize("use_async", [False, True])
+def test_lerobots_commands_find_an_instruction(options, said, use_async):
+    """Asked for one that is not there, an asynchronous vector environment ends."""
+    config = GymConfig(**({} if "id" in options else GOAL) | options)
+    vec = config.create_envs(2, use_async)["gym"][0]
+    assert vec.call("task_description") == (said, said)
+    vec.close()
+    assert describe(make_chunk_env(config, 0), None).instruction == said
+
+
+@pytest.mark.parametrize(
+    ("returned", "line"),
+    [
+        ({"reset": "seen, {}", "step": "(seen, 0.0, False, {})"}, "step must return .*; it returns 4 values"),
+        ({"reset": "seen, {}", "step": "(seen, 0.0, False, False, None)"}, "step must return a dict as info"),
+        ({"reset": "seen", "step": "1"}, r"reset must return \(observation, info\); it returns a dict"),
+    ],
+)
+def test_what_breaks_the_contract_is_named(returned, line):
+    with pytest.raises(UserError, match=f"--env.type: {line}"):
+        step(made({}, factory=f"{__name__}:Odd", kwargs=returned))
+
+
+def test_entries_that_are_joined_have_the_space_that_they_give():
+    env = made(
+        {"observation.state": (4,)},
+        rename_map={"grip": "observation.state", "arm/joints": "observation.state"},
+    )
+    space = env.env.observation_space["agent_pos"]
+    assert space.shape == (4,) and env.reset(0)["agent_pos"].dtype == space.dtype
 
 
 def test_an_entry_is_not_guessed_where_it_could_be_another():

@@ -66,14 +66,14 @@ def test_frames_are_those_of_lerobot_and_only_those_that_are_looked_at(tmp_path,
     env = ChunkEnv(ours)
     found = [env.reset(3)]
     started = time.perf_counter()
-    found += [env.step_chunk(chunk, None).observation for chunk in actions]
+    found += [env.step_chunk(chunk).observation for chunk in actions]
     seconds["every chunk"] = time.perf_counter() - started
     for one, other in zip(found, expected[::10], strict=True):
         for camera in ("image", "image2"):
             assert other["pixels"][camera].std() > 10
             assert np.array_equal(one["pixels"][camera][-1], other["pixels"][camera])
         assert np.array_equal(one["robot_state"]["joints"]["pos"][-1], other["robot_state"]["joints"]["pos"])
-    last = env.step_chunk(actions[0], None)  # the time limit cuts it short, and is looked at too
+    last = env.step_chunk(actions[0])  # the time limit cuts it short, and is looked at too
     assert last.truncated and last.steps == 4
     assert not np.array_equal(last.final_observation["pixels"]["image"], found[-1]["pixels"]["image"])
     assert ours.render().std() > 10

@@ -19,12 +19,12 @@ RIGHT = np.ones((4, 1), dtype=np.float32)
 def test_last_chunk_is_as_long_as_the_episode_allows():
     env = ChunkEnv(PointEnv(limit=6))
     env.reset(0)
-    first = env.step_chunk(STILL, None)
+    first = env.step_chunk(STILL)
     assert (first.steps, first.ended, first.final_observation) == (4, False, None)
-    last = env.step_chunk(STILL, next_seed=1)
+    last = env.step_chunk(STILL)
     assert (last.steps, last.terminated, last.truncated) == (2, False, True)
-    assert last.seed == 0
-    assert last.observation["environment_state"][0, 0] != last.final_observation["environment_state"][0, 0]
+    assert last.seed == 0 and last.observation is None
+    assert env.reset(1)["environment_state"][0, 0] != last.final_observation["environment_state"][0, 0]
 
 
 def test_success_ends_the_chunk_and_is_no_truncation():
@@ -32,13 +32,13 @@ def test_success_ends_the_chunk_and_is_no_truncation():
     env = ChunkEnv(point)
     env.reset(0)
     point.x, point.goal = 0.0, 0.4  # 0.15 and 0.30: near enough at the second or third step
-    result = env.step_chunk(RIGHT, None)
+    result = env.step_chunk(RIGHT)
     assert result.terminated and not result.truncated
     assert result.successes.tolist() == [False] * (result.steps - 1) + [True]
     assert result.observation is None
     assert result.final_observation["agent_pos"][-1, 0] == point.x
     with pytest.raises(RuntimeError, match="has ended"):
-        env.step_chunk(RIGHT, None)
+        env.step_chunk(RIGHT)
 
 
 def test_success_in_the_very_last_step_terminates():
@@ -46,7 +46,7 @@ def test_success_in_the_very_last_step_terminates():
     env = ChunkEnv(point)
     env.reset(0)
     point.x, point.goal = 0.0, 0.5
-    result = env.step_chunk(RIGHT, None)
+    result = env.step_chunk(RIGHT)
     assert (result.steps, result.terminated, result.truncated) == (3, True, False)
 
 
@@ -56,8 +56,8 @@ def test_a_time_limit_that_the_environment_leaves_to_its_caller():
     endless._max_episode_steps = 6
     env = ChunkEnv(endless)
     env.reset(0)
-    env.step_chunk(STILL, None)
-    last = env.step_chunk(STILL, None)
+    env.step_chunk(STILL)
+    last = env.step_chunk(STILL)
     assert (last.steps, last.terminated, last.truncated) == (2, False, True)
 
 
@@ -68,7 +68,7 @@ def test_success_in_the_last_step_before_the_callers_time_limit_terminates():
     env = ChunkEnv(endless)
     env.reset(0)
     endless.x, endless.goal = 0.0, 0.5  # 0.45 in the third step
-    result = env.step_chunk(RIGHT, None)
+    result = env.step_chunk(RIGHT)
     assert result.successes.tolist() == [False, False, True]
     assert (result.terminated, result.truncated) == (True, False)
 
@@ -79,7 +79,7 @@ def test_history_is_lerobots_queue():
     start = env.reset(0)["agent_pos"][:, 0]
     assert np.array_equal(start, [point.x] * 3)
     env_positions = [point.x]
-    result = env.step_chunk(np.array([[0.1], [0.2]]), None)
+    result = env.step_chunk(np.array([[0.1], [0.2]]))
     for action in (0.1, 0.2):
         env_positions.append(env_positions[-1] + 0.15 * action)
     assert np.allclose(result.observation["agent_pos"][:, 0], env_positions)
@@ -90,11 +90,11 @@ def test_broken_actions_and_observations(bad):
     env = ChunkEnv(PointEnv())
     env.reset(0)
     with pytest.raises(UserError, match=r"--policy.path: the policy produced a NaN or Inf action"):
-        env.step_chunk(np.full((2, 1), bad), None)
+        env.step_chunk(np.full((2, 1), bad))
     poisoned = ChunkEnv(PointEnv(poison_at=2))
     poisoned.reset(0)
     with pytest.raises(UserError, match="NaN or Inf in its observation 'agent_pos'"):
-        poisoned.step_chunk(STILL, None)
+        poisoned.step_chunk(STILL)
 
 
 def roll(vec, chunks=6):
@@ -127,7 +127,7 @@ def test_action_of_another_shape():
     env = ChunkEnv(PointEnv())
     env.reset(0)
     with pytest.raises(UserError, match=r"makes actions of shape \(2,\), the environment takes \(1,\)"):
-        env.step_chunk(np.zeros((4, 2)), None)
+        env.step_chunk(np.zeros((4, 2)))
 
 
 def test_errors_reach_the_parent():
