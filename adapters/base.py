@@ -298,6 +298,8 @@ class NoiseToChunk(abc.ABC):
         A policy with relative actions needs the ``conditioning`` that the chunk was denoised with (from
         ``observe``), unless it belongs to the last observation that was preprocessed.
         """
+        if not self.relative_actions:  # step by step, as LeRobot's loops: an own processor may say `[:, -1]`
+            return self.postprocessor(chunk.flatten(0, -2)).unflatten(0, chunk.shape[:-1])
         step = self._relative_step()
         if step is None or conditioning is None or RELATIVE_STATE not in conditioning.tensors:
             return self.postprocessor(chunk)

@@ -99,7 +99,10 @@ def _lacking(
         shape = tuple(value.shape[2:]) if isinstance(value, Tensor) else ()
         return bool(shape) and (len(shape) == len(wanted) == 3 or shape == wanted)
 
-    likely = [(key, name) for key in missing for name in spare if fits(key, name)]
+    fitting = {key: [name for name in spare if fits(key, name)] for key in missing}
+    # Of numbers of one length nobody can tell which is which; cameras go by their names.
+    sure = {key for key, found in fitting.items() if len(found) == 1 or len(features[key].shape) == 3}
+    likely = [(key, name) for key in sure for name in fitting[key]]
     likely.sort(key=lambda pair: -SequenceMatcher(None, *pair).ratio())  # left to cam_left, before the rest
     pairs: dict[str, str] = {}
     for key, name in likely:

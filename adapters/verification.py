@@ -84,6 +84,12 @@ def check_produced(adapter: NoiseToChunk, chunk: Tensor, conditioning: Condition
             f"its postprocessor makes actions of shape {tuple(actions.shape)}, config.json declares "
             f"{expected} (rows, executed steps, action dimension)"
         )
+    turned = actions if adapter.relative_actions else adapter.postprocess(chunk.flip(1), conditioning).flip(1)
+    if not torch.allclose(turned, actions, 1e-4, 1e-5, equal_nan=True):
+        raise policy_error(
+            "its postprocessor gives an action another value after other actions: it remembers (it smooths, "
+            "say), and no chunk can be known before it is executed; take that step out of the postprocessor"
+        )
     if not torch.isfinite(actions).all():
         raise policy_error("its postprocessor turns chunks into NaN or Inf; its statistics are broken")
     features = adapter.features(conditioning)

@@ -143,6 +143,15 @@ def write_files(steered: Steered, folder: Path) -> None:
     write_processors(folder, steered.adapter, steered.base, steered.base_folder)
 
 
+def moved(steered: Steered, folder: Path) -> Steered:
+    """The same for another ``folder``, from which the base's local folders lie elsewhere."""
+    base = steered.config.base
+    paths = {name: _relative(getattr(steered.base, name), folder) for name in FOLDERS}
+    if isinstance(steered.base_folder, Path) and (base.path or "").startswith("."):
+        paths["path"] = _relative(str(steered.base_folder), folder)
+    return replace(steered, config=replace(steered.config, base=replace(base, **paths)))
+
+
 def write_config(config: TrimtabConfig, path: Path) -> None:
     """Save a config as LeRobot does, type first."""
     path.write_text(json.dumps(draccus.encode(config, PreTrainedConfig), indent=2) + "\n", encoding="utf-8")
@@ -193,6 +202,9 @@ def _as_steered(options: PolicyConfig, saved: BaseReference, folder: Path) -> Po
                     )
                 value = str(where)
         setattr(loading, name, value)
+    usual = vars(default.remote)
+    anew = {name: value for name, value in vars(options.remote).items() if value != usual[name]}
+    loading.remote = replace(saved.remote, **anew)
     return loading
 
 
@@ -297,6 +309,8 @@ Loaded = tuple[PolicyAdapter, Path | str, PolicyConfig]  # the base, where it wa
 
 def _served_base(loading: PolicyConfig, base: BaseReference, folder: Path) -> Loaded:
     """The base on a policy server, asked as it was when it was steered, if it still answers likewise."""
+    if base.answer is None:
+        raise UserError("--policy.path", f"{folder} steers a policy in a folder, not on a server")
     address = loading.base_path or base.location(folder)
     loading = replace(loading, path=address, base_path=None)
     adapter = load_adapter(loading)

@@ -170,6 +170,9 @@ def images(adapter: PolicyAdapter, batch: dict[str, Any], cameras: Sequence[str]
     """
     found = []
     for key in cameras:
+        if key not in batch:
+            given = ", ".join(name for name in cameras if name in batch) or "none of them"
+            raise UserError("--observe.cameras", f"the environment gives no {key}; it gives {given}")
         image = batch[key][:, -1] if batch[key].ndim == 5 else batch[key]
         for step in getattr(adapter.preprocessor, "steps", ()):
             if hasattr(step, "_tensor_stats") and key in step.features:

@@ -81,6 +81,15 @@ class TrainConfig:
             return episodes / self.episodes
         return env_steps / self.env_steps if self.env_steps else updates / self.offline_updates
 
+    def check_enough(self) -> None:
+        """Raise a ``UserError`` where even chunks of one step would be too few to learn from."""
+        if not (self.episodes or self.offline_updates) and self.env_steps < (self.first_update or 0):
+            raise UserError(
+                "--train.env_steps",
+                f"{self.env_steps} give no more transitions than that, learning starts at "
+                f"{self.first_update}; raise it, or lower --train.first_update",
+            )
+
     def check_learnt(self, updates: int, transitions: int, lost: int) -> None:
         """Raise a ``UserError`` where a run has ended before its first gradient step.
 
@@ -88,11 +97,14 @@ class TrainConfig:
         """
         if not updates:
             name = "episodes" if self.episodes else "env_steps"
+            slow = transitions >= (self.first_update or 0)
+            lower = "updates_per_transition" if slow else "first_update"
+            mend = f"raise it, or {'raise' if slow else 'lower'} --train.{lower}"
             without = f" without the {lost} episodes lost to faults" if lost else ""
             raise UserError(
                 f"--train.{name}",
                 f"{getattr(self, name)} gave {transitions} transitions{without}, learning starts at "
-                f"{self.first_update}; raise it, or lower --train.first_update",
+                f"{self.first_update} with {self.updates_per_transition:g} updates for each; {mend}",
             )
 
     def within_rewards(self, *seen: tuple[float, float] | None) -> TrainConfig:

@@ -64,10 +64,12 @@ def find_folder(
         return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
     except Exception as error:  # the Hub client has a dozen exceptions for "not available"
         wanted = f"{name} at revision {revision}" if revision else name
+        why = f"{type(error).__name__}: {reason(error)}"
+        if folder.parent != Path() and folder.parent.is_dir():  # a folder is meant
+            beside = sorted(one.name for one in folder.parent.iterdir())[:8]
+            why = f"{folder.parent} holds {', '.join(beside)}"
         raise UserError(
-            option,
-            f"neither a folder nor a reachable Hub repository: {wanted} "
-            f"({type(error).__name__}: {reason(error)}){mend}",
+            option, f"neither a folder nor a reachable Hub repository: {wanted} ({why}){mend}"
         ) from None
 
 
@@ -110,6 +112,8 @@ def _check_whole(folder: Path) -> None:
         hint = f"its last checkpoint is {inside[-1].parent}"
     elif WEIGHTS in missing and any(folder.glob("model-*-of-*.safetensors")):
         hint = f"{WEIGHTS_INDEX}, which says what lies in which shard, was not copied"
+    elif missing == processors and is_peft(folder):
+        hint = "a LoRA has them beside it: copy the files policy_*processor* of its training, or its base's"
     elif missing == processors:
         hint = (
             "LeRobot has written them since 0.4; a checkpoint from before holds its statistics among the "

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trimtab.adapters.checkpoint.files import (
@@ -89,3 +90,9 @@ def placement(policy: torch.nn.Module) -> dict[str, str]:
         "weights_dtype": ",".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         "weights_device": ",".join(sorted({tensor.device.type for tensor in tensors})),
     }
+
+
+def same_answer(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two identities of a served policy are of one that rounds."""
+    known, answer = then["answer"], now["answer"]
+    return len(known) == len(answer) and np.abs(np.subtract(known, answer)).max() <= then["tolerance"]

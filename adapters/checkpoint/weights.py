@@ -1,17 +1,20 @@
 """Put saved weights into a policy, and prove that what is in memory is what lies in the files."""
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from trimtab.adapters.checkpoint.files import (
     BACKBONE,
     OPTION,
+    PEFT_CONFIG,
     PEFT_WEIGHTS,
     each_weight,
     part_weights,
@@ -142,8 +145,16 @@ def load_peft(policy: torch.nn.Module, folder: Path) -> None:
 
     path = folder / PEFT_WEIGHTS
     saved = read_weights(path)
+    compiled = any(COMPILED in name for name in saved)
+    saved = plain_names(saved, path)
     try:
-        loaded = PeftModel.from_pretrained(policy, str(folder), is_trainable=False)
+        with tempfile.TemporaryDirectory() as plain:
+            if compiled:  # LeRobot compiles a diffusion policy's U-Net; here it runs as it is
+                save_file(saved, Path(plain) / PEFT_WEIGHTS)
+                text = (folder / PEFT_CONFIG).read_text(encoding="utf-8").replace(COMPILED, "")
+                (Path(plain) / PEFT_CONFIG).write_text(text, encoding="utf-8")
+            where = plain if compiled else str(folder)
+            loaded = PeftModel.from_pretrained(policy, where, is_trainable=False)
     except Exception as error:
         raise policy_error(f"{folder} does not fit its base policy: {reason(error)}") from error
     state: dict[str, Any] = get_peft_model_state_dict(loaded)

@@ -96,8 +96,3 @@ class XVLAAdapter(PolicyAdapter):
                 steps=self.config.num_denoising_steps,
             )
         return self.executed(chunk).float()
-
-    def postprocess(self, chunk: Tensor, conditioning: Conditioning | None = None) -> Tensor:
-        # One of its saved steps (6D rotation to axis-angle) takes (B, action_dim) alone.
-        actions = super().postprocess(chunk.flatten(0, -2), conditioning)
-        return actions.unflatten(0, chunk.shape[:-1])

@@ -8,6 +8,7 @@ noises. The noise actor sees the raw state, and the server's prefix where it off
 """
 
 from dataclasses import asdict
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from lerobot.configs import FeatureType, PolicyFeature
 from torch import Tensor
 
 from trimtab.adapters import Conditioning, NoiseSpec, PolicyAdapter, PolicyConfig, UserError, policy_error
+from trimtab.adapters.checkpoint.identity import same_answer
 from trimtab.adapters.remote.openpi_client import PolicyServer, ServerError, describe, is_image, sent_images
 
 DEFAULT_SIDE = 224  # of an example image that is sent as it is
@@ -117,6 +119,13 @@ class RemoteAdapter(PolicyAdapter):
                 features[key] = PolicyFeature(FeatureType.STATE, (dims[key],))
         if not features:
             raise UserError("--policy.remote.keys", "name at least one observation to send")
+        options = self.options
+        names = sorted([*options.keys.values(), options.prompt_key, options.noise_key])
+        for one, other in pairwise(names):
+            if one == other or other.startswith(f"{one}."):
+                raise UserError(
+                    "--policy.remote.keys", f"the server's name {other} is used twice, as {one} and {other}"
+                )
         return features
 
     def check_observation(self, observation: dict[str, Any]) -> None:
@@ -240,12 +249,11 @@ class RemoteAdapter(PolicyAdapter):
         return {
             "answer": once[0, 0].tolist(),
             "tolerance": self.rounding * float((once - other).abs().max()),
-            "remote": asdict(self.options),
+            "remote": {name: value for name, value in asdict(self.options).items() if name != "timeout"},
         }
 
     def check_identity(self, identity: dict[str, Any], base: Any) -> None:
-        now, known = self.identity(base)["answer"], identity["answer"]
-        if len(now) == len(known) and np.abs(np.subtract(now, known)).max() <= identity["tolerance"]:
+        if same_answer(identity, self.identity(base)):
             return
         raise policy_error(
             f"{self.server.url} no longer answers as the base did: another policy is served there"

@@ -108,6 +108,9 @@ class PolicyServer:
                 self.close()
                 if last:
                     raise policy_error(f"{self.url} dropped the connection twice ({reason(error)})") from None
+            except BaseException:  # interrupted: the answer would be taken for that to the next request
+                self.close()
+                raise
         raise AssertionError("unreachable")
 
     def _receive(self, what: str) -> Any:
@@ -116,7 +119,7 @@ class PolicyServer:
             if isinstance(data, bytes):
                 return unpack(data)
         except TimeoutError:
-            self.close()  # a late answer would be taken for that to the next request
+            self.close()
             raise policy_error(
                 f"{self.url} did not {what} within {self.timeout:g} s; raise --policy.remote.timeout if it "
                 "is still compiling"

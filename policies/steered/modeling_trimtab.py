@@ -18,7 +18,14 @@ from trimtab.adapters import Conditioning, PolicyConfig, UserError
 from trimtab.adapters.checkpoint.files import POSTPROCESSOR, PREPROCESSOR
 from trimtab.adapters.checkpoint.folder import resolve_folder
 from trimtab.policies.acting import ChunkPolicy, denoise_several
-from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, write_files
+from trimtab.policies.artefact import (
+    Steered,
+    is_artefact,
+    load_artefact,
+    moved,
+    read_config,
+    write_files,
+)
 from trimtab.policies.noise_samplers import NoiseSampler, own_noise, steered_noise
 from trimtab.policies.steered.configuration_trimtab import TYPE, TrimtabConfig
 from trimtab.policies.steered.processor_trimtab import RAW_TASK
@@ -80,7 +87,8 @@ class TrimtabPolicy(PreTrainedPolicy):
         return cls(config, steered=_load(folder, config)).eval()
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        write_files(replace(self.steered, config=self.config), save_directory)
+        here = replace(self.steered, config=self.config)
+        write_files(moved(here, save_directory.resolve()), save_directory)
 
     @property
     def base(self) -> Any:

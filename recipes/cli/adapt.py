@@ -36,7 +36,7 @@ from trimtab.recipes.support.reporting import (
     write_json,
 )
 from trimtab.recipes.support.robot_dataset import DatasetKeeper, write_dataset
-from trimtab.recipes.support.run_folder import METRICS, RunFolder, run_errors
+from trimtab.recipes.support.run_folder import METRICS, Hold, RunFolder, run_errors
 from trimtab.recipes.support.session import Session, describe, open_session
 from trimtab.recipes.support.shared_configs import EvalConfig, MachineConfig
 from trimtab.rl.algorithms import AlgorithmConfig, BestOfNConfig
@@ -162,11 +162,13 @@ def steer(
     """
     accelerator = make_accelerator(session.adapter.device.type, check_trackers(config.trackers), output)
     session.world = world = ProcessGroup(accelerator)
-    with StopSignals().installed() as signals, run_errors(output):
+    with StopSignals().installed() as signals, run_errors(output), Hold(output, world) as hold:
         space, clock = config.noise.build(session.adapter.noise_spec), Clock()
         shown = check_inputs(session, config, space)
         identity = session.adapter.identity(folder)
         run = RunFolder(output, config, identity, world)
+        if config.resume:
+            hold.take()
         checkpoint = run.newest() if config.resume else None
         if checkpoint is not None and not checkpoint.beside.get("repeatable", True):
             session.repeatable = False  # as the run has found; it is not asked again, for asking moves it
@@ -192,6 +194,7 @@ def steer(
             DatasetKeeper(config.env, output) as dataset,
             session.environments(config.num_envs, faults=config.faults) as vec,
         ):
+            hold.take()
             run.begin(measured, constants)
             if robot:
                 vec.keep(output / EPISODES, checkpoint.beside["episodes"] if checkpoint else 0)
@@ -287,6 +290,7 @@ def check_inputs(session: Session, config: AdaptConfig, space: NoiseSpace) -> De
     run = RunRequest(tasks, session.world.size, *asked)
     config.rl.check(space, run)
     demos.check(config.rl)
+    config.train.check_enough()
     if config.train.offline_updates and not demos.enabled:
         raise UserError("--train.offline_updates", "learns from demonstrations: give --demos.root=FOLDER")
     if tasks > 1 and demos.enabled:

@@ -2,15 +2,28 @@
 
 import json
 import shlex
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+import draccus
+from lerobot.envs.configs import EnvConfig
 
 from trimtab.adapters import PolicyConfig, UserError
 from trimtab.adapters.checkpoint.files import CONFIG
 from trimtab.adapters.checkpoint.folder import is_server
+from trimtab.adapters.config import RemoteConfig
 from trimtab.adapters.errors import reason
-from trimtab.policies.artefact import Steered, is_artefact, load_artefact, read_config, save_artefact
+from trimtab.policies.artefact import (
+    CRITIC,
+    EDIT,
+    WEIGHTS,
+    Steered,
+    is_artefact,
+    load_artefact,
+    read_config,
+    save_artefact,
+)
 from trimtab.policies.residual import WEIGHTS as RESIDUAL_WEIGHTS
 from trimtab.policies.steered.configuration_trimtab import TrimtabConfig
 from trimtab.recipes.support.export_check import check_runners
@@ -20,6 +33,8 @@ CARD, CARD_TEXT = "README.md", Path(__file__).with_name("card.md")
 ACTING = ("num_candidates", "use_actor", "use_edit")  # how the artefact acts, beside `deterministic`
 ACTIONS = ("n_action_steps", "num_inference_steps", "dtype")  # what changes them, of the base's loading
 RUN_CONFIG = "adapt.json"  # the run's own config, to run it again
+# Of an environment's config: what follows from the rest, and what concerns the machine.
+UNTOLD = ("task", "wanted", "features", "features_map", "max_parallel_tasks", "disable_env_checker")
 
 
 @dataclass
@@ -44,12 +59,21 @@ def main(config: ExportConfig) -> None:
     output = config.output_dir or artefact.parent / "export"
     if output.exists() and not is_artefact(str(output)) and (output.is_file() or any(output.iterdir())):
         raise UserError("--output_dir", f"{output} exists and is no artefact; name another")
+    foreign = [file.name for file in output.iterdir() if not written(file.name)] if output.is_dir() else []
+    if foreign:
+        held = ", ".join(sorted(foreign)[:5])
+        raise UserError("--output_dir", f"{output} also holds {held}, which would be lost; name another")
     if output.resolve() == artefact.resolve():
         raise UserError("--output_dir", f"{output} is the artefact itself; name another")
     folder = export(artefact, output, config.policy, config.push_to_hub)
     print(f"exported to {folder}; try: lerobot-eval --policy.path={folder} --env.type=...")
     if config.push_to_hub:
         print(f"pushed to {push(folder, config.push_to_hub, config.private)}")
+
+
+def written(name: str) -> bool:
+    """Whether a file of this name is an export's."""
+    return name in (WEIGHTS, CRITIC, EDIT, CONFIG, CARD, RUN_CONFIG) or name.startswith("policy_p")
 
 
 def find_artefact(run: Path | None) -> Path:
@@ -93,7 +117,12 @@ def export(artefact: Path, output: Path, policy: PolicyConfig, repo: str | None 
             "--policy.path=user/name",
         )
     steered = load_artefact(replace(policy, path=str(artefact)), config)
-    if anew := [name for name in ACTIONS if getattr(policy, name) not in (None, *_said(config, name))]:
+    anew = [name for name in ACTIONS if getattr(policy, name) not in (None, *_said(config, name))]
+    known = vars(RemoteConfig()), vars(config.base.remote)
+    for name, value in vars(policy.remote).items():
+        if name != "timeout" and value not in [one[name] for one in known]:
+            anew.append(f"remote.{name}")
+    if anew:
         print(f"note: with another --policy.{anew[0]} it is another policy: its success is not measured")
         config.training = {n: value for n, value in config.training.items() if n != "success"}
     beside = {}
@@ -173,7 +202,7 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
     if robot:
         options |= {"robot.type": "...", "fps": env.get("fps"), "task": env.get("task")}
     else:
-        options |= {"env.type": env.get("type", "..."), "env.task": env.get("task")}
+        options |= environment_options(env)
     given = [f"--{option}={shlex.quote(str(value))}" for option, value in options.items() if value]
     again = f"\n## Reproduce\n\n```\ntrimtab adapt --config_path={RUN_CONFIG}\n```\n"
     return CARD_TEXT.read_text(encoding="utf-8").format(
@@ -186,6 +215,24 @@ def card(steered: Steered, name: str, can_repeat: bool) -> str:
         command=" ".join(["lerobot-rollout" if robot else "lerobot-eval", *given]),
         reproduce=again if can_repeat else "",
     )
+
+
+def environment_options(env: dict[str, Any]) -> dict[str, str]:
+    """What LeRobot's commands are told of an environment: its task, and all that is not its type's default.
+
+    ``env`` is its config as a run has saved it.
+    """
+    options = {"env.type": env.get("type", "..."), "env.task": env.get("task")}
+    kind = EnvConfig.get_known_choices().get(env.get("type", ""))
+    for one in fields(kind) if kind else ():
+        usual = one.default_factory() if one.default_factory is not MISSING else one.default
+        value = env.get(one.name)
+        if one.name in UNTOLD or value is None or (usual is not MISSING and draccus.encode(usual) == value):
+            continue
+        options[f"env.{one.name}"] = value if isinstance(value, str) else json.dumps(value)
+    if options["env.task"] in (env.get("id"), env.get("factory")):  # its name by default
+        del options["env.task"]
+    return options
 
 
 def push(folder: Path, repo: str, private: bool) -> str:

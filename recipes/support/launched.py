@@ -77,6 +77,9 @@ def make_accelerator(
             "WORLD_SIZE, RANK and MASTER_ADDR in the environment say; unset them to run alone",
             file=sys.stderr,
         )
+    names = [name for name in (*SET, *MPI) if os.environ.get(name)]
+    names += sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+    before = dict(os.environ)
     try:
         return Accelerator(
             cpu=cpu,
@@ -87,8 +90,8 @@ def make_accelerator(
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
         )
     except (ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        names = [name for name in (*SET, *MPI) if os.environ.get(name)]
-        names += sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+        for name in os.environ.keys() - before.keys():  # Accelerate's own
+            del os.environ[name]
         if not names:
             raise
         raise UserError(

@@ -160,11 +160,11 @@ def with_algorithm(content: Options, given: Options) -> tuple[Options, Options, 
         given = {name: value for name, value in {**given, "rl": rl}.items() if value != {}}
     if algorithm in BUDGETS:
         spent = f"has no effect on {algorithm}, which counts successes and spends {BUDGETS[algorithm]}"
-        for name, value in flatten(given.get("train") or {}).items():
-            if value is not None:
+        for name in ("env_steps", "episodes", "offline_updates", "restart", "gate.enabled"):
+            if value_at(given, f"train.{name}"):
                 raise UserError(f"--train.{name}", spent)
-        if value_at(content, "train.reward") == "env":
-            raise UserError("--train.reward", f"env, which the file says, {spent}")
+        if value_at(merge(content, given), "train.reward") == "env":
+            raise UserError("--train.reward", f"env {spent}")
     below = merge(PAPER[algorithm], {"rl": {"type": algorithm}}) if preset == "paper" else {}
     implied = IMPLIED_DEFAULTS.get(algorithm, {})
     if None not in (before, now) and before != now:

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import draccus
 import numpy as np
 from draccus.utils import flatten
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from trimtab.adapters import UserError
+from trimtab.adapters.checkpoint.folder import is_server
+from trimtab.adapters.checkpoint.identity import same_answer
 from trimtab.adapters.errors import DISK, reason
 from trimtab.recipes.support.console import say
 from trimtab.recipes.support.option_dicts import (
@@ -45,6 +48,7 @@ FREE = (
     *("checkpoint", "machine", "faults", "trackers", "policy.device", "train.env_steps", "train.episodes"),
     "from_episodes",
     *(f"env.{name}" for name in STATION),
+    "policy.remote.timeout",
 )
 ONLINE = ("env", "eval", "num_envs")  # what a run without an environment has not used
 
@@ -97,6 +101,13 @@ class RunFolder:
             texts, folder = {CONFIG: json.dumps(self.config, indent=2) + "\n"}, path / CHECKPOINTS
             self.checkpoints = Checkpoints(folder, config.checkpoint, self.belongs, world, texts=texts)
 
+    def _budget(self) -> float:
+        """The environment steps that the run was to take when it was last begun."""
+        try:
+            return float(read_json(self.path / CONFIG)["train"]["env_steps"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0.0
+
     def begin(self, measured: dict[str, dict[str, Evaluation]], details: dict[str, Any]) -> None:
         """Write what is known before training: evaluations by task and policy, and ``details`` (JSON)."""
         if self.world.main:
@@ -110,7 +121,7 @@ class RunFolder:
             content = read_json(self.path / BASELINES)
             by_task = content.pop("measured").items()
             measured = {task: {n: decode(e) for n, e in by_name.items()} for task, by_name in by_task}
-            return (measured, content) if content.pop("base") == self.belongs["base"] else None
+            return None if differing(content.pop("base"), self.belongs["base"]) else (measured, content)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -131,11 +142,15 @@ class RunFolder:
     def check(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint of another base or config; the message names the first difference."""
         then, now, where = checkpoint.belongs, self.belongs, checkpoint.folder
-        odd = {name for name in then["base"] | now["base"] if then["base"].get(name) != now["base"].get(name)}
-        # Where the weights lie decides their hash in memory (a GPU's dtype) but not what they are.
-        if names := ", ".join(sorted(odd - {"weights_device"})):
+        if names := ", ".join(sorted(differing(then["base"], now["base"]))):
             raise UserError("--policy.path", f"{where} belongs to another base policy ({names} differ)")
-        before, after = then["config"], now["config"]
+        before, after = dict(then["config"]), dict(now["config"])
+        if all(is_server(one.get("policy.path") or "") for one in (before, after)):
+            before["policy.path"] = after["policy.path"]  # wherever the same policy is served
+        said = self.config["train"]
+        spent, budget = checkpoint.env_steps, said["env_steps"]
+        if not said["episodes"] and budget < min(spent, self._budget()):
+            raise UserError("--train.env_steps", f"{self.path} has spent {spent:,} of them; name more")
         # Where a type differs, all of its options do.
         if before.get("env.type") == "none":  # learnt from demonstrations: any environment may follow
             before, after = (
@@ -149,6 +164,41 @@ class RunFolder:
                     f"{where} belongs to a run with {before.get(name)}, not {after.get(name)}; go on with "
                     "that, or begin another run in another --output_dir",
                 )
+
+
+def differing(then: dict[str, Any], now: dict[str, Any]) -> set[str]:
+    """By what names two identities of a base differ.
+
+    Where the weights lie decides their hash in memory (a GPU's dtype) but not what they are, and a policy
+    server may round.
+    """
+    odd = {name for name in then | now if then.get(name) != now.get(name)} - {"weights_device"}
+    if then.get("answer") and now.get("answer") and same_answer(then, now):
+        odd -= {"answer", "tolerance"}
+    return odd
+
+
+class Hold(AbstractContextManager["Hold"]):
+    """Keeps other runs out of a run's folder, from ``take`` on."""
+
+    def __init__(self, path: Path, world: ProcessGroup) -> None:
+        self._path, self._world, self._lock = path, world, FileLock(path / ".lock")
+
+    def take(self) -> None:
+        """A ``UserError`` where another run is going on there."""
+        free = True
+        if self._world.main and not self._lock.is_locked:
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                free = False
+        if not all(self._world.gather(free)):
+            raise UserError("--output_dir", f"another process runs in {self._path}; wait for it, or stop it")
+
+    def __exit__(self, *exc: object) -> None:
+        if self._lock.is_locked:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
 
 
 def fixed(config: dict[str, Any]) -> dict[str, Any]:

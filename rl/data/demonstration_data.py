@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,11 @@ from trimtab.adapters import PolicyAdapter, UserError
 from trimtab.adapters.errors import at_least, reason
 from trimtab.adapters.inputs import required_inputs
 from trimtab.rl.algorithms import AlgorithmConfig
+from trimtab.rl.envs.contract import SUCCESS_KEYS
 
 OPTION = "--demos.repo_id"
 SCHEDULES = ("constant", "linear")
-SPARSE = ((0.0, 1.0), (-1.0, 0.0))  # reward without success, and with
+SUCCESS_COLUMNS = ("next.success", *(f"next.{key}" for key in SUCCESS_KEYS), *SUCCESS_KEYS)
 GUESS = "every episode's end, a guess"
 SUCCESS = ("auto", "column", "reward", "end")
 
@@ -39,8 +41,8 @@ class DemosConfig:
     # constant, or linear: the share falls to 0 over the run.
     schedule: str = "constant"
     # Which step succeeds: column (next.success), reward (next.reward reaches reward_threshold), end (the last
-    # of every episode), or auto: column where there is one, else the reward where it is 0 until success and
-    # then 1 (or -1 and then 0), else end.
+    # of every episode), or auto: column where there is one, else the reward where it has two values (0 until
+    # success and then 1), else end.
     success: str = "auto"
     reward_threshold: float = 1.0
     # States that the policy looks at together.
@@ -164,6 +166,8 @@ def unreadable(option: str, name: str | None, root: str | Path | None, error: Ex
     if folder and not (folder / "meta" / "info.json").is_file():  # LeRobot then asks the Hub
         held = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
         why = f"it has no meta/info.json; it holds {held or 'nothing'}"
+    elif folder and (older := _older_format(folder / "meta" / "info.json")):
+        why = older
     else:
         why = reason(error)
         lines = [line.strip() for line in str(error).splitlines()]
@@ -173,6 +177,20 @@ def unreadable(option: str, name: str | None, root: str | Path | None, error: Ex
                 why = " ".join(said for said in (*lines[:at], line + where) if said.strip("`"))
                 break
     return UserError(option, f"cannot read {root or name} as a LeRobotDataset: {why}")
+
+
+def _older_format(path: Path) -> str:
+    """What to do about a format that LeRobot neither reads nor converts; empty of any other."""
+    try:
+        version = json.loads(path.read_text(encoding="utf-8")).get("codebase_version")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    if version is None:
+        return "its meta/info.json has no codebase_version"
+    numbers = str(version).removeprefix("v").split(".")[:2]
+    if not all(number.isdigit() for number in numbers) or [int(number) for number in numbers] >= [2, 1]:
+        return ""
+    return f"its format is {version}, and LeRobot converts from v2.1 on: first take a LeRobot of 2025 for it"
 
 
 def read_demonstrations(
@@ -247,14 +265,16 @@ def read_demonstrations(
 def _successes(dataset: Any, config: DemosConfig, firsts: np.ndarray) -> tuple[np.ndarray, str]:
     """(N,) whether each recorded step succeeds, and how that was told; ``firsts``: episodes' first rows."""
     kind, columns = config.success, dataset.features
-    if kind == "auto" and "next.success" in columns:
+    named = next((name for name in SUCCESS_COLUMNS if name in columns), None)
+    if kind == "auto" and named:
         kind = "column"
     if kind == "auto" and "next.reward" in columns:
         rewards = _column(dataset, "next.reward").reshape(-1)
-        level = sparse_level(rewards, firsts)
-        if level is not None:
-            return rewards >= level, f"next.reward, which is {level - 1:g} without success and {level:g} with"
-    column = {"column": "next.success", "reward": "next.reward"}.get(kind)
+        levels = sparse_levels(rewards, firsts)
+        if levels is not None:
+            rule = "next.reward, which is {:g} without success and {:g} with".format(*levels)
+            return _at_the_end(rewards >= levels[1], firsts, rule)
+    column = {"column": named or SUCCESS_COLUMNS[0], "reward": "next.reward"}.get(kind)
     if column is None:
         ends = np.isin(np.arange(len(dataset)) + 1, [*firsts, len(dataset)])
         return ends, GUESS if kind == "auto" else "every episode's end"
@@ -262,21 +282,34 @@ def _successes(dataset: Any, config: DemosConfig, firsts: np.ndarray) -> tuple[n
         raise UserError("--demos.success", f"the dataset has no column {column}")
     values = _column(dataset, column).reshape(-1)
     if kind == "column":
-        return values > 0, column
-    return values >= config.reward_threshold, f"{column} of {config.reward_threshold:g} or more"
+        return _at_the_end(values > 0, firsts, column)
+    rule = f"{column} of {config.reward_threshold:g} or more"
+    return _at_the_end(values >= config.reward_threshold, firsts, rule)
 
 
-def sparse_level(rewards: np.ndarray, firsts: np.ndarray) -> float | None:
-    """The reward that says success, where it says nothing else; ``None`` of any other reward.
+def _at_the_end(won: np.ndarray, firsts: np.ndarray, rule: str) -> tuple[np.ndarray, str]:
+    """``won`` (N,) and its ``rule``; where it is the same in all of an episode, success comes at its end."""
+    lengths = np.diff([*firsts, len(won)])
+    label = won[firsts]
+    if not (won == np.repeat(label, lengths)).all() or not (lengths[label] > 1).any():
+        return won, rule
+    ends = np.zeros_like(won)
+    ends[(firsts + lengths - 1)[label]] = True
+    return ends, f"{rule}, a label of whole episodes"
 
-    HIL-SERL's recordings have 0 without success and 1 with, goal-conditioned environments -1 and 0. Where all
-    episodes begin at the higher one (``firsts`` are their first rows), it pays for each step survived.
+
+def sparse_levels(rewards: np.ndarray, firsts: np.ndarray) -> tuple[float, float] | None:
+    """The reward without success and with it, where it says nothing else; ``None`` of any other reward.
+
+    HIL-SERL's recordings have 0 and 1, goal-conditioned environments -1 and 0. Where all episodes begin at
+    the higher one (``firsts`` are their first rows), it pays for each step survived.
     """
-    for low, high in SPARSE:
-        won = rewards == high
-        if (won | (rewards == low)).all() and not won[firsts].all():
-            return high
-    return None
+    levels = np.unique(rewards)
+    if len(levels) == 1 and levels[0] in (0.0, -1.0):
+        return float(levels[0]), float(levels[0]) + 1.0
+    if len(levels) != 2 or (rewards[firsts] == levels[1]).all():
+        return None
+    return float(levels[0]), float(levels[1])
 
 
 def rate_warning(dataset: Any, env_fps: float | None) -> list[str]:
@@ -291,15 +324,16 @@ def rate_warning(dataset: Any, env_fps: float | None) -> list[str]:
 
 def failures_note(dataset: Any) -> list[str]:
     """A line where episodes of a LeRobotDataset do not succeed: they are cloned all the same."""
-    if "next.success" not in dataset.features:
+    column = next((name for name in SUCCESS_COLUMNS if name in dataset.features), None)
+    if column is None:
         return []
-    number, success = _column(dataset, "episode_index"), _column(dataset, "next.success")
+    number, success = _column(dataset, "episode_index"), _column(dataset, column)
     episodes, won = np.unique(number), np.unique(number[success.reshape(len(number), -1).any(1)])
     if len(won) == len(episodes):
         return []
     mend = f"; --dataset.episodes=[{','.join(map(str, won))}] takes those that do" if len(won) else ""
     lost = f"{len(episodes) - len(won)} of {len(episodes)} episodes"
-    return [f"note: {lost} of the dataset do not succeed (next.success), and are cloned like the rest{mend}"]
+    return [f"note: {lost} of the dataset do not succeed ({column}), and are cloned like the rest{mend}"]
 
 
 def _column(dataset: Any, name: str) -> np.ndarray:

@@ -122,6 +122,10 @@ def read_success(info: Mapping[str, Any]) -> tuple[str | None, bool]:
     """The name by which ``info``, or the ``final_info`` in it, reports success, and whether it does."""
     for reported in (info, info.get("final_info")):
         for key in SUCCESS_KEYS if isinstance(reported, Mapping) else ():
+            if isinstance(reported.get(key), Mapping):
+                held = ", ".join(map(str, reported[key]))
+                mend = f"--env.type=gym --env.success=info.{key}.NAME takes one of them"
+                raise _broken(f"info['{key}'] must be true or false, it is a dict with {held}; {mend}")
             if reported.get(key) is not None:
                 return key, read_truth(reported[key], f"info['{key}']")
     return None, False

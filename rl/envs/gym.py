@@ -108,7 +108,8 @@ def make_env(config: GymConfig) -> gym.Env:
     except Exception as error:  # whatever a simulator raises when it is built
         raise UserError(option, f"'{name}' cannot be made: {reason(error)}") from error
     if not isinstance(env, gym.Env):
-        raise UserError(option, f"'{name}' must return a gymnasium.Env, it returns {kind(env)}")
+        one = "; return one: there are --num_envs of it" if isinstance(env, gym.vector.VectorEnv) else ""
+        raise UserError(option, f"'{name}' must return a gymnasium.Env, it returns {kind(env)}{one}")
     if not isinstance(env.action_space, gym.spaces.Box) or len(env.action_space.shape) != 1:
         raise UserError(
             "--env.type", f"policies make vectors of numbers, the environment takes {env.action_space}"

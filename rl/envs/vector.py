@@ -286,7 +286,7 @@ class ChunkVectorEnv(VectorEnv):
         """Start a lost worker anew, and in it the episodes that would have followed, if they can begin."""
         seeds = {i: values[-1] for i, values in arguments.items()}
         running = {i: (False, seed) for i, seed in seeds.items() if seed is not None}
-        fault, begun = _fault(lost), dict.fromkeys(seeds, (None, None))
+        fault, begun = _fault(lost), dict[int, Begun](dict.fromkeys(seeds, (None, None)))
         try:
             worker = self._renew(number)
             worker.connection.send(("reset", running))

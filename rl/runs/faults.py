@@ -64,7 +64,7 @@ class Faults(Counter[str]):
             raise UserError(option, f"{message}; {count}")
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A signal ended the run after its checkpoint was written.
 
     Attributes:

@@ -144,9 +144,27 @@ def test_actions_of_another_shape_are_seen(adapter):
     wrong.postprocessor = lambda chunk: chunk[..., :1]
     with pytest.raises(UserError, match=r"actions of shape \(2, 3, 1\), config.json declares \(2, 3, 2\)"):
         wrong.verify()
-    wrong.postprocessor = lambda chunk: chunk if len(chunk) > 1 else chunk[0]  # of one row alone
-    with pytest.raises(UserError, match=r"actions of shape \(3, 2\), config.json declares \(1, 3, 2\)"):
+    wrong.postprocessor = lambda chunk: chunk if len(chunk) > 3 else chunk[:, :1]  # of one row alone
+    with pytest.raises(UserError, match=r"actions of shape \(1, 3, 1\), config.json declares \(1, 3, 2\)"):
         wrong.verify()
+
+
+def test_a_postprocessor_gets_one_step_at_a_time(adapter):
+    """As in LeRobot's loops, where `[:, -1]` is the gripper and not the last step."""
+    own = broken(adapter)
+    own.postprocessor = lambda action: torch.cat([action[:, :-1], action[:, -1:].sign()], 1)
+    own.verify()
+    chunk = torch.randn(2, 3, 2)
+    assert torch.equal(own.postprocess(chunk), torch.cat([chunk[..., :1], chunk[..., 1:].sign()], -1))
+    last = []
+
+    def smoothed(action):
+        last.append(action if not last else 0.5 * (action + last[-1]))
+        return last[-1]
+
+    own.postprocessor = smoothed
+    with pytest.raises(UserError, match="another value after other actions: it remembers"):
+        own.verify()
 
 
 def test_entries_that_are_declared_inert_but_live(adapter):

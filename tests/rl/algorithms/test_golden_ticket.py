@@ -258,7 +258,7 @@ def test_a_whole_run_leaves_an_artefact_to_start_from(tiny_base, tmp_path, capsy
     "options, message",
     [
         (["--rl.type=golden_ticket", "--noise.type=full"], "--noise.type: golden_ticket seeks one noise"),
-        (["--rl.type=golden_ticket", "--train.warm_start=x"], "--train.warm_start: has no effect on gold"),
+        (["--rl.type=golden_ticket", "--train.warm_start=x"], "--train.warm_start: golden_ticket draws all"),
         (["--train.warm_start=nowhere"], "--train.warm_start: nowhere is neither"),
     ],
 )

@@ -196,15 +196,15 @@ def test_a_success_ends_a_demonstration(tmp_path, column, kind):
     assert not second.succeeded and len(second.rewards) == 3 and second.first == 10 and second.final == 13
 
 
-def rewarded(root, rewards, fps=10, success=None):
+def rewarded(root, rewards, fps=10, column="next.reward"):
     """A dataset of the point's with a reward for each step of each episode."""
-    keys = ("observation.state", "observation.environment_state", "action", "next.reward")
+    keys = ("observation.state", "observation.environment_state", "action", column)
     features = {key: {"dtype": "float32", "shape": (1,), "names": None} for key in keys}
     dataset = LeRobotDataset.create("test/point", fps, features, root=root, use_videos=False)
     for episode in rewards:
         for t, reward in enumerate(episode):
             value = np.array([0.01 * t], np.float32)
-            frame = dict.fromkeys(keys, value) | {"next.reward": np.array([reward], np.float32)}
+            frame = dict.fromkeys(keys, value) | {column: np.array([reward], np.float32)}
             dataset.add_frame({**frame, "task": "reach the goal"})
         dataset.save_episode()
     dataset.finalize()
@@ -218,6 +218,8 @@ def rewarded(root, rewards, fps=10, success=None):
         ([[0, 0, 0], [0, 0, 0]], [False, False], "0 without success and 1 with"),
         ([[0, 1, 0, 1], [0, 0]], [True, False], "0 without success and 1 with"),
         ([[-1, -1, 0], [-1, -1, -1]], [True, False], "-1 without success and 0 with"),
+        ([[0, 0, 10], [0, 0, 0]], [True, False], "0 without success and 10 with"),
+        ([[1, 1, 1], [0, 0, 0]], [True, False], "and 1 with, a label of whole episodes"),
         ([[-1, -1], [-1, -1]], [False, False], "-1 without success and 0 with"),
         ([[0.1, 0.4, 1.0], [0.1, 0.2, 0.3]], [True, True], "a guess"),
         ([[1, 1, 1], [1, 1, 0]], [True, True], "a guess"),  # for each step survived
@@ -230,6 +232,18 @@ def test_a_reward_that_says_success_and_no_other(tmp_path, rewards, succeeded, r
     assert [episode.succeeded for episode in data.episodes] == succeeded and rule in data.rule
     said = any("next.reward tells more than success" in note for note in data.notes)
     assert said == (rule == "a guess")
+    if "label" in rule:
+        assert [len(episode.rewards) for episode in data.episodes] == [3, 2], "no step is left out"
+
+
+@pytest.mark.parametrize("column", ["next.success", "next.is_success", "success"])
+@pytest.mark.parametrize("label", [[0, 0, 1], [1, 1, 1]])
+def test_success_goes_by_the_names_that_environments_have_for_it(tmp_path, column, label):
+    root = rewarded(tmp_path / "data", [label, [0, 0, 0]], column=column)
+    data = read_demonstrations(DemosConfig(root=str(root)), PointAdapter(), "sparse", "reach the goal")
+    assert [episode.succeeded for episode in data.episodes] == [True, False] and not data.notes
+    assert data.rule == column + ", a label of whole episodes" * (label[0] == 1)
+    assert data.episodes[0].successes.tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(("fps", "warned"), [(50, True), (30, False)])
@@ -246,12 +260,27 @@ def test_a_run_says_how_success_was_told_and_warns_of_another_rate(tmp_path, cap
     assert ("the dataset has 50 frames a second, the environment 30 (--env.fps)" in said) == warned
 
 
-def old_dataset(root):
+def old_dataset(root, version="v2.1"):
     """A folder of the format before LeRobot 0.4."""
     rewarded(root, [[0, 1]])
     info = root / "meta" / "info.json"
-    info.write_text(json.dumps(json.loads(info.read_text()) | {"codebase_version": "v2.1"}))
+    content = json.loads(info.read_text()) | {"codebase_version": version}
+    info.write_text(json.dumps({name: value for name, value in content.items() if value}))
     return root
+
+
+@pytest.mark.parametrize(
+    ("version", "line"),
+    [
+        ("v2.0", "its format is v2.0, and LeRobot converts from v2.1 on"),
+        ("v1.6", "its format is v1.6, and LeRobot converts from v2.1 on"),
+        (None, "its meta/info.json has no codebase_version"),
+    ],
+)
+def test_a_dataset_that_lerobot_does_not_convert(tmp_path, version, line):
+    config = DemosConfig(root=str(old_dataset(tmp_path / "old", version)))
+    with pytest.raises(UserError, match=line):
+        read_demonstrations(config, PointAdapter(), "sparse", "")
 
 
 def test_an_old_dataset_comes_with_the_command_that_converts_it(tmp_path, tiny_base, capsys):
