@@ -8,6 +8,7 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.utils import validate_visual_features_consistency
 
+from tests.conftest import make_diffusion
 from tests.helpers.tiny import make_tiny
 from trimtab.adapters import PolicyConfig, UserError, load_adapter
 from trimtab.adapters.inputs import input_notes
@@ -93,6 +94,19 @@ def test_the_renaming_that_is_suggested_works(adapter, two_cameras):
     renamed(two_cameras, {})
     plain = adapter.observe({LEFT: seen[LEFT], RIGHT: seen[FRONT], STATE: seen[STATE], "task": seen["task"]})
     assert torch.equal(adapter.features(found), adapter.features(plain))
+
+
+def test_which_of_two_vectors_is_meant_is_not_guessed(tmp_path):
+    folder = make_diffusion(tmp_path / "policy", state_dim=2, env_dim=2, n_obs_steps=1)
+    adapter = load_adapter(PolicyConfig(path=str(folder), device="cpu"))
+    seen = {f"observation.{name}": torch.rand(1, 1, 2) for name in ("qpos", "target")}
+    with pytest.raises(UserError, match=r"rename with --policy\.rename_map$"):
+        adapter.observe(seen)
+    wide = {"observation.qpos": torch.rand(1, 1, 3), "observation.environment_state": torch.rand(1, 1, 2)}
+    with pytest.raises(UserError, match=r"rename with --policy\.rename_map$"):
+        adapter.observe(wide)  # of another length
+    found = suggested(adapter, {"observation.qpos": torch.rand(1, 1, 2), **dict([wide.popitem()])})
+    assert found == {"observation.qpos": STATE}
 
 
 def suggested(adapter, seen):

@@ -337,6 +337,25 @@ def test_a_late_answer_is_not_taken_for_that_to_the_next_request(policy_server):
     server.close()
 
 
+def test_the_answer_to_an_interrupted_request_is_not_taken_for_another(policy_server, monkeypatch):
+    """As Ctrl-C, or a notebook's stop, interrupts it."""
+    server = PolicyServer(f"{policy_server}/late", timeout=60.0)
+    message = {"observation/state": np.zeros(2), "observation/environment_state": np.zeros(16)}
+    server.request(message)
+
+    def stopped(**options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server._connection, "recv", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            server.request({**message, "observation/state": np.full(2, 5.0)})
+    for value in (1.0, 2.0):
+        answer = server.request({**message, "observation/state": np.full(2, value)})
+        assert np.array_equal(answer["state"], np.full(2, value))
+    server.close()
+
+
 def test_an_answer_may_be_long(policy_server, remote, observation):
     adapter = connect(policy_server, "wide")  # websockets refuses more than 1 MiB unless it is told
     noise = noise_like(adapter, 2)
@@ -386,6 +405,12 @@ def test_options_that_do_not_fit(policy_server):
         ({"n_action_steps": 9}, "--policy.remote.n_action_steps: must be between 1 and 8"),
         ({"dims": {}}, "--policy.remote.dims: say how many entries observation.state has"),
         ({"keys": {}}, "--policy.remote.keys: name at least one"),
+        ({"keys": dict.fromkeys(KEYS, "state")}, "--policy.remote.keys: the server's name state is used"),
+        ({"keys": {**KEYS, "observation.state": "prompt"}}, "name prompt is used twice"),
+        (
+            {"keys": dict(zip(KEYS, ("arm", "arm.joints")))},
+            "name arm.joints is used twice, as arm and arm.joints",
+        ),
         ({"timeout": 0}, "--policy.remote.timeout: must be positive"),
         ({"noise_shape": [8]}, r"--policy.remote.noise_shape: must be \[horizon, dimension\], got \[8\]"),
     ]

@@ -19,6 +19,7 @@ from trimtab.policies.observe import (
     ObserveConfig,
     Observer,
     build_observer,
+    images,
     random_shift,
 )
 from trimtab.policies.steered.processor_trimtab import RAW_TASK
@@ -144,6 +145,15 @@ def test_default_without_features_is_what_the_policy_has():
 
 
 # Packing.
+
+
+def test_a_camera_that_the_environment_lacks(camera):
+    adapter = camera[1]
+    observer = build_observer(ObserveConfig(inputs=["images"]), adapter, TASKS[:1])
+    (key,) = observer.config.cameras
+    batch = {"observation.state": torch.zeros(1, 2), "task": TASKS[:1]}
+    with pytest.raises(UserError, match=f"--observe.cameras: the environment gives no {key}"):
+        images(adapter, batch, observer.config.cameras, 16)
 
 
 def test_packed_observation_holds_each_part_in_its_place(camera):

@@ -37,6 +37,28 @@ def test_equals_lerobots_own_peft_policy(folders):
     assert not any(parameter.requires_grad for parameter in adapter.policy.parameters())
 
 
+def test_of_a_policy_that_was_compiled(folders, tmp_path):
+    """LeRobot compiles parts of a policy in place, and PEFT saves what it finds there."""
+    copy = shutil.copytree(folders[1], tmp_path / "lora")
+    state = load_file(copy / "adapter_model.safetensors")
+    part = "base_model.model.model."
+    named = {name.replace(part, f"{part}_orig_mod."): tensor for name, tensor in state.items()}
+    assert named.keys() != state.keys()
+    save_file(named, copy / "adapter_model.safetensors")
+    plain, compiled = (load_adapter(PolicyConfig(path=str(one), device="cpu")) for one in (folders[1], copy))
+    observation, noise = plain.example_observation(1, torch.Generator().manual_seed(3)), noise_like(plain, 1)
+    chunks = [one.denoise(one.observe(observation), noise) for one in (plain, compiled)]
+    assert torch.equal(*chunks)
+
+
+def test_without_processors(folders, tmp_path):
+    copy = shutil.copytree(folders[1], tmp_path / "lora")
+    for file in copy.glob("policy_p*"):
+        file.unlink()
+    with pytest.raises(UserError, match="a LoRA has them beside it: copy the files policy_"):
+        load_adapter(PolicyConfig(path=str(copy), device="cpu"))
+
+
 def test_hash_covers_adapter_and_base(folders, tmp_path):
     options, lora = folders
     before = file_hash(lora)

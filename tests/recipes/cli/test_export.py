@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import draccus
 import pytest
 import torch
+from lerobot.envs.configs import EnvConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 
 import lerobot_policy_trimtab  # noqa: F401 - what LeRobot's commands import
@@ -20,10 +23,12 @@ from trimtab.policies.artefact import load_artefact, read_config, save_artefact
 from trimtab.policies.noise_samplers import prior_noise
 from trimtab.policies.noise_space import FullNoiseConfig
 from trimtab.recipes.cli import main
-from trimtab.recipes.cli.eval import SteeredEvalConfig, acting
-from trimtab.recipes.cli.export import push
+from trimtab.recipes.cli.eval import EvaluateConfig, SteeredEvalConfig, acting
+from trimtab.recipes.cli.export import environment_options, push
+from trimtab.recipes.support.options import parse
 from trimtab.recipes.support.session import Session
 from trimtab.recipes.support.shared_configs import MachineConfig
+from trimtab.rl.envs.gym import GymConfig
 from trimtab.rl.envs.metaworld import MetaworldStateConfig
 
 ENV = ["--env.type=metaworld_state", "--env.task=drawer-close-v3", "--env.episode_length=90"]
@@ -213,6 +218,43 @@ def test_an_export_is_complete_small_and_its_card_shows_the_measured_success(run
     assert read_config(out).base.path == "../base"
     again = json.loads((out / "adapt.json").read_text())
     assert again["env"]["task"] == "drawer-close-v3"
+
+
+def test_the_cards_command_says_all_of_the_environment_that_is_not_by_default(run):
+    _, out = run
+    (command,) = re.findall(r"lerobot-eval [^`]*", (out / "README.md").read_text())
+    assert "--env.episode_length=90" in command and "--env.task=drawer-close-v3" in command
+    env = GymConfig(factory="my_sim:make", kwargs={"hard": False}, success="info.won", episode_length=9)
+    options = environment_options(draccus.encode(env, EnvConfig))
+    assert options == {
+        **{"env.type": "gym", "env.factory": "my_sim:make", "env.kwargs": '{"hard": false}'},
+        **{"env.success": "info.won", "env.episode_length": "9"},
+    }
+    given = [f"--{name}={value}" for name, value in options.items()]
+    assert parse(EvaluateConfig, "eval", ["--policy.path=x", *given]).env == env
+    assert environment_options({"type": "unheard of", "task": "x"}) == {
+        **{"env.type": "unheard of", "env.task": "x"}
+    }
+
+
+def test_nothing_else_in_the_folder_is_lost(run, tmp_path, capsys):
+    root, out = run
+    copy = shutil.copytree(out, root / "cloned")
+    (copy / "videos").mkdir()
+    argv = ["export", f"--run={root / 'run'}", f"--output_dir={copy}", "--policy.device=cpu"]
+    assert main(argv) == 2
+    assert "also holds videos, which would be lost; name another" in capsys.readouterr().err
+    (copy / "videos").rmdir()
+    assert main(argv) == 0
+
+
+def test_a_policy_that_is_saved_elsewhere_finds_its_base(run, tmp_path):
+    _, out = run
+    policy = get_policy_class("trimtab").from_pretrained(out)
+    policy.save_pretrained(tmp_path / "deep" / "er" / "again")
+    again = get_policy_class("trimtab").from_pretrained(tmp_path / "deep" / "er" / "again")
+    assert again.steered.base_folder == policy.steered.base_folder
+    assert policy.config.base.path == "../base", "the loaded one stays as it is"
 
 
 def test_an_export_moved_with_its_base_can_be_exported_again(run, tmp_path, capsys):

@@ -74,6 +74,45 @@ def test_an_artefact_follows_its_server_to_another_address(run, policy_server, t
     (artefact / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="another policy is served there"):
         load_artefact(PolicyConfig(path=str(artefact), device="cpu", base_path=policy_server))
+    config["base"]["answer"] = None
+    (artefact / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="steers a policy in a folder, not on a server"):
+        load_artefact(PolicyConfig(path=str(artefact), device="cpu", base_path=policy_server))
+
+
+def test_an_option_of_the_server_leaves_the_others_as_they_were(run, tmp_path, capsys):
+    out = [f"--run={run}", "--policy.device=cpu", f"--output_dir={tmp_path / 'out'}"]
+    assert main(["export", *out, "--policy.remote.timeout=300"]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    remote = config["base"]["remote"]
+    assert (remote["timeout"], remote["n_action_steps"], config["n_action_steps"]) == (300, 4, 4)
+    assert "observation.environment_state" in remote["keys"] and config["training"]["success"]
+    assert main(["export", *out, "--policy.remote.image_size=64"]) == 0
+    assert "with another --policy.remote.image_size it is another policy" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["base"]["remote"]["n_action_steps"] == 4 and "success" not in config["training"]
+
+
+def test_a_run_goes_on_with_a_server_that_rounds_elsewhere_and_with_more_patience(
+    policy_server, tmp_path, capsys
+):
+    server = f"{policy_server}/rounds"
+    out = f"--output_dir={tmp_path / 'out'}"
+    more = ["--eval.videos=0", "--eval.constant_candidates=0", "--eval.n_episodes=2", "--checkpoint.every=40"]
+    assert main(["adapt", f"--policy.path={server}", *ENV, *SMALL, *REMOTE, *more, out]) == 0
+    before = json.loads((tmp_path / "out" / "results.json").read_text())["policies"]["base"]
+    again = [
+        f"--policy.path={server.replace('127.0.0.1', 'localhost')}",
+        "--policy.remote.timeout=300",
+        "--train.env_steps=160",
+    ]
+    capsys.readouterr()
+    assert main(["adapt", "--resume=true", out, *again]) == 0
+    assert "going on from" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["env_steps"] >= 160 and results["policies"]["base"] == before
+    assert main(["adapt", "--resume=true", out, f"--policy.path={policy_server}"]) == 0  # rounded, the same
+    assert main(["adapt", "--resume=true", out, f"--policy.path={policy_server}/libero"]) == 2
 
 
 def test_a_server_that_cannot_be_used_is_a_one_line_error(policy_server, tmp_path, monkeypatch, capsys):

@@ -3,9 +3,12 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from filelock import FileLock
 
 from trimtab.recipes.cli import main
 from trimtab.rl.trainer import Trainer
@@ -87,6 +90,20 @@ def test_refusals_name_the_difference(runs, capsys):
     finally:
         manifest.write_text(content)
     assert sorted(path.name for path in cut.rglob("*")) == names
+
+
+def test_no_two_runs_in_one_folder_and_none_shorter_than_it_is(runs, capsys):
+    cut = runs[1]
+    go_on = ["adapt", "--resume=true", f"--output_dir={cut}"]
+    kept = (cut / "config.json").read_text()
+    with FileLock(cut / ".lock"):
+        code = "import sys; from trimtab.recipes.cli import main; sys.exit(main(sys.argv[1:]))"
+        other = subprocess.run([sys.executable, "-c", code, *go_on], capture_output=True, text=True)
+    assert other.returncode == 2 and f"--output_dir: another process runs in {cut}" in other.stderr
+    assert main([*go_on, "--train.env_steps=60"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert "--train.env_steps: " in line and " has spent " in line
+    assert (cut / "config.json").read_text() == kept
 
 
 def test_a_resumed_command_ends_as_the_one_that_was_not_stopped(runs, capsys):

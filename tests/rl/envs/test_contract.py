@@ -89,6 +89,10 @@ REFUSED = {
     "a text for truncated": ({"truncated": "no"}, "truncated must be true or false"),
     "a text for success": ({"info": {"success": "yes"}}, "info['success'] must be true or false"),
     "a share of success": ({"info": {"is_success": 0.7}}, "info['is_success'] must be true or false"),
+    "success by task": (
+        {"info": {"success": {"lift": True, "task": False}}},
+        "it is a dict with lift, task; --env.type=gym --env.success=info.success.NAME takes one of them",
+    ),
     "success of many": ({"info": {"succeed": np.zeros(2, bool)}}, "info['succeed'] must be true or false"),
     "another shape": ({"observation": {"agent_pos": np.zeros(3)}}, "(2,) becomes (3,)"),
     "another entry": ({"observation": {"agent_pos": np.zeros(2), "x": IMAGE}}, "'x' appears"),

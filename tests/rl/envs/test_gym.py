@@ -169,6 +169,15 @@ def test_a_goal_that_is_renamed_is_what_lerobots_commands_read(features):
     assert seen["agent_pos"].tolist() == [[0, 0]] and seen["environment_state"].tolist() == [[1, 1]]
 
 
+def several():
+    return gym.vector.SyncVectorEnv([goal])
+
+
+def test_a_factory_of_several_is_told_to_make_one():
+    with pytest.raises(UserError, match=r"it returns .*; return one: there are --num_envs of it"):
+        made(factory=f"{__name__}:several")
+
+
 def test_whole_numbers_are_rounded():
     env = made({}, **GOAL)
     step(env, value=0.97, steps=1)

@@ -108,6 +108,31 @@ def test_too_many_faults_stop_the_run_with_a_checkpoint(fault, message, tmp_path
     assert sum(counted.values()) == trainer.faults.total()
 
 
+def test_nothing_that_goes_on_after_an_error_takes_a_signal_for_one():
+    with pytest.raises(Stopped):
+        try:
+            raise Stopped("SIGTERM")
+        except Exception:  # as simulators, servers and videos are guarded
+            pass
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"first_update": 100}, "10 transitions, learning starts at 100 with .*lower --train.first_update"),
+        ({}, "10 transitions, learning starts at 5 with 0.3 .*raise --train.updates_per_transition"),
+    ],
+)
+def test_too_little_to_learn_from_names_the_cause(changed, line):
+    train = TrainConfig(**{**vars(TRAIN), "first_update": 5, **changed})
+    train.check_enough()
+    with pytest.raises(UserError, match=line):
+        train.check_learnt(0, 10, 0)
+    with pytest.raises(UserError, match=r"--train.env_steps: 99 give no more transitions than that"):
+        TrainConfig(env_steps=99, first_update=100).check_enough()
+    TrainConfig(env_steps=99, first_update=100, episodes=50).check_enough()
+
+
 def test_a_policy_that_makes_nan_chunks(tmp_path):
     adapter = PointAdapter()
     trainer, _ = make(tmp_path, adapter=adapter, limit=5)
