@@ -251,7 +251,14 @@ class Session:
     def _note_success(self, base: Evaluation) -> None:
         """Say what ``info`` held where success was not in it, or never true: another name may hold it."""
         names, others = ", ".join(SUCCESS_KEYS), [key for key in SUCCESS_KEYS if key in base.info_keys]
-        if not base.reported:
+        rule = getattr(self.env, "success", "")
+        if not base.reported and rule.startswith("info."):
+            held = ", ".join(base.info_keys) or "nothing"
+            self._say(
+                f"warning: --env.success: {rule} was not there in {len(base.seeds)} episodes, whose info held "
+                f"{held}; the return is shown instead"
+            )
+        elif not base.reported:
             self._say(f"note: {unreported(base)}, which is read from {names}; its return is shown instead")
         elif others and not base.successes.any():
             self._say(

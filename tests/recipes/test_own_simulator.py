@@ -80,6 +80,10 @@ def test_without_success_returns_are_compared(folder, policy, capsys):
         assert low <= entry["return_mean"] <= high < 0
     text = capsys.readouterr().out
     assert "return" in text and "0.0 %" not in text
+    # A name that info does not hold.
+    run("eval", *ENV, policy, HERE, "--env.success=info.solvd", *FEW, "--output_dir=misspelt")
+    said = capsys.readouterr().out
+    assert "warning: --env.success: info.solvd was not there in 4 episodes, whose info held distance" in said
     # Where nothing is said of success, the command says what there is to choose from.
     assert main(["adapt", *ENV, policy, *SMALL, "--output_dir=refused"]) == 2
     assert "--env.success" in capsys.readouterr().err
