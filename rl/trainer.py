@@ -128,9 +128,9 @@ class Trainer:
         if self._logged != self.env_steps:
             self._log()
         bar.close()
-        self.train.check_learnt(self.updates, self.transitions, self.dropped)
         self.faults.gather(self.world, self.guard)
         self._keep(end=True)
+        self.train.check_learnt(self.updates, self.transitions, self.dropped)
         self.algorithm = learn_anew(self)
         return self.algorithm
 

@@ -149,6 +149,7 @@ def test_a_run_that_faults_left_too_short_names_them(tmp_path):
     trainer, _ = make(tmp_path, "raise", env_steps=100, first_update=500)
     with trainer.vec, pytest.raises(UserError, match=r"--train.env_steps: 100 gave ") as raised:
         trainer.run()
+    assert trainer.checkpoints.newest()[0].env_steps == trainer.env_steps, "what was collected is kept"
     assert trainer.dropped and f" without the {trainer.dropped} episodes lost to faults" in str(raised.value)
 
 
