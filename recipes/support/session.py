@@ -255,8 +255,8 @@ class Session:
         if not base.reported and rule.startswith("info."):
             held = ", ".join(base.info_keys) or "nothing"
             self._say(
-                f"warning: --env.success: {rule} was not there in {len(base.seeds)} episodes, whose info held "
-                f"{held}; the return is shown instead"
+                f"warning: --env.success: {rule} was not there in {len(base.seeds)} episodes, whose info "
+                f"held {held}; the return is shown instead"
             )
         elif not base.reported:
             self._say(f"note: {unreported(base)}, which is read from {names}; its return is shown instead")
